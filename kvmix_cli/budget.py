@@ -1,0 +1,107 @@
+"""Bits and bytes, all from `kvmix_kernels.layout.PageLayout`. No torch.
+
+Two counts, always shown together:
+
+    nominal   bits of the codes alone, the papers' convention
+    stored    bits of a packed page: codes, scales and zeros. What a context really takes also has its sinks, its
+              window and the page that is filling up; `cache_bytes` counts those too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
+
+if TYPE_CHECKING:
+    from .plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+
+Count = Literal["nominal", "stored"]
+
+
+def page_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> PageLayout | None:
+    """The page layout of a layer's keys or values; None if they stay in full precision.
+
+    Raises:
+        ValueError: if the head cannot be packed (its size is no multiple of 16).
+    """
+    if tensor.bits == FULL_PRECISION_BITS:
+        return None
+    size = cache.group_size if tensor.group_size is None else tensor.group_size
+    return PageLayout(
+        kind=kind,
+        bits=tensor.bits,
+        head_dim=head_dim,
+        page=cache.page,
+        group_size=None if size == "row" else size,
+        scale_dtype=cache.scale_dtype,
+    )
+
+
+def tensor_bits(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int, count: Count) -> float:
+    """Bits per element of a layer's keys or values."""
+    if count == "nominal":
+        return tensor.bits
+    layout = page_layout(tensor, kind, cache, head_dim)
+    return FULL_PRECISION_BITS if layout is None else layout.stored_bits
+
+
+def mean_bits(
+    layers: Mapping[int, LayerPlan],
+    cache: CacheSettings,
+    model: ModelInfo,
+    count: Count,
+    kind: Kind | None = None,
+) -> float:
+    """Mean bits per element over layers, of keys, of values, or (by default) of both."""
+    kinds: tuple[Kind, ...] = ("key", "value") if kind is None else (kind,)
+    total = sum(
+        tensor_bits(layer.k if kind == "key" else layer.v, kind, cache, model.head_dim, count)
+        for layer in layers.values()
+        for kind in kinds
+    )
+    return total / (len(layers) * len(kinds)) if layers else 0.0
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a cache takes, in bytes: packed pages, and what is in full precision (sinks and tail)."""
+
+    packed: int
+    full: int
+
+    @property
+    def total(self) -> int:
+        return self.packed + self.full
+
+
+def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
+    """Tokens that are packed once a prompt of `context` tokens is in the cache and its window has been applied."""
+    if bits == FULL_PRECISION_BITS:
+        return 0
+    return cache.window.due(max(0, context - cache.sink), bits, cache.page)
+
+
+def cache_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> CacheBytes:
+    """Bytes of the planned layers after a prompt of `context` tokens.
+
+    Args:
+        element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
+    """
+    packed = full = 0
+    for layer in plan.layers.values():
+        for tensor, kind in ((layer.k, "key"), (layer.v, "value")):
+            layout = page_layout(tensor, kind, plan.cache, plan.model.head_dim)  # type: ignore[arg-type]
+            tokens = packed_tokens(context, tensor.bits, plan.cache)
+            packed += 0 if layout is None else tokens // plan.cache.page * layout.nbytes
+            full += (context - tokens) * plan.model.head_dim * element_bytes
+    heads = batch * plan.model.kv_heads
+    return CacheBytes(packed * heads, full * heads)
+
+
+def full_precision_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> int:
+    """Bytes of the planned layers, unquantized."""
+    per_token = 2 * plan.model.kv_heads * plan.model.head_dim * element_bytes
+    return batch * context * per_token * len(plan.layers)

@@ -1,0 +1,74 @@
+"""Every error a user can cause, and nothing else.
+
+    KvmixError                  the command line prints one line and exits 1
+    ├── ModelError              a model that cannot be loaded, or that has nothing to quantize
+    │   └── ProjectionError     its K and V projections cannot be found
+    ├── TextError               calibration or evaluation text that is missing, empty or unreadable
+    ├── DocumentError           a plan or profile file with faults (all of them, each with its line)
+    ├── PlanError               a plan that does not fit the model
+    ├── BudgetError             a budget that no plan can meet
+    ├── StateError              which profile or plan is meant cannot be told from the folder
+    ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
+    ├── EvaluationError         a task or gate that cannot be run as asked
+    └── OutputError             a file that cannot be written
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvmixError(Exception):
+    """What happened, where, and what to do about it, in one line."""
+
+
+class ModelError(KvmixError):
+    """A model that cannot be loaded or used."""
+
+
+class ProjectionError(ModelError):
+    """The K and V projections of a model cannot be found."""
+
+
+class TextError(KvmixError):
+    """Text that is missing, empty or unreadable."""
+
+
+class DocumentError(KvmixError):
+    """A plan or profile file that does not hold together; lists every fault with its line."""
+
+    def __init__(self, source: str, faults: Iterable[str]) -> None:
+        self.source = source
+        self.faults = tuple(faults)
+        super().__init__(f"{source}: {'; '.join(self.faults)}")
+
+
+class PlanError(KvmixError):
+    """A plan that does not fit the model it is used with."""
+
+
+class BudgetError(KvmixError):
+    """A budget that no plan can meet."""
+
+
+class StateError(KvmixError):
+    """The profile or plan that a command should use cannot be determined."""
+
+
+class QuantizationError(KvmixError):
+    """Numbers that cannot be quantized."""
+
+
+class EvaluationError(KvmixError):
+    """A task, gate or result that cannot be used as asked."""
+
+
+class OutputError(KvmixError):
+    """A file or folder that cannot be written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the nearest known name, otherwise an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
