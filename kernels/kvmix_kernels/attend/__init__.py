@@ -1,0 +1,5 @@
+"""Attention of queries over sink | packed pages | tail."""
+
+from .naive import attend
+
+__all__ = ["attend"]

@@ -1,0 +1,121 @@
+"""The cache of a whole model, made from a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kwargs
+
+from ..errors import PlanError
+from ..plan import Plan
+from .layer import MixedLayer
+
+_QUANTIZABLE = "full_attention"
+
+
+@dataclass
+class Attended:
+    """How many (query, cached token) pairs attention has seen, and how many of the tokens were packed.
+
+    Keys and values count half each. Layers with a stock cache count as not quantized.
+    """
+
+    total: float = 0
+    quantized: float = 0
+
+    @property
+    def share(self) -> float:
+        """Quantized share of what was attended; 0 before anything was."""
+        return self.quantized / self.total if self.total else 0.0
+
+    def reset(self) -> None:
+        self.total = self.quantized = 0
+
+
+class MixedCache(Cache):
+    """A transformers cache that stores each layer's keys and values at the bits of a plan.
+
+    Pass it as `past_key_values` to an unpatched model:
+
+        cache = MixedCache.from_plan(plan, model.config)
+        model.generate(**inputs, past_key_values=cache)
+
+    Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.attended = Attended()
+
+    @classmethod
+    def from_plan(cls, plan: Plan, config: PreTrainedConfig, reserve: int | None = None) -> MixedCache:
+        """An empty cache.
+
+        Args:
+            config: of the model that will use it.
+            reserve: tokens it will hold in all, if known: storage is then allocated once.
+
+        Raises:
+            PlanError: if the plan does not fit the model's layers.
+        """
+        stock, layers = stock_layers(config), unquantized_cache(config).layers
+        if len(layers) != plan.model.layers:
+            raise PlanError(f"the plan has {plan.model.layers} layers and the model {len(layers)}")
+        if wrong := sorted(set(plan.layers) & set(stock)):
+            kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
+            raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
+        for index, layer in plan.layers.items():
+            layers[index] = MixedLayer(index, layer, plan.cache, reserve or 0)
+        return cls(layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values `[B, H_kv, S, D]`; returns all of them, `[B, H_kv, T, D]`."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._count(keys, values, key_states)
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use by all layers."""
+        return cache_nbytes(self)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes held by all layers, with the room to grow."""
+        return sum(getattr(layer, "allocated_bytes", 0) or _stock_nbytes(layer) for layer in self.layers)
+
+    def _count(self, keys: Tensor, values: Tensor, new: Tensor) -> None:
+        batch, _, queries, _ = new.shape
+        self.attended.total += batch * queries * (keys.shape[2] - (queries - 1) / 2)
+        for returned in (keys, values):
+            segments = getattr(returned, "segments", None)
+            if segments is not None:
+                self.attended.quantized += batch * queries * segments.packed_tokens / 2
+
+
+def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The cache that transformers itself would use."""
+    return DynamicCache(config=config)
+
+
+def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
+    """Layers that have no full attention of their own, and of which kind they are."""
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return {index: kind for index, kind in enumerate(kinds) if kind != _QUANTIZABLE}
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes in use by any transformers cache, quantized or not."""
+    return sum(
+        layer.nbytes if isinstance(layer, MixedLayer) else _stock_nbytes(layer) for layer in cache.layers
+    )
+
+
+def _stock_nbytes(layer: Any) -> int:
+    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.ndim > 1]
+    return sum(tensor.nbytes for tensor in tensors)

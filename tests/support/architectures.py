@@ -1,0 +1,70 @@
+"""Small, randomly initialised models of many families, built from their configurations."""
+
+import torch
+import transformers
+
+VOCABULARY = 199
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
+_SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+CONFIGS = {
+    "llama": ("LlamaConfig", _GQA),
+    "mistral": ("MistralConfig", {**_GQA, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", _COMMON | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", _GQA),
+    "gemma2": ("Gemma2Config", {**_GQA, **_SLIDING, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3TextConfig", {**_GQA, **_SLIDING, "query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3Config", _COMMON | {"num_key_value_heads": 2, "sliding_window": None}),
+    "gpt_neox": ("GPTNeoXConfig", _COMMON),
+    "falcon": ("FalconConfig", {**_COMMON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_oss": ("GptOssConfig", {**_GQA, **_SLIDING, **_EXPERTS}),
+}
+NO_KVMIX_ATTENTION = {"falcon"}
+"""Families that do not go through transformers' attention interface: handles carry them."""
+NO_SDPA = {"gemma2", "gpt_oss"}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model with weights large enough for attention to be far from uniform."""
+    class_name, options = CONFIGS[name]
+    config = getattr(transformers, class_name)(**options)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+            elif "sinks" in parameter_name:
+                parameter.normal_(0, 1)
+    if name == "qwen2":
+        _spike_key_biases(model)
+    return model.to(dtype).eval()
+
+
+def implementations(name: str) -> list[str]:
+    """The attention implementations this family can run under."""
+    known = ["eager"]
+    if name not in NO_SDPA:
+        known.append("sdpa")
+    if name not in NO_KVMIX_ATTENTION:
+        known.append("kvmix")
+    return known
+
+
+def _spike_key_biases(model: transformers.PreTrainedModel) -> None:
+    """Qwen2's first and last layers have key biases of several hundred on a few channels (transformers#35185)."""
+    with torch.no_grad():
+        for layer in (model.model.layers[0], model.model.layers[-1]):
+            layer.self_attn.k_proj.bias[::7] = 200.0
