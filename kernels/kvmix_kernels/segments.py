@@ -82,7 +82,7 @@ class Segments:
             parts.append(self.sink[:, :, start:stop].to(dtype))
         if self.packed is not None and start < last and stop > first:
             parts.append(self.packed.read(max(start, first) - first, min(stop, last) - first, dtype))
-        if stop > last:
+        if stop > last or not parts:
             parts.append(self.tail[:, :, max(0, start - last) : stop - last].to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

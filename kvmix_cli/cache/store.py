@@ -104,7 +104,7 @@ class Store:
         if pages_kept < self._words.length:
             self._reopen(pages_kept, keep)
         else:
-            self._tail.truncate(keep - self.sinks - self.packed_tokens)
+            self._tail.truncate(max(0, keep - self.sinks - self.packed_tokens))
         self._sink.truncate(keep)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 import transformers
+from reference import dense_attention
+from transformers.masking_utils import sdpa_mask
 
 VOCABULARY = 199
 _COMMON = {
@@ -50,6 +52,8 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> trans
                 parameter.normal_(0, 1)
     if name == "qwen2":
         _spike_key_biases(model)
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
 
 
@@ -61,6 +65,20 @@ def implementations(name: str) -> list[str]:
     if name not in NO_KVMIX_ATTENTION:
         known.append("kvmix")
     return known
+
+
+def reference_implementation(name: str, implementation: str) -> str:
+    """What to compare an implementation with: itself under `eager` (it rounds to float32), else dense float64."""
+    return implementation if implementation == "eager" or name in NO_KVMIX_ATTENTION else "dense64"
+
+
+def _dense64(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    output = dense_attention(query, key, value, scaling, attention_mask, softcap, s_aux)
+    return output.transpose(1, 2).contiguous().to(query.dtype), None
+
+
+transformers.AttentionInterface.register("dense64", _dense64)
+transformers.AttentionMaskInterface.register("dense64", sdpa_mask)
 
 
 def _spike_key_biases(model: transformers.PreTrainedModel) -> None:
