@@ -87,5 +87,5 @@ class Segments:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def dequantize(self) -> Tensor:
-        """All of it as one plain tensor `[B, H_kv, T, D]` in the tail's dtype. Costs what the cache was made to save."""
+        """All of it as one plain tensor `[B, H_kv, T, D]` in the tail's dtype; costs what the cache is made to save."""
         return self.read(0, self.shape[2], self.tail.dtype)

@@ -21,11 +21,9 @@ class Handle(Tensor):
     _plain: Tensor | None
 
     @staticmethod
-    def __new__(cls, segments: Segments) -> Handle:
+    def __new__(cls: type[Handle], segments: Segments) -> Handle:
         tail = segments.tail
-        handle: Handle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, segments.shape, dtype=tail.dtype, device=tail.device
-        )
+        handle: Handle = torch.Tensor._make_wrapper_subclass(cls, segments.shape, dtype=tail.dtype, device=tail.device)
         handle.segments = segments
         handle._plain = None
         return handle
@@ -33,14 +31,14 @@ class Handle(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Handle(shape={list(self.shape)}, packed={self.segments.packed_tokens})"
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The plain tensor; kept for the handle's life, which is one layer of one forward."""
         if self._plain is None:
             self._plain = self.segments.dequantize()
         return self._plain
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         def plain(value: Any) -> Any:

@@ -56,9 +56,7 @@ class MixedLayer(CacheLayerMixin):
         if self._stores is None:
             self.lazy_initialization(key_states, value_states)
         first = self.get_seq_length() == 0
-        keys, values = (
-            store.append(new) for store, new in zip(self.stores, (key_states, value_states), strict=True)
-        )
+        keys, values = (store.append(new) for store, new in zip(self.stores, (key_states, value_states), strict=True))
         if first:
             return key_states, value_states
         if keys.packed is None and values.packed is None and keys.sink is None and values.sink is None:

@@ -111,9 +111,7 @@ def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes in use by any transformers cache, quantized or not."""
-    return sum(
-        layer.nbytes if isinstance(layer, MixedLayer) else _stock_nbytes(layer) for layer in cache.layers
-    )
+    return sum(layer.nbytes if isinstance(layer, MixedLayer) else _stock_nbytes(layer) for layer in cache.layers)
 
 
 def _stock_nbytes(layer: Any) -> int:

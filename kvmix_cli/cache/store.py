@@ -164,7 +164,9 @@ class Store:
                 f"{self.name}: values up to {pages.abs().max().item():.3g} do not fit {self.settings.scale_dtype} "
                 "scales; set `scale_dtype: bfloat16` in the plan's cache section"
             )
-        return f"{self.name}: NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
+        return (
+            f"{self.name}: NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
+        )
 
     def _reopen(self, pages_kept: int, keep: int) -> None:
         """Cut the store inside its packed pages: the rest of the cut page becomes the tail."""

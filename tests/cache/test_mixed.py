@@ -60,7 +60,9 @@ def test_the_kvmix_attention_never_dequantizes_the_whole_cache(monkeypatch):
     monkeypatch.setattr(naive, "TOKENS_PER_TILE", 64)
     sizes = []
     read = Packed.read
-    monkeypatch.setattr(Packed, "read", lambda self, start, stop, dtype: sizes.append(stop - start) or read(self, start, stop, dtype))
+    monkeypatch.setattr(
+        Packed, "read", lambda self, start, stop, dtype: sizes.append(stop - start) or read(self, start, stop, dtype)
+    )
     model = build("llama", torch.float32)
     model.set_attn_implementation("kvmix")
     cache = MixedCache.from_plan(Plan.uniform(INFO, 2, 2), model.config)

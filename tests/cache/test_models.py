@@ -21,9 +21,7 @@ def plan_for(model, settings="recent", widths=None) -> Plan:
     config = model.config
     stock = stock_layers(config)
     heads = getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None)
-    info = ModelInfo(
-        id="test", layers=4, kv_heads=heads or config.num_attention_heads, head_dim=16, stock=stock
-    )
+    info = ModelInfo(id="test", layers=4, kv_heads=heads or config.num_attention_heads, head_dim=16, stock=stock)
     layers = {}
     for position, index in enumerate(info.quantizable):
         k, v = widths or MIXED[position % len(MIXED)]
@@ -67,7 +65,7 @@ def test_every_family_equals_the_reference(family, settings):
             model.set_attn_implementation(implementation)
             cache = MixedCache.from_plan(plan, model.config)
             got = teacher_forced(model, cache, tokens, steps)
-            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, msg=lambda text: f"{implementation}, {steps}: {text}")
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
             assert cache.attended.share > 0
 
 
@@ -134,7 +132,11 @@ def test_generation_through_packed_pages_equals_the_reference(family, options):
 @pytest.mark.parametrize("assisted", ["prompt lookup", "assistant"])
 def test_speculative_decoding_at_16_bits_is_the_stock_cache_and_runs_quantized(assisted):
     model = build("llama", torch.float32)
-    helper = {"prompt_lookup_num_tokens": 3} if assisted == "prompt lookup" else {"assistant_model": build("llama", torch.float32, seed=1)}
+    helper = (
+        {"prompt_lookup_num_tokens": 3}
+        if assisted == "prompt lookup"
+        else {"assistant_model": build("llama", torch.float32, seed=1)}
+    )
     prompt = ids(1, batch=1).repeat(1, 60)
     expected = generate(model, unquantized_cache(model.config), prompt)
     exact = MixedCache.from_plan(plan_for(model, widths=(16, 16)), model.config)

@@ -133,7 +133,7 @@ def test_nan_and_inf_are_named_with_their_layer(bad):
 
 
 def test_values_beyond_float16_say_what_to_do():
-    with pytest.raises(QuantizationError, match="layer 0 keys: values up to .*`scale_dtype: bfloat16`"):
+    with pytest.raises(QuantizationError, match=r"layer 0 keys: values up to .*`scale_dtype: bfloat16`"):
         store().append(tokens(300) * 1e6)
 
 

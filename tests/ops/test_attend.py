@@ -47,7 +47,9 @@ def relative_rms(got, expected):
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=80, deadline=None)
-def test_equals_dense_attention(k_bits, v_bits, sinks, k_pages, v_pages, queries, ratio, masking, softcap, logits, seed):
+def test_equals_dense_attention(
+    k_bits, v_bits, sinks, k_pages, v_pages, queries, ratio, masking, softcap, logits, seed
+):
     torch.manual_seed(seed)
     tokens = sinks + 16 * max(k_pages, v_pages) + queries + seed % 5
     key = segments("key", k_bits, sinks, k_pages, tokens - sinks - 16 * k_pages)
@@ -83,7 +85,9 @@ def test_never_reads_more_than_a_tile(monkeypatch):
     monkeypatch.setattr(naive, "TOKENS_PER_TILE", 32)
     read = Packed.read
     sizes = []
-    monkeypatch.setattr(Packed, "read", lambda self, start, stop, dtype: sizes.append(stop - start) or read(self, start, stop, dtype))
+    monkeypatch.setattr(
+        Packed, "read", lambda self, start, stop, dtype: sizes.append(stop - start) or read(self, start, stop, dtype)
+    )
     key, value = (segments(kind, 2, 0, 12, 5) for kind in ("key", "value"))
     attend(torch.randn(2, 2, 1, 32), key, value, scaling=1.0)
     assert max(sizes) == 32

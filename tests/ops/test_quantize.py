@@ -135,7 +135,8 @@ def test_three_bits_are_three_bits():
 
 
 @pytest.mark.parametrize(
-    "change", [{"kind": "query"}, {"bits": 5}, {"head_dim": 24}, {"page": 0}, {"group_size": 0}, {"scale_dtype": "int8"}]
+    "change",
+    [{"kind": "query"}, {"bits": 5}, {"head_dim": 24}, {"page": 0}, {"group_size": 0}, {"scale_dtype": "int8"}],
 )
 def test_impossible_layouts_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -18,7 +18,19 @@ FLOORS = [
     {"main"},
 ]
 SIBLINGS_APART = FLOORS[2]
-NO_TORCH = ["main", "console", "state", "errors", "files", "windows", "plan", "profile", "budget", "noise", "allocation"]
+NO_TORCH = [
+    "main",
+    "console",
+    "state",
+    "errors",
+    "files",
+    "windows",
+    "plan",
+    "profile",
+    "budget",
+    "noise",
+    "allocation",
+]
 ONLY = {
     "transformers.cache_utils": "cache",
     "optimum": "evaluation",
@@ -105,5 +117,7 @@ def test_nothing_shadows_the_kernels_of_hugging_face():
 
 
 def test_files_stay_small():
-    long = {str(relative): lines for _, relative, path in modules() if (lines := len(path.read_text().splitlines())) > 400}
+    long = {
+        str(relative): lines for _, relative, path in modules() if (lines := len(path.read_text().splitlines())) > 400
+    }
     assert not long

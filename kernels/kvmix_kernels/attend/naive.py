@@ -127,7 +127,5 @@ def _by_query_tiles(
         else:
             rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
         tile = query[:, :, start:stop]
-        outputs.append(
-            attend(tile, key, value, scaling=scaling, mask=rows, softcap=softcap, sinks=sinks)
-        )
+        outputs.append(attend(tile, key, value, scaling=scaling, mask=rows, softcap=softcap, sinks=sinks))
     return torch.cat(outputs, dim=2)

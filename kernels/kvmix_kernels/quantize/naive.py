@@ -2,7 +2,8 @@
 
 Asymmetric round-to-nearest in groups (KVmix, arXiv 2506.08018, section 3.3; the KIVI scheme):
 
-    scale = (max - min) / (2^bits - 1)      zero = min      code = round((x - zero) / scale)      x' = code * scale + zero
+    scale = (max - min) / (2^bits - 1)      zero = min
+    code = round((x - zero) / scale)        x' = code * scale + zero
 
 Codes are computed against the scale and zero *as stored*, so that `|x - x'| <= scale / 2` up to their rounding.
 A scale too small for float16 is stored as 0 and the group decodes to its minimum. NaN and Inf reach the scales.
