@@ -56,13 +56,13 @@ def mean_bits(
     kind: Kind | None = None,
 ) -> float:
     """Mean bits per element over layers, of keys, of values, or (by default) of both."""
-    kinds: tuple[Kind, ...] = ("key", "value") if kind is None else (kind,)
-    total = sum(
-        tensor_bits(layer.k if kind == "key" else layer.v, kind, cache, model.head_dim, count)
+    bits = [
+        tensor_bits(tensor, of, cache, model.head_dim, count)
         for layer in layers.values()
-        for kind in kinds
-    )
-    return total / (len(layers) * len(kinds)) if layers else 0.0
+        for tensor, of in layer.tensors
+        if kind in (None, of)
+    ]
+    return sum(bits) / len(bits) if bits else 0.0
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,47 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
     return cache.window.due(max(0, context - cache.sink), bits, cache.page)
 
 
+def tensor_bytes(
+    tensor: TensorPlan,
+    kind: Kind,
+    cache: CacheSettings,
+    model: ModelInfo,
+    context: int,
+    batch: int = 1,
+    element_bytes: int = 2,
+) -> CacheBytes:
+    """Bytes of one layer's keys or values after a prompt of `context` tokens."""
+    layout = page_layout(tensor, kind, cache, model.head_dim)
+    tokens = packed_tokens(context, tensor.bits, cache)
+    heads = batch * model.kv_heads
+    packed = 0 if layout is None else tokens // cache.page * layout.nbytes
+    return CacheBytes(heads * packed, heads * (context - tokens) * model.head_dim * element_bytes)
+
+
 def cache_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> CacheBytes:
     """Bytes of the planned layers after a prompt of `context` tokens.
 
     Args:
         element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
     """
-    packed = full = 0
-    for layer in plan.layers.values():
-        for tensor, kind in ((layer.k, "key"), (layer.v, "value")):
-            layout = page_layout(tensor, kind, plan.cache, plan.model.head_dim)  # type: ignore[arg-type]
-            tokens = packed_tokens(context, tensor.bits, plan.cache)
-            packed += 0 if layout is None else tokens // plan.cache.page * layout.nbytes
-            full += (context - tokens) * plan.model.head_dim * element_bytes
-    heads = batch * plan.model.kv_heads
-    return CacheBytes(packed * heads, full * heads)
+    parts = [
+        tensor_bytes(tensor, kind, plan.cache, plan.model, context, batch, element_bytes)
+        for layer in plan.layers.values()
+        for tensor, kind in layer.tensors
+    ]
+    return CacheBytes(sum(part.packed for part in parts), sum(part.full for part in parts))
 
 
 def full_precision_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> int:
     """Bytes of the planned layers, unquantized."""
     per_token = 2 * plan.model.kv_heads * plan.model.head_dim * element_bytes
     return batch * context * per_token * len(plan.layers)
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 GiB`; three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.0f} TiB" if count >= 999.5 else f"{count:.3g} TiB"

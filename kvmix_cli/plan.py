@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from . import budget
-from .errors import DocumentError, PlanError
-from .files import Document, flow, parse_yaml, read_yaml, validate, write_text
+from .errors import PlanError
+from .files import Document, Fault, Faults, flow, head_comment, read_yaml, reason, validate, write_text
 from .windows import Recent, Window
 
-FORMAT = "kvmix-plan/1"
+FORMAT: Final = "kvmix-plan/1"
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
-GroupSize = int | Literal["row"]
+BITS_TOLERANCE = 0.005
+"""Files may state their bits rounded to two decimals."""
+
+
+def _group_size(size: Any) -> Any:
+    if size != "row" and (type(size) is not int or size < 8):
+        raise ValueError(f"must be a number of at least 8 or 'row', got {size!r}")
+    return size
+
+
+GroupSize = Annotated[int | Literal["row"], BeforeValidator(_group_size)]
 
 
 class _Frozen(BaseModel):
@@ -64,13 +75,8 @@ class TensorPlan(_Frozen):
     @classmethod
     def _known(cls, bits: int) -> int:
         if bits not in WIDTHS:
-            raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
+            raise ValueError(f"must be one of {_known_widths()}, got {bits}")
         return bits
-
-    @field_validator("group_size")
-    @classmethod
-    def _positive(cls, size: GroupSize | None) -> GroupSize | None:
-        return _check_group(size)
 
 
 class LayerPlan(_Frozen):
@@ -78,6 +84,11 @@ class LayerPlan(_Frozen):
 
     k: TensorPlan
     v: TensorPlan
+
+    @property
+    def tensors(self) -> tuple[tuple[TensorPlan, Kind], tuple[TensorPlan, Kind]]:
+        """Both, each with its kind."""
+        return (self.k, "key"), (self.v, "value")
 
 
 class CacheSettings(_Frozen):
@@ -96,12 +107,6 @@ class CacheSettings(_Frozen):
     group_size: GroupSize = 64
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
     window: Window = Field(default_factory=Recent)
-
-    @field_validator("group_size")
-    @classmethod
-    def _positive(cls, size: GroupSize) -> GroupSize:
-        checked = _check_group(size)
-        return size if checked is None else checked
 
 
 class Bits(_Frozen):
@@ -123,19 +128,22 @@ class Plan(_Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Plan:
-        expected = set(self.model.quantizable)
-        faults = []
-        if missing := sorted(expected - set(self.layers)):
-            faults.append(f"no entry for layer {_ranges(missing)}")
-        if extra := sorted(set(self.layers) - expected):
-            faults.append(f"layer {_ranges(extra)} cannot be planned: the model has layers 0-{self.model.layers - 1}")
-        if faults:
-            raise ValueError("; ".join(faults))
-        for name in ("nominal", "stored"):
-            stated, real = getattr(self.bits, name), budget.mean_bits(self.layers, self.cache, self.model, name)
-            if not abs(stated - real) < 0.005:
-                raise ValueError(f"bits.{name} is {stated:g} but the layers amount to {real:.4f}")
+        faults = [(("layers", *at), message) for at, message in coverage(self.model, self.layers)]
+        if faults := faults or list(self._misstated()):
+            raise Faults(faults)
         return self
+
+    def _misstated(self) -> Iterator[Fault]:
+        """Bits at the head of a file that are not those of its layers, or that no layer can have."""
+        for name in ("nominal", "stored"):
+            try:
+                real = budget.mean_bits(self.layers, self.cache, self.model, name)
+            except ValueError as error:
+                yield ("model",), str(error)
+                return
+            stated = getattr(self.bits, name)
+            if not abs(stated - real) < BITS_TOLERANCE:
+                yield ("bits", name), f"bits.{name} is {stated:g} but the layers amount to {real:.4f}"
 
     @classmethod
     def build(
@@ -148,12 +156,10 @@ class Plan(_Frozen):
         """A plan from its decisions; the bits are worked out. Raises PlanError if they do not fit together."""
         cache = cache or CacheSettings()
         try:
-            stated = {
-                name: round(budget.mean_bits(layers, cache, model, name), 4) for name in ("nominal", "stored")
-            }
-            return cls(model=model, layers=layers, cache=cache, provenance=provenance or {}, bits=Bits(**stated))
+            bits = Bits(**_count_bits(layers, cache, model))
+            return cls(model=model, layers=layers, cache=cache, provenance=provenance or {}, bits=bits)
         except ValueError as error:
-            raise PlanError(f"no plan for {model.id}: {_reason(error)}") from error
+            raise PlanError(f"no plan for {model.id}: {reason(error)}") from error
 
     @classmethod
     def uniform(cls, model: ModelInfo, k_bits: int, v_bits: int, cache: CacheSettings | None = None) -> Plan:
@@ -170,7 +176,7 @@ class Plan(_Frozen):
         try:
             layers = _parse_short(text)
         except ValueError as error:
-            raise PlanError(f"'{text}' is no plan: {error}") from error
+            raise PlanError(f"'{text}' is no plan: {reason(error)}") from error
         layers = {index: layer for index, layer in layers.items() if index not in model.stock}
         return cls.build(model, layers, cache, {"method": "short form"})
 
@@ -178,22 +184,34 @@ class Plan(_Frozen):
     def load(cls, path: Path) -> Plan:
         """Read a plan file. Raises DocumentError with every fault and its line."""
         document = read_yaml(path)
+        document.check_format(FORMAT)
         _expand_short(document)
-        if isinstance(document.data, dict) and document.data.get("format") != FORMAT:
-            found = document.data.get("format")
-            document.fail([(("format",), f"format must be '{FORMAT}', got {found!r}")])
-        return validate(document, cls)
+        return validate(document, cls, _uncovered(document.data))
 
     @classmethod
     def from_kvtuner(cls, path: Path, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
-        """Read KVTuner's preset YAML (`0: {nbits_key: 8, nbits_value: 4}`) for a model. Raises DocumentError."""
+        """Read KVTuner's preset YAML (`0: {nbits_key: 8, nbits_value: 4}`) for a model.
+
+        Layers with a stock cache may be covered; they keep it.
+
+        Raises:
+            DocumentError: with every fault and its line.
+            PlanError: if the model's heads cannot be packed.
+        """
         document = read_yaml(path)
         if not is_kvtuner(document):
-            document.fail([((), "not a KVTuner preset: expected `LAYER: {nbits_key: N, nbits_value: N}`")])
-        layers = {
-            int(index): LayerPlan(k=TensorPlan(bits=pair["nbits_key"]), v=TensorPlan(bits=pair["nbits_value"]))
+            raise document.error([((), "not a KVTuner preset: expected `LAYER: {nbits_key: N, nbits_value: N}`")])
+        pairs = {int(index): pair for index, pair in document.data.items() if int(index) not in model.stock}
+        faults = list(coverage(model, pairs))
+        faults += [
+            ((index, key), f"{index}.{key}: must be one of {_known_widths()}, got {bits!r}")
             for index, pair in document.data.items()
-        }
+            for key, bits in pair.items()
+            if type(bits) is not int or bits not in WIDTHS
+        ]
+        if faults:
+            raise document.error(faults)
+        layers = {index: _layer(pair["nbits_key"], pair["nbits_value"]) for index, pair in sorted(pairs.items())}
         return cls.build(model, layers, cache, {"method": "kvtuner"})
 
     def save(self, path: Path, command: str = "") -> Path:
@@ -202,10 +220,10 @@ class Plan(_Frozen):
 
     def to_yaml(self, command: str = "") -> str:
         """The plan as it is written to files."""
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"layers"})
+        data = self.model_dump(exclude_none=True, exclude={"layers"})
         if not self.model.stock:
             data["model"].pop("stock")
-        lines = [f"# {line}" for line in command.splitlines()]
+        lines = head_comment(command)
         lines += [f"{key}: {flow(value)}" for key, value in data.items()]
         lines.append("layers:")
         for index, layer in sorted(self.layers.items()):
@@ -213,21 +231,29 @@ class Plan(_Frozen):
         return "\n".join(lines) + "\n"
 
     @property
+    def runs(self) -> list[tuple[int, int, LayerPlan]]:
+        """Neighbouring layers that are stored alike: first, last and how."""
+        runs: list[tuple[int, int, LayerPlan]] = []
+        for index, layer in sorted(self.layers.items()):
+            if runs and runs[-1][1:] == (index - 1, layer):
+                runs[-1] = (runs[-1][0], index, layer)
+            else:
+                runs.append((index, index, layer))
+        return runs
+
+    @property
     def short(self) -> str:
         """The plan's widths in the short form; layers with a stock cache are left out."""
-        runs: list[list[Any]] = []
-        for index, layer in sorted(self.layers.items()):
-            widths = f"k{layer.k.bits}v{layer.v.bits}"
-            if runs and runs[-1][2] == widths and runs[-1][1] == index - 1:
-                runs[-1][1] = index
-            else:
-                runs.append([index, index, widths])
-        return ",".join(f"{a}:{w}" if a == b else f"{a}-{b}:{w}" for a, b, w in runs)
+        return ",".join(
+            f"{first}:{widths}" if first == last else f"{first}-{last}:{widths}"
+            for first, last, layer in self.runs
+            for widths in (f"k{layer.k.bits}v{layer.v.bits}",)
+        )
 
     @property
     def sha256(self) -> str:
         """Of everything that changes what the cache does."""
-        decided = self.model_dump(mode="json", include={"model", "cache", "layers"})
+        decided = self.model_dump(include={"model", "cache", "layers"})
         return hashlib.sha256(flow(decided).encode()).hexdigest()
 
     def check_model(self, model: ModelInfo) -> None:
@@ -258,49 +284,81 @@ def is_kvtuner(document: Document) -> bool:
     )
 
 
-def _check_group(size: GroupSize | None) -> GroupSize | None:
-    if isinstance(size, int) and size < 8:
-        raise ValueError(f"group_size must be at least 8 or 'row', got {size}")
-    return size
+def coverage(model: ModelInfo, layers: Collection[int]) -> Iterator[Fault]:
+    """What keeps a set of layers from being exactly the ones that a plan or profile of this model is about."""
+    expected = set(model.quantizable)
+    if missing := sorted(expected - set(layers)):
+        yield (), f"no entry for layer {_ranges(missing)}"
+    for layer in sorted(set(layers) - expected):
+        kind = model.stock.get(layer)
+        keeps = f"it keeps its {kind} cache" if kind else f"the model has layers 0-{model.layers - 1}"
+        yield (layer,), f"layer {layer} cannot be planned: {keeps}"
+
+
+def _uncovered(data: Any) -> list[Fault]:
+    """The coverage of a file that may have other faults, as far as it can be told."""
+    layers, model = data.get("layers"), data.get("model")
+    try:
+        info = ModelInfo.model_validate(model)
+    except ValueError:
+        return []
+    if not isinstance(layers, dict) or not all(type(layer) is int for layer in layers):
+        return []
+    return [(("layers", *at), message) for at, message in coverage(info, layers)]
+
+
+def _layer(k_bits: int, v_bits: int) -> LayerPlan:
+    return LayerPlan(k=TensorPlan(bits=k_bits), v=TensorPlan(bits=v_bits))
 
 
 def _parse_short(text: str) -> dict[int, LayerPlan]:
     layers: dict[int, LayerPlan] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?:k(\d+)v(\d+)\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?:k(\d{1,2})v(\d{1,2})\s*", part, re.ASCII)
         if not match:
             raise ValueError(f"'{part.strip()}' is not of the form FIRST-LAST:kBITSvBITS")
-        first, last, k_bits, v_bits = (int(number) if number else None for number in match.groups())
-        for index in range(first or 0, (first if last is None else last) + 1):  # type: ignore[operator]
-            if index in layers:
-                raise ValueError(f"layer {index} is given twice")
-            layers[index] = LayerPlan(k=TensorPlan(bits=k_bits), v=TensorPlan(bits=v_bits))  # type: ignore[arg-type]
+        first, k_bits, v_bits = (int(match[group]) for group in (1, 3, 4))
+        last = first if match[2] is None else int(match[2])
+        if last < first:
+            raise ValueError(f"'{part.strip()}' ends before it begins")
+        if twice := sorted(layers.keys() & range(first, last + 1)):
+            raise ValueError(f"layer {_ranges(twice)} is given twice")
+        layers.update(dict.fromkeys(range(first, last + 1), _layer(k_bits, v_bits)))
     return layers
 
 
 def _expand_short(document: Document) -> None:
     """A file may give its layers in the short form, and then need not state the bits."""
     data = document.data
-    if not isinstance(data, dict) or not isinstance(data.get("layers"), str):
+    if not isinstance(data.get("layers"), str):
         return
     try:
         layers = _parse_short(data["layers"])
-        model = ModelInfo.model_validate(data.get("model"))
-        cache = CacheSettings.model_validate(data.get("cache", {}))
     except ValueError as error:
-        document.fail([(("layers",), _reason(error))])
-        raise AssertionError from error
-    layers = {index: layer for index, layer in layers.items() if index not in model.stock}
+        raise document.error([(("layers",), f"layers: {reason(error)}")]) from error
+    stock = data["model"].get("stock") if isinstance(data.get("model"), dict) else None
+    layers = {index: layer for index, layer in layers.items() if not isinstance(stock, dict) or index not in stock}
     data["layers"] = {index: layer.model_dump() for index, layer in layers.items()}
     if "bits" not in data:
-        data["bits"] = {name: budget.mean_bits(layers, cache, model, name) for name in ("nominal", "stored")}
+        data["bits"] = _bits_if_valid(layers, data)
 
 
-def _reason(error: ValueError) -> str:
-    faults = getattr(error, "errors", None)
-    if faults is None:
-        return str(error)
-    return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in faults())
+def _bits_if_valid(layers: dict[int, LayerPlan], data: dict[str, Any]) -> dict[str, float]:
+    """Bits of a file that does not state them; anything, if validation is going to refuse the file."""
+    try:
+        cache = CacheSettings.model_validate(data.get("cache", {}))
+        return _count_bits(layers, cache, ModelInfo.model_validate(data.get("model")))
+    except ValueError:
+        return {"nominal": 0.0, "stored": 0.0}
+
+
+def _count_bits(layers: dict[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> dict[str, float]:
+    counts: tuple[budget.Count, ...] = ("nominal", "stored")
+    return {count: round(budget.mean_bits(layers, cache, model, count), 6) for count in counts}
+
+
+def _known_widths() -> str:
+    return ", ".join(map(str, WIDTHS))
 
 
 def _ranges(indices: list[int]) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import DocumentError
-from .files import flow, read_yaml, validate, write_text
-from .plan import ModelInfo
+from .files import Faults, flow, head_comment, read_yaml, validate, write_text
+from .plan import ModelInfo, coverage
 
-FORMAT = "kvmix-profile/1"
+FORMAT: Final = "kvmix-profile/1"
 
 
 class _Frozen(BaseModel):
@@ -69,25 +69,27 @@ class Profile(_Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Profile:
-        expected = set(self.model.quantizable)
-        for name, score in self.scores.items():
-            if wrong := sorted(expected ^ set(score.layers)):
-                raise ValueError(f"score '{name}' and the model disagree about layers {wrong}")
+        faults = [
+            (("scores", name, "layers", *at), f"score '{name}': {message}")
+            for name, score in self.scores.items()
+            for at, message in coverage(self.model, score.layers)
+        ]
+        if faults:
+            raise Faults(faults)
         return self
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read a profile file. Raises DocumentError with every fault and its line."""
         document = read_yaml(path)
-        if isinstance(document.data, dict) and document.data.get("format") != FORMAT:
-            found = document.data.get("format")
-            document.fail([(("format",), f"format must be '{FORMAT}', got {found!r}")])
+        document.check_format(FORMAT)
         return validate(document, cls)
 
     def score(self, name: str) -> Score:
         """A score by name. Raises DocumentError if the profile does not hold it."""
         if name not in self.scores:
-            raise DocumentError(f"profile of {self.model.id}", [f"has no score '{name}', only {', '.join(self.scores)}"])
+            known = ", ".join(self.scores)
+            raise DocumentError(f"profile of {self.model.id}", [f"it has no score '{name}', only {known}"])
         return self.scores[name]
 
     def save(self, path: Path, command: str = "") -> Path:
@@ -96,10 +98,10 @@ class Profile(_Frozen):
 
     def to_yaml(self, command: str = "") -> str:
         """The profile as it is written to files."""
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"scores"})
+        data = self.model_dump(exclude_none=True, exclude={"scores"})
         if not self.model.stock:
             data["model"].pop("stock")
-        lines = [f"# {line}" for line in command.splitlines()]
+        lines = head_comment(command)
         lines += [f"{key}: {flow(value)}" for key, value in data.items()]
         lines.append("scores:")
         for name, score in self.scores.items():

@@ -23,6 +23,11 @@ class _Window(BaseModel):
         """Tokens of a tail of `tail` that stay in full precision."""
         raise NotImplementedError
 
+    @property
+    def short(self) -> str:
+        """As on the command line; `parse_window` reads it."""
+        raise NotImplementedError
+
     def due(self, tail: int, bits: int, page: int) -> int:
         """Tokens of a tail of `tail` that must be packed now: whole pages, oldest first."""
         return max(0, tail - self.keep(tail, bits)) // page * page
@@ -36,6 +41,10 @@ class Recent(_Window):
 
     def keep(self, tail: int, bits: int) -> int:
         return self.tokens
+
+    @property
+    def short(self) -> str:
+        return f"recent:{self.tokens}"
 
 
 class Rpc(_Window):
@@ -58,6 +67,10 @@ class Rpc(_Window):
     def keep(self, tail: int, bits: int) -> int:
         return int(self.ratio[bits] * tail)
 
+    @property
+    def short(self) -> str:
+        return "rpc"
+
 
 class NoWindow(_Window):
     """Nothing but the page that is filling up."""
@@ -66,6 +79,10 @@ class NoWindow(_Window):
 
     def keep(self, tail: int, bits: int) -> int:
         return 0
+
+    @property
+    def short(self) -> str:
+        return "none"
 
 
 Window = Annotated[Recent | Rpc | NoWindow, Field(discriminator="kind")]

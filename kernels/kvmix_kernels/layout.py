@@ -11,7 +11,7 @@ row `c` is row `j * rows / E + c`. Every field is then a contiguous slice of the
 unpacks by masking and never gathers. 3-bit codes are a 2-bit plane followed by a 1-bit plane: exactly 3 bits.
 
     words   int16          [rows * bits / 16, columns]
-    scales  scale_dtype    [2, rows, groups]            scale and zero (the group's minimum)
+    scales  scale_dtype    [2, groups, rows]            scale and zero (the group's minimum)
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PageLayout:
     @property
     def scales_shape(self) -> tuple[int, int, int]:
         """Shape of a page's scales and zeros."""
-        return (2, self.rows, self.groups)
+        return (2, self.groups, self.rows)
 
     @property
     def nbytes(self) -> int:

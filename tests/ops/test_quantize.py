@@ -72,7 +72,7 @@ def test_error_is_at_most_half_a_scale(layout, seed, spread):
     matrix = pages.transpose(-1, -2) if layout.kind == "key" else pages
     codes, scales = encode(matrix, layout)
     assert codes.max() <= layout.levels
-    spread_out = scales.double().repeat_interleave(layout.group, -1)[..., : layout.columns]
+    spread_out = scales.double().mT.repeat_interleave(layout.group, -1)[..., : layout.columns]
     scale, zero = spread_out.unbind(-3)
     relative, floor = SCALE_ROUNDING[layout.scale_dtype], SCALE_FLOOR[layout.scale_dtype]
     rounding = layout.levels * (scale * relative * 1.001 + floor) + zero.abs() * relative + floor

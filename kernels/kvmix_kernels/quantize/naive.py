@@ -45,7 +45,7 @@ def dequantize(words: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.d
 
 
 def encode(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, `[..., rows, columns]`) and scales (`[..., 2, rows, groups]`) of `[..., rows, columns]`."""
+    """Codes (uint8, `[..., rows, columns]`) and scales (`[..., 2, groups, rows]`) of `[..., rows, columns]`."""
     matrix = matrix.float()
     low, high = _group_range(matrix, layout)
     scale = (high - low) / layout.levels
@@ -91,14 +91,15 @@ def _orient(x: Tensor, layout: PageLayout) -> Tensor:
 
 
 def _group_range(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every group, each `[..., rows, groups]`."""
+    """Minimum and maximum of every group, each `[..., groups, rows]`."""
     parts = matrix.split(layout.group, dim=-1)
     low, high = zip(*(part.aminmax(dim=-1) for part in parts), strict=True)
-    return torch.stack(low, -1), torch.stack(high, -1)
+    return torch.stack(low, -2), torch.stack(high, -2)
 
 
 def _per_column(per_group: Tensor, layout: PageLayout) -> Tensor:
-    """Spread `[..., rows, groups]` over the columns of each group."""
+    """Spread `[..., groups, rows]` over the columns of each group: `[..., rows, columns or 1]`."""
+    per_group = per_group.transpose(-1, -2)
     if layout.groups == 1:
         return per_group
     return per_group.repeat_interleave(layout.group, dim=-1)[..., : layout.columns]
