@@ -275,7 +275,10 @@ def _message(fault: Any, location: Location) -> str:
     if fault["type"] == "value_error":
         return f"{name}: {fault['ctx']['error']}" if name else str(fault["ctx"]["error"])
     what = f"the key {name}" if last == "[key]" else name or "the file"
-    return f"{what}: {fault['msg'].replace('Input should', 'should', 1)}, got {_shown(fault['input'])}"
+    why = fault["msg"]
+    if why.startswith("Input should"):
+        return f"{what}: {why.removeprefix('Input ')}, got {_shown(fault['input'])}"
+    return f"{what}: {why[0].lower()}{why[1:]}"
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import PageLayout
-from .quantize import dequantize
+from .quantize.naive import dequantize
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def attend(
     Raises:
         ValueError: if heads or lengths do not fit together.
     """
-    _check(query, key, value)
+    check(query, key, value)
     if query.shape[2] > QUERIES_PER_TILE:
         return _by_query_tiles(query, key, value, scaling, mask, softcap, sinks)
     batch, heads, length, _ = query.shape
@@ -75,7 +75,8 @@ def attend(
     return output.view(batch, heads, length, -1).to(query.dtype)
 
 
-def _check(query: Tensor, key: Segments, value: Segments) -> None:
+def check(query: Tensor, key: Segments, value: Segments) -> None:
+    """Raise ValueError unless heads, sizes and lengths fit together."""
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"keys {list(key.shape)} and values {list(value.shape)} differ in batch, heads or tokens")
     if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:

@@ -1,0 +1,401 @@
+// Decode attention over packed pages on a CPU. Compiled once per instruction set; see native/build.py.
+//
+// A page is a matrix [rows, columns] whose rows are contracted: q·k sums over channels, p·v over tokens. With scales
+// s and zeros z of a group of columns,
+//
+//     sum_n a_n (code_nm s_n + z_n)  =  sum_n (a_n s_n) code_nm  +  sum_n a_n z_n
+//
+// so scales fold into the coefficients once a group, and the inner loop is a shift, a mask, an int-to-float and one
+// multiply-add per query row. Packed bytes are read once for up to ROWS query rows, which share a KV head.
+#include "cpu.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../native/simd.h"
+
+namespace KVMIX_ISA {
+
+constexpr int ROWS = 4;            // query rows that share an unpacked code: as many as registers allow
+constexpr int64_t MIN_SPLIT = 512; // tokens below which a thread is not worth its start
+constexpr float NEVER = -INFINITY;
+
+// acc[r][v] += sum_n a[n][r] * code[n][column..]; `a` is [rows][R], `words_at` points at the first column.
+//
+// Some fields of a word are unpacked together: more would need more pointers into `a` than there are registers, fewer
+// would load the word more often.
+template <int BITS, int R, int NV> struct Contract {
+  static constexpr int FIELDS = 16 / BITS, TOGETHER = FIELDS < 4 ? FIELDS : 4, MASK = (1 << BITS) - 1;
+
+  static inline void run(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R][NV]) {
+    const int words_per_column = rows / FIELDS;
+#pragma GCC unroll 4
+    for (int first = 0; first < FIELDS; first += TOGETHER) {
+      const float* coefficient[TOGETHER];
+      for (int j = 0; j < TOGETHER; j++) coefficient[j] = a + (first + j) * words_per_column * R;
+      for (int c = 0; c < words_per_column; c++) {
+        vi word[NV];
+        for (int v = 0; v < NV; v++) word[v] = words(words_at + c * columns + v * W);
+#pragma GCC unroll 4
+        for (int j = 0; j < TOGETHER; j++) {
+          vf code[NV];
+          for (int v = 0; v < NV; v++)
+            code[v] = __builtin_convertvector((word[v] >> ((first + j) * BITS)) & MASK, vf);
+          for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) acc[r][v] += coefficient[j][c * R + r] * code[v];
+        }
+      }
+    }
+  }
+};
+
+// Three bits: a plane of the low two bits, then a plane of the high bit. Field j of the low plane's word row c is row
+// j * rows / 8 + c, which is field 2j (or 2j + 1, from the middle of the plane on) of the high plane.
+template <int R, int NV> struct Contract<3, R, NV> {
+  static inline void run(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R][NV]) {
+    const int low_rows = rows / 8, high_rows = rows / 16;
+    const int16_t* high_plane = words_at + low_rows * columns;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 2
+      for (int first = 0; first < 8; first += 4) {
+        const float* coefficient[4];
+        for (int j = 0; j < 4; j++) coefficient[j] = a + ((first + j) * low_rows + half * high_rows) * R;
+        for (int c = 0; c < high_rows; c++) {
+          vi low[NV], high[NV];
+          for (int v = 0; v < NV; v++) {
+            low[v] = words(words_at + (half * high_rows + c) * columns + v * W);
+            high[v] = words(high_plane + c * columns + v * W);
+          }
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++) {
+            const int field = first + j;
+            vf code[NV];
+            for (int v = 0; v < NV; v++) {
+              vi bits = ((low[v] >> (2 * field)) & 3) | (((high[v] >> (2 * field + half)) & 1) << 2);
+              code[v] = __builtin_convertvector(bits, vf);
+            }
+            for (int r = 0; r < R; r++)
+              for (int v = 0; v < NV; v++) acc[r][v] += coefficient[j][c * R + r] * code[v];
+          }
+        }
+      }
+    }
+  }
+};
+
+// out[r][column] (+)= contraction + offset[r], over `columns_here` columns of one group.
+template <int BITS, int R>
+static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, int rows, const float* a,
+                           const float* offset, float* const* out, bool add) {
+  int64_t m = 0;
+  for (; m + 2 * W <= columns_here; m += 2 * W) {
+    vf acc[R][2];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++)
+        acc[r][v] = add ? load<vf>(out[r] + m + v * W) + offset[r] : splat(offset[r]);
+    Contract<BITS, R, 2>::run(words_at + m, columns, rows, a, acc);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) store(out[r] + m + v * W, acc[r][v]);
+  }
+  for (; m < columns_here; m += W) {
+    vf acc[R][1];
+    for (int r = 0; r < R; r++) acc[r][0] = add ? load<vf>(out[r] + m) + offset[r] : splat(offset[r]);
+    Contract<BITS, R, 1>::run(words_at + m, columns, rows, a, acc);
+    for (int r = 0; r < R; r++) store(out[r] + m, acc[r][0]);
+  }
+}
+
+// One thread's working memory, kept from call to call.
+struct Scratch {
+  std::vector<float> scores, rows, scales, coefficients;
+};
+
+static void widen(const void* source, int64_t dtype, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W)
+    store(out + i, dtype == FLOAT16 ? read<FLOAT16>(source, i) : read<BFLOAT16>(source, i));
+  for (; i < count; i++) {
+    uint16_t padded[W] = {static_cast<const uint16_t*>(source)[i]};
+    out[i] = (dtype == FLOAT16 ? read<FLOAT16>(padded, 0) : read<BFLOAT16>(padded, 0))[0];
+  }
+}
+
+// folded[n][r] = a[n][r] * scale[n] and offset[r] = sum_n a[n][r] * zero[n], in four independent sums.
+template <int R>
+static void fold(const float* a, const float* scale, const float* zero, int rows, float* folded, float* offset) {
+  float sums[4][R] = {};
+  for (int n = 0; n < rows; n += 4)
+    for (int i = 0; i < 4; i++)
+      for (int r = 0; r < R; r++) {
+        const float x = a[(n + i) * R + r];
+        folded[(n + i) * R + r] = x * scale[n + i];
+        sums[i][r] += x * zero[n + i];
+      }
+  for (int r = 0; r < R; r++) offset[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
+}
+
+// out[r] (+)= a[:, r] · page, for one page; `a` is [rows][R], `out[r]` has `columns` floats.
+template <int BITS, int R>
+static void contract_page(const Segments& s, int64_t b, int64_t h, int64_t page, bool is_key, const float* a,
+                          float* const* out, Scratch& scratch) {
+  const int rows = is_key ? s.dim : s.page;
+  const int64_t columns = is_key ? s.page : s.dim;
+  const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
+  const int64_t scales_at = b * s.scales_strides[0] + h * s.scales_strides[1] + page * s.scales_strides[2];
+  scratch.scales.resize(2 * s.groups * rows);
+  scratch.coefficients.resize(R * rows);
+  float* scales = scratch.scales.data();
+  float* folded = scratch.coefficients.data();
+  widen(static_cast<const uint16_t*>(s.scales) + scales_at, s.scale_dtype, 2 * s.groups * rows, scales);
+  for (int64_t g = 0; g < s.groups; g++) {
+    float offset[R];
+    float* group_out[R];
+    fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, folded, offset);
+    for (int r = 0; r < R; r++) group_out[r] = out[r] + g * s.group;
+    const int64_t left = columns - g * s.group;
+    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, rows, folded, offset,
+                            group_out, !is_key);
+  }
+}
+
+// out[r][t] = sum_d query[d][r] * x[t][d] over unquantized keys.
+template <int DTYPE, int R>
+static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* query, float* const* out,
+                     Scratch& scratch) {
+  scratch.coefficients.resize(R * dim);
+  float* by_row = scratch.coefficients.data();
+  for (int64_t d = 0; d < dim; d++)
+    for (int r = 0; r < R; r++) by_row[r * dim + d] = query[d * R + r];
+  for (int64_t t = 0; t < count; t++) {
+    vf acc[R] = {};
+    for (int64_t d = 0; d < dim; d += W) {
+      vf k = read<DTYPE>(x, t * stride + d);
+      for (int r = 0; r < R; r++) acc[r] += k * load<vf>(by_row + r * dim + d);
+    }
+    for (int r = 0; r < R; r++) out[r][t] = sum(acc[r]);
+  }
+}
+
+// out[r][d] += sum_t weights[t][r] * x[t][d] over unquantized values.
+template <int DTYPE, int R>
+static void mix_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* weights,
+                     float* const* out) {
+  for (int64_t d = 0; d < dim; d += W) {
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = load<vf>(out[r] + d);
+    for (int64_t t = 0; t < count; t++) {
+      vf v = read<DTYPE>(x, t * stride + d);
+      for (int r = 0; r < R; r++) acc[r] += weights[t * R + r] * v;
+    }
+    for (int r = 0; r < R; r++) store(out[r] + d, acc[r]);
+  }
+}
+
+template <int DTYPE, int R>
+static void full_part(bool is_key, const void* x, int64_t offset, int64_t stride, int64_t count, int64_t dim,
+                      const float* in, float* const* out, Scratch& scratch) {
+  const char* at = static_cast<const char*>(x) + offset * (DTYPE == FLOAT32 ? 4 : 2);
+  if (is_key)
+    dot_full<DTYPE, R>(at, stride, count, dim, in, out, scratch);
+  else
+    mix_full<DTYPE, R>(at, stride, count, dim, in, out);
+}
+
+// Tokens [start, stop) of keys (`in` = queries [dim][R], `out[r]` = scores from `start`) or of values (`in` = weights
+// [tokens from start][R], `out[r]` = accumulators [dim]). The range meets packed pages on their edges only.
+template <int R> struct Pass {
+  const Segments& s;
+  const int64_t b, h, start, stop;
+  const bool is_key;
+  const float* const in;
+  float* const* const out;
+  Scratch& scratch;
+
+  void run() const {
+    const int64_t packed_end = s.sinks + s.pages * s.page;
+    full(s.sink, s.sink_strides, 0, start, least(stop, s.sinks));
+    packed(most(start, s.sinks), least(stop, packed_end));
+    full(s.tail, s.tail_strides, packed_end, most(start, packed_end), stop);
+  }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // Input and outputs for the tokens from `token` on.
+  const float* from(int64_t token, float** out_at) const {
+    for (int r = 0; r < R; r++) out_at[r] = is_key ? out[r] + (token - start) : out[r];
+    return is_key ? in : in + (token - start) * R;
+  }
+
+  void full(const void* x, const int64_t* strides, int64_t origin, int64_t first, int64_t last) const {
+    if (first >= last) return;
+    float* out_at[R];
+    const float* in_at = from(first, out_at);
+    const int64_t offset = b * strides[0] + h * strides[1] + (first - origin) * strides[2], count = last - first;
+    switch (s.dtype) {
+      case FLOAT32: full_part<FLOAT32, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch); break;
+      case FLOAT16: full_part<FLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch); break;
+      default: full_part<BFLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch);
+    }
+  }
+
+  void packed(int64_t first, int64_t last) const {
+    switch (s.bits) {
+      case 1: return pages<1>(first, last);
+      case 2: return pages<2>(first, last);
+      case 3: return pages<3>(first, last);
+      case 4: return pages<4>(first, last);
+      case 8: return pages<8>(first, last);
+    }
+  }
+
+  template <int BITS> void pages(int64_t first, int64_t last) const {
+    for (int64_t token = first; token < last; token += s.page) {
+      float* out_at[R];
+      const float* in_at = from(token, out_at);
+      contract_page<BITS, R>(s, b, h, (token - s.sinks) / s.page, is_key, in_at, out_at, scratch);
+    }
+  }
+};
+
+// Soft-cap, mask and exponential of one row of scores, in place. Returns the maximum and the sum of weights.
+static void softmax_row(const Attention& x, int64_t b, int64_t head, int64_t row, int64_t start, int64_t stop,
+                        float* scores, float* maximum, float* total) {
+  const int64_t count = stop - start;
+  if (x.softcap > 0)
+    for (int64_t t = 0; t < count; t++) scores[t] = x.softcap * std::tanh(scores[t] / x.softcap);
+  if (x.mask) {
+    const int64_t at = b * x.mask_strides[0] + head * x.mask_strides[1] + row * x.mask_strides[2];
+    if (x.mask_is_bool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(x.mask) + at + start * x.mask_strides[3];
+      for (int64_t t = 0; t < count; t++) scores[t] = mask[t * x.mask_strides[3]] ? scores[t] : NEVER;
+    } else {
+      const float* mask = static_cast<const float*>(x.mask) + at + start * x.mask_strides[3];
+      for (int64_t t = 0; t < count; t++) scores[t] += mask[t * x.mask_strides[3]];
+    }
+  } else {
+    const int64_t seen = x.tokens - x.queries + row + 1;
+    for (int64_t t = seen > start ? seen : start; t < stop; t++) scores[t - start] = NEVER;
+  }
+  for (int64_t t = count; t % W; t++) scores[t] = NEVER;
+  vf most = splat(NEVER);
+  for (int64_t t = 0; t < count; t += W) most = larger(most, load<vf>(scores + t));
+  *maximum = largest(most);
+  const vf shift = splat(*maximum == NEVER ? 0.0f : *maximum);
+  vf sums = {};
+  for (int64_t t = 0; t < count; t += W) {
+    vf score = load<vf>(scores + t);
+    vf weight = exp_negative(score - shift);
+    weight = score == splat(NEVER) ? vf{} : weight;
+    store(scores + t, weight);
+    sums += weight;
+  }
+  *total = sum(sums);
+}
+
+// One KV head, R query rows, tokens [start, stop): unnormalised output, maximum and sum of each row.
+template <int R>
+static void attend_rows(const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start, int64_t stop,
+                        float* partial, Scratch& scratch) {
+  const int64_t ratio = x.heads / x.kv_heads, dim = x.key.dim, out_dim = x.value.dim, count = stop - start;
+  const int64_t room = (count + W) / W * W;
+  scratch.scores.resize(R * room);
+  scratch.rows.resize(R * (count > dim ? count : dim));
+  const float* query = x.query + ((b * x.heads + h * ratio) * x.queries + first_row) * dim;
+  float* rows = scratch.rows.data();
+  float *scores[R], *output[R];
+  for (int r = 0; r < R; r++) {
+    scores[r] = scratch.scores.data() + r * room;
+    output[r] = partial + r * (out_dim + 2);
+    for (int64_t d = 0; d < dim; d++) rows[d * R + r] = query[r * dim + d];
+    for (int64_t d = 0; d < out_dim; d++) output[r][d] = 0;
+  }
+  Pass<R>{x.key, b, h, start, stop, true, rows, scores, scratch}.run();
+  for (int r = 0; r < R; r++) {
+    const int64_t head = h * ratio + (first_row + r) / x.queries, row = (first_row + r) % x.queries;
+    softmax_row(x, b, head, row, start, stop, scores[r], output[r] + out_dim, output[r] + out_dim + 1);
+  }
+  for (int64_t t = 0; t < count; t++)
+    for (int r = 0; r < R; r++) rows[t * R + r] = scores[r][t];
+  Pass<R>{x.value, b, h, start, stop, false, rows, output, scratch}.run();
+}
+
+static void attend_some(int rows, const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start,
+                        int64_t stop, float* partial, Scratch& scratch) {
+  switch (rows) {
+    case 1: attend_rows<1>(x, b, h, first_row, start, stop, partial, scratch); break;
+    case 2: attend_rows<2>(x, b, h, first_row, start, stop, partial, scratch); break;
+    case 3: attend_rows<3>(x, b, h, first_row, start, stop, partial, scratch); break;
+    default: attend_rows<4>(x, b, h, first_row, start, stop, partial, scratch); break;
+  }
+}
+
+// Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one.
+static void merge_row(const Attention& x, int64_t head, const float* partial, int64_t stride, int64_t splits,
+                      float* output) {
+  const int64_t dim = x.value.dim;
+  float most = x.sink_logits ? x.sink_logits[head] : NEVER;
+  for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + dim]);
+  float total = x.sink_logits ? std::exp(x.sink_logits[head] - most) : 0.0f;
+  for (int64_t d = 0; d < dim; d++) output[d] = 0;
+  if (most == NEVER) return;
+  for (int64_t s = 0; s < splits; s++) {
+    const float* part = partial + s * stride;
+    const float share = std::exp(part[dim] - most);
+    if (share == 0) continue;
+    total += share * part[dim + 1];
+    for (int64_t d = 0; d < dim; d++) output[d] += share * part[d];
+  }
+  for (int64_t d = 0; d < dim; d++) output[d] /= total;
+}
+
+// Token ranges that threads share out: on page edges, as many as keep all threads busy.
+static std::vector<int64_t> split_tokens(const Attention& x, int64_t tasks) {
+  const Segments& packed = x.key.pages ? x.key : x.value;
+  const int64_t step = packed.pages ? packed.page : 16;
+  int64_t splits = tasks % x.threads == 0 ? 1 : (4 * x.threads + tasks - 1) / tasks;
+  const int64_t most = x.tokens / MIN_SPLIT;
+  splits = splits < most ? splits : (most > 1 ? most : 1);
+  std::vector<int64_t> edges{0};
+  for (int64_t i = 1; i < splits; i++) {
+    const int64_t near = x.tokens * i / splits;
+    const int64_t edge = packed.sinks + (near - packed.sinks) / step * step;
+    if (edge > edges.back() && edge < x.tokens) edges.push_back(edge);
+  }
+  edges.push_back(x.tokens);
+  return edges;
+}
+
+void attend(const Attention& x) {
+  const int64_t rows = x.heads / x.kv_heads * x.queries, stride = x.value.dim + 2;
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
+  const int64_t tasks = x.batch * x.kv_heads * blocks;
+  const std::vector<int64_t> edges = split_tokens(x, tasks);
+  const int64_t splits = edges.size() - 1;
+  static thread_local std::vector<float> partials;
+  partials.resize(x.batch * x.kv_heads * rows * splits * stride + ROWS * stride);
+  float* partial = partials.data();
+#pragma omp parallel num_threads(x.threads)
+  {
+    static thread_local Scratch scratch;
+    std::vector<float> block_out(ROWS * stride);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks * splits; task++) {
+      const int64_t split = task % splits, block = task / splits % blocks, head = task / splits / blocks;
+      const int64_t first = block * ROWS, count = rows - first < ROWS ? rows - first : ROWS;
+      attend_some(count, x, head / x.kv_heads, head % x.kv_heads, first, edges[split], edges[split + 1],
+                  block_out.data(), scratch);
+      for (int64_t r = 0; r < count; r++)
+        std::memcpy(partial + ((head * rows + first + r) * splits + split) * stride, block_out.data() + r * stride,
+                    stride * sizeof(float));
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++)
+      merge_row(x, row / x.queries % x.heads, partial + row * splits * stride, stride, splits,
+                x.output + row * x.value.dim);
+  }
+}
+
+}  // namespace KVMIX_ISA

@@ -1,0 +1,125 @@
+// Vectors of W floats or integers, in the compiler's own vector extension: the same source is compiled for AVX-512
+// (W = 16), AVX2 (W = 8) and anything else (W = 4), see build.py.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifndef KVMIX_ISA
+#define KVMIX_ISA generic
+#define KVMIX_WIDTH 4
+#endif
+
+namespace KVMIX_ISA {
+
+constexpr int W = KVMIX_WIDTH;
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef int16_t vs __attribute__((vector_size(2 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+// How an unquantized element or a scale is stored; the same numbers in cpu.py.
+enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+template <class V> static inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V> static inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+static inline vf splat(float x) { return vf{} + x; }
+
+static inline vf bits(vu x) {
+  vf v;
+  std::memcpy(&v, &x, sizeof v);
+  return v;
+}
+
+static inline vi words(const int16_t* p) {
+#if KVMIX_WIDTH == 8 && defined(__AVX2__)
+  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));  // GCC makes four of it
+#else
+  return __builtin_convertvector(load<vs>(p), vi);
+#endif
+}
+
+// Exact for every finite float16, subnormal ones included.
+static inline vf half_to_float(const void* p) {
+  vu h = __builtin_convertvector(load<vh>(p), vu);
+  vf magnitude = bits((h & 0x7fffu) << 13) * splat(0x1p112f);
+  vu u;
+  std::memcpy(&u, &magnitude, sizeof u);
+  return bits(u | ((h & 0x8000u) << 16));
+}
+
+static inline vf bfloat_to_float(const void* p) {
+  return bits(__builtin_convertvector(load<vh>(p), vu) << 16);
+}
+
+// Round to nearest even, as PyTorch does; what is too large becomes infinite and NaN stays NaN.
+static inline vh float_to_half(vf x) {
+  vu u;
+  std::memcpy(&u, &x, sizeof u);
+  const vu sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  vf subnormal = bits(u) + splat(0.5f);  // its last bits are then those of a subnormal float16
+  vu small;
+  std::memcpy(&small, &subnormal, sizeof small);
+  vu normal = (u + 0xfffu + ((u >> 13) & 1u) - 0x38000000u) >> 13;
+  vu half = u < 0x38800000u ? small - 0x3f000000u : normal;
+  half = u >= 0x47800000u ? (u > 0x7f800000u ? vu{} + 0x7e00u : vu{} + 0x7c00u) : half;
+  return __builtin_convertvector(half | sign, vh);
+}
+
+static inline vh float_to_bfloat(vf x) {
+  vu u;
+  std::memcpy(&u, &x, sizeof u);
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? vu{} + 0x7fc0u : rounded, vh);
+}
+
+// W elements from index `i` of an array of the given type.
+template <int DTYPE> static inline vf read(const void* p, int64_t i) {
+  if (DTYPE == FLOAT16) return half_to_float(static_cast<const uint16_t*>(p) + i);
+  if (DTYPE == BFLOAT16) return bfloat_to_float(static_cast<const uint16_t*>(p) + i);
+  return load<vf>(static_cast<const float*>(p) + i);
+}
+
+static inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < W; i++) total += v[i];
+  return total;
+}
+
+static inline float largest(vf v) {
+  float most = v[0];
+  for (int i = 1; i < W; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
+static inline vf exp_negative(vf x) {
+  x = larger(x, splat(-87.0f));
+  vf t = x * splat(1.44269504f);
+  vi n = __builtin_convertvector(t - splat(0.5f), vi);  // truncation: t <= 0
+  vf f = __builtin_convertvector(n, vf);
+  vf r = x - f * splat(0.693359375f) + f * splat(2.12194440e-4f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  return p * bits((vu)(n + 127) << 23);
+}
+
+}  // namespace KVMIX_ISA

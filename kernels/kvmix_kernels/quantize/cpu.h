@@ -1,0 +1,17 @@
+// What cpu.py hands over; the ctypes structure there must have the same fields in the same order.
+#pragma once
+#include <cstdint>
+
+// Whole pages of keys or values. Strides are in elements; the last axis of every array is contiguous.
+struct Quantization {
+  const void* pages;         // [B, H_kv, pages, page, dim]
+  int16_t* words;            // [B, H_kv, pages, rows * bits / 16, columns]
+  void* scales;              // [B, H_kv, pages, 2, groups, rows]
+  int64_t pages_strides[4];  // batch, head, page, token
+  int64_t words_strides[3];  // batch, head, page
+  int64_t scales_strides[3]; // batch, head, page
+  int64_t batch, heads, count, page, dim;
+  int64_t is_key, bits, group, groups;
+  int64_t dtype, scale_dtype;
+  int64_t threads;
+};

@@ -1,0 +1,79 @@
+"""Quantize and pack on a CPU through the native library: prepares the arguments of `cpu.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..layout import PageLayout
+
+WIDEST_VECTOR = 16
+"""Lanes of the widest instruction set: what groups must be a multiple of."""
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _Quantization(ctypes.Structure):
+    """`struct Quantization` of cpu.h."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("pages_strides", ctypes.c_int64 * 4),
+        ("words_strides", ctypes.c_int64 * 3),
+        ("scales_strides", ctypes.c_int64 * 3),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("is_key", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("scale_dtype", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def is_batch(pages: Tensor, layout: PageLayout) -> bool:
+    """Whether these are `[B, H_kv, pages, page, head_dim]` in a dtype and order that the native path reads."""
+    fits = tuple(pages.shape[-2:]) == (layout.page, layout.head_dim)
+    return fits and pages.ndim == 5 and pages.stride(4) == 1 and pages.dtype in _DTYPES
+
+
+def supports(layout: PageLayout) -> bool:
+    """Whether vectors divide the groups."""
+    return layout.group % WIDEST_VECTOR == 0
+
+
+def quantize(library: ctypes.CDLL, pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """`naive.quantize` for `[B, H_kv, pages, page, head_dim]`, natively; the same words and scales, bit for bit."""
+    scale_dtype = getattr(torch, layout.scale_dtype)
+    words = torch.empty(*pages.shape[:3], *layout.words_shape, dtype=torch.int16)
+    scales = torch.empty(*pages.shape[:3], *layout.scales_shape, dtype=scale_dtype)
+    call = _Quantization(
+        pages=pages.data_ptr(),
+        words=words.data_ptr(),
+        scales=scales.data_ptr(),
+        pages_strides=(ctypes.c_int64 * 4)(*pages.stride()[:4]),
+        words_strides=(ctypes.c_int64 * 3)(*words.stride()[:3]),
+        scales_strides=(ctypes.c_int64 * 3)(*scales.stride()[:3]),
+        batch=pages.shape[0],
+        heads=pages.shape[1],
+        count=pages.shape[2],
+        page=layout.page,
+        dim=layout.head_dim,
+        is_key=layout.kind == "key",
+        bits=layout.bits,
+        group=layout.group,
+        groups=layout.groups,
+        dtype=_DTYPES[pages.dtype],
+        scale_dtype=_DTYPES[scale_dtype],
+        threads=torch.get_num_threads(),
+    )
+    library.kvmix_quantize(ctypes.byref(call))
+    return words, scales

@@ -1,0 +1,1 @@
+"""The commands: parse, call, show. Importing one loads no torch; its body imports what it needs."""

@@ -1,0 +1,100 @@
+"""`kvmix inspect FILE [FILE2]`: show and validate a profile or plan, or say how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import KvmixError
+from . import options
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..profile import Profile
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, or a KVTuner preset.")],
+    other: Annotated[Path | None, typer.Argument(metavar="[FILE2]", help="Another of its kind, to compare.")] = None,
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw what is in the files.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a KVTuner preset.")] = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show and validate a profile or plan; with two files, how they differ."""
+    paths = [file] if other is None else [file, other]
+    found = [_load(path, model) for path in paths]
+    if len({type(each) for each in found}) > 1:
+        raise KvmixError(f"{file} and {other} cannot be compared: one is a profile, the other a plan")
+    if plot is not None:
+        _plot(paths, found, plot)
+    if len(found) > 1:
+        _compare(paths, found)
+    else:
+        _show(file, found[0], context, batch)
+
+
+def _load(path: Path, model: str | None) -> Plan | Profile:
+    """Read a file of any kind that there is. Raises DocumentError with all of its faults."""
+    from .. import plan, profile
+    from ..files import read_yaml
+
+    document = read_yaml(path)
+    if plan.is_kvtuner(document):
+        return _load_preset(path, model)
+    form = document.data.get("format") if isinstance(document.data, dict) else None
+    if form == plan.FORMAT:
+        return plan.Plan.load(path)
+    if form == profile.FORMAT:
+        return profile.Profile.load(path)
+    expected = f"format must be '{plan.FORMAT}' or '{profile.FORMAT}'"
+    raise document.error([(("format",), f"neither a plan nor a profile: {expected}")])
+
+
+def _load_preset(path: Path, model: str | None) -> Plan:
+    from ..models import load_info
+    from ..plan import Plan
+
+    if model is None:
+        raise KvmixError(f"{path} is a KVTuner preset, which does not name its model: add --model ID")
+    return Plan.from_kvtuner(path, load_info(model))
+
+
+def _show(path: Path, found: Plan | Profile, context: int, batch: int) -> None:
+    from ..plan import Plan
+    from .show import plan_json, score_json, show_plan, show_profile
+
+    head = {"command": "inspect", "file": path, "model": found.model.id, "provenance": found.provenance}
+    if isinstance(found, Plan):
+        show_plan(found, path, context, batch)
+        cache = found.cache.model_dump(mode="json")
+        console.emit_json({**head, "kind": "plan", "cache": cache, **plan_json(found, context, batch)})
+        return
+    show_profile(found, path)
+    scores = {name: {"seconds": score.seconds, "layers": score_json(score)} for name, score in found.scores.items()}
+    console.emit_json({**head, "kind": "profile", "calibration": found.calibration.model_dump(), "scores": scores})
+
+
+def _compare(paths: list[Path], found: list[Any]) -> None:
+    from ..plan import Plan
+    from .compare import compare_plans, compare_profiles
+
+    compare = compare_plans if isinstance(found[0], Plan) else compare_profiles
+    kind = "plan" if isinstance(found[0], Plan) else "profile"
+    console.emit_json({"command": "inspect", "kind": kind, "files": paths, **compare(paths, *found)})
+
+
+def _plot(paths: list[Path], found: list[Any], picture: Path) -> None:
+    from ..plan import Plan
+    from .plots import check_plot, plot_plans, plot_profiles
+
+    check_plot(picture)
+    names = [path.stem for path in paths]
+    draw = plot_plans if isinstance(found[0], Plan) else plot_profiles
+    draw(list(zip(names, found, strict=True)), picture)

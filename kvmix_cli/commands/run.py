@@ -1,0 +1,181 @@
+"""`kvmix run`: generate with the quantized cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import KvmixError, TextError
+from . import options
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from ..generation import Generation
+    from ..models import LoadedModel
+    from ..plan import Plan
+
+BF16_BYTES = 2
+MIB = 2**20
+
+
+def run(
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file, or from stdin with '-'.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0,
+    plan: Annotated[
+        str | None, typer.Option(metavar="PLAN", help="File, name or short form of a plan [default: the newest].")
+    ] = None,
+    uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
+    profiles_dir: options.ProfilesDir = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Generate with the quantized cache; then say how fast it was and what the cache took."""
+    text = _read_prompt(prompt, prompt_file)
+    if baseline and uniform is not None:
+        raise typer.BadParameter("choose one of --baseline and --uniform")
+    from ..evaluation.base import UNQUANTIZED, Subject
+    from ..generation import generate, room
+    from ..models import load_info, load_model
+    from .subjects import choose
+
+    choice = choose([plan] if plan else [], model=model, revision=revision, need_plan=not baseline and uniform is None)
+    source: dict[str, Any] = {"revision": choice.revision, "trust_remote_code": trust_remote_code}
+    name, chosen = UNQUANTIZED, None
+    if not baseline:
+        plans = choice.plans(load_info(choice.model, **source), [] if uniform is None else [uniform])
+        name, chosen = list(plans.items())[-1]
+    loaded = load_model(choice.model, dtype=dtype, device=device, **source)
+    ids = _encode(loaded, text, chat)
+    allowed = min(max_new_tokens, room(len(ids), loaded.max_length))
+    if allowed < max_new_tokens:
+        console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
+    cache = Subject(name, chosen).cache(loaded, reserve=len(ids) + allowed)
+    generation = generate(
+        loaded,
+        ids,
+        cache,
+        max_new_tokens=allowed,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        on_text=console.text,
+    )
+    console.text("\n\n")
+    footprint = measure(cache, chosen, loaded.model.dtype.itemsize)
+    _show(name, generation, footprint, quantized=chosen is not None)
+    console.emit_json(_as_json(loaded.info.id, name, generation, footprint))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a cache takes at the end of a run.
+
+    Attributes:
+        unquantized_bytes: what the stock cache would take, in the model's dtype.
+        bf16_bytes: the same at 16 bits; compression is against this, also where a float32 model's own cache is bigger.
+        quantized_share: of what attention has read.
+    """
+
+    bytes: int
+    unquantized_bytes: int
+    bf16_bytes: int
+    quantized_share: float
+
+    @property
+    def compression(self) -> float:
+        return self.bf16_bytes / self.bytes
+
+
+def measure(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
+    """The footprint of a cache whose unquantized elements take `element_bytes`."""
+    from .. import budget
+    from ..cache import MixedCache, cache_nbytes
+
+    total = unquantized = cache_nbytes(cache)
+    if plan is not None:
+        planned = sum(cache.layers[index].nbytes for index in plan.layers)
+        tokens = max((cache.layers[index].get_seq_length() for index in plan.layers), default=0)
+        unquantized += budget.full_precision_bytes(plan, tokens, element_bytes=element_bytes) - planned
+    share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
+    return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt's text. Raises KvmixError if it is empty or cannot be read."""
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give the prompt with --prompt or with --prompt-file, one of them")
+    if prompt_file is not None:
+        try:
+            prompt = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise TextError(f"cannot read the prompt from {prompt_file}: {reason}") from error
+    if not prompt or not prompt.strip():
+        raise TextError("the prompt is empty; give some text with --prompt or --prompt-file")
+    return prompt
+
+
+def _encode(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, special ones included. Raises KvmixError if there is no chat template to put it into."""
+    if not chat:
+        return list(loaded.tokenizer(text, verbose=False).input_ids)
+    if not loaded.tokenizer.chat_template:
+        raise KvmixError(f"{loaded.info.id} has no chat template; leave out --chat or choose a chat model")
+    message = [{"role": "user", "content": text}]
+    return list(loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+
+
+def _show(name: str, generation: Generation, footprint: Footprint, *, quantized: bool) -> None:
+    decode = generation.decode_tokens_per_s
+    console.table(
+        f"run with {name}",
+        ("", "tokens", "tokens/s"),
+        [
+            ("prompt", generation.prompt_tokens, f"{generation.prompt_tokens_per_s:.1f}"),
+            ("decode", generation.new_tokens - 1, "-" if decode is None else f"{decode:.1f}"),
+        ],
+        f"cache {footprint.bytes / MIB:.2f} MiB; unquantized {footprint.unquantized_bytes / MIB:.2f} MiB, "
+        f"in bf16 {footprint.bf16_bytes / MIB:.2f} MiB: compression {footprint.compression:.2f}x\n"
+        f"{footprint.quantized_share:.1%} of what attention read was quantized",
+    )
+    if footprint.quantized_share == 0 and quantized:
+        console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
+
+
+def _as_json(model: str, name: str, generation: Generation, footprint: Footprint) -> dict[str, Any]:
+    return {
+        "command": "run",
+        "model": model,
+        "plan": name,
+        "text": generation.text,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": generation.new_tokens,
+        "max_new_tokens": generation.max_new_tokens,
+        "prompt_tokens_per_s": generation.prompt_tokens_per_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
+        "cache_bytes": footprint.bytes,
+        "unquantized_cache_bytes": footprint.unquantized_bytes,
+        "bf16_cache_bytes": footprint.bf16_bytes,
+        "compression": footprint.compression,
+        "quantized_share": footprint.quantized_share,
+    }

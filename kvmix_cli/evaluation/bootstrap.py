@@ -1,0 +1,31 @@
+"""Percentile bootstrap over samples (Efron 1979): how far a number would move with other samples of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .base import Estimate
+
+RESAMPLES = 4000
+COVERAGE = 95.0
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:
+    """A ratio of two sums over samples, such as loss over tokens, with its 95 % interval.
+
+    Whole samples are drawn, so what belongs to one stays together: give differences of two rows on the same samples
+    and the interval is a paired one. One sample has no spread to judge from; its interval is the number itself.
+
+    Raises:
+        ValueError: if there is no sample, or the sequences differ in length.
+    """
+    above, below = np.asarray(numerators, float), np.asarray(denominators, float)
+    if above.shape != below.shape or above.size == 0:
+        raise ValueError(f"needs as many numerators as denominators, at least one; got {above.size} and {below.size}")
+    drawn = np.random.default_rng(seed).integers(0, above.size, (RESAMPLES, above.size))
+    resampled = above[drawn].sum(1) / below[drawn].sum(1)
+    tail = (100 - COVERAGE) / 2
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high))

@@ -1,0 +1,104 @@
+"""Feeding known tokens to a model through a cache, and choosing text to feed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..cache import MixedCache
+from ..errors import TextError
+from .base import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedTokenizerBase
+
+    from ..models import LoadedModel
+
+
+def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int]) -> None:
+    """Put a context into an empty cache. It counts for nothing: its queries have read no quantized token."""
+    _forward(loaded, cache, ids, keep=1)
+    if isinstance(cache, MixedCache):
+        cache.attended.reset()
+
+
+def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:
+    """Feed tokens `step` at a time; inside a step they see each other in full precision.
+
+    Yields:
+        Which of `ids` were fed, and their logits, float32 `[tokens, vocabulary]`.
+    """
+    for start in range(0, len(ids), step):
+        part = slice(start, min(start + step, len(ids)))
+        yield part, _forward(loaded, cache, ids[part]).float()
+
+
+def attended(cache: Cache) -> dict[str, float]:
+    """The (query, cached token) pairs that attention has seen, and how many of them were quantized, as plain data."""
+    if not isinstance(cache, MixedCache):
+        return {"total": 0, "quantized": 0}
+    return {"total": cache.attended.total, "quantized": cache.attended.quantized}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a piece of text, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that this tokenizer itself puts before a text, if any."""
+    ids: list[int] = tokenizer("").input_ids
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def chunks(loaded: LoadedModel, texts: Sequence[str], source: str, length: int, limit: int, seed: int) -> list[Sample]:
+    """Up to `limit` samples of `length` tokens: one of every document, in a seeded order, then a second one, and so on.
+
+    Raises:
+        TextError: if no document is long enough.
+    """
+    found = list(islice(_parts(loaded.tokenizer, texts, length, seed), limit))
+    if not found:
+        longest = len(encode(loaded.tokenizer, max(texts, key=len, default="")))
+        raise TextError(
+            f"{source}: no document has {length} tokens, the longest has {longest}; "
+            "give longer text with --text or a smaller --length"
+        )
+    return found
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, seed: int) -> Iterator[Sample]:
+    """All samples that there are; a document is encoded when it is reached."""
+    first = opening(tokenizer)
+    body = length - len(first)
+    order = [index for index, text in enumerate(texts) if len(text.encode()) >= body]
+    random.Random(seed).shuffle(order)
+    encode_once = functools.cache(lambda index: encode(tokenizer, texts[index]))
+    for part in count():
+        longer = []
+        for index in order:
+            ids = encode_once(index)[part * body : (part + 1) * body]
+            if len(ids) == body:
+                longer.append(index)
+                yield Sample(f"document {index} part {part}", (*first, *ids))
+        if not longer:
+            return
+        order = longer
+
+
+def _forward(loaded: LoadedModel, cache: Cache, ids: Sequence[int], keep: int | None = None) -> Tensor:
+    """Logits `[tokens, vocabulary]`, of the last `keep` tokens only where the model can leave out the others."""
+    options: dict[str, Any] = {}
+    if keep is not None and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        options["logits_to_keep"] = keep
+    inputs = torch.tensor([list(ids)], device=loaded.device)
+    logits: Tensor = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **options).logits[0]
+    return logits

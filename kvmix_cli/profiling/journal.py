@@ -1,0 +1,108 @@
+"""The resume file: JSON lines, one of settings and then one for every finished sample.
+
+A run that is interrupted loses the sample in hand. Continuing under other settings would mix two measurements, so
+they must be equal. A last line that was cut off while it was written is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DocumentError, OutputError
+from ..files import write_text
+from .base import KV
+
+FORMAT = "kvmix-journal/1"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one sample gave, and how long it took."""
+
+    seconds: float
+    layers: dict[int, KV]
+
+    def to_json(self) -> str:
+        layers = {str(index): pair for index, pair in self.layers.items()}
+        return json.dumps({"seconds": self.seconds, "layers": layers})
+
+    @classmethod
+    def from_json(cls, line: str) -> Sample:
+        """Raises ValueError, KeyError, TypeError or AttributeError for anything but a sample."""
+        data = json.loads(line)
+        layers = {int(index): KV(float(k), float(v)) for index, (k, v) in data["layers"].items()}
+        return cls(float(data["seconds"]), layers)
+
+
+class Journal:
+    """Finished samples of one run, on disk as soon as they are finished; only in memory without a path.
+
+    Attributes:
+        samples: in order.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Begin a journal, or with `resume` go on with the one that is there.
+
+        Raises:
+            DocumentError: if the one that is there is damaged or has other settings.
+            OutputError: if it cannot be written.
+        """
+        header = {"format": FORMAT, **settings}
+        self._path = path
+        self.samples = _read(path, header) if path is not None and resume and path.exists() else []
+        if path is not None:
+            lines = [json.dumps(header), *(sample.to_json() for sample in self.samples)]
+            write_text(path, "\n".join(lines) + "\n")
+
+    def append(self, sample: Sample) -> None:
+        """Add a finished sample. Raises OutputError."""
+        self.samples.append(sample)
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(sample.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"cannot write {self._path}: {reason}; make room, then go on with --resume") from error
+
+
+def _read(path: Path, header: dict[str, Any]) -> list[Sample]:
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unusable(path, "it cannot be read") from error
+    _require_same(path, first, header)
+    complete = lines[:-1]  # what follows the last line end was cut off, or is empty
+    try:
+        return [Sample.from_json(line) for line in complete]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable(path, "it is damaged") from error
+
+
+def _require_same(path: Path, first: str, header: dict[str, Any]) -> None:
+    try:
+        found = json.loads(first)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise _unusable(path, "it is no kvmix journal")
+    differences = [
+        f"{name} was {found.get(name)!r} and is now {header.get(name)!r}"
+        for name in {**header, **found}
+        if found.get(name) != header.get(name)
+    ]
+    if differences:
+        raise _unusable(path, ", ".join(differences))
+
+
+def _unusable(path: Path, reason: str) -> DocumentError:
+    return DocumentError(str(path), [f"this run cannot go on from it: {reason}; drop --resume to start anew"])

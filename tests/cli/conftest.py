@@ -1,0 +1,60 @@
+"""The command line in an empty folder, with the profile of a made-up model if a test wants one."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from made_up import falling
+from typer.testing import CliRunner
+
+from kvmix_cli import console, state
+from kvmix_cli.main import app
+
+
+@dataclass
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        """The one object on stdout."""
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    @property
+    def error(self):
+        """The last line of stderr, which must be the error's only one."""
+        lines = self.err.splitlines()
+        assert sum("error:" in line.lower() for line in lines) == 1, self.err
+        return lines[-1]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(state.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(console, "mode", console.Mode())
+    monkeypatch.setattr(state, "_chosen", None)
+
+
+@pytest.fixture
+def kvmix():
+    """Run a command: `kvmix("allocate", "--avg-bits", 2.3)`."""
+
+    def run(*args):
+        result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kvmix")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Ran(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def profiled(tmp_path):
+    """The saved profile of org/model: 32 layers, keys falling and values rising in importance."""
+    return falling(32).save(tmp_path / "profiles" / "org--model" / "profile.yaml", "kvmix profile org/model")

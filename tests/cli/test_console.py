@@ -1,0 +1,129 @@
+"""Results on stdout, everything else on stderr; JSON that is JSON."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvmix_cli import console
+from kvmix_cli.errors import KvmixError, OutputError
+
+
+def as_json(capsys, value):
+    console.mode.json = True
+    console.emit_json(value)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_numbers_stay_numbers(capsys):
+    value = {"a": np.float32(0.5), "b": torch.tensor(3), "c": Path("x/y"), "d": [1, 2.5, None, True, "ü"]}
+    assert as_json(capsys, value) == {"a": 0.5, "b": 3, "c": "x/y", "d": [1, 2.5, None, True, "ü"]}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float64("nan"), torch.tensor(float("-inf"))])
+def test_nan_is_an_error_and_nothing_is_printed(capsys, number):
+    console.mode.json = True
+    with pytest.raises(KvmixError, match="NaN or infinite"):
+        console.emit_json({"rows": [{"value": number}]})
+    assert capsys.readouterr().out == ""
+
+
+def test_json_silences_tables_and_text_and_only_then_speaks(capsys):
+    def everything():
+        console.text("text")
+        console.table("title", ["a"], [[1]], "footer")
+        console.emit_json({"a": 1})
+        return capsys.readouterr().out
+
+    assert '{"a": 1}' not in everything()
+    console.mode.json = True
+    assert everything() == '{"a": 1}\n'
+
+
+def test_tables_are_plain_text_with_numbers_to_the_right(capsys):
+    console.table("a [bold]title[/bold]", ["name", "value"], [["[red]x", 1], ["long name", 22.5]], "below")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a [bold]title[/bold]"
+    assert lines[2].split() == ["name", "value"]
+    assert lines[4] == "[red]x          1"
+    assert lines[5] == "long name    22.5"
+    assert lines[-1] == "below"
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_an_empty_table(capsys):
+    console.table("nothing", ["a", "b"], [])
+    assert capsys.readouterr().out.startswith("nothing\n")
+
+
+def test_a_path_is_not_cut_when_stdout_is_no_terminal(capsys):
+    path = "/".join(["folder"] * 20)
+    console.table("t", ["path"], [[path]])
+    assert path in capsys.readouterr().out
+
+
+def test_quiet_hides_notices_and_nothing_else(capsys):
+    console.mode.quiet = True
+    console.notice("notice")
+    console.alert("alert")
+    console.fail(KvmixError("failed"))
+    assert capsys.readouterr().err == "kvmix: alert\nkvmix: error: failed\n"
+
+
+def test_one_line_whatever_a_message_quotes(capsys):
+    console.notice("a\nb\r\n\tc\x1b[2J\x07d")
+    assert capsys.readouterr().err == "kvmix: a b c?[2J?d\n"
+
+
+def test_no_bar_without_a_terminal(capsys):
+    with console.progress("work", 3) as bar:
+        bar()
+        bar(2)
+    assert bar.done == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_bar_on_a_terminal_unless_quiet(monkeypatch, quiet):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    console.mode.quiet = quiet
+    with console.progress("work", 4) as bar:
+        bar.reach(3)
+    shown = console.sys.stderr.getvalue()
+    assert ("work" in shown, "3/4" in shown) == (not quiet, not quiet)
+
+
+@pytest.mark.parametrize(
+    ("value", "strip"), [(8, "████████"), (4, "████"), (4.5, "████▌"), (0, ""), (-1, ""), (99, "████████")]
+)
+def test_strips(value, strip, capsys):
+    assert console.blocks(value, 8, width=8) == strip
+
+
+def test_strips_of_nothing(capsys):
+    assert console.blocks(0, 0) == ""
+
+
+def test_a_terminal_that_knows_no_unicode(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    console.table("t", ["a", "b"], [[1, console.blocks(1, 1)]])
+    assert "############" in stream.buffer.getvalue().decode("ascii")
+
+
+def test_a_full_disk(monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(OutputError, match="No space left on device"):
+        console.text("x")

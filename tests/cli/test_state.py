@@ -1,0 +1,142 @@
+"""Which file a command means."""
+
+import os
+
+import pytest
+
+from kvmix_cli import state
+from kvmix_cli.errors import StateError
+
+
+def make(path, age=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}\n")
+    os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "profiles"
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("meta-llama/Llama-2-7b", "meta-llama--Llama-2-7b"),
+        ("gpt2", "gpt2"),
+        ("builtin:tiny", "builtin--tiny"),
+        ("/models/Llama-2-7b/", "Llama-2-7b"),
+        ("./Llama", "Llama"),
+        ("../x/y z", "y-z"),
+        ("..", None),
+        ("a/../../etc", "etc"),
+        ("x" * 5000, "x" * 5000),
+        ("a\0b", "a-b"),
+    ],
+)
+def test_folder_names(model, folder):
+    name = state.slug(model)
+    assert folder is None or name == folder
+    assert "/" not in name
+    assert not name.startswith(".")
+
+
+def test_a_local_folder_goes_by_its_own_name(tmp_path):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert state.slug("org/model") == "model"
+    assert state.slug(".") == tmp_path.name
+
+
+def test_the_profile_of_the_only_model(root, capsys):
+    path = make(root / "org--model" / "profile.yaml")
+    assert state.find_profile().absolute() == path
+    assert capsys.readouterr().err == "kvmix: using profile profiles/org--model/profile.yaml\n"
+
+
+@pytest.mark.parametrize(("find", "file"), [(state.find_profile, "profile.yaml"), (state.find_plan, "plans/a.yaml")])
+def test_two_models_need_a_choice(root, find, file):
+    paths = {name: make(root / name / file) for name in ("a--x", "b--y")}
+    with pytest.raises(StateError, match=r"2 models have a .* \(a--x, b--y\): choose with --model"):
+        find()
+    assert find(model="b/y").absolute() == paths["b--y"]
+    assert find(model="a--x").absolute() == paths["a--x"]
+
+
+def test_an_unfinished_profile_counts_as_a_candidate(root):
+    make(root / "a--x" / "profile.yaml")
+    make(root / "b--y" / "profile.partial.jsonl")
+    with pytest.raises(StateError, match="choose with --model"):
+        state.find_profile()
+    with pytest.raises(
+        StateError, match=r"interrupted and left .*b--y/profile.partial.jsonl: finish it with `kvmix profile MODEL"
+    ):
+        state.find_profile(model="b/y")
+
+
+def test_a_finished_profile_is_not_hidden_by_a_later_interruption(root):
+    path = make(root / "a--x" / "profile.yaml")
+    make(root / "a--x" / "profile.partial.jsonl")
+    assert state.find_profile().absolute() == path
+
+
+def test_the_newest_plan(root, capsys):
+    make(root / "a--x" / "plans" / "old.yaml", age=60)
+    new = make(root / "a--x" / "plans" / "new.yaml", age=30)
+    assert state.find_plan().absolute() == new
+    assert "using plan profiles/a--x/plans/new.yaml" in capsys.readouterr().err
+
+
+def test_plans_of_the_same_age_go_by_name(root):
+    for name in "cab":
+        make(root / "a--x" / "plans" / f"{name}.yaml")
+    assert state.find_plan().stem == "a"
+
+
+def test_a_plan_by_name(root, capsys):
+    path = make(root / "a--x" / "plans" / "rank-2.3.yaml")
+    make(root / "a--x" / "plans" / "paper.yaml")
+    assert state.find_plan("rank-2.3").absolute() == path
+    assert capsys.readouterr().err == ""
+    with pytest.raises(StateError, match=r"no plan 'ppaer' in .* \(did you mean 'paper'\?\)"):
+        state.find_plan("ppaer")
+    with pytest.raises(StateError, match=r"there are paper, rank-2\.3"):
+        state.find_plan("zzz")
+
+
+def test_files_that_are_named(root, tmp_path):
+    path = make(tmp_path / "elsewhere.yaml")
+    assert state.find_profile(path) == path
+    assert state.find_plan(str(path)) == path
+    assert state.find_plan(make(tmp_path / "a.plan")) == tmp_path / "a.plan"
+    for find in (state.find_profile, state.find_plan):
+        with pytest.raises(StateError, match=r"gone\.yaml does not exist"):
+            find("gone.yaml")
+
+
+def test_a_named_profile_that_was_never_finished(tmp_path):
+    (tmp_path / "mine.partial.jsonl").write_text('{"model": "org/model"}\n')
+    with pytest.raises(StateError, match=r"kvmix profile org/model --resume --out mine\.yaml"):
+        state.find_profile("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("find", "command"), [(state.find_profile, "`kvmix profile MODEL`"), (state.find_plan, "`kvmix allocate`")]
+)
+def test_an_empty_folder_says_what_to_do(find, command):
+    with pytest.raises(StateError) as error:
+        find()
+    assert f"in profiles: make one with {command}" in str(error.value)
+    with pytest.raises(StateError, match="in profiles/org--x"):
+        find(model="org/x")
+
+
+def test_the_folder_can_be_moved(kvmix, profiled, tmp_path, monkeypatch):
+    profiled.parent.parent.rename(tmp_path / "moved")
+    assert kvmix("allocate", "--avg-bits", 3).code == 1
+    assert kvmix("allocate", "--avg-bits", 3, "--profiles-dir", "moved").code == 0
+    assert (tmp_path / "moved" / "org--model" / "plans" / "rank-3.yaml").is_file()
+    assert kvmix("allocate", "--avg-bits", 3).code == 1
+    monkeypatch.setenv("KVMIX_PROFILES_DIR", "moved")
+    assert kvmix("allocate", "--avg-bits", 3).code == 0
+    assert kvmix("allocate", "--avg-bits", 3, "--profiles-dir", "other").code == 1

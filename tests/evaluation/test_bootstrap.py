@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from kvmix_cli.evaluation.bootstrap import ratio
+
+
+def test_the_value_is_the_ratio_of_the_sums():
+    estimate = ratio([1.0, 2.0, 6.0], [10, 20, 30])
+    assert estimate.value == pytest.approx(9 / 60)
+    assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_does_not():
+    numbers = np.random.default_rng(1).normal(size=20)
+    assert ratio(numbers, [1] * 20, seed=3) == ratio(numbers, [1] * 20, seed=3)
+    assert ratio(numbers, [1] * 20, seed=3) != ratio(numbers, [1] * 20, seed=4)
+
+
+def test_95_percent_intervals_cover_the_truth_about_that_often():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        estimate = ratio(rng.normal(5.0, 2.0, size=40), [1.0] * 40, seed=trial)
+        covered += estimate.low <= 5.0 <= estimate.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_a_paired_interval_is_far_narrower_than_the_spread_of_the_samples():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(100, 30, size=30)
+    changed = reference + rng.normal(1.0, 0.1, size=30)
+    paired, alone = ratio(changed - reference, [1] * 30), ratio(changed, [1] * 30)
+    assert paired.low > 0.9
+    assert paired.high < 1.1
+    assert alone.high - alone.low > 10
+
+
+def test_one_sample_has_no_interval():
+    estimate = ratio([3.0], [2.0])
+    assert estimate.value == estimate.low == estimate.high == 1.5
+
+
+@pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0])])
+def test_mismatched_or_missing_samples_are_refused(above, below):
+    with pytest.raises(ValueError, match="needs as many"):
+        ratio(above, below)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from architectures import build
+from evaluating import SHORT, stand_in, tiny, uniform
+
+from kvmix_cli.evaluation import get_task, memory
+from kvmix_cli.evaluation.base import Sample, Settings, Subject
+from kvmix_cli.evaluation.runner import run_task
+from kvmix_cli.geometry import model_info
+from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.windows import NoWindow, Recent, Rpc
+
+SETTINGS = Settings(length=320)
+CACHES = {
+    "defaults": CacheSettings(page=32),
+    "sink": CacheSettings(page=32, sink=20, group_size=32, window=Recent(tokens=40)),
+    "rows": CacheSettings(page=64, group_size="row", window=NoWindow()),
+    "rpc": CacheSettings(page=32, group_size=32, sink=0, window=Rpc()),
+    "short": SHORT,
+}
+
+
+@pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES.keys())
+@pytest.mark.parametrize("length", [32, 129, 320])
+def test_predicted_and_measured_bytes_are_the_same(settings, length):
+    mixed = Plan.from_short("0:k8v4,1-2:k2v2,3:k16v3,4-6:k1v2,7:k4v16", tiny().info, settings)
+    sample = Sample("context", tuple(range(10, 10 + length)))
+    for plan in (mixed, uniform(2, settings), uniform(16, settings)):
+        record = get_task("memory").measure(tiny(), Subject("plan", plan), sample, SETTINGS)
+        assert record["planned"] == record["measured"] == record["predicted"]
+        assert record["allocated"] >= record["measured"]
+
+
+def test_a_report_compares_with_16_bits():
+    report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2)), Subject("full", uniform(16))], SETTINGS)
+    reference, two, full = report.rows
+    elements = 2 * 8 * 2 * 64 * 320
+    assert reference.value("measured_bytes") == full.value("measured_bytes") == 4 * elements
+    assert two.value("bf16_bytes") == reference.value("bf16_bytes") == 2 * elements
+    assert two.value("compression") == 2 * elements / two.value("measured_bytes") > 2.9
+    assert two.value("prediction_error_percent") == 0
+    assert two.quantized_share > 0.9
+    assert "predicted_bytes" not in reference.metrics
+
+
+def test_a_wrong_prediction_is_said_loudly(monkeypatch):
+    true = memory.predicted_bytes
+    monkeypatch.setattr(memory, "predicted_bytes", lambda *arguments: int(1.02 * true(*arguments)))
+    report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2))], SETTINGS)
+    assert report.plans[0].value("prediction_error_percent") == pytest.approx(2, abs=0.01)
+    assert "two: the plan's prediction is off by +2.00 %" in report.plans[0].warnings[0]
+
+
+def test_layers_that_keep_their_stock_cache_are_measured_but_not_predicted():
+    model = build("gemma3", torch.float32)
+    info = model_info(model.config, "gemma3", None)
+    plan = Plan.build(info, {index: uniform(2).layers[0] for index in info.quantizable}, SHORT)
+    sample = Sample("context", tuple(range(100)))
+    task = get_task("memory")
+    loaded = stand_in(model=model, info=info)
+    reference, record = (task.measure(loaded, subject, sample, SETTINGS) for subject in (Subject(), Subject("p", plan)))
+    assert record["predicted"] == record["planned"] < record["measured"] < reference["measured"]
+    metrics = task.summarise([record], [reference], seed=0)
+    assert metrics["predicted_bytes"].value == metrics["measured_bytes"].value
+    assert metrics["prediction_error_percent"].value == 0

@@ -1,0 +1,147 @@
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from evaluating import stand_in, tiny, uniform
+from transformers.cache_utils import DynamicCache
+
+from kvmix_cli.errors import EvaluationError, TextError
+from kvmix_cli.evaluation import get_task
+from kvmix_cli.evaluation.base import Settings, Subject
+from kvmix_cli.evaluation.feeding import encode
+from kvmix_cli.evaluation.recall import VALUES, exercise
+from kvmix_cli.evaluation.runner import run_task
+
+SETTINGS = Settings(length=512, step=32, limit=2)
+POOL = list(range(1000, 1400))
+
+
+def make(length=400, seed="0"):
+    return exercise(tiny().tokenizer, POOL * 3, length, seed)
+
+
+class Spelling:
+    """A tokenizer that opens every text with a special token and splits it by characters, unlike the built-in one."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(character) for character in text])
+
+
+@pytest.mark.parametrize("tokenizer", [tiny().tokenizer, Spelling()], ids=["byte pairs", "characters"])
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_every_value_stands_where_the_exercise_says(tokenizer, seed):
+    made = exercise(tokenizer, POOL * 5, 800, seed)
+    ids = made.ids + made.script
+    assert len(ids) == 800
+    assert len({question.name for question in made.questions}) == VALUES
+    assert made.ids[:1] == ((1,) if isinstance(tokenizer, Spelling) else made.ids[:1])
+    for question in made.questions:
+        asked = len(made.ids) + question.answer.start
+        assigned = asked - question.distance
+        value = tuple(encode(tokenizer, f" {question.value}"))
+        assert ids[asked : asked + len(value)] == ids[assigned : assigned + len(value)] == value
+        assert made.script[question.answer] == value
+        assert assigned < len(made.ids) / 2 + 150
+        before = encode(tokenizer, f"\n{question.name} =")
+        assert list(ids[assigned - len(before) : assigned]) == before
+
+
+def test_the_tokens_are_those_of_the_text_itself():
+    made = make()
+    text = tiny().tokenizer.decode(made.script)
+    assert text == "".join(f"\nassert {question.name} == {question.value}\n" for question in made.questions)
+    assert tuple(encode(tiny().tokenizer, text)) == made.script
+
+
+def test_a_seed_makes_the_same_exercise_and_another_seed_another():
+    assert make() == make()
+    assert make(seed="1").questions != make().questions
+
+
+def test_filler_comes_from_the_pool_and_fills_most_of_the_context():
+    made = make(length=600)
+    filler = [token for token in made.ids if token in POOL]
+    assert len(filler) >= 300
+
+
+def test_too_short_an_exercise_says_how_long_it_must_be():
+    with pytest.raises(EvaluationError, match=r"--length 120 is too short for recall: .* use at least (\d+)") as caught:
+        make(length=120)
+    needed = int(str(caught.value).split()[-1])
+    assert sum(map(len, (make(needed).ids, make(needed).script))) == needed
+
+
+def test_text_that_does_not_fill_an_exercise_is_an_error(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words only")
+    with pytest.raises(TextError, match=r"short\.txt: \d+ tokens of text in all do not fill an exercise of 512"):
+        get_task("recall").samples(tiny(), dataclasses.replace(SETTINGS, text=str(text)))
+
+
+class Parrot:
+    """A model that knows what comes next, except at some places."""
+
+    def __init__(self, ids, wrong=()):
+        self.ids = ids
+        self.wrong = wrong
+        self.read = 0
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        raise NotImplementedError
+
+    def __call__(self, input_ids, past_key_values, use_cache):
+        start, self.read = self.read, self.read + input_ids.shape[1]
+        assert input_ids[0].tolist() == list(self.ids[start : self.read])
+        logits = torch.zeros(1, input_ids.shape[1], 4096)
+        for row, place in enumerate(range(start + 1, self.read + 1)):
+            token = self.ids[place] if place not in self.wrong else self.ids[place] + 1
+            logits[0, row, token] = 1.0
+        return SimpleNamespace(logits=logits)
+
+
+class Anything(Subject):
+    def cache(self, loaded, reserve):
+        return DynamicCache()
+
+
+@pytest.mark.parametrize("step", [1, 7, 32, 1000])
+def test_a_value_counts_if_every_one_of_its_tokens_does(step):
+    made = make()
+    ids = made.ids + made.script
+    third = made.questions[2].answer
+    settings = dataclasses.replace(SETTINGS, step=step)
+    task = get_task("recall")
+
+    perfect = task.measure(stand_in(model=Parrot(ids)), Anything(), made, settings)
+    assert perfect["recalled"] == perfect["values"] == VALUES
+
+    for place in range(third.start, third.stop):
+        parrot = Parrot(ids, wrong=(len(made.ids) + place,))
+        record = task.measure(stand_in(model=parrot), Anything(), made, settings)
+        assert [answer["recalled"] for answer in record["answers"]] == [n != 2 for n in range(VALUES)]
+
+    beside = Parrot(ids, wrong=(len(made.ids) + third.start - 1, len(made.ids) + third.stop))
+    assert task.measure(stand_in(model=beside), Anything(), made, settings)["recalled"] == VALUES
+
+
+def test_the_model_recalls_through_its_own_cache_and_not_through_one_bit():
+    subjects = [Subject("full", uniform(16)), Subject("eight", uniform(8)), Subject("one", uniform(1))]
+    report = run_task(get_task("recall"), tiny(), subjects, SETTINGS)
+    reference, full, eight, one = report.rows
+    assert reference.value("recalled") >= 8
+    assert reference.value("recall") == reference.value("recalled") / 12
+    assert full.metrics == reference.metrics
+    assert eight.value("recalled") >= reference.value("recalled") - 1
+    assert one.value("recalled") <= reference.value("recalled") / 2
+    assert one.quantized_share == eight.quantized_share > 0.9
+    assert "12 values in 2 exercises" in report.description
+
+
+def test_recall_does_not_depend_on_the_step_without_quantization():
+    task = get_task("recall")
+    sample = task.samples(tiny(), SETTINGS)[0]
+    records = [task.measure(tiny(), Subject(), sample, dataclasses.replace(SETTINGS, step=step)) for step in (1, 32)]
+    assert records[0]["answers"] == records[1]["answers"]

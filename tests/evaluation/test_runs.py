@@ -1,0 +1,185 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from commandline import kvmix_json
+from evaluating import INFO, Counting, stand_in, uniform
+
+from kvmix_cli.errors import EvaluationError, OutputError
+from kvmix_cli.evaluation.base import Settings, Subject
+from kvmix_cli.evaluation.runner import run_task
+from kvmix_cli.evaluation.runs import Run, Runs, safe_name
+
+TWO = Subject("two", uniform(2, info=INFO))
+EIGHT = Subject("eight", uniform(8, info=INFO))
+
+
+def run(folder, task=None, *, resume=False, subjects=(TWO, EIGHT), settings=None, **changes):
+    runs = Runs(folder, "builtin--tiny", resume, "kvmix eval --some")
+    return run_task(task or Counting(), stand_in(**changes), subjects, settings or Settings(), runs)
+
+
+def interrupted_at(name, sample):
+    """A task that Ctrl-C ends before this sample."""
+
+    def stop(subject, each):
+        if (subject.name, each.name) == (name, sample):
+            raise KeyboardInterrupt
+
+    return Counting(before=stop)
+
+
+def records(folder, name):
+    lines = (folder / f"counting__builtin--tiny__{name}" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_leaves_its_config_its_samples_and_its_row(tmp_path):
+    report = run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "counting__builtin--tiny__eight",
+        "counting__builtin--tiny__two",
+        "counting__builtin--tiny__unquantized",
+    ]
+    folder = tmp_path / "counting__builtin--tiny__two"
+    assert (folder / "config.yaml").read_text().startswith("# kvmix eval --some\n")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["settings"]["length"] == 1024
+    assert config["plan"]["short"] == "0-7:k2v2"
+    assert config["model"]["id"] == "builtin:tiny"
+    assert json.loads((folder / "metrics.json").read_text()) == report.plans[0].as_json()
+    assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("name", "sample"), [("unquantized", "0"), ("unquantized", "2"), ("two", "3"), ("eight", "0")])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, name, sample):
+    whole = run(tmp_path / "whole")
+    first = interrupted_at(name, sample)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", first)
+    second = Counting()
+    assert run(tmp_path / "cut", second, resume=True) == whole
+    assert len(first.measured) + len(second.measured) == 12
+    assert not set(first.measured) & set(second.measured)
+
+
+def test_without_resume_everything_is_measured_again(tmp_path):
+    run(tmp_path)
+    again = Counting()
+    run(tmp_path, again)
+    assert len(again.measured) == 12
+    assert len(records(tmp_path, "two")) == 4
+
+
+def test_a_finished_run_is_only_read_and_a_new_plan_only_added(tmp_path):
+    before = run(tmp_path, subjects=(TWO,))
+    task = Counting()
+    after = run(tmp_path, task, resume=True, subjects=(TWO, EIGHT))
+    assert {name for name, _ in task.measured} == {"eight"}
+    assert after.rows[:2] == before.rows
+
+
+def test_a_line_that_a_kill_cut_short_is_measured_again(tmp_path):
+    whole = run(tmp_path)
+    path = tmp_path / "counting__builtin--tiny__two" / "samples.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    task = Counting()
+    assert run(tmp_path, task, resume=True) == whole
+    assert task.measured == [("two", "3")]
+    assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", [b'{"tokens": 1\n', b"\xff\xfe\n", b"\n"])
+def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage):
+    run(tmp_path)
+    path = tmp_path / "counting__builtin--tiny__two" / "samples.jsonl"
+    path.write_bytes(damage + path.read_bytes())
+    with pytest.raises(EvaluationError, match=r"samples\.jsonl is damaged: .*--resume"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"settings": Settings(length=512, seed=1)}, "settings.length, settings.seed"),
+        ({"settings": Settings(limit=3)}, "settings.limit, samples.count, samples.sha256"),
+        ({"info": INFO.model_copy(update={"config_sha256": "00"})}, "model.config_sha256"),
+        ({"subjects": (Subject("two", uniform(4, info=INFO)),)}, "plan.short, plan.sha256"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, changed, named):
+    run(tmp_path)
+    before = records(tmp_path, "two")
+    with pytest.raises(EvaluationError, match=f"was measured with another {named}; leave out --resume"):
+        run(tmp_path, resume=True, **changed)
+    assert records(tmp_path, "two") == before
+
+
+def test_resuming_nothing_starts(tmp_path):
+    task = Counting()
+    run(tmp_path, task, resume=True)
+    assert len(task.measured) == 12
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    task = Counting()
+    with pytest.raises(OutputError, match="cannot write"):
+        run(tmp_path / "file" / "results", task)
+    assert task.measured == []
+
+
+def test_a_full_disk_keeps_the_samples_that_are_there(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted_at("two", "2"))
+    full = (tmp_path / "counting__builtin--tiny__two" / "samples.jsonl").stat().st_ino
+
+    def fsync(descriptor):
+        if os.fstat(descriptor).st_ino == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OutputError, match=r"two/samples\.jsonl: No space left on device; --resume goes on"):
+            run(tmp_path, resume=True)
+    assert run(tmp_path, resume=True) == run(tmp_path / "other")
+
+
+def test_names_of_plans_make_folders_that_differ(tmp_path):
+    names = ["two", "0-3:k4v4,4-7:k2v2", "0-3-k4v4-4-7-k2v2", "../up", "a/b", "a b", "x" * 300, "x" * 301]
+    safe = [safe_name(name) for name in names]
+    assert len(set(safe)) == len(names)
+    assert all("/" not in name and len(name) < 100 for name in safe)
+    assert safe[0] == "two"
+    Run(tmp_path / safe[3]).start({"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == [safe[3]]
+
+
+def test_a_killed_evaluation_resumes_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["eval", "--model", "builtin:tiny", "--uniform", "2", "--device", "cpu"]
+    arguments += ["--length", "332", "--prefix", "300", "--step", "4", "--limit", "4"]
+    command = [sys.executable, "-c", "from kvmix_cli.main import main; main()", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    samples = tmp_path / "results" / "perplexity__builtin--tiny__uniform-2" / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (samples.exists() and samples.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = samples.read_text()
+    assert 1 <= left.count("\n") < 4
+
+    resumed, afresh = (kvmix_json(*arguments, *more) for more in (["--resume"], ["--output-dir", "afresh"]))
+    assert samples.read_text().startswith(left[: left.rfind("\n") + 1])
+    for one, other in zip(resumed["rows"], afresh["rows"], strict=True):
+        assert one["quantized_share"] == other["quantized_share"]
+        for name, estimate in one["metrics"].items():
+            assert estimate == pytest.approx(other["metrics"][name], rel=1e-5, abs=1e-6)

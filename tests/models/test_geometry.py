@@ -1,0 +1,149 @@
+"""Layers and heads from a configuration alone."""
+
+import pytest
+import transformers
+from profiling_models import FAMILIES, LAYERS, build_config, load
+
+from kvmix_cli.errors import ModelError
+from kvmix_cli.geometry import fingerprint, max_length, model_info
+
+GEMMA = {
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def info_of(name, **options):
+    return model_info(getattr(transformers, name)(**options), "m")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read(family):
+    """That the numbers are those of the cache is shown in tests/profiling/test_projections.py."""
+    info = model_info(build_config(family), "m", "r1")
+    assert (info.id, info.revision, info.layers, info.stock) == ("m", "r1", LAYERS, {})
+    assert info.quantizable == list(range(LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "heads"),
+    [
+        ("LlamaConfig", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}, (3, 16)),
+        ("LlamaConfig", {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 64}, (6, 64)),
+        ("GPTNeoXConfig", {"hidden_size": 96, "num_attention_heads": 6}, (6, 16)),
+        ("FalconConfig", {"num_attention_heads": 71, "hidden_size": 4544}, (1, 64)),
+        ("FalconConfig", {"num_attention_heads": 8, "hidden_size": 64, "multi_query": False}, (8, 8)),
+        ("GPTBigCodeConfig", {"n_head": 4, "n_embd": 64}, (1, 16)),
+        ("MistralConfig", {"sliding_window": None, "head_dim": None}, (8, 128)),
+        ("Gemma4TextConfig", {"global_head_dim": 96, "head_dim": 32, "num_key_value_heads": 4}, (4, 96)),
+    ],
+)
+def test_heads(name, options, heads):
+    info = info_of(name, **options)
+    assert (info.kv_heads, info.head_dim) == heads
+
+
+def test_layers_without_full_attention_are_named():
+    assert info_of("Gemma3TextConfig", **GEMMA).stock == {0: "sliding_attention", 2: "sliding_attention"}
+    kinds = ["linear_attention", "full_attention"]
+    assert info_of("Qwen3NextConfig", num_hidden_layers=2, layer_types=kinds).stock == {0: "linear_attention"}
+
+
+def test_the_text_part_of_a_multimodal_model_counts():
+    config = transformers.Gemma3Config(text_config=transformers.Gemma3TextConfig(**GEMMA))
+    assert model_info(config, "m").layers == 3
+    assert fingerprint(config) == fingerprint(transformers.Gemma3TextConfig(**GEMMA))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("MambaConfig", {"num_hidden_layers": 4}, "no full-attention layer, .* its layers are 4 linear_attention"),
+        ("MistralConfig", {"num_hidden_layers": 5}, "its layers are 5 sliding_attention"),
+        ("RecurrentGemmaConfig", {"num_hidden_layers": 6}, "4 linear_attention, 2 sliding_attention"),
+        ("RwkvConfig", {}, "no attention heads"),
+        ("DeepseekV3Config", {}, "multi-head latent attention"),
+        ("MiMoV2FlashConfig", {"head_dim": 64, "v_head_dim": 32}, "keys of 64 but values of 32 channels"),
+        ("LlamaConfig", {"per_layer_config": {1: {"num_key_value_heads": 4}}}, "different KV heads .4 x 128, 32 x 128"),
+    ],
+)
+def test_models_with_nothing_to_quantize(name, options, message):
+    with pytest.raises(ModelError, match=f"^m has .*{message}") as error:
+        info_of(name, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "limit"),
+    [
+        ("LlamaConfig", {"max_position_embeddings": 77}, 77),
+        ("GPT2Config", {"n_positions": 77}, 77),
+        ("MptConfig", {"max_seq_len": 77}, 77),
+        ("BloomConfig", {}, None),
+    ],
+)
+def test_the_longest_input(name, options, limit):
+    assert max_length(getattr(transformers, name)(**options)) == limit
+
+
+# Fingerprint
+
+LLAMA = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 50,
+}
+
+
+def llama(**changes):
+    return fingerprint(transformers.LlamaConfig(**{**LLAMA, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 128},
+        {"num_attention_heads": 8},
+        {"num_key_value_heads": 4},
+        {"num_hidden_layers": 3},
+        {"head_dim": 32},
+        {"vocab_size": 51},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ],
+)
+def test_another_shape_has_another_fingerprint(changes):
+    assert llama(**changes) != llama()
+
+
+def test_another_family_has_another_fingerprint():
+    assert fingerprint(transformers.Qwen2Config(**LLAMA)) != llama()
+    same = {**GEMMA, "layer_types": ["full_attention", *GEMMA["layer_types"][1:]]}
+    one, other = (fingerprint(transformers.Gemma3TextConfig(**options)) for options in (GEMMA, same))
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"use_cache": False},
+        {"attn_implementation": "eager"},
+        {"transformers_version": "9.9.9"},
+        {"something_new": 1},
+        {"attention_dropout": 0.1},
+        {"eos_token_id": 3},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    ],
+)
+def test_the_same_shape_has_the_same_fingerprint(changes):
+    assert llama(**changes) == llama()
+
+
+def test_a_fingerprint_survives_saving(tmp_path):
+    config = load("llama").model.config
+    config.save_pretrained(tmp_path)
+    assert fingerprint(transformers.AutoConfig.from_pretrained(tmp_path)) == fingerprint(config)

@@ -1,0 +1,92 @@
+"""Profile files: read back as written, faults with their lines."""
+
+import pytest
+from hypothesis import given
+from made_up import make_info, make_profile, patient, scored
+
+from kvmix_cli.errors import DocumentError
+from kvmix_cli.profile import LayerScore, Profile, Statistic
+
+GOOD = """\
+# kvmix profile org/model
+format: kvmix-profile/1
+model: {id: org/model, layers: 2, kv_heads: 2, head_dim: 64}
+provenance: {kvmix: 0.1.0}
+calibration: {source: builtin, sha256: ab, samples: 3, seq_len: 64, seed: 0, tokens: 192}
+scores:
+  grad-norm:
+    seconds: 1.50
+    layers:
+      0: {k: {mean: 1.0, std: 0.1}, v: {mean: 2.0, std: 0.2}}
+      1: {k: {mean: 3.0, std: 0.3}, v: {mean: 4.0, std: 0.4}}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text):
+        path = tmp_path / "profile.yaml"
+        path.write_text(text, encoding="utf-8")
+        return Profile.load(path)
+
+    return load
+
+
+@patient
+@given(scored(40))
+def test_what_is_written_is_read_back(tmp_path_factory, profile):
+    path = tmp_path_factory.mktemp("profiles") / "profile.yaml"
+    profile.save(path, "kvmix profile org/model")
+    assert Profile.load(path) == profile
+    assert Profile.load(path).sha256 == profile.sha256
+
+
+def test_scores_keep_seven_digits(load):
+    profile = make_profile([1.23456789e-30, 0.0], [3.0e20, 5e-324])
+    layers = load(profile.to_yaml()).scores["grad-norm"].layers
+    assert layers[0].k.mean == 1.234568e-30
+    assert (layers[0].v.mean, layers[1].k.mean) == (3.0e20, 0.0)
+    assert layers[1].v.mean == 5e-324
+
+
+def test_the_example_loads(load):
+    assert load(GOOD).score("grad-norm").layers[1] == LayerScore(
+        k=Statistic(mean=3.0, std=0.3), v=Statistic(mean=4.0, std=0.4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("kvmix-profile/1", "kvmix-plan/1", "line 2: format must be 'kvmix-profile/1', got 'kvmix-plan/1'"),
+        (
+            "      1: {k",
+            "      2: {k",
+            "line 11: score 'grad-norm': layer 2 cannot be planned: the model has layers 0-1",
+        ),
+        ("      1: {k", "      2: {k", "line 9: score 'grad-norm': no entry for layer 1"),
+        ("mean: 1.0", "mean: .nan", "line 10: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan"),
+        ("mean: 1.0", "mean: -.inf", "line 10: scores.grad-norm.layers.0.k.mean: should be a finite number, got -inf"),
+        ("std: 0.1", "std: -0.1", "line 10: scores.grad-norm.layers.0.k.std: should be greater than or equal to 0"),
+        ("mean: 1.0", "men: 1.0", "line 10: 'scores.grad-norm.layers.0.k.mean' is missing"),
+        ("mean: 1.0", "men: 1.0", "line 10: unknown key 'scores.grad-norm.layers.0.k.men'"),
+        ("samples: 3", "samples: 0", "line 5: calibration.samples: should be greater than or equal to 1, got 0"),
+        ("seconds: 1.50\n", "secs: 1\n", "line 8: unknown key 'scores.grad-norm.secs'"),
+        (GOOD[GOOD.index("  grad-norm") :], "  {}\n", "line 6: scores: dictionary should have at least 1 item"),
+    ],
+)
+def test_faults_are_named_with_their_line(load, old, new, expected):
+    assert old in GOOD
+    with pytest.raises(DocumentError) as error:
+        load(GOOD.replace(old, new, 1))
+    assert any(fault.startswith(expected) for fault in error.value.faults), error.value.faults
+
+
+def test_a_score_that_is_not_there_names_those_that_are():
+    with pytest.raises(DocumentError, match="org/model: it has no score 'loss', only grad-norm"):
+        make_profile([1.0]).score("loss")
+
+
+def test_stock_layers_have_no_score():
+    profile = make_profile([1.0, 2.0], info=make_info(3, stock={1: "sliding_attention"}))
+    assert list(profile.score("grad-norm").layers) == [0, 2]

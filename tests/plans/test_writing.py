@@ -1,0 +1,106 @@
+"""Files are written whole or not at all, and trouble is found before any work."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvmix_cli.errors import OutputError
+from kvmix_cli.files import check_writable, write_bytes, write_text
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def read_only(monkeypatch):
+    def mkstemp(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", mkstemp)
+
+
+def test_folders_are_made(tmp_path):
+    path = write_text(tmp_path / "a" / "b" / "file.yaml", "été\n")
+    assert path.read_text(encoding="utf-8") == "été\n"
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        path = write_bytes(tmp_path / "file", b"x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("old")
+    with pytest.raises(OutputError, match=r"cannot write .*file.yaml: No space left on device; nothing was changed"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file.yaml"]
+
+
+def test_a_failed_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file.yaml"
+    path.write_text("old")
+
+    def replace(self, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError, match="Input/output error"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file.yaml"]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def fsync(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "file.yaml", "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_folder(tmp_path, monkeypatch):
+    read_only(monkeypatch)
+    for attempt in (lambda path: write_text(path, "x"), check_writable):
+        with pytest.raises(OutputError, match="Read-only file system; nothing was changed"):
+            attempt(tmp_path / "file.yaml")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        check_writable(tmp_path / "sub" / "file.yaml")
+
+
+def test_checking_leaves_no_trace(tmp_path):
+    check_writable(tmp_path / "a" / "b" / "file.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for attempt in (lambda path: write_text(path, "x"), check_writable):
+        with pytest.raises(OutputError, match=r"Not a directory|File exists"):
+            attempt(tmp_path / "file" / "sub.yaml")
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+    for attempt in (lambda path: write_text(path, "x"), check_writable):
+        with pytest.raises(OutputError, match="Is a directory"):
+            attempt(tmp_path)

@@ -1,0 +1,273 @@
+"""`run_profile`: what is sampled, what is recorded, and going on after an interruption."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from profiling_models import ByteTokenizer, load
+
+from kvmix_cli.errors import DocumentError, KvmixError, OutputError, TextError
+from kvmix_cli.profile import Profile
+from kvmix_cli.profiling import get_probe, probes, run_profile
+from kvmix_cli.profiling.calibration import MIN_TOKENS, cut_samples, describe
+from kvmix_cli.profiling.grad_norm import GradNorm
+
+TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
+RUN = {"texts": TEXTS, "source": "test", "samples": 5, "seq_len": 40, "seed": 3}
+
+
+@pytest.fixture
+def loaded():
+    return load("llama")
+
+
+# Samples
+
+
+def test_samples_are_whole_pieces_of_the_text(loaded):
+    samples = cut_samples(loaded, TEXTS, 10, 40, seed=0)
+    documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
+    pieces = [ids[start : start + 40] for ids in documents for start in range(0, len(ids), 40)]
+    assert len(samples) == 10
+    assert all(len(sample) == 40 and sample in pieces for sample in samples)
+    assert len({tuple(sample) for sample in samples}) == 10
+
+
+def test_the_seed_chooses(loaded):
+    first, again, other = (cut_samples(loaded, TEXTS, 5, 40, seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_samples_come_from_all_over_the_text(loaded):
+    samples = cut_samples(loaded, TEXTS, 7, 40, seed=0)
+    documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
+    sources = {number for number, ids in enumerate(documents) for sample in samples if str(sample)[1:-1] in str(ids)}
+    assert len(sources) >= 4
+
+
+def test_a_start_token_begins_every_sample():
+    samples = cut_samples(load("llama", bos=True), TEXTS, 10, 40, seed=0)
+    assert all(len(sample) == 40 and sample[0] == 1 and 1 not in sample[1:] for sample in samples)
+
+
+def test_too_little_text_is_used_up_and_counted(loaded):
+    profile = run_profile(loaded, **{**RUN, "texts": TEXTS[:1], "samples": 30})
+    tokens = len(loaded.tokenizer(TEXTS[0])["input_ids"])
+    pieces = [min(40, tokens - start) for start in range(0, tokens, 40)]
+    kept = [piece for piece in pieces if piece >= MIN_TOKENS]
+    assert 0 < len(kept) < 30
+    assert profile.calibration.samples == len(kept)
+    assert profile.calibration.tokens == sum(kept)
+
+
+def test_full_length_samples_come_first(loaded):
+    texts = ["x" * 35] * 50 + ["y" * 64]
+    assert [len(sample) for sample in cut_samples(loaded, texts, 3, 64, seed=0)] == [64, 35, 35]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a few words"] * 100])
+def test_no_sample_at_all_is_an_error(loaded, texts):
+    with pytest.raises(TextError, match="at least 32 tokens"):
+        cut_samples(loaded, texts, 3, 64, seed=0)
+
+
+def test_a_sample_longer_than_the_model_is_an_error(loaded):
+    assert cut_samples(loaded, TEXTS, 1, 128, seed=0)
+    with pytest.raises(TextError, match="at most 128 tokens, not 129: use a smaller --seq-len"):
+        cut_samples(loaded, TEXTS, 1, 129, seed=0)
+
+
+@pytest.mark.parametrize(("samples", "seq_len"), [(0, 40), (3, 1)])
+def test_no_samples_or_no_tokens_is_an_error(loaded, samples, seq_len):
+    with pytest.raises(TextError, match="cannot profile"):
+        cut_samples(loaded, TEXTS, samples, seq_len, seed=0)
+
+
+def test_only_the_text_that_is_needed_is_tokenized(loaded):
+    tokenizer = CountingTokenizer()
+    counted = type(loaded)(loaded.model, tokenizer, loaded.info, loaded.max_length)
+    cut_samples(counted, ["z" * 400] * 1000, 2, 40, seed=0)
+    assert 0 < tokenizer.calls < 20
+
+
+class CountingTokenizer(ByteTokenizer):
+    calls = 0
+
+    def __call__(self, text, **options):
+        self.calls += 1
+        return super().__call__(text, **options)
+
+
+def test_the_digest_tells_samples_apart():
+    digests = {describe(samples, "s", 4, 0).sha256 for samples in ([[5, 6], [7]], [[5], [6, 7]], [[5, 6, 7]])}
+    assert len(digests) == 3
+
+
+# The profile
+
+
+def test_mean_and_spread_over_the_samples(loaded):
+    profile = run_profile(loaded, **RUN)
+    with GradNorm().prepared(loaded) as measure:
+        norms = [measure(torch.tensor([ids])) for ids in cut_samples(loaded, TEXTS, 5, 40, seed=3)]
+    for index, layer in profile.score("grad-norm").layers.items():
+        for kind in ("k", "v"):
+            values = [getattr(sample[index], kind) for sample in norms]
+            assert getattr(layer, kind).mean == pytest.approx(statistics.mean(values))
+            assert getattr(layer, kind).std == pytest.approx(statistics.stdev(values))
+
+
+def test_one_sample_has_no_spread(loaded):
+    profile = run_profile(loaded, **{**RUN, "samples": 1})
+    assert all(layer.k.std == layer.v.std == 0 for layer in profile.score("grad-norm").layers.values())
+
+
+def test_the_profile_says_what_was_profiled(loaded, tmp_path):
+    profile = run_profile(loaded, **RUN)
+    assert profile.model == loaded.info
+    assert profile.provenance["dtype"] == "float32"
+    assert (profile.calibration.source, profile.calibration.samples, profile.calibration.tokens) == ("test", 5, 200)
+    assert Profile.load(profile.save(tmp_path / "profile.yaml")).calibration == profile.calibration
+
+
+def test_only_layers_that_can_be_quantized_are_scored(loaded):
+    info = loaded.info.model_copy(update={"stock": {1: "sliding_attention"}})
+    sliding = type(loaded)(loaded.model, loaded.tokenizer, info, loaded.max_length)
+    assert list(run_profile(sliding, **RUN).score("grad-norm").layers) == [0, 2]
+
+
+def test_progress_is_told(loaded):
+    steps = []
+    run_profile(loaded, **RUN, on_step=lambda done, total: steps.append((done, total)))
+    assert steps == [(done, 5) for done in range(6)]
+
+
+def test_probes_by_name(loaded):
+    assert probes() == ("grad-norm",)
+    assert get_probe("grad-norm") == GradNorm()
+    with pytest.raises(KvmixError, match=r"no score 'grad_norm' \(did you mean 'grad-norm'\?\)"):
+        run_profile(loaded, **RUN, score="grad_norm")
+
+
+# The journal
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(samples):
+    def on_step(done, total):
+        if done == samples:
+            raise Interrupted
+
+    return on_step
+
+
+def interrupted(loaded, journal, after, **changes):
+    with pytest.raises(Interrupted):
+        run_profile(loaded, **{**RUN, **changes}, journal=journal, on_step=interrupt_after(after))
+
+
+def measured(profile):
+    """All of a profile but how long it took."""
+    return profile.model_dump(exclude={"scores": {"grad-norm": {"seconds"}}})
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 5])
+def test_resuming_equals_an_uninterrupted_run(loaded, tmp_path, after):
+    expected, journal = run_profile(loaded, **RUN), tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, after)
+    steps = []
+    resumed = run_profile(
+        load("llama"), **RUN, journal=journal, resume=True, on_step=lambda done, _: steps.append(done)
+    )
+    assert measured(resumed) == measured(expected)
+    assert steps == list(range(after, 6)), "a finished sample was measured again"
+
+
+def test_a_cut_off_last_line_costs_that_sample(loaded, tmp_path):
+    expected, journal = run_profile(loaded, **RUN), tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 3)
+    journal.write_text(journal.read_text()[:-20])
+    steps = []
+    resumed = run_profile(loaded, **RUN, journal=journal, resume=True, on_step=lambda done, _: steps.append(done))
+    assert measured(resumed) == measured(expected)
+    assert steps[0] == 2
+    assert [len(json.loads(line)) for line in journal.read_text().splitlines()[1:]] == [2] * 5
+
+
+def test_resume_without_a_journal_starts(loaded, tmp_path):
+    profile = run_profile(loaded, **RUN, journal=tmp_path / "deep" / "profile.partial.jsonl", resume=True)
+    assert measured(profile) == measured(run_profile(loaded, **RUN))
+
+
+def test_without_resume_an_old_journal_is_replaced(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 3, seed=9)
+    assert measured(run_profile(loaded, **RUN, journal=journal)) == measured(run_profile(loaded, **RUN))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 4}, {"samples": 6}, {"seq_len": 41}, {"source": "other"}, {"texts": TEXTS[1:]}]
+)
+def test_other_settings_cannot_be_resumed(loaded, tmp_path, changes):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 2)
+    before = journal.read_text()
+    with pytest.raises(DocumentError, match=r"was .* and is now .*; drop --resume") as error:
+        run_profile(loaded, **{**RUN, **changes}, journal=journal, resume=True)
+    assert "\n" not in str(error.value)
+    assert journal.read_text() == before
+
+
+def test_another_model_cannot_be_resumed(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 2)
+    with pytest.raises(DocumentError, match="config_sha256 was"):
+        run_profile(load("qwen3"), **RUN, journal=journal, resume=True)
+    with pytest.raises(DocumentError, match="dtype was 'float32' and is now 'float64'"):
+        run_profile(load("llama", torch.float64), **RUN, journal=journal, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["", "garbage\n", "[]\n", '{"format": "other"}\n', "\xff\xfe"])
+def test_a_foreign_journal_cannot_be_resumed(loaded, tmp_path, damage):
+    journal = tmp_path / "profile.partial.jsonl"
+    journal.write_bytes(damage.encode("latin-1"))
+    with pytest.raises(DocumentError, match="cannot go on from it"):
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"seconds": 1}', '{"seconds": 1, "layers": {"0": 3}}'])
+def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 2)
+    header, _, second = journal.read_text().splitlines()
+    journal.write_text("\n".join([header, line, second, ""]))
+    with pytest.raises(DocumentError, match="it is damaged"):
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(loaded, tmp_path):
+    (tmp_path / "file").write_text("")
+    steps = []
+    with pytest.raises(OutputError, match="cannot write"):
+        run_profile(loaded, **RUN, journal=tmp_path / "file" / "journal", on_step=lambda *step: steps.append(step))
+    assert not steps
+
+
+def test_a_full_disk_keeps_what_is_there(loaded, tmp_path):
+    """`/dev/full` takes no byte; the journal of the finished samples stays usable."""
+    journal = tmp_path / "profile.partial.jsonl"
+    kept = tmp_path / "kept"
+
+    def fill(done, total):
+        if done == 2:
+            journal.rename(kept)
+            journal.symlink_to("/dev/full")
+
+    with pytest.raises(OutputError, match="--resume"):
+        run_profile(loaded, **RUN, journal=journal, on_step=fill)
+    kept.replace(journal)
+    assert measured(run_profile(loaded, **RUN, journal=journal, resume=True)) == measured(run_profile(loaded, **RUN))

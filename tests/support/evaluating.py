@@ -1,0 +1,66 @@
+"""What the evaluation tests share: the built-in model, short plans, and a task that needs no model."""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+
+from kvmix_cli.evaluation.base import Estimate, Metric, Sample, Task
+from kvmix_cli.evaluation.bootstrap import ratio
+from kvmix_cli.models import load_model
+from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
+from kvmix_cli.windows import NoWindow
+
+SHORT = CacheSettings(page=16, sink=0, group_size=16, window=NoWindow())
+INFO = ModelInfo(id="builtin:tiny", layers=8, kv_heads=2, head_dim=64)
+
+
+@functools.cache
+def tiny():
+    """The built-in model in float32 on the CPU; tests must not change it."""
+    return load_model("builtin:tiny", device="cpu")
+
+
+def uniform(bits, cache=SHORT, info=None):
+    return Plan.uniform(info or tiny().info, bits, bits, cache)
+
+
+def stand_in(**changes):
+    """As much of a loaded model as the runner itself looks at."""
+    model = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(_attn_implementation="kvmix"))
+    return SimpleNamespace(
+        **{"model": model, "device": torch.device("cpu"), "info": INFO, "max_length": 4096, **changes}
+    )
+
+
+class Counting(Task):
+    """Measures nothing: a sample's number is its index, plus the plan's bits. Remembers what it was asked."""
+
+    name = "counting"
+    metrics = (Metric("number", higher_is_better=False), Metric("gain", higher_is_better=True, plans_only=True))
+    default_limit = 4
+
+    def __init__(self, before=lambda subject, sample: None, share=0.5):
+        self.measured = []
+        self.before = before
+        self.share = share
+
+    def samples(self, loaded, settings):
+        return [Sample(str(number), (number,)) for number in range(self.limit(settings))]
+
+    def measure(self, loaded, subject, sample, settings):
+        self.before(subject, sample)
+        self.measured.append((subject.name, sample.name))
+        bits = 16 if subject.plan is None else subject.plan.bits.nominal
+        quantized = 0 if subject.plan is None else 100 * self.share
+        return {"tokens": 1, "number": sample.ids[0] + bits, "attended": {"total": 100, "quantized": quantized}}
+
+    def summarise(self, records, reference, seed):
+        numbers = [record["number"] for record in records]
+        metrics = {"number": ratio(numbers, [1.0] * len(numbers), seed)}
+        if reference is not None:
+            metrics["gain"] = Estimate.exact(sum(other["number"] for other in reference) - sum(numbers))
+        return metrics
+
+    def describe(self, samples, settings):
+        return f"{len(samples)} numbers"

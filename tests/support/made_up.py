@@ -1,0 +1,77 @@
+"""Profiles made up for tests, and hypothesis strategies for models, plans and profiles."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, Statistic
+from kvmix_cli.windows import NoWindow, Recent, Rpc
+
+patient = settings(deadline=None, max_examples=50)
+"""Hypothesis without a limit on the time of one example: two cores may be shared."""
+CALIBRATION = Calibration(source="builtin", sha256="ab", samples=3, seq_len=64, seed=0, tokens=192)
+
+
+def make_info(layers=8, *, model_id="org/model", stock=None, head_dim=64):
+    return ModelInfo(id=model_id, layers=layers, kv_heads=2, head_dim=head_dim, stock=stock or {})
+
+
+def make_profile(k, v=None, *, info=None, name="grad-norm"):
+    """A profile of these means, one for each layer that can be quantized."""
+    info = info or make_info(len(k))
+    means = zip(info.quantizable, k, k if v is None else v, strict=True)
+    layers = {i: LayerScore(k=Statistic(mean=a, std=a / 10), v=Statistic(mean=b, std=b / 10)) for i, a, b in means}
+    return Profile(model=info, calibration=CALIBRATION, scores={name: Score(seconds=1.5, layers=layers)})
+
+
+def falling(layers):
+    """A profile whose importance falls from layer to layer, and for values rises."""
+    return make_profile([float(layers - i) for i in range(layers)], [float(i + 1) for i in range(layers)])
+
+
+@st.composite
+def infos(draw, max_layers=200):
+    layers = draw(st.integers(1, max_layers))
+    stock = draw(st.sets(st.integers(0, layers - 1), max_size=min(6, layers - 1)))
+    kinds = st.sampled_from(["sliding_attention", "linear_attention"])
+    return ModelInfo(
+        id=draw(st.sampled_from(["org/model", "builtin:tiny", "x", "no", "a: b", "été/1"])),
+        revision=draw(st.none() | st.text(max_size=20)),
+        layers=layers,
+        kv_heads=draw(st.integers(1, 64)),
+        head_dim=16 * draw(st.integers(1, 16)),
+        config_sha256=draw(st.none() | st.just("ab12")),
+        stock={layer: draw(kinds) for layer in sorted(stock)},
+    )
+
+
+@st.composite
+def scored(draw, max_layers=200):
+    """A profile; few distinct scores, so that there are many ties."""
+    info = draw(infos(max_layers))
+    source = draw(st.randoms(use_true_random=False))
+    k, v = ([float(source.randint(0, 9)) for _ in info.quantizable] for _ in "kv")
+    return make_profile(k, v, info=info)
+
+
+ladders = st.sets(st.sampled_from(WIDTHS), min_size=1).map(lambda widths: tuple(sorted(widths)))
+group_sizes = st.sampled_from([8, 32, 64, 100, 128, "row"])
+ratios = st.dictionaries(st.sampled_from([1, 2, 3, 4, 8]), st.floats(0, 0.9), max_size=5)
+windows = st.builds(Recent, tokens=st.integers(0, 4096)) | st.builds(Rpc, ratio=ratios) | st.just(NoWindow())
+settings_ = st.builds(
+    CacheSettings,
+    page=st.integers(1, 16).map(lambda n: 16 * n),
+    sink=st.integers(0, 64),
+    group_size=group_sizes,
+    scale_dtype=st.sampled_from(["float16", "bfloat16"]),
+    window=windows,
+)
+tensors = st.builds(TensorPlan, bits=st.sampled_from(WIDTHS), group_size=st.none() | group_sizes)
+layer_plans = st.builds(LayerPlan, k=tensors, v=tensors)
+
+
+@st.composite
+def plans(draw, max_layers=40):
+    info = draw(infos(max_layers))
+    layers = {layer: draw(layer_plans) for layer in info.quantizable}
+    return Plan.build(info, layers, draw(settings_), {"method": "made up", "budget": {"avg_bits": 2.3}})
