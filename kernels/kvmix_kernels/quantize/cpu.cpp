@@ -83,7 +83,7 @@ static void key_page(const Quantization& q, int16_t* words, uint16_t* scales_out
       for (int64_t t = g * q.group; t < (g + 1) * q.group && t < q.page; t++)
         range.add(load<vf>(scratch.page.data() + t * dim + d));
       store(scales + g * dim + d, raw_scale(range.low, range.high, range.poison, levels));
-      store(scales + count + g * dim + d, range.low);
+      store(scales + count + g * dim + d, range.low + splat(0.0f));  // -0 becomes 0, as in naive.py
     }
   finish_scales(q, count, scales, scales_out);
   int32_t *codes = scratch.codes.data(), *packed = scratch.packed.data();
@@ -117,7 +117,7 @@ static void value_page(const Quantization& q, int16_t* words, uint16_t* scales_o
         range.add(load<vf>(scratch.page.data() + t * dim + d));
       const float low = -largest(-range.low), high = largest(range.high), poison = sum(range.poison);
       scales[g * q.page + t] = raw_scale(splat(low), splat(high), splat(poison), levels)[0];
-      scales[count + g * q.page + t] = low;
+      scales[count + g * q.page + t] = low + 0.0f;
     }
   finish_scales(q, count, scales, scales_out);
   std::memset(words, 0, q.page * q.bits / 16 * dim * sizeof(int16_t));

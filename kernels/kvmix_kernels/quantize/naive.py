@@ -94,7 +94,7 @@ def _group_range(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of every group, each `[..., groups, rows]`."""
     parts = matrix.split(layout.group, dim=-1)
     low, high = zip(*(part.aminmax(dim=-1) for part in parts), strict=True)
-    return torch.stack(low, -2), torch.stack(high, -2)
+    return torch.stack(low, -2) + 0.0, torch.stack(high, -2)  # of 0 and -0 either may be the minimum: make it 0
 
 
 def _per_column(per_group: Tensor, layout: PageLayout) -> Tensor:
