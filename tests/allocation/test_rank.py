@@ -155,6 +155,13 @@ def test_memory_is_counted_in_the_bytes_that_the_cache_will_take(profile, contex
     assert widths_of(allocate(profile, asked, cache=cache)) == expected
 
 
+@pytest.mark.parametrize(("layers", "high"), [(19, 10), (21, 6), (23, 4), (26, 1), (26, 3)])
+def test_a_mean_that_rounds_down_still_buys_its_layers(layers, high):
+    """Here `mean * layers` is below what the layers take, by the last bit of a float."""
+    plan = allocate(falling(layers), Budget(avg_bits=(4 * layers + 3 * high) / (2 * layers)))
+    assert sum(each.k.bits == 3 for each in plan.layers.values()) == high
+
+
 def test_ties_go_to_the_earlier_layer():
     plan = allocate(make_profile([1.0, 5.0, 1.0, 1.0]), Budget(avg_bits=2.75))
     assert plan.short == "0-1:k3v4,2-3:k2v2"

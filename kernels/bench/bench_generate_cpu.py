@@ -1,0 +1,136 @@
+"""Decoding with a whole model on a CPU: tokens/s and memory of each cache at the same context, in one process.
+
+    python kernels/bench/bench_generate_cpu.py [--contexts 4096,16384] [--model builtin:tiny] [--save]
+
+Without `--model`: a randomly initialised Llama of about 1B parameters. The context is random keys and values that are
+put into every cache alike, since a prompt of that length takes minutes on a CPU and is not what is measured. Each step
+decodes one token; caches take turns, and medians are reported. `ratio` is DynamicCache's time over the candidate's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import time
+from collections.abc import Callable
+from statistics import median
+
+import results
+import torch
+from kvmix_cli.cache import MixedCache, cache_nbytes, unquantized_cache
+from kvmix_cli.models import load_model
+from kvmix_cli.plan import ModelInfo, Plan
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, QuantizedCache
+
+BIG = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+}
+
+
+def model_of(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, ModelInfo]:
+    if name:
+        loaded = load_model(name)
+        return loaded.model, loaded.info
+    config = LlamaConfig(**BIG)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.set_attn_implementation("kvmix")
+    info = ModelInfo(id="random-1b", layers=16, kv_heads=8, head_dim=64)
+    return model.eval(), info
+
+
+def caches(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[str, Callable[[], Cache]]:
+    """What is compared, by name."""
+    config, last = model.config, info.layers - 1
+    mixed = f"0-{info.layers // 5}:k3v4,{info.layers // 5 + 1}-{last}:k2v2"
+    plans = {
+        "kvmix 4": Plan.uniform(info, 4, 4),
+        "kvmix 2": Plan.uniform(info, 2, 2),
+        "kvmix mixed": Plan.from_short(mixed, info),
+        "kvmix 16": Plan.uniform(info, 16, 16),
+    }
+    made: dict[str, Callable[[], Cache]] = {"DynamicCache": lambda: unquantized_cache(config)}
+    for name, plan in plans.items():
+        made[name] = lambda plan=plan: MixedCache.from_plan(plan, config, reserve=reserve)
+    for backend in ("quanto", "hqq"):
+        made[f"QuantizedCache {backend} 4"] = lambda backend=backend: QuantizedCache(backend, config, nbits=4)
+    return made
+
+
+@torch.no_grad()
+def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> None:
+    """The same random context for every cache."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(info.layers):
+        shape = (1, info.kv_heads, context, info.head_dim)
+        keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        cache.update(keys, values, layer)
+
+
+def measure(name: str | None, context: int, steps: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    model, info = model_of(name, dtype)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    rows: list[dict[str, object]] = []
+    baseline = 0.0
+    print(f"\n{info.id}, {dtype}, context {context}, {torch.get_num_threads()} threads")
+    for label, make in caches(model, info, context + steps + 2).items():
+        gc.collect()
+        try:
+            cache = make()
+        except ImportError as error:
+            print(f"  {label:24} not installed: {error}")
+            continue
+        fill(cache, info, context, dtype)
+        times = []
+        with torch.no_grad():
+            for number in range(steps + 2):
+                start = time.perf_counter()
+                model(token, past_key_values=cache)
+                if number >= 2:
+                    times.append((time.perf_counter() - start) * 1e3)
+        ms = median(times)
+        baseline = baseline or ms
+        size = cache_nbytes(cache) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"  {label:24} {ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x  {size:8.1f} MiB  RSS {peak:.1f} GiB"
+        )
+        row = {"op": "decode", "shape": f"{info.id} {dtype}", "context": context, "name": label}
+        rows.append({**row, "ms": round(ms, 2), "gb_per_s": "", "ratio": round(baseline / ms, 2)})
+        del cache
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--contexts", default="4096,16384")
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    rows = [
+        row
+        for context in options.contexts.split(",")
+        for row in measure(options.model, int(context), options.steps, dtype)
+    ]
+    if options.save:
+        results.append(rows)
+
+
+if __name__ == "__main__":
+    main()
