@@ -18,11 +18,12 @@ from statistics import median
 
 import results
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, QuantizedCache
+
 from kvmix_cli.cache import MixedCache, cache_nbytes, unquantized_cache
 from kvmix_cli.models import load_model
 from kvmix_cli.plan import ModelInfo, Plan
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
 
 BIG = {
     "vocab_size": 32000,
@@ -105,9 +106,8 @@ def measure(name: str | None, context: int, steps: int, dtype: torch.dtype) -> l
         baseline = baseline or ms
         size = cache_nbytes(cache) / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"  {label:24} {ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x  {size:8.1f} MiB  RSS {peak:.1f} GiB"
-        )
+        speed = f"{ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x"
+        print(f"  {label:24} {speed}  {size:8.1f} MiB  RSS {peak:.1f} GiB")
         row = {"op": "decode", "shape": f"{info.id} {dtype}", "context": context, "name": label}
         rows.append({**row, "ms": round(ms, 2), "gb_per_s": "", "ratio": round(baseline / ms, 2)})
         del cache

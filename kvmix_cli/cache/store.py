@@ -39,6 +39,8 @@ class Store:
         self.layout = layout
         self.settings = settings
         self._ahead = 0  # tokens packed before the window's rule asked for them
+        self._settled = 0  # tokens packed under the rule when the last forward arrived
+        self._fresh = 0  # tokens of the last forward that are still there
         sinks = 0 if layout is None else settings.sink
         pages = 0 if layout is None else max(0, reserve - sinks) // settings.page
         self._sink = Buffer(sinks)
@@ -76,6 +78,7 @@ class Store:
             QuantizationError: if what has to be packed is NaN, infinite, or beyond the scale's range.
         """
         self._settle()
+        self._fresh = new.shape[2]
         rest = self._fill_sink(new)
         early = self._early(self._tail.length + rest.shape[2]) if rest.shape[2] > ROLLBACK else 0
         if early == 0:
@@ -100,11 +103,14 @@ class Store:
         that is cut goes back to the tail as the values it decodes to.
         """
         keep = max(0, self.length - count)
+        self._fresh -= count
         pages_kept = max(0, keep - self.sinks) // self.settings.page
         if pages_kept < self._words.length:
             self._reopen(pages_kept, keep)
         else:
             self._tail.truncate(max(0, keep - self.sinks - self.packed_tokens))
+            if self._fresh == 0:  # back before the last forward: the rule has been applied to this tail already
+                self._ahead = self._settled
         self._sink.truncate(keep)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -140,9 +146,9 @@ class Store:
 
     def _settle(self) -> None:
         """Pack what the window stopped keeping after the last forward."""
-        due = min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length)
-        self._ahead = 0
-        if due > 0:
+        due = max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
+        self._settled, self._ahead = self._ahead + due, 0
+        if due:
             self._pack(self._tail.view[:, :, :due])
             self._tail.drop_first(due)
 

@@ -45,9 +45,12 @@ def test_random_depends_on_the_seed_and_on_nothing_else():
 
 
 def test_random_draws_keys_and_values_apart():
-    plan = allocate(falling(64), Budget(avg_bits=2.5), method="random")
-    high = [{layer for layer, each in plan.layers.items() if getattr(each, kind).bits > 2} for kind in "kv"]
-    assert high[0] != high[1]
+    def higher(plan, kind):
+        return frozenset(layer for layer, each in plan.layers.items() if getattr(each, kind).bits > 2)
+
+    plans = [allocate(falling(64), Budget(avg_bits=2.5), method="random", seed=seed) for seed in range(8)]
+    assert all(higher(plan, "k") != higher(plan, "v") for plan in plans)
+    assert all(len({higher(plan, kind) for plan in plans}) == len(plans) for kind in "kv")
 
 
 @patient

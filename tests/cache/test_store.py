@@ -33,7 +33,7 @@ def state(some):
     sink=st.sampled_from([0, 4]),
     steps=st.lists(st.tuples(st.integers(1, 200), st.integers(0, ROLLBACK)), min_size=1, max_size=8),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_taking_back_part_of_the_last_forward_leaves_no_trace(window, sink, steps):
     rolled_back, straight = store(window, sink=sink), store(window, sink=sink)
     for seed, (count, back) in enumerate(steps):
