@@ -1,16 +1,16 @@
 """Every error a user can cause, and nothing else.
 
-    KvmixError                  the command line prints one line and exits 1
-    ├── ModelError              a model that cannot be loaded, or that has nothing to quantize
-    │   └── ProjectionError     its K and V projections cannot be found
-    ├── TextError               calibration or evaluation text that is missing, empty or unreadable
-    ├── DocumentError           a plan or profile file with faults (all of them, each with its line)
-    ├── PlanError               a plan that does not fit the model
-    ├── BudgetError             a budget that no plan can meet
-    ├── StateError              which profile or plan is meant cannot be told from the folder
-    ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
-    ├── EvaluationError         a task or gate that cannot be run as asked
-    └── OutputError             a file that cannot be written
+KvmixError                  the command line prints one line and exits 1
+├── ModelError              a model that cannot be loaded, or that has nothing to quantize
+│   └── ProjectionError     its K and V projections cannot be found
+├── TextError               calibration or evaluation text that is missing, empty or unreadable
+├── DocumentError           a plan or profile file with faults (all of them, each with its line)
+├── PlanError               a plan that does not fit the model
+├── BudgetError             a budget that no plan can meet
+├── StateError              which profile or plan is meant cannot be told from the folder
+├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
+├── EvaluationError         a task or gate that cannot be run as asked
+└── OutputError             a file that cannot be written
 """
 
 from __future__ import annotations

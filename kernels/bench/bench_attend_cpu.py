@@ -2,8 +2,8 @@
 
     python kernels/bench/bench_attend_cpu.py [--contexts 1024,4096,16384,65536] [--rounds 15] [--save]
 
-Shape of Llama-3-8B: 8 KV heads, 4 query heads each, head_dim 128, one query. Pages of 128, groups of 64. Every candidate
-attends to the same number of tokens; ours is checked against float64 on the dequantized tokens before it is timed.
+Shape of Llama-3-8B: 8 KV heads, 4 query heads each, head_dim 128, one query. Pages of 128, groups of 64. Every
+candidate attends to the same number of tokens; ours is checked against float64 on the dequantized tokens first.
 `ratio` is the best torch formulation's time over the candidate's. `--save` appends to results.csv.
 """
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MODEL = "builtin:tiny"
 AVG_BITS = 2.3
+RANDOM_PLANS = 3
 PROMPT = "def test_copy(self):\n        d = {'a': 1}\n"
 
 
@@ -75,15 +76,17 @@ def _profile(loaded: LoadedModel, samples: int, seed: int, out: Path, ctx: typer
 
 
 def _plans(profile: Profile, seed: int, out: Path, ctx: typer.Context) -> dict[str, Plan]:
-    """The ranked plan, the same number of high-bit layers at random, and 2 bits everywhere."""
+    """The ranked plan, the same number of high-bit layers at random (thrice), and 2 bits everywhere."""
     from ..allocation import K_BITS, V_BITS, Budget, allocate
     from ..plan import Plan
 
-    def plan(method: str) -> Plan:
+    def plan(method: str, seed: int = 0) -> Plan:
         budget = Budget(avg_bits=AVG_BITS)
         return allocate(profile, budget, method=method, k_bits=K_BITS, v_bits=V_BITS, cache=_cache(), seed=seed)
 
-    plans = {"kvmix": plan("rank"), "random": plan("random"), "uniform-2": Plan.uniform(profile.model, 2, 2, _cache())}
+    plans = {"kvmix": plan("rank")}
+    plans |= {f"random-{number}": plan("random", number) for number in range(seed, seed + RANDOM_PLANS)}
+    plans["uniform-2"] = Plan.uniform(profile.model, 2, 2, _cache())
     for name, each in plans.items():
         each.save(out / state.slug(MODEL) / state.PLANS / f"{name}.yaml", ctx.meta[options.COMMAND_LINE])
         console.text(f"{name}: {each.short}\n")

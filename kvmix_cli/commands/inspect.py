@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import console
+from .. import console, state
 from ..errors import KvmixError
 from . import options
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan, or a KVTuner preset.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a KVTuner preset.")],
     other: Annotated[Path | None, typer.Argument(metavar="[FILE2]", help="Another of its kind, to compare.")] = None,
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
@@ -28,7 +28,7 @@ def inspect(
     quiet: options.Quiet = False,
 ) -> None:
     """Show and validate a profile or plan; with two files, how they differ."""
-    paths = [file] if other is None else [file, other]
+    paths = [_path(each, model) for each in (file, other) if each is not None]
     found = [_load(path, model) for path in paths]
     if len({type(each) for each in found}) > 1:
         raise KvmixError(f"{file} and {other} cannot be compared: one is a profile, the other a plan")
@@ -37,7 +37,13 @@ def inspect(
     if len(found) > 1:
         _compare(paths, found)
     else:
-        _show(file, found[0], context, batch)
+        _show(paths[0], found[0], context, batch)
+
+
+def _path(given: Path, model: str | None) -> Path:
+    """A file, or the plan of that name. Raises StateError if there is neither."""
+    is_file = given.exists() or given.suffix in (".yaml", ".yml")
+    return given if is_file else state.find_plan(given, model=model)
 
 
 def _load(path: Path, model: str | None) -> Plan | Profile:

@@ -1,0 +1,30 @@
+"""`kvmix demo`: the whole pipeline, on little text."""
+
+from commandline import kvmix, kvmix_json, refused
+
+from kvmix_cli.plan import Plan
+from kvmix_cli.profile import Profile
+
+
+def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = kvmix_json("demo", "--samples", 2, "--limit", 1)
+    folder = tmp_path / "kvmix-demo"
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    profile = Profile.load(folder / "builtin--tiny" / "profile.yaml")
+    assert profile.calibration.samples == 2
+    plans = {path.stem: Plan.load(path) for path in (folder / "builtin--tiny" / "plans").glob("*.yaml")}
+    assert sorted(plans) == ["kvmix", "random-0", "random-1", "random-2", "uniform-2"]
+    assert len({plans[name].bits for name in plans if name != "uniform-2"}) == 1
+    rows = {(row["task"], row["plan"]): row for row in result["rows"]}
+    assert len(rows) == 2 * (1 + len(plans))
+    assert all("error" not in row for row in rows.values())
+    assert rows["perplexity", "unquantized"]["quantized_share"] == 0
+    assert rows["perplexity", "kvmix"]["quantized_share"] > 0.8
+    assert rows["perplexity", "uniform-2"]["metrics"]["perplexity_increase_percent"]["value"] > 0
+    assert len(result["text"]) > 20
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(kvmix("demo", "--out", tmp_path / "file" / "demo"))

@@ -1,0 +1,72 @@
+"""Every example in the README and the docs is run: Python blocks, plan and profile files, and `$ kvmix` lines."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commandline import kvmix
+
+from kvmix_cli.files import parse_yaml
+from kvmix_cli.plan import ModelInfo, Plan, is_kvtuner
+from kvmix_cli.profile import Profile
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").glob("*.md")])
+FOUR_LAYERS = ModelInfo(id="example/four-layers", layers=4, kv_heads=8, head_dim=128)
+HUB = "meta-llama/Llama-2-7b"
+SHORTER = {
+    "profile": ["--samples", "2", "--seq-len", "128"],
+    "eval": ["--limit", "1"],
+    "demo": ["--samples", "1", "--limit", "1"],
+}
+"""Added to the examples: the same work on less text."""
+
+
+def blocks(language):
+    """(page, number, text) of every fenced block in a language."""
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found += [pytest.param(page, text, id=f"{page.name}-{number}") for number, text in enumerate(texts)]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for text in found:
+        exec(compile(text, str(page), "exec"), {})
+    assert found or page.name != "plan-format.md"
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"))
+def test_file_examples_load(page, text, tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    document = parse_yaml(text, str(page))
+    if is_kvtuner(document):
+        assert len(Plan.from_kvtuner(path, FOUR_LAYERS).layers) == 4
+    elif document.data["format"].startswith("kvmix-profile"):
+        assert Profile.load(path).scores
+    else:
+        assert Plan.load(path).layers
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_examples_run(page, tmp_path, monkeypatch):
+    """In order, in one empty folder. A hub model is replaced by the built-in one, and there is less text."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\$ (kvmix .*)$", page.read_text(), re.MULTILINE)
+    for line in lines:
+        arguments = shlex.split(line.replace(HUB, "builtin:tiny"), comments=True)[1:]
+        result = kvmix(*arguments, *SHORTER.get(arguments[0], []))
+        assert result.exit_code == 0, f"{line}: {result.stderr}"
+    assert lines or page != ROOT / "README.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
