@@ -4,17 +4,14 @@
 
 Without `--model`: a randomly initialised Llama of about 1B parameters. The context is random keys and values that are
 put into every cache alike, since a prompt of that length takes minutes on a CPU and is not what is measured. Each step
-decodes one token; caches take turns, and medians are reported. `ratio` is DynamicCache's time over the candidate's.
+decodes one token; caches take turns step by step, and medians are reported. `ratio` is DynamicCache's time over the
+candidate's. The sizes of transformers' quantized caches are left out: their tensors do not tell them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import resource
-import time
 from collections.abc import Callable
-from statistics import median
 
 import results
 import torch
@@ -25,6 +22,7 @@ from kvmix_cli.cache import MixedCache, cache_nbytes, unquantized_cache
 from kvmix_cli.models import load_model
 from kvmix_cli.plan import ModelInfo, Plan
 
+WARMUP = 2
 BIG = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -81,36 +79,39 @@ def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> Non
         cache.update(keys, values, layer)
 
 
-def measure(name: str | None, context: int, steps: int, dtype: torch.dtype) -> list[dict[str, object]]:
+def filled(model: PreTrainedModel, info: ModelInfo, context: int, steps: int, dtype: torch.dtype) -> dict[str, Cache]:
+    """Every cache that is installed, with the same random context in it."""
+    found: dict[str, Cache] = {}
+    for name, make in caches(model, info, context + steps).items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"  {name:24} not installed: {error}")
+            continue
+        fill(found[name], info, context, dtype)
+    return found
+
+
+def measure(name: str | None, context: int, rounds: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    """One row a cache."""
     model, info = model_of(name, dtype)
     token = torch.zeros(1, 1, dtype=torch.long)
-    rows: list[dict[str, object]] = []
-    baseline = 0.0
+    held = filled(model, info, context, rounds + WARMUP, dtype)
+
+    @torch.no_grad()
+    def step(cache: Cache) -> object:
+        return model(token, past_key_values=cache)
+
+    steps = {label: lambda cache=cache: step(cache) for label, cache in held.items()}
+    times = results.in_turns(steps, rounds, WARMUP)
+    baseline = times["DynamicCache"]
     print(f"\n{info.id}, {dtype}, context {context}, {torch.get_num_threads()} threads")
-    for label, make in caches(model, info, context + steps + 2).items():
-        gc.collect()
-        try:
-            cache = make()
-        except ImportError as error:
-            print(f"  {label:24} not installed: {error}")
-            continue
-        fill(cache, info, context, dtype)
-        times = []
-        with torch.no_grad():
-            for number in range(steps + 2):
-                start = time.perf_counter()
-                model(token, past_key_values=cache)
-                if number >= 2:
-                    times.append((time.perf_counter() - start) * 1e3)
-        ms = median(times)
-        baseline = baseline or ms
-        size = cache_nbytes(cache) / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        speed = f"{ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x"
-        print(f"  {label:24} {speed}  {size:8.1f} MiB  RSS {peak:.1f} GiB")
+    rows = []
+    for label, ms in times.items():
+        size = "" if label.startswith("Quantized") else f"{cache_nbytes(held[label]) / 2**20:8.1f} MiB"
+        print(f"  {label:24} {ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x {size}")
         row = {"op": "decode", "shape": f"{info.id} {dtype}", "context": context, "name": label}
         rows.append({**row, "ms": round(ms, 2), "gb_per_s": "", "ratio": round(baseline / ms, 2)})
-        del cache
     return rows
 
 
@@ -119,14 +120,14 @@ def main() -> None:
     parser.add_argument("--contexts", default="4096,16384")
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     rows = [
         row
         for context in options.contexts.split(",")
-        for row in measure(options.model, int(context), options.steps, dtype)
+        for row in measure(options.model, int(context), options.rounds, dtype)
     ]
     if options.save:
         results.append(rows)

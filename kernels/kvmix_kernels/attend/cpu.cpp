@@ -121,18 +121,38 @@ static void widen(const void* source, int64_t dtype, int64_t count, float* out) 
   }
 }
 
-// folded[n][r] = a[n][r] * scale[n] and offset[r] = sum_n a[n][r] * zero[n], in four independent sums.
+// Element `i` is element `first + i / R` of `x`: each repeated for R query rows.
+template <int R> static inline vf spread(vf x, int first) {
+  vf out;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) out[i] = x[first + i / R];
+  return out;
+}
+
+// folded[n][r] = a[n][r] * scale[n] and offset[r] = sum_n a[n][r] * zero[n].
 template <int R>
 static void fold(const float* a, const float* scale, const float* zero, int rows, float* folded, float* offset) {
-  float sums[4][R] = {};
-  for (int n = 0; n < rows; n += 4)
-    for (int i = 0; i < 4; i++)
+  for (int r = 0; r < R; r++) offset[r] = 0;
+  if (W % R) {
+    for (int n = 0; n < rows; n++)
       for (int r = 0; r < R; r++) {
-        const float x = a[(n + i) * R + r];
-        folded[(n + i) * R + r] = x * scale[n + i];
-        sums[i][r] += x * zero[n + i];
+        folded[n * R + r] = a[n * R + r] * scale[n];
+        offset[r] += a[n * R + r] * zero[n];
       }
-  for (int r = 0; r < R; r++) offset[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
+    return;
+  }
+  vf sums[R] = {};
+  for (int n = 0; n < rows; n += W) {
+    const vf scales = load<vf>(scale + n), zeros = load<vf>(zero + n);
+#pragma GCC unroll 4
+    for (int k = 0; k < R; k++) {
+      const vf x = load<vf>(a + n * R + k * W);
+      store(folded + n * R + k * W, x * spread<R>(scales, k * (W / R)));
+      sums[k] += x * spread<R>(zeros, k * (W / R));
+    }
+  }
+  for (int k = 0; k < R; k++)
+    for (int i = 0; i < W; i++) offset[i % R] += sums[k][i];
 }
 
 // out[r] (+)= a[:, r] · page, for one page; `a` is [rows][R], `out[r]` has `columns` floats.
