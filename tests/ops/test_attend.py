@@ -9,8 +9,9 @@ from kvmix_kernels.attend import attend, naive
 from kvmix_kernels.segments import Packed
 from reference import dense_attention
 
-RMS_FLOAT32 = 1e-5
-"""Relative, for float32 sums of at most a few thousand products."""
+RMS = {"naive": 1e-5}
+"""Relative; for float32 sums of at most a few thousand products. The native path rounds coefficients to 16 bits."""
+RMS_NATIVE = 1e-3
 
 
 @given(
@@ -45,7 +46,7 @@ def test_equals_dense_attention(
     options = {"scaling": 0.3, "mask": mask, "softcap": softcap, "sinks": sink_logits}
     expected = dense_attention(query, key.dequantize(), value.dequantize(), **options)
     for name, path in paths():
-        assert relative_rms(path(query, key, value, **options), expected) < RMS_FLOAT32, name
+        assert relative_rms(path(query, key, value, **options), expected) < RMS.get(name, RMS_NATIVE), name
 
 
 def test_tiles_of_tokens_and_of_queries_change_nothing(monkeypatch):

@@ -5,8 +5,8 @@
 //
 //     sum_n a_n (code_nm s_n + z_n)  =  sum_n (a_n s_n) code_nm  +  sum_n a_n z_n
 //
-// so scales fold into the coefficients once a group, and the inner loop is a shift, a mask, an int-to-float and one
-// multiply-add per query row. Packed bytes are read once for up to ROWS query rows, which share a KV head.
+// so scales fold into the coefficients once a group, and codes are multiplied as the small integers they are. Packed
+// bytes are read once for up to ROWS query rows, which share a KV head.
 #include "cpu.h"
 
 #include <cmath>
@@ -20,95 +20,107 @@ constexpr int ROWS = 4;            // query rows that share an unpacked code: as
 constexpr int64_t MIN_SPLIT = 512; // tokens below which a thread is not worth its start
 constexpr float NEVER = -INFINITY;
 
-// acc[r][v] += sum_n a[n][r] * code[n][column..]; `a` is [rows][R], `words_at` points at the first column.
+// Code `j` of a word, and for three bits with its high bit from the second plane.
+template <int BITS> static inline vi field(vi word, vi high, int j, int half) {
+  if (BITS != 3) return (word >> (j * BITS)) & ((1 << BITS) - 1);
+  return ((word >> (2 * j)) & 3) | (((high >> (2 * j + half)) & 1) << 2);
+}
+
+// acc[r] += sum_n a[n][r] * code[n][column..] over W columns, in float32; `a` is [rows][R]. For what does not come in
+// pairs: an odd number of word rows, or fewer columns than two vectors hold.
 //
-// Some fields of a word are unpacked together: more would need more pointers into `a` than there are registers, fewer
-// would load the word more often.
-template <int BITS, int R, int NV> struct Contract {
-  static constexpr int FIELDS = 16 / BITS, TOGETHER = FIELDS < 4 ? FIELDS : 4, MASK = (1 << BITS) - 1;
+// Field j of word row c is row j * words + c. Three bits are a plane of two and a plane of one: word row c of the low
+// plane shares its high bits' word with word row c + words / 2.
+template <int BITS, int R>
+static void contract_exact(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R]) {
+  constexpr int FIELDS = BITS == 3 ? 8 : 16 / BITS;
+  const int count = rows / FIELDS, half_count = rows / 16;
+  for (int c = 0; c < count; c++) {
+    const int half = BITS == 3 ? c / half_count : 0;
+    const vi word = words(words_at + c * columns);
+    const vi high = BITS == 3 ? words(words_at + (count + c % half_count) * columns) : vi{};
+    for (int j = 0; j < FIELDS; j++) {
+      const vf code = __builtin_convertvector(field<BITS>(word, high, j, half), vf);
+      for (int r = 0; r < R; r++) acc[r] += a[(j * count + c) * R + r] * code;
+    }
+  }
+}
 
-  static inline void run(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R][NV]) {
-    const int words_per_column = rows / FIELDS;
+// The coefficients of a group, for R query rows: in float32, and rounded to 16 bits in pairs of contracted rows.
+//
+// One 16-bit multiply-add does the work of four float32 ones for two codes, so it is what the inner loop uses. Rounding
+// a coefficient to 1/32767 of its row's largest changes the result by less than 1e-4 of it.
+template <int R> struct Coefficients {
+  const float* exact;      // [rows][R]
+  const int32_t* pairs;    // [fields][words / 2][R]: row `c` of a field, and row `c + words / 2`
+  float unit[R];           // what 1 stands for in `pairs`
+  float offset[R];         // to be added to every column
+};
+
+// acc[r][v] += sum_n a[n][r] * code[n][column..] over pairs of word rows, 2 W columns. `rows * bits / 16` must be even.
+template <int BITS, int R>
+static inline void contract_pairs(const int16_t* words_at, int64_t columns, int rows, const int32_t* pairs,
+                                  vi (&acc)[R][2]) {
+  constexpr int LOW = BITS == 3 ? 2 : BITS, FIELDS = 16 / LOW, TOGETHER = FIELDS < 4 ? FIELDS : 4;
+  constexpr int16_t MASK = (1 << LOW) - 1;
+  const int half = rows / FIELDS / 2;
+  const int16_t* high_plane = words_at + 2 * half * columns;  // of three bits
 #pragma GCC unroll 4
-    for (int first = 0; first < FIELDS; first += TOGETHER) {
-      const float* coefficient[TOGETHER];
-      for (int j = 0; j < TOGETHER; j++) coefficient[j] = a + (first + j) * words_per_column * R;
-      for (int c = 0; c < words_per_column; c++) {
-        vi word[NV];
-        for (int v = 0; v < NV; v++) word[v] = words(words_at + c * columns + v * W);
+  for (int first = 0; first < FIELDS; first += TOGETHER) {
+    const int32_t* coefficient[TOGETHER];
+    for (int j = 0; j < TOGETHER; j++) coefficient[j] = pairs + (first + j) * half * R;
+    for (int c = 0; c < half; c++) {
+      vw word[2], high[2];
+      interleave(load<vw>(words_at + c * columns), load<vw>(words_at + (c + half) * columns), word[0], word[1]);
+      if (BITS == 3) {
+        const vw plane = load<vw>(high_plane + c * columns);
+        interleave(plane, plane >> 1, high[0], high[1]);
+      }
 #pragma GCC unroll 4
-        for (int j = 0; j < TOGETHER; j++) {
-          vf code[NV];
-          for (int v = 0; v < NV; v++)
-            code[v] = __builtin_convertvector((word[v] >> ((first + j) * BITS)) & MASK, vf);
-          for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) acc[r][v] += coefficient[j][c * R + r] * code[v];
+      for (int j = 0; j < TOGETHER; j++) {
+        const int shift = (first + j) * LOW;
+        vw code[2];
+        for (int v = 0; v < 2; v++) {
+          code[v] = (word[v] >> shift) & MASK;
+          if (BITS == 3) code[v] |= ((high[v] >> shift) & int16_t(1)) << 2;
+        }
+        for (int r = 0; r < R; r++) {
+          const vw a = (vw)(vi{} + coefficient[j][c * R + r]);
+          for (int v = 0; v < 2; v++) add_now(acc[r][v], multiply_pairs(code[v], a));
         }
       }
     }
   }
-};
-
-// Three bits: a plane of the low two bits, then a plane of the high bit. Field j of the low plane's word row c is row
-// j * rows / 8 + c, which is field 2j (or 2j + 1, from the middle of the plane on) of the high plane.
-template <int R, int NV> struct Contract<3, R, NV> {
-  static inline void run(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R][NV]) {
-    const int low_rows = rows / 8, high_rows = rows / 16;
-    const int16_t* high_plane = words_at + low_rows * columns;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-#pragma GCC unroll 2
-      for (int first = 0; first < 8; first += 4) {
-        const float* coefficient[4];
-        for (int j = 0; j < 4; j++) coefficient[j] = a + ((first + j) * low_rows + half * high_rows) * R;
-        for (int c = 0; c < high_rows; c++) {
-          vi low[NV], high[NV];
-          for (int v = 0; v < NV; v++) {
-            low[v] = words(words_at + (half * high_rows + c) * columns + v * W);
-            high[v] = words(high_plane + c * columns + v * W);
-          }
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; j++) {
-            const int field = first + j;
-            vf code[NV];
-            for (int v = 0; v < NV; v++) {
-              vi bits = ((low[v] >> (2 * field)) & 3) | (((high[v] >> (2 * field + half)) & 1) << 2);
-              code[v] = __builtin_convertvector(bits, vf);
-            }
-            for (int r = 0; r < R; r++)
-              for (int v = 0; v < NV; v++) acc[r][v] += coefficient[j][c * R + r] * code[v];
-          }
-        }
-      }
-    }
-  }
-};
+}
 
 // out[r][column] (+)= contraction + offset[r], over `columns_here` columns of one group.
 template <int BITS, int R>
-static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, int rows, const float* a,
-                           const float* offset, float* const* out, bool add) {
+static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, int rows,
+                           const Coefficients<R>& a, float* const* out, bool add) {
   int64_t m = 0;
-  for (; m + 2 * W <= columns_here; m += 2 * W) {
-    vf acc[R][2];
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < 2; v++)
-        acc[r][v] = add ? load<vf>(out[r] + m + v * W) + offset[r] : splat(offset[r]);
-    Contract<BITS, R, 2>::run(words_at + m, columns, rows, a, acc);
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < 2; v++) store(out[r] + m + v * W, acc[r][v]);
-  }
+  if (a.pairs)
+    for (; m + 2 * W <= columns_here; m += 2 * W) {
+      vi acc[R][2] = {};
+      contract_pairs<BITS, R>(words_at + m, columns, rows, a.pairs, acc);
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) {
+          float* at = out[r] + m + v * W;
+          const vf before = add ? load<vf>(at) : vf{};
+          store(at, before + (__builtin_convertvector(acc[r][v], vf) * a.unit[r] + a.offset[r]));
+        }
+    }
   for (; m < columns_here; m += W) {
-    vf acc[R][1];
-    for (int r = 0; r < R; r++) acc[r][0] = add ? load<vf>(out[r] + m) + offset[r] : splat(offset[r]);
-    Contract<BITS, R, 1>::run(words_at + m, columns, rows, a, acc);
-    for (int r = 0; r < R; r++) store(out[r] + m, acc[r][0]);
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = add ? load<vf>(out[r] + m) + a.offset[r] : splat(a.offset[r]);
+    contract_exact<BITS, R>(words_at + m, columns, rows, a.exact, acc);
+    for (int r = 0; r < R; r++) store(out[r] + m, acc[r]);
   }
 }
 
 // One thread's working memory, kept from call to call.
 struct Scratch {
   std::vector<float> scores, rows, scales, coefficients;
+  std::vector<int32_t> pairs;
 };
 
 static void widen(const void* source, int64_t dtype, int64_t count, float* out) {
@@ -129,52 +141,100 @@ template <int R> static inline vf spread(vf x, int first) {
   return out;
 }
 
-// folded[n][r] = a[n][r] * scale[n] and offset[r] = sum_n a[n][r] * zero[n].
+// folded[n][r] = a[n][r] * scale[n], offset[r] = sum_n a[n][r] * zero[n], and the largest |folded[:, r]|.
 template <int R>
-static void fold(const float* a, const float* scale, const float* zero, int rows, float* folded, float* offset) {
-  for (int r = 0; r < R; r++) offset[r] = 0;
+static void fold(const float* a, const float* scale, const float* zero, int rows, float* folded, float* offset,
+                 float* largest_of) {
+  for (int r = 0; r < R; r++) offset[r] = largest_of[r] = 0;
   if (W % R) {
     for (int n = 0; n < rows; n++)
       for (int r = 0; r < R; r++) {
-        folded[n * R + r] = a[n * R + r] * scale[n];
+        const float x = a[n * R + r] * scale[n];
+        folded[n * R + r] = x;
         offset[r] += a[n * R + r] * zero[n];
+        largest_of[r] = std::fmax(largest_of[r], std::fabs(x));
       }
     return;
   }
-  vf sums[R] = {};
+  vf sums[R] = {}, most[R] = {};
   for (int n = 0; n < rows; n += W) {
     const vf scales = load<vf>(scale + n), zeros = load<vf>(zero + n);
 #pragma GCC unroll 4
     for (int k = 0; k < R; k++) {
-      const vf x = load<vf>(a + n * R + k * W);
-      store(folded + n * R + k * W, x * spread<R>(scales, k * (W / R)));
+      const vf x = load<vf>(a + n * R + k * W), y = x * spread<R>(scales, k * (W / R));
+      store(folded + n * R + k * W, y);
       sums[k] += x * spread<R>(zeros, k * (W / R));
+      most[k] = larger(most[k], y > vf{} ? y : -y);
     }
   }
   for (int k = 0; k < R; k++)
-    for (int i = 0; i < W; i++) offset[i % R] += sums[k][i];
+    for (int i = 0; i < W; i++) {
+      offset[i % R] += sums[k][i];
+      largest_of[i % R] = std::fmax(largest_of[i % R], most[k][i]);
+    }
+}
+
+// Round folded coefficients to 16 bits and pair them up. The largest integer leaves room for the sum over all rows.
+template <int R>
+static void pair_up(const float* folded, const float* largest_of, int rows, int fields, int levels, int32_t* pairs,
+                    float* unit) {
+  const double room = 2147483647.0 / (double(rows) * levels);
+  const float top = room < 32767.0 ? float(std::floor(room)) : 32767.0f;
+  float inverse[R];
+  for (int r = 0; r < R; r++) {
+    unit[r] = largest_of[r] / top;
+    inverse[r] = largest_of[r] > 0 ? top / largest_of[r] : 0.0f;
+  }
+  const int count = rows / fields / 2 * R;
+  const auto rounded = [](vf x) { return __builtin_convertvector((x + splat(12582912.0f)) - splat(12582912.0f), vi); };
+  vf factor = {};
+  for (int i = 0; i < W; i++) factor[i] = inverse[i % R];
+  for (int j = 0; j < fields; j++, folded += 2 * count, pairs += count) {
+    int i = 0;
+    if (W % R == 0)
+      for (; i + W <= count; i += W) {
+        const vi first = rounded(load<vf>(folded + i) * factor), second = rounded(load<vf>(folded + count + i) * factor);
+        store(pairs + i, (first & 0xffff) | (second << 16));
+      }
+    for (; i < count; i++) {
+      const int first = std::lrintf(folded[i] * inverse[i % R]), second = std::lrintf(folded[count + i] * inverse[i % R]);
+      pairs[i] = (first & 0xffff) | int32_t(uint32_t(second) << 16);
+    }
+  }
+}
+
+// Columns are read with a stride that the hardware does not see through: ask for the next page while this one is used.
+static void prefetch_page(const Segments& s, int64_t b, int64_t h, int64_t page) {
+  const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
+  const int64_t count = s.page * s.dim * s.bits / 16;
+  for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(words_at + i);
 }
 
 // out[r] (+)= a[:, r] · page, for one page; `a` is [rows][R], `out[r]` has `columns` floats.
 template <int BITS, int R>
 static void contract_page(const Segments& s, int64_t b, int64_t h, int64_t page, bool is_key, const float* a,
                           float* const* out, Scratch& scratch) {
+  constexpr int FIELDS = BITS == 3 ? 8 : 16 / BITS;
   const int rows = is_key ? s.dim : s.page;
   const int64_t columns = is_key ? s.page : s.dim;
   const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
   const int64_t scales_at = b * s.scales_strides[0] + h * s.scales_strides[1] + page * s.scales_strides[2];
   scratch.scales.resize(2 * s.groups * rows);
   scratch.coefficients.resize(R * rows);
+  scratch.pairs.resize(R * rows / 2);
   float* scales = scratch.scales.data();
   float* folded = scratch.coefficients.data();
+  const bool paired = rows / FIELDS % 2 == 0;
   widen(static_cast<const uint16_t*>(s.scales) + scales_at, s.scale_dtype, 2 * s.groups * rows, scales);
   for (int64_t g = 0; g < s.groups; g++) {
-    float offset[R];
+    Coefficients<R> coefficients{folded, paired ? scratch.pairs.data() : nullptr, {}, {}};
+    float largest_of[R];
     float* group_out[R];
-    fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, folded, offset);
+    fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, folded, coefficients.offset, largest_of);
+    if (paired) pair_up<R>(folded, largest_of, rows, FIELDS, (1 << BITS) - 1, scratch.pairs.data(), coefficients.unit);
     for (int r = 0; r < R; r++) group_out[r] = out[r] + g * s.group;
     const int64_t left = columns - g * s.group;
-    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, rows, folded, offset,
+    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, rows, coefficients,
                             group_out, !is_key);
   }
 }
@@ -273,6 +333,7 @@ template <int R> struct Pass {
 
   template <int BITS> void pages(int64_t first, int64_t last) const {
     for (int64_t token = first; token < last; token += s.page) {
+      if (token + s.page < last) prefetch_page(s, b, h, (token - s.sinks) / s.page + 1);
       float* out_at[R];
       const float* in_at = from(token, out_at);
       contract_page<BITS, R>(s, b, h, (token - s.sinks) / s.page, is_key, in_at, out_at, scratch);

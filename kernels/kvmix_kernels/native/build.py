@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-SOURCES = {"attend/cpu.cpp": ("-ffp-contract=fast",), "quantize/cpu.cpp": ("-ffp-contract=off",)}
+SOURCES = {
+    "attend/cpu.cpp": ("-ffp-contract=fast",),
+    "quantize/cpu.cpp": ("-ffp-contract=off",),
+}
 """And their own flags: attention wants multiply-adds, the codec must round where the naive reference rounds."""
 DISPATCH = "native/native.cpp"
 HEADERS = ("native/simd.h", "attend/cpu.h", "quantize/cpu.h")

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX2__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -20,6 +20,7 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef int16_t vs __attribute__((vector_size(2 * W)));
+typedef int16_t vw __attribute__((vector_size(4 * W)));  // 2 W of them: as many bits as the others
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 // How an unquantized element or a scale is stored; the same numbers in cpu.py.
@@ -46,6 +47,47 @@ static inline vi words(const int16_t* p) {
   return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));  // GCC makes four of it
 #else
   return __builtin_convertvector(load<vs>(p), vi);
+#endif
+}
+
+// a0 b0 a1 b1 ...: the first W pairs into `low`, the others into `high`.
+static inline void interleave(vw a, vw b, vw& low, vw& high) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512BW__)
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking works within 128 bits
+  const __m512i x = _mm512_permutexvar_epi64(order, (__m512i)a), y = _mm512_permutexvar_epi64(order, (__m512i)b);
+  low = (vw)_mm512_unpacklo_epi16(x, y), high = (vw)_mm512_unpackhi_epi16(x, y);
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  const __m256i x = _mm256_permute4x64_epi64((__m256i)a, 0xd8), y = _mm256_permute4x64_epi64((__m256i)b, 0xd8);
+  low = (vw)_mm256_unpacklo_epi16(x, y), high = (vw)_mm256_unpackhi_epi16(x, y);
+#elif KVMIX_WIDTH == 4 && defined(__SSE2__)
+  low = (vw)_mm_unpacklo_epi16((__m128i)a, (__m128i)b), high = (vw)_mm_unpackhi_epi16((__m128i)a, (__m128i)b);
+#else
+  for (int i = 0; i < W; i++) {
+    low[2 * i] = a[i], low[2 * i + 1] = b[i];
+    high[2 * i] = a[W + i], high[2 * i + 1] = b[W + i];
+  }
+#endif
+}
+
+// Sum of the two products of each pair.
+static inline vi multiply_pairs(vw a, vw b) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512BW__)
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif KVMIX_WIDTH == 4 && defined(__SSE2__)
+  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const vi x = (vi)a, y = (vi)b;
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// sum += x, before anything else: compilers would collect many products first, and spill them all.
+static inline void add_now(vi& sum, vi x) {
+  sum += x;
+#if defined(__x86_64__)
+  asm("" : "+x"(sum));
 #endif
 }
 
