@@ -10,10 +10,6 @@ from ..native import library
 from ..segments import Segments
 from . import cpu, naive
 
-MOST_NATIVE_ROWS = 64
-"""Query rows of a KV head up to which the native path is used. Longer chunks are left to matrix products on dequantized
-tiles: there are enough rows to pay for the dequantization (bench/results.csv, op `attend-rows`)."""
-
 __all__ = ["attend"]
 
 
@@ -27,10 +23,14 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention over packed keys and values; see `naive.attend` for arguments, result and errors."""
+    """Softmax attention over packed keys and values; see `naive.attend` for arguments, result and errors.
+
+    On a CPU the native path is the faster one at any number of queries (bench/results.csv, op `attend-rows`). What has
+    nothing packed needs no unpacking, and is left to matrix products.
+    """
     naive.check(query, key, value)
-    rows = query.shape[2] * query.shape[1] // key.shape[1]
-    if query.device.type == "cpu" and query.dtype != torch.float64 and rows <= MOST_NATIVE_ROWS:
+    packed = key.packed is not None or value.packed is not None
+    if packed and query.device.type == "cpu" and query.dtype != torch.float64:
         native = library()
         if native is not None and cpu.supports(query, key, value):
             return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
