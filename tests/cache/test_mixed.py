@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import build
+from kvmix_kernels.native import library
 from kvmix_kernels.segments import Packed
 from transformers import MistralConfig
 
@@ -73,7 +74,7 @@ def test_the_kvmix_attention_never_dequantizes_the_whole_cache(monkeypatch, nati
     with torch.no_grad():
         model(torch.ones(1, 900, dtype=torch.long), past_key_values=cache)
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-    assert set(sizes) == (set() if native else {64})
+    assert set(sizes) == (set() if native and library() is not None else {64})
 
 
 def test_nan_names_the_layer():

@@ -13,7 +13,7 @@ from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import attend, cpu, naive
 from kvmix_kernels.fallback import warn_once
 from kvmix_kernels.native import library
-from kvmix_kernels.native.build import cache_dir
+from kvmix_kernels.native.build import cache_dir, compiler
 from kvmix_kernels.quantize import cpu as quantize_cpu
 from kvmix_kernels.quantize import naive as quantize_naive
 
@@ -26,6 +26,9 @@ layouts = st.builds(
     group_size=st.sampled_from([16, 32, 64, 128, None]),
     scale_dtype=st.sampled_from(["float16", "bfloat16"]),
 )
+
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler, so no native library")
 
 
 def same_bits(one, other):
@@ -81,6 +84,7 @@ def test_attends_to_every_shape_of_page(bits, head_dim, page, group, dtype, seed
         assert relative_rms(got, expected) < 1e-3, name
 
 
+@needs_compiler
 def test_any_number_of_threads_gives_the_same():
     torch.manual_seed(0)
     key, value = (segments(kind, 3, 4, 99, 9, batch=1, heads=1) for kind in ("key", "value"))
@@ -101,6 +105,7 @@ def test_any_number_of_threads_gives_the_same():
         assert same_bits(scales, results[0][2])
 
 
+@needs_compiler
 def test_groups_that_vectors_do_not_divide_fall_back_with_one_warning():
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="quantizing groups of 8 has no CPU kernel") as warned:
@@ -129,6 +134,7 @@ def test_no_compiler_is_one_named_warning(tmp_path):
     assert "no C++ compiler found" in complaint
 
 
+@needs_compiler
 def test_a_compiler_that_fails_is_one_named_warning(tmp_path):
     output, complaint = run(USE, tmp_path, KVMIX_CXXFLAGS="-no-such-flag").communicate()
     assert output.strip() == "none"
@@ -137,6 +143,7 @@ def test_a_compiler_that_fails_is_one_named_warning(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@needs_compiler
 def test_a_cache_that_cannot_be_written_is_one_named_warning(tmp_path):
     (tmp_path / "file").write_text("")
     output, complaint = run(USE, tmp_path / "file").communicate()
@@ -145,6 +152,7 @@ def test_a_cache_that_cannot_be_written_is_one_named_warning(tmp_path):
     assert "KVMIX_CACHE_DIR" in complaint
 
 
+@needs_compiler
 def test_two_processes_may_build_at_once(tmp_path):
     both = [run(USE, tmp_path, KVMIX_CXXFLAGS="-O0") for _ in range(2)]
     outputs = [process.communicate() for process in both]
@@ -155,6 +163,7 @@ def test_two_processes_may_build_at_once(tmp_path):
     assert "compiling" not in complaint
 
 
+@needs_compiler
 def test_the_environment_can_do_without(tmp_path):
     assert run(USE, tmp_path, KVMIX_NATIVE="0").communicate()[0].strip() == "none"
     assert run(USE, cache_dir(), KVMIX_ISA="generic").communicate()[0].strip() == "generic"
