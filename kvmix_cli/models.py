@@ -30,11 +30,11 @@ from transformers.utils import logging as transformers_logging
 
 from . import cache  # noqa: F401  (importing it registers the attention implementation "kvmix")
 from .errors import ModelError, did_you_mean
-from .geometry import fingerprint, max_length, model_info
+from .geometry import max_length, model_info
 from .noise import hushed, verbose
 from .plan import ModelInfo
 
-__all__ = ["LoadedModel", "fingerprint", "load_info", "load_model"]
+__all__ = ["LoadedModel", "load_info", "load_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BUILTIN = "builtin:"

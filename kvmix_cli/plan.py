@@ -47,7 +47,7 @@ class ModelInfo(_Frozen):
         id: hub id, local folder or `builtin:` name.
         layers: decoder layers.
         kv_heads, head_dim: of one layer.
-        config_sha256: of what shapes the model (see `models.fingerprint`).
+        config_sha256: of what shapes the model (see `geometry.fingerprint`).
         stock: layers that keep the transformers cache layer of their kind, e.g. `{1: "sliding_attention"}`.
     """
 

@@ -5,8 +5,9 @@ import torch
 from architectures import CONFIGS, VOCABULARY, build, implementations, reference_implementation
 from reference import reference_cache
 
-from kvmix_cli.cache import MixedCache, stock_layers, unquantized_cache
-from kvmix_cli.plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from kvmix_cli.cache import MixedCache, unquantized_cache
+from kvmix_cli.geometry import model_info
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.windows import NoWindow, Recent, Rpc
 
 MIXED = [(2, 4), (16, 3), (1, 8), (4, 16)]
@@ -18,10 +19,7 @@ SETTINGS = {
 
 
 def plan_for(model, settings="recent", widths=None) -> Plan:
-    config = model.config
-    stock = stock_layers(config)
-    heads = getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None)
-    info = ModelInfo(id="test", layers=4, kv_heads=heads or config.num_attention_heads, head_dim=16, stock=stock)
+    info = model_info(model.config, "test")
     layers = {}
     for position, index in enumerate(info.quantizable):
         k, v = widths or MIXED[position % len(MIXED)]

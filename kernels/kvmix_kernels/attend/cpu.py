@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
+from ..native import DTYPES, WIDEST_VECTOR
 from ..segments import Segments
-
-WIDEST_VECTOR = 16
-"""Lanes of the widest instruction set: what rows and groups must be a multiple of."""
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _Strides = ctypes.c_int64 * 3
 
@@ -66,7 +63,7 @@ class _Attention(ctypes.Structure):
 
 def supports(query: Tensor, *tensors: Segments) -> bool:
     """Whether the native path can take these: sizes and groups that vectors divide, a dtype that it knows."""
-    return query.dtype in _DTYPES and all(_fits(tensor) for tensor in tensors)
+    return query.dtype in DTYPES and all(_fits(tensor) for tensor in tensors)
 
 
 def describe(*tensors: Segments) -> str:
@@ -116,7 +113,7 @@ def attend(
 
 
 def _fits(tensor: Segments) -> bool:
-    if tensor.shape[3] % WIDEST_VECTOR or tensor.tail.dtype not in _DTYPES or tensor.tail.stride(3) != 1:
+    if tensor.shape[3] % WIDEST_VECTOR or tensor.tail.dtype not in DTYPES or tensor.tail.stride(3) != 1:
         return False
     return tensor.packed is None or tensor.packed.layout.group % WIDEST_VECTOR == 0
 
@@ -129,7 +126,7 @@ def _segments(tensor: Segments) -> _Segments:
         sinks=tensor.sinks,
         tail_tokens=tail.shape[2],
         dim=tail.shape[3],
-        dtype=_DTYPES[tail.dtype],
+        dtype=DTYPES[tail.dtype],
         bits=FULL_PRECISION_BITS,
         page=1,
     )
@@ -141,5 +138,5 @@ def _segments(tensor: Segments) -> _Segments:
         call.scales, call.scales_strides = packed.scales.data_ptr(), _Strides(*packed.scales.stride()[:3])
         call.pages, call.bits, call.page = packed.pages, layout.bits, layout.page
         call.group, call.groups = layout.group, layout.groups
-        call.scale_dtype = _DTYPES[packed.scales.dtype]
+        call.scale_dtype = DTYPES[packed.scales.dtype]
     return call

@@ -8,7 +8,14 @@ import os
 import sys
 import warnings
 
+import torch
+
 from .build import BuildError, build, library_path
+
+WIDEST_VECTOR = 16
+"""Lanes of the widest instruction set: what rows and groups must be a multiple of."""
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""`enum Dtype` of simd.h."""
 
 
 @functools.cache

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout import PageLayout
-
-WIDEST_VECTOR = 16
-"""Lanes of the widest instruction set: what groups must be a multiple of."""
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from ..native import DTYPES, WIDEST_VECTOR
 
 
 class _Quantization(ctypes.Structure):
@@ -42,7 +39,7 @@ class _Quantization(ctypes.Structure):
 def is_batch(pages: Tensor, layout: PageLayout) -> bool:
     """Whether these are `[B, H_kv, pages, page, head_dim]` in a dtype and order that the native path reads."""
     fits = tuple(pages.shape[-2:]) == (layout.page, layout.head_dim)
-    return fits and pages.ndim == 5 and pages.stride(4) == 1 and pages.dtype in _DTYPES
+    return fits and pages.ndim == 5 and pages.stride(4) == 1 and pages.dtype in DTYPES
 
 
 def supports(layout: PageLayout) -> bool:
@@ -71,8 +68,8 @@ def quantize(library: ctypes.CDLL, pages: Tensor, layout: PageLayout) -> tuple[T
         bits=layout.bits,
         group=layout.group,
         groups=layout.groups,
-        dtype=_DTYPES[pages.dtype],
-        scale_dtype=_DTYPES[scale_dtype],
+        dtype=DTYPES[pages.dtype],
+        scale_dtype=DTYPES[scale_dtype],
         threads=torch.get_num_threads(),
     )
     library.kvmix_quantize(ctypes.byref(call))
