@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    chunks = [(queries, bits) for bits in (2, 4) for queries in (1, 4, 16, 32, 64, 128)]
+    chunks = [(queries, bits) for bits in (2, 4, 16) for queries in (1, 4, 16, 32, 64, 128)]
     rows = [row for queries, bits in chunks for row in measure(options.context, queries, bits, options.rounds)]
     if options.save:
         results.append(rows)

@@ -30,9 +30,9 @@ def kvmix_attention(
 ) -> tuple[Tensor, None]:
     """Attention over packed or plain keys and values.
 
-    Packed ones go to `kvmix_kernels.attend`. Plain ones (a prompt, an unquantized layer) go to SDPA, unless the model
-    needs a soft-cap or sink logits, which SDPA does not have. What `attend` does not know (dropout, a position
-    bias) goes to SDPA as well, which dequantizes the handles.
+    Packed ones go to `kvmix_kernels.attend`, and so do plain ones that are decoded on a CPU, where it is the faster one.
+    Other plain ones (a prompt) go to SDPA, unless the model needs a soft-cap or sink logits, which SDPA does not have.
+    What `attend` does not know (dropout, a position bias) goes to SDPA as well, which dequantizes the handles.
 
     Args:
         query: `[B, H, S, D]`; key, value: `[B, H_kv, T, D]`, plain or handles.
@@ -41,10 +41,10 @@ def kvmix_attention(
     Returns:
         `[B, S, H, D]` and None for the attention weights.
     """
-    packed = isinstance(key, Handle)
+    ours = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
     special = softcap is not None or s_aux is not None
     foreign = dropout > 0 or kwargs.get("position_bias") is not None
-    if (foreign or not packed) and not special:
+    if (foreign or not ours) and not special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -7,7 +7,7 @@ from kvmix_kernels.native import library, use_instruction_set
 from kvmix_kernels.quantize import quantize
 from kvmix_kernels.segments import Packed, Segments
 
-INSTRUCTION_SETS = ["generic", "avx2", "avx512"]
+INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
 
 def instruction_sets():

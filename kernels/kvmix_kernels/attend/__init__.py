@@ -25,15 +25,19 @@ def attend(
 ) -> Tensor:
     """Softmax attention over packed keys and values; see `naive.attend` for arguments, result and errors.
 
-    On a CPU the native path is the faster one at any number of queries (bench/results.csv, op `attend-rows`). What has
-    nothing packed needs no unpacking, and is left to matrix products.
+    On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
+    `attend-rows`).
     """
     naive.check(query, key, value)
-    packed = key.packed is not None or value.packed is not None
-    if packed and query.device.type == "cpu" and query.dtype != torch.float64:
-        native = library()
-        if native is not None and cpu.supports(query, key, value):
-            return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
-        if native is not None:
-            warn_once(f"attention over {cpu.describe(key, value)} has no CPU kernel; falling back to slow PyTorch")
+    possible = query.device.type == "cpu" and query.dtype != torch.float64 and not _is_differentiated(query, key, value)
+    native = library() if possible else None
+    if native is not None and cpu.supports(query, key, value):
+        return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+    if native is not None:
+        warn_once(f"attention over {cpu.describe(key, value)} has no CPU kernel; falling back to slow PyTorch")
     return naive.attend(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+
+
+def _is_differentiated(query: Tensor, key: Segments, value: Segments) -> bool:
+    """Whether autograd must see the arithmetic, which it cannot inside the native library."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tail, value.tail))

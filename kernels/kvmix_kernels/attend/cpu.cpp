@@ -1,268 +1,43 @@
-// Decode attention over packed pages on a CPU. Compiled once per instruction set; see native/build.py.
-//
-// A page is a matrix [rows, columns] whose rows are contracted: q·k sums over channels, p·v over tokens. With scales
-// s and zeros z of a group of columns,
-//
-//     sum_n a_n (code_nm s_n + z_n)  =  sum_n (a_n s_n) code_nm  +  sum_n a_n z_n
-//
-// so scales fold into the coefficients once a group, and codes are multiplied as the small integers they are. Packed
-// bytes are read once for up to ROWS query rows, which share a KV head.
+// Decode attention over sink | packed pages | tail on a CPU. Compiled once per instruction set; see native/build.py.
 #include "cpu.h"
 
 #include <cmath>
 #include <vector>
 
 #include "../native/simd.h"
+#include "contract.h"
 
 namespace KVMIX_ISA {
 
-constexpr int ROWS = 4;            // query rows that share an unpacked code: as many as registers allow
-constexpr int64_t MIN_SPLIT = 512; // tokens below which a thread is not worth its start
+constexpr int ROWS = 4;              // query rows that share an unpacked code: as many as registers allow
+constexpr int64_t MIN_SPLIT = 512;   // tokens below which a thread is not worth its start
+constexpr int64_t MAX_SPLIT = 2048;  // tokens whose scores stay in a core's own cache
 constexpr float NEVER = -INFINITY;
 
-// Code `j` of a word, and for three bits with its high bit from the second plane.
-template <int BITS> static inline vi field(vi word, vi high, int j, int half) {
-  if (BITS != 3) return (word >> (j * BITS)) & ((1 << BITS) - 1);
-  return ((word >> (2 * j)) & 3) | (((high >> (2 * j + half)) & 1) << 2);
-}
-
-// acc[r] += sum_n a[n][r] * code[n][column..] over W columns, in float32; `a` is [rows][R]. For what does not come in
-// pairs: an odd number of word rows, or fewer columns than two vectors hold.
-//
-// Field j of word row c is row j * words + c. Three bits are a plane of two and a plane of one: word row c of the low
-// plane shares its high bits' word with word row c + words / 2.
-template <int BITS, int R>
-static void contract_exact(const int16_t* words_at, int64_t columns, int rows, const float* a, vf (&acc)[R]) {
-  constexpr int FIELDS = BITS == 3 ? 8 : 16 / BITS;
-  const int count = rows / FIELDS, half_count = rows / 16;
-  for (int c = 0; c < count; c++) {
-    const int half = BITS == 3 ? c / half_count : 0;
-    const vi word = words(words_at + c * columns);
-    const vi high = BITS == 3 ? words(words_at + (count + c % half_count) * columns) : vi{};
-    for (int j = 0; j < FIELDS; j++) {
-      const vf code = __builtin_convertvector(field<BITS>(word, high, j, half), vf);
-      for (int r = 0; r < R; r++) acc[r] += a[(j * count + c) * R + r] * code;
-    }
-  }
-}
-
-// The coefficients of a group, for R query rows: in float32, and rounded to 16 bits in pairs of contracted rows.
-//
-// One 16-bit multiply-add does the work of four float32 ones for two codes, so it is what the inner loop uses. Rounding
-// a coefficient to 1/32767 of its row's largest moves the result by about 1.5e-4 of it (relative RMS).
-template <int R> struct Coefficients {
-  const float* exact;      // [rows][R]
-  const int32_t* pairs;    // [fields][words / 2][R]: row `c` of a field, and row `c + words / 2`
-  float unit[R];           // what 1 stands for in `pairs`
-  float offset[R];         // to be added to every column
-};
-
-// acc[r][v] += sum_n a[n][r] * code[n][column..] over pairs of word rows, 2 W columns. `rows * bits / 16` must be even.
-template <int BITS, int R>
-static inline void contract_pairs(const int16_t* words_at, int64_t columns, int rows, const int32_t* pairs,
-                                  vi (&acc)[R][2]) {
-  constexpr int LOW = BITS == 3 ? 2 : BITS, FIELDS = 16 / LOW, TOGETHER = FIELDS < 4 ? FIELDS : 4;
-  constexpr int16_t MASK = (1 << LOW) - 1;
-  const int half = rows / FIELDS / 2;
-  const int16_t* high_plane = words_at + 2 * half * columns;  // of three bits
-#pragma GCC unroll 4
-  for (int first = 0; first < FIELDS; first += TOGETHER) {
-    const int32_t* coefficient[TOGETHER];
-    for (int j = 0; j < TOGETHER; j++) coefficient[j] = pairs + (first + j) * half * R;
-    for (int c = 0; c < half; c++) {
-      vw word[2], high[2];
-      interleave(load<vw>(words_at + c * columns), load<vw>(words_at + (c + half) * columns), word[0], word[1]);
-      if (BITS == 3) {
-        const vw plane = load<vw>(high_plane + c * columns);
-        interleave(plane, plane >> 1, high[0], high[1]);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < TOGETHER; j++) {
-        const int shift = (first + j) * LOW;
-        vw code[2];
-        for (int v = 0; v < 2; v++) {
-          code[v] = (word[v] >> shift) & MASK;
-          if (BITS == 3) code[v] |= ((high[v] >> shift) & int16_t(1)) << 2;
-        }
-        for (int r = 0; r < R; r++) {
-          const vw a = (vw)(vi{} + coefficient[j][c * R + r]);
-          for (int v = 0; v < 2; v++) add_now(acc[r][v], multiply_pairs(code[v], a));
-        }
-      }
-    }
-  }
-}
-
-// out[r][column] (+)= contraction + offset[r], over `columns_here` columns of one group.
-template <int BITS, int R>
-static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, int rows,
-                           const Coefficients<R>& a, float* const* out, bool add) {
-  int64_t m = 0;
-  if (a.pairs)
-    for (; m + 2 * W <= columns_here; m += 2 * W) {
-      vi acc[R][2] = {};
-      contract_pairs<BITS, R>(words_at + m, columns, rows, a.pairs, acc);
-      for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++) {
-          float* at = out[r] + m + v * W;
-          const vf before = add ? load<vf>(at) : vf{};
-          store(at, before + (__builtin_convertvector(acc[r][v], vf) * a.unit[r] + a.offset[r]));
-        }
-    }
-  for (; m < columns_here; m += W) {
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = add ? load<vf>(out[r] + m) + a.offset[r] : splat(a.offset[r]);
-    contract_exact<BITS, R>(words_at + m, columns, rows, a.exact, acc);
-    for (int r = 0; r < R; r++) store(out[r] + m, acc[r]);
-  }
-}
-
-// One thread's working memory, kept from call to call.
-struct Scratch {
-  std::vector<float> scores, rows, scales, coefficients;
-  std::vector<int32_t> pairs;
-};
-
-// Scales in float32; there is a multiple of 16 of them, as of a page's rows.
-static void widen(const void* source, int64_t dtype, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += W)
-    store(out + i, dtype == FLOAT16 ? read<FLOAT16>(source, i) : read<BFLOAT16>(source, i));
-}
-
-// Element `i` is element `first + i / R` of `x`: each repeated for R query rows.
-template <int R> static inline vf spread(vf x, int first) {
-  vf out;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++) out[i] = x[first + i / R];
-  return out;
-}
-
-// folded[n][r] = a[n][r] * scale[n], offset[r] = sum_n a[n][r] * zero[n], and the largest |folded[:, r]|.
-template <int R>
-static void fold(const float* a, const float* scale, const float* zero, int rows, float* folded, float* offset,
-                 float* largest_of) {
-  for (int r = 0; r < R; r++) offset[r] = largest_of[r] = 0;
-  if (W % R) {
-    for (int n = 0; n < rows; n++)
-      for (int r = 0; r < R; r++) {
-        const float x = a[n * R + r] * scale[n];
-        folded[n * R + r] = x;
-        offset[r] += a[n * R + r] * zero[n];
-        largest_of[r] = std::fmax(largest_of[r], std::fabs(x));
-      }
-    return;
-  }
-  vf sums[R] = {}, most[R] = {};
-  for (int n = 0; n < rows; n += W) {
-    const vf scales = load<vf>(scale + n), zeros = load<vf>(zero + n);
-#pragma GCC unroll 4
-    for (int k = 0; k < R; k++) {
-      const vf x = load<vf>(a + n * R + k * W), y = x * spread<R>(scales, k * (W / R));
-      store(folded + n * R + k * W, y);
-      sums[k] += x * spread<R>(zeros, k * (W / R));
-      most[k] = larger(most[k], y > vf{} ? y : -y);
-    }
-  }
-  for (int k = 0; k < R; k++)
-    for (int i = 0; i < W; i++) {
-      offset[i % R] += sums[k][i];
-      largest_of[i % R] = std::fmax(largest_of[i % R], most[k][i]);
-    }
-}
-
-// Round folded coefficients to 16 bits and pair them up. The largest integer leaves room for the sum over all rows.
-template <int R>
-static void pair_up(const float* folded, const float* largest_of, int rows, int fields, int levels, int32_t* pairs,
-                    float* unit) {
-  const double room = 2147483647.0 / (double(rows) * levels);
-  const float top = room < 32767.0 ? float(std::floor(room)) : 32767.0f;
-  float inverse[R];
-  for (int r = 0; r < R; r++) {
-    unit[r] = largest_of[r] / top;
-    inverse[r] = largest_of[r] > 0 ? top / largest_of[r] : 0.0f;
-  }
-  const int count = rows / fields / 2 * R;
-  const auto rounded = [](vf x) { return __builtin_convertvector((x + splat(12582912.0f)) - splat(12582912.0f), vi); };
-  vf factor = {};
-  for (int i = 0; i < W; i++) factor[i] = inverse[i % R];
-  for (int j = 0; j < fields; j++, folded += 2 * count, pairs += count) {
-    int i = 0;
-    if (W % R == 0)
-      for (; i + W <= count; i += W) {
-        const vi first = rounded(load<vf>(folded + i) * factor), second = rounded(load<vf>(folded + count + i) * factor);
-        store(pairs + i, (first & 0xffff) | (second << 16));
-      }
-    for (; i < count; i++) {
-      const int first = std::lrintf(folded[i] * inverse[i % R]), second = std::lrintf(folded[count + i] * inverse[i % R]);
-      pairs[i] = (first & 0xffff) | int32_t(uint32_t(second) << 16);
-    }
-  }
-}
-
-// Columns are read with a stride that the hardware does not see through: ask for the next page while this one is used.
-static void prefetch_page(const Segments& s, int64_t b, int64_t h, int64_t page) {
-  const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
-  const int64_t count = s.page * s.dim * s.bits / 16;
-  for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(words_at + i);
-}
-
-// out[r] (+)= a[:, r] · page, for one page; `a` is [rows][R], `out[r]` has `columns` floats.
-template <int BITS, int R>
-static void contract_page(const Segments& s, int64_t b, int64_t h, int64_t page, bool is_key, const float* a,
-                          float* const* out, Scratch& scratch) {
-  constexpr int FIELDS = BITS == 3 ? 8 : 16 / BITS;
-  const int rows = is_key ? s.dim : s.page;
-  const int64_t columns = is_key ? s.page : s.dim;
-  const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
-  const int64_t scales_at = b * s.scales_strides[0] + h * s.scales_strides[1] + page * s.scales_strides[2];
-  scratch.scales.resize(2 * s.groups * rows);
-  scratch.coefficients.resize(R * rows);
-  scratch.pairs.resize(R * rows / 2);
-  float* scales = scratch.scales.data();
-  float* folded = scratch.coefficients.data();
-  const bool paired = rows / FIELDS % 2 == 0;
-  widen(static_cast<const uint16_t*>(s.scales) + scales_at, s.scale_dtype, 2 * s.groups * rows, scales);
-  for (int64_t g = 0; g < s.groups; g++) {
-    Coefficients<R> coefficients{folded, paired ? scratch.pairs.data() : nullptr, {}, {}};
-    float largest_of[R];
-    float* group_out[R];
-    fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, folded, coefficients.offset, largest_of);
-    if (paired) pair_up<R>(folded, largest_of, rows, FIELDS, (1 << BITS) - 1, scratch.pairs.data(), coefficients.unit);
-    for (int r = 0; r < R; r++) group_out[r] = out[r] + g * s.group;
-    const int64_t left = columns - g * s.group;
-    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, rows, coefficients,
-                            group_out, !is_key);
-  }
-}
-
-// out[r][t] = sum_d query[d][r] * x[t][d] over unquantized keys.
+// out[r][t] = sum_d query[r][d] * x[t][d] over unquantized keys.
 template <int DTYPE, int R>
-static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* query, float* const* out,
-                     Scratch& scratch) {
-  scratch.coefficients.resize(R * dim);
-  float* by_row = scratch.coefficients.data();
-  for (int64_t d = 0; d < dim; d++)
-    for (int r = 0; r < R; r++) by_row[r * dim + d] = query[d * R + r];
+static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* const* query,
+                     float* const* out) {
   for (int64_t t = 0; t < count; t++) {
     vf acc[R] = {};
     for (int64_t d = 0; d < dim; d += W) {
-      vf k = read<DTYPE>(x, t * stride + d);
-      for (int r = 0; r < R; r++) acc[r] += k * load<vf>(by_row + r * dim + d);
+      const vf k = read<DTYPE>(x, t * stride + d);
+      for (int r = 0; r < R; r++) acc[r] += k * load<vf>(query[r] + d);
     }
     for (int r = 0; r < R; r++) out[r][t] = sum(acc[r]);
   }
 }
 
-// out[r][d] += sum_t weights[t][r] * x[t][d] over unquantized values.
+// out[r][d] += sum_t weights[r][t] * x[t][d] over unquantized values.
 template <int DTYPE, int R>
-static void mix_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* weights,
+static void mix_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* const* weights,
                      float* const* out) {
   for (int64_t d = 0; d < dim; d += W) {
     vf acc[R];
     for (int r = 0; r < R; r++) acc[r] = load<vf>(out[r] + d);
     for (int64_t t = 0; t < count; t++) {
-      vf v = read<DTYPE>(x, t * stride + d);
-      for (int r = 0; r < R; r++) acc[r] += weights[t * R + r] * v;
+      const vf v = read<DTYPE>(x, t * stride + d);
+      for (int r = 0; r < R; r++) acc[r] += weights[r][t] * v;
     }
     for (int r = 0; r < R; r++) store(out[r] + d, acc[r]);
   }
@@ -270,21 +45,21 @@ static void mix_full(const void* x, int64_t stride, int64_t count, int64_t dim, 
 
 template <int DTYPE, int R>
 static void full_part(bool is_key, const void* x, int64_t offset, int64_t stride, int64_t count, int64_t dim,
-                      const float* in, float* const* out, Scratch& scratch) {
+                      const float* const* in, float* const* out) {
   const char* at = static_cast<const char*>(x) + offset * (DTYPE == FLOAT32 ? 4 : 2);
   if (is_key)
-    dot_full<DTYPE, R>(at, stride, count, dim, in, out, scratch);
+    dot_full<DTYPE, R>(at, stride, count, dim, in, out);
   else
     mix_full<DTYPE, R>(at, stride, count, dim, in, out);
 }
 
-// Tokens [start, stop) of keys (`in` = queries [dim][R], `out[r]` = scores from `start`) or of values (`in` = weights
-// [tokens from start][R], `out[r]` = accumulators [dim]). The range meets packed pages on their edges only.
+// Tokens [start, stop) of keys (`in[r]` = query [dim], `out[r]` = scores from `start`) or of values (`in[r]` = weights
+// from `start`, `out[r]` = accumulators [dim]). The range meets packed pages on their edges only.
 template <int R> struct Pass {
   const Segments& s;
   const int64_t b, h, start, stop;
   const bool is_key;
-  const float* const in;
+  const float* const* const in;
   float* const* const out;
   Scratch& scratch;
 
@@ -299,21 +74,24 @@ template <int R> struct Pass {
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Input and outputs for the tokens from `token` on.
-  const float* from(int64_t token, float** out_at) const {
-    for (int r = 0; r < R; r++) out_at[r] = is_key ? out[r] + (token - start) : out[r];
-    return is_key ? in : in + (token - start) * R;
+  // Inputs and outputs for the tokens from `token` on.
+  void from(int64_t token, const float** in_at, float** out_at) const {
+    for (int r = 0; r < R; r++) {
+      in_at[r] = is_key ? in[r] : in[r] + (token - start);
+      out_at[r] = is_key ? out[r] + (token - start) : out[r];
+    }
   }
 
   void full(const void* x, const int64_t* strides, int64_t origin, int64_t first, int64_t last) const {
     if (first >= last) return;
+    const float* in_at[R];
     float* out_at[R];
-    const float* in_at = from(first, out_at);
+    from(first, in_at, out_at);
     const int64_t offset = b * strides[0] + h * strides[1] + (first - origin) * strides[2], count = last - first;
     switch (s.dtype) {
-      case FLOAT32: full_part<FLOAT32, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch); break;
-      case FLOAT16: full_part<FLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch); break;
-      default: full_part<BFLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at, scratch);
+      case FLOAT32: full_part<FLOAT32, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at); break;
+      case FLOAT16: full_part<FLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at); break;
+      default: full_part<BFLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at);
     }
   }
 
@@ -329,9 +107,9 @@ template <int R> struct Pass {
 
   template <int BITS> void pages(int64_t first, int64_t last) const {
     for (int64_t token = first; token < last; token += s.page) {
-      if (token + s.page < last) prefetch_page(s, b, h, (token - s.sinks) / s.page + 1);
+      const float* in_at[R];
       float* out_at[R];
-      const float* in_at = from(token, out_at);
+      from(token, in_at, out_at);
       contract_page<BITS, R>(s, b, h, (token - s.sinks) / s.page, is_key, in_at, out_at, scratch);
     }
   }
@@ -376,27 +154,23 @@ static void softmax_row(const Attention& x, int64_t b, int64_t head, int64_t row
 template <int R>
 static void attend_rows(const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start, int64_t stop,
                         float* partial, Scratch& scratch) {
-  const int64_t ratio = x.heads / x.kv_heads, dim = x.key.dim, out_dim = x.value.dim, count = stop - start;
-  const int64_t room = (count + W) / W * W;
+  const int64_t ratio = x.heads / x.kv_heads, out_dim = x.value.dim;
+  const int64_t room = (stop - start + W) / W * W;
   scratch.scores.resize(R * room);
-  scratch.rows.resize(R * (count > dim ? count : dim));
-  const float* query = x.query + ((b * x.heads + h * ratio) * x.queries + first_row) * dim;
-  float* rows = scratch.rows.data();
+  const float* query[R];
   float *scores[R], *output[R];
   for (int r = 0; r < R; r++) {
+    query[r] = x.query + ((b * x.heads + h * ratio) * x.queries + first_row + r) * x.key.dim;
     scores[r] = scratch.scores.data() + r * room;
     output[r] = partial + r * (out_dim + 2);
-    for (int64_t d = 0; d < dim; d++) rows[d * R + r] = query[r * dim + d];
     for (int64_t d = 0; d < out_dim; d++) output[r][d] = 0;
   }
-  Pass<R>{x.key, b, h, start, stop, true, rows, scores, scratch}.run();
+  Pass<R>{x.key, b, h, start, stop, true, query, scores, scratch}.run();
   for (int r = 0; r < R; r++) {
     const int64_t head = h * ratio + (first_row + r) / x.queries, row = (first_row + r) % x.queries;
     softmax_row(x, b, head, row, start, stop, scores[r], output[r] + out_dim, output[r] + out_dim + 1);
   }
-  for (int64_t t = 0; t < count; t++)
-    for (int r = 0; r < R; r++) rows[t * R + r] = scores[r][t];
-  Pass<R>{x.value, b, h, start, stop, false, rows, output, scratch}.run();
+  Pass<R>{x.value, b, h, start, stop, false, scores, output, scratch}.run();
 }
 
 static void attend_some(int rows, const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start,
@@ -428,13 +202,14 @@ static void merge_row(const Attention& x, int64_t head, const float* partial, in
   for (int64_t d = 0; d < dim; d++) output[d] /= total;
 }
 
-// Token ranges that threads share out: on page edges, as many as keep all threads busy.
+// Token ranges that threads share out: on page edges, as many as keep all threads busy and their caches warm.
 static std::vector<int64_t> split_tokens(const Attention& x, int64_t tasks) {
   const Segments& packed = x.key.pages ? x.key : x.value;
   const int64_t step = packed.pages ? packed.page : 16;
   int64_t splits = tasks % x.threads == 0 ? 1 : (4 * x.threads + tasks - 1) / tasks;
-  const int64_t most = x.tokens / MIN_SPLIT;
+  const int64_t least = (x.tokens + MAX_SPLIT - 1) / MAX_SPLIT, most = x.tokens / MIN_SPLIT;
   splits = splits < most ? splits : (most > 1 ? most : 1);
+  splits = splits > least ? splits : least;
   std::vector<int64_t> edges{0};
   for (int64_t i = 1; i < splits; i++) {
     const int64_t near = x.tokens * i / splits;
@@ -460,7 +235,7 @@ void attend(const Attention& x) {
     std::vector<float> block_out(ROWS * stride);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks * splits; task++) {
-      const int64_t split = task % splits, block = task / splits % blocks, head = task / splits / blocks;
+      const int64_t block = task % blocks, split = task / blocks % splits, head = task / blocks / splits;
       const int64_t first = block * ROWS, count = rows - first < ROWS ? rows - first : ROWS;
       attend_some(count, x, head / x.kv_heads, head % x.kv_heads, first, edges[split], edges[split + 1],
                   block_out.data(), scratch);

@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def instruction_set() -> str:
-    """`avx512`, `avx2`, `generic`, or `none` without the library."""
+    """`vnni`, `avx512`, `avx2`, `generic`, or `none` without the library."""
     loaded = library()
     return "none" if loaded is None else loaded.kvmix_isa().decode()
 

@@ -23,13 +23,15 @@ SOURCES = {
 }
 """And their own flags: attention wants multiply-adds, the codec must round where the naive reference rounds."""
 DISPATCH = "native/native.cpp"
-HEADERS = ("native/simd.h", "attend/cpu.h", "quantize/cpu.h")
+HEADERS = ("native/simd.h", "attend/cpu.h", "attend/contract.h", "quantize/cpu.h")
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+_AVX512 = ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 VARIANTS = {
     "generic": ("-DKVMIX_WIDTH=4",),
     "avx2": ("-DKVMIX_WIDTH=8", "-mavx2", "-mfma"),
-    "avx512": ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "avx512": _AVX512,
+    "vnni": (*_AVX512, "-mavx512vnni"),
 }
 """Instruction sets, least first; `native.cpp` chooses among them. Only x86 has more than the first."""
 

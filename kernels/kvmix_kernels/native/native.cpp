@@ -17,6 +17,7 @@ KVMIX_DECLARE(generic)
 #ifdef KVMIX_HAS_AVX2
 KVMIX_DECLARE(avx2)
 KVMIX_DECLARE(avx512)
+KVMIX_DECLARE(vnni)
 #endif
 
 namespace {
@@ -34,7 +35,9 @@ Variant choose(const char* wanted) {
   __builtin_cpu_init();
   const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_vnni = has512 && __builtin_cpu_supports("avx512vnni");
   const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize};
   if (has512 && (any || !std::strcmp(wanted, "avx512"))) return {"avx512", avx512::attend, avx512::quantize};
   if (has2 && (any || !std::strcmp(wanted, "avx2"))) return {"avx2", avx2::attend, avx2::quantize};
 #endif

@@ -69,35 +69,52 @@ static inline void interleave(vw a, vw b, vw& low, vw& high) {
 #endif
 }
 
-// Sum of the two products of each pair.
-static inline vi multiply_pairs(vw a, vw b) {
-#if KVMIX_WIDTH == 16 && defined(__AVX512BW__)
-  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+// The same, in a register of its own: compilers would make a new address of every sum of known parts.
+template <class T> static inline T opaque(T x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+// sum += the two products of each pair, before anything else: compilers would collect many products first, and spill
+// them all.
+static inline void add_products(vi& sum, vw a, vw b) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512VNNI__)
+  sum = (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif KVMIX_WIDTH == 16 && defined(__AVX512BW__)
+  sum += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif KVMIX_WIDTH == 8 && defined(__AVX2__)
-  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif KVMIX_WIDTH == 4 && defined(__SSE2__)
-  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  sum += (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
   const vi x = (vi)a, y = (vi)b;
-  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+  sum += ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+#if defined(__x86_64__)
+  asm("" : "+v"(sum));
 #endif
 }
 
-// sum += x, before anything else: compilers would collect many products first, and spill them all.
-static inline void add_now(vi& sum, vi x) {
-  sum += x;
-#if defined(__x86_64__)
-  asm("" : "+x"(sum));
+// To the nearest integer, for |x| < 2^22.
+static inline vi nearest(vf x) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#else
+  return __builtin_convertvector((x + splat(12582912.0f)) - splat(12582912.0f), vi);
 #endif
 }
 
 // Exact for every finite float16, subnormal ones included.
 static inline vf half_to_float(const void* p) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(load<__m256i>(p));
+#else
   vu h = __builtin_convertvector(load<vh>(p), vu);
   vf magnitude = bits((h & 0x7fffu) << 13) * splat(0x1p112f);
   vu u;
   std::memcpy(&u, &magnitude, sizeof u);
   return bits(u | ((h & 0x8000u) << 16));
+#endif
 }
 
 static inline vf bfloat_to_float(const void* p) {
@@ -134,18 +151,38 @@ template <int DTYPE> static inline vf read(const void* p, int64_t i) {
 }
 
 static inline float sum(vf v) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < W; i++) total += v[i];
   return total;
+#endif
 }
 
 static inline float largest(vf v) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float most = v[0];
   for (int i = 1; i < W; i++) most = v[i] > most ? v[i] : most;
   return most;
+#endif
 }
 
-static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+static inline vf larger(vf a, vf b) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline vf magnitude(vf x) {
+  vu u;
+  std::memcpy(&u, &x, sizeof u);
+  return bits(u & 0x7fffffffu);
+}
 
 // exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
 static inline vf exp_negative(vf x) {
