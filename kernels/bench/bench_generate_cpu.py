@@ -1,17 +1,20 @@
 """Decoding with a whole model on a CPU: tokens/s and memory of each cache at the same context, in one process.
 
-    python kernels/bench/bench_generate_cpu.py [--contexts 4096,16384] [--model builtin:tiny] [--save]
+    python kernels/bench/bench_generate_cpu.py [--contexts 4096,16384] [--model builtin:tiny] [--dtype float32] [--save]
 
-Without `--model`: a randomly initialised Llama of about 1B parameters. The context is random keys and values that are
-put into every cache alike, since a prompt of that length takes minutes on a CPU and is not what is measured. Each step
-decodes one token; caches take turns step by step, and medians are reported. `ratio` is DynamicCache's time over the
-candidate's. The sizes of transformers' quantized caches are left out: their tensors do not tell them.
+Without `--model`: a randomly initialised Llama of about 1B parameters. SDPA reads transformers' caches; our attention
+reads ours, and is also tried on DynamicCache. The context is random keys and values that are put into every cache
+alike, since a prompt of that length takes minutes on a CPU and is not what is measured. Each step decodes one token;
+caches take turns step by step, and medians are reported. `ratio` is DynamicCache's time over the candidate's. The sizes
+of transformers' quantized caches are left out: their tensors do not tell them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import results
 import torch
@@ -37,7 +40,7 @@ BIG = {
 
 def model_of(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, ModelInfo]:
     if name:
-        loaded = load_model(name)
+        loaded = load_model(name, dtype=str(dtype).removeprefix("torch."))
         return loaded.model, loaded.info
     config = LlamaConfig(**BIG)
     with torch.device("meta"):
@@ -51,7 +54,14 @@ def model_of(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, Mod
     return model.eval(), info
 
 
-def caches(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[str, Callable[[], Cache]]:
+class Candidate(NamedTuple):
+    """A cache, and the attention that reads it."""
+
+    make: Callable[[], Cache]
+    attention: str = "sdpa"
+
+
+def candidates(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[str, Candidate]:
     """What is compared, by name."""
     config, last = model.config, info.layers - 1
     mixed = f"0-{info.layers // 5}:k3v4,{info.layers // 5 + 1}-{last}:k2v2"
@@ -61,11 +71,16 @@ def caches(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[str, C
         "kvmix mixed": Plan.from_short(mixed, info),
         "kvmix 16": Plan.uniform(info, 16, 16),
     }
-    made: dict[str, Callable[[], Cache]] = {"DynamicCache": lambda: unquantized_cache(config)}
+    made = {
+        "DynamicCache": Candidate(lambda: unquantized_cache(config)),
+        "DynamicCache, our attention": Candidate(lambda: unquantized_cache(config), "kvmix"),
+    }
     for name, plan in plans.items():
-        made[name] = lambda plan=plan: MixedCache.from_plan(plan, config, reserve=reserve)
+        made[name] = Candidate(lambda plan=plan: MixedCache.from_plan(plan, config, reserve=reserve), "kvmix")
     for backend in ("quanto", "hqq"):
-        made[f"QuantizedCache {backend} 4"] = lambda backend=backend: QuantizedCache(backend, config, nbits=4)
+        made[f"QuantizedCache {backend} 4"] = Candidate(
+            lambda backend=backend: QuantizedCache(backend, config, nbits=4)
+        )
     return made
 
 
@@ -79,37 +94,33 @@ def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> Non
         cache.update(keys, values, layer)
 
 
-def filled(model: PreTrainedModel, info: ModelInfo, context: int, steps: int, dtype: torch.dtype) -> dict[str, Cache]:
-    """Every cache that is installed, with the same random context in it."""
-    found: dict[str, Cache] = {}
-    for name, make in caches(model, info, context + steps).items():
-        try:
-            found[name] = make()
-        except ImportError as error:
-            print(f"  {name:24} not installed: {error}")
-            continue
-        fill(found[name], info, context, dtype)
-    return found
-
-
 def measure(name: str | None, context: int, rounds: int, dtype: torch.dtype) -> list[dict[str, object]]:
-    """One row a cache."""
+    """One row a cache that is installed, each with the same random context in it."""
     model, info = model_of(name, dtype)
     token = torch.zeros(1, 1, dtype=torch.long)
-    held = filled(model, info, context, rounds + WARMUP, dtype)
+    held: dict[str, Cache] = {}
+    steps: dict[str, Callable[[], object]] = {}
 
     @torch.no_grad()
-    def step(cache: Cache) -> object:
+    def step(cache: Cache, attention: str) -> object:
+        model.config._attn_implementation = attention
         return model(token, past_key_values=cache)
 
-    steps = {label: lambda cache=cache: step(cache) for label, cache in held.items()}
+    for label, candidate in candidates(model, info, context + rounds + WARMUP).items():
+        try:
+            held[label] = candidate.make()
+        except ImportError as error:
+            print(f"  {label:28} not installed: {error}")
+            continue
+        fill(held[label], info, context, dtype)
+        steps[label] = functools.partial(step, held[label], candidate.attention)
     times = results.in_turns(steps, rounds, WARMUP)
     baseline = times["DynamicCache"]
     print(f"\n{info.id}, {dtype}, context {context}, {torch.get_num_threads()} threads")
     rows = []
     for label, ms in times.items():
         size = "" if label.startswith("Quantized") else f"{cache_nbytes(held[label]) / 2**20:8.1f} MiB"
-        print(f"  {label:24} {ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x {size}")
+        print(f"  {label:28} {ms:8.1f} ms {1e3 / ms:7.2f} tok/s {baseline / ms:6.2f}x {size}")
         row = {"op": "decode", "shape": f"{info.id} {dtype}", "context": context, "name": label}
         rows.append({**row, "ms": round(ms, 2), "gb_per_s": "", "ratio": round(baseline / ms, 2)})
     return rows

@@ -96,10 +96,10 @@ static void contract_exact(const int16_t* words_at, int64_t columns, int rows, c
 
 // acc[r][v] += sum_n a[r][n] * code[n][column..] over pairs of word rows, 2 W columns.
 //
-// They are read with a stride that the hardware does not see through: what is `ahead` is asked for now.
+// They are read with a stride that the hardware does not see through, so as many words from `next` on are asked for now.
 template <int BITS, int R>
-static inline void contract_pairs(const int16_t* words_at, int64_t columns, int64_t ahead, int rows, const int16_t* a,
-                                  vi (&acc)[R][2]) {
+static inline void contract_pairs(const int16_t* words_at, int64_t columns, const int16_t* next, int rows,
+                                  const int16_t* a, vi (&acc)[R][2]) {
   constexpr int LOW = BITS == 3 ? 2 : BITS, FIELDS = 16 / LOW, TOGETHER = FIELDS < 4 ? FIELDS : 4;
   constexpr int16_t MASK = (1 << LOW) - 1;
   const int count = rows / FIELDS, half_count = count / 2;
@@ -112,10 +112,8 @@ static inline void contract_pairs(const int16_t* words_at, int64_t columns, int6
     for (int c = 0; c < count; c += 2) {
       vw word[2], high[2];
       interleave(load<vw>(words_at + c * columns), load<vw>(words_at + (c + 1) * columns), word[0], word[1]);
-      if (first == 0) {
-        __builtin_prefetch(words_at + c * columns + ahead);
-        __builtin_prefetch(words_at + (c + 1) * columns + ahead);
-      }
+      if (first == 0)
+        for (int i = 0; i < (BITS == 3 ? 3 : 2); i++, next += 2 * W) __builtin_prefetch(next);
       if (BITS == 3) {
         const int half = c >= half_count;
         const int16_t* plane = high_plane + (c - half * half_count) * columns;
@@ -141,13 +139,13 @@ static inline void contract_pairs(const int16_t* words_at, int64_t columns, int6
 
 // out[r][column] (+)= contraction + offset[r], over `columns_here` columns of one group.
 template <int BITS, int R>
-static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, int64_t ahead, int rows,
+static void contract_group(const int16_t* words_at, int64_t columns, int64_t columns_here, const int16_t* next, int rows,
                            const Coefficients<R>& a, float* const* out, bool add) {
   int64_t m = 0;
   if (paired<BITS>(rows))
     for (; m + 2 * W <= columns_here; m += 2 * W) {
       vi acc[R][2] = {};
-      contract_pairs<BITS, R>(words_at + m, columns, ahead, rows, a.rounded, acc);
+      contract_pairs<BITS, R>(words_at + m, columns, next + m * (rows * BITS / 16), rows, a.rounded, acc);
       for (int r = 0; r < R; r++)
         for (int v = 0; v < 2; v++) {
           float* at = out[r] + m + v * W;
@@ -191,8 +189,9 @@ static void contract_page(const Segments& s, int64_t b, int64_t h, int64_t page,
     for (int r = 0; r < R; r++) group_out[r] = out[r] + g * s.group;
     fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
     const int64_t left = columns - g * s.group;
-    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, s.words_strides[2], rows,
-                            coefficients, group_out, !is_key);
+    const int16_t* next = words_at + s.words_strides[2] + g * s.group * (rows * BITS / 16);
+    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, next, rows, coefficients,
+                            group_out, !is_key);
   }
 }
 
