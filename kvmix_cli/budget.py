@@ -40,12 +40,17 @@ def page_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: 
     )
 
 
+def page_bytes(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> int:
+    """Bytes of one page of one KV head: packed, or in 16 bits if it is never packed."""
+    layout = page_layout(tensor, kind, cache, head_dim)
+    return cache.page * head_dim * FULL_PRECISION_BITS // 8 if layout is None else layout.nbytes
+
+
 def tensor_bits(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int, count: Count) -> float:
     """Bits per element of a layer's keys or values."""
     if count == "nominal":
         return tensor.bits
-    layout = page_layout(tensor, kind, cache, head_dim)
-    return FULL_PRECISION_BITS if layout is None else layout.stored_bits
+    return 8 * page_bytes(tensor, kind, cache, head_dim) / (cache.page * head_dim)
 
 
 def mean_bits(

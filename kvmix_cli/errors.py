@@ -7,6 +7,7 @@ KvmixError                  the command line prints one line and exits 1
 ├── DocumentError           a plan or profile file with faults (all of them, each with its line)
 ├── PlanError               a plan that does not fit the model
 ├── BudgetError             a budget that no plan can meet
+├── ExportError             a plan that another engine has no way to express
 ├── StateError              which profile or plan is meant cannot be told from the folder
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
@@ -50,6 +51,10 @@ class PlanError(KvmixError):
 
 class BudgetError(KvmixError):
     """A budget that no plan can meet."""
+
+
+class ExportError(KvmixError):
+    """A plan that another engine cannot express."""
 
 
 class StateError(KvmixError):

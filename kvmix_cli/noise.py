@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,3 +31,22 @@ def hushed() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def mute_stdout() -> Iterator[None]:
+    """Within this block what compiled code prints is dropped, so that it never ends up in the result of a command.
+
+    HiGHS 1.12 prints a line at random, whatever its options say (ERGO-Code/HiGHS#2783).
+    """
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -90,6 +90,11 @@ class LayerPlan(_Frozen):
         """Both, each with its kind."""
         return (self.k, "key"), (self.v, "value")
 
+    @property
+    def short(self) -> str:
+        """The widths, `k4v2`."""
+        return f"k{self.k.bits}v{self.v.bits}"
+
 
 class CacheSettings(_Frozen):
     """How every layer's cache is cut: `sink | packed pages | tail`.
@@ -245,9 +250,8 @@ class Plan(_Frozen):
     def short(self) -> str:
         """The plan's widths in the short form; layers with a stock cache are left out."""
         return ",".join(
-            f"{first}:{widths}" if first == last else f"{first}-{last}:{widths}"
+            f"{first}:{layer.short}" if first == last else f"{first}-{last}:{layer.short}"
             for first, last, layer in self.runs
-            for widths in (f"k{layer.k.bits}v{layer.v.bits}",)
         )
 
     @property
@@ -288,7 +292,7 @@ def coverage(model: ModelInfo, layers: Collection[int]) -> Iterator[Fault]:
     """What keeps a set of layers from being exactly the ones that a plan or profile of this model is about."""
     expected = set(model.quantizable)
     if missing := sorted(expected - set(layers)):
-        yield (), f"no entry for layer {_ranges(missing)}"
+        yield (), f"no entry for layer {ranges(missing)}"
     for layer in sorted(set(layers) - expected):
         kind = model.stock.get(layer)
         keeps = f"it keeps its {kind} cache" if kind else f"the model has layers 0-{model.layers - 1}"
@@ -322,7 +326,7 @@ def _parse_short(text: str) -> dict[int, LayerPlan]:
         if last < first:
             raise ValueError(f"'{part.strip()}' ends before it begins")
         if twice := sorted(layers.keys() & range(first, last + 1)):
-            raise ValueError(f"layer {_ranges(twice)} is given twice")
+            raise ValueError(f"layer {ranges(twice)} is given twice")
         layers.update(dict.fromkeys(range(first, last + 1), _layer(k_bits, v_bits)))
     return layers
 
@@ -361,7 +365,7 @@ def _known_widths() -> str:
     return ", ".join(map(str, WIDTHS))
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: list[int]) -> str:
     """`[0, 1, 2, 5]` as `0-2, 5`."""
     runs: list[list[int]] = []
     for index in indices:

@@ -1,8 +1,9 @@
 """Which file a command means. State between commands is files, one folder a model:
 
-    profiles/<org>--<model>/profile.yaml            what `kvmix profile` measured
-    profiles/<org>--<model>/profile.partial.jsonl   the same, interrupted
-    profiles/<org>--<model>/plans/<name>.yaml       what `kvmix allocate` decided
+    profiles/<org>--<model>/profile.yaml                what `kvmix profile` measured
+    profiles/<org>--<model>/profile.partial.jsonl       the same, interrupted
+    profiles/<org>--<model>/plans/<name>.yaml           what `kvmix allocate` decided
+    profiles/<org>--<model>/plans/<name>.trials.jsonl   what it measured for that, if it did
 
 Nothing named, the newest is taken and stderr says which. `--profiles-dir` or `KVMIX_PROFILES_DIR` moves the folder.
 """
@@ -67,6 +68,11 @@ def plan_path(model: str, name: str) -> Path:
 def journal_path(profile: Path) -> Path:
     """The journal of an unfinished profile, beside it: `profile.partial.jsonl`."""
     return profile.with_name(f"{profile.stem}.partial.jsonl")
+
+
+def trials_path(plan: Path) -> Path:
+    """The plans that a search has measured, beside the plan that it writes: `search-3.trials.jsonl`."""
+    return plan.with_name(f"{plan.stem}.trials.jsonl")
 
 
 def find_profile(given: str | Path | None = None, *, model: str | None = None) -> Path:

@@ -1,116 +1,118 @@
-"""From scores to a plan under a budget. One file a method, each with `solve(problem) -> widths`; no torch.
+"""From scores to plans under a budget. One file a method, each with a pure `solve(problem)`; no torch.
 
-allocate(profile, Budget(avg_bits=2.3)) -> Plan
+allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random
+frontier(profile) -> list[Plan]                                       pareto
+refine(profile, Budget(stored_bits=3), measure) -> Plan               search
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import BudgetError, did_you_mean
-from ..plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from ..errors import BudgetError
+from ..plan import Plan
 from ..profile import Profile
-from ..windows import Rpc
-from .base import Budget, Problem, Widths
+from .budgets import Budget
+from .methods import FAMILY, SEARCH, SOLVERS, TRIALS, Method, default_method, default_score, get_method, methods
+from .pins import parse_pins, short
+from .pose import K_BITS, V_BITS, Options, pose
+from .predict import other_settings, predicted_loss
+from .presets import PRESETS, Preset
+from .problem import Decision, Measure, Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
+    "FAMILY",
     "K_BITS",
     "PRESETS",
+    "SEARCH",
+    "SOLVERS",
+    "TRIALS",
     "V_BITS",
     "Budget",
+    "Decision",
+    "Measure",
     "Method",
+    "Options",
     "Preset",
     "Problem",
-    "Widths",
     "allocate",
+    "default_method",
+    "default_score",
+    "frontier",
     "get_method",
     "methods",
+    "other_settings",
+    "parse_pins",
+    "predicted_loss",
+    "refine",
 ]
 
-K_BITS = (2, 3, 4, 8)
-V_BITS = (2, 4, 8)
-"""Up to 3.5 bits the two ladders are the paper's; above, they go on."""
 
-_METHODS = {"rank": ".rank", "uniform": ".uniform", "random": ".random"}
-
-
-class Method(NamedTuple):
-    """A way to decide, and which of the problem's `score` and `seed` it depends on."""
-
-    solve: Callable[[Problem], Widths]
-    uses: tuple[str, ...]
-
-
-class Preset(NamedTuple):
-    """Settings that belong together."""
-
-    budget: Budget
-    k_bits: tuple[int, ...]
-    v_bits: tuple[int, ...]
-    cache: CacheSettings
-
-
-PRESETS = {
-    "paper": Preset(
-        budget=Budget(),
-        k_bits=(2, 3),
-        v_bits=(2, 4),
-        cache=CacheSettings(page=32, sink=0, group_size=32, scale_dtype="float16", window=Rpc()),
-    )
-}
-
-
-def methods() -> list[str]:
-    """Names of all methods."""
-    return list(_METHODS)
-
-
-def get_method(name: str) -> Method:
-    """A method by name. Raises BudgetError for an unknown one."""
-    if name not in _METHODS:
-        hint = did_you_mean(name, _METHODS) or f"; there are {', '.join(_METHODS)}"
-        raise BudgetError(f"unknown method '{name}'{hint}")
-    module = importlib.import_module(_METHODS[name], __name__)
-    return Method(module.solve, module.USES)
-
-
-def allocate(
-    profile: Profile,
-    budget: Budget,
-    *,
-    method: str = "rank",
-    k_bits: Sequence[int] = K_BITS,
-    v_bits: Sequence[int] = V_BITS,
-    cache: CacheSettings | None = None,
-    seed: int = 0,
-    score: str = "grad-norm",
-) -> Plan:
-    """Decide the widths of every layer's keys and values.
+def allocate(profile: Profile, budget: Budget, *, method: str | None = None, **options: Unpack[Options]) -> Plan:
+    """Decide how every layer's keys and values are stored.
 
     Args:
-        k_bits, v_bits: widths to choose from.
-        seed: of methods that draw at random.
-        score: which of the profile's scores to use.
+        method: one of `SOLVERS`; by default what `default_method` says.
+        options: see `Options`.
 
     Raises:
         BudgetError: if no plan meets the budget; the message has the reachable range.
         DocumentError: if the profile has no such score.
         PlanError: if the model's heads cannot be packed.
     """
+    method = method or default_method(profile)
     chosen = get_method(method)
-    cache = cache or CacheSettings()
-    scores = profile.score(score).layers
-    problem = Problem(profile.model, scores, budget, tuple(k_bits), tuple(v_bits), cache, seed, score)
-    widths = chosen.solve(problem)
-    layers = {layer: LayerPlan(k=TensorPlan(bits=k), v=TensorPlan(bits=v)) for layer, (k, v) in widths.items()}
+    if method not in SOLVERS:
+        needed = "takes no budget" if method == FAMILY else "has to measure plans"
+        raise BudgetError(f"method '{method}' {needed}; one plan from a budget: {', '.join(SOLVERS)}")
+    problem = pose(profile, budget, method, **options)
+    return _plan(problem, method, chosen.solve(problem))
+
+
+def frontier(profile: Profile, **options: Unpack[Options]) -> list[Plan]:
+    """Plans along the whole range of stored bits, ascending, none worse than a smaller one.
+
+    Raises:
+        BudgetError, DocumentError, PlanError: as `allocate`.
+    """
+    problem = pose(profile, Budget(), FAMILY, **options)
+    family = get_method(FAMILY).solve(problem)
+    return [_plan(problem, FAMILY, decision, budget=budget.summary) for budget, decision in family]
+
+
+def refine(
+    profile: Profile, budget: Budget, measure: Measure, *, trials: int = TRIALS, **options: Unpack[Options]
+) -> Plan:
+    """Decide by what `measure` says of whole plans, at most `trials` of them.
+
+    Raises:
+        BudgetError, DocumentError, PlanError: as `allocate`.
+    """
+    problem = pose(profile, budget, SEARCH, **options)
+    found = get_method(SEARCH).solve(problem, measure, trials)
+    return _plan(problem, SEARCH, found.decision, trials=found.trials, measured_loss=found.loss)
+
+
+def _plan(problem: Problem, method: str, decision: Decision, **found: Any) -> Plan:
+    """The whole plan, pins and all, with what it takes to make it again."""
+    layers = dict(sorted({**decision, **problem.pins}.items()))
+    predicted = problem.curves.total(layers) if problem.score.predicts_loss else None
+    uses = get_method(method).uses
     provenance = {
         "kvmix": __version__,
         "method": method,
-        **{name: getattr(problem, name) for name in chosen.uses},
-        "budget": budget.summary,
-        "profile_sha256": profile.sha256,
+        "score": problem.score_name if "score" in uses or predicted is not None else None,
+        "seed": problem.seed if "seed" in uses else None,
+        "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
+        "budget": problem.budget.summary,
+        "pins": {layer: short(pin) for layer, pin in problem.pins.items()} or None,
+        "predicted_loss": predicted,
+        **found,
+        "profile_sha256": problem.profile_sha256,
     }
-    return Plan.build(profile.model, layers, cache, provenance)
+    known = {name: value for name, value in provenance.items() if value is not None}
+    return Plan.build(problem.model, layers, problem.cache, known)

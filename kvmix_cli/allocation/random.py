@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
-from .base import Problem, Widths
 from .ladder import climb
+from .problem import Decision, Problem
 
 USES = ("seed",)
 
 
-def solve(problem: Problem) -> Widths:
+def solve(problem: Problem) -> Decision:
     """Keys and values each in an order of their own, drawn from the seed. Raises BudgetError."""
-    draw = Random(problem.seed)
-    layers = sorted(problem.scores)
-    return climb(problem, draw.sample(layers, len(layers)), draw.sample(layers, len(layers)))
+    draw, count = Random(problem.seed), len(problem.layers)
+    return climb(problem, draw.sample(problem.layers, count), draw.sample(problem.layers, count))

@@ -5,14 +5,15 @@ Source: arXiv 2506.08018, section 3.2. Ties go to the earlier layer.
 
 from __future__ import annotations
 
-from .base import Problem, Widths
 from .ladder import climb
+from .problem import Decision, Problem
 
 USES = ("score",)
 
 
-def solve(problem: Problem) -> Widths:
+def solve(problem: Problem) -> Decision:
     """Most important first, while the budget lasts. Raises BudgetError."""
-    k_order = sorted(problem.scores, key=lambda layer: (-problem.scores[layer].k.mean, layer))
-    v_order = sorted(problem.scores, key=lambda layer: (-problem.scores[layer].v.mean, layer))
+    scores = problem.score.layers
+    k_order = sorted(problem.layers, key=lambda layer: (-scores[layer].k.mean, layer))
+    v_order = sorted(problem.layers, key=lambda layer: (-scores[layer].v.mean, layer))
     return climb(problem, k_order, v_order)

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from itertools import product
 
-from .base import Problem, Widths
+from ..plan import LayerPlan, TensorPlan
+from .problem import Decision, Problem
 
 USES: tuple[str, ...] = ()
 
 
-def solve(problem: Problem) -> Widths:
-    """The highest pair of widths within the budget. Raises BudgetError."""
-    problem.check_reachable()
-    layers, allowance = sorted(problem.scores), problem.allowance
-    pairs = [pair for pair in product(problem.k_bits, problem.v_bits) if len(layers) * problem.cost(pair) <= allowance]
-    best = max(pairs, key=lambda pair: (sum(pair), -abs(pair[0] - pair[1]), pair[0]))
-    return dict.fromkeys(layers, best)
+def solve(problem: Problem) -> Decision:
+    """The highest pair of widths within the budget; under `max_loss` the smallest. Raises BudgetError."""
+    layers = problem.layers
+    pairs = problem.within(
+        [LayerPlan(k=TensorPlan(bits=k), v=TensorPlan(bits=v)) for k, v in product(problem.k_bits, problem.v_bits)],
+        cost=lambda pair: len(layers) * problem.cost(pair),
+        loss=lambda pair: problem.loss(dict.fromkeys(layers, pair)),
+    )
+    sign = 1 if problem.loss_limit is None else -1
+    return dict.fromkeys(layers, max(pairs, key=lambda pair: (sign * (pair.k.bits + pair.v.bits), *_balance(pair))))
+
+
+def _balance(pair: LayerPlan) -> tuple[int, int]:
+    return -abs(pair.k.bits - pair.v.bits), pair.k.bits

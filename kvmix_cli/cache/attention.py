@@ -30,9 +30,9 @@ def kvmix_attention(
 ) -> tuple[Tensor, None]:
     """Attention over packed or plain keys and values.
 
-    Packed ones go to `kvmix_kernels.attend`, and so do plain ones that are decoded on a CPU, where it is the faster one.
-    Other plain ones (a prompt) go to SDPA, unless the model needs a soft-cap or sink logits, which SDPA does not have.
-    What `attend` does not know (dropout, a position bias) goes to SDPA as well, which dequantizes the handles.
+    Packed ones go to `kvmix_kernels.attend`, and so do plain ones that are decoded on a CPU, where it is faster. Other
+    plain ones (a prompt) go to SDPA, unless the model needs a soft-cap or sink logits, which SDPA does not have. What
+    `attend` does not know (dropout, a position bias) goes to SDPA as well, which dequantizes the handles.
 
     Args:
         query: `[B, H, S, D]`; key, value: `[B, H_kv, T, D]`, plain or handles.

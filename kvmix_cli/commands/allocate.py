@@ -1,7 +1,8 @@
-"""`kvmix allocate`: from the scores of a profile to a plan under a budget."""
+"""`kvmix allocate`: from the scores of a profile to a plan under a budget, or to a family of plans."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from .. import console, state
 from . import options
 
 if TYPE_CHECKING:
-    from ..allocation import Preset
+    from ..allocation import Budget, Options, Preset
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -29,20 +30,49 @@ def allocate(
         int | None,
         typer.Option(metavar="SIZE", parser=options.parse_bytes, help="Budget: bytes of the cache, e.g. 8GiB."),
     ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT", parser=options.parse_percent, help="Budget: predicted rise of the perplexity, e.g. 0.5%."
+        ),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2.")
     ] = None,
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
-    method: Annotated[str, typer.Option(metavar="NAME", help="rank (the paper), uniform or random.")] = "rank",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ilp (exact), rank (the paper), cut, uniform, random, search, or pareto (no budget) "
+            "[default: ilp if a score knows widths, else rank].",
+        ),
+    ] = None,
     k_bits: Annotated[
         Any, typer.Option(metavar="LIST", parser=options.parse_bits, help="Widths for keys [default: 2,3,4,8].")
     ] = None,
     v_bits: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_bits, help="Widths for values [default: 2,4,8].")
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=options.parse_bits,
+            help="Widths for values [default: 2,4,8; to ilp, pareto, search also 3].",
+        ),
+    ] = None,
+    min_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no narrower width.")] = None,
+    max_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no wider width.")] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PINS", help="Layers decided by hand, e.g. '0,-1:k8v8;2-4:k4v2'; repeatable."),
     ] = None,
     group_size: Annotated[
-        str | None, typer.Option(metavar="N", help="Elements that share a scale, or row for all [default: 64].")
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=options.parse_groups,
+            help="Elements that share a scale, or row for all; several for methods that choose [default: 64].",
+        ),
     ] = None,
     page: Annotated[int | None, typer.Option(metavar="N", help="Tokens quantized together [default: 128].")] = None,
     sink: Annotated[int | None, typer.Option(metavar="N", help="First tokens kept exact [default: 4].")] = None,
@@ -54,8 +84,14 @@ def allocate(
         str | None, typer.Option(metavar="DTYPE", help="Of scales: float16 or bfloat16 [default: float16].")
     ] = None,
     score: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Score to use [default: grad-norm, or the profile's only one].")
+        str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
     ] = None,
+    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Plans that search measures.")] = 40,
+    calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin",
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of it.")] = 4,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", callback=_file_name, help="Of the plan [default: e.g. rank-2.3].")
     ] = None,
@@ -64,97 +100,135 @@ def allocate(
     ] = None,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None,
     model: options.Model = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
     profiles_dir: options.ProfilesDir = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory or --preset."""
+    """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset."""
+    from ..allocation import FAMILY, SEARCH, default_method, default_score, frontier, get_method, parse_pins
     from ..allocation import allocate as decide
     from ..profile import Profile
-    from .show import plan_json, show_plan
+    from .family import save_family
+    from .searching import Effort, search
 
-    limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory}
-    settings = _settings(preset, limits, context, batch)
-    overrides = {"page": page, "sink": sink, "group_size": group_size, "scale_dtype": scale_dtype, "window": window}
-    cache = _cache(settings.cache, {key: value for key, value in overrides.items() if value is not None})
-    scores = Profile.load(state.find_profile(profile, model=model))
-    plan = decide(
-        scores,
-        settings.budget,
-        method=method,
-        k_bits=k_bits or settings.k_bits,
-        v_bits=v_bits or settings.v_bits,
-        cache=cache,
-        seed=seed,
-        score=score or _default_score(scores),
-    )
-    path = out or state.plan_path(plan.model.id, name or _default_name(plan, preset))
-    plan.save(path, ctx.meta[options.COMMAND_LINE])
-    show_plan(plan, path, context, batch)
-    console.emit_json(
-        {
-            "command": "allocate",
-            "model": plan.model.id,
-            "plan": path,
-            "method": method,
-            **plan_json(plan, context, batch),
-            "provenance": plan.provenance,
-        }
-    )
+    limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
+    settings = _settings(method, preset, limits, context, batch)
+    overrides = {"page": page, "sink": sink, "scale_dtype": scale_dtype, "window": window}
+    caches = _caches(settings.cache, {key: value for key, value in overrides.items() if value is not None}, group_size)
+    source = Profile.load(state.find_profile(profile, model=model))
+    method = method or ("rank" if preset else default_method(source))
+    chosen: Options = {
+        "k_bits": k_bits or settings.k_bits,
+        "v_bits": v_bits or settings.v_bits,
+        "min_bits": min_bits,
+        "max_bits": max_bits,
+        "pins": parse_pins(pin, source.model) if pin else None,
+        "group_sizes": [cache.group_size for cache in caches],
+        "cache": caches[0],
+        "score": score or default_score(source, method),
+        "seed": seed,
+    }
+    if len(caches) > 1 and "group_sizes" not in get_method(method).uses:
+        console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
+    command = ctx.meta[options.COMMAND_LINE]
+    if method == FAMILY:
+        if out is not None:
+            raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
+        save_family(frontier(source, **chosen), name or FAMILY, command, context, batch)
+        return
+    path = out or state.plan_path(source.model.id, name or _default_name(method, settings.budget, preset, seed))
+    if method == SEARCH:
+        load = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        effort = Effort(trials, calibration, samples, resume)
+        plan = search(source, settings.budget, chosen, path, effort, load)
+    else:
+        plan = decide(source, settings.budget, method=method, **chosen)
+    plan.save(path, command)
+    _show(plan, source, path, context, batch)
 
 
-def _settings(preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Preset:
-    """Budget, ladders and cache before overrides. Raises typer.BadParameter unless exactly one budget is given."""
-    from ..allocation import K_BITS, PRESETS, V_BITS, Budget, Preset
+def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Preset:
+    """Budget, ladders and cache before overrides. Raises typer.BadParameter unless there is exactly one budget."""
+    from ..allocation import FAMILY, PRESETS, Budget, Preset
     from ..errors import did_you_mean
     from ..plan import CacheSettings
 
     given = {key: limit for key, limit in limits.items() if limit is not None}
-    if len(given) + (preset is not None) != 1:
-        raise typer.BadParameter("give exactly one budget: --avg-bits, --stored-bits, --memory or --preset")
+    budgets = len(given) + (preset is not None)
+    if method == FAMILY and budgets:
+        raise typer.BadParameter("pareto takes no budget: it makes plans along the whole range; for one use ilp")
+    if method != FAMILY and budgets != 1:
+        raise typer.BadParameter("give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset")
     if preset is None:
-        return Preset(Budget(**given, context=context, batch=batch), K_BITS, V_BITS, CacheSettings())
+        return Preset(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
     if preset not in PRESETS:
         hint = did_you_mean(preset, PRESETS) or f"; there is {', '.join(PRESETS)}"
         raise typer.BadParameter(f"unknown preset '{preset}'{hint}")
     return PRESETS[preset]
 
 
-def _cache(base: CacheSettings, overrides: dict[str, Any]) -> CacheSettings:
-    """Cache settings with the options that were given. Raises typer.BadParameter for a bad value."""
+def _caches(
+    base: CacheSettings, overrides: dict[str, Any], group_sizes: tuple[int | str, ...] | None
+) -> list[CacheSettings]:
+    """Cache settings with the options that were given, one for each group size. Raises typer.BadParameter."""
     from ..files import reason
     from ..plan import CacheSettings
     from ..windows import parse_window
 
-    if str(overrides.get("group_size", "")).isdecimal():
-        overrides["group_size"] = int(overrides["group_size"])
     if "window" in overrides:
         overrides["window"] = parse_window(overrides["window"])
+    settings = {**base.model_dump(), **overrides}
     try:
-        return CacheSettings.model_validate({**base.model_dump(), **overrides})
+        return [
+            CacheSettings.model_validate({**settings, "group_size": size}) for size in group_sizes or [base.group_size]
+        ]
     except ValueError as error:
         raise typer.BadParameter(reason(error)) from error
 
 
-def _default_score(profile: Profile) -> str:
-    return "grad-norm" if len(profile.scores) > 1 else next(iter(profile.scores))
-
-
-def _default_name(plan: Plan, preset: str | None) -> str:
-    """The method and what was asked for: `rank-2.3`, `rank-8GiB-32768x1`, `paper`, `random-2.3-seed1`."""
+def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:
+    """The method and what was asked for: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`, `ilp-max-loss-0.5pct`."""
+    from ..allocation import get_method
     from ..budget import format_bytes
 
-    method, budget = plan.provenance["method"], plan.provenance["budget"]
     if preset is not None:
         parts = [preset] if method == "rank" else [preset, method]
-    elif "memory" in budget:
-        size = format_bytes(budget["memory"]).replace(" ", "")
-        parts = [method, size, f"{budget['context']}x{budget['batch']}"]
+    elif budget.memory is not None:
+        parts = [method, format_bytes(budget.memory).replace(" ", ""), f"{budget.context}x{budget.batch}"]
+    elif budget.max_loss is not None:
+        parts = [method, f"max-loss-{100 * budget.max_loss:g}pct"]
     else:
-        parts = [method, *(f"{limit:g}" if key == "avg_bits" else f"stored-{limit:g}" for key, limit in budget.items())]
-    return "-".join([*parts, *([f"seed{plan.provenance['seed']}"] if "seed" in plan.provenance else [])])
+        parts = [method, f"{budget.limit:g}" if budget.stored_bits is None else f"stored-{budget.limit:g}"]
+    return "-".join([*parts, *([f"seed{seed}"] if "seed" in get_method(method).uses else [])])
+
+
+def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
+    from .show import notice_settings, plan_json, show_plan
+
+    loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
+    show_plan(plan, path, context, batch)
+    if loss is not None:
+        name = plan.provenance["score"]
+        console.text(
+            f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {name} predicts\n"
+        )
+        notice_settings(name, source.score(name), plan.cache)
+    console.emit_json(
+        {
+            "command": "allocate",
+            "model": plan.model.id,
+            "plan": path,
+            "method": method,
+            "predicted_loss": loss,
+            **plan_json(plan, context, batch),
+            "provenance": plan.provenance,
+        }
+    )
 
 
 def _file_name(name: str | None) -> str | None:

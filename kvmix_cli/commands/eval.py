@@ -1,32 +1,21 @@
-"""`kvmix eval`: measure plans against the unquantized cache on the same work."""
+"""`kvmix eval`: measure plans against the unquantized cache, or (`--leaderboard`) methods against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .. import console, state
 from . import options
-
-if TYPE_CHECKING:
-    from ..evaluation.base import Estimate, Metric, Settings, Subject, Task
-    from ..evaluation.gates import Gate, Verdict
-    from ..evaluation.report import Report, Row
-    from ..evaluation.runs import Runs
-    from ..models import LoadedModel
-    from ..plan import ModelInfo, Plan
-
-GATE_FAILED = 3
-ROW_FAILED = 1
-KIB = 2**10
 
 
 def evaluate(
     ctx: typer.Context,
-    task: Annotated[str, typer.Option(metavar="NAME,...", help="perplexity, recall, memory.")] = "perplexity",
+    task: Annotated[
+        Any,
+        typer.Option(metavar="LIST", parser=options.parse_names, help="perplexity [the default], recall, memory."),
+    ] = None,
     plan: Annotated[
         list[str] | None,
         typer.Option(metavar="PLAN", help="File, name or short form '0-3:k4v4,...' [default: the newest]; repeatable."),
@@ -47,6 +36,27 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),
     ] = None,
+    leaderboard: Annotated[
+        bool, typer.Option("--leaderboard", help="Compare methods instead of plans of your own.")
+    ] = False,
+    stored_bits: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_budgets, help="Leaderboard: budgets, e.g. 2.5,3,3.5,4.")
+    ] = None,
+    scores: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_names, help="Leaderboard: scores [default: all].")
+    ] = None,
+    methods: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_names, help="Leaderboard: solvers [default: all].")
+    ] = None,
+    group_size: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_groups, help="Leaderboard: to choose from, e.g. 64,32.")
+    ] = None,
+    random_plans: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Leaderboard: random plans a budget [default: 8].")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Leaderboard: profile to use [default: the newest].")
+    ] = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
@@ -58,120 +68,31 @@ def evaluate(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure plans through the quantized cache, beside the unquantized one on the same tokens."""
-    from ..evaluation import get_task
-    from ..evaluation.base import Settings
-    from ..evaluation.runs import Runs
-    from ..models import load_info, load_model
-    from .subjects import choose
+    """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
-    chosen_tasks = [get_task(name) for name in dict.fromkeys(part.strip() for part in task.split(","))]
-    gates = _gates(fail_if or [], chosen_tasks)
+    With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
+    """
+    from ..evaluation.base import Settings
+    from .leaderboard import hold
+    from .measure import Setup, measure_plans
+
     settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
     settings.check(None)
-    choice = choose(plan or [], model=model, revision=revision, need_plan=not uniform)
-    source: dict[str, Any] = {"revision": choice.revision, "trust_remote_code": trust_remote_code}
-    subjects = _subjects(choice.plans(load_info(choice.model, **source), uniform or []))
-    loaded = load_model(choice.model, dtype=dtype, device=device, **source)
-    runs = Runs(output_dir, state.slug(choice.model), resume, ctx.meta[options.COMMAND_LINE])
-    reports = [_report(each, loaded, subjects, settings, runs) for each in chosen_tasks]
-    verdicts = [gate.check(report.plans, report.reference) for gate, report in _paired(gates, reports)]
-    _show_gates(verdicts)
-    console.emit_json(_as_json(loaded.info, task, reports, verdicts))
-    _leave(reports, verdicts)
+    loading = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    results = {"root": output_dir, "resume": resume, "command": ctx.meta[options.COMMAND_LINE]}
+    setup = Setup(model, task, settings, loading, results)
+    rules = {"stored_bits": stored_bits, "scores": scores, "methods": methods, "random_plans": random_plans}
+    rules |= {"group_size": group_size, "profile": profile}
+    if leaderboard:
+        _refuse({"plan": plan, "uniform": uniform, "fail_if": fail_if}, "has no place in a leaderboard")
+        hold(setup, **{name: value for name, value in rules.items() if value is not None})
+    else:
+        _refuse(rules, "needs --leaderboard")
+        measure_plans(setup, plan or [], uniform or [], fail_if or [])
 
 
-def _gates(expressions: Sequence[str], tasks: Sequence[Task]) -> list[Gate]:
-    """Raises EvaluationError before anything is measured if a gate makes no sense."""
-    from ..evaluation.gates import parse_gate
-
-    metrics = [metric for task in tasks for metric in task.metrics]
-    known, relative = [m.name for m in metrics], [m.name for m in metrics if not m.plans_only]
-    return [parse_gate(expression, known, relative) for expression in expressions]
-
-
-def _subjects(plans: dict[str, Plan]) -> list[Subject]:
-    from ..evaluation.base import Subject
-
-    return [Subject(name, plan) for name, plan in plans.items()]
-
-
-def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settings: Settings, runs: Runs) -> Report:
-    """Run one task and show it at once, so that a later task's failure does not take it away."""
-    from ..evaluation.runner import run_task
-
-    report = run_task(task, loaded, subjects, settings, runs, console.progress)
-    for warning in (*report.warnings, *(warning for row in report.rows for warning in row.warnings)):
-        console.alert(f"warning: {warning}")
-    for row in report.rows:
-        if row.error is not None:
-            console.alert(f"{row.plan} could not be measured: {row.error}")
-    metrics = [metric for metric in task.metrics if any(metric.name in row.metrics for row in report.rows)]
-    columns = ("plan", "nominal", "stored", "quantized", *(metric.name.replace("_", " ") for metric in metrics))
-    rows = [_cells(row, metrics) for row in report.rows]
-    console.table(f"{task.name} of {loaded.info.id}", columns, rows, f"{report.description}\n")
-    return report
-
-
-def _cells(row: Row, metrics: Sequence[Metric]) -> list[str]:
-    """A row of the table; what was not measured is a dash."""
-    cells = [row.plan, f"{row.nominal_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.quantized_share:.1%}"]
-    return cells + [_cell(row.metrics.get(metric.name), metric.unit) for metric in metrics]
-
-
-def _cell(estimate: Estimate | None, unit: str) -> str:
-    """`13.25 [12.10, 14.31]`; without an interval where there is none."""
-    if estimate is None:
-        return "-"
-    value, low, high = (_number(number, unit) for number in (estimate.value, estimate.low, estimate.high))
-    return value if estimate.low == estimate.high else f"{value} [{low}, {high}]"
-
-
-def _number(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{value / KIB:.1f} KiB"
-    if unit == "%":
-        return f"{value:+.2f} %"
-    return f"{value:+.4f}" if unit == "nats" else f"{value:.4g}" + ("x" if unit == "x" else "")
-
-
-def _paired(gates: Sequence[Gate], reports: Sequence[Report]) -> Iterator[tuple[Gate, Report]]:
-    """Each gate with the report of the task that has its metric."""
-    from ..evaluation import get_task
-
-    for gate in gates:
-        for report in reports:
-            if any(metric.name == gate.metric for metric in get_task(report.task).metrics):
-                yield gate, report
-
-
-def _show_gates(verdicts: Sequence[Verdict]) -> None:
-    for verdict in verdicts:
-        console.text(f"gate {verdict.expression}: {'passed' if verdict.passed else 'FAILED'}\n")
-        for failure in verdict.failures:
-            console.text(f"  {failure}\n")
-            if console.mode.json:
-                console.alert(f"gate {verdict.expression} failed: {failure}")
-
-
-def _as_json(info: ModelInfo, task: str, reports: Sequence[Report], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    return {
-        "command": "eval",
-        "model": info.id,
-        "task": task,
-        "tokens": sum(report.tokens for report in reports),
-        "rows": [row.as_json() for report in reports for row in report.rows],
-        "reference": reports[0].reference.plan,
-        "gates": [
-            {"expression": verdict.expression, "passed": verdict.passed, "failures": list(verdict.failures)}
-            for verdict in verdicts
-        ],
-    }
-
-
-def _leave(reports: Sequence[Report], verdicts: Sequence[Verdict]) -> None:
-    """With the exit code that the outcome deserves."""
-    if not all(verdict.passed for verdict in verdicts):
-        raise typer.Exit(GATE_FAILED)
-    if any(row.error is not None for report in reports for row in report.rows):
-        raise typer.Exit(ROW_FAILED)
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Raise typer.BadParameter for any option that was given."""
+    for name, value in given.items():
+        if value not in (None, []):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")

@@ -14,6 +14,7 @@ from . import options
 if TYPE_CHECKING:
     from ..plan import Plan
     from ..profile import Profile
+    from .explain import Explanation
 
 
 def inspect(
@@ -22,6 +23,10 @@ def inspect(
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw what is in the files.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To explain a plan with [default: the newest of its model]."),
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a KVTuner preset.")] = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -32,12 +37,13 @@ def inspect(
     found = [_load(path, model) for path in paths]
     if len({type(each) for each in found}) > 1:
         raise KvmixError(f"{file} and {other} cannot be compared: one is a profile, the other a plan")
+    reasons = _explanation(paths, found, profile)
     if plot is not None:
-        _plot(paths, found, plot)
+        _plot(paths, found, reasons, plot)
     if len(found) > 1:
         _compare(paths, found)
     else:
-        _show(paths[0], found[0], context, batch)
+        _show(paths[0], found[0], reasons, context, batch)
 
 
 def _path(given: Path, model: str | None) -> Path:
@@ -72,19 +78,44 @@ def _load_preset(path: Path, model: str | None) -> Plan:
     return Plan.from_kvtuner(path, load_info(model))
 
 
-def _show(path: Path, found: Plan | Profile, context: int, batch: int) -> None:
+def _explanation(paths: list[Path], found: list[Any], profile: Path | None) -> Explanation | None:
+    """The reasons of a single plan. Raises KvmixError if the profile that is given does not explain it."""
     from ..plan import Plan
-    from .show import plan_json, score_json, show_plan, show_profile
+    from .explain import explanation
+
+    is_plan = len(found) == 1 and isinstance(found[0], Plan)
+    return explanation(found[0], paths[0], profile) if is_plan else None
+
+
+def _show(path: Path, found: Plan | Profile, reasons: Explanation | None, context: int, batch: int) -> None:
+    from ..plan import Plan
 
     head = {"command": "inspect", "file": path, "model": found.model.id, "provenance": found.provenance}
-    if isinstance(found, Plan):
-        show_plan(found, path, context, batch)
-        cache = found.cache.model_dump(mode="json")
-        console.emit_json({**head, "kind": "plan", "cache": cache, **plan_json(found, context, batch)})
-        return
-    show_profile(found, path)
-    scores = {name: {"seconds": score.seconds, "layers": score_json(score)} for name, score in found.scores.items()}
-    console.emit_json({**head, "kind": "profile", "calibration": found.calibration.model_dump(), "scores": scores})
+    more = _show_plan(path, found, reasons, context, batch) if isinstance(found, Plan) else _show_profile(path, found)
+    console.emit_json({**head, **more})
+
+
+def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> dict[str, Any]:
+    from .explain import explanation_json, show_explained
+    from .show import plan_json, show_plan
+
+    data = {"kind": "plan", "cache": plan.cache.model_dump(mode="json"), **plan_json(plan, context, batch)}
+    if reasons is None:
+        show_plan(plan, path, context, batch)
+        return data
+    show_explained(plan, reasons, path, context, batch)
+    return {**data, "explanation": explanation_json(reasons)}
+
+
+def _show_profile(path: Path, profile: Profile) -> dict[str, Any]:
+    from .show import score_json, show_profile
+
+    show_profile(profile, path)
+    scores = {
+        name: {"seconds": score.seconds, "calibration": score.calibration.model_dump(), "layers": score_json(score)}
+        for name, score in profile.scores.items()
+    }
+    return {"kind": "profile", "scores": scores}
 
 
 def _compare(paths: list[Path], found: list[Any]) -> None:
@@ -96,11 +127,13 @@ def _compare(paths: list[Path], found: list[Any]) -> None:
     console.emit_json({"command": "inspect", "kind": kind, "files": paths, **compare(paths, *found)})
 
 
-def _plot(paths: list[Path], found: list[Any], picture: Path) -> None:
+def _plot(paths: list[Path], found: list[Any], reasons: Explanation | None, picture: Path) -> None:
     from ..plan import Plan
     from .plots import check_plot, plot_plans, plot_profiles
 
     check_plot(picture)
-    names = [path.stem for path in paths]
-    draw = plot_plans if isinstance(found[0], Plan) else plot_profiles
-    draw(list(zip(names, found, strict=True)), picture)
+    named = list(zip([path.stem for path in paths], found, strict=True))
+    if isinstance(found[0], Plan):
+        plot_plans(named, picture, reasons.frontier(found[0]) if reasons else None)
+    else:
+        plot_profiles(named, picture)

@@ -38,6 +38,33 @@ def parse_bits(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names, `rank,ilp`."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Budgets in bits, `2.5,3`, ascending."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,2}(?:\.\d*)?|\.\d+", part, re.ASCII) for part in parts):
+        raise typer.BadParameter(f"'{text}' is no list of bits; write it like 2.5,3,3.5")
+    return tuple(sorted({float(part) for part in parts}))
+
+
+def parse_groups(text: str) -> tuple[int | str, ...]:
+    """Group sizes, `32,64` or `row`; the cache's settings decide which there can be."""
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
+
+
+def parse_percent(text: str) -> float:
+    """`0.5%` as 0.005. Without the sign it could be either, so that is refused."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", text, re.ASCII)
+    if not match:
+        raise typer.BadParameter(f"'{text}' is no percentage; write it like 0.5%")
+    return float(match[1]) / 100
+
+
 def _set_mode(name: str, value: bool) -> bool:
     setattr(console.mode, name, value)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +22,17 @@ SIDE = 0.2
 """Distance of a bar from the middle of its layer."""
 
 
+Point = tuple[float, float]
+
+
+class Frontier(NamedTuple):
+    """Stored bits and predicted loss, in nats a token, of the best plans there are and of one plan among them."""
+
+    score: str
+    best: Sequence[Point]
+    plan: Point
+
+
 def check_plot(path: Path) -> None:
     """Raise OutputError, before any work, if a picture cannot be written there."""
     if path.suffix.lower() not in FORMATS:
@@ -30,29 +42,38 @@ def check_plot(path: Path) -> None:
 
 def plot_profiles(profiles: Sequence[tuple[str, Profile]], path: Path) -> Path:
     """One panel a score: mean by layer for keys and values, with the spread over samples. Raises OutputError."""
-    scores = [(name, profile, score) for name, profile in profiles for score in profile.scores]
+    scores = [(f"{name}: {each}", score) for name, profile in profiles for each, score in profile.scores.items()]
     figure, panels = _panels(len(scores))
-    for axes, (name, profile, score) in zip(panels, scores, strict=True):
-        layers = sorted(profile.scores[score].layers.items())
+    for axes, (name, score) in zip(panels, scores, strict=True):
+        layers = sorted(score.layers.items())
         bars(axes, [(index, layer.k.mean, layer.v.mean) for index, layer in layers])
         for side, kind in ((-SIDE, "k"), (SIDE, "v")):
             statistics = [(index + side, getattr(layer, kind)) for index, layer in layers]
             at, means, spreads = zip(*((x, each.mean, each.std) for x, each in statistics), strict=True)
             axes.errorbar(at, means, yerr=spreads, fmt="none", ecolor="black", elinewidth=0.8)
-        samples = profile.calibration.samples
-        axes.set_title(f"{name}: {score}, mean and spread over {samples} samples")
-        axes.set_ylabel(score)
+        axes.set_title(f"{name}, mean and spread over {score.calibration.samples} samples")
+        axes.set_ylabel(score.unit)
+        axes.set_yscale("log" if any(score.choices) else "linear")
     return save(figure, path)
 
 
-def plot_plans(plans: Sequence[tuple[str, Plan]], path: Path) -> Path:
-    """One panel a plan: bits by layer for keys and values. Raises OutputError."""
-    figure, panels = _panels(len(plans))
-    for axes, (name, plan) in zip(panels, plans, strict=True):
+def plot_plans(plans: Sequence[tuple[str, Plan]], path: Path, frontier: Frontier | None = None) -> Path:
+    """One panel a plan: bits by layer for keys and values. One more for the frontier, if any. Raises OutputError."""
+    figure, panels = _panels(len(plans) + (frontier is not None))
+    for axes, (name, plan) in zip(panels, plans, strict=False):
         bars(axes, [(index, layer.k.bits, layer.v.bits) for index, layer in sorted(plan.layers.items())])
         axes.set_title(f"{name}: {plan.bits.nominal:.4g} bits nominal, {plan.bits.stored:.4g} stored")
         axes.set_ylabel("bits")
+    if frontier is not None:
+        _draw_frontier(panels[-1], frontier)
     return save(figure, path)
+
+
+def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
+    axes.plot(*zip(*frontier.best, strict=True), marker=".", color="#9e9e9e", label="best for every budget")
+    axes.plot(*frontier.plan, marker="*", markersize=14, linestyle="none", color="#2ca02c", label="this plan")
+    axes.set(yscale="log", xlabel="stored bits", ylabel="nats a token", title=f"predicted loss, by {frontier.score}")
+    axes.legend()
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

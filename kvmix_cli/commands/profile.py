@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +14,30 @@ from ..errors import KvmixError
 from . import options
 
 if TYPE_CHECKING:
+    from ..plan import ModelInfo
     from ..profile import Profile
-    from ..profiling import Probe
+
+GRANULARITIES = ("layer", "head")
 
 
 def profile(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or builtin:tiny.")],
-    score: Annotated[str, typer.Option(metavar="NAME", help="What to measure: grad-norm (the paper).")] = "grad-norm",
+    score: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=options.parse_names,
+            help="What to measure: grad-norm (the paper), taylor, fisher, error, loss, kl; several with commas.",
+        ),
+    ] = "grad-norm",
+    bits: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_bits, help="Widths of curves [default: 1,2,3,4,8].")
+    ] = None,
+    group_size: Annotated[
+        Any, typer.Option(metavar="LIST", parser=options.parse_groups, help="Their groups [default: 32,64,128].")
+    ] = None,
+    granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer",
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
     ] = "builtin",
@@ -47,49 +63,48 @@ def profile(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure how important each layer's keys and values are, on calibration text."""
+    """Measure how important each layer's keys and values are, on calibration text.
+
+    Scores are added to the profile that is there; those of the same name are replaced.
+    """
     path = out or state.profile_path(model)
     _check_outputs(path, plot)
+    if granularity not in GRANULARITIES:
+        raise KvmixError(f"no granularity '{granularity}'; there is {', '.join(GRANULARITIES)}")
     from ..models import load_model
-    from ..profiling import run_profile
+    from ..profiling import Options, find_probes, run_profile
     from ..texts import load_texts
-    from .show import score_json, show_profile
+    from .show import show_profile
 
-    probe = _probe(score, checkpointing)
+    how = Options(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
+    how.check(find_probes(score))
+    before = _existing(path)
     texts = load_texts(calibration, seed=seed)
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if before is not None:
+        _require_same_model(before, loaded.info, path)
     started = time.perf_counter()
     with console.progress(f"profile {model}", samples) as bar:
         result = run_profile(
             loaded,
-            score=score,
+            score,
             texts=texts,
             source=calibration,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            options=how,
             journal=state.journal_path(path),
             resume=resume,
             on_step=bar.reach,
-            probe=probe,
         )
-    result.save(path, ctx.meta[options.COMMAND_LINE])
-    state.journal_path(path).unlink(missing_ok=True)
-    if result.calibration.samples < samples:
-        console.notice(f"the text gave {result.calibration.samples} samples, not {samples}")
+    _save(result, before, path, ctx.meta[options.COMMAND_LINE])
+    measured = next(iter(result.scores.values())).calibration.samples
+    if measured < samples:
+        console.notice(f"the text gave {measured} samples, not {samples}")
     show_profile(result, path)
     _plot(result, plot)
-    console.emit_json(
-        {
-            "command": "profile",
-            "model": result.model.id,
-            "profile": path,
-            "score": score,
-            "samples": result.calibration.samples,
-            "seconds": time.perf_counter() - started,
-            "layers": score_json(result.score(score)),
-        }
-    )
+    _emit(result, path, measured, time.perf_counter() - started)
 
 
 def _check_outputs(path: Path, plot: Path | None) -> None:
@@ -103,16 +118,51 @@ def _check_outputs(path: Path, plot: Path | None) -> None:
         check_plot(plot)
 
 
-def _probe(score: str, checkpointing: bool | None) -> Probe:
-    """The probe by name. Raises KvmixError if there is none, or it has no checkpointing to switch."""
-    from ..profiling import get_probe
+def _existing(path: Path) -> Profile | None:
+    """The profile that is there. Raises KvmixError if it cannot be read, and so not be added to."""
+    from ..errors import DocumentError
+    from ..profile import Profile
 
-    probe: Any = get_probe(score)
-    if checkpointing is None:
-        return probe
-    if not hasattr(probe, "checkpointing"):
-        raise KvmixError(f"score '{score}' has no backward pass; leave out --checkpointing")
-    return replace(probe, checkpointing=checkpointing)
+    if not path.exists():
+        return None
+    try:
+        return Profile.load(path)
+    except DocumentError as error:
+        raise KvmixError(f"{error}; no score can be added to it: remove it, or name another file with --out") from error
+
+
+def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
+    if profile.model != model:
+        raise KvmixError(
+            f"{path} is the profile of another model ({profile.model.id}, or another revision or configuration of it); "
+            "name another file with --out"
+        )
+
+
+def _save(result: Profile, before: Profile | None, path: Path, command: str) -> None:
+    """Write the scores, with those that the file has already, and say which these are."""
+    old = {} if before is None else before.scores
+    if kept := [name for name in old if name not in result.scores]:
+        console.notice(f"{path} had {', '.join(old)} and keeps {', '.join(kept)}")
+        command = f"{_head(path)}\n{command}"
+    result.model_copy(update={"scores": {**old, **result.scores}}).save(path, command)
+    state.journal_path(path).unlink(missing_ok=True)
+
+
+def _head(path: Path) -> str:
+    """The commands that a file says it was made by."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
+
+
+def _emit(result: Profile, path: Path, samples: int, seconds: float) -> None:
+    """The JSON result; `score` and `layers` are those of the first score."""
+    from .show import score_json
+
+    scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}
+    first = next(iter(scores))
+    head = {"command": "profile", "model": result.model.id, "profile": path, "score": first, "samples": samples}
+    console.emit_json({**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores})
 
 
 def _plot(profile: Profile, plot: Path | None) -> None:

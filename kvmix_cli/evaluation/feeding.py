@@ -1,43 +1,21 @@
-"""Feeding known tokens to a model through a cache, and choosing text to feed."""
+"""Choosing text to feed to a model, and what its cache has seen of it."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..cache import MixedCache
 from ..errors import TextError
 from .base import Sample
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import Cache, PreTrainedTokenizerBase
 
     from ..models import LoadedModel
-
-
-def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int]) -> None:
-    """Put a context into an empty cache. It counts for nothing: its queries have read no quantized token."""
-    _forward(loaded, cache, ids, keep=1)
-    if isinstance(cache, MixedCache):
-        cache.attended.reset()
-
-
-def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:
-    """Feed tokens `step` at a time; inside a step they see each other in full precision.
-
-    Yields:
-        Which of `ids` were fed, and their logits, float32 `[tokens, vocabulary]`.
-    """
-    for start in range(0, len(ids), step):
-        part = slice(start, min(start + step, len(ids)))
-        yield part, _forward(loaded, cache, ids[part]).float()
 
 
 def attended(cache: Cache) -> dict[str, float]:
@@ -92,13 +70,3 @@ def _parts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
         if not longer:
             return
         order = longer
-
-
-def _forward(loaded: LoadedModel, cache: Cache, ids: Sequence[int], keep: int | None = None) -> Tensor:
-    """Logits `[tokens, vocabulary]`, of the last `keep` tokens only where the model can leave out the others."""
-    options: dict[str, Any] = {}
-    if keep is not None and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
-        options["logits_to_keep"] = keep
-    inputs = torch.tensor([list(ids)], device=loaded.device)
-    logits: Tensor = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **options).logits[0]
-    return logits

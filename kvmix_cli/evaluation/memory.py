@@ -9,10 +9,11 @@ import torch
 
 from .. import budget
 from ..cache import MixedCache, cache_nbytes
+from ..losses import feed, prefill
 from ..texts import load_texts
 from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
 from .bootstrap import ratio
-from .feeding import attended, chunks, feed, prefill
+from .feeding import attended, chunks
 
 if TYPE_CHECKING:
     from transformers import Cache

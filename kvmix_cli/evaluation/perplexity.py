@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import cross_entropy
-
 from ..errors import EvaluationError
+from ..losses import document_loss
 from ..texts import load_texts
 from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
 from .bootstrap import ratio
-from .feeding import attended, chunks, feed, prefill
+from .feeding import attended, chunks
 
 if TYPE_CHECKING:
     from ..models import LoadedModel
@@ -46,19 +44,14 @@ class Perplexity(Task):
         texts = load_texts(settings.text, held_out=True, seed=settings.seed)
         return chunks(loaded, texts, settings.text, settings.length, self.limit(settings), settings.seed)
 
-    @torch.inference_mode()
     def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> Record:
         """Negative log-likelihood (nats) of a document's scored tokens."""
         cache = subject.cache(loaded, reserve=len(sample.ids))
-        prefill(loaded, cache, sample.ids[: settings.prefix])
-        inputs, targets = sample.ids[settings.prefix : -1], sample.ids[settings.prefix + 1 :]
-        loss = 0.0
-        for part, logits in feed(loaded, cache, inputs, settings.step):
-            wanted = torch.tensor(targets[part], device=logits.device)
-            loss += cross_entropy(logits, wanted, reduction="sum").item()
-        if not loss / len(targets) < MAX_LOSS:
-            raise EvaluationError(f"the loss on {sample.name} is {loss / len(targets):g} a token; try another --dtype")
-        return {"tokens": len(targets), "nll": loss, "attended": attended(cache)}
+        loss = document_loss(loaded, cache, sample.ids, settings.prefix, settings.step)
+        tokens = len(sample.ids) - settings.prefix - 1
+        if not loss / tokens < MAX_LOSS:
+            raise EvaluationError(f"the loss on {sample.name} is {loss / tokens:g} a token; try another --dtype")
+        return {"tokens": tokens, "nll": loss, "attended": attended(cache)}
 
     def summarise(
         self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import EvaluationError, TextError
+from ..losses import feed, prefill
 from ..texts import load_texts
 from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
 from .bootstrap import ratio
-from .feeding import attended, encode, feed, opening, prefill
+from .feeding import attended, encode, opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

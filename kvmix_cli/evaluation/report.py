@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .base import UNQUANTIZED, Estimate
+from .base import UNQUANTIZED, Estimate, Record
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Row:
 
     Attributes:
         quantized_share: of the (query, cached token) pairs that attention saw while it was being measured.
+        records: what was measured on each sample; none if there is an error.
     """
 
     task: str
@@ -24,6 +25,7 @@ class Row:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    records: tuple[Record, ...] = field(default=(), repr=False)
 
     def value(self, metric: str) -> float | None:
         """A metric's value, if the row has it."""

@@ -50,14 +50,10 @@ def run_task(
     samples = task.samples(loaded, settings)
     bench = _Bench(task, loaded, settings, samples, progress)
     rows: list[Row] = []
-    reference: list[Record] | None = None
-    tokens = 0
     for subject in (Subject(), *subjects):
         run = None if runs is None else runs.open(task.name, subject.name, bench.config(subject))
-        row, records = bench.row(subject, reference, run)
-        reference = records if subject.plan is None else reference
-        tokens = tokens or sum(record["tokens"] for record in records or ())
-        rows.append(row)
+        rows.append(bench.row(subject, rows[0].records or None if rows else None, run))
+    tokens = next((sum(record["tokens"] for record in row.records) for row in rows if row.records), 0)
     return Report(task.name, tokens, task.describe(samples, settings), tuple(rows), bench.shortage())
 
 
@@ -71,23 +67,24 @@ class _Bench:
     samples: Sequence[Sample]
     progress: Progress
 
-    def row(self, subject: Subject, reference: list[Record] | None, run: Run | None) -> tuple[Row, list[Record] | None]:
-        """A subject's row and its records; a row with an error and None if it cannot be measured."""
+    def row(self, subject: Subject, reference: Sequence[Record] | None, run: Run | None) -> Row:
+        """A subject's row; one with an error if it cannot be measured."""
         row = self._empty_row(subject)
         try:
             records = self._records(subject, run)
             metrics = self.task.summarise(records, reference, self.settings.seed)
         except (PlanError, QuantizationError, EvaluationError) as error:
-            return replace(row, error=str(error)), None
+            return replace(row, error=str(error))
         except torch.OutOfMemoryError:
             where = f"{self.settings.length} tokens on {self.loaded.device}"
-            return replace(row, error=f"out of memory at {where}; use a smaller --length"), None
+            return replace(row, error=f"out of memory at {where}; use a smaller --length")
         seen, quantized = (sum(record["attended"][key] for record in records) for key in ("total", "quantized"))
-        row = replace(row, quantized_share=quantized / seen if seen else 0.0, metrics=metrics)
+        share = quantized / seen if seen else 0.0
+        row = replace(row, quantized_share=share, metrics=metrics, records=tuple(records))
         row = replace(row, warnings=(*_unquantized(subject, row), *self.task.warnings(subject, metrics)))
         if run is not None:
             run.finish(row.as_json())
-        return row, records
+        return row
 
     def config(self, subject: Subject) -> dict[str, Any]:
         """Everything that a subject's numbers depend on, as plain data."""
@@ -112,6 +109,11 @@ class _Bench:
     def _records(self, subject: Subject, run: Run | None) -> list[Record]:
         """One record a sample; those that an earlier run has left are not measured again."""
         records = [] if run is None else list(run.records)
+        if run is not None and len(records) > len(self.samples):
+            raise EvaluationError(
+                f"{run.samples} has {len(records)} records of {len(self.samples)} samples: did two runs share it? "
+                "Leave out --resume to start over"
+            )
         with self.progress(f"{self.task.name}: {subject.name}", len(self.samples)) as advance:
             for number, sample in enumerate(self.samples):
                 if number >= len(records):

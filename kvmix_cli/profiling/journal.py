@@ -9,34 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..errors import DocumentError, OutputError
 from ..files import write_text
-from .base import KV
+from .base import Measured
 
-FORMAT = "kvmix-journal/1"
+FORMAT = "kvmix-journal/2"
 
-
-@dataclass(frozen=True)
-class Sample:
-    """What one sample gave, and how long it took."""
-
-    seconds: float
-    layers: dict[int, KV]
-
-    def to_json(self) -> str:
-        layers = {str(index): pair for index, pair in self.layers.items()}
-        return json.dumps({"seconds": self.seconds, "layers": layers})
-
-    @classmethod
-    def from_json(cls, line: str) -> Sample:
-        """Raises ValueError, KeyError, TypeError or AttributeError for anything but a sample."""
-        data = json.loads(line)
-        layers = {int(index): KV(float(k), float(v)) for index, (k, v) in data["layers"].items()}
-        return cls(float(data["seconds"]), layers)
+Sample = dict[str, Measured]
+"""What one sample gave, by score."""
+_FORM = TypeAdapter(Sample)
 
 
 class Journal:
@@ -53,11 +39,11 @@ class Journal:
             DocumentError: if the one that is there is damaged or has other settings.
             OutputError: if it cannot be written.
         """
-        header = {"format": FORMAT, **settings}
+        header = json.loads(json.dumps({"format": FORMAT, **settings}))
         self._path = path
         self.samples = _read(path, header) if path is not None and resume and path.exists() else []
         if path is not None:
-            lines = [json.dumps(header), *(sample.to_json() for sample in self.samples)]
+            lines = [json.dumps(header), *map(_line, self.samples)]
             write_text(path, "\n".join(lines) + "\n")
 
     def append(self, sample: Sample) -> None:
@@ -67,7 +53,7 @@ class Journal:
             return
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(sample.to_json() + "\n")
+                file.write(_line(sample) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -83,9 +69,16 @@ def _read(path: Path, header: dict[str, Any]) -> list[Sample]:
     _require_same(path, first, header)
     complete = lines[:-1]  # what follows the last line end was cut off, or is empty
     try:
-        return [Sample.from_json(line) for line in complete]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        samples = [_FORM.validate_json(line) for line in complete]
+    except ValueError as error:
         raise _unusable(path, "it is damaged") from error
+    if any(list(sample) != header["scores"] for sample in samples):
+        raise _unusable(path, "it is damaged")
+    return samples
+
+
+def _line(sample: Sample) -> str:
+    return _FORM.dump_json(sample).decode()
 
 
 def _require_same(path: Path, first: str, header: dict[str, Any]) -> None:

@@ -49,6 +49,10 @@ class Projection:
         """Of a tensor shaped like the weight, what belongs to this projection."""
         return gradient if self.features is None else gradient.index_select(self.axis, self.features)
 
+    def heads(self, gradient: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+        """The same, cut into heads."""
+        return self.part(gradient).split(head_dim, dim=self.axis)
+
 
 class LayerProjections(NamedTuple):
     """Both projections of one layer."""

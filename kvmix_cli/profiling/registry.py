@@ -7,7 +7,14 @@ import importlib
 from ..errors import KvmixError, did_you_mean
 from .base import Probe
 
-_PROBES = {"grad-norm": "grad_norm:GradNorm"}
+_PROBES = {
+    "grad-norm": "grad_norm:GradNorm",
+    "taylor": "taylor:Taylor",
+    "fisher": "fisher:Fisher",
+    "error": "error:Error",
+    "loss": "loss:Loss",
+    "kl": "kl:Kl",
+}
 
 
 def probes() -> tuple[str, ...]:
@@ -16,7 +23,7 @@ def probes() -> tuple[str, ...]:
 
 
 def get_probe(name: str) -> Probe:
-    """A probe by name, with its default settings. Raises KvmixError."""
+    """A probe by name. Raises KvmixError."""
     if name not in _PROBES:
         raise KvmixError(f"no score '{name}'{did_you_mean(name, _PROBES)}; there is {', '.join(_PROBES)}")
     module, _, attribute = _PROBES[name].partition(":")

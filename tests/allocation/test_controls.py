@@ -3,13 +3,15 @@
 from itertools import product
 
 import pytest
+from curves import curved
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up import falling, ladders, patient, scored, settings_
+from made_up import falling, ladders, make_info, patient, scored, settings_
 
 from kvmix_cli import budget
-from kvmix_cli.allocation import PRESETS, Budget, allocate, get_method, methods
+from kvmix_cli.allocation import PRESETS, Budget, allocate, default_method, default_score, get_method, methods
 from kvmix_cli.errors import BudgetError
+from kvmix_cli.profile import Profile
 
 
 def counts(plan):
@@ -95,9 +97,42 @@ def test_every_method_refuses_an_impossible_budget(method, asked):
 
 
 def test_registry_knows_its_methods_and_suggests_near_names():
-    assert methods() == ["rank", "uniform", "random"]
+    assert methods() == ["rank", "ilp", "cut", "uniform", "random", "pareto", "search"]
     assert all(get_method(name).solve for name in methods())
     with pytest.raises(BudgetError, match=r"unknown method 'rnak' \(did you mean 'rank'\?\)"):
         get_method("rnak")
-    with pytest.raises(BudgetError, match="there are rank, uniform, random"):
+    with pytest.raises(BudgetError, match="there are rank, ilp, cut, uniform, random, pareto, search"):
         get_method("zzz")
+
+
+@pytest.mark.parametrize(("method", "why"), [("pareto", "takes no budget"), ("search", "has to measure plans")])
+def test_methods_that_do_not_decide_one_plan_from_a_budget(method, why):
+    with pytest.raises(BudgetError, match=f"'{method}' {why}; one plan from a budget: rank, ilp, cut, uniform, random"):
+        allocate(falling(4), Budget(avg_bits=3), method=method)
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranked", "weighed"),
+    [
+        (["error", "grad-norm", "loss", "taylor"], "grad-norm", "loss"),
+        (["kl", "fisher"], "fisher", "fisher"),
+        (["loss", "kl"], "kl", "kl"),
+        (["grad-norm", "taylor", "error", "fisher"], "grad-norm", "fisher"),
+        (["error", "taylor"], "taylor", "taylor"),
+        (["mine", "grad-norm"], "grad-norm", "grad-norm"),
+        (["mine", "yours"], "mine", "mine"),
+    ],
+)
+def test_the_score_a_method_takes_if_none_is_named(scores, ranked, weighed):
+    each = falling(4).score("grad-norm")
+    profile = Profile(model=make_info(4), scores=dict.fromkeys(scores, each))
+    assert default_score(profile, "rank") == ranked
+    assert {default_score(profile, method) for method in methods() if method != "rank"} == {weighed}
+    assert allocate(profile, Budget(avg_bits=3)).provenance["score"] == ranked
+
+
+def test_the_method_if_none_is_named_depends_on_whether_widths_are_known():
+    assert default_method(falling(4)) == "rank"
+    profile = curved(4)
+    assert default_method(profile) == "ilp"
+    assert allocate(profile, Budget(avg_bits=3)) == allocate(profile, Budget(avg_bits=3), method="ilp")

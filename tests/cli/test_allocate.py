@@ -8,7 +8,7 @@ import pytest
 from made_up import falling, make_info, make_profile
 
 from kvmix_cli import budget
-from kvmix_cli.allocation import PRESETS
+from kvmix_cli.allocation import PRESETS, methods
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("profiled")
@@ -48,7 +48,8 @@ def test_json_has_the_promised_keys_as_numbers(kvmix):
     assert result["plan"] == f"{PLANS}/rank-2.3.yaml"
     assert result["method"] == "rank"
     assert result["bits"] == {"nominal": 2.28125, "nominal_k": 2.1875, "nominal_v": 2.375, "stored": 2.78125}
-    assert result["layers"][0] == {"index": 0, "k_bits": 3, "v_bits": 2}
+    assert result["layers"][0] == {"index": 0, "k_bits": 3, "k_group_size": 64, "v_bits": 2, "v_group_size": 64}
+    assert result["predicted_loss"] is None
     assert len(result["layers"]) == 32
     plan = Plan.load(Path(result["plan"]))
     assert result["bytes"]["cache"] == budget.cache_bytes(plan, 8192).total
@@ -90,6 +91,8 @@ def test_what_the_paper_compares_with_is_one_option_away(kvmix, tmp_path):
         (["--avg-bits", "2.5", "--method", "random", "--seed", "7"], "random-2.5-seed7"),
         (["--avg-bits", "2.5", "--method", "uniform"], "uniform-2.5"),
         (["--avg-bits", "2.5", "--name", "mine"], "mine"),
+        (["--stored-bits", "3", "--method", "ilp"], "ilp-stored-3"),
+        (["--avg-bits", "2.5", "--method", "cut"], "cut-2.5"),
     ],
 )
 def test_names_of_plans(kvmix, tmp_path, args, name):
@@ -140,6 +143,16 @@ def test_impossible_memory(kvmix):
         [],
         ["--avg-bits", "2.3", "--preset", "paper"],
         ["--avg-bits", "2.3", "--stored-bits", "3"],
+        ["--avg-bits", "2.3", "--max-loss", "1%"],
+        ["--max-loss", "0.005"],
+        ["--max-loss", "-1%"],
+        ["--max-loss", "%"],
+        ["--method", "pareto", "--avg-bits", "3"],
+        ["--method", "pareto", "--preset", "paper"],
+        ["--method", "pareto", "--out", "plan.yaml"],
+        ["--avg-bits", "3", "--group-size", "32,4"],
+        ["--avg-bits", "3", "--group-size", "32,,64"],
+        ["--avg-bits", "3", "--trials", "0"],
         ["--avg-bits", "x"],
         ["--preset", "papr"],
         ["--memory", "8XB"],
@@ -176,6 +189,9 @@ def test_wrong_usage(kvmix, tmp_path, args):
         (["--window", "all"], "unknown window 'all': use recent:TOKENS, rpc or none"),
         (["--k-bits", "2,5"], "k_bits must be taken from 1, 2, 3, 4, 8, 16, got 2, 5"),
         (["--profile", "gone.yaml"], "gone.yaml does not exist"),
+        (["--pin", "0,99:k8v8"], "--pin does not fit org/model: layer 99 cannot be planned: the model has layers 0-31"),
+        (["--pin", "k8v8"], "'k8v8' pins nothing: write it like 0,-1:k8v8 or 0-3:k4v2"),
+        (["--min-bits", "5", "--max-bits", "7"], "k_bits 2, 3, 4, 8 have none of 5 to 7 bits"),
         (["--model", "other"], "no profile in profiles/other: make one with `kvmix profile MODEL`"),
     ],
 )
@@ -190,7 +206,7 @@ def test_a_faulty_profile(kvmix, profiled):
     profiled.write_text(profiled.read_text().replace("mean: 32.0", "mean: .nan", 1))
     ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
-    assert "line 10: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan" in ran.error
+    assert "line 11: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan" in ran.error
 
 
 def test_a_plan_in_place_of_the_profile(kvmix):
@@ -206,7 +222,7 @@ def test_the_only_score_is_taken_whatever_its_name(kvmix, profiled):
 
 
 def test_a_model_without_full_attention(kvmix, profiled):
-    text = falling(2).to_yaml().split("scores:")[0] + "scores:\n  grad-norm:\n    seconds: 1\n    layers: {}\n"
+    text = falling(2).to_yaml().split("      0: ")[0].replace("    layers:\n", "    layers: {}\n")
     profiled.write_text(text.replace("head_dim: 64", "head_dim: 64, stock: {0: linear_attention, 1: linear_attention}"))
     ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
@@ -247,3 +263,7 @@ def test_verbose_shows_where_an_error_came_from(kvmix):
     ran = kvmix("allocate", "--avg-bits", 99, "-v")
     assert "Traceback" in ran.err
     assert ran.err.splitlines()[-1].startswith("kvmix: error: no plan has 99")
+
+
+def test_help_names_all_methods(kvmix):
+    assert all(name in kvmix("allocate", "--help").out for name in methods())

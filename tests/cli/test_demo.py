@@ -12,7 +12,7 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
     folder = tmp_path / "kvmix-demo"
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     profile = Profile.load(folder / "builtin--tiny" / "profile.yaml")
-    assert profile.calibration.samples == 2
+    assert profile.score("grad-norm").calibration.samples == 2
     plans = {path.stem: Plan.load(path) for path in (folder / "builtin--tiny" / "plans").glob("*.yaml")}
     assert sorted(plans) == ["kvmix", "random-0", "random-1", "random-2", "uniform-2"]
     assert len({plans[name].bits for name in plans if name != "uniform-2"}) == 1

@@ -11,7 +11,7 @@ from made_up import falling
 from kvmix_cli import __version__, allocation, errors
 from kvmix_cli.commands import options
 
-COMMANDS = ["profile", "allocate", "run", "eval", "inspect", "demo"]
+COMMANDS = ["profile", "allocate", "run", "eval", "inspect", "export", "demo"]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "kvmix_cli.plan")
 """What costs time to import. Typer loads pydantic by itself, so only our models of it can be kept out."""
 LIGHT = f"""

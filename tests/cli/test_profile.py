@@ -22,8 +22,8 @@ def faked(monkeypatch):
         passed.update(options, model=model_id)
         return object()
 
-    def run_profile(loaded, *, journal, on_step, **options):
-        passed.update(options)
+    def run_profile(loaded, scores, *, journal, on_step, **options):
+        passed.update(options, scores=scores)
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.write_text('{"model": "org/model"}\n')
         for done in range(options["samples"] + 1):
@@ -57,13 +57,13 @@ def test_from_nothing_on_the_built_in_model(kvmix, tmp_path):
 def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatch):
     real = profiling.run_profile
 
-    def until_the_second(loaded, *, on_step, **options):
+    def until_the_second(loaded, scores, *, on_step, **options):
         def step(done, total):
             on_step(done, total)
             if done == 2:
                 raise KeyboardInterrupt
 
-        return real(loaded, on_step=step, **options)
+        return real(loaded, scores, on_step=step, **options)
 
     monkeypatch.setattr(profiling, "run_profile", until_the_second)
     ran = kvmix("profile", "builtin:tiny", *SHORT)
@@ -83,7 +83,57 @@ def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatc
     assert kvmix("profile", "builtin:tiny", *SHORT, "--out", "whole.yaml").code == 0
     resumed, whole = (Profile.load(tmp_path / path) for path in (f"{FOLDER}/profile.yaml", "whole.yaml"))
     assert resumed.scores["grad-norm"].layers == whole.scores["grad-norm"].layers
-    assert resumed.calibration == whole.calibration
+    assert resumed.score("grad-norm").calibration == whole.score("grad-norm").calibration
+
+
+CURVES = ("--samples", 1, "--seq-len", 300, "--bits", "2,4", "--group-size", 64)
+
+
+def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix("profile", "builtin:tiny", *SHORT).code == 0
+    first = Profile.load(saved)
+    ran = kvmix("profile", "builtin:tiny", *CURVES, "--score", "fisher,error", "--granularity", "head")
+    assert (ran.code, ran.err) == (0, f"kvmix: {FOLDER}/profile.yaml had grad-norm and keeps grad-norm\n")
+    assert "fisher of builtin:tiny by bits, nats, mean over 1 samples of 300 tokens" in ran.out
+    assert "K 2g64" in ran.out
+    assert "grad-norm" not in ran.out
+    both = Profile.load(saved)
+    assert list(both.scores) == ["grad-norm", "fisher", "error"]
+    assert both.scores["grad-norm"] == first.scores["grad-norm"]
+    assert both.scores["fisher"].calibration.seq_len == 300
+    commands = [line for line in saved.read_text().splitlines() if line.startswith("# ")]
+    assert [command.split(" --")[1:2] for command in commands] == [["samples 3"], ["samples 1"]]
+
+    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--json").json
+    assert list(result["scores"]) == ["error"]
+    assert set(result["layers"][0]["k_curve"]) == {"2g64", "4g64"}
+    assert "k_heads" not in result["layers"][0]
+    replaced = Profile.load(saved)
+    assert list(replaced.scores) == ["grad-norm", "fisher", "error"]
+    assert replaced.scores["fisher"] == both.scores["fisher"]
+    assert both.scores["error"].layers[0].k.heads is not None
+    assert replaced.scores["error"].layers[0].k.heads is None
+    assert kvmix("inspect", saved).code == 0
+    assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
+
+
+@pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
+def test_a_damaged_profile_is_not_written_over(kvmix, tmp_path, damage):
+    (tmp_path / "profile.yaml").write_text(damage)
+    ran = kvmix("profile", "builtin:tiny", *SHORT, "--out", "profile.yaml")
+    assert ran.code == 1
+    assert "no score can be added to it: remove it, or name another file with --out" in ran.error
+    assert (tmp_path / "profile.yaml").read_text() == damage
+
+
+def test_the_profile_of_another_model_is_not_written_over(kvmix, profiled):
+    before = profiled.read_text()
+    ran = kvmix("profile", "builtin:tiny", *SHORT, "--out", profiled)
+    assert ran.code == 1
+    assert "is the profile of another model (org/model, or another revision" in ran.error
+    assert "--out" in ran.error
+    assert profiled.read_text() == before
 
 
 def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
@@ -96,9 +146,9 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     assert faked["model"] == "org/model"
     assert faked["texts"] == ["some calibration text"]
     expected = {"samples": 2, "seq_len": 77, "seed": 5, "source": "text.txt", "revision": "main", "dtype": "float32"}
-    expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "score": "grad-norm"}
+    expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
-    assert faked["probe"].checkpointing is False
+    assert faked["options"] == profiling.Options(checkpointing=False)
 
 
 @pytest.mark.usefixtures("faked")
@@ -155,6 +205,14 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         (["builtin:tiyn"], "no built-in model 'tiyn' (did you mean 'tiny'?)"),
         (["org/unknown"], "cannot load org/unknown"),
         (["builtin:tiny", "--score", "grad-nrom"], "no score 'grad-nrom' (did you mean 'grad-norm'?)"),
+        (["builtin:tiny", "--score", "grad-norm,tailor"], "no score 'tailor' (did you mean 'taylor'?)"),
+        (["builtin:tiny", "--bits", "2"], "score grad-norm does not look at widths; leave out --bits"),
+        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "nothing is stored at 7 bits"),
+        (["builtin:tiny", "--score", "taylor", "--group-size", "2"], "must be a number of at least 8 or 'row', got 2"),
+        (["builtin:tiny", "--score", "taylor", "--seq-len", "200"], "a --seq-len of 262 or more"),
+        (["builtin:tiny", "--score", "loss", "--granularity", "head"], "score loss has no scores per head"),
+        (["builtin:tiny", "--score", "error", "--no-checkpointing"], "score error has no backward pass"),
+        (["builtin:tiny", "--granularity", "heads"], "no granularity 'heads'; there is layer, head"),
         (["builtin:tiny", "--calibration", "gone.txt"], "gone.txt"),
         (["builtin:tiny", "--calibration", "blank.txt"], "blank.txt"),
         (["builtin:tiny", "--seq-len", "100000"], "4096"),
@@ -174,7 +232,8 @@ def test_errors_leave_nothing_behind(kvmix, tmp_path, monkeypatch, args, message
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["a", "b"], ["m", "--samples", "0"], ["m", "--seq-len", "1"], ["m", "--samples", "x"]]
+    "args",
+    [[], ["a", "b"], ["m", "--samples", "0"], ["m", "--seq-len", "1"], ["m", "--samples", "x"], ["m", "--bits", "x"]],
 )
 def test_wrong_usage(kvmix, args):
     ran = kvmix("profile", *args)

@@ -16,7 +16,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "do
 FOUR_LAYERS = ModelInfo(id="example/four-layers", layers=4, kv_heads=8, head_dim=128)
 HUB = "meta-llama/Llama-2-7b"
 SHORTER = {
-    "profile": ["--samples", "2", "--seq-len", "128"],
+    "profile": ["--samples", "2", "--seq-len", "288"],
     "eval": ["--limit", "1"],
     "demo": ["--samples", "1", "--limit", "1"],
 }

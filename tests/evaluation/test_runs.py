@@ -95,6 +95,15 @@ def test_a_line_that_a_kill_cut_short_is_measured_again(tmp_path):
     assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
 
 
+def test_what_two_runs_left_in_one_folder_is_an_error_and_not_a_number(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "counting__builtin--tiny__two" / "samples.jsonl"
+    path.write_bytes(2 * path.read_bytes())
+    (row,) = (row for row in run(tmp_path, resume=True).rows if row.plan == "two")
+    assert "8 records of 4 samples: did two runs share it? Leave out --resume" in row.error
+    assert not row.metrics
+
+
 @pytest.mark.parametrize("damage", [b'{"tokens": 1\n', b"\xff\xfe\n", b"\n"])
 def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage):
     run(tmp_path)

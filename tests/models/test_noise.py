@@ -1,8 +1,11 @@
 """Libraries are quiet, unless `kvmix -v`."""
 
+import ctypes
 import logging
 
-from kvmix_cli.noise import hushed
+import pytest
+
+from kvmix_cli.noise import hushed, mute_stdout
 
 
 def test_libraries_are_hushed_and_come_back():
@@ -20,3 +23,14 @@ def test_verbose_hushes_nothing(monkeypatch):
     level = logging.getLogger("transformers").level
     with hushed():
         assert logging.getLogger("transformers").level == level
+
+
+def test_what_compiled_code_prints_is_dropped_and_only_that(capfd):
+    libc = ctypes.CDLL(None)
+    libc.puts(b"before")
+    with pytest.raises(KeyError), mute_stdout():
+        libc.puts(b"noise")
+        raise KeyError
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

@@ -5,17 +5,18 @@ from hypothesis import given
 from made_up import make_info, make_profile, patient, scored
 
 from kvmix_cli.errors import DocumentError
-from kvmix_cli.profile import LayerScore, Profile, Statistic
+from kvmix_cli.profile import LayerScore, Profile, TensorScore
 
 GOOD = """\
 # kvmix profile org/model
 format: kvmix-profile/1
 model: {id: org/model, layers: 2, kv_heads: 2, head_dim: 64}
 provenance: {kvmix: 0.1.0}
-calibration: {source: builtin, sha256: ab, samples: 3, seq_len: 64, seed: 0, tokens: 192}
 scores:
   grad-norm:
     seconds: 1.50
+    unit: gradient norm
+    calibration: {source: builtin, sha256: ab, samples: 3, seq_len: 64, seed: 0, tokens: 192}
     layers:
       0: {k: {mean: 1.0, std: 0.1}, v: {mean: 2.0, std: 0.2}}
       1: {k: {mean: 3.0, std: 0.3}, v: {mean: 4.0, std: 0.4}}
@@ -51,7 +52,7 @@ def test_scores_keep_seven_digits(load):
 
 def test_the_example_loads(load):
     assert load(GOOD).score("grad-norm").layers[1] == LayerScore(
-        k=Statistic(mean=3.0, std=0.3), v=Statistic(mean=4.0, std=0.4)
+        k=TensorScore(mean=3.0, std=0.3), v=TensorScore(mean=4.0, std=0.4)
     )
 
 
@@ -62,17 +63,21 @@ def test_the_example_loads(load):
         (
             "      1: {k",
             "      2: {k",
-            "line 11: score 'grad-norm': layer 2 cannot be planned: the model has layers 0-1",
+            "line 12: score 'grad-norm': layer 2 cannot be planned: the model has layers 0-1",
         ),
-        ("      1: {k", "      2: {k", "line 9: score 'grad-norm': no entry for layer 1"),
-        ("mean: 1.0", "mean: .nan", "line 10: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan"),
-        ("mean: 1.0", "mean: -.inf", "line 10: scores.grad-norm.layers.0.k.mean: should be a finite number, got -inf"),
-        ("std: 0.1", "std: -0.1", "line 10: scores.grad-norm.layers.0.k.std: should be greater than or equal to 0"),
-        ("mean: 1.0", "men: 1.0", "line 10: 'scores.grad-norm.layers.0.k.mean' is missing"),
-        ("mean: 1.0", "men: 1.0", "line 10: unknown key 'scores.grad-norm.layers.0.k.men'"),
-        ("samples: 3", "samples: 0", "line 5: calibration.samples: should be greater than or equal to 1, got 0"),
-        ("seconds: 1.50\n", "secs: 1\n", "line 8: unknown key 'scores.grad-norm.secs'"),
-        (GOOD[GOOD.index("  grad-norm") :], "  {}\n", "line 6: scores: dictionary should have at least 1 item"),
+        ("      1: {k", "      2: {k", "line 10: score 'grad-norm': no entry for layer 1"),
+        ("mean: 1.0", "mean: .nan", "line 11: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan"),
+        ("mean: 1.0", "mean: -.inf", "line 11: scores.grad-norm.layers.0.k.mean: should be a finite number, got -inf"),
+        ("std: 0.1", "std: -0.1", "line 11: scores.grad-norm.layers.0.k.std: should be greater than or equal to 0"),
+        ("mean: 1.0", "men: 1.0", "line 11: 'scores.grad-norm.layers.0.k.mean' is missing"),
+        ("mean: 1.0", "men: 1.0", "line 11: unknown key 'scores.grad-norm.layers.0.k.men'"),
+        (
+            "samples: 3",
+            "samples: 0",
+            "line 9: scores.grad-norm.calibration.samples: should be greater than or equal to 1",
+        ),
+        ("seconds: 1.50\n", "secs: 1\n", "line 7: unknown key 'scores.grad-norm.secs'"),
+        (GOOD[GOOD.index("  grad-norm") :], "  {}\n", "line 5: scores: dictionary should have at least 1 item"),
     ],
 )
 def test_faults_are_named_with_their_line(load, old, new, expected):
@@ -85,6 +90,48 @@ def test_faults_are_named_with_their_line(load, old, new, expected):
 def test_a_score_that_is_not_there_names_those_that_are():
     with pytest.raises(DocumentError, match="org/model: it has no score 'loss', only grad-norm"):
         make_profile([1.0]).score("loss")
+
+
+CURVED = """\
+format: kvmix-profile/1
+model: {id: org/model, layers: 2, kv_heads: 2, head_dim: 64}
+provenance: {}
+scores:
+  fisher:
+    seconds: 2.00
+    unit: nats
+    calibration: {source: builtin, sha256: ab, samples: 3, seq_len: 64, seed: 0, tokens: 192}
+    setup: {page: 128, scale_dtype: float16}
+    layers:
+      0: {k: {mean: 0.5, std: 0.1, curve: {2g64: 0.5, 4g128: 0.1}, heads: [0.3, 0.2]}, v: {mean: 2.0, std: 0.0}}
+      1: {k: {mean: 0.0, std: 0.0, curve: {2g64: 0.0, 4g128: -1.0e-09}}, v: {mean: 2.0, std: 0.0}}
+"""
+
+
+def test_curves_and_heads_are_written_as_they_are_read(load):
+    profile = load(CURVED)
+    score = profile.score("fisher")
+    assert profile.to_yaml() == CURVED
+    assert score.predicts_loss
+    assert score.choices == (["2g64", "4g128"], [])
+    assert score.layers[0].k.heads == [0.3, 0.2]
+    assert score.layers[1].k.heads is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("4g128: 0.1", "5g64: 0.1", "line 11: scores.fisher.layers.0.k.curve: '5g64' is no width and group size"),
+        ("4g128: 0.1", "4: 0.1", "line 11: the key scores.fisher.layers.0.k.curve.4: should be a valid string"),
+        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k have other choices in some layers"),
+        ("4g128: 0.1", "4g128: .inf", "line 11: scores.fisher.layers.0.k.curve.4g128: should be a finite number"),
+        ("heads: [0.3", "heads: [.nan", "line 11: scores.fisher.layers.0.k.heads.0: should be a finite number"),
+    ],
+)
+def test_faults_of_curves_are_named_with_their_line(load, old, new, expected):
+    with pytest.raises(DocumentError) as error:
+        load(CURVED.replace(old, new, 1))
+    assert any(expected in fault for fault in error.value.faults), error.value.faults
 
 
 def test_stock_layers_have_no_score():

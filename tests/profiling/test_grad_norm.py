@@ -1,22 +1,31 @@
 """The score against plain autograd, and what the probe leaves behind: nothing."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from profiling_models import FAMILIES, load, token_ids
+from architectures import build
+from profiling_models import FAMILIES, load, token_ids, wrap
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.profiling import get_probe, grad_norm
+from kvmix_cli.profiling import backward
 from kvmix_cli.profiling.grad_norm import GradNorm
+from kvmix_cli.profiling.shared import shared_pass
 
 RTOL = {torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Against float64. Models compute their loss in float32; those in half precision round everything in between."""
 
 
-def measure(loaded, ids, **settings):
-    with GradNorm(**settings).prepared(loaded) as probe:
-        return probe(ids)
+class Norms(NamedTuple):
+    k: float
+    v: float
+
+
+def measure(loaded, ids, probe=None, **settings):
+    layers = shared_pass(loaded, [probe or GradNorm()], ids, **settings)["grad-norm"].layers
+    return {index: Norms(pair.k.value, pair.v.value) for index, pair in layers.items()}
 
 
 def loss_of(model, ids):
@@ -46,9 +55,8 @@ def test_equals_naive_autograd_for_each_sample(checkpointing, length):
     loaded = load("llama", torch.float64)
     samples = [token_ids(length, seed) for seed in (0, 1)]
     expected = [naive(loaded.model, ids) for ids in samples]
-    with GradNorm(checkpointing).prepared(loaded) as probe:
-        for ids, norms in zip(samples, expected, strict=True):
-            assert_close(probe(ids), norms, RTOL[torch.float64])
+    for ids, norms in zip(samples, expected, strict=True):
+        assert_close(measure(loaded, ids, checkpointing=checkpointing), norms, RTOL[torch.float64])
 
 
 def probe_weights(loaded):
@@ -98,7 +106,7 @@ def test_small_float16_gradients_survive(monkeypatch):
     exact = measure(weak(load("llama", torch.float64)), token_ids(60))
     loaded = weak(load("llama", torch.float16))
     assert_close(measure(loaded, token_ids(60)), exact, RTOL[torch.float16])
-    monkeypatch.setattr(grad_norm, "FLOAT16_LOSS_SCALE", 1.0)
+    monkeypatch.setattr(backward, "FLOAT16_LOSS_SCALE", 1.0)
     unscaled = measure(loaded, token_ids(60))
     assert unscaled[0].k != pytest.approx(exact[0].k, rel=10 * RTOL[torch.float16])
 
@@ -118,6 +126,17 @@ def test_overflow_is_an_error(dtype, advice):
         loaded.model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(ModelError, match=f"overflow in {str(dtype)[6:]}.*{advice}"):
         measure(loaded, token_ids(20))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sink_logits_are_differentiated(family):
+    """In attention of our own, that is, which is native where no gradient is wanted."""
+    norms = []
+    for implementation in ("kvmix", "eager"):
+        loaded = wrap(build(family, torch.float32))
+        loaded.model.set_attn_implementation(implementation)
+        norms.append(measure(loaded, token_ids(40)))
+    assert_close(*norms, 1e-4)
 
 
 def state(model):
@@ -165,21 +184,19 @@ def test_the_model_is_restored_after_an_exception(checkpointing):
 def test_a_sample_after_a_failed_one_is_right():
     loaded = load("llama")
     expected = measure(loaded, token_ids(20))
-    with GradNorm().prepared(loaded) as probe:
-        broken = loaded.model.model.layers[0].self_attn.k_proj.weight.register_hook(lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            probe(token_ids(20, seed=5))
-        broken.remove()
-        assert probe(token_ids(20)) == expected
+    broken = loaded.model.model.layers[0].self_attn.k_proj.weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(loaded, token_ids(20, seed=5))
+    broken.remove()
+    assert measure(loaded, token_ids(20)) == expected
 
 
 def test_a_layer_that_the_loss_does_not_touch_has_no_score():
     loaded = load("llama")
     layer = loaded.model.model.layers[1]
-    with GradNorm().prepared(loaded) as probe:
-        assert min(probe(token_ids(20))[1]) > 0
-        layer.forward = lambda hidden, **_: hidden
-        assert probe(token_ids(20))[1] == (0, 0)
+    assert min(measure(loaded, token_ids(20))[1]) > 0
+    layer.forward = lambda hidden, **_: hidden
+    assert measure(loaded, token_ids(20))[1] == (0, 0)
 
 
 def test_a_gradient_that_was_there_is_not_added_to_the_score():
@@ -201,12 +218,13 @@ def test_gradients_are_freed_as_they_come():
     """At the moment a gradient arrives, no other weight still has one."""
     loaded = load("llama")
     alive = []
-    with GradNorm().prepared(loaded) as probe:
-        for weight in probe_weights(loaded):
-            weight.register_post_accumulate_grad_hook(
-                lambda _: alive.append(sum(weight.grad is not None for weight in loaded.model.parameters()))
-            )
-        probe(token_ids(20))
+
+    class Watching(GradNorm):
+        def score(self, gradient):
+            alive.append(sum(weight.grad is not None for weight in loaded.model.parameters()))
+            return super().score(gradient)
+
+    measure(loaded, token_ids(20), Watching())
     assert alive == [0] * len(probe_weights(loaded))
 
 
@@ -228,12 +246,14 @@ def test_device_map(tmp_path):
 
 def test_large_models_are_checkpointed_by_default(monkeypatch):
     loaded = load("llama")
-    layer = loaded.model.model.layers[0]
-    with get_probe("grad-norm").prepared(loaded):
-        assert "forward" not in vars(layer)
-    monkeypatch.setattr(grad_norm, "CHECKPOINTED_PARAMETERS", 1000)
-    with get_probe("grad-norm").prepared(loaded):
-        assert "forward" in vars(layer)
+    runs = []
+    loaded.model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    measure(loaded, token_ids(20))
+    assert len(runs) == 2
+    monkeypatch.setattr(backward, "CHECKPOINTED_PARAMETERS", 1000)
+    measure(loaded, token_ids(20))
+    assert len(runs) == 5, "the layer is called once, and what is in it twice"
 
 
 def test_running_out_of_memory_is_an_error():

@@ -2,16 +2,19 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
-from profiling_models import ByteTokenizer, load
+from architectures import build
+from profiling_models import ByteTokenizer, load, wrap
 
 from kvmix_cli.errors import DocumentError, KvmixError, OutputError, TextError
 from kvmix_cli.profile import Profile
-from kvmix_cli.profiling import get_probe, probes, run_profile
+from kvmix_cli.profiling import ChangeProbe, Options, get_probe, probes, run_profile
 from kvmix_cli.profiling.calibration import MIN_TOKENS, cut_samples, describe
 from kvmix_cli.profiling.grad_norm import GradNorm
+from kvmix_cli.profiling.shared import shared_pass
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
 RUN = {"texts": TEXTS, "source": "test", "samples": 5, "seq_len": 40, "seed": 3}
@@ -57,8 +60,8 @@ def test_too_little_text_is_used_up_and_counted(loaded):
     pieces = [min(40, tokens - start) for start in range(0, tokens, 40)]
     kept = [piece for piece in pieces if piece >= MIN_TOKENS]
     assert 0 < len(kept) < 30
-    assert profile.calibration.samples == len(kept)
-    assert profile.calibration.tokens == sum(kept)
+    assert profile.score("grad-norm").calibration.samples == len(kept)
+    assert profile.score("grad-norm").calibration.tokens == sum(kept)
 
 
 def test_full_length_samples_come_first(loaded):
@@ -109,11 +112,11 @@ def test_the_digest_tells_samples_apart():
 
 def test_mean_and_spread_over_the_samples(loaded):
     profile = run_profile(loaded, **RUN)
-    with GradNorm().prepared(loaded) as measure:
-        norms = [measure(torch.tensor([ids])) for ids in cut_samples(loaded, TEXTS, 5, 40, seed=3)]
+    samples = [torch.tensor([ids]) for ids in cut_samples(loaded, TEXTS, 5, 40, seed=3)]
+    norms = [shared_pass(loaded, [GradNorm()], ids)["grad-norm"].layers for ids in samples]
     for index, layer in profile.score("grad-norm").layers.items():
         for kind in ("k", "v"):
-            values = [getattr(sample[index], kind) for sample in norms]
+            values = [getattr(sample[index], kind).value for sample in norms]
             assert getattr(layer, kind).mean == pytest.approx(statistics.mean(values))
             assert getattr(layer, kind).std == pytest.approx(statistics.stdev(values))
 
@@ -127,8 +130,9 @@ def test_the_profile_says_what_was_profiled(loaded, tmp_path):
     profile = run_profile(loaded, **RUN)
     assert profile.model == loaded.info
     assert profile.provenance["dtype"] == "float32"
-    assert (profile.calibration.source, profile.calibration.samples, profile.calibration.tokens) == ("test", 5, 200)
-    assert Profile.load(profile.save(tmp_path / "profile.yaml")).calibration == profile.calibration
+    text = profile.score("grad-norm").calibration
+    assert (text.source, text.samples, text.tokens) == ("test", 5, 200)
+    assert Profile.load(profile.save(tmp_path / "profile.yaml")).score("grad-norm").calibration == text
 
 
 def test_only_layers_that_can_be_quantized_are_scored(loaded):
@@ -144,10 +148,97 @@ def test_progress_is_told(loaded):
 
 
 def test_probes_by_name(loaded):
-    assert probes() == ("grad-norm",)
-    assert get_probe("grad-norm") == GradNorm()
+    assert [get_probe(name).name for name in probes()] == list(probes())
     with pytest.raises(KvmixError, match=r"no score 'grad_norm' \(did you mean 'grad-norm'\?\)"):
-        run_profile(loaded, **RUN, score="grad_norm")
+        run_profile(loaded, ["grad_norm"], **RUN)
+
+
+# Several scores
+
+LONG = {**RUN, "texts": [text * 10 for text in TEXTS], "samples": 2, "seq_len": 280}
+NARROW = Options(bits=(2, 4), group_sizes=(16, 64))
+
+
+def larger():
+    """With heads that can be packed, and room for enough tokens that some are."""
+    return wrap(build("llama", torch.float32))
+
+
+def test_several_scores_in_one_profile(tmp_path):
+    profile = run_profile(larger(), ["fisher", "grad-norm", "error", "kl"], **LONG, options=NARROW)
+    assert list(profile.scores) == ["fisher", "grad-norm", "error", "kl"]
+    units = [score.unit for score in profile.scores.values()]
+    assert units == ["nats", "gradient norm", "relative error", "nats"]
+    assert [score.predicts_loss for score in profile.scores.values()] == [True, False, False, True]
+    for name in ("fisher", "error", "kl"):
+        score = profile.score(name)
+        assert score.choices == (["2g16", "2g64", "4g16", "4g64"], ["2g16", "4g16"])
+        assert score.setup == {"page": 128, "sink": 4, "window": "recent:128", "scale_dtype": "float16"}
+        for layer in score.layers.values():
+            assert layer.k.mean == layer.k.curve["2g64"] > layer.k.curve["4g64"] > 0
+            assert layer.v.mean == layer.v.curve["2g16"] > layer.v.curve["4g16"] > 0
+            assert layer.k.std > 0
+    assert profile.score("grad-norm").choices == ([], [])
+    assert Profile.load(profile.save(tmp_path / "profile.yaml")).scores.keys() == profile.scores.keys()
+
+
+def test_a_curve_is_the_mean_over_samples():
+    loaded = larger()
+    profile = run_profile(loaded, ["error"], **LONG, options=NARROW)
+    grid = replace(ChangeProbe.grid, bits=(2, 4), group_sizes=(16, 64))
+    samples = [torch.tensor([ids]) for ids in cut_samples(loaded, LONG["texts"], 2, 280, 3, grid.shortest)]
+    alone = [shared_pass(loaded, [get_probe("error")], ids, grid)["error"].layers for ids in samples]
+    for index, layer in profile.score("error").layers.items():
+        for choice, mean in layer.k.curve.items():
+            assert mean == pytest.approx(statistics.mean(sample[index].k.curve[choice] for sample in alone))
+
+
+def test_scores_of_heads():
+    profile = run_profile(larger(), ["grad-norm", "taylor"], **LONG, options=replace(NARROW, per_head=True))
+    heads = [
+        tensor.heads
+        for score in profile.scores.values()
+        for layer in score.layers.values()
+        for tensor in (layer.k, layer.v)
+    ]
+    assert all(len(each) == 2 and min(each) > 0 for each in heads)
+
+
+def test_a_probe_of_ones_own(loaded):
+    class Largest(GradNorm):
+        name = "largest"
+
+        def score(self, gradient):
+            return gradient.abs().max()
+
+    profile = run_profile(loaded, ["grad-norm", Largest()], **RUN)
+    for norm, largest in zip(*(score.layers.values() for score in profile.scores.values()), strict=True):
+        assert 0 < largest.k.mean < norm.k.mean
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        (["grad-norm"], {"bits": (2,)}, "score grad-norm does not look at widths; leave out --bits and --group-size"),
+        (["taylor"], {"bits": (2, 5)}, "nothing is stored at 5 bits; choose from 1, 2, 3, 4, 8"),
+        (["taylor"], {"bits": (16,)}, "nothing is stored at 16 bits"),
+        (["taylor"], {"group_sizes": (4,)}, "must be a number of at least 8 or 'row', got 4"),
+        (["error", "loss"], {"checkpointing": True}, "score error, loss has no backward pass"),
+        (["taylor", "loss"], {"per_head": True}, "score loss has no scores per head"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(scores, options, message):
+    with pytest.raises(KvmixError, match=message):
+        run_profile(larger(), scores, **LONG, options=Options(**options))
+
+
+def test_samples_too_short_to_read_anything_packed():
+    with pytest.raises(TextError, match=r"in 261 tokens nothing is read .* a --seq-len of 262 or more"):
+        run_profile(larger(), ["grad-norm", "error"], **{**LONG, "seq_len": 261})
+    with pytest.raises(TextError, match="no calibration text of at least 262 tokens"):
+        run_profile(larger(), ["error"], **{**LONG, "texts": [text[:250] for text in TEXTS]})
+    shortest = run_profile(larger(), ["error"], **{**LONG, "seq_len": 262, "samples": 1}, options=NARROW)
+    assert all(layer.k.mean > 0 for layer in shortest.score("error").layers.values())
 
 
 # The journal
@@ -172,7 +263,7 @@ def interrupted(loaded, journal, after, **changes):
 
 def measured(profile):
     """All of a profile but how long it took."""
-    return profile.model_dump(exclude={"scores": {"grad-norm": {"seconds"}}})
+    return profile.model_dump(exclude={"scores": {name: {"seconds"} for name in profile.scores}})
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 5])
@@ -187,6 +278,24 @@ def test_resuming_equals_an_uninterrupted_run(loaded, tmp_path, after):
     assert steps == list(range(after, 6)), "a finished sample was measured again"
 
 
+def test_several_scores_resume_together(tmp_path):
+    scores, journal = ["taylor", "fisher", "loss"], tmp_path / "profile.partial.jsonl"
+    expected = run_profile(larger(), scores, **LONG, options=NARROW)
+    with pytest.raises(Interrupted):
+        run_profile(larger(), scores, **LONG, options=NARROW, journal=journal, on_step=interrupt_after(1))
+    for changed in (["taylor", "fisher"], ["fisher", "taylor", "loss"]):
+        with pytest.raises(DocumentError, match="scores was"):
+            run_profile(larger(), changed, **LONG, options=NARROW, journal=journal, resume=True)
+    with pytest.raises(DocumentError, match=r"bits was \[2, 4\] and is now \[2\]"):
+        run_profile(larger(), scores, **LONG, options=replace(NARROW, bits=(2,)), journal=journal, resume=True)
+    steps = []
+    resumed = run_profile(
+        larger(), scores, **LONG, options=NARROW, journal=journal, resume=True, on_step=lambda *step: steps.append(step)
+    )
+    assert measured(resumed) == measured(expected)
+    assert steps == [(1, 2), (2, 2)]
+
+
 def test_a_cut_off_last_line_costs_that_sample(loaded, tmp_path):
     expected, journal = run_profile(loaded, **RUN), tmp_path / "profile.partial.jsonl"
     interrupted(loaded, journal, 3)
@@ -195,7 +304,7 @@ def test_a_cut_off_last_line_costs_that_sample(loaded, tmp_path):
     resumed = run_profile(loaded, **RUN, journal=journal, resume=True, on_step=lambda done, _: steps.append(done))
     assert measured(resumed) == measured(expected)
     assert steps[0] == 2
-    assert [len(json.loads(line)) for line in journal.read_text().splitlines()[1:]] == [2] * 5
+    assert [len(json.loads(line)) for line in journal.read_text().splitlines()[1:]] == [1] * 5
 
 
 def test_resume_without_a_journal_starts(loaded, tmp_path):
@@ -239,7 +348,16 @@ def test_a_foreign_journal_cannot_be_resumed(loaded, tmp_path, damage):
         run_profile(loaded, **RUN, journal=journal, resume=True)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"seconds": 1}', '{"seconds": 1, "layers": {"0": 3}}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"seconds": 1}',
+        '{"grad-norm": {"seconds": 1, "layers": {"0": 3}}}',
+        '{"loss": {"seconds": 1, "layers": {}}}',
+    ],
+)
 def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
     journal = tmp_path / "profile.partial.jsonl"
     interrupted(loaded, journal, 2)

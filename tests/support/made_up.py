@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
-from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, Statistic
+from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 from kvmix_cli.windows import NoWindow, Recent, Rpc
 
 patient = settings(deadline=None, max_examples=50)
@@ -20,8 +20,8 @@ def make_profile(k, v=None, *, info=None, name="grad-norm"):
     """A profile of these means, one for each layer that can be quantized."""
     info = info or make_info(len(k))
     means = zip(info.quantizable, k, k if v is None else v, strict=True)
-    layers = {i: LayerScore(k=Statistic(mean=a, std=a / 10), v=Statistic(mean=b, std=b / 10)) for i, a, b in means}
-    return Profile(model=info, calibration=CALIBRATION, scores={name: Score(seconds=1.5, layers=layers)})
+    layers = {i: LayerScore(k=TensorScore(mean=a, std=a / 10), v=TensorScore(mean=b, std=b / 10)) for i, a, b in means}
+    return Profile(model=info, scores={name: Score(seconds=1.5, calibration=CALIBRATION, layers=layers)})
 
 
 def falling(layers):

@@ -1,0 +1,28 @@
+"""KVTuner: its preset, `0: {nbits_key: 8, nbits_value: 4}`, which `Plan.from_kvtuner` reads.
+
+Source: KVTuner, `calibration_presets/*.yaml` and `FlexibleQuantizedCacheConfig.per_layer_config`: up to 8 bits in
+every layer, and one group size for all (https://github.com/cmd2001/KVTuner, arXiv 2502.04420).
+"""
+
+from __future__ import annotations
+
+from ..plan import LayerPlan, Plan
+from .refusal import refuse
+
+CAUTION = "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink"
+
+
+def write(plan: Plan) -> str:
+    """YAML. Raises ExportError."""
+    strange = {index: what for index, layer in plan.layers.items() if (what := _strange(layer))}
+    rule = "its presets give every layer a width of at most 8 bits and nothing else"
+    refuse("KVTuner", rule, strange | plan.model.stock, "at most 8 bits and one --group-size")
+    pairs = ((index, layer.k.bits, layer.v.bits) for index, layer in sorted(plan.layers.items()))
+    return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
+
+
+def _strange(layer: LayerPlan) -> str:
+    """What a preset cannot hold of a layer, if anything."""
+    if 16 in (layer.k.bits, layer.v.bits):
+        return layer.short
+    return "" if layer.k.group_size is layer.v.group_size is None else "a group size of its own"

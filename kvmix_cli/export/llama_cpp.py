@@ -1,0 +1,33 @@
+"""llama.cpp: one cache type for the keys of all layers, and one for their values.
+
+Source: llama.cpp, `kv_cache_types` in `common/arg.cpp` and the blocks of `ggml-common.h`: q4_0 and q8_0 are 32 values
+that share a float16 scale, symmetric around zero. Quantized values need flash attention
+(https://github.com/ggml-org/llama.cpp/issues/28524).
+"""
+
+from __future__ import annotations
+
+from ..plan import Plan
+from .refusal import refuse
+
+TYPES = {16: "f16", 8: "q8_0", 4: "q4_0"}
+WINDOWED = ("sliding", "chunked")
+"""Kinds of stock layers with keys and values, which llama.cpp quantizes like all others."""
+ONE_WIDTH = "one of these widths, such as --k-bits 8 --v-bits 4"
+CAUTION = (
+    "q4_0 and q8_0 are symmetric in blocks of 32 along a token's channels, for keys too, and there is no sink and no "
+    "window in full precision: measure the quality again there"
+)
+
+
+def write(plan: Plan) -> str:
+    """`--cache-type-k q4_0 --cache-type-v q8_0 --flash-attn on`. Raises ExportError."""
+    known = ", ".join(f"{bits} ({name})" for bits, name in TYPES.items())
+    unknown = {i: each.short for i, each in plan.layers.items() if not {each.k.bits, each.v.bits} <= TYPES.keys()}
+    refuse("llama.cpp", f"it has cache types for {known} bits", unknown, ONE_WIDTH)
+    windowed = [index for index, kind in plan.model.stock.items() if any(word in kind for word in WINDOWED)]
+    found = dict.fromkeys(windowed, "k16v16") | {index: layer.short for index, layer in plan.layers.items()}
+    refuse("llama.cpp", "it stores all layers alike", found if len(set(found.values())) > 1 else {}, ONE_WIDTH)
+    k, v = next(((layer.k.bits, layer.v.bits) for layer in plan.layers.values()), (16, 16))
+    flash = "" if v == 16 else " --flash-attn on"
+    return f"--cache-type-k {TYPES[k]} --cache-type-v {TYPES[v]}{flash}\n"

@@ -1,0 +1,22 @@
+"""vLLM: engine arguments for an fp8 cache that leaves some layers alone.
+
+Source: vLLM's main branch, `CacheConfig.cache_dtype` and `CacheConfig.kv_cache_dtype_skip_layers`, a list of layer
+indices (https://github.com/vllm-project/vllm/pull/33695).
+"""
+
+from __future__ import annotations
+
+from ..plan import Plan
+from .fp8 import CAUTION, fp8_layers
+
+__all__ = ["CAUTION", "write"]
+
+
+def write(plan: Plan) -> str:
+    """`--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 3`. Raises ExportError."""
+    quantized = fp8_layers(plan, "vLLM")
+    if not quantized:
+        return "--kv-cache-dtype auto\n"
+    skipped = [str(layer) for layer in range(plan.model.layers) if layer not in quantized]
+    more = ["--kv-cache-dtype-skip-layers", *skipped] if skipped else []
+    return " ".join(["--kv-cache-dtype fp8", *more]) + "\n"
