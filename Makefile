@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -16,6 +16,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine with a GPU. Takes the Python it is given and installs nothing: kernels/README.md says what it needs.
+OUT ?= gpu-results
+gpu: export PYTHONPATH := .:kernels
+gpu: export KVMIX_TRITON := 1
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/ops/test_triton_gpu.py
+	$(PYTHON) kernels/bench/bench_quantize_gpu.py --out $(OUT)
+	$(PYTHON) kernels/bench/bench_attend_gpu.py --out $(OUT)
+	$(PYTHON) kernels/bench/bench_generate_gpu.py --out $(OUT)
+	$(PYTHON) kernels/bench/summary.py $(OUT)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,14 @@
-"""Attention of queries over sink | packed pages | tail: `naive` is the definition, `cpu` the native path."""
+"""Attention of queries over sink | packed pages | tail.
+
+`naive` is the definition, `cpu` the native path, `triton` that of GPUs.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..fallback import warn_once
 from ..native import library
 from ..segments import Segments
@@ -29,8 +33,15 @@ def attend(
     `attend-rows`).
     """
     naive.check(query, key, value)
-    possible = query.device.type == "cpu" and query.dtype != torch.float64 and not _is_differentiated(query, key, value)
-    native = library() if possible else None
+    possible = query.dtype != torch.float64 and not _is_differentiated(query, key, value)
+    if possible and gpu.is_usable(query.device):
+        from . import triton
+
+        reason = triton.unsupported(query, key, value)
+        if reason is None:
+            return triton.attend(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+        warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
+    native = library() if possible and query.device.type == "cpu" else None
     if native is not None and cpu.supports(query, key, value):
         return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
     if native is not None:
@@ -39,5 +50,5 @@ def attend(
 
 
 def _is_differentiated(query: Tensor, key: Segments, value: Segments) -> bool:
-    """Whether autograd must see the arithmetic, which it cannot inside the native library."""
+    """Whether autograd must see the arithmetic, which it cannot inside a kernel."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tail, value.tail))

@@ -1,0 +1,234 @@
+"""Attention of a block of query rows over a split of one KV head's tokens, in Triton.
+
+A program has query rows of one KV head (its query heads times its queries), so packed bytes are read once for all of
+them, and a run of packed pages, or of tiles of sink and tail. It writes its weighted mean of values and the logarithm
+of its sum of weights; `merge.py` puts the splits together. Scores are logarithms to base 2.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .pages import add_page_values, cut, load_rows_in_steps, page_products, size_of
+from .plain import add_token_values, load_rows, token_products
+from .segments import Rows, of_head
+from .softmax import Scoring, Softmax, score, weigh
+
+
+class Task(NamedTuple):
+    """What a program works on, but for its share of the tokens."""
+
+    key: Any
+    value: Any
+    rows: Any
+    scoring: Any
+    factor: Any
+    tokens: Any
+    sinks: Any
+    pages: Any
+    key_tail: Any
+    value_tail: Any
+
+
+LENGTHS = ["tokens", "sinks", "key_pages", "value_pages", "key_tail", "value_tail"]
+SPLITS = ["packed_splits", "pages_per_split", "tiles_per_split"]
+MASK_STRIDES = ["mask_batch", "mask_head", "mask_query", "mask_token"]
+
+
+@triton.jit(do_not_specialize=["kv_heads", "queries", *LENGTHS, *SPLITS, *MASK_STRIDES])
+def attend_kernel(
+    query,
+    query_strides,
+    key,
+    value,
+    mask,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_token,
+    means,
+    logarithms,
+    factor,
+    cap,
+    kv_heads,
+    queries,
+    tokens,
+    sinks,
+    key_pages,
+    value_pages,
+    key_tail,
+    value_tail,
+    packed_splits,
+    pages_per_split,
+    tiles_per_split,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    RATIO: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Arguments are prepared by `launch.py`; `K` and `V` are layouts, or None where nothing is packed."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    row = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < RATIO * queries
+    at, query_head = row % queries, kv_head * RATIO + row // queries
+    query += batch * query_strides[0]
+    mask += batch * mask_batch
+    rows = Rows(query + query_head * query_strides[1] + at * query_strides[2], is_row)
+    mask_rows = mask + query_head * mask_head + at.to(tl.int64) * mask_query
+    scoring = Scoring(cap, mask_rows, mask_token, is_row, tokens - queries + at)
+    pages = tl.maximum(key_pages, value_pages)
+    key, value = of_head(key, batch, kv_head), of_head(value, batch, kv_head)
+    task = Task(key, value, rows, scoring, factor, tokens, sinks, pages, key_tail, value_tail)
+
+    GROUPS: tl.constexpr = 1 if V is None else size_of(V, "groups")
+    WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM if V is None else size_of(V, "group"))
+    sums = ()
+    for _ in tl.static_range(GROUPS):
+        sums = sums + (tl.zeros([WIDTH, BLOCK], tl.float32),)
+    running = Softmax(tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32), sums)
+
+    if split < packed_splits:
+        first = split * pages_per_split
+        last = tl.minimum(first + pages_per_split, pages)
+        if K is not None and V is not None:
+            both = tl.minimum(last, tl.minimum(key_pages, value_pages))
+            running = over_pages(
+                running, task, first, both, K, V, True, True, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP, STAGES
+            )
+        if K is not None:
+            begin, end = tl.maximum(first, value_pages), tl.minimum(last, key_pages)
+            running = over_pages(
+                running, task, begin, end, K, V, True, False, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP, 1
+            )
+        if V is not None:
+            begin, end = tl.maximum(first, key_pages), tl.minimum(last, value_pages)
+            running = over_pages(
+                running, task, begin, end, K, V, False, True, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP, 1
+            )
+    else:
+        first = (split - packed_splits) * tiles_per_split
+        running = over_tiles(
+            running, task, first, first + tiles_per_split, V, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP, STAGES
+        )
+
+    at = (head.to(tl.int64) * tl.num_programs(1) + split) * RATIO * queries + row
+    tl.store(logarithms + at, running.peak + tl.log2(running.total), mask=is_row)
+    divisor = tl.where(running.total == 0, 1.0, running.total)
+    within = tl.arange(0, WIDTH)
+    GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
+    for group in tl.static_range(GROUPS):
+        channel = group * GROUP + within
+        inside = ((within < GROUP) & (channel < VALUE_DIM))[:, None] & is_row[None, :]
+        mean = running.sums[group] / divisor[None, :]
+        tl.store(means + at[None, :] * VALUE_DIM + channel[:, None], mean, mask=inside)
+
+
+@triton.jit
+def over_pages(
+    running,
+    task,
+    first,
+    last,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    K_PACKED: tl.constexpr,
+    V_PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to pages `[first, last)`, of which keys or values or both are packed."""
+    CHUNK: tl.constexpr = size_of(K, "group") if K_PACKED else TILE
+    GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
+    if K_PACKED:
+        query = load_rows_in_steps(task.rows, task.factor, K)
+    else:
+        query = load_rows(task.rows, task.factor, HEAD_DIM)
+    for page in tl.range(first, last, num_stages=STAGES):
+        start = task.sinks + page * PAGE
+        scores = ()
+        for chunk in tl.static_range(PAGE // CHUNK):
+            token = start + chunk * CHUNK + tl.arange(0, CHUNK)
+            if K_PACKED:
+                scales = task.key.scales + tl.cast(page, tl.int64) * task.key.scales_strides[2]
+                words = task.key.words + tl.cast(page, tl.int64) * task.key.words_strides[2]
+                products = page_products(query, scales, words, chunk, K)
+            else:
+                keys = _in_tail(task.key, start + chunk * CHUNK - task.key_tail)
+                products = token_products(query, keys, token >= 0, HEAD_DIM, True)
+            scores = scores + (score(products, token, task.tokens, task.scoring, MASK, SOFTCAP, True),)
+        running, decay, weights = weigh(running, scores)
+        if V_PACKED:
+            scales = task.value.scales + tl.cast(page, tl.int64) * task.value.scales_strides[2]
+            words = task.value.words + tl.cast(page, tl.int64) * task.value.words_strides[2]
+            running = add_page_values(running, decay, weights, scales, words, V)
+        else:
+            parts = ()
+            for i in tl.static_range(len(weights)):
+                parts = parts + cut(weights[i], min(CHUNK, TILE))
+            values = _in_tail(task.value, start - task.value_tail)
+            all_tokens = tl.arange(0, min(CHUNK, TILE)) >= 0
+            running = add_token_values(running, decay, parts, values, all_tokens, GROUP, VALUE_DIM, True)
+    return running
+
+
+@triton.jit
+def over_tiles(
+    running,
+    task,
+    first,
+    last,
+    V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to tiles `[first, last)` of the tokens in full precision: those of the sink, then those of the tails."""
+    GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
+    query = load_rows(task.rows, task.factor, HEAD_DIM)
+    sink_tiles = tl.cdiv(task.sinks, TILE)
+    unpacked = task.sinks + task.pages * PAGE
+    last = tl.minimum(last, sink_tiles + tl.cdiv(task.tokens - unpacked, TILE))
+    for tile in tl.range(first, last, num_stages=STAGES):
+        is_sink = tile < sink_tiles
+        start = tl.where(is_sink, tile * TILE, unpacked + (tile - sink_tiles) * TILE)
+        limit = tl.where(is_sink, task.sinks, task.tokens)
+        token = start + tl.arange(0, TILE)
+        keys = _in_sink_or_tail(task.key, is_sink, start, task.key_tail)
+        products = token_products(query, keys, token < limit, HEAD_DIM, False)
+        scores = (score(products, token, limit, task.scoring, MASK, SOFTCAP, False),)
+        running, decay, weights = weigh(running, scores)
+        values = _in_sink_or_tail(task.value, is_sink, start, task.value_tail)
+        running = add_token_values(running, decay, weights, values, token < limit, GROUP, VALUE_DIM, False)
+    return running
+
+
+@triton.jit
+def _in_tail(side, first):
+    """Where a run of the tail's tokens begins, and their stride."""
+    return side.tail + tl.cast(first, tl.int64) * side.tail_strides[2], side.tail_strides[2]
+
+
+@triton.jit
+def _in_sink_or_tail(side, is_sink, first, tail):
+    """Where a run of tokens begins, and their stride: `first` counts from the sink's start, `tail` begins the tail."""
+    base = tl.where(is_sink, side.sink, side.tail)
+    stride = tl.where(is_sink, side.sink_strides[2], side.tail_strides[2])
+    return base + (first - tl.where(is_sink, 0, tail)).to(tl.int64) * stride, stride

@@ -1,0 +1,162 @@
+"""Coefficients times the codes of a packed page, in Triton.
+
+A page is a matrix `[rows, columns]` whose rows are contracted: q·k sums over channels, p·v over tokens. With scales s
+and zeros z of a group of columns,
+
+    sum_n a_n (code_nm s_n + z_n)  =  sum_n (a_n s_n) code_nm  +  sum_n a_n z_n
+
+so scales fold into the coefficients, which are rounded to bfloat16 for the tensor cores. Codes are not converted to
+numbers, `codes.py` makes them look like some: `number = unit * code + number_of_zero`. The coefficients take that back.
+What is left of it is added to every column, computed from the middle of the code range and from the *rounded*
+coefficients: so their rounding errors meet the smallest possible numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from ...numbers import dot, round_to, to_float32
+from .codes import decode, number_of_zero, unit_of
+from .softmax import Softmax
+from .steps import fields_of, padded_of, places_of, share_of, step_of, words_of
+
+
+@triton.constexpr_function
+def middle_of(layout):
+    """The middle of the code range."""
+    return layout.levels / 2
+
+
+@triton.constexpr_function
+def size_of(layout, name):
+    """A size of the layout, as the kernel's constant."""
+    return getattr(layout, name)
+
+
+@triton.constexpr_function
+def has_whole_groups(layout):
+    """Whether every group has as many columns as a program takes."""
+    return layout.columns % layout.group == 0 and triton.next_power_of_2(layout.group) == layout.group
+
+
+@triton.jit
+def row_of(at, LAYOUT: tl.constexpr):
+    """The matrix row at a place in the order of steps, and whether there is one."""
+    PADDED: tl.constexpr = padded_of(LAYOUT)
+    WORDS: tl.constexpr = words_of(LAYOUT)
+    if PADDED == WORDS:
+        return at, at >= 0
+    return at // PADDED * WORDS + at % PADDED, at % PADDED < WORDS
+
+
+@triton.jit
+def fold(x, first, scales, group, LAYOUT: tl.constexpr):
+    """Coefficients with a group's scales in them, in bfloat16, and `[M]` to add to every column of the group.
+
+    Args:
+        x: float32 coefficients `[N, M]` of `N` rows from `first` on in the order of steps; 0 where there is no row.
+        scales: pointer to the page's scales.
+    """
+    ROWS: tl.constexpr = size_of(LAYOUT, "rows")
+    GROUPS: tl.constexpr = size_of(LAYOUT, "groups")
+    WHOLE: tl.constexpr = padded_of(LAYOUT) == words_of(LAYOUT)
+    MIDDLE: tl.constexpr = middle_of(LAYOUT)
+    ZERO: tl.constexpr = number_of_zero(LAYOUT)
+    at = first + tl.arange(0, x.shape[0])
+    row, is_row = row_of(at, LAYOUT)
+    scale = to_float32(load(scales + group * ROWS + row, is_row, WHOLE))
+    zero = to_float32(load(scales + (GROUPS + group) * ROWS + row, is_row, WHOLE))
+    rounded = round_to(x * (scale * unit_of(at, LAYOUT, -1))[:, None], tl.bfloat16)
+    middle = ZERO + MIDDLE * unit_of(at, LAYOUT, 1)
+    offset = x * (zero + MIDDLE * scale)[:, None] - to_float32(rounded) * middle[:, None]
+    return rounded, tl.sum(offset, 0)
+
+
+@triton.jit
+def contract(x, words, group, total, LAYOUT: tl.constexpr, STEP: tl.constexpr):
+    """`total + codesᵀ @ x` over the columns of a group; `x` are folded coefficients, a tuple of `[STEP, M]`."""
+    COLUMNS: tl.constexpr = size_of(LAYOUT, "columns")
+    GROUP: tl.constexpr = size_of(LAYOUT, "group")
+    SIXTEENTH: tl.constexpr = size_of(LAYOUT, "rows") // 16
+    PADDED: tl.constexpr = padded_of(LAYOUT)
+    WORDS: tl.constexpr = words_of(LAYOUT)
+    WHOLE: tl.constexpr = PADDED == WORDS and has_whole_groups(LAYOUT)
+    within = tl.arange(0, total.shape[0])
+    column = group * GROUP + within
+    is_column = (within < GROUP) & (column < COLUMNS)
+    for part in tl.static_range(max(1, PADDED // STEP)):
+        row = (part * STEP + tl.arange(0, STEP)) % PADDED
+        inside = is_column[:, None] & (row < WORDS)[None, :]
+        low = load(words + row[None, :] * COLUMNS + column[:, None], inside, WHOLE)
+        high = low
+        if size_of(LAYOUT, "bits") == 3:
+            # The high bits of word rows r and r + SIXTEENTH share a word, those of the second one bit further up.
+            at = WORDS + row % SIXTEENTH
+            high = load(words + at[None, :] * COLUMNS + column[:, None], inside, WHOLE)
+            high = (high >> (row >= SIXTEENTH).to(tl.int16)[None, :]).to(tl.int16)
+        for field in tl.static_range(0, fields_of(LAYOUT), share_of(LAYOUT, STEP)):
+            number = decode(low, high, field, LAYOUT, STEP)
+            total = dot(number, x[(field * PADDED + part * STEP) // STEP], total)
+    return total
+
+
+@triton.jit
+def load(pointers, inside, WHOLE: tl.constexpr):
+    """What is inside, and 0 elsewhere; unmasked where the whole is inside."""
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def load_rows_in_steps(rows, factor, LAYOUT: tl.constexpr):
+    """Query rows times a factor, `[channels, M]` in the order in which packed keys are contracted."""
+    channel, is_channel = row_of(tl.arange(0, places_of(LAYOUT)), LAYOUT)
+    inside = is_channel[:, None] & rows.is_row[None, :]
+    return to_float32(tl.load(channel[:, None] + rows.pointers[None, :], mask=inside, other=0.0)) * factor
+
+
+@triton.jit
+def page_products(query, scales, words, group, LAYOUT: tl.constexpr):
+    """Query rows, as `load_rows_in_steps` makes them, times the packed keys of a group of tokens: `[group, M]`."""
+    STEP: tl.constexpr = step_of(LAYOUT)
+    folded, offset = fold(query, 0, scales, group, LAYOUT)
+    products = tl.zeros([size_of(LAYOUT, "group"), offset.shape[0]], tl.float32) + offset[None, :]
+    return contract(cut(folded, STEP), words, group, products, LAYOUT, STEP)
+
+
+@triton.jit
+def add_page_values(running, decay, weights, scales, words, LAYOUT: tl.constexpr):
+    """Weighted values of a packed page, added to the decayed sums; `weights` are a tuple of `[tokens, M]`."""
+    TOKENS: tl.constexpr = weights[0].shape[0]
+    STEP: tl.constexpr = step_of(LAYOUT, TOKENS)
+    sums = ()
+    for group in tl.static_range(size_of(LAYOUT, "groups")):
+        total = running.sums[group] * decay[None, :]
+        parts = ()
+        for i in tl.static_range(len(weights)):
+            folded, offset = fold(weights[i], i * TOKENS, scales, group, LAYOUT)
+            parts = parts + cut(folded, STEP)
+            total += offset[None, :]
+        sums = sums + (contract(parts, words, group, total, LAYOUT, STEP),)
+    return Softmax(running.peak, running.total, sums)
+
+
+@triton.jit
+def cut(x, WIDTH: tl.constexpr):
+    """`[N, M]` as a tuple of `[WIDTH, M]`, from the top."""
+    PARTS: tl.constexpr = x.shape[0] // WIDTH
+    return _unzip(tl.permute(tl.reshape(x, [PARTS, WIDTH, x.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
+def _unzip(x):
+    """`[N, M, parts]` as a tuple of `[N, M]`."""
+    if x.shape[2] == 1:
+        return (tl.reshape(x, [x.shape[0], x.shape[1]]),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+        evens, odds = _unzip(even), _unzip(odd)
+        parts = ()
+        for i in tl.static_range(len(evens)):
+            parts = parts + (evens[i], odds[i])
+        return parts

@@ -1,0 +1,67 @@
+"""Online softmax of a program's query rows, in Triton: from products to weights, and what is kept between tiles."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+CAUSAL, BOOLEAN, ADDITIVE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""Kinds of mask; 0 is none. A boolean mask is one of bytes."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3e38)
+
+
+class Softmax(NamedTuple):
+    """Over the tokens so far: largest score and sum of weights `[M]`, sums of values `[columns, M]`, one a group."""
+
+    peak: Any
+    total: Any
+    sums: Any
+
+
+class Scoring(NamedTuple):
+    """What becomes of products: a soft-cap, and a mask, which for each query row `[M]` is a pointer or a last token."""
+
+    cap: Any
+    mask: Any
+    mask_token: Any
+    is_row: Any
+    last_seen: Any
+
+
+@triton.jit
+def score(products, token, limit, scoring, MASK: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
+    """Scores `[N, M]` of tokens `[N]`: -inf for what is not attended to, as are tokens from `limit` on; `WHOLE` says
+    that there are none."""
+    if SOFTCAP:
+        products = scoring.cap * (1.0 - 2.0 / (1.0 + tl.exp2(products)))  # tanh
+    if not WHOLE:
+        products = tl.where((token < limit)[:, None], products, float("-inf"))
+    if MASK == CAUSAL:
+        return tl.where(token[:, None] <= scoring.last_seen[None, :], products, float("-inf"))
+    if MASK == 0:
+        return products
+    at = scoring.mask[None, :] + token[:, None].to(tl.int64) * scoring.mask_token
+    mask = tl.load(at, mask=(token < limit)[:, None] & scoring.is_row[None, :], other=0)
+    if MASK == BOOLEAN:
+        return tl.where(mask != 0, products, float("-inf"))
+    mask = mask.to(tl.float32)
+    # What is finite stays so: a row that the lowest number masks is an even mean.
+    return products + tl.where(mask == float("-inf"), mask, tl.maximum(mask * LOG2_E, LOWEST))
+
+
+@triton.jit
+def weigh(running, scores):
+    """Take the scores of more tokens (a tuple of `[N, M]`) in: the softmax with old sums decayed, and the weights."""
+    best, total = scores[0], tl.zeros_like(scores[0])
+    for i in tl.static_range(1, len(scores)):
+        best = tl.maximum(best, scores[i])
+    peak = tl.maximum(running.peak, tl.max(best, 0))
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = ()
+    for i in tl.static_range(len(scores)):
+        weight = tl.exp2(scores[i] - shift[None, :])
+        total += weight
+        weights = weights + (weight,)
+    decay = tl.exp2(running.peak - shift)
+    return Softmax(peak, running.total * decay + tl.sum(total, 0), running.sums), decay, weights

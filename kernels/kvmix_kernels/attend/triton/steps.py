@@ -1,0 +1,52 @@
+"""In which steps a page's rows are contracted: how many, and which rows each has. Constants of a kernel.
+
+A step is one matrix product over `step` rows: over the word rows of one field, or, where a field has fewer than the
+16 rows that a tensor core contracts at once, of `share` neighbouring fields of the same words. Word rows are counted
+as a power of two, `padded`; those beyond the `words` there are contribute nothing. The rows of a plane of 3 bits are
+those of its 2-bit plane.
+"""
+
+import triton
+
+LEAST_STEP = 16
+"""Rows that a tensor core contracts at once."""
+LEAST_PADDED = {1: 4, 2: 8, 3: 8, 4: 16, 8: 16}
+"""So that the fields of one step lie within the 7 bits of a bfloat16's mantissa."""
+
+
+@triton.constexpr_function
+def fields_of(layout):
+    """Fields in a word of the (low) plane."""
+    return 16 // layout.planes[0]
+
+
+@triton.constexpr_function
+def words_of(layout):
+    """Word rows of the (low) plane."""
+    return layout.rows * layout.planes[0] // 16
+
+
+@triton.constexpr_function
+def padded_of(layout):
+    """Word rows as they are counted."""
+    words = layout.rows * layout.planes[0] // 16
+    return max(LEAST_PADDED[layout.bits], triton.next_power_of_2(words))
+
+
+@triton.constexpr_function
+def step_of(layout, most=None):
+    """Rows of one step, at most `most`."""
+    step = max(padded_of(layout), LEAST_STEP)
+    return step if most is None else min(step, most)
+
+
+@triton.constexpr_function
+def places_of(layout):
+    """Rows as they are counted, in the order of steps."""
+    return 16 // layout.planes[0] * padded_of(layout)
+
+
+@triton.constexpr_function
+def share_of(layout, step):
+    """Fields in one step."""
+    return max(1, step // padded_of(layout))

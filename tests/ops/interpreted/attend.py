@@ -1,0 +1,102 @@
+"""The attention kernels against one dense float64 softmax over the dequantized tokens."""
+
+import pytest
+import torch
+from attending import relative_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvmix_kernels import BITS, PageLayout
+from kvmix_kernels.attend.triton import attend, launch, unsupported
+from kvmix_kernels.quantize.naive import quantize
+from kvmix_kernels.segments import Packed, Segments
+from poisoned import mask_of, segments
+from reference import dense_attention
+
+RMS = 5e-3
+"""Relative. Coefficients are rounded to bfloat16, and so may be the result."""
+
+widths = st.sampled_from([*BITS, 16])
+
+
+@given(
+    k_bits=widths,
+    v_bits=widths,
+    sinks=st.sampled_from([0, 3]),
+    pages=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    page=st.sampled_from([64, 128]),
+    group=st.sampled_from([32, 64, 128, None]),
+    dims=st.sampled_from([(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 64)]),
+    queries=st.sampled_from([1, 2, 7, 16]),
+    ratio=st.sampled_from([1, 3, 4, 16]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    scale_dtype=st.sampled_from(["float16", "bfloat16"]),
+    masking=st.sampled_from([None, "bool", "additive"]),
+    softcap=st.sampled_from([None, 1.5]),
+    logits=st.booleans(),
+    split=st.sampled_from([64, 1024]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=10, deadline=None)
+def test_equals_dense_attention(
+    k_bits, v_bits, sinks, pages, page, group, dims, queries, ratio, dtype, scale_dtype, masking, softcap, logits,
+    split, seed,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = split, 1024
+    tokens = sinks + page * max(pages) + queries + seed % 70
+    k_tail, v_tail = (tokens - sinks - page * count for count in pages)
+    key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype)
+    value = segments("value", v_bits, sinks, pages[1], v_tail, dims[1], page, group, dtype, scale_dtype)
+    query = torch.randn(2, queries, ratio, dims[0]).to(dtype).transpose(1, 2)
+    options = {
+        "scaling": dims[0] ** -0.5,
+        "mask": mask_of(masking, queries, tokens, seed % tokens),
+        "softcap": softcap,
+        "sinks": torch.randn(ratio) if logits else None,
+    }
+    assert unsupported(query, key, value) is None
+    plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
+    got = attend(query, key, value, **options)
+    assert got.dtype == dtype
+    assert relative_rms(got, dense_attention(query, *plain, **options)) < RMS
+
+
+@pytest.mark.parametrize("bits", [2, 16])
+def test_a_row_that_sees_nothing_is_zero(bits):
+    key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32) for kind in ("key", "value"))
+    mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
+    for each in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        assert (attend(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each) == 0).all()
+
+
+def test_outliers_do_not_hide_the_rest():
+    torch.manual_seed(0)
+    states = torch.randn(1, 1, 128, 64)
+    states[..., 5] *= 1e3
+    layouts = PageLayout("key", 4, 64, 64), PageLayout("value", 4, 64, 64)
+    key, value = (
+        Segments(None, Packed(layout, *quantize(states.unflatten(2, (-1, 64)), layout)), torch.zeros(1, 1, 1, 64))
+        for layout in layouts
+    )
+    query = torch.randn(1, 1, 1, 64)
+    query[..., 5] *= 1e-3
+    plain = [each.dequantize() for each in (key, value)]
+    got = attend(query, key, value, scaling=0.125)
+    assert relative_rms(got, dense_attention(query, *plain, 0.125)) < RMS
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"page": 32}, "pages of 32 tokens"),
+        ({"page": 48}, "pages of 48 tokens"),
+        ({"group": 24}, "keys in groups of 24"),
+        ({"group": 8}, "keys in groups of 8"),
+        ({"dtype": torch.float64}, "float32 queries over float64 keys"),
+        ({"head_dim": 512}, "heads of 512"),
+    ],
+)
+def test_what_has_no_kernel_is_named(change, complaint):
+    shape = {"head_dim": 64, "page": 64, "group": 32, "dtype": torch.float32} | change
+    key, value = (segments(kind, 2, 0, 1, 5, **shape) for kind in ("key", "value"))
+    assert complaint in unsupported(torch.randn(2, 2, 1, shape["head_dim"]), key, value)

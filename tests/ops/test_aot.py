@@ -1,0 +1,56 @@
+"""The Triton kernels compiled for GPUs that are not here: what became of them is what decides their speed."""
+
+import pytest
+
+pytest.importorskip("triton")
+import aot
+import torch
+from aot_cases import compile_attend, compile_quantize, lane_instructions_per_code, main_loop, segments
+from kvmix_kernels.attend.triton import attend
+
+pytestmark = pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and cuobjdump are not in this triton")
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+BUDGET = {2: 2.2, 3: 3.5, 4: 2.5}
+"""Lane instructions per code, by bits; kernels/README.md has today's figures."""
+CONVERSIONS = ("I2F", "I2FP", "F2I")
+
+
+def check(kernel, capability):
+    registers, stack = kernel.usage
+    assert stack == 0, f"{kernel.name} spills at {registers} registers"
+    assert kernel.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize(("capability", "bits"), [(90, 2), (90, 3), (90, 4), (80, 2)])
+def test_packed_attention_is_as_cheap_as_it_was(capability, bits):
+    kernel, merge = compile_attend(capability, bits, bits)
+    check(kernel, capability)
+    check(merge, capability)
+    loop = main_loop(kernel)
+    assert not any(loop[name] for name in CONVERSIONS), "codes are converted to numbers"
+    assert lane_instructions_per_code(kernel) <= BUDGET[bits]
+
+
+def test_mixed_widths_compile_for_tensor_cores():
+    kernel, _ = compile_attend(80, 8, 1, group=64)
+    check(kernel, 80)
+    assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
+
+
+def test_quantizing_divides_as_exactly_as_the_reference():
+    kernel = compile_quantize(90, "key", 3)
+    check(kernel, 90)
+    assert "div.full" not in kernel.ptx
+    assert "div.rn.f32" in kernel.ptx
+    assert ".ftz" not in kernel.ptx
+
+
+def test_no_length_or_mask_makes_it_compile_again():
+    with aot.ahead_of_time(90) as compiled:
+        for pages, tail in ((1, 1), (2, 16), (16, 17), (31, 128)):
+            key, value = (segments(kind, 2, 64, 64, pages, tail) for kind in ("key", "value"))
+            mask = torch.ones(1, 1, 2, 128 * pages + tail, dtype=torch.bool)
+            attend(torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16), key, value, scaling=0.1, mask=mask)
+    assert len({id(each.kernel) for each in compiled if each.name == "attend_kernel"}) == 1
+    assert len({id(each.kernel) for each in compiled if each.name == "merge_kernel"}) == 1

@@ -1,0 +1,175 @@
+"""The Triton kernels on a GPU: what the interpreter cannot run, and what only a launch can show."""
+
+import pytest
+import torch
+from attending import relative_rms
+from poisoned import mask_of, segments
+from reference import dense_attention
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from kvmix_kernels import BITS, PageLayout
+from kvmix_kernels.attend import attend
+from kvmix_kernels.attend.triton.codes import decode, decode_plainly
+from kvmix_kernels.attend.triton.steps import fields_of, share_of, step_of
+from kvmix_kernels.quantize import naive, quantize
+from kvmix_kernels.segments import Packed, Segments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+DEVICE = torch.device("cuda")
+RMS = 5e-3
+
+
+def to_gpu(tensor: Segments) -> Segments:
+    """The same on the GPU, with the same poison around it."""
+
+    def move(x):
+        whole = x._base.to(DEVICE)
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    packed = tensor.packed and Packed(tensor.packed.layout, move(tensor.packed.words), move(tensor.packed.scales))
+    return Segments(tensor.sink if tensor.sink is None else move(tensor.sink), packed, move(tensor.tail))
+
+
+@triton.jit
+def decode_both(low, high, fast, plain, FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.constexpr):
+    column = tl.program_id(0) * 64 + tl.arange(0, 64)
+    at = column[:, None] * STEP + tl.arange(0, STEP)[None, :]
+    words, high_words = tl.load(low + at), tl.load(high + at)
+    tl.store(fast + at, decode(words, high_words, FIELD, LAYOUT, STEP))
+    tl.store(plain + at, decode_plainly(words, high_words, FIELD, LAYOUT, STEP))
+
+
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("bits", BITS)
+def test_assembly_and_plain_decoding_agree_on_every_word(bits, page):
+    layout = PageLayout("value", bits, 64, page)
+    step = step_of(layout)
+    words = torch.arange(65536, device=DEVICE).to(torch.int16)
+    others = words[torch.randperm(65536, device=DEVICE)]
+    for rotation in range(step):  # every word in every place of a step
+        low, high = words.roll(rotation), others.roll(rotation)
+        for field in range(0, fields_of(layout), share_of(layout, step)):
+            fast, plain = (torch.empty(65536, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+            decode_both[(65536 // (64 * step),)](low, high, fast, plain, field, layout, step)
+            assert torch.equal(fast, plain)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_quantizes_bit_for_bit_like_the_reference(kind, bits, head_dim, dtype):
+    torch.manual_seed(0)
+    for group in (32, 64, 128, None):
+        for scale_dtype in ("float16", "bfloat16"):
+            for spread in (1e-42, 1e-7, 1.0, 1e4):
+                layout = PageLayout(kind, bits, head_dim, 128, group, scale_dtype)
+                pages = (torch.randn(2, 2, 3, 128, head_dim) * spread).clamp(-3e4, 3e4).to(dtype)
+                words, scales = quantize(pages.to(DEVICE), layout)
+                expected = naive.quantize(pages, layout)
+                assert torch.equal(words.cpu(), expected[0])
+                assert torch.equal(scales.cpu().view(torch.int16), expected[1].view(torch.int16))
+
+
+@pytest.mark.parametrize("v_bits", [*BITS, 16])
+@pytest.mark.parametrize("k_bits", [*BITS, 16])
+@pytest.mark.parametrize("case", range(4))
+def test_equals_dense_attention(k_bits, v_bits, case):
+    torch.manual_seed(case)
+    head_dim, ratio, queries, dtype, masking = [
+        (128, 4, 1, torch.bfloat16, None),
+        (64, 1, 16, torch.float16, "bool"),
+        (80, 16, 3, torch.float32, None),
+        (256, 2, 1, torch.bfloat16, "additive"),
+    ][case]
+    pages, tail = (9, 9 + case % 2), 100 + queries
+    tokens = 4 + 128 * max(pages) + tail
+    shape = {"head_dim": head_dim, "page": 128, "group": 64, "dtype": dtype, "heads": 2}
+    key, value = (
+        segments(kind, width, 4, count, tokens - 4 - 128 * count, **shape)
+        for kind, width, count in zip(("key", "value"), (k_bits, v_bits), pages, strict=True)
+    )
+    query = torch.randn(2, 2 * ratio, queries, head_dim).to(dtype)
+    options = {"scaling": head_dim**-0.5, "softcap": [None, 20.0][case % 2]}
+    mask, logits = mask_of(masking, queries, tokens, 77), torch.randn(2 * ratio)
+    plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
+    expected = dense_attention(query, *plain, mask=mask, sinks=logits, **options)
+    got = attend(
+        query.to(DEVICE),
+        to_gpu(key),
+        to_gpu(value),
+        mask=None if mask is None else mask.to(DEVICE),
+        sinks=logits.to(DEVICE),
+        **options,
+    )
+    assert relative_rms(got.cpu(), expected) < RMS
+
+
+def decoding(pages=9, tail=50):
+    torch.manual_seed(0)
+    shape = {"head_dim": 128, "page": 128, "group": 64, "dtype": torch.bfloat16, "heads": 2}
+    key, value = (to_gpu(segments(kind, 2, 4, pages, tail, **shape)) for kind in ("key", "value"))
+    return torch.randn(2, 8, 1, 128, dtype=torch.bfloat16, device=DEVICE), key, value
+
+
+def test_a_captured_step_replays():
+    query, key, value = decoding()
+    attend(query, key, value, scaling=0.1)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(query, key, value, scaling=0.1)
+    query.copy_(torch.randn_like(query))
+    key.packed.words.bitwise_not_()
+    graph.replay()
+    assert torch.equal(captured, attend(query, key, value, scaling=0.1))
+
+
+def test_nothing_waits_for_the_gpu():
+    query, key, value = decoding()
+    pages = torch.randn(2, 2, 3, 128, 128, device=DEVICE)
+    layout = key.packed.layout
+    attend(query, key, value, scaling=0.1)
+    quantize(pages, layout)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(query, key, value, scaling=0.1)
+        quantize(pages, layout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_generation_with_a_mixed_plan_follows_the_cpu():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvmix_cli.cache import MixedCache
+    from kvmix_cli.plan import ModelInfo, Plan
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("kvmix")
+    plan = Plan.from_short("0:k3v4,1:k2v2", ModelInfo(id="random", layers=2, kv_heads=2, head_dim=64))
+    prompt = torch.randint(0, 128, (1, 700))
+    logits, pointers = {}, set()
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        cache = MixedCache.from_plan(plan, model.config, reserve=1024)
+        steps = []
+        with torch.no_grad():
+            model(prompt[:, :600].to(device), past_key_values=cache)
+            for token in prompt[0, 600:]:
+                steps.append(model(token.view(1, 1).to(device), past_key_values=cache).logits.cpu())
+                pointers |= {(device, i, store.segments().packed.words.data_ptr())
+                             for i, layer in enumerate(cache.layers) for store in layer.stores[:1]}  # fmt: skip
+        logits[device] = torch.cat(steps)
+    assert relative_rms(logits["cuda"], logits["cpu"].double()) < 2e-2
+    assert len(pointers) == 4, "packed keys moved"
