@@ -11,7 +11,7 @@ from typing import Final
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..budget import tensor_bits
+from ..budget import page_layout, tensor_bits
 from ..plan import WIDTHS, Plan, TensorPlan
 from ..profile import Score
 from .curves import Curves
@@ -84,19 +84,23 @@ def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curve
 
 def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves) -> Iterator[Upgrade]:
     now = _stored(plan, reason.kind, reason.tensor)
-    for choice in _choices(plan):
+    for choice in _choices(plan, reason.kind):
         costs = (_stored(plan, reason.kind, choice) - now) / (2 * len(plan.layers))
         other = curves.at(reason.layer, reason.kind, choice)
         if costs > 0 and other is not None and other < loss:
             yield Upgrade(choice, loss - other, costs)
 
 
-def _choices(plan: Plan) -> list[TensorPlan]:
-    """Every width, in the group sizes that the plan uses."""
+def _choices(plan: Plan, kind: Kind) -> list[TensorPlan]:
+    """Every width, in the group sizes that the plan uses; what is the same for rows of this kind only once."""
     sizes = {tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.tensors}
-    packed = [bits for bits in WIDTHS if bits != FULL_PRECISION_BITS]
-    choices = [TensorPlan(bits=bits, group_size=size) for size in sorted(sizes, key=str) for bits in packed]
-    return [*choices, TensorPlan(bits=FULL_PRECISION_BITS)]
+    found: dict[tuple[int, int | None], TensorPlan] = {}
+    for size in sorted(sizes, key=lambda size: (size is not None, str(size))):
+        for bits in WIDTHS:
+            choice = TensorPlan(bits=bits, group_size=None if bits == FULL_PRECISION_BITS else size)
+            layout = page_layout(choice, kind, plan.cache, plan.model.head_dim)
+            found.setdefault((bits, layout.group if layout else None), choice)
+    return list(found.values())
 
 
 def _stored(plan: Plan, kind: Kind, tensor: TensorPlan) -> float:

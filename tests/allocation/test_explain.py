@@ -95,3 +95,13 @@ def test_in_full_precision_nothing_is_left_to_save():
     profile = curved(4)
     reasons = explain(Plan.uniform(profile.model, 16, 16), profile.scores["loss"], profile.scores["loss"])
     assert {(each.loss, each.upgrade) for each in reasons} == {(0.0, None)}
+
+
+def test_a_group_longer_than_a_row_is_no_choice_of_its_own():
+    profile = curved(4, head_dim=64)
+    layers = {n: LayerPlan(k=TensorPlan(bits=2, group_size=128), v=TensorPlan(bits=2)) for n in range(4)}
+    plan = Plan.build(profile.model, layers, CacheSettings(group_size=64))
+    reasons = explain(plan, profile.scores["loss"], profile.scores["loss"])
+    values = [each.upgrade.tensor for each in reasons if each.kind == "value"]
+    assert len(values) == 4
+    assert {tensor.group_size for tensor in values} == {None}
