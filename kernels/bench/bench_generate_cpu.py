@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -94,7 +95,9 @@ def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> Non
         cache.update(keys, values, layer)
 
 
-def measure(name: str | None, context: int, rounds: int, dtype: torch.dtype) -> list[dict[str, object]]:
+def measure(
+    name: str | None, context: int, rounds: int, dtype: torch.dtype, only: str | None = None
+) -> list[dict[str, object]]:
     """One row a cache that is installed, each with the same random context in it."""
     model, info = model_of(name, dtype)
     token = torch.zeros(1, 1, dtype=torch.long)
@@ -107,6 +110,8 @@ def measure(name: str | None, context: int, rounds: int, dtype: torch.dtype) -> 
         return model(token, past_key_values=cache)
 
     for label, candidate in candidates(model, info, context + rounds + WARMUP).items():
+        if only not in (None, label):
+            continue
         try:
             held[label] = candidate.make()
         except ImportError as error:
@@ -115,7 +120,7 @@ def measure(name: str | None, context: int, rounds: int, dtype: torch.dtype) -> 
         fill(held[label], info, context, dtype)
         steps[label] = functools.partial(step, held[label], candidate.attention)
     times = results.in_turns(steps, rounds, WARMUP)
-    baseline = times["DynamicCache"]
+    baseline = times.get("DynamicCache", next(iter(times.values())))
     print(f"\n{info.id}, {dtype}, context {context}, {torch.get_num_threads()} threads")
     rows = []
     for label, ms in times.items():
@@ -133,14 +138,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--only", metavar="CACHE", help="one cache by its name, and the peak memory of the process with it"
+    )
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     rows = [
         row
         for context in options.contexts.split(",")
-        for row in measure(options.model, int(context), options.rounds, dtype)
+        for row in measure(options.model, int(context), options.rounds, dtype, options.only)
     ]
-    if options.save:
+    if options.only:
+        print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
+    elif options.save:
         results.append(rows)
 
 
