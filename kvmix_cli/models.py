@@ -77,6 +77,11 @@ class LoadedModel:
         """Where token ids go; with a device map, other layers may live elsewhere."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def dtype(self) -> str:
+        """Of its weights: `float32`, `bfloat16` or `float16`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
 
 def load_model(
     model_id: str,

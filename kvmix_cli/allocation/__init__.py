@@ -15,7 +15,7 @@ from ..plan import Plan
 from ..profile import Profile
 from .budgets import Budget
 from .methods import FAMILY, SEARCH, SOLVERS, TRIALS, Method, default_method, default_score, get_method, methods
-from .pins import parse_pins, short
+from .pins import parse_pins
 from .pose import K_BITS, V_BITS, Options, pose
 from .predict import other_settings, predicted_loss
 from .presets import PRESETS, Preset
@@ -109,7 +109,7 @@ def _plan(problem: Problem, method: str, decision: Decision, **found: Any) -> Pl
         "seed": problem.seed if "seed" in uses else None,
         "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
         "budget": problem.budget.summary,
-        "pins": {layer: short(pin) for layer, pin in problem.pins.items()} or None,
+        "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,
         "predicted_loss": predicted,
         **found,
         "profile_sha256": problem.profile_sha256,

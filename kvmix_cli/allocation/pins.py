@@ -34,11 +34,6 @@ def parse_pins(texts: Sequence[str], model: ModelInfo) -> dict[int, LayerPlan]:
     return dict(sorted(pins.items()))
 
 
-def short(plan: LayerPlan) -> str:
-    """A layer's widths, `k8v4`."""
-    return f"k{plan.k.bits}v{plan.v.bits}"
-
-
 def _layer(match: re.Match[str]) -> LayerPlan:
     try:
         return LayerPlan(k=TensorPlan(bits=int(match["k"])), v=TensorPlan(bits=int(match["v"])))

@@ -8,13 +8,12 @@ line that was cut off while it was written is dropped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import DocumentError, OutputError
-from ..files import write_text
+from ..errors import DocumentError
+from ..files import append_line, write_text
 from ..plan import LayerPlan, TensorPlan
 from .problem import Measure
 
@@ -49,14 +48,7 @@ class Trials:
 
     def _append(self, key: str, loss: float) -> None:
         self._losses[key] = loss
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_record(key, loss)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            why = error.strerror or error
-            raise OutputError(f"cannot write {self._path}: {why}; make room, then go on with --resume") from error
+        append_line(self._path, json.dumps(_record(key, loss)), "make room, then go on with --resume")
 
 
 def short_key(layers: Mapping[int, LayerPlan]) -> str:

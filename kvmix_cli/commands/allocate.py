@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -208,15 +207,13 @@ def _default_name(method: str, budget: Budget, preset: str | None, seed: int) ->
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from .show import notice_settings, plan_json, show_plan
+    from .show import loss_text, notice_settings, plan_json, show_plan
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
     show_plan(plan, path, context, batch)
     if loss is not None:
         name = plan.provenance["score"]
-        console.text(
-            f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {name} predicts\n"
-        )
+        console.text(f"{loss_text(loss, name)}\n")
         notice_settings(name, source.score(name), plan.cache)
     console.emit_json(
         {

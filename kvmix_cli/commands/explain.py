@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from .. import console, state
 from ..errors import BudgetError, KvmixError, StateError
 from ..plan import Plan, TensorPlan
 from ..profile import Profile
-from .show import notice_settings, summary, tensor_text
+from .show import loss_text, notice_settings, summary, tensor_text
 
 if TYPE_CHECKING:
     from ..allocation.explain import Reason
@@ -139,8 +138,7 @@ def _footer(plan: Plan, found: Explanation) -> list[str]:
 
     lines = [f"score:   {found.importance}, from {found.path}"]
     if found.loss is not None:
-        share = f"{100 * math.expm1(found.loss):+.2f} % perplexity"
-        lines.append(f"loss:    {found.loss:.5f} nats a token, {share}, as {found.prediction} predicts")
+        lines.append(loss_text(found.loss, str(found.prediction)))
     first = next_upgrade(found.reasons)
     if first is not None and first.upgrade is not None:
         what = f"{tensor_text(first.upgrade.tensor)} bits for the {first.kind}s of layer {first.layer}"

@@ -102,7 +102,7 @@ class Bench:
 
         return {
             "model": self.loaded.info.model_dump(mode="json"),
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "dtype": self.loaded.dtype,
             "cache": self.cache.model_dump(mode="json"),
             "calibration": describe(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
             "prefix": PREFIX,

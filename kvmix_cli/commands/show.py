@@ -130,6 +130,11 @@ def notice_settings(name: str, score: Score, cache: CacheSettings) -> None:
         console.notice(f"{name} was measured with other settings than the plan's: {', '.join(differences)}")
 
 
+def loss_text(loss: float, score: str) -> str:
+    """A predicted loss, for the foot of a table."""
+    return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
+
+
 def tensor_text(tensor: TensorPlan) -> str:
     """`4`, or `4 (group 32)` for a tensor with a group size of its own."""
     return f"{tensor.bits}" if tensor.group_size is None else f"{tensor.bits} (group {tensor.group_size})"

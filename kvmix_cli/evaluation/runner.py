@@ -88,14 +88,13 @@ class _Bench:
 
     def config(self, subject: Subject) -> dict[str, Any]:
         """Everything that a subject's numbers depend on, as plain data."""
-        model = self.loaded.model
         return {
             "kvmix": __version__,
             "task": self.task.name,
             "model": self.loaded.info.model_dump(mode="json"),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": self.loaded.dtype,
             "device": self.loaded.device.type,
-            "attention": model.config._attn_implementation,
+            "attention": self.loaded.model.config._attn_implementation,
             "settings": asdict(self.settings),
             "samples": {"count": len(self.samples), "sha256": hashlib.sha256(repr(self.samples).encode()).hexdigest()},
             "plan": subject.plan and {"short": subject.plan.short, "sha256": subject.plan.sha256},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError, OutputError
-from ..files import flow, read_yaml, write_text
+from ..files import append_line, flow, read_yaml, write_text
 from .base import Record
 
 FORMAT = "kvmix-run/1"
@@ -90,14 +90,7 @@ class Run:
 
     def append(self, record: Record) -> None:
         """Add a sample's record, on the disk when this returns. Raises OutputError."""
-        try:
-            with self.samples.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            reason = f"cannot write {self.samples}: {error.strerror}"
-            raise OutputError(f"{reason}; --resume goes on with what is there") from error
+        append_line(self.samples, json.dumps(record, allow_nan=False), "--resume goes on with what is there")
         self.records.append(record)
 
     def finish(self, row: dict[str, Any]) -> None:

@@ -7,15 +7,14 @@ they must be equal. A last line that was cut off while it was written is dropped
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..errors import DocumentError, OutputError
-from ..files import write_text
+from ..errors import DocumentError
+from ..files import append_line, write_text
 from .base import Measured
 
 FORMAT = "kvmix-journal/2"
@@ -51,14 +50,7 @@ class Journal:
         self.samples.append(sample)
         if self._path is None:
             return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(sample) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"cannot write {self._path}: {reason}; make room, then go on with --resume") from error
+        append_line(self._path, _line(sample), "make room, then go on with --resume")
 
 
 def _read(path: Path, header: dict[str, Any]) -> list[Sample]:

@@ -68,7 +68,7 @@ def run_profile(
         on_step(len(record.samples), len(chosen))
     return Profile(
         model=loaded.info,
-        provenance={"kvmix": __version__, "dtype": _dtype(loaded)},
+        provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={probe.name: _score(probe, record.samples, calibration, options) for probe in probes},
     )
 
@@ -100,17 +100,13 @@ def _settings(
         "model": loaded.info.id,
         "revision": loaded.info.revision,
         "config_sha256": loaded.info.config_sha256,
-        "dtype": _dtype(loaded),
+        "dtype": loaded.dtype,
         "scores": [probe.name for probe in probes],
         "bits": options.bits,
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
         **calibration.model_dump(),
     }
-
-
-def _dtype(loaded: LoadedModel) -> str:
-    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, options: Options) -> Score:

@@ -97,7 +97,7 @@ def _layers(loaded: LoadedModel, probe: WeightProbe | ChangeProbe, tally: Tally)
 
 def _require_finite(pair: KV, index: int, loaded: LoadedModel) -> None:
     if not all(math.isfinite(number) for each in pair for number in (each.value, *each.curve.values())):
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        dtype = loaded.dtype
         advice = "its weights may be damaged" if dtype == "float32" else "use --dtype float32 or bfloat16"
         raise ModelError(f"gradients of {loaded.info.id} overflow in {dtype}, first in layer {index}: {advice}")
 

@@ -27,10 +27,9 @@ def uniform(bits, cache=SHORT, info=None):
 
 def stand_in(**changes):
     """As much of a loaded model as the runner itself looks at."""
-    model = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(_attn_implementation="kvmix"))
-    return SimpleNamespace(
-        **{"model": model, "device": torch.device("cpu"), "info": INFO, "max_length": 4096, **changes}
-    )
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))
+    facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
+    return SimpleNamespace(**{"model": model, **facts, **changes})
 
 
 class Counting(Task):
