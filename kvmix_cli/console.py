@@ -108,11 +108,18 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], foo
         grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
-    buffer, terminal = io.StringIO(), sys.stdout.isatty()
-    console = Console(file=buffer, force_terminal=terminal, width=None if terminal else PIPE_WIDTH)
+    buffer = io.StringIO()
+    console = Console(file=buffer, force_terminal=sys.stdout.isatty(), width=width())
     console.print(Text(title, style="bold"), Text(), grid, sep="\n", soft_wrap=False)
     lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
     _write(sys.stdout, "\n".join([*lines, "", *([footer] if footer else [])]) + "\n")
+
+
+def width() -> int:
+    """Columns that a table may take."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() else PIPE_WIDTH
 
 
 def emit_json(result: Any) -> None:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .cache import MixedCache
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
@@ -18,11 +16,14 @@ if TYPE_CHECKING:
     from .models import LoadedModel
 
 
-def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int]) -> None:
-    """Put a context into an empty cache. It counts for nothing: its queries have read no quantized token."""
+def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor) -> None:
+    """Put a context, or several of the same length `[B, T]`, into an empty cache.
+
+    It counts for nothing: its queries have read no quantized token.
+    """
     _forward(loaded, cache, ids, keep=1)
-    if isinstance(cache, MixedCache):
-        cache.attended.reset()
+    if (attended := getattr(cache, "attended", None)) is not None:
+        attended.reset()
 
 
 def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:
@@ -51,11 +52,11 @@ def document_loss(loaded: LoadedModel, cache: Cache, ids: Sequence[int], prefix:
     return loss
 
 
-def _forward(loaded: LoadedModel, cache: Cache, ids: Sequence[int], keep: int | None = None) -> Tensor:
-    """Logits `[tokens, vocabulary]`, of the last `keep` tokens only where the model can leave out the others."""
+def _forward(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, keep: int | None = None) -> Tensor:
+    """Logits `[tokens, vocabulary]` of the first row, of the last `keep` tokens only where the model can do so."""
     options: dict[str, Any] = {}
     if keep is not None and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         options["logits_to_keep"] = keep
-    inputs = torch.tensor([list(ids)], device=loaded.device)
+    inputs = ids if isinstance(ids, torch.Tensor) else torch.tensor([list(ids)], device=loaded.device)
     logits: Tensor = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **options).logits[0]
     return logits

@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__, console
-from .commands import allocate, demo, eval, export, inspect, options, profile, run
+from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
+from .commands.grouped import GroupedCommand
 from .errors import KvmixError
 
 RESUMABLE = ("profile", "eval")
@@ -56,7 +57,8 @@ app = typer.Typer(
 app.command("profile", short_help="Measure how important each layer's keys and values are.")(profile.profile)
 app.command("allocate", short_help="Decide every layer's bits under a budget.")(allocate.allocate)
 app.command("run", short_help="Generate with the quantized cache.")(run.run)
-app.command("eval", short_help="Measure plans against the unquantized cache.")(eval.evaluate)
+app.command("eval", cls=GroupedCommand, short_help="Measure plans against the unquantized cache.")(eval.evaluate)
+app.command("report", short_help="Runs in one table, and a page with plots.")(report.report)
 app.command("inspect", short_help="Show, validate or compare profiles and plans.")(inspect.inspect)
 app.command("export", short_help="Write a plan for vLLM, ModelOpt, llama.cpp or KVTuner.")(export.export)
 app.command("demo", short_help="All of it on the built-in model, in a few minutes.")(demo.demo)

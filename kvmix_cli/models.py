@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import cache  # noqa: F401  (importing it registers the attention implementation "kvmix")
-from .errors import ModelError, did_you_mean
+from .errors import ModelError, did_you_mean, first_sentence
 from .geometry import max_length, model_info
 from .noise import hushed, verbose
 from .plan import ModelInfo
@@ -153,7 +153,7 @@ def _load_config(model_id: str, source: str, revision: str | None, trust_remote_
         with _quiet():
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except _UNREADABLE as error:
-        raise ModelError(f"cannot load {model_id}: {_reason(error)}; {_advice(model_id, error)}") from error
+        raise ModelError(f"cannot load {model_id}: {first_sentence(error)}; {_advice(model_id, error)}") from error
     has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         raise ModelError(f"{model_id} is no causal language model, but of type {config.model_type}")
@@ -178,7 +178,7 @@ def _load_weights(model_id: str, source: str, options: dict[str, Any]) -> PreTra
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{model_id} does not fit on the device: use a smaller model or --device map") from error
     except _UNREADABLE as error:
-        raise ModelError(f"cannot load the weights of {model_id}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the weights of {model_id}: {first_sentence(error)}") from error
     _require_complete(model_id, report)
     return model
 
@@ -251,13 +251,6 @@ def _quiet() -> Iterator[None]:
         finally:
             if bars:
                 transformers_logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of a library's message, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text.split(". ")[0].rstrip(".:")
 
 
 def _advice(model_id: str, error: BaseException) -> str:

@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kw
 
 from ..errors import PlanError
 from ..plan import Plan
+from .handle import Handle
 from .layer import MixedLayer
+from .sizes import cache_nbytes, stock_nbytes
 
 _QUANTIZABLE = "full_attention"
 
@@ -30,6 +32,17 @@ class Attended:
     def share(self) -> float:
         """Quantized share of what was attended; 0 before anything was."""
         return self.quantized / self.total if self.total else 0.0
+
+    def add(self, new: Tensor, read: Tensor, quantized: float | None) -> None:
+        """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, those after each query left out.
+
+        Args:
+            quantized: tokens that they read in quantized form, None for all of them.
+        """
+        batch, _, queries, _ = new.shape
+        seen = read.shape[2] - (queries - 1) / 2
+        self.total += batch * queries * seen
+        self.quantized += batch * queries * (seen if quantized is None else quantized)
 
     def reset(self) -> None:
         self.total = self.quantized = 0
@@ -76,7 +89,8 @@ class MixedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values `[B, H_kv, S, D]`; returns all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._count(keys, values, key_states)
+        packed = sum(read.segments.packed_tokens for read in (keys, values) if isinstance(read, Handle))
+        self.attended.add(key_states, keys, quantized=packed / 2)
         return keys, values
 
     @property
@@ -87,15 +101,7 @@ class MixedCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes held by all layers, with the room to grow."""
-        return sum(getattr(layer, "allocated_bytes", 0) or _stock_nbytes(layer) for layer in self.layers)
-
-    def _count(self, keys: Tensor, values: Tensor, new: Tensor) -> None:
-        batch, _, queries, _ = new.shape
-        self.attended.total += batch * queries * (keys.shape[2] - (queries - 1) / 2)
-        for returned in (keys, values):
-            segments = getattr(returned, "segments", None)
-            if segments is not None:
-                self.attended.quantized += batch * queries * segments.packed_tokens / 2
+        return sum(getattr(layer, "allocated_bytes", 0) or stock_nbytes(layer) for layer in self.layers)
 
 
 def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -107,13 +113,3 @@ def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
     """Layers that have no full attention of their own, and of which kind they are."""
     kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     return {index: kind for index, kind in enumerate(kinds) if kind != _QUANTIZABLE}
-
-
-def cache_nbytes(cache: Cache) -> int:
-    """Bytes in use by any transformers cache, quantized or not."""
-    return sum(layer.nbytes if isinstance(layer, MixedLayer) else _stock_nbytes(layer) for layer in cache.layers)
-
-
-def _stock_nbytes(layer: Any) -> int:
-    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.ndim > 1]
-    return sum(tensor.nbytes for tensor in tensors)

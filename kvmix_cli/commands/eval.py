@@ -9,12 +9,20 @@ import typer
 
 from . import options
 
+PROMPTS = "Tasks that generate: LongBench and lm-eval"
+SWEEPS = "Sweeps: throughput, recall and needles"
+BOARD = "Leaderboard"
+
 
 def evaluate(
     ctx: typer.Context,
     task: Annotated[
-        Any,
-        typer.Option(metavar="LIST", parser=options.parse_names, help="perplexity [the default], recall, memory."),
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="perplexity [the default], recall, passkey, kv_retrieval, memory, throughput, longbench[:NAME,...], "
+            "longbench-e, or any task of lm-eval.",
+        ),
     ] = None,
     plan: Annotated[
         list[str] | None,
@@ -23,11 +31,20 @@ def evaluate(
     uniform: Annotated[
         list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Somebody else's cache beside ours: bf16, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}; "
+            "uniform-N, random-plan[-SEED]; repeatable.",
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens of a document, exercise or context.")] = 1024,
     prefix: Annotated[int, typer.Option(metavar="N", help="Of these, prefilled before scoring (perplexity).")] = 256,
     step: Annotated[int, typer.Option(metavar="N", help="Tokens fed at a time; 1 is exact decoding.")] = 32,
     text: Annotated[
-        str, typer.Option(metavar="SOURCE", help="builtin (held out), a file, a folder or hub:DATASET.")
+        str,
+        typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
     ] = "builtin",
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most samples [default: the task's].")] = None,
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results"),
@@ -36,26 +53,89 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="LongBench's JSONL files [default: from the hub]."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, rich_help_panel=PROMPTS, help="Most tokens of a prompt [default: the model's limit]."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", rich_help_panel=PROMPTS, help="A malformed line is an error, not skipped.")
+    ] = False,
+    batch_size: Annotated[
+        Any,
+        typer.Option(
+            metavar="N", parser=options.parse_batch, rich_help_panel=PROMPTS, help="Prompts at a time, or auto."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="Task files of your own, for lm-eval.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", min=0, rich_help_panel=PROMPTS, help="Examples in a prompt of lm-eval.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", rich_help_panel=PROMPTS, help="Also for tasks of lm-eval.")
+    ] = False,
+    contexts: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST", parser=options.parse_counts, rich_help_panel=SWEEPS, help="Tokens, e.g. 1024,4096."
+        ),
+    ] = None,
+    batches: Annotated[
+        Any,
+        typer.Option(metavar="LIST", parser=options.parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8."),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=2, rich_help_panel=SWEEPS, help="Tokens to decode (throughput).")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Times each point is measured.")
+    ] = None,
+    memory: Annotated[
+        Any,
+        typer.Option(
+            metavar="SIZE", parser=options.parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
+        ),
+    ] = None,
+    depths: Annotated[
+        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Places of a needle in its context.")
+    ] = None,
     leaderboard: Annotated[
-        bool, typer.Option("--leaderboard", help="Compare methods instead of plans of your own.")
+        bool, typer.Option("--leaderboard", rich_help_panel=BOARD, help="Compare methods instead of plans of your own.")
     ] = False,
     stored_bits: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_budgets, help="Leaderboard: budgets, e.g. 2.5,3,3.5,4.")
+        Any,
+        typer.Option(
+            metavar="LIST", parser=options.parse_budgets, rich_help_panel=BOARD, help="Budgets, e.g. 2.5,3,3.5,4."
+        ),
     ] = None,
     scores: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_names, help="Leaderboard: scores [default: all].")
+        Any,
+        typer.Option(metavar="LIST", parser=options.parse_names, rich_help_panel=BOARD, help="Scores [default: all]."),
     ] = None,
     methods: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_names, help="Leaderboard: solvers [default: all].")
+        Any,
+        typer.Option(metavar="LIST", parser=options.parse_names, rich_help_panel=BOARD, help="Solvers [default: all]."),
     ] = None,
     group_size: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_groups, help="Leaderboard: to choose from, e.g. 64,32.")
+        Any,
+        typer.Option(
+            metavar="LIST", parser=options.parse_groups, rich_help_panel=BOARD, help="To choose from, e.g. 64,32."
+        ),
     ] = None,
     random_plans: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Leaderboard: random plans a budget [default: 8].")
+        int | None,
+        typer.Option(min=0, metavar="N", rich_help_panel=BOARD, help="Random plans a budget [default: 8]."),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Leaderboard: profile to use [default: the newest].")
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=BOARD, help="Profile to use [default: the newest]."),
     ] = None,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -74,7 +154,7 @@ def evaluate(
     """
     from ..evaluation.base import Settings
     from .leaderboard import hold
-    from .measure import Setup, measure_plans
+    from .measure import Contest, Setup, measure_plans
 
     settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
     settings.check(None)
@@ -83,16 +163,29 @@ def evaluate(
     setup = Setup(model, task, settings, loading, results)
     rules = {"stored_bits": stored_bits, "scores": scores, "methods": methods, "random_plans": random_plans}
     rules |= {"group_size": group_size, "profile": profile}
+    own = {"data_dir": data_dir, "max_length": max_length, "strict": strict or None, "batch_size": batch_size}
+    own |= {
+        "include_path": include_path,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template or None,
+    }
+    own |= {"contexts": contexts, "batches": batches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
+    own |= {"depths": depths}
     if leaderboard:
-        _refuse({"plan": plan, "uniform": uniform, "fail_if": fail_if}, "has no place in a leaderboard")
-        hold(setup, **{name: value for name, value in rules.items() if value is not None})
+        refused = {"plan": plan, "uniform": uniform, "baseline": baseline, "fail_if": fail_if, **own}
+        _refuse(refused, "has no place in a leaderboard")
+        hold(setup, **_given(rules))
     else:
         _refuse(rules, "needs --leaderboard")
-        measure_plans(setup, plan or [], uniform or [], fail_if or [])
+        measure_plans(setup, Contest(plan or [], uniform or [], baseline or []), _given(own), fail_if or [])
 
 
-def _refuse(given: dict[str, Any], reason: str) -> None:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
     """Raise typer.BadParameter for any option that was given."""
-    for name, value in given.items():
-        if value not in (None, []):
-            raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
+    for name in _given(options):
+        raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from .. import console, state
+from ..budget import format_bytes
 
 if TYPE_CHECKING:
     from ..evaluation.base import Estimate, Metric, Settings, Subject, Task
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 GATE_FAILED = 3
 ROW_FAILED = 1
-KIB = 2**10
+MAX_COLUMNS = 10
+"""A table with more is turned: a line a metric, a column a plan."""
 
 
 class Setup(NamedTuple):
@@ -27,43 +29,67 @@ class Setup(NamedTuple):
 
     Attributes:
         model: None for the one that the plans or the profile are for.
-        tasks: their names; None for the default.
+        tasks: their names, as one text; None for the default.
         loading: see `load_model`.
         results: where records go, see `Runs`.
     """
 
     model: str | None
-    tasks: Sequence[str] | None
+    tasks: str | None
     settings: Settings
     loading: dict[str, Any]
     results: dict[str, Any]
 
 
-def measure_plans(setup: Setup, given: Sequence[str], uniform: Sequence[int], fail_if: Sequence[str]) -> None:
+class Contest(NamedTuple):
+    """Who is measured: plans, the same width everywhere, and other people's caches."""
+
+    plans: Sequence[str]
+    uniform: Sequence[int]
+    baselines: Sequence[str]
+
+
+def measure_plans(setup: Setup, contest: Contest, options: dict[str, Any], fail_if: Sequence[str]) -> None:
     """Measure the plans given, or the newest, and leave with the exit code that the outcome deserves.
+
+    Args:
+        options: of single tasks, those that were given.
 
     Raises:
         KvmixError: before anything is measured if it cannot be.
     """
-    from ..evaluation import get_task
+    from ..evaluation import get_tasks, split_tasks
     from ..evaluation.runs import Runs
     from ..models import load_info, load_model
+    from .baselines import check_baselines
     from .subjects import choose
 
-    names = setup.tasks or ("perplexity",)
-    tasks = [get_task(name) for name in names]
+    tasks = get_tasks(split_tasks("perplexity" if setup.tasks is None else setup.tasks), options)
     gates = _gates(fail_if, tasks)
-    choice = choose(given, model=setup.model, revision=setup.loading["revision"], need_plan=not uniform)
+    check_baselines(contest.baselines)
+    need_plan = not (contest.uniform or contest.baselines)
+    choice = choose(contest.plans, model=setup.model, revision=setup.loading["revision"], need_plan=need_plan)
     loading = {**setup.loading, "revision": choice.revision}
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
-    subjects = _subjects(choice.plans(info, uniform))
+    plans = choice.plans(info, contest.uniform)
     loaded = load_model(choice.model, **loading)
+    subjects = _subjects(plans, contest.baselines, loaded, setup.settings.seed)
     runs = Runs(model=state.slug(choice.model), **setup.results)
     reports = [_report(task, loaded, subjects, setup.settings, runs) for task in tasks]
-    verdicts = [gate.check(report.plans, report.reference) for gate, report in _paired(gates, reports)]
+    verdicts = [
+        gate.check(_judged(report, plans), report.reference)
+        for gate in gates
+        for task, report in zip(tasks, reports, strict=True)
+        if any(metric.name == gate.metric for metric in task.metrics)
+    ]
     _show_gates(verdicts)
-    console.emit_json(_as_json(loaded.info, ",".join(names), reports, verdicts))
+    console.emit_json(_as_json(loaded.info, reports, verdicts))
     leave(reports, verdicts)
+
+
+def _judged(report: Report, plans: Collection[str]) -> list[Row]:
+    """The rows that gates are about: those of the user's plans, or of the baselines if there is nothing else."""
+    return [row for row in report.plans if row.plan in plans] or list(report.plans)
 
 
 def _gates(expressions: Sequence[str], tasks: Sequence[Task]) -> list[Gate]:
@@ -75,10 +101,12 @@ def _gates(expressions: Sequence[str], tasks: Sequence[Task]) -> list[Gate]:
     return [parse_gate(expression, known, relative) for expression in expressions]
 
 
-def _subjects(plans: dict[str, Plan]) -> list[Subject]:
+def _subjects(plans: dict[str, Plan], baselines: Sequence[str], loaded: LoadedModel, seed: int) -> list[Subject]:
     from ..evaluation.base import Subject
+    from .baselines import baseline_subjects
 
-    return [Subject(name, plan) for name, plan in plans.items()]
+    ours = [Subject(name, plan) for name, plan in plans.items()]
+    return [*ours, *baseline_subjects(baselines, loaded, plans, seed)]
 
 
 def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settings: Settings, runs: Runs) -> Report:
@@ -89,9 +117,26 @@ def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settin
     warn(report)
     metrics = [metric for metric in task.metrics if any(metric.name in row.metrics for row in report.rows)]
     columns = ("plan", "nominal", "stored", "quantized", *(metric.name.replace("_", " ") for metric in metrics))
-    rows = [_cells(row, metrics) for row in report.rows]
-    console.table(f"{task.name} of {loaded.info.id}", columns, rows, f"{report.description}\n")
+    table: list[Sequence[str]] = [columns, *(_cells(row, metrics) for row in report.rows)]
+    if len(columns) > MAX_COLUMNS:
+        table = list(zip(*table, strict=True))
+    console.table(f"{task.name} of {loaded.info.id}", table[0], table[1:], f"{report.description}\n")
+    for each in task.details(report.rows):
+        console.table(*each)
+    _draw(report, runs)
     return report
+
+
+def _draw(report: Report, runs: Runs) -> None:
+    """A picture beside the samples, if the task's values have a place in their contexts."""
+    from ..evaluation.runs import safe_name
+
+    if any("answers" in record for row in report.rows for record in row.records):
+        from .heat_map import plot_heat_maps
+
+        path = runs.root / f"{safe_name(report.task)}__{runs.model}__heatmap.png"
+        if plot_heat_maps(report, path):
+            console.text(f"picture: {path}\n\n")
 
 
 def warn(report: Report) -> None:
@@ -105,7 +150,8 @@ def warn(report: Report) -> None:
 
 def _cells(row: Row, metrics: Sequence[Metric]) -> list[str]:
     """A row of the table; what was not measured is a dash."""
-    cells = [row.plan, f"{row.nominal_bits:.2f}", f"{row.stored_bits:.2f}", f"{row.quantized_share:.1%}"]
+    stored = "-" if row.stored_bits is None else f"{row.stored_bits:.2f}"
+    cells = [row.plan, f"{row.nominal_bits:.2f}", stored, f"{row.quantized_share:.1%}"]
     return cells + [cell(row.metrics.get(metric.name), metric.unit) for metric in metrics]
 
 
@@ -119,20 +165,10 @@ def cell(estimate: Estimate | None, unit: str) -> str:
 
 def _number(value: float, unit: str) -> str:
     if unit == "bytes":
-        return f"{value / KIB:.1f} KiB"
+        return format_bytes(value)
     if unit == "%":
-        return f"{value:+.2f} %"
-    return f"{value:+.4f}" if unit == "nats" else f"{value:.4g}" + ("x" if unit == "x" else "")
-
-
-def _paired(gates: Sequence[Gate], reports: Sequence[Report]) -> Iterator[tuple[Gate, Report]]:
-    """Each gate with the report of the task that has its metric."""
-    from ..evaluation import get_task
-
-    for gate in gates:
-        for report in reports:
-            if any(metric.name == gate.metric for metric in get_task(report.task).metrics):
-                yield gate, report
+        return f"{round(value, 2) + 0.0:+.2f} %"
+    return f"{round(value, 4) + 0.0:+.4f}" if unit == "nats" else f"{value:.4g}" + ("x" if unit == "x" else "")
 
 
 def _show_gates(verdicts: Sequence[Verdict]) -> None:
@@ -144,11 +180,11 @@ def _show_gates(verdicts: Sequence[Verdict]) -> None:
                 console.alert(f"gate {verdict.expression} failed: {failure}")
 
 
-def _as_json(info: ModelInfo, task: str, reports: Sequence[Report], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def _as_json(info: ModelInfo, reports: Sequence[Report], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {
         "command": "eval",
         "model": info.id,
-        "task": task,
+        "task": ",".join(report.task for report in reports),
         "tokens": sum(report.tokens for report in reports),
         "rows": [row.as_json() for report in reports for row in report.rows],
         "reference": reports[0].reference.plan,

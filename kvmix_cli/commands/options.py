@@ -38,6 +38,23 @@ def parse_bits(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Counts, `1024,4096`, ascending."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part) for part in parts):
+        raise typer.BadParameter(f"'{text}' is no list of counts; write it like 1024,4096")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_batch(text: str) -> int | str:
+    """A batch size, or `auto`."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise typer.BadParameter(f"'{text}' is no batch size; write a number or auto")
+    return int(text)
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """Names, `rank,ilp`."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))

@@ -1,11 +1,14 @@
-"""Measuring a plan against the unquantized cache on the same work. One file a task."""
+"""Measuring a plan against the unquantized cache on the same work. One file or folder a task."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError, did_you_mean
+from ..errors import EvaluationError
+from .harness import harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
@@ -13,19 +16,69 @@ if TYPE_CHECKING:
 _TASKS = {
     "perplexity": "perplexity:Perplexity",
     "recall": "recall:Recall",
+    "passkey": "passkey:Passkey",
+    "kv_retrieval": "kv_retrieval:KVRetrieval",
     "memory": "memory:Memory",
+    "throughput": "throughput.task:Throughput",
+    "longbench": "longbench.task:LongBench",
+    "longbench-e": "longbench.task:LongBenchE",
 }
+"""A task by name: its class. A class with a field `members` also takes some of its parts, `name:one,two`."""
+_MEMBERS: dict[str, str] = {
+    "longbench": "longbench.datasets:MEMBERS",
+    "longbench-e": "longbench.datasets:MEMBERS_E",
+}
+"""The parts of a task that has some: a mapping by their names, in a module that is quick to import."""
 
 
 def tasks() -> tuple[str, ...]:
-    """The names of all tasks."""
+    """The names of all tasks of our own."""
     return tuple(_TASKS)
 
 
-def get_task(name: str) -> Task:
-    """A task by name. Raises EvaluationError."""
-    if name not in _TASKS:
-        raise EvaluationError(f"no task '{name}'{did_you_mean(name, _TASKS)}; there are {', '.join(_TASKS)}")
-    module, _, attribute = _TASKS[name].partition(":")
-    task: Task = getattr(importlib.import_module(f".{module}", __name__), attribute)()
+def split_tasks(text: str) -> tuple[str, ...]:
+    """The tasks of a list, `perplexity,longbench:qasper,trec` being two: commas also part a task's members."""
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        family = found[-1].partition(":")[0] if found and ":" in found[-1] else None
+        if family and part not in _TASKS and part in _members(family):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return tuple(dict.fromkeys(found))
+
+
+def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """A task by name, ours or else lm-eval's, with those of the options that are its own. Raises EvaluationError."""
+    family, colon, members = name.partition(":")
+    ours = family in _TASKS and (not colon or family in _MEMBERS)
+    kind = _load(_TASKS[family]) if ours else harness_kind(name, _TASKS)
+    own = {key: value for key, value in (options or {}).items() if key in _own_options(kind)}
+    if not ours:
+        own["given"] = name
+    elif colon:
+        own["members"] = tuple(members.split(","))
+    task: Task = kind(**own)
     return task
+
+
+def get_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
+    """Several tasks. Raises EvaluationError, also for an option that none of them has."""
+    found = [get_task(name, options) for name in names]
+    for option in options:
+        if not any(option in _own_options(type(task)) for task in found):
+            raise EvaluationError(f"--{option.replace('_', '-')} is of no use to {', '.join(names)}; leave it out")
+    return found
+
+
+def _members(family: str) -> Mapping[str, Any]:
+    return _load(_MEMBERS[family]) if family in _MEMBERS else {}
+
+
+def _own_options(kind: type[Task]) -> set[str]:
+    return {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+
+
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), attribute)

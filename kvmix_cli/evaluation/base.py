@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ..errors import EvaluationError
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..models import LoadedModel
     from ..plan import Plan
+    from .report import Row
 
 UNQUANTIZED = "unquantized"
 """Name of the row that every other row is compared with."""
@@ -51,20 +54,55 @@ class Settings:
             raise EvaluationError(f"--length {self.length} is more than the model's limit of {longest} tokens")
 
 
+class Baseline(Protocol):
+    """Somebody else's cache, to be measured beside ours.
+
+    Attributes:
+        settings: all that its numbers depend on, as plain data.
+        stored_bits: bits a number with all that it takes to read it again; None if that cannot be told here.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    @property
+    def nominal_bits(self) -> float: ...
+
+    @property
+    def stored_bits(self) -> float | None: ...
+
+    def cache(self, loaded: LoadedModel) -> Cache:
+        """An empty cache. Raises EvaluationError if what it needs is not installed."""
+        ...
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What a row is about: a plan by its name, or the unquantized cache."""
+    """What a row is about: a plan by its name, a baseline, or the unquantized cache."""
 
     name: str = UNQUANTIZED
     plan: Plan | None = None
+    baseline: Baseline | None = None
+
+    @property
+    def bits(self) -> tuple[float, float | None]:
+        """Nominal and stored."""
+        if self.plan is not None:
+            return self.plan.bits.nominal, self.plan.bits.stored
+        if self.baseline is not None:
+            return self.baseline.nominal_bits, self.baseline.stored_bits
+        return FULL_PRECISION_BITS, FULL_PRECISION_BITS
 
     def cache(self, loaded: LoadedModel, reserve: int) -> Cache:
-        """An empty cache for `reserve` tokens. Raises PlanError."""
+        """An empty cache for `reserve` tokens. Raises PlanError, or EvaluationError for a baseline."""
         from ..cache import MixedCache, unquantized_cache
 
-        if self.plan is None:
-            return unquantized_cache(loaded.model.config)
-        return MixedCache.from_plan(self.plan, loaded.model.config, reserve=reserve)
+        if self.plan is not None:
+            return MixedCache.from_plan(self.plan, loaded.model.config, reserve=reserve)
+        return unquantized_cache(loaded.model.config) if self.baseline is None else self.baseline.cache(loaded)
 
 
 @dataclass(frozen=True)
@@ -107,12 +145,40 @@ class Sample:
     ids: tuple[int, ...]
 
 
-class Task(ABC):
-    """One way to measure. A subclass is a file of this folder and a line in the registry."""
+class Table(NamedTuple):
+    """As `console.table` takes it."""
 
-    name: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    footer: str = ""
+
+
+class Task(ABC):
+    """One way to measure. A subclass is a file of this folder and a line in the registry.
+
+    A task with options of its own is a frozen dataclass: its fields are the options, named as on the command line.
+
+    Attributes:
+        timed: whether its numbers are times, which another machine would not give again.
+    """
+
     default_limit: ClassVar[int]
+    timed: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As in tables and in names of folders."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it reports; names are unique over all tasks, so that a gate can name them."""
+
+    def options(self) -> dict[str, Any]:
+        """What was asked of this task alone, as plain data."""
+        return asdict(self) if is_dataclass(self) else {}
 
     def limit(self, settings: Settings) -> int:
         """The most samples."""
@@ -121,6 +187,13 @@ class Task(ABC):
     @abstractmethod
     def samples(self, loaded: LoadedModel, settings: Settings) -> Sequence[Sample]:
         """The samples, the same for every row; between one and `limit`. Raises KvmixError."""
+
+    def records(
+        self, loaded: LoadedModel, subject: Subject, samples: Sequence[Any], settings: Settings
+    ) -> Iterator[Record]:
+        """One record for each sample, in their order. Raises KvmixError."""
+        for sample in samples:
+            yield self.measure(loaded, subject, sample, settings)
 
     @abstractmethod
     def measure(self, loaded: LoadedModel, subject: Subject, sample: Any, settings: Settings) -> Record:
@@ -139,6 +212,15 @@ class Task(ABC):
     @abstractmethod
     def describe(self, samples: Sequence[Any], settings: Settings) -> str:
         """What was measured, for the foot of a table."""
+
+    def notices(self, samples: Sequence[Any], settings: Settings) -> tuple[str, ...]:
+        """What must be said about the samples: here, that there are fewer of them than were asked for."""
+        asked, found = self.limit(settings), len(samples)
+        return () if found >= asked else (f"{self.name}: {settings.text} has {found} samples, not {asked}",)
+
+    def details(self, rows: Sequence[Row]) -> list[Table]:
+        """More to show of all rows than their metrics."""
+        return []
 
     def warnings(self, subject: Subject, metrics: dict[str, Estimate]) -> list[str]:
         """What a reader must know before believing a row."""

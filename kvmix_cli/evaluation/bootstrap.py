@@ -29,3 +29,22 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     tail = (100 - COVERAGE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+
+
+def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+    """The mean over groups of each group's mean, such as an average over data sets, with its 95 % interval.
+
+    Samples are drawn within their group, so that every group keeps its size and its weight.
+
+    Raises:
+        ValueError: if there is no group, or one without a sample.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError("needs at least one group, and a sample in each")
+    rng = np.random.default_rng(seed)
+    values = [np.asarray(group, float) for group in groups]
+    resampled = np.mean(
+        [group[rng.integers(0, group.size, (RESAMPLES, group.size))].mean(1) for group in values], axis=0
+    )
+    low, high = np.percentile(resampled, [(100 - COVERAGE) / 2, (100 + COVERAGE) / 2])
+    return Estimate(float(np.mean([group.mean() for group in values])), float(low), float(high))

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
-from ..cache import MixedCache
 from ..errors import TextError
 from .base import Sample
 
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
 
 def attended(cache: Cache) -> dict[str, float]:
     """The (query, cached token) pairs that attention has seen, and how many of them were quantized, as plain data."""
-    if not isinstance(cache, MixedCache):
-        return {"total": 0, "quantized": 0}
-    return {"total": cache.attended.total, "quantized": cache.attended.quantized}
+    counted = getattr(cache, "attended", None)
+    return {"total": 0, "quantized": 0} if counted is None else {"total": counted.total, "quantized": counted.quantized}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from ..texts import load_texts
 from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
 from .bootstrap import ratio
 from .feeding import attended, chunks
+from .peak import devices, watch
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 TOLERANCE_PERCENT = 1.0
 """A plan whose prediction is off by more is a bug."""
+WARM_UP = 65
+"""Tokens that a fresh cache is given first, so that what is loaded or set up once counts as nobody's peak. All but one
+are prefilled: whole groups for any cache that cuts keys and values into groups of 64."""
 REFERENCE_ELEMENT_BYTES = 2
 """Compression is against 16 bits, also where a float32 model makes everything unquantized twice as big."""
 
@@ -30,13 +34,15 @@ REFERENCE_ELEMENT_BYTES = 2
 class Memory(Task):
     """A context is prefilled and one token is decoded, by which time the window has been applied to the context.
 
-    Bytes are counted from the tensors in use; `allocated_bytes` has the room to grow as well.
+    Bytes are counted from the tensors in use; `allocated_bytes` has the room to grow as well. `peak_bytes` is the most
+    that the whole work took above the model, activations of the prompt included; see `peak.watch`.
     """
 
     name = "memory"
     metrics = (
         Metric("measured_bytes", higher_is_better=False, unit="bytes"),
         Metric("allocated_bytes", higher_is_better=False, unit="bytes"),
+        Metric("peak_bytes", higher_is_better=False, unit="bytes"),
         Metric("predicted_bytes", higher_is_better=False, unit="bytes", plans_only=True),
         Metric("prediction_error_percent", higher_is_better=False, unit="%", plans_only=True),
         Metric("bf16_bytes", higher_is_better=False, unit="bytes"),
@@ -50,11 +56,10 @@ class Memory(Task):
 
     @torch.inference_mode()
     def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> Record:
-        """Bytes of a cache that holds the sample."""
-        cache = subject.cache(loaded, reserve=len(sample.ids))
-        prefill(loaded, cache, sample.ids[:-1])
-        for _ in feed(loaded, cache, sample.ids[-1:], step=1):
-            pass
+        """Bytes of a cache that holds the sample, and the most that was taken on the way."""
+        _fill(loaded, subject, sample.ids[:WARM_UP])
+        with watch(devices(loaded)) as peak:
+            cache = _fill(loaded, subject, sample.ids)
         element_bytes = loaded.model.dtype.itemsize
         record: Record = {
             "tokens": len(sample.ids),
@@ -63,6 +68,10 @@ class Memory(Task):
             "allocated": cache.allocated_bytes if isinstance(cache, MixedCache) else cache_nbytes(cache),
             "attended": attended(cache),
         }
+        if peak.bytes is not None:
+            record["peak"] = peak.bytes
+        if subject == Subject():
+            record["unquantized"] = True
         if subject.plan is not None:
             record["planned"] = _planned_bytes(subject.plan, cache)
             record["predicted"] = predicted_bytes(subject.plan, len(sample.ids) - 1, element_bytes)
@@ -79,6 +88,8 @@ class Memory(Task):
             "measured_bytes": mean(measured),
             "allocated_bytes": mean([record["allocated"] for record in records]),
         }
+        if all("peak" in record for record in records):
+            metrics["peak_bytes"] = mean([record["peak"] for record in records])
         if "predicted" in records[0]:
             planned, predicted = ([record[key] for record in records] for key in ("planned", "predicted"))
             stock = [total - part for total, part in zip(measured, planned, strict=True)]
@@ -86,7 +97,7 @@ class Memory(Task):
             metrics["prediction_error_percent"] = ratio(
                 [100 * (guess - part) for guess, part in zip(predicted, planned, strict=True)], planned, seed
             )
-        full = records if reference is None and "predicted" not in records[0] else reference
+        full = records if "unquantized" in records[0] else reference
         if full is not None:
             bf16 = [record["measured"] * REFERENCE_ELEMENT_BYTES / record["element_bytes"] for record in full]
             metrics["bf16_bytes"] = mean(bf16)
@@ -95,7 +106,8 @@ class Memory(Task):
 
     def describe(self, samples: Sequence[Sample], settings: Settings) -> str:
         return (
-            f"{len(samples)} context of {settings.length} tokens, the last one decoded; compression is against 16 bits"
+            f"{len(samples)} context of {settings.length} tokens, the last one decoded; "
+            "compression is against 16 bits; the peak is above the model, with the prompt's activations"
         )
 
     def warnings(self, subject: Subject, metrics: dict[str, Estimate]) -> list[str]:
@@ -112,6 +124,15 @@ def predicted_bytes(plan: Plan, context: int, element_bytes: int) -> int:
     """Of the planned layers, for a context and one decoded token, which is in full precision."""
     answer = budget.full_precision_bytes(plan, 1, element_bytes=element_bytes)
     return budget.cache_bytes(plan, context, element_bytes=element_bytes).total + answer
+
+
+def _fill(loaded: LoadedModel, subject: Subject, ids: Sequence[int]) -> Cache:
+    """A cache into which all but the last token went at once, and then the last one."""
+    cache = subject.cache(loaded, reserve=len(ids))
+    prefill(loaded, cache, ids[:-1])
+    for _ in feed(loaded, cache, ids[-1:], step=1):
+        pass
+    return cache
 
 
 def _planned_bytes(plan: Plan, cache: Cache) -> int:

@@ -14,18 +14,21 @@ class Row:
 
     Attributes:
         quantized_share: of the (query, cached token) pairs that attention saw while it was being measured.
+        stored_bits: None if they cannot be told, such as those of a baseline that is not installed.
         records: what was measured on each sample; none if there is an error.
+        seconds: that measuring took, in all runs that were needed for it.
     """
 
     task: str
     plan: str
     nominal_bits: float
-    stored_bits: float
+    stored_bits: float | None
     quantized_share: float = 0.0
     metrics: dict[str, Estimate] = field(default_factory=dict)
     error: str | None = None
     warnings: tuple[str, ...] = ()
     records: tuple[Record, ...] = field(default=(), repr=False)
+    seconds: float = field(default=0.0, compare=False)
 
     def value(self, metric: str) -> float | None:
         """A metric's value, if the row has it."""
@@ -43,6 +46,7 @@ class Row:
         if self.error is not None:
             return {**data, "error": self.error}
         data["metrics"] = {name: asdict(estimate) for name, estimate in self.metrics.items()}
+        data["seconds"] = round(self.seconds, 3)
         return {**data, "warnings": list(self.warnings)} if self.warnings else data
 
 

@@ -3,7 +3,8 @@
 <output-dir>/<task>__<model>__<plan>/
     config.yaml     all that the numbers depend on
     samples.jsonl   one record a sample
-    metrics.json    the row, once it is complete
+    metrics.json    the row, once it is complete or has failed; never beside samples that it does not sum up
+    .lock           held by the process that is measuring
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError, OutputError
-from ..files import append_line, flow, read_yaml, write_text
+from ..files import append_line, flow, head_comment, read_yaml, write_text
 from .base import Record
 
 FORMAT = "kvmix-run/1"
 MAX_NAME = 80
+CONFIG, SAMPLES, METRICS, LOCK = "config.yaml", "samples.jsonl", "metrics.json", ".lock"
+SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,24 @@ class Runs:
     command: str = ""
 
     def open(self, task: str, plan: str, config: dict[str, Any]) -> Run:
-        """The run of one row, with the records it already has.
+        """The run of one row, with the records it already has; nobody else can open it until it is closed.
 
         Raises:
-            EvaluationError: to be resumed, but measured under another config or damaged.
+            EvaluationError: if another process has it open; or to be resumed, but measured under another config or
+                damaged.
             OutputError: if the folder cannot be written.
         """
-        run = Run(self.root / f"{task}__{self.model}__{safe_name(plan)}")
+        run = Run(self.root / f"{safe_name(task)}__{self.model}__{safe_name(plan)}")
         config = {"format": FORMAT, **config}
-        if self.resume and run.config.exists():
-            run.resume(config)
-        else:
-            run.start(config, self.command)
+        run.lock()
+        try:
+            if self.resume and run.config.exists():
+                run.resume(config)
+            else:
+                run.start(config, self.command)
+        except BaseException:
+            run.close()
+            raise
         return run
 
 
@@ -60,10 +72,34 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = folder / "config.yaml"
-        self.samples = folder / "samples.jsonl"
-        self.metrics = folder / "metrics.json"
+        self.config = folder / CONFIG
+        self.samples = folder / SAMPLES
+        self.metrics = folder / METRICS
         self.records: list[Record] = []
+        self.seconds = 0.0
+        self._lock = FileLock(folder / LOCK, timeout=0)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def lock(self) -> None:
+        """Keep other processes out. Raises EvaluationError if one is in."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise EvaluationError(
+                f"another process is measuring into {self.folder}; wait for it, or choose another --output-dir"
+            ) from error
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def close(self) -> None:
+        """Let others in. The system does the same when a process is killed."""
+        self._lock.release()
 
     def start(self, config: dict[str, Any], command: str = "") -> None:
         """Forget what is there. The config comes last, so that it never stands beside another run's samples."""
@@ -71,10 +107,9 @@ class Run:
             for path in (self.config, self.metrics):
                 path.unlink(missing_ok=True)
         except OSError as error:
-            reason = f"cannot write in {self.folder}: {error.strerror}"
-            raise OutputError(f"{reason}; choose another --output-dir") from error
+            raise _unwritable(self.folder, error) from error
         write_text(self.samples, "")
-        head = [f"# {line}" for line in command.splitlines()]
+        head = head_comment(command)
         body = [f"{key}: {flow(value)}" for key, value in config.items()]
         write_text(self.config, "\n".join(head + body) + "\n")
 
@@ -86,29 +121,74 @@ class Run:
                 f"{self.folder} was measured with another {', '.join(changed)}; "
                 "leave out --resume to start over, or choose another --output-dir"
             )
-        self.records = self._read()
+        self.records, self.seconds = self._read()
 
-    def append(self, record: Record) -> None:
-        """Add a sample's record, on the disk when this returns. Raises OutputError."""
-        append_line(self.samples, json.dumps(record, allow_nan=False), "--resume goes on with what is there")
+    def append(self, record: Record, seconds: float) -> None:
+        """Add a sample's record and the time it took, on the disk when this returns. Raises OutputError."""
+        line = json.dumps({**record, SECONDS: round(seconds, 6)}, allow_nan=False)
+        self._forget_row()
+        append_line(self.samples, line, "--resume goes on with what is there")
         self.records.append(record)
+        self.seconds += seconds
 
     def finish(self, row: dict[str, Any]) -> None:
         """Write the row. Raises OutputError."""
         write_text(self.metrics, json.dumps(row, indent=2, allow_nan=False) + "\n")
 
-    def _read(self) -> list[Record]:
-        """All whole records; what a kill has left of a last line is cut off."""
+    def _forget_row(self) -> None:
+        """A row of fewer samples, such as that of a run that failed, is not one of this run."""
+        try:
+            self.metrics.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def _read(self) -> tuple[list[Record], float]:
+        """All whole records and the seconds they took; what a kill has left of a last line is cut off."""
         try:
             data = self.samples.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if whole != data:
                 os.truncate(self.samples, len(whole))
-            return [json.loads(line) for line in whole.splitlines()]
+            return parse_records(whole)
         except OSError as error:
             raise OutputError(f"cannot go on with {self.samples}: {error.strerror}") from error
         except ValueError as error:
             raise EvaluationError(f"{self.samples} is damaged: {error}; leave out --resume to start over") from error
+
+
+def parse_records(data: bytes) -> tuple[list[Record], float]:
+    """The whole lines of `samples.jsonl`, and the seconds they took. Raises ValueError for anything but records."""
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    records = [_parse_record(number, line) for number, line in enumerate(lines, start=1)]
+    return records, sum(record.pop(SECONDS, 0.0) for record in records)
+
+
+def _parse_record(number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not _is_record(record):
+        raise ValueError(f"line {number} is no record of a sample")
+    return dict(record)
+
+
+def _is_record(data: Any) -> bool:
+    """Whether it has what every task's record has."""
+    if not isinstance(data, dict) or not isinstance(data.get("attended"), dict):
+        return False
+    seen = data["attended"]
+    numbers = (data.get("tokens"), data.get(SECONDS, 0.0), seen.get("total"), seen.get("quantized"))
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """For `json.loads`, which would take NaN and Infinity for numbers. Raises ValueError."""
+    raise ValueError(f"{name} is no number")
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write in {folder}: {error.strerror}; choose another --output-dir")
 
 
 def safe_name(name: str) -> str:

@@ -52,7 +52,7 @@ def profile(tmp_path, monkeypatch):
 def foretold(profile, monkeypatch):
     """A perplexity whose outcome is known, in the place of the measured one."""
     task = Foretold(profile)
-    monkeypatch.setattr(evaluation, "get_task", lambda name: task)
+    monkeypatch.setattr(evaluation, "get_task", lambda name, options=None: task)
     return task
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvmix_cli.evaluation.bootstrap import ratio
+from kvmix_cli.evaluation.bootstrap import mean_of_means, ratio
 
 
 def test_the_value_is_the_ratio_of_the_sums():
@@ -44,3 +44,23 @@ def test_one_sample_has_no_interval():
 def test_mismatched_or_missing_samples_are_refused(above, below):
     with pytest.raises(ValueError, match="needs as many"):
         ratio(above, below)
+
+
+def test_a_mean_of_means_gives_every_group_the_same_weight():
+    estimate = mean_of_means([[0.0], [10.0, 20.0, 30.0]])
+    assert estimate.value == 10
+    assert 5 <= estimate.low < 10 < estimate.high <= 15
+
+
+def test_a_mean_of_means_varies_by_what_varies_within_its_groups():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(center, spread, size) for center, spread, size in ((0, 3, 100), (1000, 1, 50), (-500, 6, 200))]
+    estimate = mean_of_means(groups)
+    error = sum(np.var(group) / group.size for group in groups) ** 0.5 / 3
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+@pytest.mark.parametrize("groups", [[], [[1.0], []]])
+def test_a_mean_of_nothing_is_refused(groups):
+    with pytest.raises(ValueError, match="a sample in each"):
+        mean_of_means(groups)

@@ -3,7 +3,8 @@ import torch
 from architectures import build
 from evaluating import SHORT, stand_in, tiny, uniform
 
-from kvmix_cli.evaluation import get_task, memory
+from kvmix_cli.cache.baselines import named_cache
+from kvmix_cli.evaluation import get_task, memory, peak
 from kvmix_cli.evaluation.base import Sample, Settings, Subject
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.geometry import model_info
@@ -63,3 +64,69 @@ def test_layers_that_keep_their_stock_cache_are_measured_but_not_predicted():
     metrics = task.summarise([record], [reference], seed=0)
     assert metrics["predicted_bytes"].value == metrics["measured_bytes"].value
     assert metrics["prediction_error_percent"].value == 0
+
+
+def test_the_peak_is_measured_above_what_was_taken_before(monkeypatch):
+    """Fakes of the system's counters: 100 bytes before, 350 at most."""
+    monkeypatch.setattr(peak, "_start", lambda on: 100)
+    monkeypatch.setattr(peak, "_highest", lambda on: 350)
+    report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2))], SETTINGS)
+    assert [row.value("peak_bytes") for row in report.rows] == [250, 250]
+
+
+def test_a_peak_that_cannot_be_measured_is_not_there(monkeypatch):
+    monkeypatch.setattr(peak, "_start", lambda on: None)
+    report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2))], SETTINGS)
+    assert all("peak_bytes" not in row.metrics for row in report.rows)
+    assert "peak" not in report.plans[0].records[0]
+
+
+@pytest.mark.skipif(not peak.PROCESS.exists(), reason="needs /proc")
+@pytest.mark.parametrize("mib", [64, 256])
+def test_memory_that_is_taken_and_given_back_is_seen(mib):
+    size = mib * 2**20
+    with peak.watch({torch.device("cpu")}) as seen:
+        block = torch.ones(size, dtype=torch.uint8)
+        del block
+    assert abs(seen.bytes - size) < size / 16, "the system counts pages in batches"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory of names"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
+    def work():
+        raise error
+
+    cpu = {torch.device("cpu")}
+    assert peak.is_out_of_memory(error) == is_memory
+    if is_memory:
+        assert peak.attempt(work, cpu) is None
+    else:
+        with pytest.raises(type(error)):
+            peak.attempt(work, cpu)
+
+
+def test_a_real_allocation_that_is_too_large_is_out_of_memory():
+    assert peak.attempt(lambda: torch.empty(2**60, dtype=torch.uint8), {torch.device("cpu")}) is None
+
+
+def test_a_baseline_is_not_compared_with_itself_where_the_unquantized_cache_does_not_fit():
+    task, loaded = get_task("memory"), tiny()
+    baseline = Subject("fp8", baseline=named_cache("fp8", loaded))
+    record = task.measure(loaded, baseline, Sample("context", tuple(range(10, 330))), SETTINGS)
+    assert "compression" not in task.summarise([record], None, seed=0)
+    own = task.measure(loaded, Subject(), Sample("context", tuple(range(10, 330))), SETTINGS)
+    assert task.summarise([own], None, seed=0)["compression"].value == 2 * 320 / (4 * 320)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import pytest
@@ -154,3 +155,33 @@ def _info(model):
     from kvmix_cli.geometry import model_info
 
     return model_info(model.config, "gemma3", None)
+
+
+def rows_of_a_file(tmp_path):
+    """Lines of text, as WikiText has them, in one file of rows."""
+    lines = [f"line {number}: " + " ".join(str(number * other) for other in range(30)) for number in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return path, lines
+
+
+def test_wikitext2_is_read_in_consecutive_parts_of_one_document(tmp_path):
+    path, lines = rows_of_a_file(tmp_path)
+    settings = dataclasses.replace(SETTINGS, text=f"wikitext2:{path}", limit=4)
+    samples = get_task("perplexity").samples(tiny(), settings)
+    whole = encode(tiny().tokenizer, "\n\n".join(lines))
+    assert [token for sample in samples for token in sample.ids] == whole[: 4 * 160]
+    described = get_task("perplexity").describe(samples, settings)
+    assert described.startswith(
+        f"4 consecutive parts of 160 tokens from wikitext2 ({path}, rows joined): 64 prefilled,"
+    )
+    assert described.endswith("compare with the unquantized row, not with one-pass figures")
+
+
+def test_c4_is_read_in_documents_that_are_long_enough(tmp_path):
+    path, lines = rows_of_a_file(tmp_path)
+    settings = dataclasses.replace(SETTINGS, text=f"c4:{path}", length=66, limit=4)
+    samples = get_task("perplexity").samples(tiny(), settings)
+    starts = [tuple(encode(tiny().tokenizer, line)[:66]) for line in lines]
+    assert all(sample.ids in starts for sample in samples)
+    assert "documents of 66 tokens from c4" in get_task("perplexity").describe(samples, settings)

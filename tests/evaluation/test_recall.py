@@ -10,6 +10,7 @@ from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings, Subject
 from kvmix_cli.evaluation.feeding import encode
+from kvmix_cli.evaluation.needles import share
 from kvmix_cli.evaluation.recall import VALUES, exercise
 from kvmix_cli.evaluation.runner import run_task
 
@@ -68,10 +69,18 @@ def test_filler_comes_from_the_pool_and_fills_most_of_the_context():
 
 
 def test_too_short_an_exercise_says_how_long_it_must_be():
-    with pytest.raises(EvaluationError, match=r"--length 120 is too short for recall: .* use at least (\d+)") as caught:
+    with pytest.raises(EvaluationError, match=r"120 tokens are too short for recall: .* use at least \d+") as caught:
         make(length=120)
     needed = int(str(caught.value).split()[-1])
     assert sum(map(len, (make(needed).ids, make(needed).script))) == needed
+
+
+def test_of_all_exercises_the_one_that_needs_most_says_how_long_they_must_be():
+    settings = dataclasses.replace(SETTINGS, length=150, limit=8)
+    with pytest.raises(EvaluationError, match="use at least") as caught:
+        get_task("recall").samples(tiny(), settings)
+    needed = int(str(caught.value).split()[-1])
+    assert len(get_task("recall").samples(tiny(), dataclasses.replace(settings, length=needed))) == 8
 
 
 def test_text_that_does_not_fill_an_exercise_is_an_error(tmp_path):
@@ -145,3 +154,76 @@ def test_recall_does_not_depend_on_the_step_without_quantization():
     sample = task.samples(tiny(), SETTINGS)[0]
     records = [task.measure(tiny(), Subject(), sample, dataclasses.replace(SETTINGS, step=step)) for step in (1, 32)]
     assert records[0]["answers"] == records[1]["answers"]
+
+
+def test_contexts_are_taken_in_turn_each_as_long_as_asked():
+    task = get_task("recall", {"contexts": (512, 320)})
+    samples = task.samples(tiny(), dataclasses.replace(SETTINGS, limit=5))
+    assert [len(sample.ids) + len(sample.script) for sample in samples] == [320, 512, 320, 512, 320]
+    assert "30 values in 5 exercises of 320 and 512 tokens" in task.describe(samples, SETTINGS)
+    assert task.limit(Settings()) == 20
+    assert all(question.depth <= 0.5 for sample in samples for question in sample.questions)
+
+
+def test_without_options_of_its_own_it_is_the_exercise_of_the_length():
+    (given,) = get_task("recall", {"contexts": (512,)}).samples(tiny(), dataclasses.replace(SETTINGS, limit=1))
+    assert given == get_task("recall").samples(tiny(), SETTINGS)[0]
+
+
+def test_values_stand_at_the_depths_that_are_asked_for_equally_often():
+    samples = get_task("recall", {"depths": 3}).samples(tiny(), SETTINGS)
+    depths = [question.depth for sample in samples for question in sample.questions]
+    assert sorted(depths) == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
+    for sample in samples:
+        assert len(sample.ids) + len(sample.script) == 512
+        for question in sample.questions:
+            start = len(sample.ids) + question.answer.start - question.distance
+            length = question.answer.stop - question.answer.start
+            assert sample.ids[start : start + length] == sample.script[question.answer]
+            assert abs(start / len(sample.ids) - question.depth) < 0.25
+
+
+def test_a_record_says_how_long_the_exercise_was_and_where_each_value_stood():
+    task = get_task("recall", {"contexts": (320,)})
+    sample = task.samples(tiny(), SETTINGS)[0]
+    record = task.measure(tiny(), Subject(), sample, SETTINGS)
+    assert record["context"] == 320
+    keys = {"name", "value", "depth", "distance", "recalled"}
+    assert [set(answer) for answer in record["answers"]] == [keys] * VALUES
+    assert [answer["depth"] for answer in record["answers"]] == [question.depth for question in sample.questions]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"contexts": (512, 8192)}, "--contexts 8192 is more than the model's limit of 4096 tokens"),
+        ({"contexts": (0, 512)}, "--contexts and --depths must be at least 1"),
+        ({"depths": 0}, "--contexts and --depths must be at least 1"),
+        ({"contexts": (40, 512)}, "40 tokens are too short for recall"),
+    ],
+)
+def test_lengths_and_depths_that_cannot_be_are_errors(options, said):
+    with pytest.raises(EvaluationError, match=said):
+        get_task("recall", options).samples(tiny(), SETTINGS)
+
+
+def scores(*recalled, values=1):
+    return share([{"recalled": each, "values": values} for each in recalled], seed=0)
+
+
+def test_success_without_exception_is_not_taken_for_certainty():
+    for count in (1, 10, 30):
+        estimate = scores(*[1] * count)
+        assert estimate.value == estimate.high == 1
+        # Of Wilson's interval at 0 or n of n the inner bound has a closed form.
+        assert estimate.low == pytest.approx(count / (count + 1.959964**2), abs=1e-6)
+        none = scores(*[0] * count)
+        assert (none.low, none.value) == (0, 0)
+        assert none.high == pytest.approx(1 - estimate.low)
+
+
+def test_with_any_failure_the_interval_is_the_bootstrap_over_exercises():
+    estimate = scores(6, 6, 0, 6, values=6)
+    assert estimate.value == 0.75
+    assert estimate.low < 0.5, "four exercises are four draws, not twenty-four"
+    assert estimate.high == 1

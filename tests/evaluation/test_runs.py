@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 
 import pytest
 import yaml
 from commandline import kvmix_json
 from evaluating import INFO, Counting, stand_in, uniform
 
-from kvmix_cli.errors import EvaluationError, OutputError
+from kvmix_cli.errors import EvaluationError, OutputError, QuantizationError
+from kvmix_cli.evaluation import runner
 from kvmix_cli.evaluation.base import Settings, Subject
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Run, Runs, safe_name
@@ -25,14 +28,20 @@ def run(folder, task=None, *, resume=False, subjects=(TWO, EIGHT), settings=None
     return run_task(task or Counting(), stand_in(**changes), subjects, settings or Settings(), runs)
 
 
-def interrupted_at(name, sample):
-    """A task that Ctrl-C ends before this sample."""
+def stop_at(name, sample, after=0.0):
+    """Ctrl-C before this sample; those before it take `after` seconds each."""
 
     def stop(subject, each):
         if (subject.name, each.name) == (name, sample):
             raise KeyboardInterrupt
+        time.sleep(after)
 
-    return Counting(before=stop)
+    return stop
+
+
+def interrupted_at(name, sample):
+    """A task that Ctrl-C ends before this sample."""
+    return Counting(before=stop_at(name, sample))
 
 
 def records(folder, name):
@@ -53,8 +62,41 @@ def test_a_run_leaves_its_config_its_samples_and_its_row(tmp_path):
     assert config["settings"]["length"] == 1024
     assert config["plan"]["short"] == "0-7:k2v2"
     assert config["model"]["id"] == "builtin:tiny"
-    assert json.loads((folder / "metrics.json").read_text()) == report.plans[0].as_json()
+    row = json.loads((folder / "metrics.json").read_text())
+    assert row.items() >= report.plans[0].as_json().items()
+    assert row["metric_info"]["number"] == {
+        "name": "number",
+        "higher_is_better": False,
+        "unit": "",
+        "plans_only": False,
+    }
+    assert (row["tokens"], row["description"]) == (4, "4 numbers")
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(row["finished"]) < timedelta(minutes=1)
+    assert row["machine"].keys() == {"device", "threads", "torch", "transformers"}
     assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
+
+
+def test_the_seconds_of_all_attempts_are_added_up(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Counting(before=stop_at("two", "2", after=0.05)))
+    assert sum(record["seconds"] for record in records(tmp_path, "two")) >= 0.1
+    assert run(tmp_path, resume=True).plans[0].seconds >= 0.1
+
+
+def test_a_row_that_failed_is_kept_with_its_error_until_it_is_measured(tmp_path):
+    metrics = tmp_path / "counting__builtin--tiny__two" / "metrics.json"
+
+    def broken(subject, sample):
+        if (subject.name, sample.name) == ("two", "2"):
+            raise QuantizationError("layer 3 keys: NaN")
+
+    run(tmp_path, Counting(before=broken))
+    assert json.loads(metrics.read_text())["error"] == "layer 3 keys: NaN"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted_at("two", "3"), resume=True)
+    assert not metrics.exists(), "of three samples nothing can be said yet"
+    assert run(tmp_path, resume=True) == run(tmp_path / "other")
+    assert "error" not in json.loads(metrics.read_text())
 
 
 @pytest.mark.parametrize(("name", "sample"), [("unquantized", "0"), ("unquantized", "2"), ("two", "3"), ("eight", "0")])
@@ -104,7 +146,10 @@ def test_what_two_runs_left_in_one_folder_is_an_error_and_not_a_number(tmp_path)
     assert not row.metrics
 
 
-@pytest.mark.parametrize("damage", [b'{"tokens": 1\n', b"\xff\xfe\n", b"\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"tokens": 1\n', b"\xff\xfe\n", b"\n", b"1\n", b'{"tokens": 1}\n', b'{"tokens": NaN}\n', b"[" * 9999 + b"\n"],
+)
 def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage):
     run(tmp_path)
     path = tmp_path / "counting__builtin--tiny__two" / "samples.jsonl"
@@ -128,6 +173,60 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, changed, named)
     with pytest.raises(EvaluationError, match=f"was measured with another {named}; leave out --resume"):
         run(tmp_path, resume=True, **changed)
     assert records(tmp_path, "two") == before
+
+
+def test_a_task_without_options_says_nothing_of_them_so_that_older_runs_are_gone_on_with(tmp_path):
+    run(tmp_path)
+    config = (tmp_path / "counting__builtin--tiny__two" / "config.yaml").read_text()
+    assert "options" not in config
+    assert "machine" not in config
+
+
+def test_times_are_not_gone_on_with_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(Counting, "timed", True)
+    run(tmp_path)
+    run(tmp_path, resume=True)
+    monkeypatch.setattr(runner, "machine", lambda device: {"device": "another"})
+    with pytest.raises(EvaluationError, match=r"measured with another machine\.device"):
+        run(tmp_path, resume=True)
+
+
+def test_a_command_with_control_characters_makes_a_config_that_can_be_read(tmp_path):
+    Runs(tmp_path, "tiny", command="kvmix eval --plan '\x07\x1b[31m'").open("task", "plan", {"a": 1}).close()
+    Runs(tmp_path, "tiny", resume=True).open("task", "plan", {"a": 1}).close()
+
+
+def test_a_folder_that_another_process_measures_into_is_refused_and_left_alone(tmp_path):
+    with Runs(tmp_path, "builtin--tiny").open("counting", "two", {"a": 1}):
+        with held_elsewhere(tmp_path / "counting__builtin--tiny__eight"):
+            with pytest.raises(EvaluationError, match=r"another process is measuring into .*eight; wait for it, or"):
+                Runs(tmp_path, "builtin--tiny").open("counting", "eight", {"a": 1})
+            assert [path.name for path in (tmp_path / "counting__builtin--tiny__eight").iterdir()] == [".lock"]
+        Runs(tmp_path, "builtin--tiny").open("counting", "eight", {"a": 1}).close()
+
+
+def test_of_two_processes_on_one_output_folder_one_measures_and_the_other_says_why_not(tmp_path):
+    with held_elsewhere(tmp_path / "counting__builtin--tiny__two"):
+        with pytest.raises(EvaluationError, match="another process is measuring into"):
+            run(tmp_path)
+        assert not (tmp_path / "counting__builtin--tiny__two" / "samples.jsonl").exists()
+    assert run(tmp_path, resume=True) == run(tmp_path / "other"), "a killed process keeps nobody out"
+
+
+@contextmanager
+def held_elsewhere(folder):
+    """Another process has the folder's run open, until it is killed with SIGKILL."""
+    script = f"from pathlib import Path; from kvmix_cli.evaluation.runs import Run; run = Run(Path({str(folder)!r})); "
+    script += "run.lock(); print('locked', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout.readline() == b"locked\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_resuming_nothing_starts(tmp_path):
@@ -168,6 +267,84 @@ def test_names_of_plans_make_folders_that_differ(tmp_path):
     assert safe[0] == "two"
     Run(tmp_path / safe[3]).start({"a": 1})
     assert [path.name for path in tmp_path.iterdir()] == [safe[3]]
+
+
+def test_a_kill_before_any_access_to_a_file_loses_at_most_the_sample_in_hand(tmp_path):
+    """A process is killed with SIGKILL before its first, second, third, ... access, until one gets to its end."""
+    whole = run(tmp_path / "whole")
+    for accesses in range(1, 1000):
+        folder = tmp_path / str(accesses)
+        killed, first = measured_until(folder, accesses)
+        second = Counting()
+        assert run(folder, second, resume=True) == whole
+        again = set(first) & set(second.measured)
+        assert len(again) <= 1, "more than the sample in hand was measured twice"
+        assert len(first) + len(second.measured) == 12 + len(again)
+        if not killed:
+            break
+    assert accesses > 50
+    assert second.measured == []
+
+
+def test_a_kill_while_starting_over_never_mixes_two_runs(tmp_path):
+    """The folder holds an older run of another plan of the same name; resuming then gives this run's row or none."""
+    whole = run(tmp_path / "whole")
+    outcomes = []
+    for accesses in range(1, 1000):
+        folder = tmp_path / str(accesses)
+        run(folder, subjects=(Subject("two", uniform(4, info=INFO)),))
+        killed, _ = measured_until(folder, accesses)
+        try:
+            assert run(folder, resume=True) == whole
+            outcomes.append("resumed")
+        except EvaluationError as error:
+            assert "two was measured with another plan.short, plan.sha256; leave out --resume" in str(error)
+            outcomes.append("refused")
+        if not killed:
+            break
+    assert outcomes == sorted(outcomes), "refused while the older run is there, resumed as soon as this one is"
+    assert {*outcomes} == {"refused", "resumed"}
+
+
+def measured_until(folder, accesses):
+    """Whether a process that is killed after so many accesses to files in a folder was, and what it had measured."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        _run_to_the_kill(folder, accesses, writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        measured = [tuple(line.split()) for line in pipe]
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0, measured
+
+
+def _run_to_the_kill(folder, accesses, writing):
+    """What the process does; it never returns."""
+    left = accesses
+
+    def count(event, arguments):
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.remove", "os.rename") and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    task = Counting()
+    measure = task.measure
+
+    def tell(loaded, subject, sample, settings):
+        os.write(writing, f"{subject.name} {sample.name}\n".encode())
+        return measure(loaded, subject, sample, settings)
+
+    task.measure = tell
+    try:
+        run(folder, task)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def test_a_killed_evaluation_resumes_to_the_same_result(tmp_path, monkeypatch):

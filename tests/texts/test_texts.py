@@ -1,13 +1,15 @@
 """Documents from every kind of source, and what happens where there are none."""
 
+import gzip
 import json
+import shutil
 from pydoc_data.topics import topics
 
 import pytest
 
 from kvmix_cli import texts
 from kvmix_cli.errors import TextError
-from kvmix_cli.texts import HELD_OUT_MODULES, load_texts
+from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +178,161 @@ def test_a_data_set_without_text(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"label": 1}')
     assert "row 0: needs a text field" in failure(f"hub:{tmp_path / 'set'}")
+
+
+def test_for_evaluation_a_split_is_taken_that_calibration_does_not_see(dataset):
+    assert load_texts(f"hub:{dataset}", held_out=True) == [f"test {i}" for i in range(3)]
+    assert load_texts(f"hub:{dataset}::train", held_out=True)[0] == "train 0"
+    (dataset / "test.jsonl").rename(dataset / "validation.jsonl")
+    assert load_texts(f"hub:{dataset}", held_out=True)[0] == "test 0"
+    (dataset / "validation.jsonl").unlink()
+    assert load_texts(f"hub:{dataset}", held_out=True)[0] == "train 0"
+
+
+def test_a_split_that_is_not_there_is_an_error_that_lists_those_that_are(dataset):
+    said = failure(f"hub:{dataset}::nope")
+    assert "'train'" in said
+    assert "'test'" in said
+
+
+def test_without_a_network_the_error_says_so_and_what_to_do():
+    for source in ("hub:nobody/nothing", "wikitext2", "c4"):
+        assert "Couldn't reach" in failure(source)
+        assert "check the name and the network, or give a file" in failure(source)
+
+
+# Rows in files
+
+
+ROWS = [{"text": "one"}, {"text": "two\u2028lines"}, {"text": ""}, {"text": "three"}]
+TEXTS = ["one", "two\u2028lines", "three"]
+
+
+@pytest.fixture(params=["x.jsonl", "x.jsonl.gz", "c4-validation.00000-of-00008.json.gz", "x.parquet", "x.arrow"])
+def rows_file(request, tmp_path):
+    """The same rows in every format."""
+    import datasets
+
+    path = tmp_path / request.param
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+    if path.suffix == ".jsonl":
+        path.write_bytes(lines)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+        shutil.move(tmp_path / "saved" / "data-00000-of-00001.arrow", path)
+        shutil.rmtree(tmp_path / "saved")
+    return path
+
+
+def test_a_file_of_rows_is_its_documents_alone_and_in_a_folder(rows_file):
+    assert load_texts(str(rows_file)) == TEXTS
+    (rows_file.parent / "z.txt").write_text("four")
+    assert load_texts(str(rows_file.parent)) == [*TEXTS, "four"]
+
+
+def test_a_damaged_file_of_rows_is_an_error(rows_file):
+    rows_file.write_bytes(rows_file.read_bytes()[:-15])
+    assert str(rows_file) in failure(rows_file)
+    rows_file.write_bytes(b"neither\0 of them")
+    assert str(rows_file) in failure(rows_file)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A data set with splits, as `save_to_disk` leaves it."""
+    import datasets
+
+    splits = {
+        name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(2)]) for name in ("train", "test")
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read_as_one(saved):
+    for source in (str(saved), f"hub:{saved}"):
+        assert load_texts(source) == ["train 0", "train 1"]
+        assert load_texts(source, held_out=True) == ["test 0", "test 1"]
+    assert load_texts(f"hub:{saved}::test") == ["test 0", "test 1"]
+    assert load_texts(str(saved / "test")) == ["test 0", "test 1"], "one split alone"
+
+
+def test_a_saved_data_set_without_the_split_or_damaged_is_an_error(saved):
+    assert failure(f"hub:{saved}::validation") == f"{saved} has no split 'validation': there are train, test"
+    assert "has no splits: leave out 'test'" in failure(f"hub:{saved / 'train'}::test")
+    (saved / "test" / "state.json").write_text("{")
+    assert f"cannot read the data set in {saved}" in failure(saved)
+
+
+# Texts by name
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What a hub would give, and what it was asked for."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name=None, split=None, data_files=None):
+        asked.append((path, name, split, data_files))
+        return datasets.Dataset.from_list([{"text": text} for text in load_dataset.texts])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_dataset.asked = asked
+    return load_dataset
+
+
+def test_wikitext2_is_the_rows_of_its_test_split_joined(hub, monkeypatch):
+    monkeypatch.setattr(texts, "MAX_ROWS", 2)
+    hub.texts = ["", " = Title = \n", "", " A line . \n"]
+    assert load_texts("wikitext2", held_out=True) == ["\n\n = Title = \n\n\n\n\n A line . \n"]
+    load_texts("wikitext2")
+    assert hub.asked == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
+    ]
+    assert describe_texts("wikitext2", held_out=True) == (
+        "wikitext2 (Salesforce/wikitext wikitext-2-raw-v1 test split, rows joined)"
+    )
+    hub.texts = ["", ""]
+    assert "no text in wikitext2" in failure("wikitext2")
+
+
+def test_c4_is_the_documents_of_one_shard(hub):
+    hub.texts = ["one", "two"]
+    assert load_texts("c4", held_out=True) == ["one", "two"]
+    assert load_texts("c4") == ["one", "two"]
+    held_out, training = hub.asked
+    assert held_out == ("allenai/c4", None, "validation", {"validation": "en/c4-validation.00000-of-00008.json.gz"})
+    assert training == ("allenai/c4", None, "train", {"train": "en/c4-train.00000-of-01024.json.gz"})
+    assert "validation split, first shard" in describe_texts("c4", held_out=True)
+
+
+def test_of_a_large_shard_rows_are_chosen_by_seed(hub, monkeypatch):
+    monkeypatch.setattr(named, "MOST", 5)
+    hub.texts = [f"document {i}" for i in range(40)]
+    first, again, other = (load_texts("c4", held_out=True, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert len(set(first)) == 5
+    assert first != other
+
+
+def test_a_text_by_name_can_come_from_a_file_of_its_rows(rows_file):
+    assert load_texts(f"wikitext2:{rows_file}") == ["\n\n".join(row["text"] for row in ROWS)]
+    assert load_texts(f"c4:{rows_file}") == TEXTS
+    assert describe_texts(f"wikitext2:{rows_file}") == f"wikitext2 ({rows_file}, rows joined)"
+    assert "no such file" in failure("wikitext2:nowhere.parquet")
+
+
+def test_only_a_name_describes_more_than_itself():
+    for source in ("builtin", "some/file.txt", "hub:wikitext2"):
+        assert describe_texts(source) == source
+        assert not is_one_document(source)
+    assert is_one_document("wikitext2")
+    assert is_one_document("wikitext2:file.txt")
+    assert not is_one_document("c4")

@@ -80,7 +80,9 @@ def hold(
 
 
 def _tasks(setup: Setup) -> Sequence[str]:
-    return setup.tasks or ("perplexity", "recall")
+    from ...evaluation import split_tasks
+
+    return split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
 
 
 def _cache(profile: Profile) -> CacheSettings:

@@ -1,0 +1,46 @@
+"""Bytes of a cache, counted from the tensors that it holds: ours, transformers' own, and wrapped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.cache_utils import Cache
+
+from .layer import MixedLayer
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes in use by any transformers cache, quantized or not."""
+    return sum(layer_nbytes(layer) for layer in cache.layers)
+
+
+def layer_nbytes(layer: Any) -> int:
+    """Bytes in use by one layer."""
+    return layer.nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
+
+
+def stock_nbytes(layer: Any) -> int:
+    """Bytes of every tensor that a stock layer holds: keys, values, codes, scales, zeros; not those of its counters."""
+    tensors = _tensors(vars(layer))
+    return sum(tensor.nbytes for tensor in tensors if tensor.ndim > 0 or tensor.is_floating_point())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The plain tensors in a value.
+
+    A wrapper's own `nbytes` is what its numbers would take unquantized; what it holds is inside.
+    """
+    if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            yield from _tensors([getattr(value, name) for name in names])
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)

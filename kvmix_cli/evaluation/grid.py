@@ -1,0 +1,106 @@
+"""Which values were recalled, by where they stood: the table behind a heat map. Made from plain records, without torch.
+
+A record has `context` (tokens) and `answers`, each with `recalled`, `depth` (the part of the filler before it, 0 to 1)
+and `distance` (tokens from where the value was stated to where it was asked for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+DEPTH_BINS = 10
+MAX_DISTANCE_BINS = 10
+SAME = 1e-6
+
+Answer = Mapping[str, Any]
+Labels = dict[int, str]
+"""Of bins, by their numbers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The values of one place: how many there were, and how many of them were recalled."""
+
+    recalled: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.recalled / self.count
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Recall by depth (rows, the beginning of the context first) and by length or distance (columns, ascending).
+
+    Attributes:
+        rows: labels of the depths.
+        columns: labels of the columns.
+        across: what the columns are, for the title of their axis.
+        cells: one row a depth; None where no value stood.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    across: str
+    cells: tuple[tuple[Cell | None, ...], ...]
+    down: str = "depth"
+
+
+def grid(records: Sequence[Mapping[str, Any]]) -> Grid | None:
+    """The grid of a row's records; None if they say nothing of places.
+
+    Columns are contexts. Where there is only one, and several values are asked for in turn, columns are distances; a
+    single question always stands at the end, so that its distance is but the depth again.
+    """
+    places = [
+        (record["context"], answer)
+        for record in records
+        if "context" in record
+        for answer in record.get("answers", ())
+        if "depth" in answer
+    ]
+    if not places:
+        return None
+    row, rows = _depths([answer["depth"] for _, answer in places])
+    contexts = sorted({context for context, _ in places})
+    if len(contexts) == 1 and any(len(record["answers"]) > 1 for record in records):
+        bin_of, labels = _distances([answer["distance"] for _, answer in places])
+        columns, across = {number: labels[number] for number in sorted(labels)}, "distance (tokens)"
+        keys = [(row(answer["depth"]), bin_of(answer["distance"])) for _, answer in places]
+    else:
+        columns, across = {context: str(context) for context in contexts}, "context (tokens)"
+        keys = [(row(answer["depth"]), context) for context, answer in places]
+    tally = dict.fromkeys(product(rows, columns), Cell(0, 0))
+    for key, (_, answer) in zip(keys, places, strict=True):
+        tally[key] = Cell(tally[key].recalled + bool(answer["recalled"]), tally[key].count + 1)
+    cells = tuple(tuple(cell if (cell := tally[r, c]).count else None for c in columns) for r in rows)
+    return Grid(tuple(rows.values()), tuple(columns.values()), across, cells)
+
+
+def _depths(depths: Sequence[float]) -> tuple[Callable[[float], int], Labels]:
+    """The bin of a depth, and the bins there are: the depths themselves if they are evenly spaced, else tenths."""
+    distinct = sorted(set(depths))
+    steps = len(distinct) - 1
+    if steps > 0 and all(abs(depth - number / steps) < SAME for number, depth in enumerate(distinct)):
+        return (lambda depth: round(depth * steps)), {n: f"{n / steps:.0%}" for n in range(steps + 1)}
+    width = 100 // DEPTH_BINS
+
+    def tenth(depth: float) -> int:
+        return min(int(depth * DEPTH_BINS + SAME), DEPTH_BINS - 1)
+
+    found = range(tenth(distinct[0]), tenth(distinct[-1]) + 1)
+    return tenth, {number: f"{number * width}-{(number + 1) * width}%" for number in found}
+
+
+def _distances(distances: Sequence[int]) -> tuple[Callable[[int], int], Labels]:
+    """The bin of a distance, and the bins there are: as wide as the least power of two that makes them few."""
+    width = 1
+    while max(distances) // width - min(distances) // width >= MAX_DISTANCE_BINS:
+        width *= 2
+    found = range(min(distances) // width, max(distances) // width + 1)
+    return (lambda distance: distance // width), {n: f"{n * width}-{(n + 1) * width - 1}" for n in found}

@@ -1,0 +1,245 @@
+"""A run's folder read back: its row if it has one, else how far it has come. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..errors import DocumentError, EvaluationError, KvmixError
+from ..files import read_yaml, reason, validate
+from ..plan import CacheSettings, ModelInfo, Plan
+from .base import Estimate, Metric
+from .report import Row
+from .runs import CONFIG, FORMAT, METRICS, SAMPLES, parse_records, refuse_constant
+
+
+class LineKey(NamedTuple):
+    """What makes a line: two plans of one name are two lines.
+
+    Attributes:
+        sha256: of the plan, or of a baseline's settings; None for the unquantized cache.
+    """
+
+    name: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A run that is complete, or that has failed (its row then has an error).
+
+    Attributes:
+        command: that started it; empty if it is not known.
+        config: all that its numbers depend on, as it was written.
+        metrics: those that its row may have, in their order.
+        finished: None if it is not known.
+        machine: names and versions, as it was written.
+    """
+
+    folder: Path
+    command: str
+    config: Mapping[str, Any]
+    model: ModelInfo
+    key: LineKey
+    layers: Mapping[int, tuple[int, int]] | None
+    row: Row
+    metrics: tuple[Metric, ...]
+    tokens: int
+    description: str
+    finished: datetime | None
+    machine: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that was interrupted, or that is still going on."""
+
+    folder: Path
+    command: str
+    model: str
+    task: str
+    plan: str
+    done: int
+    samples: int
+
+
+def read_run(folder: Path) -> Measured | Unfinished:
+    """Read one run. Raises DocumentError if its files are damaged or do not belong together."""
+    config, data = _read_config(folder / CONFIG)
+    records = _read_records(folder / SAMPLES)
+    command = _command(folder / CONFIG)
+    path = folder / METRICS
+    if not path.exists():
+        plan = folder.name.split("__", 2)[-1]
+        samples = config.samples.count
+        return Unfinished(folder, command, config.model.id, config.task, plan, len(records), samples)
+    row = _read_row(path)
+    if row.error is None and len(records) != config.samples.count:
+        raise DocumentError(str(path), [f"sums up {config.samples.count} samples, but {len(records)} are there"])
+    if row.task != config.task:
+        raise DocumentError(str(path), [f"is about {row.task}, but {CONFIG} about {config.task}"])
+    return Measured(
+        folder=folder,
+        command=command,
+        config=data,
+        model=config.model,
+        key=LineKey(row.plan, config.subject),
+        layers=_layers(folder / CONFIG, config),
+        row=row.as_row(tuple(records)),
+        metrics=tuple(row.metric_info.values()),
+        tokens=row.tokens,
+        description=row.description,
+        finished=row.finished,
+        machine=row.machine,
+    )
+
+
+class _Samples(BaseModel):
+    count: int
+    sha256: str
+
+
+class _PlanConfig(BaseModel):
+    short: str
+    sha256: str
+
+
+class _Config(BaseModel):
+    """`config.yaml`, as far as it is looked into."""
+
+    format: Literal["kvmix-run/1"]
+    kvmix: str
+    task: str
+    model: ModelInfo
+    dtype: str
+    device: str
+    attention: str
+    settings: dict[str, Any]
+    samples: _Samples
+    plan: _PlanConfig | None
+    baseline: dict[str, Any] | None = None
+
+    @property
+    def subject(self) -> str | None:
+        """What tells a plan from others of its name, and a baseline with other settings from this one."""
+        if self.plan is not None:
+            return self.plan.sha256
+        return None if self.baseline is None else hashlib.sha256(canonical(self.baseline).encode()).hexdigest()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _indices(cls, model: Any) -> Any:
+        """Layers as numbers; as keys of plain data they are text."""
+        stock = model.get("stock") if isinstance(model, dict) else None
+        if not isinstance(stock, dict):
+            return model
+        return {**model, "stock": {int(layer) if str(layer).isdecimal() else layer: k for layer, k in stock.items()}}
+
+
+class _RowFile(BaseModel):
+    """`metrics.json`, as far as it is looked into."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    task: str
+    plan: str
+    nominal_bits: float
+    stored_bits: float | None
+    quantized_share: float
+    metrics: dict[str, Estimate] = Field(default_factory=dict)
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    tokens: int
+    description: str
+    metric_info: dict[str, Metric]
+    finished: datetime | None = None
+    machine: dict[str, str | int] = Field(default_factory=dict)
+
+    def as_row(self, records: tuple[dict[str, Any], ...]) -> Row:
+        return Row(
+            task=self.task,
+            plan=self.plan,
+            nominal_bits=self.nominal_bits,
+            stored_bits=self.stored_bits,
+            quantized_share=self.quantized_share,
+            metrics={name: self.metrics[name] for name in self.metric_info if name in self.metrics},
+            error=self.error,
+            warnings=self.warnings,
+            records=records,
+            seconds=self.seconds,
+        )
+
+
+def run_folders(places: Sequence[Path]) -> list[Path]:
+    """Each once, in order of their names within a place. Raises EvaluationError if a place is none."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        try:
+            inside = sorted(place.iterdir()) if place.is_dir() else []
+        except OSError as error:
+            raise EvaluationError(f"cannot look into {place}: {error.strerror}") from error
+        if not place.exists():
+            raise EvaluationError(f"{place} does not exist; `kvmix eval` leaves runs in --output-dir")
+        for folder in (place, *inside):
+            if any((folder / name).is_file() for name in (CONFIG, SAMPLES, METRICS)):
+                found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def _read_config(path: Path) -> tuple[_Config, dict[str, Any]]:
+    document = read_yaml(path)
+    document.check_format(FORMAT)
+    return validate(document, _Config), document.data
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole ones; a last line without its end is being written, or was when the process was killed."""
+    try:
+        return parse_records(path.read_bytes())[0]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DocumentError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise DocumentError(str(path), [f"damaged ({error})"]) from error
+
+
+def _read_row(path: Path) -> _RowFile:
+    try:
+        row = _RowFile.model_validate(json.loads(path.read_bytes(), parse_constant=refuse_constant))
+    except OSError as error:
+        raise DocumentError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except (ValueError, RecursionError) as error:
+        why = reason(error) if isinstance(error, ValueError) else "it is nested too deep"
+        raise DocumentError(str(path), [f"damaged ({why}); `kvmix eval --resume` writes it anew"]) from error
+    return row
+
+
+def _command(path: Path) -> str:
+    """The first line of a config's head comment."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    return line.removeprefix("# ").strip() if line.startswith("# ") else ""
+
+
+def _layers(path: Path, config: _Config) -> dict[int, tuple[int, int]] | None:
+    if config.plan is None:
+        return None
+    try:
+        plan = Plan.from_short(config.plan.short, config.model, CacheSettings(group_size="row"))
+    except KvmixError as error:
+        raise DocumentError(str(path), [f"plan: {error}"]) from error
+    return {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+
+
+def canonical(data: Any) -> str:
+    """Plain data as text that is the same for the same data."""
+    return json.dumps(data, sort_keys=True, default=str)

@@ -1,0 +1,85 @@
+"""Documents to calibrate on and to evaluate on, as plain strings.
+
+    builtin                     the language reference and library sources that every Python carries
+    wikitext2[:PATH]            WikiText-2, its rows joined into one document; from the hub, or a file or folder of rows
+    c4[:PATH]                   C4 in English, the first shard
+    FILE                        a text file is one document; .jsonl, .parquet and .arrow have one a row
+    FOLDER                      all such files in it; a folder of `datasets.save_to_disk` is a data set
+    hub:NAME[:CONFIG[:SPLIT]]   a data set from the Hugging Face hub, or a folder in its layout
+
+Each of them has two sides where there can be: what may be trained and calibrated on, and what is held out for
+evaluation. A data set's are its splits, unless one is named. Those of the built-in text never meet: the rule is
+`is_held_out_topic` and `HELD_OUT_MODULES`; the built-in model was trained by it too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import TextError
+from .builtin import (
+    CALIBRATION_MODULES,
+    HELD_OUT_MODULES,
+    builtin_texts,
+    is_held_out_topic,
+    module_sources,
+    reference_topics,
+)
+from .files import path_texts
+from .hub import HUB, hub_texts
+from .named import find_named
+
+__all__ = [
+    "CALIBRATION_MODULES",
+    "HELD_OUT_MODULES",
+    "builtin_texts",
+    "describe_texts",
+    "is_held_out_topic",
+    "is_one_document",
+    "load_texts",
+    "module_sources",
+    "reference_topics",
+]
+
+MAX_ROWS = 4096
+"""Rows taken from a hub data set, chosen by seed. A profile needs tens of them."""
+
+
+def load_texts(source: str = "builtin", *, held_out: bool = False, seed: int = 0) -> list[str]:
+    """Documents of a source, in a fixed order; blank ones are left out.
+
+    Args:
+        source: see the head of this module.
+        held_out: the side that nothing was trained or calibrated on. Of a data set without a named split: its test or
+            validation split, if it has one.
+        seed: chooses the rows of a hub data set that has more than `MAX_ROWS`.
+
+    Raises:
+        TextError: if there is no text, or it cannot be read.
+    """
+    texts = [text for text in _load(source, held_out, seed) if text.strip()]
+    if not texts:
+        raise TextError(f"no text in {source}: give a text file, a folder of them, a .jsonl file or hub:NAME")
+    return texts
+
+
+def describe_texts(source: str, *, held_out: bool = False) -> str:
+    """A source in words: what a name stands for, and anything else as it is."""
+    named = find_named(source)
+    return source if named is None else named.describe(held_out)
+
+
+def is_one_document(source: str) -> bool:
+    """Whether it is known by name to be one long text, so that samples of it are consecutive parts."""
+    named = find_named(source)
+    return named is not None and named.joined
+
+
+def _load(source: str, held_out: bool, seed: int) -> list[str]:
+    if source == "builtin":
+        return builtin_texts(held_out=held_out)
+    if (named := find_named(source)) is not None:
+        return named.load(held_out, seed)
+    if source.startswith(HUB):
+        return hub_texts(source.removeprefix(HUB), held_out, seed, MAX_ROWS)
+    return path_texts(Path(source).expanduser(), held_out)

@@ -1,0 +1,114 @@
+"""Data sets: of the hub, in a folder with the hub's layout, as `datasets.save_to_disk` left them, or one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TextError
+from ..noise import hushed
+from .records import document
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB = "hub:"
+HELD_OUT_SPLITS = ("test", "validation", "train")
+"""The first that there is, for evaluation; anything else takes `train`."""
+_SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` puts beside its data."""
+
+
+def hub_texts(spec: str, held_out: bool, seed: int, most: int) -> list[str]:
+    """Documents of `NAME[:CONFIG[:SPLIT]]`; `most` of them, chosen by seed, if there are more. Raises TextError."""
+    name, _, rest = spec.partition(":")
+    config, _, split = rest.partition(":")
+    if not name:
+        raise TextError("'hub:' names no data set: use hub:NAME[:CONFIG[:SPLIT]]")
+    if is_saved(Path(name)):
+        return saved_texts(Path(name), split or None, held_out)
+    where = f"{HUB}{spec}"
+    if split or not held_out:
+        rows = load_rows(name, config or None, split or "train")
+    else:
+        rows = _held_out(load_rows(name, config or None, None), where)
+    return row_texts(some(rows, most, seed), where)
+
+
+def load_rows(name: str, config: str | None, split: str | None, files: dict[str, str] | None = None) -> Any:
+    """Rows of one split; all splits by name if none is asked for. Raises TextError."""
+    import datasets
+
+    options = {} if files is None else {"data_files": files}
+    try:
+        with hushed():
+            return datasets.load_dataset(name, config, split=split, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        asked = f"configuration {config or 'default'}" + (f", split {split}" if split else "")
+        raise TextError(
+            f"cannot load data set {name} ({asked}): {reason}; check the name and the network, or give a file"
+        ) from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether it is a folder of `datasets.save_to_disk`."""
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def saved_texts(path: Path, split: str | None, held_out: bool) -> list[str]:
+    """Documents of such a folder. Raises TextError, also for a split that it lacks."""
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TextError(f"cannot read the data set in {path}: {error}; save it again") from error
+    if isinstance(rows, datasets.DatasetDict):
+        rows = _split(rows, split, str(path)) if split else _one_of(rows, held_out, str(path))
+    elif split:
+        raise TextError(f"{path} has no splits: leave out '{split}'")
+    return row_texts(rows, str(path))
+
+
+def rows_of(path: Path) -> Iterable[Any]:
+    """Records of a Parquet or Arrow file, one after the other. Raises TextError."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        else:
+            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                yield from (row for batch in stream for row in batch.to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TextError(f"cannot read {path} as {path.suffix.lstrip('.')}: {reason}") from error
+
+
+def some(rows: Dataset, most: int, seed: int) -> Dataset:
+    """All rows in their order, or `most` of them chosen by seed."""
+    return rows if len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
+
+
+def row_texts(rows: Iterable[Any], where: str) -> list[str]:
+    """The document of each row. Raises TextError if one has none."""
+    return [document(row, f"{where}, row {i}") for i, row in enumerate(rows)]
+
+
+def _one_of(splits: Any, held_out: bool, where: str) -> Any:
+    """The split to take when none is named."""
+    return _held_out(splits, where) if held_out else _split(splits, "train", where)
+
+
+def _held_out(splits: Any, where: str) -> Any:
+    known = [name for name in HELD_OUT_SPLITS if name in splits]
+    return _split(splits, known[0] if known else HELD_OUT_SPLITS[0], where)
+
+
+def _split(splits: Any, name: str, where: str) -> Any:
+    if name not in splits:
+        raise TextError(f"{where} has no split '{name}': there are {', '.join(splits)}")
+    return splits[name]

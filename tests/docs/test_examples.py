@@ -1,0 +1,42 @@
+"""The shell script of docs/evaluation.md, as a CI job would run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GATE = ROOT / "docs" / "examples" / "gate.sh"
+PLANS = ROOT / "profiles" / "builtin--tiny" / "plans"
+
+
+def run(folder, plan):
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SAMPLES": "2"}
+    return subprocess.run(
+        ["bash", str(GATE), str(plan)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_good_plan_passes_and_leaves_its_numbers_and_a_page(tmp_path):
+    done = run(tmp_path, PLANS / "ilp-stored-2.75.yaml")
+    assert done.returncode == 0, done.stderr
+    assert all(gate["passed"] for gate in json.loads((tmp_path / "results.json").read_text())["gates"])
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.md").read_text().startswith("<!--") or "|" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("plan", "code", "said"), [("0-7:k1v1", 3, "perplexity"), ("nowhere.yaml", 1, "nowhere.yaml")])
+def test_a_bad_plan_fails_with_the_reason(tmp_path, plan, code, said):
+    if plan != "nowhere.yaml":
+        text = (PLANS / "paper.yaml").read_text()
+        head = text[: text.index("bits:")]
+        cache = next(line for line in text.splitlines() if line.startswith("cache:"))
+        plan = tmp_path / "one-bit.yaml"
+        plan.write_text(f'{head}{cache}\nlayers: "0-7:k1v1"\n')
+    done = run(tmp_path, plan)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
