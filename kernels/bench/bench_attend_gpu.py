@@ -18,8 +18,9 @@ import gpu
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import attend
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa

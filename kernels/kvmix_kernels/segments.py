@@ -7,38 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import PageLayout
-from .quantize.naive import dequantize
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Whole pages of quantized tokens, oldest first.
-
-    Attributes:
-        layout: of every page.
-        words: `[B, H_kv, pages, *layout.words_shape]` int16.
-        scales: `[B, H_kv, pages, *layout.scales_shape]` in the scale dtype.
-    """
-
-    layout: PageLayout
-    words: Tensor
-    scales: Tensor
-
-    @property
-    def pages(self) -> int:
-        return self.words.shape[2]
-
-    @property
-    def tokens(self) -> int:
-        return self.pages * self.layout.page
-
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Tokens `[start, stop)`, dequantized: `[B, H_kv, stop - start, D]`. Touches only the pages they lie in."""
-        page = self.layout.page
-        first, last = start // page, -(-stop // page)
-        pages = dequantize(self.words[:, :, first:last], self.scales[:, :, first:last], self.layout, dtype)
-        return pages.flatten(2, 3)[:, :, start - first * page : stop - first * page]
+from .pages import Channels, Packed
+from .tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -47,12 +17,12 @@ class Segments:
 
     Attributes:
         sink: `[B, H_kv, sinks, D]`, or None.
-        packed: the quantized pages after the sinks, or None.
+        packed: the quantized tokens after the sinks, or None.
         tail: `[B, H_kv, tokens, D]`, the most recent tokens.
     """
 
     sink: Tensor | None
-    packed: Packed | None
+    packed: Packed | Channels | Tiers | None
     tail: Tensor
 
     @property
@@ -67,12 +37,23 @@ class Segments:
 
     @property
     def packed_tokens(self) -> int:
+        """Tokens between sinks and tail."""
         return 0 if self.packed is None else self.packed.tokens
 
     @property
     def edges(self) -> tuple[int, int]:
         """First and last-plus-one packed token."""
         return self.sinks, self.sinks + self.packed_tokens
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that can be attended to: all but those that a policy has evicted."""
+        return self.shape[2] - (self.packed.tokens - self.packed.kept if isinstance(self.packed, Tiers) else 0)
+
+    @property
+    def quantized_tokens(self) -> int:
+        """Tokens that are read in quantized form."""
+        return self.packed.quantized if isinstance(self.packed, Tiers) else self.packed_tokens
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Tokens `[start, stop)` in `dtype`, dequantized where they are packed: `[B, H_kv, stop - start, D]`."""
@@ -87,5 +68,9 @@ class Segments:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def dequantize(self) -> Tensor:
-        """All of it as one plain tensor `[B, H_kv, T, D]` in the tail's dtype; costs what the cache is made to save."""
+        """All of it as one plain tensor `[B, H_kv, T, D]` in the tail's dtype; costs what the cache is made to save.
+
+        Raises:
+            ValueError: if some tokens have been evicted.
+        """
         return self.read(0, self.shape[2], self.tail.dtype)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import dequantize, quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from torch import Tensor
 
 from ..errors import QuantizationError

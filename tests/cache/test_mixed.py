@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import build
 from kvmix_kernels.native import library
-from kvmix_kernels.segments import Packed
+from kvmix_kernels.pages import Packed
 from transformers import MistralConfig
 
 from kvmix_cli import budget

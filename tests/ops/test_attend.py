@@ -6,7 +6,7 @@ from attending import paths, relative_rms, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import attend, naive
-from kvmix_kernels.segments import Packed
+from kvmix_kernels.pages import Packed
 from reference import dense_attention
 
 RMS = {"naive": 1e-5}
@@ -54,10 +54,10 @@ def test_tiles_of_tokens_and_of_queries_change_nothing(monkeypatch):
     key, value = (segments(kind, 4, 3, 20, 30) for kind in ("key", "value"))
     query = torch.randn(2, 4, 25, 32)
     mask = torch.rand(2, 1, 25, key.shape[2]) > 0.3
-    whole = [naive.attend(query, key, value, scaling=0.2, mask=m) for m in (None, mask)]
+    whole = [naive.attend(query, key, value, scaling=0.2, mask=m)[0] for m in (None, mask)]
     monkeypatch.setattr(naive, "TOKENS_PER_TILE", 48)
     monkeypatch.setattr(naive, "QUERIES_PER_TILE", 4)
-    tiled = [naive.attend(query, key, value, scaling=0.2, mask=m) for m in (None, mask)]
+    tiled = [naive.attend(query, key, value, scaling=0.2, mask=m)[0] for m in (None, mask)]
     for one, other in zip(whole, tiled, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -13,8 +13,9 @@ from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import attend
 from kvmix_kernels.attend.triton.codes import decode, decode_plainly
 from kvmix_kernels.attend.triton.steps import fields_of, share_of, step_of
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import naive, quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,9 @@ import torch
 from aot import LANES, ahead_of_time
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend.triton import attend
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import triton as quantizing
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 
 PAGE, PAGES = 128, 2
 

@@ -4,8 +4,9 @@ import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import cpu, naive
 from kvmix_kernels.native import library, use_instruction_set
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
@@ -20,9 +21,9 @@ def instruction_sets():
 
 def paths():
     """Every way to attend that this machine has, by name."""
-    yield "naive", naive.attend
+    yield "naive", lambda *args, **kwargs: naive.attend(*args, **kwargs)[0]
     for name in instruction_sets():
-        yield name, lambda *args, **kwargs: cpu.attend(library(), *args, **kwargs)
+        yield name, lambda *args, **kwargs: cpu.attend(library(), *args, **kwargs)[0]
 
 
 def segments(kind, bits, sinks, pages, tail, head_dim=32, page=16, batch=2, heads=2, group=16, dtype=torch.float32):

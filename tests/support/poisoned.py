@@ -2,8 +2,9 @@
 
 import torch
 from kvmix_kernels import PageLayout
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 
 
 def in_a_poisoned_buffer(x):

@@ -14,7 +14,7 @@ from ..native import library
 from ..segments import Segments
 from . import cpu, naive
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_lse"]
 
 
 def attend(
@@ -27,7 +27,21 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention over packed keys and values; see `naive.attend` for arguments, result and errors.
+    """Softmax attention over packed keys and values: the first result of `attend_lse`."""
+    return attend_lse(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)[0]
+
+
+def attend_lse(
+    query: Tensor,
+    key: Segments,
+    value: Segments,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithms of its sums of weights; see `naive.attend` for arguments, results and errors.
 
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).

@@ -185,12 +185,13 @@ static void attend_some(int rows, const Attention& x, int64_t b, int64_t h, int6
 
 // Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one.
 static void merge_row(const Attention& x, int64_t head, const float* partial, int64_t stride, int64_t splits,
-                      float* output) {
+                      float* output, float* logarithm) {
   const int64_t dim = x.value.dim;
   float most = x.sink_logits ? x.sink_logits[head] : NEVER;
   for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + dim]);
   float total = x.sink_logits ? std::exp(x.sink_logits[head] - most) : 0.0f;
   for (int64_t d = 0; d < dim; d++) output[d] = 0;
+  *logarithm = NEVER;
   if (most == NEVER) return;
   for (int64_t s = 0; s < splits; s++) {
     const float* part = partial + s * stride;
@@ -200,6 +201,7 @@ static void merge_row(const Attention& x, int64_t head, const float* partial, in
     for (int64_t d = 0; d < dim; d++) output[d] += share * part[d];
   }
   for (int64_t d = 0; d < dim; d++) output[d] /= total;
+  *logarithm = most + std::log(total);
 }
 
 // Token ranges that threads share out: on page edges, as many as keep all threads busy and their caches warm.
@@ -246,7 +248,7 @@ void attend(const Attention& x) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++)
       merge_row(x, row / x.queries % x.heads, partial + row * splits * stride, stride, splits,
-                x.output + row * x.value.dim);
+                x.output + row * x.value.dim, x.logarithms + row);
   }
 }
 

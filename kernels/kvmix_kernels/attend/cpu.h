@@ -25,6 +25,7 @@ struct Attention {
   int64_t mask_is_bool;     // otherwise it is float32 and added
   const float* sink_logits; // null or [H]
   float* output;            // [B, H, S, D_v], contiguous
+  float* logarithms;        // [B, H, S]: of the sums of weights
   int64_t batch, heads, kv_heads, queries, tokens;
   int64_t threads;
   float softcap;            // 0: none

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
 from ..native import DTYPES, WIDEST_VECTOR
+from ..pages import Packed
 from ..segments import Segments
 
 _Strides = ctypes.c_int64 * 3
@@ -51,6 +52,7 @@ class _Attention(ctypes.Structure):
         ("mask_is_bool", ctypes.c_int64),
         ("sink_logits", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
+        ("logarithms", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
@@ -68,7 +70,7 @@ def supports(query: Tensor, *tensors: Segments) -> bool:
 
 def describe(*tensors: Segments) -> str:
     """What `supports` looks at, for a warning."""
-    groups = sorted({tensor.packed.layout.group for tensor in tensors if tensor.packed})
+    groups = sorted({x.packed.layout.group for x in tensors if isinstance(x.packed, Packed)})
     return f"{tensors[0].tail.dtype} heads of {tensors[0].shape[3]} in groups of {groups}".replace("torch.", "")
 
 
@@ -82,16 +84,18 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`naive.attend`, natively; the same arguments and result."""
     batch, heads, queries, _ = query.shape
     scaled = (query.float() * scaling).contiguous()
     output = torch.empty(batch, heads, queries, value.shape[3])
+    logarithms = torch.empty(batch, heads, queries)
     call = _Attention(
         key=_segments(key),
         value=_segments(value),
         query=scaled.data_ptr(),
         output=output.data_ptr(),
+        logarithms=logarithms.data_ptr(),
         batch=batch,
         heads=heads,
         kv_heads=key.shape[1],
@@ -109,13 +113,15 @@ def attend(
         sinks = sinks.float().contiguous()
         call.sink_logits = sinks.data_ptr()
     library.kvmix_attend(ctypes.byref(call))
-    return output.to(query.dtype)
+    return output.to(query.dtype), logarithms
 
 
 def _fits(tensor: Segments) -> bool:
     if tensor.shape[3] % WIDEST_VECTOR or tensor.tail.dtype not in DTYPES or tensor.tail.stride(3) != 1:
         return False
-    return tensor.packed is None or tensor.packed.layout.group % WIDEST_VECTOR == 0
+    if tensor.packed is None:
+        return True
+    return isinstance(tensor.packed, Packed) and tensor.packed.layout.group % WIDEST_VECTOR == 0
 
 
 def _segments(tensor: Segments) -> _Segments:
@@ -132,7 +138,7 @@ def _segments(tensor: Segments) -> _Segments:
     )
     if sink is not None:
         call.sink, call.sink_strides = sink.data_ptr(), _Strides(*sink.stride()[:3])
-    if packed is not None:
+    if isinstance(packed, Packed):
         layout = packed.layout
         call.words, call.words_strides = packed.words.data_ptr(), _Strides(*packed.words.stride()[:3])
         call.scales, call.scales_strides = packed.scales.data_ptr(), _Strides(*packed.scales.stride()[:3])

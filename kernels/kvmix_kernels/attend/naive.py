@@ -7,12 +7,14 @@ queries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..segments import Segments
+from .parts import Part, check_tiers, parts_of
 
 TOKENS_PER_TILE = 2048
 QUERIES_PER_TILE = 512
@@ -27,7 +29,7 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Softmax attention; query head `h` reads KV head `h // (H / H_kv)`.
 
     Args:
@@ -39,40 +41,19 @@ def attend(
         sinks: one logit a query head that takes part in the softmax and has no value, `[H]` (GPT-OSS).
 
     Returns:
-        `[B, H, S, D_v]` in the query's dtype. A row that may attend to nothing is 0.
+        `[B, H, S, D_v]` in the query's dtype, and the logarithms of the sums of weights `[B, H, S]`, float32 or
+        float64. A row that may attend to nothing is 0, its logarithm -inf.
 
     Raises:
         ValueError: if heads or lengths do not fit together.
     """
     check(query, key, value)
-    if query.shape[2] > QUERIES_PER_TILE:
-        return _by_query_tiles(query, key, value, scaling, mask, softcap, sinks)
-    batch, heads, length, _ = query.shape
-    kv_heads, tokens = key.shape[1:3]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    rows = query.to(dtype).reshape(batch, kv_heads, -1, query.shape[-1]) * scaling
-
-    maximum = rows.new_full((*rows.shape[:3], 1), -torch.inf)
-    total = torch.zeros_like(maximum)
-    output = rows.new_zeros((*rows.shape[:3], value.shape[-1]))
-    if sinks is not None:
-        per_row = sinks.to(dtype).view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, length, 1)
-        maximum, total = per_row.reshape(maximum.shape), torch.ones_like(maximum)
-
-    for start, stop in pairwise(_tile_edges(key, value)):
-        scores = rows @ key.read(start, stop, dtype).transpose(-1, -2)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = _masked(scores.view(batch, heads, length, -1), mask, start, stop, tokens).view_as(scores)
-        peak = torch.maximum(maximum, scores.amax(-1, keepdim=True))
-        shift = torch.where(peak == -torch.inf, 0.0, peak)
-        weights = (scores - shift).exp()
-        decay = (maximum - shift).exp()
-        total = total * decay + weights.sum(-1, keepdim=True)
-        output = output * decay + weights @ value.read(start, stop, dtype)
-        maximum = peak
-    output = output / torch.where(total == 0, 1.0, total)
-    return output.view(batch, heads, length, -1).to(query.dtype)
+    parts, tiles = parts_of(query, key, value, mask), []
+    for start in range(0, query.shape[2], QUERIES_PER_TILE):
+        rows = query[:, :, start : start + QUERIES_PER_TILE]
+        tiles.append(_attend_rows(rows, _rows_of(parts, query, start), scaling, softcap, sinks))
+    outputs, logarithms = zip(*tiles, strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(logarithms, dim=2)
 
 
 def check(query: Tensor, key: Segments, value: Segments) -> None:
@@ -83,6 +64,41 @@ def check(query: Tensor, key: Segments, value: Segments) -> None:
         raise ValueError(f"queries {list(query.shape)} do not fit keys {list(key.shape)}")
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries but only {key.shape[2]} cached tokens")
+    check_tiers(key, value)
+
+
+def _attend_rows(
+    query: Tensor, parts: Sequence[Part], scaling: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of a bounded number of queries; see `attend`."""
+    batch, heads, length, _ = query.shape
+    kv_heads, value_dim = parts[0].key.shape[1], parts[0].value.shape[-1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    rows = query.to(dtype).reshape(batch, kv_heads, -1, query.shape[-1]) * scaling
+
+    maximum = rows.new_full((*rows.shape[:3], 1), -torch.inf)
+    total = torch.zeros_like(maximum)
+    output = rows.new_zeros((*rows.shape[:3], value_dim))
+    if sinks is not None:
+        per_row = sinks.to(dtype).view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, length, 1)
+        maximum, total = per_row.reshape(maximum.shape), torch.ones_like(maximum)
+
+    for key, value, mask in parts:
+        for start, stop in pairwise(_tile_edges(key, value)):
+            scores = rows @ key.read(start, stop, dtype).transpose(-1, -2)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = _masked(scores.view(batch, heads, length, -1), mask, start, stop, key.shape[2]).view_as(scores)
+            peak = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+            shift = torch.where(peak == -torch.inf, 0.0, peak)
+            weights = (scores - shift).exp()
+            decay = (maximum - shift).exp()
+            total = total * decay + weights.sum(-1, keepdim=True)
+            output = output * decay + weights @ value.read(start, stop, dtype)
+            maximum = peak
+    output = output / torch.where(total == 0, 1.0, total)
+    logarithms = (maximum + total.log()).view(batch, heads, length)
+    return output.view(batch, heads, length, -1).to(query.dtype), logarithms
 
 
 def _tile_edges(key: Segments, value: Segments) -> list[int]:
@@ -103,30 +119,24 @@ def _masked(scores: Tensor, mask: Tensor | None, start: int, stop: int, tokens: 
             return scores
         last_seen = torch.arange(tokens - length, tokens, device=scores.device)[:, None]
         mask = torch.arange(start, stop, device=scores.device) <= last_seen
-    else:
+    elif mask.shape[-1] > 1:
         mask = mask[..., start:stop]
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def _by_query_tiles(
-    query: Tensor,
-    key: Segments,
-    value: Segments,
-    scaling: float,
-    mask: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Long prompts: a bounded number of queries at a time, each tile with the causal mask of its own rows."""
-    length, tokens = query.shape[2], key.shape[2]
-    outputs = []
-    for start in range(0, length, QUERIES_PER_TILE):
-        stop = min(start + QUERIES_PER_TILE, length)
+def _rows_of(parts: Sequence[Part], query: Tensor, start: int) -> list[Part]:
+    """The parts as a tile of the queries sees them: masks of its own rows, causal ones included."""
+    length = query.shape[2]
+    if length <= QUERIES_PER_TILE:
+        return list(parts)
+    stop = min(start + QUERIES_PER_TILE, length)
+    tiles = []
+    for part in parts:
+        mask, tokens = part.mask, part.key.shape[2]
         if mask is None:
             last_seen = torch.arange(tokens - length + start, tokens - length + stop, device=query.device)
-            rows = torch.arange(tokens, device=query.device) <= last_seen[:, None]
-        else:
-            rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-        tile = query[:, :, start:stop]
-        outputs.append(attend(tile, key, value, scaling=scaling, mask=rows, softcap=softcap, sinks=sinks))
-    return torch.cat(outputs, dim=2)
+            mask = torch.arange(tokens, device=query.device) <= last_seen[:, None]
+        elif mask.shape[-2] > 1:
+            mask = mask[..., start:stop, :]
+        tiles.append(part._replace(mask=mask))
+    return tiles

@@ -149,9 +149,9 @@ def _split(units: int, tokens: int, programs: int, device: torch.device) -> tupl
     return triton.cdiv(units, each), each
 
 
-def _warps(block: int, head_dim: int, value_dim: int, *layouts: PageLayout | None) -> int:
+def _warps(block: int, head_dim: int, value_dim: int, *runs: PageLayout | int) -> int:
     """As few as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
-    has_wide_codes = any(layout is not None and layout.bits == 8 for layout in layouts)
+    has_wide_codes = any(not isinstance(run, int) and run.bits == 8 for run in runs)
     return 4 if block > LEAST_ROWS or max(head_dim, value_dim) > 128 or has_wide_codes else 2
 
 
