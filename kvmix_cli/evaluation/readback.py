@@ -150,9 +150,9 @@ class _RowFile(BaseModel):
 
     task: str
     plan: str
-    nominal_bits: float
-    stored_bits: float | None
-    quantized_share: float
+    nominal_bits: float = Field(ge=0)
+    stored_bits: float | None = Field(ge=0)
+    quantized_share: float = Field(ge=0, le=1)
     metrics: dict[str, Estimate] = Field(default_factory=dict)
     error: str | None = None
     warnings: tuple[str, ...] = ()

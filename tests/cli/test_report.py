@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commandline import kvmix, kvmix_json, refused
 from evaluating import INFO, uniform
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 from reporting import FOUR, PERPLEXITY, TWO, Scripted, measured, memory, perplexity, recall, throughput
 
@@ -312,6 +312,24 @@ def test_runs_that_are_all_unfinished_are_listed():
     assert "no metric 'perplexity'; no run is complete" in refused(kvmix("report", "--metric", "perplexity"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
+def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
+    path = Path("results/perplexity__builtin--tiny__two/metrics.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    result = kvmix("report")
+    assert result.exit_code == 0
+    assert f"{path}: damaged ({name}" in result.stderr
+    assert [row[0] for row in page().tables[0]] == ["unquantized", "two", "four"]
+
+
+def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
+    path = Path("results/throughput__builtin--tiny__two/samples.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps({**line, 'context': 0})}\n" for line in lines))
+    assert kvmix("report").exit_code == 0
+    assert "throughput__builtin--tiny__two: its samples are not what throughput writes" in page().text
+
+
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
     path = Path("results/recall__builtin--tiny__two/samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -385,18 +403,53 @@ def test_the_front_is_exactly_what_nothing_dominates(points, higher):
     assert [points[index][0] for index in best] == sorted(points[index][0] for index in best)
 
 
-numbers = some.lists(some.floats(-1e6, 1e6), min_size=1, max_size=12)
+numbers = some.lists(
+    some.floats(-1e6, 1e6) | some.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=12
+)
+LEAST, MOST = 5e-324, sys.float_info.max
 
 
 @given(numbers)
+@example([LEAST])
+@example([0.0, LEAST])
+@example([-LEAST, LEAST, 1.0])
+@example([LEAST, LEAST, MOST])
+@example([-LEAST, -LEAST, MOST])
+@example([-MOST, MOST])
+@example([MOST])
+@example([0.0, 0.0, MOST])
+@example([1.0, 1.0 + sys.float_info.epsilon])
 def test_every_number_has_a_place_on_its_axis_and_there_are_ticks(values):
-    scale = drawing.fitting_scale(values, 300, 20)
+    check_scale(drawing.fitting_scale(values, 300, 20), values)
+    check_scale(drawing.linear_scale(values, 300, 20), values)
+    sizes = [abs(value) for value in values]
+    check_scale(drawing.linear_scale(sizes, 300, 20, zero=True), sizes)
+    if all(sizes):
+        check_scale(drawing.log_scale(sizes, 300, 20), sizes)
+
+
+def check_scale(scale, values):
     places = [scale.at(value) for value in values]
     assert all(20 <= place <= 300 for place in places)
     assert all((a < b) <= (scale.at(a) >= scale.at(b)) for a in values for b in values)
     ticks = scale.ticks(30)
     assert all(scale.low <= tick <= scale.high for tick in ticks)
     assert all(abs(scale.at(a) - scale.at(b)) >= 30 for a in ticks for b in ticks if a != b)
+    assert all(len(drawing.tick_text(tick)) <= len("-100,000,000,000") for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([14.8, 15.1, 15.4], ["14.8", "15", "15.2", "15.4"]),
+        ([1e-13, 3e-13], ["1e-13", "1.5e-13", "2e-13", "2.5e-13", "3e-13"]),
+        ([0.0, 0.0, 0.0, 1.0], ["0", "0.05", "0.1", "0.2", "0.5", "1"]),
+        ([0.5, 1.0, 30.0], ["0.5", "1", "2", "5", "10", "20"]),
+        ([-MOST, MOST], ["-1e+308", "0", "1e+308"]),
+    ],
+)
+def test_ticks_are_round_at_any_size_of_numbers(values, ticks):
+    assert [drawing.tick_text(tick) for tick in drawing.fitting_scale(values, 300, 20).ticks(30)] == ticks
 
 
 @given(some.lists(some.tuples(some.floats(60, 420), some.floats(30, 270)), min_size=1, max_size=16))

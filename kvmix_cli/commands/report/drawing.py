@@ -6,6 +6,7 @@ Lengths are in units of a drawing's view box; a panel is as wide as fits a phone
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ PANEL = 440
 FONT = 12.0
 CHARACTER = 0.6
 """Mean width of a character, in font sizes."""
+LONG, LONGEST = 1e4, 1e12
+"""Numbers that are written with all their digits."""
 
 Anchor = Literal["start", "middle", "end"]
 
@@ -95,11 +98,15 @@ class Scale:
 
     Attributes:
         forward: a rising function that spreads the numbers evenly.
-        start, end: places of `low` and `high`.
+        first, last: what it makes of the numbers at the two ends; never the same.
+        low, high: those numbers, as far as a float can hold them.
+        start, end: their places.
         candidates: numbers that may be ticks, those that should rather be there first.
     """
 
     forward: Callable[[float], float]
+    first: float
+    last: float
     low: float
     high: float
     start: float
@@ -108,8 +115,7 @@ class Scale:
 
     def at(self, value: float) -> float:
         """The place of a number."""
-        first, last = self.forward(self.low), self.forward(self.high)
-        return self.start + (self.end - self.start) * (self.forward(value) - first) / (last - first)
+        return self.start + (self.end - self.start) * (self.forward(value) - self.first) / (self.last - self.first)
 
     def ticks(self, apart: float) -> list[float]:
         """Numbers to mark on the axis, at least so far from each other."""
@@ -124,6 +130,12 @@ MARGIN = 0.06
 """Of an axis, left free on both sides of the numbers."""
 SPREAD = 20.0
 """Numbers that differ by more than this factor are spread out."""
+FINEST = 1e-12
+"""Of the largest number: what is smaller is drawn as nothing where there are numbers of both signs, or zeros."""
+ALIKE = 1e-9
+"""Numbers that differ by a smaller share share a tick."""
+LARGEST, SMALLEST = sys.float_info.max, sys.float_info.min
+"""Of the numbers that a float holds with all its digits."""
 
 
 def fitting_scale(values: Sequence[float], start: float, end: float, *, zero: bool = False) -> Scale:
@@ -138,18 +150,28 @@ def fitting_scale(values: Sequence[float], start: float, end: float, *, zero: bo
         return linear_scale(values, start, end, zero=zero)
     if min(values) > 0:
         return log_scale(values, start, end)
-    unit = median or largest / SPREAD
-    return _padded(lambda value: math.asinh(value / unit), math.sinh, unit, values, start, end, _decades(values))
+    unit = max(median or largest / SPREAD, FINEST * largest, SMALLEST)
+    return _padded(
+        lambda value: math.asinh(value / unit),
+        lambda place: unit * math.sinh(place),
+        values,
+        start,
+        end,
+        (0.0, *_decades(unit, largest)),
+    )
 
 
 def linear_scale(values: Sequence[float], start: float, end: float, *, zero: bool = False) -> Scale:
     """Equal steps are equally long."""
     low, high = (0.0 if zero else min(values)), max(values)
-    if low == high:
-        low, high = (low - abs(low) / 20, high + abs(high) / 20) if low else (-1.0, 1.0)
-    room = MARGIN * (high - low)
-    low, high = low if zero else low - room, high + room
-    return Scale(lambda value: value, low, high, start, end, tuple(_round_steps(low, high)))
+    unit = max(abs(low), abs(high)) or 1.0
+    first, last = low / unit, high / unit
+    if first == last:
+        first, last = (first - 0.05, last + 0.05) if first else (0.0 if zero else -1.0, 1.0)
+    room = MARGIN * (last - first)
+    first, last = first if zero else first - room, last + room
+    low, high = _held(unit * first), _held(unit * last)
+    return Scale(lambda value: value / unit, first, last, low, high, start, end, tuple(_round_steps(low, high)))
 
 
 def log_scale(values: Sequence[float], start: float, end: float, candidates: Sequence[float] = ()) -> Scale:
@@ -159,44 +181,57 @@ def log_scale(values: Sequence[float], start: float, end: float, candidates: Seq
         candidates: numbers that may be ticks, if at least two of them are in the range.
     """
     low, high = min(values), max(values)
-    ticks = tuple(candidates) or _decades(values)
+    ticks = tuple(candidates) or _decades(low, high)
     if sum(low <= tick <= high for tick in ticks) < 2:
         ticks = (*ticks, *_round_steps(low, high))
-    return _padded(math.log, math.exp, 1.0, values, start, end, ticks)
+    return _padded(math.log, math.exp, values, start, end, tuple(tick for tick in ticks if tick > 0))
 
 
 def _padded(
     forward: Callable[[float], float],
     back: Callable[[float], float],
-    unit: float,
     values: Sequence[float],
     start: float,
     end: float,
     candidates: tuple[float, ...],
 ) -> Scale:
+    """A scale with room on both sides of the numbers."""
     first, last = forward(min(values)), forward(max(values))
     room = MARGIN * (last - first) or 0.5
-    return Scale(forward, unit * back(first - room), unit * back(last + room), start, end, candidates)
+    first, last = first - room, last + room
+    return Scale(forward, first, last, _end(back, first), _end(back, last), start, end, candidates)
+
+
+def _end(back: Callable[[float], float], place: float) -> float:
+    """The number at an end of an axis."""
+    try:
+        return _held(back(place))
+    except OverflowError:
+        return math.copysign(LARGEST, place)
+
+
+def _held(value: float) -> float:
+    """The nearest number that is not infinite."""
+    return min(max(value, -LARGEST), LARGEST)
 
 
 def _round_steps(low: float, high: float, count: int = 6) -> list[float]:
-    """Multiples of a round number, up to `count` steps apart; of equal numbers just that one."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    """Multiples of a round number, up to `count` steps apart; of numbers that are as good as equal just the first."""
+    rough = high / count - low / count
+    if rough <= max(ALIKE / count * max(abs(low), abs(high)), SMALLEST):
         return [low]
-    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    return [round(index * step, 12) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [float(f"{index * step:.12g}") for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _decades(values: Sequence[float]) -> tuple[float, ...]:
-    """Zero, then powers of ten, then twice and five times these, of both signs."""
-    largest = max(abs(value) for value in values)
-    powers = [10.0**power for power in range(math.floor(math.log10(largest)) + 2, -7, -1)]
-    sizes = [factor * power for factor in (1, 5, 2) for power in powers]
-    return (0.0, *(sign * size for size in sizes for sign in (1, -1)))
+def _decades(smallest: float, largest: float) -> tuple[float, ...]:
+    """Powers of ten, then five times and twice these, of both signs."""
+    bottom, top = (math.floor(math.log10(size)) for size in (smallest, largest))
+    powers = [float(f"1e{power}") for power in range(top + 1, bottom - 1, -1)]
+    return tuple(sign * factor * power for factor in (1, 5, 2) for power in powers for sign in (1, -1))
 
 
 def tick_text(value: float) -> str:
     """A number on an axis."""
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if LONG <= abs(value) < LONGEST else f"{value:.4g}"

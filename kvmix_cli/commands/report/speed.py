@@ -96,7 +96,7 @@ def _lines(sweep: Sweep, contexts: Sequence[int]) -> str:
 def _speed_scale(estimates: Sequence[Estimate]) -> Scale:
     """From zero, unless the slowest plans would then lie on the axis."""
     slowest, fastest = min(each.low for each in estimates), max(each.high for each in estimates)
-    if fastest > SPREAD * slowest:
+    if fastest > SPREAD * slowest > 0:
         return log_scale([slowest, fastest], FRAME.bottom, FRAME.top)
     return linear_scale([fastest], FRAME.bottom, FRAME.top, zero=True)
 

@@ -42,7 +42,7 @@ class Outcome:
     peak_bytes: int | None = None
 
     def speedup(self, reference: Outcome | None) -> Estimate | None:
-        """A ratio of medians. Its extremes are those of any two repeats, as rows are not measured in turns."""
+        """A ratio of medians. Its extremes are those of any two repeats, not only of two in the same turn."""
         if self.decode is None or reference is None or reference.decode is None:
             return None
         mine, theirs = self.decode, reference.decode
@@ -50,10 +50,12 @@ class Outcome:
 
 
 def outcomes(records: Sequence[Record]) -> dict[Place, Outcome]:
-    """A row's records by place."""
+    """A row's records by place. Raises ValueError for a context of no tokens."""
     grouped: dict[Place, list[Record]] = {}
     for record in records:
         place = Place(record["context"], None if record.get("largest") else record["batch"])
+        if place.context < 1:
+            raise ValueError(f"a context of {place.context} tokens")
         grouped.setdefault(place, []).append(record)
     return {place: _outcome(group) for place, group in grouped.items()}
 
