@@ -17,6 +17,7 @@ from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from . import budget
+from .axes import ChannelPolicy, TokenPolicy, Transforms
 from .errors import PlanError
 from .files import Document, Fault, Faults, flow, head_comment, read_yaml, reason, validate, write_text
 from .windows import Recent, Window
@@ -105,6 +106,7 @@ class CacheSettings(_Frozen):
         group_size: elements that share a scale and a zero; `"row"` for a whole page row or head.
         scale_dtype: of scales and zeros.
         window: which recent tokens stay in full precision.
+        transforms, tokens, channels: what else happens to keys and values; see `axes`.
     """
 
     page: int = Field(default=128, ge=16, multiple_of=16)
@@ -112,6 +114,9 @@ class CacheSettings(_Frozen):
     group_size: GroupSize = 64
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
     window: Window = Field(default_factory=Recent)
+    transforms: Transforms | None = None
+    tokens: TokenPolicy | None = None
+    channels: ChannelPolicy | None = None
 
 
 class Bits(_Frozen):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" / "kvmix_kernels"}
 
 FLOORS = [
-    {"kvmix_kernels", "errors", "files", "windows", "plan", "profile", "budget", "noise"},
+    {"kvmix_kernels", "errors", "files", "windows", "axes", "forms", "plan", "profile", "budget", "noise"},
     {"models", "geometry", "cache", "texts", "losses", "console", "state"},
     {"profiling", "allocation", "generation", "evaluation", "export"},
     {"commands"},
@@ -25,6 +25,8 @@ NO_TORCH = [
     "errors",
     "files",
     "windows",
+    "axes",
+    "forms",
     "plan",
     "profile",
     "budget",
