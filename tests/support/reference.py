@@ -64,6 +64,11 @@ def reference_cache(plan: Plan, config) -> DynamicCache:
 
 def dense_attention(query, key, value, scaling, mask=None, softcap=None, sinks=None) -> torch.Tensor:
     """Attention in one piece, in float64; `mask` is boolean, additive or None for causal."""
+    return dense_attention_lse(query, key, value, scaling, mask, softcap, sinks)[0]
+
+
+def dense_attention_lse(query, key, value, scaling, mask=None, softcap=None, sinks=None):
+    """The same, and the logarithms of the sums of weights."""
     repeats = query.shape[1] // key.shape[1]
     query, key, value = (x.double() for x in (query, key, value))
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
@@ -77,4 +82,4 @@ def dense_attention(query, key, value, scaling, mask=None, softcap=None, sinks=N
         extra = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], dim=-1)
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-    return weights[..., : key.shape[2]] @ value
+    return weights[..., : key.shape[2]] @ value, scores.logsumexp(dim=-1)

@@ -18,9 +18,13 @@ namespace KVMIX_ISA {
 
 // One thread's working memory, kept from call to call.
 struct Scratch {
-  std::vector<float> scores, scales, folded;
+  std::vector<float> scores, sorted, scales, folded;
   std::vector<int16_t> rounded;
 };
+
+static inline int64_t offset_of(const int64_t* strides, int64_t i, int64_t j, int64_t k) {
+  return i * strides[0] + j * strides[1] + k * strides[2];
+}
 
 // The coefficients of a group, with its scales folded in: [R][rows], in float32 and rounded to 16 bits.
 //
@@ -169,29 +173,26 @@ static inline void widen(const uint16_t* source, int64_t dtype, int64_t count, i
   }
 }
 
-// out[r] (+)= a[r] · page, for one page; `a[r]` has `rows` floats, `out[r]` has `columns`.
+// out[r] (+)= a[r] · page, for one page of a run; `a[r]` has `rows` floats, `out[r]` has `columns`.
 template <int BITS, int R>
-static void contract_page(const Segments& s, int64_t b, int64_t h, int64_t page, bool is_key, const float* const* a,
-                          float* const* out, Scratch& scratch) {
-  const int rows = is_key ? s.dim : s.page;
-  const int64_t columns = is_key ? s.page : s.dim;
-  const int16_t* words_at = s.words + b * s.words_strides[0] + h * s.words_strides[1] + page * s.words_strides[2];
-  const int64_t scales_at = b * s.scales_strides[0] + h * s.scales_strides[1] + page * s.scales_strides[2];
-  scratch.scales.resize(2 * s.groups * rows);
+static void contract_page(const Run& x, int64_t b, int64_t h, int64_t page, int rows, int64_t columns,
+                          const float* const* a, float* const* out, bool add, Scratch& scratch) {
+  const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, page);
+  const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, page);
+  scratch.scales.resize(2 * x.groups * rows);
   scratch.folded.resize(R * rows);
   scratch.rounded.resize(R * rows);
   float* scales = scratch.scales.data();
   Coefficients<R> coefficients{scratch.folded.data(), scratch.rounded.data(), {}, {}};
-  widen(static_cast<const uint16_t*>(s.scales) + scales_at, s.scale_dtype, 2 * s.groups * rows, s.scales_strides[2],
-        scales);
-  for (int64_t g = 0; g < s.groups; g++) {
+  widen(scales_at, x.dtype, 2 * x.groups * rows, x.scales_strides[2], scales);
+  for (int64_t g = 0; g < x.groups; g++) {
     float* group_out[R];
-    for (int r = 0; r < R; r++) group_out[r] = out[r] + g * s.group;
-    fold<R>(a, scales + g * rows, scales + (s.groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
-    const int64_t left = columns - g * s.group;
-    const int16_t* next = words_at + s.words_strides[2] + g * s.group * (rows * BITS / 16);
-    contract_group<BITS, R>(words_at + g * s.group, columns, left < s.group ? left : s.group, next, rows, coefficients,
-                            group_out, !is_key);
+    for (int r = 0; r < R; r++) group_out[r] = out[r] + g * x.group;
+    fold<R>(a, scales + g * rows, scales + (x.groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
+    const int64_t left = columns - g * x.group;
+    const int16_t* next = words_at + x.data_strides[2] + g * x.group * (rows * BITS / 16);
+    contract_group<BITS, R>(words_at + g * x.group, columns, left < x.group ? left : x.group, next, rows, coefficients,
+                            group_out, add);
   }
 }
 

@@ -28,29 +28,34 @@ static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, 
   }
 }
 
-// out[r][d] += sum_t weights[r][t] * x[t][d] over unquantized values.
+// out[r][m] (+)= sum_n a[r][n] * x[n][m] over unquantized values, or pages of key channels.
 template <int DTYPE, int R>
-static void mix_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* const* weights,
-                     float* const* out) {
-  for (int64_t d = 0; d < dim; d += W) {
+static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t columns, const float* const* a,
+                     float* const* out, bool add) {
+  for (int64_t m = 0; m < columns; m += W) {
     vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = load<vf>(out[r] + d);
-    for (int64_t t = 0; t < count; t++) {
-      const vf v = read<DTYPE>(x, t * stride + d);
-      for (int r = 0; r < R; r++) acc[r] += weights[r][t] * v;
+    for (int r = 0; r < R; r++) acc[r] = add ? load<vf>(out[r] + m) : vf{};
+    for (int64_t n = 0; n < rows; n++) {
+      const vf v = read<DTYPE>(x, n * stride + m);
+      for (int r = 0; r < R; r++) acc[r] += a[r][n] * v;
     }
-    for (int r = 0; r < R; r++) store(out[r] + d, acc[r]);
+    for (int r = 0; r < R; r++) store(out[r] + m, acc[r]);
   }
 }
 
-template <int DTYPE, int R>
-static void full_part(bool is_key, const void* x, int64_t offset, int64_t stride, int64_t count, int64_t dim,
-                      const float* const* in, float* const* out) {
-  const char* at = static_cast<const char*>(x) + offset * (DTYPE == FLOAT32 ? 4 : 2);
-  if (is_key)
-    dot_full<DTYPE, R>(at, stride, count, dim, in, out);
-  else
-    mix_full<DTYPE, R>(at, stride, count, dim, in, out);
+// What a matrix of some dtype, `offset` elements on, contributes: `work` gets the address, and the dtype as a type.
+template <int DTYPE> struct Elements {
+  static constexpr int dtype = DTYPE;
+  const void* at;
+};
+
+template <class Work> static void with_dtype(int64_t dtype, const void* x, int64_t offset, Work work) {
+  const char* bytes = static_cast<const char*>(x);
+  switch (dtype) {
+    case FLOAT32: return work(Elements<FLOAT32>{bytes + 4 * offset});
+    case FLOAT16: return work(Elements<FLOAT16>{bytes + 2 * offset});
+    default: return work(Elements<BFLOAT16>{bytes + 2 * offset});
+  }
 }
 
 // Tokens [start, stop) of keys (`in[r]` = query [dim], `out[r]` = scores from `start`) or of values (`in[r]` = weights
@@ -66,7 +71,8 @@ template <int R> struct Pass {
   void run() const {
     const int64_t packed_end = s.sinks + s.pages * s.page;
     full(s.sink, s.sink_strides, 0, start, least(stop, s.sinks));
-    packed(most(start, s.sinks), least(stop, packed_end));
+    for (int64_t i = 0, channel = 0; i < s.run_count; channel += s.runs[i++].channels)
+      packed(s.runs[i], channel, most(start, s.sinks), least(stop, packed_end));
     full(s.tail, s.tail_strides, packed_end, most(start, packed_end), stop);
   }
 
@@ -87,51 +93,81 @@ template <int R> struct Pass {
     const float* in_at[R];
     float* out_at[R];
     from(first, in_at, out_at);
-    const int64_t offset = b * strides[0] + h * strides[1] + (first - origin) * strides[2], count = last - first;
-    switch (s.dtype) {
-      case FLOAT32: full_part<FLOAT32, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at); break;
-      case FLOAT16: full_part<FLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at); break;
-      default: full_part<BFLOAT16, R>(is_key, x, offset, strides[2], count, s.dim, in_at, out_at);
+    with_dtype(s.dtype, x, offset_of(strides, b, h, first - origin), [&](auto tokens) {
+      if (is_key)
+        dot_full<tokens.dtype, R>(tokens.at, strides[2], last - first, s.dim, in_at, out_at);
+      else
+        mix_full<tokens.dtype, R>(tokens.at, strides[2], last - first, s.dim, in_at, out_at, true);
+    });
+  }
+
+  void packed(const Run& x, int64_t channel, int64_t first, int64_t last) const {
+    switch (x.bits) {
+      case 1: return pages<1>(x, channel, first, last);
+      case 2: return pages<2>(x, channel, first, last);
+      case 3: return pages<3>(x, channel, first, last);
+      case 4: return pages<4>(x, channel, first, last);
+      case 8: return pages<8>(x, channel, first, last);
+      case 16: return pages<16>(x, channel, first, last);
     }
   }
 
-  void packed(int64_t first, int64_t last) const {
-    switch (s.bits) {
-      case 1: return pages<1>(first, last);
-      case 2: return pages<2>(first, last);
-      case 3: return pages<3>(first, last);
-      case 4: return pages<4>(first, last);
-      case 8: return pages<8>(first, last);
-    }
-  }
-
-  template <int BITS> void pages(int64_t first, int64_t last) const {
+  // One run, whose first place is `channel`; the first one writes the scores that the others add to.
+  template <int BITS> void pages(const Run& x, int64_t channel, int64_t first, int64_t last) const {
+    const int64_t rows = is_key ? x.channels : s.page, columns = is_key ? s.page : x.channels;
+    const bool add = !is_key || channel > 0;
+    int64_t order = -1;
     for (int64_t token = first; token < last; token += s.page) {
+      const int64_t page = (token - s.sinks) / s.page;
       const float* in_at[R];
       float* out_at[R];
       from(token, in_at, out_at);
-      contract_page<BITS, R>(s, b, h, (token - s.sinks) / s.page, is_key, in_at, out_at, scratch);
+      if (s.order) {
+        if (order != page / s.pages_per_order) sort(order = page / s.pages_per_order, channel, rows);
+        for (int r = 0; r < R; r++) in_at[r] = scratch.sorted.data() + r * rows;
+      }
+      if constexpr (BITS < 16)
+        contract_page<BITS, R>(x, b, h, page, rows, columns, in_at, out_at, add, scratch);
+      else
+        with_dtype(x.dtype, x.data, offset_of(x.data_strides, b, h, page), [&](auto states) {
+          mix_full<states.dtype, R>(states.at, columns, rows, columns, in_at, out_at, add);
+        });
     }
+  }
+
+  // The queries' channels at `count` places from `place` on.
+  void sort(int64_t order, int64_t place, int64_t count) const {
+    const uint8_t* channels = s.order + offset_of(s.order_strides, b, h, order) + place;
+    scratch.sorted.resize(R * count);
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < count; i++) scratch.sorted[r * count + i] = in[r][channels[i]];
   }
 };
 
+// Tokens [start, stop) of a part.
+struct Split {
+  const Part* part;
+  int64_t start, stop;
+};
+
 // Soft-cap, mask and exponential of one row of scores, in place. Returns the maximum and the sum of weights.
-static void softmax_row(const Attention& x, int64_t b, int64_t head, int64_t row, int64_t start, int64_t stop,
-                        float* scores, float* maximum, float* total) {
-  const int64_t count = stop - start;
+static void softmax_row(const Attention& x, const Split& split, int64_t b, int64_t head, int64_t row, float* scores,
+                        float* maximum, float* total) {
+  const Part& part = *split.part;
+  const int64_t start = split.start, stop = split.stop, count = stop - start;
   if (x.softcap > 0)
     for (int64_t t = 0; t < count; t++) scores[t] = x.softcap * std::tanh(scores[t] / x.softcap);
-  if (x.mask) {
-    const int64_t at = b * x.mask_strides[0] + head * x.mask_strides[1] + row * x.mask_strides[2];
-    if (x.mask_is_bool) {
-      const uint8_t* mask = static_cast<const uint8_t*>(x.mask) + at + start * x.mask_strides[3];
-      for (int64_t t = 0; t < count; t++) scores[t] = mask[t * x.mask_strides[3]] ? scores[t] : NEVER;
+  if (part.mask) {
+    const int64_t at = b * part.mask_strides[0] + head * part.mask_strides[1] + row * part.mask_strides[2];
+    if (part.mask_is_bool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(part.mask) + at + start * part.mask_strides[3];
+      for (int64_t t = 0; t < count; t++) scores[t] = mask[t * part.mask_strides[3]] ? scores[t] : NEVER;
     } else {
-      const float* mask = static_cast<const float*>(x.mask) + at + start * x.mask_strides[3];
-      for (int64_t t = 0; t < count; t++) scores[t] += mask[t * x.mask_strides[3]];
+      const float* mask = static_cast<const float*>(part.mask) + at + start * part.mask_strides[3];
+      for (int64_t t = 0; t < count; t++) scores[t] += mask[t * part.mask_strides[3]];
     }
   } else {
-    const int64_t seen = x.tokens - x.queries + row + 1;
+    const int64_t seen = part.tokens - x.queries + row + 1;
     for (int64_t t = seen > start ? seen : start; t < stop; t++) scores[t - start] = NEVER;
   }
   for (int64_t t = count; t % W; t++) scores[t] = NEVER;
@@ -150,43 +186,43 @@ static void softmax_row(const Attention& x, int64_t b, int64_t head, int64_t row
   *total = sum(sums);
 }
 
-// One KV head, R query rows, tokens [start, stop): unnormalised output, maximum and sum of each row.
+// One KV head, R query rows, the tokens of a split: unnormalised output, maximum and sum of each row.
 template <int R>
-static void attend_rows(const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start, int64_t stop,
-                        float* partial, Scratch& scratch) {
-  const int64_t ratio = x.heads / x.kv_heads, out_dim = x.value.dim;
+static void attend_rows(const Attention& x, const Split& split, int64_t b, int64_t h, int64_t first_row, float* partial,
+                        Scratch& scratch) {
+  const int64_t ratio = x.heads / x.kv_heads, start = split.start, stop = split.stop;
   const int64_t room = (stop - start + W) / W * W;
   scratch.scores.resize(R * room);
   const float* query[R];
   float *scores[R], *output[R];
   for (int r = 0; r < R; r++) {
-    query[r] = x.query + ((b * x.heads + h * ratio) * x.queries + first_row + r) * x.key.dim;
+    query[r] = x.query + ((b * x.heads + h * ratio) * x.queries + first_row + r) * x.dim;
     scores[r] = scratch.scores.data() + r * room;
-    output[r] = partial + r * (out_dim + 2);
-    for (int64_t d = 0; d < out_dim; d++) output[r][d] = 0;
+    output[r] = partial + r * (x.value_dim + 2);
+    for (int64_t d = 0; d < x.value_dim; d++) output[r][d] = 0;
   }
-  Pass<R>{x.key, b, h, start, stop, true, query, scores, scratch}.run();
+  Pass<R>{split.part->key, b, h, start, stop, true, query, scores, scratch}.run();
   for (int r = 0; r < R; r++) {
     const int64_t head = h * ratio + (first_row + r) / x.queries, row = (first_row + r) % x.queries;
-    softmax_row(x, b, head, row, start, stop, scores[r], output[r] + out_dim, output[r] + out_dim + 1);
+    softmax_row(x, split, b, head, row, scores[r], output[r] + x.value_dim, output[r] + x.value_dim + 1);
   }
-  Pass<R>{x.value, b, h, start, stop, false, scores, output, scratch}.run();
+  Pass<R>{split.part->value, b, h, start, stop, false, scores, output, scratch}.run();
 }
 
-static void attend_some(int rows, const Attention& x, int64_t b, int64_t h, int64_t first_row, int64_t start,
-                        int64_t stop, float* partial, Scratch& scratch) {
+static void attend_some(int rows, const Attention& x, const Split& split, int64_t b, int64_t h, int64_t first_row,
+                        float* partial, Scratch& scratch) {
   switch (rows) {
-    case 1: attend_rows<1>(x, b, h, first_row, start, stop, partial, scratch); break;
-    case 2: attend_rows<2>(x, b, h, first_row, start, stop, partial, scratch); break;
-    case 3: attend_rows<3>(x, b, h, first_row, start, stop, partial, scratch); break;
-    default: attend_rows<4>(x, b, h, first_row, start, stop, partial, scratch); break;
+    case 1: attend_rows<1>(x, split, b, h, first_row, partial, scratch); break;
+    case 2: attend_rows<2>(x, split, b, h, first_row, partial, scratch); break;
+    case 3: attend_rows<3>(x, split, b, h, first_row, partial, scratch); break;
+    default: attend_rows<4>(x, split, b, h, first_row, partial, scratch); break;
   }
 }
 
 // Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one.
 static void merge_row(const Attention& x, int64_t head, const float* partial, int64_t stride, int64_t splits,
                       float* output, float* logarithm) {
-  const int64_t dim = x.value.dim;
+  const int64_t dim = x.value_dim;
   float most = x.sink_logits ? x.sink_logits[head] : NEVER;
   for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + dim]);
   float total = x.sink_logits ? std::exp(x.sink_logits[head] - most) : 0.0f;
@@ -204,51 +240,63 @@ static void merge_row(const Attention& x, int64_t head, const float* partial, in
   *logarithm = most + std::log(total);
 }
 
-// Token ranges that threads share out: on page edges, as many as keep all threads busy and their caches warm.
-static std::vector<int64_t> split_tokens(const Attention& x, int64_t tasks) {
-  const Segments& packed = x.key.pages ? x.key : x.value;
+// A part in some number of pieces, on page edges.
+static void split_part(const Part& part, int64_t pieces, std::vector<Split>& splits) {
+  const Segments& packed = part.key.pages ? part.key : part.value;
   const int64_t step = packed.pages ? packed.page : 16;
-  int64_t splits = tasks % x.threads == 0 ? 1 : (4 * x.threads + tasks - 1) / tasks;
-  const int64_t least = (x.tokens + MAX_SPLIT - 1) / MAX_SPLIT, most = x.tokens / MIN_SPLIT;
-  splits = splits < most ? splits : (most > 1 ? most : 1);
-  splits = splits > least ? splits : least;
-  std::vector<int64_t> edges{0};
-  for (int64_t i = 1; i < splits; i++) {
-    const int64_t near = x.tokens * i / splits;
+  int64_t start = 0;
+  for (int64_t i = 1; i < pieces; i++) {
+    const int64_t near = part.tokens * i / pieces;
     const int64_t edge = packed.sinks + (near - packed.sinks) / step * step;
-    if (edge > edges.back() && edge < x.tokens) edges.push_back(edge);
+    if (edge <= start || edge >= part.tokens) continue;
+    splits.push_back({&part, start, edge});
+    start = edge;
   }
-  edges.push_back(x.tokens);
-  return edges;
+  if (start < part.tokens) splits.push_back({&part, start, part.tokens});
+}
+
+// Token ranges that threads share out: as many as keep all threads busy and their caches warm.
+static std::vector<Split> split_tokens(const Attention& x, int64_t tasks) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < x.part_count; i++) tokens += x.parts[i].tokens;
+  int64_t pieces = tasks % x.threads == 0 ? 1 : (4 * x.threads + tasks - 1) / tasks;
+  const int64_t most = tokens / MIN_SPLIT;
+  pieces = pieces < most ? pieces : most;
+  std::vector<Split> splits;
+  for (int64_t i = 0; i < x.part_count; i++) {
+    const Part& part = x.parts[i];
+    const int64_t least = (part.tokens + MAX_SPLIT - 1) / MAX_SPLIT, share = pieces * part.tokens / (tokens + !tokens);
+    split_part(part, share > least ? share : least, splits);
+  }
+  return splits;
 }
 
 void attend(const Attention& x) {
-  const int64_t rows = x.heads / x.kv_heads * x.queries, stride = x.value.dim + 2;
+  const int64_t rows = x.heads / x.kv_heads * x.queries, stride = x.value_dim + 2;
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   const int64_t tasks = x.batch * x.kv_heads * blocks;
-  const std::vector<int64_t> edges = split_tokens(x, tasks);
-  const int64_t splits = edges.size() - 1;
+  const std::vector<Split> splits = split_tokens(x, tasks);
+  const int64_t count = splits.size();
   static thread_local std::vector<float> partials;
-  partials.resize(x.batch * x.kv_heads * rows * splits * stride + ROWS * stride);
+  partials.resize(x.batch * x.kv_heads * rows * count * stride + ROWS * stride);
   float* partial = partials.data();
 #pragma omp parallel num_threads(x.threads)
   {
     static thread_local Scratch scratch;
     std::vector<float> block_out(ROWS * stride);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks * splits; task++) {
-      const int64_t block = task % blocks, split = task / blocks % splits, head = task / blocks / splits;
-      const int64_t first = block * ROWS, count = rows - first < ROWS ? rows - first : ROWS;
-      attend_some(count, x, head / x.kv_heads, head % x.kv_heads, first, edges[split], edges[split + 1],
-                  block_out.data(), scratch);
-      for (int64_t r = 0; r < count; r++)
-        std::memcpy(partial + ((head * rows + first + r) * splits + split) * stride, block_out.data() + r * stride,
+    for (int64_t task = 0; task < tasks * count; task++) {
+      const int64_t block = task % blocks, split = task / blocks % count, head = task / blocks / count;
+      const int64_t first = block * ROWS, here = rows - first < ROWS ? rows - first : ROWS;
+      attend_some(here, x, splits[split], head / x.kv_heads, head % x.kv_heads, first, block_out.data(), scratch);
+      for (int64_t r = 0; r < here; r++)
+        std::memcpy(partial + ((head * rows + first + r) * count + split) * stride, block_out.data() + r * stride,
                     stride * sizeof(float));
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++)
-      merge_row(x, row / x.queries % x.heads, partial + row * splits * stride, stride, splits,
-                x.output + row * x.value.dim, x.logarithms + row);
+      merge_row(x, row / x.queries % x.heads, partial + row * count * stride, stride, count,
+                x.output + row * x.value_dim, x.logarithms + row);
   }
 }
 

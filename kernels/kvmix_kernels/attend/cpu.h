@@ -1,32 +1,49 @@
-// What cpu.py hands over; the ctypes structures there must have the same fields in the same order.
+// What cpu.py hands over; the ctypes structures there must have the same fields in the same order. Strides are in
+// elements; the last axis is contiguous.
 #pragma once
 #include <cstdint>
 
-// Keys or values of one layer: sink | packed pages | tail. Strides are in elements; the last axis is contiguous.
-struct Segments {
-  const void* sink;       // [B, H_kv, sinks, dim]
-  const int16_t* words;   // [B, H_kv, pages, rows * bits / 16, columns]
-  const void* scales;     // [B, H_kv, pages, 2, groups, rows]
-  const void* tail;       // [B, H_kv, tail_tokens, dim]
-  int64_t sink_strides[3];    // batch, head, token
-  int64_t words_strides[3];   // batch, head, page
+// Channels that are stored alike, in pages: as codes with their scales, or with 16 bits as they are.
+struct Run {
+  const void* data;           // int16 [B, H_kv, pages, rows * bits / 16, columns], or [B, H_kv, pages, rows, columns]
+  const void* scales;         // [B, H_kv, pages, 2, groups, rows]
+  int64_t data_strides[3];    // batch, head, page
   int64_t scales_strides[3];  // batch, head, page
-  int64_t tail_strides[3];    // batch, head, token
-  int64_t sinks, pages, tail_tokens, dim;
-  int64_t bits, page, group, groups;
-  int64_t dtype, scale_dtype;
+  int64_t bits, channels, group, groups;
+  int64_t dtype;              // of the scales, or of the data where that is not codes
+};
+
+// Keys or values: sink | packed pages | tail.
+struct Segments {
+  const void* sink;          // [B, H_kv, sinks, dim]
+  const void* tail;          // [B, H_kv, tail_tokens, dim]
+  const Run* runs;           // of values only one
+  const uint8_t* order;      // null, or [B, H_kv, orders, dim]: the channel at each place of the runs
+  int64_t sink_strides[3];   // batch, head, token
+  int64_t tail_strides[3];   // batch, head, token
+  int64_t order_strides[3];  // batch, head, order
+  int64_t sinks, pages, page, tail_tokens, dim;
+  int64_t run_count, pages_per_order;
+  int64_t dtype;             // of sink and tail
+};
+
+// Some of the tokens, and who may see them.
+struct Part {
+  Segments key, value;
+  const void* mask;         // null (causal, the queries being the last tokens), or [B, 1 or H, S or 1, tokens or 1]
+  int64_t mask_strides[4];  // 0 where it is broadcast
+  int64_t mask_is_bool;     // otherwise it is float32 and added
+  int64_t tokens;
 };
 
 struct Attention {
-  Segments key, value;
+  const Part* parts;
   const float* query;       // [B, H, S, D], contiguous, already scaled
-  const void* mask;         // null (causal), or [B, 1 or H, S or 1, T]
-  int64_t mask_strides[4];  // 0 where it is broadcast
-  int64_t mask_is_bool;     // otherwise it is float32 and added
   const float* sink_logits; // null or [H]
   float* output;            // [B, H, S, D_v], contiguous
   float* logarithms;        // [B, H, S]: of the sums of weights
-  int64_t batch, heads, kv_heads, queries, tokens;
+  int64_t part_count;
+  int64_t batch, heads, kv_heads, queries, dim, value_dim;
   int64_t threads;
   float softcap;            // 0: none
 };

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
 from ..native import DTYPES, WIDEST_VECTOR
-from ..pages import Packed
+from ..pages import Channels, Packed, Plain
 from ..segments import Segments
+from ..tiers import Tiers
+from .parts import Part, parts_of
 
 _Strides = ctypes.c_int64 * 3
+
+
+class _Run(ctypes.Structure):
+    """`struct Run` of cpu.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("data_strides", _Strides),
+        ("scales_strides", _Strides),
+        ("bits", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
 
 
 class _Segments(ctypes.Structure):
@@ -20,23 +39,33 @@ class _Segments(ctypes.Structure):
 
     _fields_ = (
         ("sink", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
         ("tail", ctypes.c_void_p),
+        ("runs", ctypes.POINTER(_Run)),
+        ("order", ctypes.c_void_p),
         ("sink_strides", _Strides),
-        ("words_strides", _Strides),
-        ("scales_strides", _Strides),
         ("tail_strides", _Strides),
+        ("order_strides", _Strides),
         ("sinks", ctypes.c_int64),
         ("pages", ctypes.c_int64),
+        ("page", ctypes.c_int64),
         ("tail_tokens", ctypes.c_int64),
         ("dim", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
+        ("run_count", ctypes.c_int64),
+        ("pages_per_order", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
-        ("scale_dtype", ctypes.c_int64),
+    )
+
+
+class _Part(ctypes.Structure):
+    """`struct Part` of cpu.h."""
+
+    _fields_ = (
+        ("key", _Segments),
+        ("value", _Segments),
+        ("mask", ctypes.c_void_p),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("mask_is_bool", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
     )
 
 
@@ -44,34 +73,33 @@ class _Attention(ctypes.Structure):
     """`struct Attention` of cpu.h."""
 
     _fields_ = (
-        ("key", _Segments),
-        ("value", _Segments),
+        ("parts", ctypes.POINTER(_Part)),
         ("query", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        ("mask_strides", ctypes.c_int64 * 4),
-        ("mask_is_bool", ctypes.c_int64),
         ("sink_logits", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("logarithms", ctypes.c_void_p),
+        ("part_count", ctypes.c_int64),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("queries", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("softcap", ctypes.c_float),
     )
 
 
-def supports(query: Tensor, *tensors: Segments) -> bool:
-    """Whether the native path can take these: sizes and groups that vectors divide, a dtype that it knows."""
-    return query.dtype in DTYPES and all(_fits(tensor) for tensor in tensors)
+def supports(query: Tensor, key: Segments, value: Segments) -> bool:
+    """Whether the native path can take these: sizes and groups that vectors divide, dtypes that it knows."""
+    return query.dtype in DTYPES and all(_fits(part) for part in parts_of(query, key, value, None))
 
 
-def describe(*tensors: Segments) -> str:
+def describe(key: Segments, value: Segments) -> str:
     """What `supports` looks at, for a warning."""
-    groups = sorted({x.packed.layout.group for x in tensors if isinstance(x.packed, Packed)})
-    return f"{tensors[0].tail.dtype} heads of {tensors[0].shape[3]} in groups of {groups}".replace("torch.", "")
+    codecs = [*_codecs(key.packed), *_codecs(value.packed)]
+    groups = sorted({codec.layout.group for codec in codecs if isinstance(codec, Packed)})
+    return f"{key.tail.dtype} heads of {key.shape[3]} in groups of {groups}".replace("torch.", "")
 
 
 def attend(
@@ -86,29 +114,27 @@ def attend(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.attend`, natively; the same arguments and result."""
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, dim = query.shape
     scaled = (query.float() * scaling).contiguous()
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+    parts = parts_of(query, key, value, mask)  # keeps what the call points to
     output = torch.empty(batch, heads, queries, value.shape[3])
     logarithms = torch.empty(batch, heads, queries)
     call = _Attention(
-        key=_segments(key),
-        value=_segments(value),
+        parts=(_Part * len(parts))(*(_part(part, batch, heads, queries) for part in parts)),
         query=scaled.data_ptr(),
         output=output.data_ptr(),
         logarithms=logarithms.data_ptr(),
+        part_count=len(parts),
         batch=batch,
         heads=heads,
         kv_heads=key.shape[1],
         queries=queries,
-        tokens=key.shape[2],
+        dim=dim,
+        value_dim=value.shape[3],
         threads=torch.get_num_threads(),
         softcap=softcap or 0.0,
     )
-    if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.float()
-        wide = mask.expand(batch, heads, queries, key.shape[2])
-        call.mask, call.mask_strides = mask.data_ptr(), (ctypes.c_int64 * 4)(*wide.stride())
-        call.mask_is_bool = mask.dtype == torch.bool
     if sinks is not None:
         sinks = sinks.float().contiguous()
         call.sink_logits = sinks.data_ptr()
@@ -116,12 +142,52 @@ def attend(
     return output.to(query.dtype), logarithms
 
 
-def _fits(tensor: Segments) -> bool:
-    if tensor.shape[3] % WIDEST_VECTOR or tensor.tail.dtype not in DTYPES or tensor.tail.stride(3) != 1:
+def _fits(part: Part) -> bool:
+    key, value = part.key.packed, part.value.packed
+    if isinstance(value, Channels):
         return False
-    if tensor.packed is None:
-        return True
-    return isinstance(tensor.packed, Packed) and tensor.packed.layout.group % WIDEST_VECTOR == 0
+    if isinstance(key, Packed | Channels) and isinstance(value, Packed):
+        meet = key.page == value.page and part.key.sinks == part.value.sinks  # splits are on the page edges of both
+    else:
+        meet = True
+    return meet and _is_readable(part.key) and _is_readable(part.value)
+
+
+def _is_readable(tensor: Segments) -> bool:
+    if tensor.shape[3] % WIDEST_VECTOR or not _is_plain(tensor.tail):
+        return False
+    return all(
+        run.layout.group % WIDEST_VECTOR == 0
+        if isinstance(run, Packed)
+        else _is_plain(run.states) and run.states.stride(3) == run.page
+        for run in _codecs(tensor.packed)
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether elements are in a row, and of a dtype that the native path knows."""
+    return x.dtype in DTYPES and x.stride(-1) == 1
+
+
+def _codecs(packed: Packed | Channels | Tiers | Tensor | None) -> Iterator[Packed | Plain]:
+    """Everything that pages are stored in."""
+    if isinstance(packed, Tiers):
+        for held in packed.held:
+            yield from _codecs(held)
+    elif isinstance(packed, Channels):
+        yield from packed.runs
+    elif isinstance(packed, Packed):
+        yield packed
+
+
+def _part(part: Part, batch: int, heads: int, queries: int) -> _Part:
+    tokens = part.key.shape[2]
+    call = _Part(key=_segments(part.key), value=_segments(part.value), tokens=tokens)
+    if part.mask is not None:
+        wide = part.mask.expand(batch, heads, queries, tokens)
+        call.mask, call.mask_strides = part.mask.data_ptr(), (ctypes.c_int64 * 4)(*wide.stride())
+        call.mask_is_bool = part.mask.dtype == torch.bool
+    return call
 
 
 def _segments(tensor: Segments) -> _Segments:
@@ -133,16 +199,37 @@ def _segments(tensor: Segments) -> _Segments:
         tail_tokens=tail.shape[2],
         dim=tail.shape[3],
         dtype=DTYPES[tail.dtype],
-        bits=FULL_PRECISION_BITS,
-        page=1,
     )
     if sink is not None:
         call.sink, call.sink_strides = sink.data_ptr(), _Strides(*sink.stride()[:3])
-    if isinstance(packed, Packed):
-        layout = packed.layout
-        call.words, call.words_strides = packed.words.data_ptr(), _Strides(*packed.words.stride()[:3])
-        call.scales, call.scales_strides = packed.scales.data_ptr(), _Strides(*packed.scales.stride()[:3])
-        call.pages, call.bits, call.page = packed.pages, layout.bits, layout.page
-        call.group, call.groups = layout.group, layout.groups
-        call.scale_dtype = DTYPES[packed.scales.dtype]
+    if isinstance(packed, Packed | Channels):
+        runs = [_run(run) for run in _codecs(packed)]
+        call.runs, call.run_count = (_Run * len(runs))(*runs), len(runs)
+        call.pages, call.page = packed.pages, packed.page
+    if isinstance(packed, Channels):
+        call.order, call.order_strides = packed.order.data_ptr(), _Strides(*packed.order.stride()[:3])
+        call.pages_per_order = packed.pages_per_order
     return call
+
+
+def _run(run: Packed | Plain) -> _Run:
+    if isinstance(run, Plain):
+        return _Run(
+            data=run.states.data_ptr(),
+            data_strides=_Strides(*run.states.stride()[:3]),
+            bits=FULL_PRECISION_BITS,
+            channels=run.width,
+            dtype=DTYPES[run.states.dtype],
+        )
+    layout = run.layout
+    return _Run(
+        data=run.words.data_ptr(),
+        scales=run.scales.data_ptr(),
+        data_strides=_Strides(*run.words.stride()[:3]),
+        scales_strides=_Strides(*run.scales.stride()[:3]),
+        bits=layout.bits,
+        channels=layout.head_dim,
+        group=layout.group,
+        groups=layout.groups,
+        dtype=DTYPES[run.scales.dtype],
+    )
