@@ -65,24 +65,38 @@ def channel_runs(
     return Channels(poisoned(orders.to(torch.uint8), 255), pages_per_order, tuple(runs))
 
 
-def in_tiers(keys, values, evicted=0):
-    """What tiers hold, as tiers of one and the same order; each KV head has its own."""
-    sizes = [count(held) for held in keys]
-    names = torch.cat([torch.full((n,), i) for i, n in [*enumerate(sizes), (EVICTED, evicted)]]).to(torch.uint8)
-    batch, heads = (keys[0].order if isinstance(keys[0], Channels) else _data(keys[0])).shape[:2]
-    tier = names[torch.rand(batch, heads, len(names)).argsort(dim=-1)]
+def in_tiers(keys, values, gone=0):
+    """What tiers hold, in an order of tokens that each KV head has to itself; `gone` tokens are evicted."""
+    batch, heads = (keys[0] if isinstance(keys[0], torch.Tensor) else keys[0].read(0, 0, torch.float32)).shape[:2]
+    names = [torch.full((n,), tier) for tier, n in [*enumerate(map(count, keys)), (EVICTED, gone)]]
+    tier = torch.cat(names).to(torch.uint8).expand(batch, heads, -1)
+    tier = tier.gather(2, torch.rand(tier.shape).argsort(dim=-1))
     return Tiers(tier, tuple(keys)), Tiers(tier, tuple(values))
 
 
 def dense(tensor):
-    """All tokens in one tensor, zeros where they are gone."""
-    tiers = tensor.packed
-    if not isinstance(tiers, Tiers):
-        return tensor.dequantize()
-    gone = int((tiers.tier[0, 0] == EVICTED).sum())
-    last = torch.zeros(*tensor.shape[:2], gone, tensor.shape[3])
-    tier = tiers.tier.masked_fill(tiers.tier == EVICTED, len(tiers.held))
-    return replace(tensor, packed=Tiers(tier, (*tiers.held, last))).dequantize()
+    """All tokens in one float64 tensor, zeros where they are gone."""
+    if isinstance(tensor.packed, Tiers):
+        tier, held = tensor.packed.tier, tensor.packed.held
+        nothing = tensor.tail.new_zeros(*tensor.shape[:2], tensor.packed.tokens - tensor.packed.kept, tensor.shape[3])
+        tensor = replace(tensor, packed=Tiers(tier.masked_fill(tier == EVICTED, len(held)), (*held, nothing)))
+    return tensor.read(0, tensor.shape[2], torch.float64)
+
+
+def seen(query, key, mask):
+    """Which tokens may be seen, `[B, H, S, T]`, by the mask (additive: by what it adds) and by not being gone."""
+    tokens, queries = key.shape[2], query.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+    if not isinstance(key.packed, Tiers):
+        return mask
+    first, last = key.edges
+    gone = torch.zeros(key.shape[:3], dtype=torch.bool)
+    gone[:, :, first:last] = key.packed.tier == EVICTED
+    gone = gone.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+    if mask.dtype == torch.bool:
+        return mask & ~gone
+    return mask.expand(*query.shape[:3], tokens).masked_fill(gone, -torch.inf)
 
 
 def poisoned(x, fill):
@@ -94,7 +108,3 @@ def poisoned(x, fill):
 
 def relative_rms(got, expected):
     return ((got.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()).item()
-
-
-def _data(held):
-    return held.words if isinstance(held, Packed) else held

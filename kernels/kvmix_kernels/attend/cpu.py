@@ -98,8 +98,11 @@ def supports(query: Tensor, key: Segments, value: Segments) -> bool:
 def describe(key: Segments, value: Segments) -> str:
     """What `supports` looks at, for a warning."""
     codecs = [*_codecs(key.packed), *_codecs(value.packed)]
+    pages = sorted({codec.page for codec in codecs})
     groups = sorted({codec.layout.group for codec in codecs if isinstance(codec, Packed)})
-    return f"{key.tail.dtype} heads of {key.shape[3]} in groups of {groups}".replace("torch.", "")
+    runs = "values in channel runs, " if any(isinstance(held, Channels) for held in _held(value.packed)) else ""
+    dtype = str(key.tail.dtype).removeprefix("torch.")
+    return f"{runs}{dtype} pages of {pages}, heads of {key.shape[3]} in groups of {groups}"
 
 
 def attend(
@@ -169,15 +172,18 @@ def _is_plain(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.stride(-1) == 1
 
 
-def _codecs(packed: Packed | Channels | Tiers | Tensor | None) -> Iterator[Packed | Plain]:
+def _held(packed: Packed | Channels | Tiers | None) -> tuple[Packed | Channels | Tensor | None, ...]:
+    """Every tier's tokens, or those of the only one."""
+    return packed.held if isinstance(packed, Tiers) else (packed,)
+
+
+def _codecs(packed: Packed | Channels | Tiers | None) -> Iterator[Packed | Plain]:
     """Everything that pages are stored in."""
-    if isinstance(packed, Tiers):
-        for held in packed.held:
-            yield from _codecs(held)
-    elif isinstance(packed, Channels):
-        yield from packed.runs
-    elif isinstance(packed, Packed):
-        yield packed
+    for held in _held(packed):
+        if isinstance(held, Channels):
+            yield from held.runs
+        elif isinstance(held, Packed):
+            yield held
 
 
 def _part(part: Part, batch: int, heads: int, queries: int) -> _Part:
