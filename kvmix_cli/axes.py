@@ -12,16 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
+MOST_CHANNELS = 256
+"""An order of channels is stored as uint8."""
 
 
 class _Setting(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What files say: the kind of a transform, and everything that is not as it is by default."""
+        usual = {name: field.default for name, field in type(self).model_fields.items() if name != "kind"}
+        return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
 class Rotate(_Setting):
@@ -68,8 +84,13 @@ class Transforms(_Setting):
     def _listed(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @property
+    def kept(self) -> int:
+        """Transforms that keep a number of every channel; rotations are shared by all layers, as weights are."""
+        return sum(not isinstance(each, Rotate) for each in (*self.k, *self.v))
 
-def _known_width(bits: int) -> int:
+
+def known_width(bits: int) -> int:
     if bits not in WIDTHS:
         raise ValueError(f"must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
     return bits
@@ -82,7 +103,7 @@ class Tier(_Setting):
     k: int
     v: int
 
-    _widths = field_validator("k", "v")(_known_width)
+    _widths = field_validator("k", "v")(known_width)
 
 
 class TokenPolicy(_Setting):
@@ -115,6 +136,11 @@ class TokenPolicy(_Setting):
         return self
 
     @property
+    def looks_at_queries(self) -> bool:
+        """Whether the score is a sum over queries, which every token in the window has to keep."""
+        return self.score not in ("recency",)
+
+    @property
     def shares(self) -> tuple[Fraction, ...]:
         """Of the tiers, of the layer's own bits, and of what is evicted; they add up to 1."""
         tiers = [Fraction(tier.share).limit_denominator(10_000) for tier in self.tiers]
@@ -144,7 +170,7 @@ class Run(_Setting):
     share: float | None = Field(default=None, gt=0, lt=1)
     bits: int
 
-    _width = field_validator("bits")(_known_width)
+    _width = field_validator("bits")(known_width)
 
     @model_validator(mode="after")
     def _one(self) -> Run:
@@ -177,8 +203,15 @@ class ChannelPolicy(_Setting):
     def _listed(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @property
+    def looks_at_queries(self) -> bool:
+        """Whether the score takes what queries are like, which every layer has to keep."""
+        return self.score == "query-range"
+
     def widths(self, head_dim: int) -> tuple[int, ...]:
         """Channels of every run, and of what they leave. Raises ValueError if they do not fit the head."""
+        if head_dim > MOST_CHANNELS:
+            raise ValueError(f"channels can be sorted in heads of up to {MOST_CHANNELS}, not of {head_dim}")
         runs = [run.width(head_dim) for run in self.runs]
         rest = head_dim - sum(runs)
         if rest < WORD_BITS or any(width % WORD_BITS for width in (*runs, rest)):

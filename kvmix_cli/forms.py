@@ -26,6 +26,11 @@ class Form:
     runs: tuple[PageLayout | int, ...]
 
     @property
+    def is_sorted(self) -> bool:
+        """Whether its channels are in an order of their own, which has to be stored."""
+        return len(self.runs) > 1 and not self.is_full
+
+    @property
     def is_full(self) -> bool:
         """Whether nothing of it is quantized."""
         return all(isinstance(run, int) for run in self.runs)
@@ -49,14 +54,15 @@ def forms(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -
 
 def _runs(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> tuple[PageLayout | int, ...]:
     if kind == "value" or cache.channels is None:
-        return (_run(tensor, kind, cache, head_dim),)
+        return (run(tensor, kind, cache, head_dim),)
     bits = [max(run.bits, tensor.bits) for run in cache.channels.runs]
     widths = cache.channels.widths(head_dim)
     tensors = [tensor.model_copy(update={"bits": each}) for each in (*bits, tensor.bits)]
-    return tuple(_run(each, kind, cache, width) for each, width in zip(tensors, widths, strict=True))
+    return tuple(run(each, kind, cache, width) for each, width in zip(tensors, widths, strict=True))
 
 
-def _run(tensor: TensorPlan, kind: Kind, cache: CacheSettings, width: int) -> PageLayout | int:
+def run(tensor: TensorPlan, kind: Kind, cache: CacheSettings, width: int) -> PageLayout | int:
+    """A run of so many channels at a tensor's own bits. Raises ValueError if it cannot be packed."""
     if tensor.bits == FULL_PRECISION_BITS:
         return width
     size = cache.group_size if tensor.group_size is None else tensor.group_size

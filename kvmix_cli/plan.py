@@ -11,30 +11,20 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from kvmix_kernels.layout import Kind
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from . import budget
-from .axes import ChannelPolicy, TokenPolicy, Transforms
+from .axes import WIDTHS, ChannelPolicy
 from .errors import PlanError
 from .files import Document, Fault, Faults, flow, head_comment, read_yaml, reason, validate, write_text
-from .windows import Recent, Window
+from .settings import CacheSettings, GroupSize
 
 FORMAT: Final = "kvmix-plan/1"
-WIDTHS = (*BITS, FULL_PRECISION_BITS)
 BITS_TOLERANCE = 0.005
 """Files may state their bits rounded to two decimals."""
-
-
-def _group_size(size: Any) -> Any:
-    if size != "row" and (type(size) is not int or size < 8):
-        raise ValueError(f"must be a number of at least 8 or 'row', got {size!r}")
-    return size
-
-
-GroupSize = Annotated[int | Literal["row"], BeforeValidator(_group_size)]
 
 
 class _Frozen(BaseModel):
@@ -97,28 +87,6 @@ class LayerPlan(_Frozen):
         return f"k{self.k.bits}v{self.v.bits}"
 
 
-class CacheSettings(_Frozen):
-    """How every layer's cache is cut: `sink | packed pages | tail`.
-
-    Attributes:
-        page: tokens that are quantized together, once; a multiple of 16.
-        sink: first tokens that stay in full precision.
-        group_size: elements that share a scale and a zero; `"row"` for a whole page row or head.
-        scale_dtype: of scales and zeros.
-        window: which recent tokens stay in full precision.
-        transforms, tokens, channels: what else happens to keys and values; see `axes`.
-    """
-
-    page: int = Field(default=128, ge=16, multiple_of=16)
-    sink: int = Field(default=4, ge=0)
-    group_size: GroupSize = 64
-    scale_dtype: Literal["float16", "bfloat16"] = "float16"
-    window: Window = Field(default_factory=Recent)
-    transforms: Transforms | None = None
-    tokens: TokenPolicy | None = None
-    channels: ChannelPolicy | None = None
-
-
 class Bits(_Frozen):
     """Mean bits per element over a plan's layers; see `budget`."""
 
@@ -139,6 +107,7 @@ class Plan(_Frozen):
     @model_validator(mode="after")
     def _complete(self) -> Plan:
         faults = [(("layers", *at), message) for at, message in coverage(self.model, self.layers)]
+        faults += misfits(self.cache.channels, self.model)
         if faults := faults or list(self._misstated()):
             raise Faults(faults)
         return self
@@ -196,7 +165,7 @@ class Plan(_Frozen):
         document = read_yaml(path)
         document.check_format(FORMAT)
         _expand_short(document)
-        return validate(document, cls, _uncovered(document.data))
+        return validate(document, cls, _misfits_model(document.data))
 
     @classmethod
     def from_kvtuner(cls, path: Path, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
@@ -304,16 +273,28 @@ def coverage(model: ModelInfo, layers: Collection[int]) -> Iterator[Fault]:
         yield (layer,), f"layer {layer} cannot be planned: {keeps}"
 
 
-def _uncovered(data: Any) -> list[Fault]:
-    """The coverage of a file that may have other faults, as far as it can be told."""
-    layers, model = data.get("layers"), data.get("model")
+def misfits(channels: ChannelPolicy | None, model: ModelInfo) -> Iterator[Fault]:
+    """Why the heads of a model cannot be cut into a policy's runs of channels."""
     try:
-        info = ModelInfo.model_validate(model)
+        if channels is not None:
+            channels.widths(model.head_dim)
+    except ValueError as error:
+        yield ("cache", "channels"), f"cache.channels: {error}"
+
+
+def _misfits_model(data: Any) -> list[Fault]:
+    """What does not fit the model of a file that may have other faults, as far as it can be told."""
+    layers, cache = data.get("layers"), data.get("cache")
+    faults: list[Fault] = []
+    try:
+        info = ModelInfo.model_validate(data.get("model"))
+        if isinstance(layers, dict) and all(type(layer) is int for layer in layers):
+            faults += [(("layers", *at), message) for at, message in coverage(info, layers)]
+        if isinstance(cache, dict) and "channels" in cache:
+            faults += misfits(ChannelPolicy.model_validate(cache["channels"]), info)
     except ValueError:
-        return []
-    if not isinstance(layers, dict) or not all(type(layer) is int for layer in layers):
-        return []
-    return [(("layers", *at), message) for at, message in coverage(info, layers)]
+        pass
+    return faults
 
 
 def _layer(k_bits: int, v_bits: int) -> LayerPlan:

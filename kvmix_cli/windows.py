@@ -65,7 +65,7 @@ class Rpc(_Window):
         return {**PAPER_RATIO, **ratio}
 
     def keep(self, tail: int, bits: int) -> int:
-        return int(self.ratio[bits] * tail)
+        return int(self.ratio[min(bits, max(self.ratio))] * tail)
 
     @property
     def short(self) -> str:

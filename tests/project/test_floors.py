@@ -11,7 +11,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" / "kvmix_kernels"}
 
 FLOORS = [
-    {"kvmix_kernels", "errors", "files", "windows", "axes", "forms", "plan", "profile", "budget", "noise"},
+    {
+        "kvmix_kernels",
+        "errors",
+        "files",
+        "windows",
+        "axes",
+        "settings",
+        "forms",
+        "plan",
+        "preset",
+        "profile",
+        "budget",
+        "noise",
+    },
     {"models", "geometry", "cache", "texts", "losses", "console", "state"},
     {"profiling", "allocation", "generation", "evaluation", "export"},
     {"commands"},
@@ -26,8 +39,10 @@ NO_TORCH = [
     "files",
     "windows",
     "axes",
+    "settings",
     "forms",
     "plan",
+    "preset",
     "profile",
     "budget",
     "noise",
