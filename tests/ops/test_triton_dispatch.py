@@ -88,7 +88,7 @@ def test_attention_takes_them_where_it_can(monkeypatch):
 
     key, value = (segments(kind, 2, 0, 1, 5, head_dim=64, page=64, group=64) for kind in ("key", "value"))
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
-    monkeypatch.setattr(triton, "attend", lambda *args, **options: "attended")
+    monkeypatch.setattr(triton, "attend", lambda *args, **options: ("attended", None))
     assert attend(torch.zeros(2, 2, 1, 64), key, value, scaling=1.0) == "attended"
 
 

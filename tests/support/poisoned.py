@@ -2,14 +2,15 @@
 
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import Segments
+from kvmix_kernels.tiers import EVICTED, Tiers
 
 
 def in_a_poisoned_buffer(x):
     """The same, as a view of a longer buffer along the third axis."""
-    poison = -1 if x.dtype == torch.int16 else torch.nan
+    poison = torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else -1
     room = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] + 2, *x.shape[3:]), poison, dtype=x.dtype)
     room[:, 1:, : x.shape[2]] = x
     return room[:, 1:, : x.shape[2]]
@@ -22,12 +23,45 @@ def segments(kind, bits, sinks, pages, tail, head_dim, page, group, dtype, scale
     if bits == 16:
         return Segments(None, None, in_a_poisoned_buffer(states))
     sink, middle, tail = states.split([sinks, pages * page, tail], dim=2)
-    packed = None
-    if pages:
-        layout = PageLayout(kind, bits, head_dim, page, group, scale_dtype)
-        words, scales = quantize(middle.unflatten(2, (-1, page)), layout)
-        packed = Packed(layout, in_a_poisoned_buffer(words), in_a_poisoned_buffer(scales))
-    return Segments(in_a_poisoned_buffer(sink) if sinks else None, packed, in_a_poisoned_buffer(tail))
+    layout = PageLayout(kind, bits, head_dim, page, group, scale_dtype)
+    held = packed(middle, layout) if pages else None
+    return Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(tail))
+
+
+def packed(states, layout):
+    """Whole pages of `[B, H_kv, T, D]`, quantized."""
+    words, scales = quantize(states.unflatten(2, (-1, layout.page)), layout)
+    return Packed(layout, in_a_poisoned_buffer(words), in_a_poisoned_buffer(scales))
+
+
+def channels(runs, states, page, group, pages_per_order=100):
+    """Whole pages of keys `[B, H_kv, T, D]`, their channels in random orders and cut into runs `(width, bits)`."""
+    batch, heads, tokens, head_dim = states.shape
+    orders = -(-tokens // (page * pages_per_order))
+    order = torch.rand(batch, heads, orders, head_dim).argsort(-1)
+    of_token = (torch.arange(tokens) // (page * pages_per_order))[None, None, :, None]
+    places = states.gather(-1, order.gather(2, of_token.expand(batch, heads, -1, head_dim)))
+    made = []
+    for part, (width, bits) in zip(places.split([width for width, _ in runs], -1), runs, strict=True):
+        if bits == 16:
+            made.append(Plain(in_a_poisoned_buffer(part.unflatten(2, (-1, page)).transpose(-1, -2))))
+        else:
+            made.append(packed(part, PageLayout("key", bits, width, page, group)))
+    return Channels(in_a_poisoned_buffer(order.to(torch.uint8)), pages_per_order, tuple(made))
+
+
+def tiers(counts, gone, batch=2, heads=1):
+    """Which tokens are in which tier, `[B, H_kv, T]`: as many as `counts` says in each, and some that are gone."""
+    tier = torch.tensor([index for index, count in enumerate(counts) for _ in range(count)] + [EVICTED] * gone)
+    return tier[torch.rand(batch, heads, tier.numel()).argsort(-1)].to(torch.uint8)
+
+
+def in_tiers(tier, held, sinks, tail, head_dim, dtype):
+    """Sink, tokens in tiers, and tail."""
+    batch, heads = tier.shape[:2]
+    ends = torch.randn(batch, heads, sinks + tail, head_dim).to(dtype).split([sinks, tail], 2)
+    sink, tail = (in_a_poisoned_buffer(end) for end in ends)
+    return Segments(sink if sinks else None, Tiers(tier, tuple(held)), tail)
 
 
 def mask_of(kind, queries, tokens, hidden):

@@ -6,7 +6,7 @@ from attending import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
-from kvmix_kernels.attend.triton import attend, launch, unsupported
+from kvmix_kernels.attend.triton import attend, shares, unsupported
 from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import Segments
@@ -24,7 +24,7 @@ widths = st.sampled_from([*BITS, 16])
     v_bits=widths,
     sinks=st.sampled_from([0, 3]),
     pages=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    page=st.sampled_from([64, 128]),
+    page=st.sampled_from([32, 64, 128]),
     group=st.sampled_from([32, 64, 128, None]),
     dims=st.sampled_from([(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 64)]),
     queries=st.sampled_from([1, 2, 7, 16]),
@@ -37,13 +37,13 @@ widths = st.sampled_from([*BITS, 16])
     split=st.sampled_from([64, 1024]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=9, deadline=None)
 def test_equals_dense_attention(
     k_bits, v_bits, sinks, pages, page, group, dims, queries, ratio, dtype, scale_dtype, masking, softcap, logits,
     split, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
-    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = split, 1024
+    shares.TOKENS_PER_SPLIT, shares.PROGRAMS_PER_PROCESSOR = split, 1024
     tokens = sinks + page * max(pages) + queries + seed % 70
     k_tail, v_tail = (tokens - sinks - page * count for count in pages)
     key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype)
@@ -57,7 +57,7 @@ def test_equals_dense_attention(
     }
     assert unsupported(query, key, value) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    got = attend(query, key, value, **options)
+    got = attend(query, key, value, **options)[0]
     assert got.dtype == dtype
     assert relative_rms(got, dense_attention(query, *plain, **options)) < RMS
 
@@ -67,7 +67,7 @@ def test_a_row_that_sees_nothing_is_zero(bits):
     key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32) for kind in ("key", "value"))
     mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
     for each in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
-        assert (attend(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each) == 0).all()
+        assert (attend(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each)[0] == 0).all()
 
 
 def test_outliers_do_not_hide_the_rest():
@@ -82,14 +82,14 @@ def test_outliers_do_not_hide_the_rest():
     query = torch.randn(1, 1, 1, 64)
     query[..., 5] *= 1e-3
     plain = [each.dequantize() for each in (key, value)]
-    got = attend(query, key, value, scaling=0.125)
+    got = attend(query, key, value, scaling=0.125)[0]
     assert relative_rms(got, dense_attention(query, *plain, 0.125)) < RMS
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"page": 32}, "pages of 32 tokens"),
+        ({"page": 16}, "pages of 16 tokens"),
         ({"page": 48}, "pages of 48 tokens"),
         ({"group": 24}, "keys in groups of 24"),
         ({"group": 8}, "keys in groups of 8"),

@@ -1,5 +1,6 @@
-"""Attention on a GPU in Triton; `launch.py` says what it takes, `kernel.py` what a program does."""
+"""Attention on a GPU in Triton; `limits.py` says what it takes, `kernel.py` what a program does."""
 
-from .launch import attend, unsupported
+from .launch import attend
+from .limits import unsupported
 
 __all__ = ["attend", "unsupported"]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pages import add_page_values, cut, load_rows_in_steps, page_products, size_of
-from .plain import add_token_values, load_rows, token_products
-from .segments import Rows, of_head
+from .channels import chunk_of, load_query, run_products
+from .pages import add_page_values, cut, size_of
+from .plain import add_token_values, padded_channels, token_products
+from .segments import Rows, in_sink_or_tail, in_tail, load_rows, of_head, of_page
 from .softmax import Scoring, Softmax, score, weigh
 
 
@@ -27,12 +28,13 @@ class Task(NamedTuple):
     tokens: Any
     sinks: Any
     pages: Any
+    pages_per_order: Any
     key_tail: Any
     value_tail: Any
 
 
-LENGTHS = ["tokens", "sinks", "key_pages", "value_pages", "key_tail", "value_tail"]
-SPLITS = ["packed_splits", "pages_per_split", "tiles_per_split"]
+LENGTHS = ["tokens", "sinks", "key_pages", "value_pages", "pages_per_order", "key_tail", "value_tail"]
+SPLITS = ["first_split", "splits", "packed_splits", "pages_per_split", "tiles_per_split"]
 MASK_STRIDES = ["mask_batch", "mask_head", "mask_query", "mask_token"]
 
 
@@ -57,8 +59,11 @@ def attend_kernel(
     sinks,
     key_pages,
     value_pages,
+    pages_per_order,
     key_tail,
     value_tail,
+    first_split,
+    splits,
     packed_splits,
     pages_per_split,
     tiles_per_split,
@@ -74,7 +79,11 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Arguments are prepared by `launch.py`; `K` and `V` are layouts, or None where nothing is packed."""
+    """Arguments are prepared by `launch.py`.
+
+    `K` is a tuple of runs (`channels.py`) and `V` a layout, or None where nothing is packed. Of all `splits`, this
+    launch has those from `first_split` on: first the pages, then the tiles.
+    """
     head, split = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
     row = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +96,7 @@ def attend_kernel(
     scoring = Scoring(cap, mask_rows, mask_token, is_row, tokens - queries + at)
     pages = tl.maximum(key_pages, value_pages)
     key, value = of_head(key, batch, kv_head), of_head(value, batch, kv_head)
-    task = Task(key, value, rows, scoring, factor, tokens, sinks, pages, key_tail, value_tail)
+    task = Task(key, value, rows, scoring, factor, tokens, sinks, pages, pages_per_order, key_tail, value_tail)
 
     GROUPS: tl.constexpr = 1 if V is None else size_of(V, "groups")
     WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM if V is None else size_of(V, "group"))
@@ -120,7 +129,7 @@ def attend_kernel(
             running, task, first, first + tiles_per_split, V, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP, STAGES
         )
 
-    at = (head.to(tl.int64) * tl.num_programs(1) + split) * RATIO * queries + row
+    at = (head.to(tl.int64) * splits + first_split + split) * RATIO * queries + row
     tl.store(logarithms + at, running.peak + tl.log2(running.total), mask=is_row)
     divisor = tl.where(running.total == 0, 1.0, running.total)
     within = tl.arange(0, WIDTH)
@@ -151,35 +160,96 @@ def over_pages(
     STAGES: tl.constexpr,
 ):
     """Attend to pages `[first, last)`, of which keys or values or both are packed."""
-    CHUNK: tl.constexpr = size_of(K, "group") if K_PACKED else TILE
-    GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
-    if K_PACKED:
-        query = load_rows_in_steps(task.rows, task.factor, K)
+    if K_PACKED and task.key.order is not None:
+        for number in tl.range(first // task.pages_per_order, tl.cdiv(last, task.pages_per_order)):
+            query = load_query(task.rows, task.factor, task.key.order + number * task.key.order_strides[2], K)
+            begin = tl.maximum(first, number * task.pages_per_order)
+            end = tl.minimum(last, (number + 1) * task.pages_per_order)
+            running = over_pages_of_order(
+                running,
+                task,
+                query,
+                begin,
+                end,
+                K,
+                V,
+                K_PACKED,
+                V_PACKED,
+                HEAD_DIM,
+                VALUE_DIM,
+                PAGE,
+                TILE,
+                MASK,
+                SOFTCAP,
+                STAGES,
+            )
+        return running
+    elif K_PACKED:
+        query = load_query(task.rows, task.factor, None, K)
     else:
-        query = load_rows(task.rows, task.factor, HEAD_DIM)
+        query = (load_whole_query(task, HEAD_DIM),)
+    return over_pages_of_order(
+        running,
+        task,
+        query,
+        first,
+        last,
+        K,
+        V,
+        K_PACKED,
+        V_PACKED,
+        HEAD_DIM,
+        VALUE_DIM,
+        PAGE,
+        TILE,
+        MASK,
+        SOFTCAP,
+        STAGES,
+    )
+
+
+@triton.jit
+def over_pages_of_order(
+    running,
+    task,
+    query,
+    first,
+    last,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    K_PACKED: tl.constexpr,
+    V_PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to pages `[first, last)` whose channels are those of `query`, as `load_query` makes it."""
+    CHUNK: tl.constexpr = chunk_of(K, min(TILE, PAGE)) if K_PACKED else min(TILE, PAGE)
+    GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
     for page in tl.range(first, last, num_stages=STAGES):
         start = task.sinks + page * PAGE
         scores = ()
         for chunk in tl.static_range(PAGE // CHUNK):
             token = start + chunk * CHUNK + tl.arange(0, CHUNK)
             if K_PACKED:
-                scales = task.key.scales + tl.cast(page, tl.int64) * task.key.scales_strides[2]
-                words = task.key.words + tl.cast(page, tl.int64) * task.key.words_strides[2]
-                products = page_products(query, scales, words, chunk, K)
+                products = run_products(query, task.key.runs, page, chunk, K, CHUNK, PAGE)
             else:
-                keys = _in_tail(task.key, start + chunk * CHUNK - task.key_tail)
-                products = token_products(query, keys, token >= 0, HEAD_DIM, True)
+                keys = in_tail(task.key, start + chunk * CHUNK - task.key_tail)
+                products = token_products(query[0], keys, token >= 0, HEAD_DIM, True)
             scores = scores + (score(products, token, task.tokens, task.scoring, MASK, SOFTCAP, True),)
         running, decay, weights = weigh(running, scores)
         if V_PACKED:
-            scales = task.value.scales + tl.cast(page, tl.int64) * task.value.scales_strides[2]
-            words = task.value.words + tl.cast(page, tl.int64) * task.value.words_strides[2]
+            words, scales = of_page(task.value.runs[0], page)
             running = add_page_values(running, decay, weights, scales, words, V)
         else:
             parts = ()
             for i in tl.static_range(len(weights)):
                 parts = parts + cut(weights[i], min(CHUNK, TILE))
-            values = _in_tail(task.value, start - task.value_tail)
+            values = in_tail(task.value, start - task.value_tail)
             all_tokens = tl.arange(0, min(CHUNK, TILE)) >= 0
             running = add_token_values(running, decay, parts, values, all_tokens, GROUP, VALUE_DIM, True)
     return running
@@ -202,7 +272,7 @@ def over_tiles(
 ):
     """Attend to tiles `[first, last)` of the tokens in full precision: those of the sink, then those of the tails."""
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
-    query = load_rows(task.rows, task.factor, HEAD_DIM)
+    query = load_whole_query(task, HEAD_DIM)
     sink_tiles = tl.cdiv(task.sinks, TILE)
     unpacked = task.sinks + task.pages * PAGE
     last = tl.minimum(last, sink_tiles + tl.cdiv(task.tokens - unpacked, TILE))
@@ -211,24 +281,17 @@ def over_tiles(
         start = tl.where(is_sink, tile * TILE, unpacked + (tile - sink_tiles) * TILE)
         limit = tl.where(is_sink, task.sinks, task.tokens)
         token = start + tl.arange(0, TILE)
-        keys = _in_sink_or_tail(task.key, is_sink, start, task.key_tail)
+        keys = in_sink_or_tail(task.key, is_sink, start, task.key_tail)
         products = token_products(query, keys, token < limit, HEAD_DIM, False)
         scores = (score(products, token, limit, task.scoring, MASK, SOFTCAP, False),)
         running, decay, weights = weigh(running, scores)
-        values = _in_sink_or_tail(task.value, is_sink, start, task.value_tail)
+        values = in_sink_or_tail(task.value, is_sink, start, task.value_tail)
         running = add_token_values(running, decay, weights, values, token < limit, GROUP, VALUE_DIM, False)
     return running
 
 
 @triton.jit
-def _in_tail(side, first):
-    """Where a run of the tail's tokens begins, and their stride."""
-    return side.tail + tl.cast(first, tl.int64) * side.tail_strides[2], side.tail_strides[2]
-
-
-@triton.jit
-def _in_sink_or_tail(side, is_sink, first, tail):
-    """Where a run of tokens begins, and their stride: `first` counts from the sink's start, `tail` begins the tail."""
-    base = tl.where(is_sink, side.sink, side.tail)
-    stride = tl.where(is_sink, side.sink_strides[2], side.tail_strides[2])
-    return base + (first - tl.where(is_sink, 0, tail)).to(tl.int64) * stride, stride
+def load_whole_query(task, HEAD_DIM: tl.constexpr):
+    """The query rows for keys in full precision, `[channels, M]`."""
+    channel = tl.arange(0, padded_channels(HEAD_DIM))
+    return load_rows(task.rows, task.factor, channel, channel < HEAD_DIM)

@@ -11,6 +11,7 @@ from .softmax import LOG2_E
 def merge_kernel(
     output,
     output_strides,
+    totals,
     means,
     logarithms,
     logits,
@@ -22,7 +23,10 @@ def merge_kernel(
     HAS_LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query row a program; `logits` are one a query head, and weigh like a token without a value."""
+    """One query row a program; `logits` are one a query head, and weigh like a token without a value.
+
+    `totals` `[B, H, S]` are the logarithms of the sums of weights, natural ones; those before are to base 2.
+    """
     head, row = tl.program_id(0), tl.program_id(1)
     query_head = head % kv_heads * RATIO + row // queries
     channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
@@ -48,6 +52,7 @@ def merge_kernel(
         total = total * decay + tl.sum(weight, 0)
         peak = best
     result = sums / tl.where(total == 0, 1.0, total)
+    tl.store(totals + head.to(tl.int64) * (RATIO * queries) + row + tl.arange(0, 1), (peak + tl.log2(total)) / LOG2_E)
     output += (head // kv_heads).to(tl.int64) * output_strides[0] + query_head * output_strides[1]
     at = output + row % queries * output_strides[2] + channel
     tl.store(at, round_to(result, output.dtype.element_ty), mask=inside)

@@ -17,7 +17,7 @@ import triton.language as tl
 from ...numbers import dot, round_to, to_float32
 from .codes import decode, number_of_zero, unit_of
 from .softmax import Softmax
-from .steps import fields_of, padded_of, places_of, share_of, step_of, words_of
+from .steps import fields_of, padded_of, share_of, step_of, words_of
 
 
 @triton.constexpr_function
@@ -108,20 +108,11 @@ def load(pointers, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_rows_in_steps(rows, factor, LAYOUT: tl.constexpr):
-    """Query rows times a factor, `[channels, M]` in the order in which packed keys are contracted."""
-    channel, is_channel = row_of(tl.arange(0, places_of(LAYOUT)), LAYOUT)
-    inside = is_channel[:, None] & rows.is_row[None, :]
-    return to_float32(tl.load(channel[:, None] + rows.pointers[None, :], mask=inside, other=0.0)) * factor
-
-
-@triton.jit
-def page_products(query, scales, words, group, LAYOUT: tl.constexpr):
-    """Query rows, as `load_rows_in_steps` makes them, times the packed keys of a group of tokens: `[group, M]`."""
+def add_page_products(products, query, scales, words, group, LAYOUT: tl.constexpr):
+    """`products + keysᵀ @ query` of a group of tokens; the query's channels are in the order of steps."""
     STEP: tl.constexpr = step_of(LAYOUT)
     folded, offset = fold(query, 0, scales, group, LAYOUT)
-    products = tl.zeros([size_of(LAYOUT, "group"), offset.shape[0]], tl.float32) + offset[None, :]
-    return contract(cut(folded, STEP), words, group, products, LAYOUT, STEP)
+    return contract(cut(folded, STEP), words, group, products + offset[None, :], LAYOUT, STEP)
 
 
 @triton.jit

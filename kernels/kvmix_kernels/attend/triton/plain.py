@@ -3,17 +3,15 @@
 import triton
 import triton.language as tl
 
-from ...numbers import dot, round_to, to_float32
+from ...numbers import dot, round_to
 from .pages import load
 from .softmax import Softmax
 
 
-@triton.jit
-def load_rows(rows, factor, DIM: tl.constexpr):
-    """The query rows times a factor, `[DIM, M]` in float32, 0 beyond the `DIM` channels up to a power of two."""
-    channel = tl.arange(0, triton.next_power_of_2(DIM))
-    inside = (channel < DIM)[:, None] & rows.is_row[None, :]
-    return to_float32(tl.load(channel[:, None] + rows.pointers[None, :], mask=inside, other=0.0)) * factor
+@triton.constexpr_function
+def padded_channels(channels):
+    """Channels as they are counted: a tensor core contracts 16 at once."""
+    return max(16, triton.next_power_of_2(channels))
 
 
 @triton.jit
@@ -25,10 +23,19 @@ def token_products(query, keys, is_token, DIM: tl.constexpr, WHOLE: tl.constexpr
         is_token: `[N]`, which of them there are; all, if it is the `WHOLE`.
     """
     base, stride = keys
-    within, channel = tl.arange(0, is_token.shape[0]), tl.arange(0, triton.next_power_of_2(DIM))
+    within, channel = tl.arange(0, is_token.shape[0]), tl.arange(0, padded_channels(DIM))
     inside = is_token[:, None] & (channel < DIM)[None, :]
     keys = load(base + within[:, None] * stride + channel[None, :], inside, WHOLE and channel.shape[0] == DIM)
     products = tl.zeros([is_token.shape[0], query.shape[1]], tl.float32)
+    return dot(keys, round_to(query, keys.dtype), products)
+
+
+@triton.jit
+def add_channel_products(products, query, keys, first, CHANNELS: tl.constexpr, PAGE: tl.constexpr):
+    """`products + keysᵀ @ query` of tokens from `first` on of a page `[CHANNELS, PAGE]`."""
+    token, channel = first + tl.arange(0, products.shape[0]), tl.arange(0, query.shape[0])
+    is_channel = (channel < CHANNELS)[None, :] & (token >= 0)[:, None]
+    keys = load(keys + channel[None, :] * PAGE + token[:, None], is_channel, channel.shape[0] == CHANNELS)
     return dot(keys, round_to(query, keys.dtype), products)
 
 

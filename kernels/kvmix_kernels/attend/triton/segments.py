@@ -1,23 +1,37 @@
-"""Where things are in memory, for a Triton program: sink | packed pages | tail of one KV head, and query rows."""
+"""Where things are in memory, for a Triton program: sink | pages | tail of one KV head, and query rows."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from ...numbers import to_float32
 
-class Side(NamedTuple):
-    """Keys or values: pointers, each with its strides over batch rows, heads, and tokens or pages.
 
-    Without a sink of their own, `sink` is the tail, which then begins with the first token.
+class Run(NamedTuple):
+    """Pages of a run of channels: pointers, each with its strides over batch rows, heads and pages.
+
+    Of channels in full precision, both are the numbers themselves.
     """
 
-    sink: Any
-    sink_strides: Any
     words: Any
     words_strides: Any
     scales: Any
     scales_strides: Any
+
+
+class Side(NamedTuple):
+    """Keys or values: pointers, each with its strides over batch rows, heads, and tokens or orders.
+
+    Without a sink of their own, `sink` is the tail, which then begins with the first token. `order` is None where
+    channels are not sorted.
+    """
+
+    sink: Any
+    sink_strides: Any
+    runs: Any
+    order: Any
+    order_strides: Any
     tail: Any
     tail_strides: Any
 
@@ -30,16 +44,52 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def load_rows(rows, factor, channel, is_channel):
+    """Query rows times a factor, `[channels, M]` in float32; 0 where there is no channel."""
+    inside = is_channel[:, None] & rows.is_row[None, :]
+    return to_float32(tl.load(rows.pointers[None, :] + channel[:, None], mask=inside, other=0.0)) * factor
+
+
+@triton.jit
 def of_head(side, batch, head):
     """The pointers of one KV head of one batch row."""
     batch, head = batch.to(tl.int64), head.to(tl.int64)
+    runs = ()
+    for i in tl.static_range(len(side.runs)):
+        words, words_strides, scales, scales_strides = side.runs[i]
+        words += batch * words_strides[0] + head * words_strides[1]
+        scales += batch * scales_strides[0] + head * scales_strides[1]
+        runs = runs + (Run(words, words_strides, scales, scales_strides),)
+    order = side.order
+    if order is not None:
+        order += batch * side.order_strides[0] + head * side.order_strides[1]
     return Side(
         side.sink + batch * side.sink_strides[0] + head * side.sink_strides[1],
         side.sink_strides,
-        side.words + batch * side.words_strides[0] + head * side.words_strides[1],
-        side.words_strides,
-        side.scales + batch * side.scales_strides[0] + head * side.scales_strides[1],
-        side.scales_strides,
+        runs,
+        order,
+        side.order_strides,
         side.tail + batch * side.tail_strides[0] + head * side.tail_strides[1],
         side.tail_strides,
     )
+
+
+@triton.jit
+def of_page(run, page):
+    """The pointers of one page."""
+    page = tl.cast(page, tl.int64)
+    return run.words + page * run.words_strides[2], run.scales + page * run.scales_strides[2]
+
+
+@triton.jit
+def in_tail(side, first):
+    """Where a run of the tail's tokens begins, and their stride."""
+    return side.tail + tl.cast(first, tl.int64) * side.tail_strides[2], side.tail_strides[2]
+
+
+@triton.jit
+def in_sink_or_tail(side, is_sink, first, tail):
+    """Where a run of tokens begins, and their stride: `first` counts from the sink's start, `tail` begins the tail."""
+    base = tl.where(is_sink, side.sink, side.tail)
+    stride = tl.where(is_sink, side.sink_strides[2], side.tail_strides[2])
+    return base + (first - tl.where(is_sink, 0, tail)).to(tl.int64) * stride, stride

@@ -1,0 +1,67 @@
+"""Queries times pages of keys whose channels may be sorted and cut into runs, in Triton.
+
+A run is a layout, or the number of its channels where those are in full precision. It has the query's same channels,
+so products are sums over the runs.
+"""
+
+import triton
+import triton.language as tl
+
+from .pages import add_page_products, row_of
+from .plain import add_channel_products, padded_channels
+from .segments import load_rows, of_page
+from .steps import places_of
+
+
+@triton.constexpr_function
+def is_packed(run):
+    """Whether a run is one of codes."""
+    return not isinstance(run, int)
+
+
+@triton.constexpr_function
+def first_of(index, runs):
+    """The place of a run's first channel."""
+    return sum(run if isinstance(run, int) else run.rows for run in runs[:index])
+
+
+@triton.constexpr_function
+def chunk_of(runs, otherwise):
+    """Tokens of which products are taken together: a group, if there are any."""
+    return next((run.group for run in runs if not isinstance(run, int)), otherwise)
+
+
+@triton.jit
+def load_query(rows, factor, order, RUNS: tl.constexpr):
+    """Query rows times a factor, a tuple of every run's `[channels, M]`; `order` is a pointer, or None."""
+    queries = ()
+    for i in tl.static_range(len(RUNS)):
+        queries = queries + (_load_run(rows, factor, order, first_of(i, RUNS), RUNS[i]),)
+    return queries
+
+
+@triton.jit
+def run_products(queries, runs, page, chunk, RUNS: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr):
+    """Query rows, as `load_query` makes them, times the keys of a chunk of a page's tokens: `[CHUNK, M]`."""
+    products = tl.zeros([CHUNK, queries[0].shape[1]], tl.float32)
+    for i in tl.static_range(len(RUNS)):
+        words, scales = of_page(runs[i], page)
+        if is_packed(RUNS[i]):
+            products = add_page_products(products, queries[i], scales, words, chunk, RUNS[i])
+        else:
+            products = add_channel_products(products, queries[i], words, chunk * CHUNK, RUNS[i], PAGE)
+    return products
+
+
+@triton.jit
+def _load_run(rows, factor, order, FIRST: tl.constexpr, RUN: tl.constexpr):
+    if is_packed(RUN):
+        place, is_place = row_of(tl.arange(0, places_of(RUN)), RUN)
+    else:
+        place = tl.arange(0, padded_channels(RUN))
+        is_place = place < RUN
+    if order is None:
+        return load_rows(rows, factor, FIRST + place, is_place)
+    else:
+        channel = tl.load(order + FIRST + place, mask=is_place, other=0).to(tl.int32)
+        return load_rows(rows, factor, channel, is_place)

@@ -1,0 +1,86 @@
+"""The attention kernels over tokens in tiers, against the definition in float64."""
+
+import torch
+from attending import relative_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvmix_kernels import PageLayout
+from kvmix_kernels.attend import naive
+from kvmix_kernels.attend.triton import attend, shares, unsupported
+from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, tiers
+
+RMS = 5e-3
+LOGARITHM = 1e-2
+PAGE, GROUP, HEAD_DIM = 64, 32, 64
+
+
+def hold(kind, bits, count, dtype):
+    """The tokens of a tier; keys of 0 bits are in runs of channels."""
+    states = torch.randn(2, 1, count, HEAD_DIM).to(dtype)
+    if bits == 16:
+        return in_a_poisoned_buffer(states)
+    if bits == 0:
+        return channels(((16, 16), (48, 2)), states, PAGE, GROUP)
+    return packed(states, PageLayout(kind, bits, HEAD_DIM, PAGE, GROUP))
+
+
+def case(widths, counts, gone, sinks, tail, dtype):
+    """Keys and values with as many tokens in tiers of `(K bits, V bits)`."""
+    tier = tiers(counts, gone)
+    held = [
+        [hold(kind, bits[side], count, dtype) for bits, count in zip(widths, counts, strict=True)]
+        for side, kind in enumerate(("key", "value"))
+    ]
+    return [in_tiers(tier, each, sinks, tail, HEAD_DIM, dtype) for each in held]
+
+
+@given(
+    widths=st.sampled_from([((2, 2), (16, 16)), ((4, 16), (0, 2)), ((2, 3), (8, 4), (16, 16)), ((1, 1),)]),
+    pages=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+    gone=st.sampled_from([0, 5, 40]),
+    sinks=st.sampled_from([0, 3]),
+    tail=st.sampled_from([0, 1, 30]),
+    queries=st.sampled_from([1, 2, 3]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    masking=st.sampled_from([None, "bool", "additive"]),
+    softcap=st.sampled_from([None, 1.5]),
+    logits=st.booleans(),
+    split=st.sampled_from([64, 1024]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=8, deadline=None)
+def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype, masking, softcap, logits, split, seed):
+    torch.manual_seed(seed)
+    shares.TOKENS_PER_SPLIT, shares.PROGRAMS_PER_PROCESSOR = split, 1024
+    counts = [seed % 50 if bits == (16, 16) else PAGE * count for bits, count in zip(widths, pages, strict=False)]
+    key, value = case(widths, counts, gone, sinks, tail and queries + tail, dtype)
+    tokens = key.shape[2]
+    if tokens < queries or key.kept_tokens == 0:
+        return
+    query = torch.randn(2, 3, queries, HEAD_DIM).to(dtype)
+    options = {
+        "scaling": HEAD_DIM**-0.5,
+        "mask": mask_of(masking, queries, tokens, seed % tokens),
+        "softcap": softcap,
+        "sinks": torch.randn(3) if logits else None,
+    }
+    assert unsupported(query, key, value) is None
+    got, logarithms = attend(query, key, value, **options)
+    expected, meant = naive.attend(query.double(), key, value, **options)
+    assert relative_rms(got, expected) < RMS
+    torch.testing.assert_close(logarithms.double(), meant, rtol=0, atol=LOGARITHM)
+
+
+def test_a_row_that_sees_nothing_of_any_tier_is_zero():
+    key, value = case(((2, 2), (16, 16)), (64, 7), 3, 3, 5, torch.float32)
+    mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
+    output, logarithms = attend(torch.randn(2, 2, 1, HEAD_DIM), key, value, scaling=1.0, mask=mask)
+    assert (output == 0).all()
+    assert (logarithms == -torch.inf).all()
+
+
+def test_a_tier_that_no_kernel_takes_is_named():
+    key, value = case(((2, 2),), (64,), 0, 0, 5, torch.float32)
+    small = PageLayout("key", 2, HEAD_DIM, 16)
+    key.packed.__dict__["held"] = (packed(torch.randn(2, 1, 64, HEAD_DIM), small),)
+    assert "pages of 16 tokens" in unsupported(torch.randn(2, 2, 1, HEAD_DIM), key, value)
