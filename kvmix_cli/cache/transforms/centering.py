@@ -1,0 +1,67 @@
+"""Keys and values without the mean of their channels."""
+
+from __future__ import annotations
+
+from kvmix_kernels.layout import Kind
+from torch import Tensor
+
+from ...errors import PlanError
+from .arrays import Stored
+from .base import Transform, for_query_heads, wide_dtype
+
+
+class Centering(Transform):
+    """`k - m` is stored: every score of a query `q` falls by `q . m`, which softmax cancels. Of values, `v - m` is
+    stored, and `m` added to the output, as attention weights add up to 1.
+
+    For keys this is the smoothing of SageAttention (arXiv 2410.02367, `smooth_k`), which takes the mean of all keys
+    anew in every call; a cache must have it before the next token, so ours is that of the first prompt, or of a
+    calibration text, and stays. TaDA (arXiv 2506.04642) centers too, but stores the mean over *heads* for every token:
+    bytes that grow with the tokens, which we do not spend. Centering values over tokens is ours.
+
+    Args:
+        kind: of what.
+        means: `[H_kv, D]` known beforehand; None to take those of the prompt, for every sequence its own.
+        origin: where the means come from, for errors.
+    """
+
+    def __init__(self, kind: Kind, means: Tensor | None = None, origin: Stored | None = None) -> None:
+        self.shifts_scores = kind == "key"
+        self.shifts_output = kind == "value"
+        self._means = None if means is None else means[None, :, None]
+        self._origin = origin
+
+    def fit(self, states: Tensor, query: Tensor | None) -> None:
+        """The mean of the prompt's tokens, those of its padding among them. Where it is NaN or Inf: 0.
+
+        Raises:
+            PlanError: if the means that were given are those of another number of heads.
+        """
+        if self._means is None:
+            mean = states.detach().mean(dim=2, keepdim=True, dtype=wide_dtype(states.dtype))
+            self._state = mean.nan_to_num(0, 0, 0)
+        elif self._means.shape[1] != states.shape[1]:
+            raise PlanError(
+                f"{self._origin} has {self._means.shape[1]} KV heads and the model {states.shape[1]}; "
+                "make it for this model, as docs/transforms.md says"
+            )
+
+    def store(self, states: Tensor) -> Tensor:
+        return (states - self._mean).to(states.dtype)
+
+    def restore(self, stored: Tensor) -> Tensor:
+        return (stored + self._mean).to(stored.dtype)
+
+    def query(self, query: Tensor) -> Tensor:
+        return query
+
+    def output(self, output: Tensor) -> Tensor:
+        return (output + for_query_heads(self._mean, output.shape[1])).to(output.dtype)
+
+    @property
+    def _mean(self) -> Tensor:
+        """`[B or 1, H_kv, 1, D]`."""
+        mean = self._state if self._means is None else self._means
+        if mean is None:
+            raise RuntimeError("centering has seen no prompt yet")
+        return mean
