@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.quantize import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from kvmix_cli.axes import Balance, Center, Rotate, Transforms
@@ -274,6 +276,32 @@ def test_what_grows_after_the_prompt_does_not_overflow(dtype):
     some = chain((Balance(),), "value", 64, dtype)
     some.fit(keys_of_all_sizes, None)
     assert some.store(keys_of_all_sizes).isfinite().all()
+
+
+def error(steps, kind, given_states, query):
+    """Mean square error of what 2 bits leave of it."""
+    layout = PageLayout(kind, 2, head_dim=64, page=32, group_size=32)
+    some = chain(steps, kind, 64)
+    some.fit(given_states, query)
+    words, scales = quantize(some.store(given_states).unflatten(2, (-1, 32)), layout)
+    back = some.restore(dequantize(words, scales, layout).flatten(2, 3).double())
+    return (back - given_states).square().mean().item()
+
+
+def test_what_transforms_can_change_depends_on_where_groups_lie():
+    """As docs/transforms.md says: a group of keys lies within a channel, a group of values across channels."""
+    given_states, query = states(2, 64, 64), states(4, 64, 64, seed=1)
+
+    def ratio(kind, *steps, to=()):
+        return error(steps, kind, given_states, query) / error(to, kind, given_states, query)
+
+    rotated = (Rotate(),)
+    for steps, to in [((Center(),), ()), ((Balance(),), ()), ((Center(), Rotate()), rotated)]:
+        assert ratio("key", *steps, to=to) == pytest.approx(1, rel=0.001), "but for the rounding of scales and zeros"
+    for steps in [(Balance(), Rotate()), (Center(), Balance(), Rotate())]:
+        assert abs(ratio("key", *steps, to=rotated) - 1) > 0.02
+    assert ratio("value", Center()) < 0.9
+    assert ratio("value", Balance()) < 0.9
 
 
 def test_an_infinite_number_stays_where_it_is_when_the_mean_is_taken():

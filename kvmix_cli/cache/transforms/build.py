@@ -19,7 +19,7 @@ def build(
     kind: Kind,
     layer: int,
     head_dim: int,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
 ) -> Chain:
     """What a plan does to one layer's keys, or values, before they are stored.
