@@ -84,10 +84,18 @@ class Transforms(_Setting):
     def _listed(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    def then(self, more: Transforms) -> Transforms:
+        """These, and others after them. Raises ValueError if both do the same to keys, or to values."""
+        for what, first, second in (("keys", self.k, more.k), ("values", self.v, more.v)):
+            if twice := {each.kind for each in first} & {each.kind for each in second}:
+                raise ValueError(f"both {sorted(twice)[0]} {what}")
+        return Transforms(k=self.k + more.k, v=self.v + more.v)
+
     @property
     def kept(self) -> int:
-        """Transforms that keep a number of every channel; rotations are shared by all layers, as weights are."""
-        return sum(not isinstance(each, Rotate) for each in (*self.k, *self.v))
+        """Transforms that keep a number of every channel for every sequence; matrices and files are shared by all."""
+        own = [isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in self.k + self.v]
+        return sum(own)
 
 
 def known_width(bits: int) -> int:
@@ -136,9 +144,14 @@ class TokenPolicy(_Setting):
         return self
 
     @property
-    def looks_at_queries(self) -> bool:
-        """Whether the score is a sum over queries, which every token in the window has to keep."""
-        return self.score not in ("recency",)
+    def weighs_queries(self) -> bool:
+        """Whether every KV head keeps what queries have given to each token that is not sorted yet."""
+        return self.score != "recency"
+
+    @property
+    def counts_queries(self) -> bool:
+        """Whether it is kept, too, how many queries could see such a token."""
+        return self.score == "normalised"
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -204,8 +217,8 @@ class ChannelPolicy(_Setting):
         return tuple(value) if isinstance(value, list) else value
 
     @property
-    def looks_at_queries(self) -> bool:
-        """Whether the score takes what queries are like, which every layer has to keep."""
+    def weighs_queries(self) -> bool:
+        """Whether every KV head keeps what queries are like, channel by channel."""
         return self.score == "query-range"
 
     def widths(self, head_dim: int) -> tuple[int, ...]:

@@ -27,6 +27,8 @@ INDEX_BYTES = 1
 """Of the tier of a token, and of the place of a channel: uint8."""
 STATISTIC_BYTES = 4
 """Of what a method keeps of a token or of a channel: float32."""
+OVER_QUERIES = 2
+"""Of a sum over queries there are two parts: that of the last forward is apart, so that it can be taken back."""
 
 
 def page_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> PageLayout | None:
@@ -164,18 +166,19 @@ def layer_bytes(
     bits = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
     sizes = (cache, model, context, batch, element_bytes, bits)
     both = tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
-    extra = _channel_statistics(cache) * model.head_dim * STATISTIC_BYTES
-    if cache.tokens is not None:
-        sorted_tokens = packed_tokens(context, max(layer.k.bits, layer.v.bits), cache)
-        waiting = context - cache.sink - sorted_tokens if cache.tokens.looks_at_queries else 0
-        extra += sorted_tokens * INDEX_BYTES + max(0, waiting) * STATISTIC_BYTES
-    return both + CacheBytes(0, 0, extra * batch * model.kv_heads)
+    extra = _channel_statistics(cache) * model.kv_heads * model.head_dim
+    if cache.tokens is None or bits is None:
+        return both + CacheBytes(0, 0, batch * extra)
+    tokens = packed_tokens(context, bits, cache)
+    sums = OVER_QUERIES * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
+    extra += max(0, context - cache.sink - tokens) * sums * STATISTIC_BYTES
+    return both + CacheBytes(0, 0, batch * (extra + tokens * model.kv_heads * INDEX_BYTES))
 
 
 def _channel_statistics(cache: CacheSettings) -> int:
-    """How many numbers of each channel of a KV head a layer keeps of every sequence."""
-    balancers = 0 if cache.transforms is None else cache.transforms.kept
-    return balancers + (cache.channels is not None and cache.channels.looks_at_queries)
+    """Bytes of what a layer keeps of each channel of a KV head, for every sequence."""
+    queries = OVER_QUERIES if cache.channels is not None and cache.channels.weighs_queries else 0
+    return STATISTIC_BYTES * (queries + (0 if cache.transforms is None else cache.transforms.kept))
 
 
 def cache_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> CacheBytes:

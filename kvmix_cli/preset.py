@@ -6,7 +6,6 @@ names its source and where it differs. `kvtuner:FILE` is one, too: widths from K
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,7 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .axes import known_width
-from .errors import StateError, did_you_mean
+from .errors import PlanError, StateError, did_you_mean
 from .files import read_yaml, validate
 from .plan import LayerPlan, ModelInfo, Plan, TensorPlan
 from .settings import CacheSettings
@@ -112,15 +111,33 @@ def find_preset(name: str) -> Preset:
     return Preset.load(known[name])
 
 
-def planner(name: str) -> Callable[[ModelInfo], Plan]:
-    """What makes the plan of a model from a preset, or from `kvtuner:FILE`.
+def plan_of(name: str, model: ModelInfo) -> Plan:
+    """The plan of a model from a preset, or from `kvtuner:FILE`.
 
     Raises:
         StateError: if there is no such preset, with the nearest names.
         DocumentError: if its file is faulty.
+        PlanError: if it does not fit the model.
     """
     if name.startswith(KVTUNER):
-        path = Path(name.removeprefix(KVTUNER))
-        return lambda model: Plan.from_kvtuner(path, model)
-    preset = find_preset(name)
-    return lambda model: preset.plan(model, name)
+        return Plan.from_kvtuner(Path(name.removeprefix(KVTUNER)), model)
+    return find_preset(name).plan(model, name)
+
+
+def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
+    """The cache of `base` with the transforms, tokens and channels of a preset.
+
+    Raises:
+        StateError, DocumentError: as `plan_of`.
+        PlanError: if the two do not go together.
+    """
+    try:
+        return cache.with_axes(find_preset(name).cache)
+    except ValueError as error:
+        raise PlanError(f"preset '{name}' cannot be put on '{base}': {error}") from error
+
+
+def split(given: str) -> tuple[str, tuple[str, ...]]:
+    """What stands before the presets that are put on it: `rank-2.3+mikv` is `rank-2.3` and `("mikv",)`."""
+    base, *presets = given.split("+")
+    return base, tuple(presets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -56,14 +57,7 @@ class CacheSettings(BaseModel):
 
     @model_validator(mode="after")
     def _whole_pages(self) -> CacheSettings:
-        policies = {"tokens": self.tokens, "channels": self.channels}
-        faults = [
-            ((name,), f"cache.{name}: {fault}")
-            for name, policy in policies.items()
-            if policy is not None
-            for fault in policy.faults(self.page)
-        ]
-        if faults:
+        if faults := [((name,), f"cache.{name}: {fault}") for name, fault in _unfit(self.axes, self.page)]:
             raise Faults(faults)
         return self
 
@@ -80,3 +74,30 @@ class CacheSettings(BaseModel):
     def plain(self) -> CacheSettings:
         """The same without any of them."""
         return self.model_copy(update=dict.fromkeys(AXES))
+
+    def with_axes(self, other: CacheSettings) -> CacheSettings:
+        """These settings, and the transforms, tokens and channels of others.
+
+        Transforms are applied after one's own. The page is that of the others where policies need it, one's own if not.
+
+        Raises:
+            ValueError: if both sort tokens, sort channels, or transform the same thing in the same way; if no page of
+                theirs suits all policies; or if the others have no axes.
+        """
+        if not other.axes:
+            raise ValueError("it has no transforms, tokens or channels, only widths, and those are decided already")
+        for name in ("tokens", "channels"):
+            if self.axes.get(name) and other.axes.get(name):
+                raise ValueError(f"both sort {name}")
+        axes = {**self.axes, **other.axes}
+        if self.transforms and other.transforms:
+            axes["transforms"] = self.transforms.then(other.transforms)
+        page = next((page for page in (self.page, other.page) if not _unfit(axes, page)), None)
+        if page is None:
+            raise ValueError("; ".join(f"{name}: {fault}" for name, fault in _unfit(axes, self.page)))
+        return self.model_copy(update={**axes, "page": page})
+
+
+def _unfit(axes: Mapping[str, Any], page: int) -> list[tuple[str, str]]:
+    """Which policies cannot go with pages of so many tokens, and why."""
+    return [(name, fault) for name in ("tokens", "channels") if name in axes for fault in axes[name].faults(page)]

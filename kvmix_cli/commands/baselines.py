@@ -76,7 +76,7 @@ def _plan(name: str, loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) 
     """The plan that a name stands for; None if it is a cache."""
     first = next(iter(plans), None)
     if bits := _widths(name):
-        return Plan.uniform(loaded.info, bits, bits, plans[first].cache if first is not None else None)
+        return Plan.uniform(loaded.info, bits, bits, plans[first].cache.plain if first is not None else None)
     match = RANDOM.fullmatch(name)
     if match is None:
         return None

@@ -26,7 +26,16 @@ def evaluate(
     ] = None,
     plan: Annotated[
         list[str] | None,
-        typer.Option(metavar="PLAN", help="File, name or short form '0-3:k4v4,...' [default: the newest]; repeatable."),
+        typer.Option(
+            metavar="PLAN",
+            help="File, name or short form '0-3:k4v4,...' [default: the newest], or PLAN+PRESET; repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A published method, such as mikv or kvtuner:FILE, without a plan; repeatable."
+        ),
     ] = None,
     uniform: Annotated[
         list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
@@ -172,12 +181,13 @@ def evaluate(
     own |= {"contexts": contexts, "batches": batches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
     own |= {"depths": depths}
     if leaderboard:
-        refused = {"plan": plan, "uniform": uniform, "baseline": baseline, "fail_if": fail_if, **own}
+        refused = {"plan": plan, "preset": preset, "uniform": uniform, "baseline": baseline, "fail_if": fail_if, **own}
         _refuse(refused, "has no place in a leaderboard")
         hold(setup, **_given(rules))
     else:
         _refuse(rules, "needs --leaderboard")
-        measure_plans(setup, Contest(plan or [], uniform or [], baseline or []), _given(own), fail_if or [])
+        contest = Contest(plan or [], preset or [], uniform or [], baseline or [])
+        measure_plans(setup, contest, _given(own), fail_if or [])
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -42,9 +42,10 @@ class Setup(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """Who is measured: plans, the same width everywhere, and other people's caches."""
+    """Who is measured: plans, presets, the same width everywhere, and other people's caches."""
 
     plans: Sequence[str]
+    presets: Sequence[str]
     uniform: Sequence[int]
     baselines: Sequence[str]
 
@@ -67,8 +68,9 @@ def measure_plans(setup: Setup, contest: Contest, options: dict[str, Any], fail_
     tasks = get_tasks(split_tasks("perplexity" if setup.tasks is None else setup.tasks), options)
     gates = _gates(fail_if, tasks)
     check_baselines(contest.baselines)
-    need_plan = not (contest.uniform or contest.baselines)
-    choice = choose(contest.plans, model=setup.model, revision=setup.loading["revision"], need_plan=need_plan)
+    need_plan = not (contest.presets or contest.uniform or contest.baselines)
+    given = {"model": setup.model, "revision": setup.loading["revision"]}
+    choice = choose(contest.plans, contest.presets, need_plan=need_plan, **given)
     loading = {**setup.loading, "revision": choice.revision}
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
     plans = choice.plans(info, contest.uniform)

@@ -34,7 +34,11 @@ def run(
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0,
     plan: Annotated[
-        str | None, typer.Option(metavar="PLAN", help="File, name or short form of a plan [default: the newest].")
+        str | None,
+        typer.Option(metavar="PLAN", help="File, name or short form of a plan [default: the newest], or PLAN+PRESET."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A published method instead, such as mikv or kvtuner:FILE.")
     ] = None,
     uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False,
@@ -51,14 +55,16 @@ def run(
 ) -> None:
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
     text = _read_prompt(prompt, prompt_file)
-    if baseline and uniform is not None:
-        raise typer.BadParameter("choose one of --baseline and --uniform")
+    _check_choice(plan, preset, uniform, baseline)
     from ..evaluation.base import UNQUANTIZED, Subject
     from ..generation import generate, room
     from ..models import load_info, load_model
     from .subjects import choose
 
-    choice = choose([plan] if plan else [], model=model, revision=revision, need_plan=not baseline and uniform is None)
+    need_plan = not (baseline or preset) and uniform is None
+    choice = choose(
+        [plan] if plan else [], [preset] if preset else [], model=model, revision=revision, need_plan=need_plan
+    )
     source: dict[str, Any] = {"revision": choice.revision, "trust_remote_code": trust_remote_code}
     name, chosen = UNQUANTIZED, None
     if not baseline:
@@ -118,6 +124,16 @@ def measure(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
         unquantized += budget.full_precision_bytes(plan, tokens, element_bytes=element_bytes) - planned
     share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
     return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
+
+
+def _check_choice(plan: str | None, preset: str | None, uniform: int | None, baseline: bool) -> None:
+    """Raise typer.BadParameter for two caches at once."""
+    if baseline and uniform is not None:
+        raise typer.BadParameter("choose one of --baseline and --uniform")
+    if preset and plan:
+        raise typer.BadParameter("choose one of --plan and --preset, or put them together: --plan PLAN+PRESET")
+    if preset and (baseline or uniform is not None):
+        raise typer.BadParameter(f"choose one of --preset and {'--baseline' if baseline else '--uniform'}")
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import console, state
-from ..errors import EvaluationError
+from ..errors import EvaluationError, StateError
 from ..files import read_yaml
 from ..plan import CacheSettings, ModelInfo, Plan, is_kvtuner
+from ..preset import KVTUNER, find_preset, plan_of, put_on, split
 
 SHORT_FORM = re.compile(r".*:k\d+v\d+\s*")
 RESERVED = "unquantized"
@@ -18,24 +19,45 @@ RESERVED = "unquantized"
 
 @dataclass(frozen=True)
 class Named:
-    """One `--plan`: a kvmix plan, or something that becomes one once the model is known.
+    """One `--plan` or `--preset`: a kvmix plan, or something that becomes one once the model is known.
 
     Attributes:
-        plan: None for the short form and for KVTuner's presets.
+        given: what stands before the presets that are put on it.
+        plan: None for the short form, for KVTuner's presets and for our own.
+        is_preset: whether `given` is the name of one.
+        put_on: names of presets, whose transforms and policies the plan gets as well.
     """
 
     name: str
     given: str
     plan: Plan | None = None
+    is_preset: bool = False
+    put_on: tuple[str, ...] = ()
 
     def resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         """The plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
+        plan = self._resolve(info, cache)
+        for preset in self.put_on:
+            settings = put_on(plan.cache, preset, self.name)
+            if settings.page != plan.cache.page:
+                console.notice(f"{self.name}: pages of {settings.page} tokens as {preset} needs, not {plan.cache.page}")
+            plan = Plan.build(plan.model, plan.layers, settings, plan.provenance)
+        return plan
+
+    def _resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         if self.plan is not None:
             self.plan.check_model(info)
             return self.plan
+        if self.is_preset:
+            return plan_of(self.given, info)
         if SHORT_FORM.fullmatch(self.given):
             return Plan.from_short(self.given, info, cache)
         return Plan.from_kvtuner(Path(self.given), info, cache)
+
+    @property
+    def states_cache(self) -> bool:
+        """Whether it says more than widths."""
+        return self.plan is not None or self.is_preset
 
 
 @dataclass(frozen=True)
@@ -60,8 +82,8 @@ class Choice:
             EvaluationError: if two have the same name.
             PlanError, DocumentError: if one does not fit the model.
         """
-        cache = self.source.plan.cache if self.source and self.source.plan else None
-        if uniform or any(each.plan is None for each in self.named):
+        cache = self.source.plan.cache.plain if self.source and self.source.plan else None
+        if uniform or not all(each.states_cache for each in self.named):
             console.notice(f"page, group and window: {f'as in plan {self.source.name}' if self.source else 'defaults'}")
         found = [(each.name, each.resolve(info, cache)) for each in self.named]
         found += [(f"uniform-{bits}", Plan.uniform(info, bits, bits, cache)) for bits in uniform]
@@ -73,19 +95,22 @@ class Choice:
         return plans
 
 
-def choose(given: Sequence[str], *, model: str | None, revision: str | None, need_plan: bool) -> Choice:
-    """Find the plans that are given, or else the newest one, and the model they are for.
+def choose(
+    given: Sequence[str], presets: Sequence[str] = (), *, model: str | None, revision: str | None, need_plan: bool
+) -> Choice:
+    """Find the plans and presets that are given, or else the newest plan, and the model they are for.
 
     Args:
-        given: files, names and short forms.
+        given: files, names and short forms of plans, with presets that are put on them: `rank-2.3+mikv`.
+        presets: names of presets, with others that are put on them: `mikv+rotate-2`.
         need_plan: take the newest plan if none is given. If not (`--uniform`, `--baseline`), the newest one is only
             asked for its model, when that is not named, and for its cache settings.
 
     Raises:
-        StateError: if a plan or the model cannot be told.
-        DocumentError: if a plan file is faulty.
+        StateError: if a plan, a preset or the model cannot be told.
+        DocumentError: if a file is faulty.
     """
-    named = tuple(_named(each, model) for each in given)
+    named = (*(_named(each, model) for each in given), *map(_preset, presets))
     source = next((each for each in named if each.plan is not None), None)
     if source is None and (model is None or (need_plan and not named)):
         source = _newest(model)
@@ -104,9 +129,33 @@ def _newest(model: str | None) -> Named:
 
 
 def _named(given: str, model: str | None) -> Named:
-    if SHORT_FORM.fullmatch(given):
-        return Named(given, given)
-    path = state.find_plan(given, model=model)
-    if is_kvtuner(read_yaml(path)):
-        return Named(path.stem, str(path))
-    return Named(path.stem, str(path), Plan.load(path))
+    """A plan by its file, its name or in short form. A name with a `+` is the whole name if there is such a plan."""
+    base, presets = (given, ()) if _is_plan(given, model) else split(given)
+    for preset in presets:
+        find_preset(preset)
+    if SHORT_FORM.fullmatch(base):
+        return Named(given, base, put_on=presets)
+    path = state.find_plan(base, model=model)
+    plan = None if is_kvtuner(read_yaml(path)) else Plan.load(path)
+    return Named("+".join((path.stem, *presets)), str(path), plan, put_on=presets)
+
+
+def _is_plan(given: str, model: str | None) -> bool:
+    """Whether there is a plan of this very name, or such a file."""
+    try:
+        return state.find_plan(given, model=model) is not None
+    except StateError:
+        return Path(given).suffix in (".yaml", ".yml")
+
+
+def _preset(given: str) -> Named:
+    """A preset by its name, or KVTuner's by its file, with others put on it."""
+    base, presets = split(given)
+    for preset in presets:
+        find_preset(preset)
+    name = base
+    if base.startswith(KVTUNER):
+        name = KVTUNER + Path(base).stem
+    else:
+        find_preset(base)
+    return Named("+".join((name, *presets)), base, is_preset=True, put_on=presets)
