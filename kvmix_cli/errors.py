@@ -9,6 +9,7 @@ KvmixError                  the command line prints one line and exits 1
 ├── BudgetError             a budget that no plan can meet
 ├── ExportError             a plan that another engine has no way to express
 ├── StateError              which profile or plan is meant cannot be told from the folder
+├── PolicyError             a transform or policy that a model's attention cannot go with
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
 └── OutputError             a file that cannot be written
@@ -59,6 +60,10 @@ class ExportError(KvmixError):
 
 class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
+
+
+class PolicyError(KvmixError):
+    """A transform or policy that the model's attention cannot go with."""
 
 
 class QuantizationError(KvmixError):

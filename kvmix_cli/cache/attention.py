@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmix_kernels.attend import attend
+from kvmix_kernels.attend import attend_lse
 from kvmix_kernels.segments import Segments
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .handle import Handle
+from .observing import Attention
 
 NAME = "kvmix"
 
@@ -40,23 +41,39 @@ def kvmix_attention(
 
     Returns:
         `[B, S, H, D]` and None for the attention weights.
+
+    Raises:
+        PolicyError: if the cache's transforms cannot go with what this attention does.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = key.layer if isinstance(key, Handle) else None
+    if layer is not None:
+        layer.check(softcap, s_aux)
+    if isinstance(key, Handle) and key.is_raw:
+        key, value = key.segments.tail, value.segments.tail  # type: ignore[attr-defined]
     ours = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
     special = softcap is not None or s_aux is not None
     foreign = dropout > 0 or kwargs.get("position_bias") is not None
     if (foreign or not ours) and not special:
-        return sdpa_attention_forward(
+        layer = layer if not foreign else None
+        output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    output = attend(
-        query,
-        _segments(key),
-        _segments(value),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=attention_mask,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+        output, logarithms = output.transpose(1, 2), None
+    else:
+        query = layer.query(query) if layer is not None and isinstance(key, Handle) else query
+        output, logarithms = attend_lse(
+            query,
+            _segments(key),
+            _segments(value),
+            scaling=scaling,
+            mask=attention_mask,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        output = layer.output(output) if layer is not None and isinstance(key, Handle) else output
+    if layer is not None:
+        layer.observe(Attention(query, scaling, attention_mask, softcap, s_aux, logarithms))
     return output.transpose(1, 2).contiguous(), None
 
 

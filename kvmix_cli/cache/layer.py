@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..budget import page_layout
 from ..errors import PlanError
+from ..forms import forms
 from ..plan import CacheSettings, LayerPlan
 from .handle import Handle
+from .packing import Packing, Sorts, packing_of
 from .store import Store
 
 
@@ -37,18 +38,19 @@ class MixedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores for the heads that arrive. Raises PlanError if they cannot be packed."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        heads = key_states.shape[-1], value_states.shape[-1]
         try:
-            layouts = (
-                page_layout(self.plan.k, "key", self.settings, key_states.shape[-1]),
-                page_layout(self.plan.v, "value", self.settings, value_states.shape[-1]),
-            )
+            found = [
+                forms(tensor, kind, self.settings, head_dim)
+                for (tensor, kind), head_dim in zip(self.plan.tensors, heads, strict=True)
+            ]
         except ValueError as error:
             raise PlanError(f"layer {self.index} cannot be quantized: {error}; give it 16 bits") from error
-        names = (f"layer {self.index} keys", f"layer {self.index} values")
-        self._stores = (
-            Store(names[0], layouts[0], self.settings, self._reserve),
-            Store(names[1], layouts[1], self.settings, self._reserve),
+        keys, values = (
+            packing_of(f"layer {self.index} {kind}s", form, self.settings, self._reserve, sorts)
+            for (_, kind), form, sorts in zip(self.plan.tensors, found, self._sorts(), strict=True)
         )
+        self._stores = self._store(keys, self.plan.k.bits), self._store(values, self.plan.v.bits)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -63,18 +65,19 @@ class MixedLayer(CacheLayerMixin):
             return keys.tail, values.tail
         return Handle(keys), Handle(values)
 
+    def _sorts(self) -> tuple[Sorts | None, Sorts | None]:
+        """Who sorts the tokens and channels of keys and of values."""
+        return None, None
+
+    def _store(self, packing: Packing | None, bits: int) -> Store:
+        return Store(packing, self.settings, bits, self._reserve)
+
     @property
     def stores(self) -> tuple[Store, Store]:
         """Keys and values."""
         if self._stores is None:
             raise RuntimeError(f"layer {self.index} has seen no tokens yet")
         return self._stores
-
-    @property
-    def packed_share(self) -> float:
-        """Packed tokens of keys and values, as a share of the tokens held."""
-        length = self.get_seq_length()
-        return sum(store.packed_tokens for store in self.stores) / (2 * length) if length else 0.0
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kw
 
 from ..errors import PlanError
 from ..plan import Plan
+from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
 from .sizes import cache_nbytes, stock_nbytes
@@ -33,14 +34,15 @@ class Attended:
         """Quantized share of what was attended; 0 before anything was."""
         return self.quantized / self.total if self.total else 0.0
 
-    def add(self, new: Tensor, read: Tensor, quantized: float | None) -> None:
+    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: int = 0) -> None:
         """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, those after each query left out.
 
         Args:
             quantized: tokens that they read in quantized form, None for all of them.
+            evicted: tokens of `read` that are gone.
         """
         batch, _, queries, _ = new.shape
-        seen = read.shape[2] - (queries - 1) / 2
+        seen = read.shape[2] - evicted - (queries - 1) / 2
         self.total += batch * queries * seen
         self.quantized += batch * queries * (seen if quantized is None else quantized)
 
@@ -80,8 +82,9 @@ class MixedCache(Cache):
         if wrong := sorted(set(plan.layers) & set(stock)):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
+        kind = ComposedLayer if is_composed(plan.cache) else MixedLayer
         for index, layer in plan.layers.items():
-            layers[index] = MixedLayer(index, layer, plan.cache, reserve or 0)
+            layers[index] = kind(index, layer, plan.cache, reserve or 0)
         return cls(layers)
 
     def update(
@@ -89,8 +92,10 @@ class MixedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values `[B, H_kv, S, D]`; returns all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        packed = sum(read.segments.packed_tokens for read in (keys, values) if isinstance(read, Handle))
-        self.attended.add(key_states, keys, quantized=packed / 2)
+        read = [handle.segments for handle in (keys, values) if isinstance(handle, Handle)]
+        quantized = sum(segments.quantized_tokens for segments in read) / 2
+        evicted = max((segments.shape[2] - segments.kept_tokens for segments in read), default=0)
+        self.attended.add(key_states, keys, quantized, evicted)
         return keys, values
 
     @property

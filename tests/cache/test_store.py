@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.layout import PageLayout
 
+from kvmix_cli.cache.packing.pages import Pages
 from kvmix_cli.cache.store import ROLLBACK, Store
 from kvmix_cli.errors import QuantizationError
 from kvmix_cli.plan import CacheSettings
@@ -16,7 +17,9 @@ WINDOWS = [Recent(tokens=0), Recent(tokens=20), Recent(tokens=128), Rpc(), NoWin
 
 def store(window=WINDOWS[1], bits=4, sink=4, page=16, reserve=0):
     layout = None if bits == 16 else PageLayout("key", bits, head_dim=16, page=page, group_size=None)
-    return Store("layer 0 keys", layout, CacheSettings(page=page, sink=sink, window=window), reserve)
+    settings = CacheSettings(page=page, sink=sink, window=window)
+    packing = layout and Pages("layer 0 keys", layout, max(0, reserve - sink) // page)
+    return Store(packing, settings, bits, reserve)
 
 
 def tokens(count, seed=0):

@@ -1,0 +1,49 @@
+"""Whole pages in the order of their tokens: the plain case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.pages import Packed
+from torch import Tensor
+
+from ..buffer import Buffer
+from .base import Packing
+from .runs import QuantizedRun
+
+
+class Pages(Packing):
+    """Pages of one codec.
+
+    Args:
+        reserve: pages to make room for at first.
+    """
+
+    def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
+        self.unit = layout.page
+        self._pages = 0
+        self._run = QuantizedRun(name, layout, reserve)
+
+    @property
+    def tokens(self) -> int:
+        return self._pages * self.unit
+
+    @property
+    def view(self) -> Packed:
+        return self._run.view
+
+    def pack(self, states: Tensor) -> None:
+        pages = states.unflatten(2, (-1, self.unit))
+        self._run.pack(pages)
+        self._pages += pages.shape[2]
+
+    def reopen(self, keep: int) -> Tensor:
+        self._pages = keep // self.unit
+        rest = self.view.read(self.tokens, keep, torch.float32)
+        self._run.truncate(self._pages)
+        return rest
+
+    def buffers(self) -> Iterator[Buffer]:
+        yield from self._run.buffers()

@@ -1,0 +1,99 @@
+"""Pages of one run of channels: quantized, or in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.pages import Packed, Plain
+from kvmix_kernels.quantize import quantize
+from torch import Tensor
+
+from ...errors import QuantizationError
+from ..buffer import Buffer
+
+PAGES_AT_ONCE = 32
+"""Pages that are quantized together; bounds the float32 temporaries of a long prompt."""
+
+
+class QuantizedRun:
+    """Pages that are quantized as they arrive, once.
+
+    Args:
+        name: for errors, e.g. `layer 3 keys`.
+        reserve: pages to make room for at first.
+    """
+
+    def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
+        self.name = name
+        self.layout = layout
+        self._words = Buffer(reserve)
+        self._scales = Buffer(reserve)
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return self.layout.head_dim
+
+    @property
+    def view(self) -> Packed:
+        """What is held, without a copy."""
+        return Packed(self.layout, self._words.view, self._scales.view)
+
+    def pack(self, pages: Tensor) -> None:
+        """Append `[B, H_kv, n, page, width]`. Raises QuantizationError for what cannot be quantized."""
+        for some in pages.split(PAGES_AT_ONCE, dim=2):
+            words, scales = quantize(some, self.layout)
+            if not torch.isfinite(scales).all():
+                raise QuantizationError(self._complaint(some))
+            self._words.append(words)
+            self._scales.append(scales)
+
+    def truncate(self, pages: int) -> None:
+        """Forget all but the first `pages`."""
+        self._words.truncate(pages)
+        self._scales.truncate(pages)
+
+    def buffers(self) -> Iterator[Buffer]:
+        """Everything that is stored."""
+        yield from (self._words, self._scales)
+
+    def _complaint(self, pages: Tensor) -> str:
+        if torch.isfinite(pages).all():
+            return (
+                f"{self.name}: values up to {pages.abs().max().item():.3g} do not fit {self.layout.scale_dtype} "
+                "scales; set `scale_dtype: bfloat16` in the plan's cache section"
+            )
+        return (
+            f"{self.name}: NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
+        )
+
+
+class PlainRun:
+    """Pages of a run of key channels that stay in full precision, laid out as quantized ones are."""
+
+    def __init__(self, width: int, reserve: int = 0) -> None:
+        self.width = width
+        self._states = Buffer(reserve)
+
+    @property
+    def view(self) -> Plain:
+        """What is held, without a copy."""
+        return Plain(self._states.view)
+
+    def pack(self, pages: Tensor) -> None:
+        """Append `[B, H_kv, n, page, width]`."""
+        self._states.append(pages.transpose(-1, -2))
+
+    def truncate(self, pages: int) -> None:
+        """Forget all but the first `pages`."""
+        self._states.truncate(pages)
+
+    def buffers(self) -> Iterator[Buffer]:
+        """Everything that is stored."""
+        yield self._states
+
+
+Run = QuantizedRun | PlainRun
+Sort = Callable[[Tensor], Tensor]

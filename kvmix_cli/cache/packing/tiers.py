@@ -1,0 +1,95 @@
+"""Tokens sorted into tiers by importance, once, as they leave the window (MiKV, ZipCache, H2O)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from kvmix_kernels.pages import Channels, Packed
+from kvmix_kernels.tiers import Tiers
+from torch import Tensor
+
+from ...errors import PlanError
+from ..buffer import Buffer
+from .base import Packing
+from .runs import Sort
+
+
+class Full(Packing):
+    """A tier in full precision, of any number of tokens."""
+
+    unit = 1
+
+    def __init__(self, reserve: int = 0) -> None:
+        self._states = Buffer(reserve)
+
+    @property
+    def tokens(self) -> int:
+        return self._states.length
+
+    @property
+    def view(self) -> Tensor:
+        return self._states.view
+
+    def pack(self, states: Tensor) -> None:
+        self._states.append(states)
+
+    def reopen(self, keep: int) -> Tensor:
+        self._states.truncate(keep)
+        return self._states.view[:, :, :0]
+
+    def buffers(self) -> Iterator[Buffer]:
+        yield self._states
+
+
+class TieredTokens(Packing):
+    """Every token in the tier that `sort` says, or in none.
+
+    Args:
+        name: for errors, e.g. `layer 3 keys`.
+        tiers: what holds each tier.
+        flush: tokens that are sorted together; each tier then gets whole units of its own.
+        sort: the tiers `[B, H_kv, n]` uint8 of the tokens `[B, H_kv, n, D]` that are packed next.
+        sorted_tokens: the tiers of all tokens so far; shared by keys and values, so no part of `buffers`.
+    """
+
+    def __init__(self, name: str, tiers: Sequence[Packing], flush: int, sort: Sort, sorted_tokens: Buffer) -> None:
+        self.unit = flush
+        self._name = name
+        self._tiers = tiers
+        self._sort = sort
+        self._sorted = sorted_tokens
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def view(self) -> Tiers:
+        held: list[Packed | Channels | Tensor] = [tier.view for tier in self._tiers]  # type: ignore[misc]
+        return Tiers(self._sorted.view[:, :, : self._tokens], tuple(held))
+
+    def pack(self, states: Tensor) -> None:
+        tiers = self._sort(states)
+        for index, tier in enumerate(self._tiers):
+            tier.pack(states[tiers == index].view(*states.shape[:2], -1, states.shape[3]))
+        self._tokens += states.shape[2]
+
+    def reopen(self, keep: int) -> Tensor:
+        """All tokens come back, since those that are kept are in every tier."""
+        view = self.view
+        if view.kept < view.tokens:
+            raise PlanError(
+                f"{self._name}: the cache cannot go back to {keep} packed tokens, since a token policy has evicted "
+                "some of them; use a policy without `evict`"
+            )
+        rest = view.read(0, keep, torch.float32)
+        for tier in self._tiers:
+            tier.reopen(0)
+        self._tokens = 0
+        return rest
+
+    def buffers(self) -> Iterator[Buffer]:
+        for tier in self._tiers:
+            yield from tier.buffers()

@@ -1,0 +1,6 @@
+"""What is important: scores of tokens and of key channels, by name."""
+
+from .channels import CHANNEL_SCORES, ChannelScore, ChannelStatistics
+from .tokens import TOKEN_SCORES, Candidates, TokenScore
+
+__all__ = ["CHANNEL_SCORES", "TOKEN_SCORES", "Candidates", "ChannelScore", "ChannelStatistics", "TokenScore"]
