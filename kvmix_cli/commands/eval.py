@@ -166,7 +166,7 @@ def evaluate(
     from .measure import Contest, Setup, measure_plans
 
     settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
-    settings.check(None)
+    settings.check()
     loading = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     results = {"root": output_dir, "resume": resume, "command": ctx.meta[options.COMMAND_LINE]}
     setup = Setup(model, task, settings, loading, results)

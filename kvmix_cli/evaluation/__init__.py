@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError
-from .harness import harness_kind
+from ..errors import EvaluationError, did_you_mean
+from .harness import UnknownTask, harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
@@ -64,11 +65,27 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 
 def get_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
     """Several tasks. Raises EvaluationError, also for an option that none of them has."""
-    found = [get_task(name, options) for name in names]
+    found = [_listed_task(name, before, options) for before, name in pairwise(("", *names))]
     for option in options:
         if not any(option in _own_options(type(task)) for task in found):
             raise EvaluationError(f"--{option.replace('_', '-')} is of no use to {', '.join(names)}; leave it out")
     return found
+
+
+def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
+    """A task of a list; an unknown one after `longbench:qasper` may have been meant as a member, too."""
+    try:
+        return get_task(name, options)
+    except UnknownTask as error:
+        family, colon, _ = before.partition(":")
+        members = _members(family) if colon else {}
+        if not members:
+            raise
+        near = f", the nearest of lm-eval are {', '.join(error.near)}" if error.near else ""
+        raise EvaluationError(
+            f"{family} has no data set '{name}'{did_you_mean(name, members)}; it has {', '.join(members)}; "
+            f"and there is no task of this name{near}"
+        ) from error
 
 
 def _members(family: str) -> Mapping[str, Any]:

@@ -44,14 +44,12 @@ class Settings:
     text: str = "builtin"
     seed: int = 0
 
-    def check(self, longest: int | None) -> None:
-        """Raise EvaluationError for a setting out of its range; `longest` is the model's limit in tokens."""
+    def check(self) -> None:
+        """Raise EvaluationError for a setting out of its range."""
         for name in ("length", "prefix", "step", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EvaluationError(f"--{name} must be at least 1, got {value}")
-        if longest is not None and self.length > longest:
-            raise EvaluationError(f"--length {self.length} is more than the model's limit of {longest} tokens")
 
 
 class Baseline(Protocol):
@@ -145,6 +143,13 @@ class Sample:
     ids: tuple[int, ...]
 
 
+class Context(NamedTuple):
+    """Tokens of the longest context that was asked for, and the option that says so."""
+
+    option: str
+    tokens: int
+
+
 class Table(NamedTuple):
     """As `console.table` takes it."""
 
@@ -183,6 +188,21 @@ class Task(ABC):
     def limit(self, settings: Settings) -> int:
         """The most samples."""
         return self.default_limit if settings.limit is None else settings.limit
+
+    def context(self, settings: Settings) -> Context | None:
+        """How long contexts are; None where the samples have lengths of their own."""
+        return Context("--length", settings.length)
+
+    def check_context(self, settings: Settings, limit: int | None) -> None:
+        """Raise EvaluationError for contexts beyond the model's limit in tokens."""
+        context = self.context(settings)
+        if context is not None and limit is not None and context.tokens > limit:
+            raise EvaluationError(f"{context.option} {context.tokens} is more than the model's limit of {limit} tokens")
+
+    def longer(self, settings: Settings) -> str:
+        """What to do for contexts that are longer than a plan's window."""
+        context = self.context(settings)
+        return "ask something with longer prompts" if context is None else f"use a larger {context.option}"
 
     @abstractmethod
     def samples(self, loaded: LoadedModel, settings: Settings) -> Sequence[Sample]:

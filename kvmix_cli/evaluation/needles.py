@@ -16,7 +16,7 @@ import torch
 from ..errors import EvaluationError, TextError
 from ..losses import feed, prefill
 from ..texts import load_texts
-from .base import Estimate, Record, Sample, Settings, Subject, Task
+from .base import Context, Estimate, Record, Sample, Settings, Subject, Task
 from .bootstrap import ratio
 from .facts import Question
 from .feeding import attended, encode
@@ -84,6 +84,9 @@ class Needles(Task):
         """Of the exercises, ascending."""
         return tuple(sorted(set(self.contexts or (settings.length,))))
 
+    def context(self, settings: Settings) -> Context:
+        return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
+
     def places(self) -> list[float]:
         """The depths."""
         count = DEPTHS if self.depths is None else self.depths
@@ -98,7 +101,9 @@ class Needles(Task):
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Exercise]:
         lengths = self.lengths(settings)
-        self._check(lengths, loaded.max_length)
+        if lengths[0] < 1 or (self.depths is not None and self.depths < 1):
+            raise EvaluationError("--contexts and --depths must be at least 1")
+        self.check_context(settings, loaded.max_length)
         write = self.writer(loaded, settings, lengths[-1])
         written: list[Exercise] = []
         failures: list[TooShort] = []
@@ -157,12 +162,6 @@ class Needles(Task):
     def content(self, settings: Settings) -> str:
         """What a context is made of, in words."""
         return f"{settings.text} text"
-
-    def _check(self, lengths: Sequence[int], longest: int | None) -> None:
-        if lengths[0] < 1 or (self.depths is not None and self.depths < 1):
-            raise EvaluationError("--contexts and --depths must be at least 1")
-        if longest is not None and lengths[-1] > longest:
-            raise EvaluationError(f"--contexts {lengths[-1]} is more than the model's limit of {longest} tokens")
 
 
 def share(records: Sequence[Record], seed: int) -> Estimate:

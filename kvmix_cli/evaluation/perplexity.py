@@ -35,6 +35,9 @@ class Perplexity(Task):
     )
     default_limit = 10
 
+    def longer(self, settings: Settings) -> str:
+        return "use a larger --length and --prefix"
+
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Sample]:
         if settings.prefix + 2 > settings.length:
             raise EvaluationError(

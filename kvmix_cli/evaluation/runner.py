@@ -16,7 +16,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from .. import __version__
 from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, first_sentence
-from .base import Record, Sample, Settings, Subject, Task
+from .base import Context, Record, Sample, Settings, Subject, Task
 from .machine import machine
 from .report import Report, Row
 from .runs import Run, Runs
@@ -50,7 +50,8 @@ def run_task(
     Raises:
         KvmixError: if there is nothing to measure on, or the run's folder cannot be used.
     """
-    settings.check(loaded.max_length)
+    settings.check()
+    task.check_context(settings, loaded.max_length)
     samples = task.samples(loaded, settings)
     bench = _Bench(task, loaded, settings, samples, progress)
     rows: list[Row] = []
@@ -157,7 +158,8 @@ class _Bench:
         seen, quantized = (sum(record["attended"][key] for record in records) for key in ("total", "quantized"))
         share = quantized / seen if seen else 0.0
         row = replace(row, quantized_share=share, metrics=metrics, records=tuple(records), seconds=lane.seconds)
-        return replace(row, warnings=(*_unquantized(subject, row), *self.task.warnings(subject, metrics)))
+        longer = self.task.longer(self.settings)
+        return replace(row, warnings=(*_unquantized(subject, row, longer), *self.task.warnings(subject, metrics)))
 
     def config(self, subject: Subject) -> dict[str, Any]:
         """Everything that a subject's numbers depend on, as plain data; times depend on the machine, too."""
@@ -182,7 +184,7 @@ class _Bench:
         if isinstance(error, (PlanError, QuantizationError, EvaluationError)):
             return str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            return f"out of memory at {self.settings.length} tokens on {self.loaded.device}; use a smaller --length"
+            return _shortage(self.task.context(self.settings), str(self.loaded.device))
         if subject.baseline is None or isinstance(error, KvmixError):
             raise error
         return f"{type(error).__name__}: {first_sentence(error)}"
@@ -201,8 +203,15 @@ class _Bench:
         return Row(self.task.name, subject.name, *subject.bits)
 
 
-def _unquantized(subject: Subject, row: Row) -> list[str]:
-    """A loud word on a row that has measured nothing."""
+def _shortage(context: Context | None, device: str) -> str:
+    """What to do when memory is out."""
+    if context is None:
+        return f"out of memory on {device}; free some and go on with --resume"
+    return f"out of memory at {context.tokens} tokens on {device}; use a smaller {context.option}"
+
+
+def _unquantized(subject: Subject, row: Row, longer: str) -> list[str]:
+    """A loud word on a row that has measured nothing; `longer` says how to get longer contexts."""
     if subject == Subject() or row.quantized_share > 0:
         return []
     if row.nominal_bits >= FULL_PRECISION_BITS:
@@ -210,9 +219,9 @@ def _unquantized(subject: Subject, row: Row) -> list[str]:
             return []
         reason = "the plan has 16 bits everywhere"
     elif subject.plan is None:
-        reason = "its full-precision window holds the whole context; use a larger --length and --prefix"
+        reason = f"its full-precision window holds the whole context; {longer}"
     else:
         cache = subject.plan.cache
         reason = f"its sink ({cache.sink}), window ({cache.window.kind}) and page ({cache.page}) hold the whole context"
-        reason += "; use a larger --length and --prefix"
+        reason += f"; {longer}"
     return [f"{subject.name}: NOTHING QUANTIZED WAS READ, so {row.task} says nothing about this plan: {reason}"]

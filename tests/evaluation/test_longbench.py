@@ -13,7 +13,7 @@ from longbench_files import lines, record, write
 
 from kvmix_cli import models
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation import get_task, split_tasks, tasks
+from kvmix_cli.evaluation import get_task, get_tasks, harness, split_tasks, tasks
 from kvmix_cli.evaluation.base import Settings, Subject
 from kvmix_cli.evaluation.longbench import task as module
 from kvmix_cli.evaluation.longbench.answers import answer
@@ -72,6 +72,26 @@ def test_all_21_data_sets_are_chosen_unless_some_are():
 def test_a_list_of_tasks_may_hold_data_sets():
     wanted = ("perplexity", "longbench:qasper,trec", "recall", "longbench-e:lcc")
     assert split_tasks("perplexity,longbench:qasper,trec,recall,longbench-e:lcc") == wanted
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("longbench:qasper,trce", r"longbench has no data set 'trce' \(did you mean 'trec'\?\); it has narrativeqa, "),
+        ("longbench:qasper,trce,lcc", r"longbench has no data set 'trce'.*; and there is no task of this name"),
+        ("longbench-e:qasper,narrativeqa", r"longbench-e has no data set 'narrativeqa'.*longbench_narrativeqa"),
+        ("longbench,trce", "no task 'trce'"),
+    ],
+)
+def test_an_unknown_member_of_a_list_is_named_as_a_data_set(names, said):
+    with pytest.raises(EvaluationError, match=said):
+        get_tasks(split_tasks(names), {})
+
+
+def test_an_unknown_member_is_named_without_lm_eval_too(monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match=r"longbench has no data set 'trce' .*trec"):
+        get_tasks(split_tasks("longbench:qasper,trce"), {})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from evaluating import INFO, SHORT, Counting, stand_in, uniform
+from evaluating import INFO, SHORT, Counting, stand_in, tiny, uniform
 
 from kvmix_cli.errors import EvaluationError, QuantizationError
 from kvmix_cli.evaluation import get_task, harness, tasks
@@ -76,9 +76,47 @@ def test_a_row_that_read_nothing_quantized_warns_and_says_why():
     assert report.plans[0].as_json()["warnings"] == list(report.plans[0].warnings)
 
 
-def test_a_window_that_holds_the_whole_context_is_found_out():
-    from evaluating import tiny
+class Prompts(Counting):
+    """Its samples have lengths of their own."""
 
+    def context(self, settings):
+        return None
+
+
+def test_no_length_is_blamed_where_prompts_have_lengths_of_their_own():
+    def fail(subject, sample):
+        if subject is EIGHT:
+            raise torch.OutOfMemoryError
+
+    report = run(Prompts(share=0, before=fail), TWO, EIGHT, length=5000)
+    assert report.plans[0].warnings[0].endswith("; ask something with longer prompts")
+    assert report.plans[1].error == "out of memory on cpu; free some and go on with --resume"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "context", "advice"),
+    [
+        ("perplexity", {}, ("--length", 1024), "use a larger --length and --prefix"),
+        ("memory", {}, ("--length", 1024), "use a larger --length"),
+        ("recall", {}, ("--length", 1024), "use a larger --length"),
+        ("passkey", {"contexts": (512, 2048)}, ("--contexts", 2048), "use a larger --contexts"),
+        ("throughput", {"contexts": (512, 256)}, ("--contexts", 512), "use a larger --contexts"),
+        ("longbench:qasper", {}, None, "ask something with longer prompts"),
+    ],
+)
+def test_advice_names_the_option_that_makes_contexts_longer(name, options, context, advice):
+    task = get_task(name, options)
+    assert task.context(Settings()) == context
+    assert task.longer(Settings()) == advice
+
+
+def test_contexts_of_a_sweep_are_held_against_the_limit_and_not_the_length_that_they_replace():
+    task = get_task("throughput", {"contexts": (64,), "batches": (1,), "new_tokens": 2, "repeats": 1})
+    report = run_task(task, tiny(), [], Settings(length=5000))
+    assert report.reference.value("decode_tokens_per_s") > 0
+
+
+def test_a_window_that_holds_the_whole_context_is_found_out():
     plan = uniform(2, CacheSettings(page=512))
     settings = Settings(length=64, prefix=32, limit=1)
     report = run_task(get_task("perplexity"), tiny(), [Subject("two", plan)], settings)
@@ -123,8 +161,6 @@ def test_unknown_tasks_are_errors_that_list_the_tasks(monkeypatch):
 
 
 def test_a_plan_for_other_layers_is_a_row_with_an_error():
-    from evaluating import tiny
-
     info = INFO.model_copy(update={"layers": 4})
     subject = Subject("four", uniform(2, SHORT, info))
     report = run_task(get_task("perplexity"), tiny(), [subject], Settings(length=64, prefix=32, limit=1))

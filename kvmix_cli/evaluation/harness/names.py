@@ -15,6 +15,7 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
 from ...errors import EvaluationError, did_you_mean
+from . import UnknownTask
 from .own_files import check_folder
 from .quiet import quiet
 
@@ -76,7 +77,7 @@ def find(name: str, include_path: Path | None, ours: Iterable[str] = ()) -> Foun
         index = {**_index(None), **own}
         found = _Search(index).found(name)
         if found is None:
-            raise EvaluationError(_unknown(name, tuple(ours), index))
+            raise _unknown(name, tuple(ours), index)
     for task, config in found.tasks.items():
         refuse(task, bool(config.get("unsafe_code")), bool(config.get("doc_to_image") or config.get("doc_to_audio")))
     return found
@@ -179,9 +180,10 @@ def _matches(name: str, index: Mapping[str, Any]) -> list[str]:
     return fnmatch.filter(sorted(index), name) if _is_pattern(name) else []
 
 
-def _unknown(name: str, ours: tuple[str, ...], index: Mapping[str, Any]) -> str:
+def _unknown(name: str, ours: tuple[str, ...], index: Mapping[str, Any]) -> UnknownTask:
     if _is_pattern(name):
-        return f"no task of lm-eval matches '{name}'"
+        return UnknownTask(f"no task of lm-eval matches '{name}'")
     near = difflib.get_close_matches(name, index, n=NEAREST)
     theirs = f"{len(index)} of lm-eval" + (f", the nearest {', '.join(near)}" if near else "")
-    return f"no task '{name}'{did_you_mean(name, ours)}; there are {', '.join(ours)}, and {theirs}"
+    said = f"no task '{name}'{did_you_mean(name, ours)}; there are {', '.join(ours)}, and {theirs}"
+    return UnknownTask(said, near)

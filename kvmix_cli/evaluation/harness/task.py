@@ -75,6 +75,9 @@ class HarnessTask(Task):
         options = {key: value for key, value in asdict(self).items() if key not in ("given", "batch_size")}
         return {**options, "lm_eval": _version()}
 
+    def context(self, settings: Settings) -> None:
+        """A prompt is as long as it is."""
+
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Request]:
         """Everything that lm-eval asks, the longest first; `settings.limit` is in documents of each task."""
         from .data import build_requests, load_tasks

@@ -87,6 +87,9 @@ class LongBench(Task):
         """The most prompts: `--limit` is for each data set."""
         return super().limit(settings) * len(self.datasets)
 
+    def context(self, settings: Settings) -> None:
+        """A prompt is as long as it is."""
+
     def samples(self, loaded: LoadedModel, settings: Settings) -> Prompts:
         """Prompts of all data sets, of each the longest first, so that memory that does not suffice shows at once.
 

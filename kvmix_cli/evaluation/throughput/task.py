@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...budget import format_bytes
 from ...errors import EvaluationError
-from ..base import Estimate, Metric, Record, Sample, Settings, Subject, Table, Task
+from ..base import Context, Estimate, Metric, Record, Sample, Settings, Subject, Table, Task
 from ..peak import attempt, devices, free_memory, tidy
 from .search import Search, time_largest
 from .summary import metrics_of, points_table
@@ -80,6 +80,9 @@ class Throughput(Task):
     def lengths(self, settings: Settings) -> tuple[int, ...]:
         """Of prompts, ascending."""
         return tuple(sorted(set(self.contexts or (settings.length,))))
+
+    def context(self, settings: Settings) -> Context:
+        return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Point]:
         self._check(loaded, settings)
