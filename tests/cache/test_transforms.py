@@ -16,7 +16,7 @@ from kvmix_cli.axes import Balance, Center, Rotate, Transforms
 from kvmix_cli.cache.transforms import build
 from kvmix_cli.cache.transforms.balancing import LIMIT
 from kvmix_cli.cache.transforms.rotation import hadamard
-from kvmix_cli.errors import PlanError
+from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.models import load_model
 
 CPU = torch.device("cpu")
@@ -313,7 +313,7 @@ def test_an_infinite_number_stays_where_it_is_when_the_mean_is_taken():
 
 
 def test_keys_cannot_be_balanced_where_nobody_sees_the_queries():
-    with pytest.raises(PlanError, match=r"layer 3 keys cannot be balanced.*take `balance` out"):
+    with pytest.raises(PolicyError, match=r"layer 3 keys cannot be balanced.*take `balance` out"):
         chain((Rotate(), Balance()), "key", 64, layer=3).fit(states(2, 9, 64), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmix_kernels.layout import Kind
 from torch import Tensor
 
-from ...errors import PlanError
+from ...errors import PolicyError
 from .base import Transform, for_query_heads, wide_dtype
 
 LIMIT = 256.0
@@ -36,11 +36,11 @@ class Balancing(Transform):
         self._name = name
 
     def fit(self, states: Tensor, query: Tensor | None) -> None:
-        """Raises PlanError if there are no queries for keys."""
+        """Raises PolicyError if there are no queries for keys."""
         if not self.needs_queries:
             scale = 1 / _largest(states, states.shape[1]).sqrt()
         elif query is None:
-            raise PlanError(
+            raise PolicyError(
                 f"{self._name} cannot be balanced: this model's attention does not show kvmix its queries; "
                 "take `balance` out of the plan's transforms"
             )

@@ -37,7 +37,8 @@ class Transform(ABC):
             query: its queries `[B, H, S, D]`; None where nobody knows them.
 
         Raises:
-            PlanError: if it cannot be done with this model.
+            PlanError: if what the plan brings does not fit this model.
+            PolicyError: if this model's attention cannot go with it.
         """
 
     @abstractmethod
