@@ -105,8 +105,9 @@ class Memory(Task):
         return metrics
 
     def describe(self, samples: Sequence[Sample], settings: Settings) -> str:
+        contexts = "1 context" if len(samples) == 1 else f"{len(samples)} contexts"
         return (
-            f"{len(samples)} context of {settings.length} tokens, the last one decoded; "
+            f"{contexts} of {settings.length} tokens, the last one of each decoded; "
             "compression is against 16 bits; the peak is above the model, with the prompt's activations"
         )
 
