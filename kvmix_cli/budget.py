@@ -135,50 +135,54 @@ def tensor_bytes(
     element_bytes: int = 2,
     window_bits: int | None = None,
 ) -> CacheBytes:
-    """Bytes of one layer's keys or values after a prompt of `context` tokens, without what the layer keeps of both.
+    """Bytes of one layer's keys or values after a prompt of `context` tokens, and half of what it keeps for both.
 
     Args:
         window_bits: the width whose window holds, see `packed_tokens`; by default the tensor's own.
     """
     tokens = packed_tokens(context, tensor.bits if window_bits is None else window_bits, cache)
-    counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)
-    bytes_of_one = CacheBytes(0, (context - tokens) * model.head_dim * element_bytes)
-    for form, count in zip(forms(tensor, kind, cache, model.head_dim), counts, strict=False):
-        bytes_of_one += _form_bytes(form, count, cache, element_bytes)
-    return bytes_of_one * (batch * model.kv_heads)
+    counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
+    one = CacheBytes(0, (context - tokens) * model.head_dim * element_bytes)
+    for form, count in zip(forms(tensor, kind, cache, model.head_dim), counts, strict=True):
+        one += _form_bytes(form, count, cache, element_bytes)
+    kept = _kept_bytes(cache, model, tokens, context)
+    half = kept // 2 if kind == "value" else kept - kept // 2
+    return (one * model.kv_heads + CacheBytes(0, 0, half)) * batch
 
 
 def _form_bytes(form: Form, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:
     """Bytes of one KV head's tokens of a form."""
     full = sum(tokens * part * element_bytes for part in form.runs if isinstance(part, int))
     packed = sum(tokens // part.page * part.nbytes for part in form.runs if isinstance(part, PageLayout))
-    if not (cache.channels and form.is_sorted):
+    if cache.channels is None or not form.is_sorted:
         return CacheBytes(packed, full)
     width = sum(part if isinstance(part, int) else part.head_dim for part in form.runs)
     orders = -(-tokens // (cache.channels.refresh or max(1, tokens)))
     return CacheBytes(packed, full, orders * width * INDEX_BYTES)
 
 
+def _kept_bytes(cache: CacheSettings, model: ModelInfo, tokens: int, context: int) -> int:
+    """Bytes of what a layer keeps of one sequence, of which `tokens` are sorted: tiers and statistics."""
+    of_channels = OVER_QUERIES if cache.channels is not None and cache.channels.weighs_queries else 0
+    of_channels += 0 if cache.transforms is None else cache.transforms.kept
+    kept = of_channels * model.kv_heads * model.head_dim * STATISTIC_BYTES
+    if cache.tokens is None:
+        return kept
+    of_tokens = OVER_QUERIES * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
+    return (
+        kept
+        + tokens * model.kv_heads * INDEX_BYTES
+        + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
+    )
+
+
 def layer_bytes(
     layer: LayerPlan, cache: CacheSettings, model: ModelInfo, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
     """Bytes of one layer after a prompt of `context` tokens."""
-    bits = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
-    sizes = (cache, model, context, batch, element_bytes, bits)
-    both = tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
-    extra = _channel_statistics(cache) * model.kv_heads * model.head_dim
-    if cache.tokens is None or bits is None:
-        return both + CacheBytes(0, 0, batch * extra)
-    tokens = packed_tokens(context, bits, cache)
-    sums = OVER_QUERIES * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
-    extra += max(0, context - cache.sink - tokens) * sums * STATISTIC_BYTES
-    return both + CacheBytes(0, 0, batch * (extra + tokens * model.kv_heads * INDEX_BYTES))
-
-
-def _channel_statistics(cache: CacheSettings) -> int:
-    """Bytes of what a layer keeps of each channel of a KV head, for every sequence."""
-    queries = OVER_QUERIES if cache.channels is not None and cache.channels.weighs_queries else 0
-    return STATISTIC_BYTES * (queries + (0 if cache.transforms is None else cache.transforms.kept))
+    together = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
+    sizes = (cache, model, context, batch, element_bytes, together)
+    return tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
 
 
 def cache_bytes(plan: Plan, context: int, batch: int = 1, element_bytes: int = 2) -> CacheBytes:

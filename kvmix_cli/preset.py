@@ -6,6 +6,7 @@ names its source and where it differs. `kvtuner:FILE` is one, too: widths from K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -125,7 +126,10 @@ def plan_of(name: str, model: ModelInfo) -> Plan:
 
 
 def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
-    """The cache of `base` with the transforms, tokens and channels of a preset.
+    """A cache with the transforms, tokens and channels of a preset, too.
+
+    Args:
+        base: what the cache is of, for errors.
 
     Raises:
         StateError, DocumentError: as `plan_of`.
@@ -134,10 +138,22 @@ def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
     try:
         return cache.with_axes(find_preset(name).cache)
     except ValueError as error:
-        raise PlanError(f"preset '{name}' cannot be put on '{base}': {error}") from error
+        raise PlanError(f"preset '{name}' cannot be put on {base}: {error}") from error
 
 
-def split(given: str) -> tuple[str, tuple[str, ...]]:
-    """What stands before the presets that are put on it: `rank-2.3+mikv` is `rank-2.3` and `("mikv",)`."""
-    base, *presets = given.split("+")
-    return base, tuple(presets)
+def split(given: str, is_whole: Callable[[str], bool]) -> tuple[str, tuple[str, ...]]:
+    """What stands before the presets that are put on it: `rank-2.3+mikv` is `rank-2.3` and `("mikv",)`.
+
+    Args:
+        is_whole: whether there is something of this very name, with every `+` in it.
+
+    Raises:
+        StateError: if there is no such preset, with the nearest names.
+    """
+    base, presets = given, tuple[str, ...]()
+    while "+" in base and not is_whole(base):
+        base, _, last = base.rpartition("+")
+        presets = (last, *presets)
+    for preset in presets:
+        find_preset(preset)
+    return base, presets

@@ -19,8 +19,9 @@ def predicted_loss(plan: Plan, score: Score) -> float | None:
 
 def other_settings(score: Score, cache: CacheSettings) -> list[str]:
     """How the cache differs from the one that the curves were measured with, e.g. `page 128 instead of 32`."""
-    return [
+    cut = [
         f"{name} {getattr(cache, name)} instead of {measured}"
         for name, measured in score.setup.items()
         if name in ("page", "scale_dtype") and getattr(cache, name) != measured
     ]
+    return cut + [f"{name}, which it knows nothing of" for name in cache.axes]

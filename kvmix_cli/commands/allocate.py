@@ -82,6 +82,10 @@ def allocate(
     scale_dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Of scales: float16 or bfloat16 [default: float16].")
     ] = None,
+    put_on: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="PRESET", help="Also its transforms, tiers and runs, e.g. mikv; repeatable."),
+    ] = None,
     score: Annotated[
         str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
     ] = None,
@@ -118,7 +122,8 @@ def allocate(
     limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
     settings = _settings(method, preset, limits, context, batch)
     overrides = {"page": page, "sink": sink, "scale_dtype": scale_dtype, "window": window}
-    caches = _caches(settings.cache, {key: value for key, value in overrides.items() if value is not None}, group_size)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    caches = [_with_presets(cache, put_on or [], page) for cache in _caches(settings.cache, given, group_size)]
     source = Profile.load(state.find_profile(profile, model=model))
     method = method or ("rank" if preset else default_method(source))
     chosen: Options = {
@@ -140,13 +145,18 @@ def allocate(
             raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
         save_family(frontier(source, **chosen), name or FAMILY, command, context, batch)
         return
-    path = out or state.plan_path(source.model.id, name or _default_name(method, settings.budget, preset, seed))
+    name = name or "+".join([_default_name(method, settings.budget, preset, seed), *(put_on or [])])
+    path = out or state.plan_path(source.model.id, name)
     if method == SEARCH:
         load = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         effort = Effort(trials, calibration, samples, resume)
         plan = search(source, settings.budget, chosen, path, effort, load)
     else:
         plan = decide(source, settings.budget, method=method, **chosen)
+    if put_on:
+        plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": put_on}})
+        if memory is None:
+            console.notice(f"the budget is of the layers' own bits; the table counts {' and '.join(put_on)}, too")
     plan.save(path, command)
     _show(plan, source, path, context, batch)
 
@@ -188,6 +198,17 @@ def _caches(
         ]
     except ValueError as error:
         raise typer.BadParameter(reason(error)) from error
+
+
+def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) -> CacheSettings:
+    """The cache with what presets do besides choosing widths. Raises PlanError if it cannot be on the page given."""
+    from ..errors import PlanError
+    from .subjects import with_presets
+
+    settings = with_presets(cache, presets, "this plan")
+    if page not in (None, settings.page):
+        raise PlanError(f"{' and '.join(presets)} cannot go with pages of {page} tokens; leave out --page")
+    return settings
 
 
 def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:

@@ -11,6 +11,10 @@ from .. import console
 from ..errors import KvmixError
 from ..plan import LayerPlan, Plan
 from ..profile import Profile, Score
+from ..settings import AXES
+from .words import in_words
+
+_AXES = [f"cache.{name}" for name in AXES]
 
 
 def compare_plans(paths: Sequence[Path], first: Plan, second: Plan) -> dict[str, Any]:
@@ -79,15 +83,15 @@ def _changed_settings(first: Plan, second: Plan) -> dict[str, list[Any]]:
         **{f"cache.{name}": (getattr(first.cache, name), getattr(second.cache, name)) for name in _fields(first.cache)},
         **{f"model.{name}": (getattr(first.model, name), getattr(second.model, name)) for name in _fields(first.model)},
     }
-    return {name: [_plain(old), _plain(new)] for name, (old, new) in pairs.items() if old != new}
+    return {name: [_plain(name, old), _plain(name, new)] for name, (old, new) in pairs.items() if old != new}
 
 
 def _fields(settings: Any) -> list[str]:
     return list(type(settings).model_fields)
 
 
-def _plain(value: Any) -> Any:
-    return getattr(value, "short", value)
+def _plain(name: str, value: Any) -> Any:
+    return in_words(value) if name in _AXES else getattr(value, "short", value)
 
 
 def _widths(layer: LayerPlan | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from .. import budget, console
 from ..plan import CacheSettings, Plan, TensorPlan
 from ..profile import Profile, Score, TensorScore, parse_choice
+from .words import axes_lines
 
 
 def score_json(score: Score) -> list[dict[str, Any]]:
@@ -108,6 +109,7 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
         f"bytes:   {size}, at {context} tokens{sequences}",
         f"cache:   page {cache.page}, sink {cache.sink}, group {cache.group_size}, {cache.scale_dtype} scales, "
         f"window {cache.window.short}",
+        *axes_lines(cache),
     ]
     if stock := len(plan.model.stock):
         lines.append(f"stock:   {stock} layers without full attention keep their own cache and are not counted")

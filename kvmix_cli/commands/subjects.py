@@ -11,10 +11,27 @@ from .. import console, state
 from ..errors import EvaluationError, StateError
 from ..files import read_yaml
 from ..plan import CacheSettings, ModelInfo, Plan, is_kvtuner
-from ..preset import KVTUNER, find_preset, plan_of, put_on, split
+from ..preset import KVTUNER, find_preset, plan_of, presets, put_on, split
 
 SHORT_FORM = re.compile(r".*:k\d+v\d+\s*")
 RESERVED = "unquantized"
+
+
+def with_presets(cache: CacheSettings, names: Sequence[str], base: str) -> CacheSettings:
+    """A cache with what presets do besides choosing widths, and a notice if they need other pages.
+
+    Args:
+        base: what the cache is of, for errors.
+
+    Raises:
+        StateError, PlanError: if there is no such preset, or it does not go with what is there.
+    """
+    for name in names:
+        settings = put_on(cache, name, base)
+        if settings.page != cache.page:
+            console.notice(f"pages of {settings.page} tokens, as {name} needs, instead of {cache.page}")
+        cache, base = settings, f"{base} with '{name}'"
+    return cache
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,9 @@ class Named:
     def resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         """The plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
         plan = self._resolve(info, cache)
-        for preset in self.put_on:
-            settings = put_on(plan.cache, preset, self.name)
-            if settings.page != plan.cache.page:
-                console.notice(f"{self.name}: pages of {settings.page} tokens as {preset} needs, not {plan.cache.page}")
-            plan = Plan.build(plan.model, plan.layers, settings, plan.provenance)
-        return plan
+        base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
+        settings = with_presets(plan.cache, self.put_on, f"'{base}'")
+        return Plan.build(plan.model, plan.layers, settings, plan.provenance) if self.put_on else plan
 
     def _resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         if self.plan is not None:
@@ -129,33 +143,38 @@ def _newest(model: str | None) -> Named:
 
 
 def _named(given: str, model: str | None) -> Named:
-    """A plan by its file, its name or in short form. A name with a `+` is the whole name if there is such a plan."""
-    base, presets = (given, ()) if _is_plan(given, model) else split(given)
-    for preset in presets:
-        find_preset(preset)
+    """A plan by its file, its name or in short form, with presets that are put on it."""
+    base, on = split(given, lambda name: _is_plan(name, model))
     if SHORT_FORM.fullmatch(base):
-        return Named(given, base, put_on=presets)
-    path = state.find_plan(base, model=model)
+        return Named(given, base, put_on=on)
+    path = _find_plan(base, model)
     plan = None if is_kvtuner(read_yaml(path)) else Plan.load(path)
-    return Named("+".join((path.stem, *presets)), str(path), plan, put_on=presets)
+    return Named("+".join((path.stem, *on)), str(path), plan, put_on=on)
 
 
-def _is_plan(given: str, model: str | None) -> bool:
-    """Whether there is a plan of this very name, or such a file."""
+def _is_plan(name: str, model: str | None) -> bool:
+    """Whether there is a plan of this very name, or what is meant must be a file."""
     try:
-        return state.find_plan(given, model=model) is not None
+        return state.find_plan(name, model=model) is not None
     except StateError:
-        return Path(given).suffix in (".yaml", ".yml")
+        return Path(name).suffix in (".yaml", ".yml")
+
+
+def _find_plan(name: str, model: str | None) -> Path:
+    """The plan's file. Raises StateError, with advice if it is a preset's name."""
+    try:
+        return state.find_plan(name, model=model)
+    except StateError as error:
+        if name in presets():
+            raise StateError(f"{error}; for the preset: --preset {name}") from error
+        raise
 
 
 def _preset(given: str) -> Named:
-    """A preset by its name, or KVTuner's by its file, with others put on it."""
-    base, presets = split(given)
-    for preset in presets:
-        find_preset(preset)
-    name = base
+    """A preset by its name, or KVTuner's by its file, with others that are put on it."""
+    base, on = split(given, lambda name: name.startswith(KVTUNER) and Path(name.removeprefix(KVTUNER)).is_file())
     if base.startswith(KVTUNER):
         name = KVTUNER + Path(base).stem
     else:
-        find_preset(base)
-    return Named("+".join((name, *presets)), base, is_preset=True, put_on=presets)
+        find_preset(name := base)
+    return Named("+".join((name, *on)), base, is_preset=True, put_on=on)
