@@ -40,7 +40,7 @@ class Rows:
 
     Attributes:
         weights: `[B, H_kv, R, n]`, summed over the query heads of a group.
-        visible: `[B, 1, R, n]` (or broadcastable), 1 where a query could see a token.
+        visible: `[B, 1, R, n]`, 1 where a query could see a token.
     """
 
     weights: Tensor
@@ -102,12 +102,12 @@ def _tile(attention: Attention, keys: Tensor, tokens: int, rows: Tensor) -> tupl
 
 
 def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor, queries: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Scores with what may not be attended at -inf, and `[B or 1, 1, R, n]` of what may."""
+    """Scores with what may not be attended at -inf, and `[B, 1, R, n]` of what may."""
     count = scores.shape[3]
     if mask is None:
         places = torch.arange(tokens - count, tokens, device=scores.device)
         seen = places <= (tokens - queries + rows)[:, None]
-        return scores.masked_fill_(~seen, -torch.inf), seen.float()[None, None]
+        return scores.masked_fill_(~seen, -torch.inf), seen.float().expand(len(scores), 1, -1, -1)
     mask = mask if mask.shape[-2] == 1 else mask.index_select(2, rows)
     mask = mask if mask.shape[-1] == 1 else mask[..., tokens - count :]
     if mask.dtype == torch.bool:
@@ -115,4 +115,4 @@ def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor, queries: int, tok
     else:
         lowest = torch.finfo(mask.dtype).min
         seen, scores = mask > lowest, scores + mask
-    return scores, seen[:, :1].float().expand(-1, -1, len(rows), count)
+    return scores, seen[:, :1].float().expand(len(scores), 1, len(rows), count)

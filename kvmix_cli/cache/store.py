@@ -171,8 +171,7 @@ class Store:
         if self.packing is None:
             raise AssertionError("a store in full precision has nothing packed")
         before = self.packed_tokens
-        rest = self.packing.reopen(keep)
+        rest = self.packing.reopen(keep, self._tail.view.dtype)
         self._ahead = max(0, self._ahead - (before - self.packed_tokens))
-        dtype = self._tail.view.dtype
         self._tail.truncate(0)
-        self._tail.append(rest.to(dtype))
+        self._tail.append(rest)

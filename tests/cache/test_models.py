@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from architectures import CONFIGS, VOCABULARY, build, implementations, reference_implementation
+from architectures import CONFIGS, build, implementations, reference_implementation
 from reference import reference_cache
+from teaching import PIECES, ids, teacher_forced
 
 from kvmix_cli.cache import MixedCache, unquantized_cache
 from kvmix_cli.geometry import model_info
@@ -25,29 +26,6 @@ def plan_for(model, settings="recent", widths=None) -> Plan:
         k, v = widths or MIXED[position % len(MIXED)]
         layers[index] = LayerPlan(k=TensorPlan(bits=k), v=TensorPlan(bits=v))
     return Plan.build(info, layers, SETTINGS[settings])
-
-
-def ids(count, batch=2, seed=0):
-    return torch.randint(2, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def teacher_forced(model, cache, tokens, steps, mask=None):
-    """Logits of every step when `tokens` enter the cache in pieces of the given lengths."""
-    logits, start = [], 0
-    for step in steps:
-        stop = start + step
-        options = {"attention_mask": mask[:, :stop]} if mask is not None else {}
-        logits.append(model(tokens[:, start:stop], past_key_values=cache, **options).logits)
-        start = stop
-    return torch.cat(logits, dim=1)
-
-
-PIECES = {
-    "decode": [90] + [1] * 20,
-    "chunks": [70, 70, 33, 1, 1, 5, 1],
-    "one token first": [1] * 25 + [80, 1],
-}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -38,9 +38,13 @@ NO_KVMIX_ATTENTION = {"falcon"}
 NO_SDPA = {"gemma2", "gpt_oss"}
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> transformers.PreTrainedModel:
-    """A model with weights large enough for attention to be far from uniform."""
+def build(
+    name: str, dtype: torch.dtype = torch.float64, seed: int = 0, wide: bool = False
+) -> transformers.PreTrainedModel:
+    """A model with weights large enough for attention to be far from uniform; `wide` has half as many heads, of 32."""
     class_name, options = CONFIGS[name]
+    if wide:
+        options = {**options, "num_attention_heads": 2} | ({"head_dim": 32} if "head_dim" in options else {})
     config = getattr(transformers, class_name)(**options)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import torch
 from kvmix_kernels.pages import Channels, Packed
 from kvmix_kernels.tiers import Tiers
 from torch import Tensor
@@ -36,8 +37,8 @@ class Packing(ABC):
         """Append tokens `[B, H_kv, n, D]`. Raises QuantizationError for what cannot be quantized."""
 
     @abstractmethod
-    def reopen(self, keep: int) -> Tensor:
-        """Forget all but the first `keep` tokens, as far as whole units go; returns the rest of them, dequantized.
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
+        """Forget all but the first `keep` tokens, as far as whole units go; returns the rest of them in `dtype`.
 
         Raises:
             PlanError: if some of that rest is gone for good.

@@ -64,9 +64,9 @@ class ChannelPages(Packing):
                 self._orders.append(order.to(torch.uint8)[:, :, None])
             self._pack_ordered(some)
 
-    def reopen(self, keep: int) -> Tensor:
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._pages = keep // self.unit
-        rest = self.view.read(self.tokens, keep, torch.float32)
+        rest = self.view.read(self.tokens, keep, dtype)
         for run in self._runs:
             run.truncate(self._pages)
         self._orders.truncate(-(-self._pages // self._pages_per_order))

@@ -39,9 +39,9 @@ class Pages(Packing):
         self._run.pack(pages)
         self._pages += pages.shape[2]
 
-    def reopen(self, keep: int) -> Tensor:
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._pages = keep // self.unit
-        rest = self.view.read(self.tokens, keep, torch.float32)
+        rest = self.view.read(self.tokens, keep, dtype)
         self._run.truncate(self._pages)
         return rest
 

@@ -34,7 +34,7 @@ class Full(Packing):
     def pack(self, states: Tensor) -> None:
         self._states.append(states)
 
-    def reopen(self, keep: int) -> Tensor:
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._states.truncate(keep)
         return self._states.view[:, :, :0]
 
@@ -76,7 +76,7 @@ class TieredTokens(Packing):
             tier.pack(states[tiers == index].view(*states.shape[:2], -1, states.shape[3]))
         self._tokens += states.shape[2]
 
-    def reopen(self, keep: int) -> Tensor:
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         """All tokens come back, since those that are kept are in every tier."""
         view = self.view
         if view.kept < view.tokens:
@@ -84,9 +84,9 @@ class TieredTokens(Packing):
                 f"{self._name}: the cache cannot go back to {keep} packed tokens, since a token policy has evicted "
                 "some of them; use a policy without `evict`"
             )
-        rest = view.read(0, keep, torch.float32)
+        rest = view.read(0, keep, dtype)
         for tier in self._tiers:
-            tier.reopen(0)
+            tier.reopen(0, dtype)
         self._tokens = 0
         return rest
 

@@ -1,0 +1,259 @@
+"""Transforms, tiers and runs in whole models: exact at 16 bits, alike on every path, right when tokens go back."""
+
+import pytest
+import torch
+from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, implementations
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from teaching import ids, teacher_forced
+
+from kvmix_cli.axes import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.cache import MixedCache, unquantized_cache
+from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
+from kvmix_cli.cache.store import ROLLBACK
+from kvmix_cli.errors import PlanError, PolicyError
+from kvmix_cli.geometry import model_info
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from kvmix_cli.windows import Recent
+
+CENTERED = Transforms(k=(Center(),), v=(Center(),))
+AXES = {
+    "rotated": {"transforms": Transforms(k=(Rotate(),), v=(Rotate(seed=1),))},
+    "balanced": {"transforms": Transforms(k=(Balance(),), v=(Balance(),))},
+    "centered": {"transforms": CENTERED},
+    "all of them": {"transforms": Transforms(k=(Center(), Balance(), Rotate()), v=(Balance(), Rotate(), Center()))},
+    "attention": {"tokens": TokenPolicy(tiers=(Tier(share=0.2, k=16, v=16),), flush=80)},
+    "normalised": {
+        "tokens": TokenPolicy(
+            score="normalised", tiers=(Tier(share=0.2, k=16, v=16), Tier(share=0.4, k=16, v=16)), flush=80
+        )
+    },
+    "recency": {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.5, k=16, v=16),), flush=32)},
+    "query-range": {"channels": ChannelPolicy(runs=(Run(channels=16, bits=16),))},
+    "everything": {
+        "transforms": Transforms(k=(Rotate(), Balance()), v=(Rotate(),)),
+        "tokens": TokenPolicy(tiers=(Tier(share=0.2, k=16, v=16),), flush=80),
+        "channels": ChannelPolicy(score="magnitude", runs=(Run(channels=16, bits=16),), refresh=32),
+    },
+}
+WITHOUT_QUERIES = ("rotated", "centered", "recency")
+SHIFTED = ("centered", "all of them")
+CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
+STEPS = [90] + [1] * 12 + [70, 5, 1]
+
+
+def plan_for(model, axes, k=16, v=16, sink=4):
+    info = model_info(model.config, "test")
+    cache = CacheSettings(page=16, sink=sink, group_size=16, window=Recent(tokens=10), **axes)
+    layer = LayerPlan(k=TensorPlan(bits=k), v=TensorPlan(bits=v))
+    return Plan.build(info, dict.fromkeys(info.quantizable, layer), cache)
+
+
+def quantized(axes):
+    """The same with fewer bits in tiers and runs."""
+    axes = dict(AXES[axes])
+    if policy := axes.get("tokens"):
+        tiers = tuple(Tier(share=tier.share, k=8, v=4) for tier in policy.tiers)
+        axes["tokens"] = policy.model_copy(update={"tiers": tiers})
+    return axes
+
+
+def left_padded(tokens, padding):
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    return mask
+
+
+CASES = [(family, axes) for family in CONFIGS for axes in AXES]
+CASES = [case for case in CASES if case[0] not in NO_KVMIX_ATTENTION or case[1] in WITHOUT_QUERIES]
+
+
+@pytest.mark.parametrize(("family", "axes"), CASES)
+def test_at_16_bits_nothing_changes(family, axes):
+    model = build(family, wide=True)
+    model.set_attn_implementation(implementations(family)[-1])
+    tokens = ids(sum(STEPS))
+    plan = plan_for(model, AXES[axes])
+    if axes in SHIFTED and family in CANNOT_BE_CENTERED:
+        with pytest.raises(PolicyError, match=r"soft-caps|sink logits"):
+            model(tokens, past_key_values=MixedCache.from_plan(plan, model.config))
+        return
+    for padding in (0, 25):
+        mask = left_padded(tokens, padding)
+        expected = teacher_forced(model, unquantized_cache(model.config), tokens, STEPS, mask)
+        got = teacher_forced(model, MixedCache.from_plan(plan, model.config), tokens, STEPS, mask)
+        torch.testing.assert_close(got[0, padding:], expected[0, padding:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", ["rotated", "recency", "everything"])
+def test_other_attention_reads_the_same(axes):
+    """What looks at no queries runs under any implementation: handles give the model's own numbers back."""
+    axes = dict(AXES[axes])
+    if axes.get("tokens") and axes.get("channels"):
+        axes |= {"transforms": AXES["rotated"]["transforms"]}
+        axes |= {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.2, k=8, v=8),), flush=80)}
+    model = build("llama", wide=True)
+    tokens, logits = ids(sum(STEPS)), []
+    for implementation in ("sdpa", "kvmix"):
+        model.set_attn_implementation(implementation)
+        cache = MixedCache.from_plan(plan_for(model, axes, 2, 4), model.config)
+        logits.append(teacher_forced(model, cache, tokens, STEPS, left_padded(tokens, 25)))
+        assert cache.attended.share > 0
+    torch.testing.assert_close(logits[1][1], logits[0][1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits[1][0, 25:], logits[0][0, 25:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_attention_that_shows_no_queries_is_a_named_error(family):
+    model = build(family)
+    model.set_attn_implementation("sdpa")
+    cache = MixedCache.from_plan(plan_for(model, AXES["attention"], 2, 2), model.config)
+    tokens = ids(30)
+    model(tokens, past_key_values=cache)
+    with pytest.raises(PolicyError, match=r"layer 0: the plan goes by attention.*attn_implementation='kvmix'"):
+        model(tokens, past_key_values=cache)
+
+
+@pytest.mark.parametrize("axes", ["attention", "normalised", "query-range", "everything"])
+def test_beams_and_batches(axes):
+    model = build("llama", wide=True)
+    model.set_attn_implementation("kvmix")
+    plan = plan_for(model, quantized(axes), 2, 4)
+    tokens, step = ids(200), ids(1)
+    one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
+    with torch.no_grad():
+        model(tokens, past_key_values=one)
+        one.batch_repeat_interleave(2)
+        one.batch_select_indices(torch.tensor([0, 3]))
+        one.reorder_cache(torch.tensor([1, 0]))
+        model(tokens.flip(0), past_key_values=other)
+        for _ in range(100):
+            logits = [model(step, past_key_values=cache).logits for cache in (one, other)]
+            torch.testing.assert_close(*logits)
+    assert model.generate(tokens, past_key_values=MixedCache.from_plan(plan, model.config), num_beams=3).shape[0] == 2
+
+
+@given(
+    axes=st.sampled_from(["attention", "normalised", "recency", "query-range", "everything"]),
+    steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=6),
+    prompt=st.sampled_from([20, 60]),
+)
+@settings(max_examples=15, deadline=None)
+def test_taking_back_part_of_the_last_forward_leaves_no_trace(axes, steps, prompt):
+    model = TAKING_BACK
+    plan = plan_for(model, quantized(axes), 2, 4)
+    rolled_back, straight = (MixedCache.from_plan(plan, model.config) for _ in range(2))
+    with torch.no_grad():
+        for cache in (rolled_back, straight):
+            model(ids(prompt), past_key_values=cache)
+        for seed, (count, back) in enumerate(steps):
+            back, new = min(back, count), ids(count, seed=seed)
+            model(new, past_key_values=rolled_back)
+            rolled_back.crop(-back)
+            if count > back:
+                model(new[:, : count - back], past_key_values=straight)
+        logits = [model(ids(1, seed=99), past_key_values=cache).logits for cache in (rolled_back, straight)]
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+    assert rolled_back.nbytes == straight.nbytes
+
+
+TAKING_BACK = build("llama", wide=True)
+TAKING_BACK.set_attn_implementation("kvmix")
+
+
+@pytest.mark.parametrize("axes", ["attention", "everything"])
+def test_going_back_into_what_is_sorted_opens_all_tiers(axes):
+    model = TAKING_BACK
+    tokens = ids(300)
+    cache, fresh = MixedCache.from_plan(plan_for(model, AXES[axes]), model.config), unquantized_cache(model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        cache.crop(-(ROLLBACK + 150))
+        assert cache.get_seq_length() == 300 - ROLLBACK - 150
+        model(tokens[:, : 300 - ROLLBACK - 150], past_key_values=fresh)
+        logits = [model(ids(120, seed=3), past_key_values=each).logits for each in (cache, fresh)]
+        torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6)
+        logits = [model(ids(1, seed=4), past_key_values=each).logits for each in (cache, fresh)]
+    torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6)
+
+
+def evicting(model, share=0.75, sink=4):
+    return plan_for(model, {"tokens": TokenPolicy(evict=share, flush=64)}, sink=sink)
+
+
+def test_evicted_tokens_are_neither_stored_nor_attended_to():
+    model = TAKING_BACK
+    cache = MixedCache.from_plan(evicting(model), model.config)
+    with torch.no_grad():
+        model(ids(4 + 64 + 10), past_key_values=cache)
+        model(ids(1), past_key_values=cache)
+    key = cache.layers[0].stores[0].segments()
+    assert (key.shape[2], key.kept_tokens) == (4 + 64 + 10 + 1, 4 + 16 + 10 + 1)
+    everything = 2 * 2 * 2 * 32 * 8 * key.kept_tokens * 4
+    assert everything < cache.nbytes < 1.05 * everything
+    assert cache.attended.quantized == 0
+    assert cache.attended.total == 4 * 2 * (78 * 79 / 2 + 31)
+    with pytest.raises(PlanError, match=r"layer 0 keys: the cache cannot go back .* evicted"):
+        cache.crop(-20)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad(), pytest.raises(PolicyError, match="evicted"):
+        for layer in cache.layers:
+            layer._unseen = False
+        model(ids(1), past_key_values=cache)
+    model.set_attn_implementation("kvmix")
+
+
+def test_eviction_is_a_mask_over_what_attention_said():
+    """What is attended to after eviction is what a full cache attends to with the evicted tokens masked."""
+    model = build("llama", wide=True)
+    model.set_attn_implementation("kvmix")
+    model.config.num_hidden_layers = 1
+    model.model.layers = model.model.layers[:1]
+    plan = evicting(model, sink=0)
+    cache, full = MixedCache.from_plan(plan, model.config), unquantized_cache(model.config)
+    tokens, step = ids(64 + 10, batch=1), ids(1, batch=1)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        got = model(step, past_key_values=cache).logits
+        model(tokens, past_key_values=full)
+        gone = cache.layers[0]._sorter.tiers.view == 255
+        assert gone.sum(-1).tolist() == [[48, 48]]
+        mask = torch.ones(1, 2, 1, tokens.shape[1] + 1, dtype=torch.bool)
+        mask[:, :, 0, :64] = ~gone
+        expected = model(step, past_key_values=full, attention_mask=mask).logits
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_score_of_ones_own():
+    @TOKEN_SCORES.register("test-first")
+    class First(TokenScore):
+        needs_queries = False
+
+        def importance(self, tokens):
+            return -torch.arange(tokens.keys.shape[2]).expand(tokens.keys.shape[:3])
+
+    model = TAKING_BACK
+    axes = {"tokens": TokenPolicy(score="test-first", tiers=(Tier(share=0.25, k=8, v=8),), flush=64)}
+    cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
+    with torch.no_grad():
+        model(ids(4 + 64 + 10 + ROLLBACK), past_key_values=cache)
+    assert cache.layers[0]._sorter.tiers.view[0, 0].tolist() == [0] * 16 + [1] * 48
+    del TOKEN_SCORES["test-first"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"tokens": TokenPolicy(score="atention", evict=0.5, flush=32)}, r"unknown token score 'atention' \(did you"),
+        (
+            {"channels": ChannelPolicy(score="qrange", runs=(Run(channels=16, bits=4),))},
+            "unknown channel score 'qrange'",
+        ),
+    ],
+)
+def test_unknown_scores(axes, message):
+    model = TAKING_BACK
+    cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
+    with pytest.raises(PlanError, match=message):
+        model(ids(10), past_key_values=cache)

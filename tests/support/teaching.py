@@ -1,0 +1,26 @@
+"""Feeding a model tokens through a cache in pieces."""
+
+import torch
+from architectures import VOCABULARY
+
+PIECES = {
+    "decode": [90] + [1] * 20,
+    "chunks": [70, 70, 33, 1, 1, 5, 1],
+    "one token first": [1] * 25 + [80, 1],
+}
+
+
+def ids(count, batch=2, seed=0):
+    return torch.randint(2, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def teacher_forced(model, cache, tokens, steps, mask=None):
+    """Logits of every step when `tokens` enter the cache in pieces of the given lengths."""
+    logits, start = [], 0
+    for step in steps:
+        stop = start + step
+        options = {"attention_mask": mask[:, :stop]} if mask is not None else {}
+        logits.append(model(tokens[:, start:stop], past_key_values=cache, **options).logits)
+        start = stop
+    return torch.cat(logits, dim=1)
