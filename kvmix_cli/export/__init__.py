@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..errors import ExportError, did_you_mean
 from ..plan import Plan
+from .refusal import refuse_axes
 
 _TARGETS = {"vllm": ".vllm", "modelopt": ".modelopt", "llama.cpp": ".llama_cpp", "kvtuner": ".kvtuner"}
 
@@ -33,4 +34,9 @@ def get_target(name: str) -> Target:
         hint = did_you_mean(name, _TARGETS) or f"; there are {', '.join(_TARGETS)}"
         raise ExportError(f"cannot export to '{name}'{hint}")
     module = importlib.import_module(_TARGETS[name], __name__)
-    return Target(module.write, module.CAUTION)
+
+    def write(plan: Plan) -> str:
+        refuse_axes(name, plan)
+        return str(module.write(plan))
+
+    return Target(write, module.CAUTION)

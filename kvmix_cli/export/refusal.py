@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import ExportError
-from ..plan import ranges
+from ..plan import Plan, ranges
 
 
 def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> None:
@@ -22,3 +22,12 @@ def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> No
         alike.setdefault(what, []).append(layer)
     found = ", ".join(f"{what} in layers {ranges(indices)}" for what, indices in alike.items())
     raise ExportError(f"{engine} cannot express this plan: {rule}, but the plan has {found}; allocate with {remedy}")
+
+
+def refuse_axes(engine: str, plan: Plan) -> None:
+    """Raise ExportError if a plan does more than choose widths."""
+    if axes := plan.cache.axes:
+        raise ExportError(
+            f"{engine} cannot express this plan: it knows widths, but not {' and '.join(axes)} of the plan's cache; "
+            "allocate without --with"
+        )
