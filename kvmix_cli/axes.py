@@ -208,13 +208,20 @@ class ChannelPolicy(_Setting):
     """
 
     score: str = "query-range"
-    runs: tuple[Run, ...] = Field(min_length=1)
+    runs: tuple[Run, ...]
     refresh: int = Field(default=0, ge=0)
 
     @field_validator("runs", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("runs")
+    @classmethod
+    def _some(cls, runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        if not runs:
+            raise ValueError("a channel policy needs runs")
+        return runs
 
     @property
     def weighs_queries(self) -> bool:

@@ -3,6 +3,7 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from kvmix_cli.axes import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 from kvmix_cli.windows import NoWindow, Recent, Rpc
@@ -75,3 +76,56 @@ def plans(draw, max_layers=40):
     info = draw(infos(max_layers))
     layers = {layer: draw(layer_plans) for layer in info.quantizable}
     return Plan.build(info, layers, draw(settings_), {"method": "made up", "budget": {"avg_bits": 2.3}})
+
+
+steps = st.one_of(
+    st.builds(Rotate, seed=st.integers(0, 9), matrix=st.none() | st.just("a b/rotation.safetensors")),
+    st.builds(Center, means=st.none() | st.just("means.safetensors")),
+    st.just(Balance()),
+)
+transforms = st.builds(Transforms, k=st.lists(steps, max_size=3).map(tuple), v=st.lists(steps, max_size=2).map(tuple))
+
+
+@st.composite
+def token_policies(draw, page):
+    """Shares are whole pages of a flush, and something is left for the layer's own bits."""
+    pages = draw(st.integers(2, 10))
+    parts = draw(st.lists(st.integers(1, pages), max_size=3))
+    evicted = draw(st.integers(0, pages))
+    while sum(parts) + evicted >= pages:
+        parts, evicted = parts[1:], evicted if parts else evicted - 1
+    if not parts and not evicted:
+        evicted = 1
+    widths = st.sampled_from(WIDTHS)
+    tiers = tuple(Tier(share=part / pages, k=draw(widths), v=draw(widths)) for part in parts)
+    score = draw(st.sampled_from(["attention", "normalised", "recency"]))
+    return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, flush=pages * page)
+
+
+@st.composite
+def channel_policies(draw, page, head_dim):
+    """Runs that leave at least 16 channels of a head of 32 or more."""
+    left, runs = head_dim // 16 - 1, []
+    while left > 0 and len(runs) < 3:
+        width = draw(st.integers(1, left))
+        runs.append(Run(channels=16 * width, bits=draw(st.sampled_from(WIDTHS))))
+        left -= width
+        if draw(st.booleans()):
+            break
+    refresh = page * draw(st.integers(0, 4))
+    return ChannelPolicy(score=draw(st.sampled_from(["magnitude", "query-range"])), runs=tuple(runs), refresh=refresh)
+
+
+@st.composite
+def composed_plans(draw, max_layers=6):
+    """Plans with any of the axes."""
+    info = draw(infos(max_layers))
+    info = info.model_copy(update={"head_dim": 16 * draw(st.integers(2, 8)), "kv_heads": draw(st.integers(1, 4))})
+    cache = draw(settings_)
+    axes = {
+        "transforms": draw(st.none() | transforms),
+        "tokens": draw(st.none() | token_policies(cache.page)),
+        "channels": draw(st.none() | channel_policies(cache.page, info.head_dim)),
+    }
+    layers = {layer: draw(layer_plans) for layer in info.quantizable}
+    return Plan.build(info, layers, CacheSettings(**{**dict(cache), **axes}), {"method": "made up"})
