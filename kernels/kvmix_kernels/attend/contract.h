@@ -177,18 +177,19 @@ static inline void widen(const uint16_t* source, int64_t dtype, int64_t count, i
 template <int BITS, int R>
 static void contract_page(const Run& x, int64_t b, int64_t h, int64_t page, int rows, int64_t columns,
                           const float* const* a, float* const* out, bool add, Scratch& scratch) {
+  const int64_t groups = (columns + x.group - 1) / x.group;
   const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, page);
   const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, page);
-  scratch.scales.resize(2 * x.groups * rows);
+  scratch.scales.resize(2 * groups * rows);
   scratch.folded.resize(R * rows);
   scratch.rounded.resize(R * rows);
   float* scales = scratch.scales.data();
   Coefficients<R> coefficients{scratch.folded.data(), scratch.rounded.data(), {}, {}};
-  widen(scales_at, x.dtype, 2 * x.groups * rows, x.scales_strides[2], scales);
-  for (int64_t g = 0; g < x.groups; g++) {
+  widen(scales_at, x.dtype, 2 * groups * rows, x.scales_strides[2], scales);
+  for (int64_t g = 0; g < groups; g++) {
     float* group_out[R];
     for (int r = 0; r < R; r++) group_out[r] = out[r] + g * x.group;
-    fold<R>(a, scales + g * rows, scales + (x.groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
+    fold<R>(a, scales + g * rows, scales + (groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
     const int64_t left = columns - g * x.group;
     const int16_t* next = words_at + x.data_strides[2] + g * x.group * (rows * BITS / 16);
     contract_group<BITS, R>(words_at + g * x.group, columns, left < x.group ? left : x.group, next, rows, coefficients,

@@ -9,7 +9,7 @@ struct Run {
   const void* scales;         // [B, H_kv, pages, 2, groups, rows]
   int64_t data_strides[3];    // batch, head, page
   int64_t scales_strides[3];  // batch, head, page
-  int64_t bits, channels, group, groups;
+  int64_t bits, channels, group;
   int64_t dtype;              // of the scales, or of the data where that is not codes
 };
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ class _Run(ctypes.Structure):
         ("bits", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("group", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
     )
 
@@ -97,7 +95,7 @@ def supports(query: Tensor, key: Segments, value: Segments) -> bool:
 
 def describe(key: Segments, value: Segments) -> str:
     """What `supports` looks at, for a warning."""
-    codecs = [*_codecs(key.packed), *_codecs(value.packed)]
+    codecs = [codec for tensor in (key, value) for held in _held(tensor.packed) for codec in _codecs(held)]
     pages = sorted({codec.page for codec in codecs})
     groups = sorted({codec.layout.group for codec in codecs if isinstance(codec, Packed)})
     runs = "values in channel runs, " if any(isinstance(held, Channels) for held in _held(value.packed)) else ""
@@ -117,11 +115,11 @@ def attend(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.attend`, natively; the same arguments and result."""
-    batch, heads, queries, dim = query.shape
+    (batch, heads, queries, dim), value_dim = query.shape, value.tail.shape[3]
     scaled = (query.float() * scaling).contiguous()
     mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     parts = parts_of(query, key, value, mask)  # keeps what the call points to
-    output = torch.empty(batch, heads, queries, value.shape[3])
+    output = torch.empty(batch, heads, queries, value_dim)
     logarithms = torch.empty(batch, heads, queries)
     call = _Attention(
         parts=(_Part * len(parts))(*(_part(part, batch, heads, queries) for part in parts)),
@@ -131,10 +129,10 @@ def attend(
         part_count=len(parts),
         batch=batch,
         heads=heads,
-        kv_heads=key.shape[1],
+        kv_heads=key.tail.shape[1],
         queries=queries,
         dim=dim,
-        value_dim=value.shape[3],
+        value_dim=value_dim,
         threads=torch.get_num_threads(),
         softcap=softcap or 0.0,
     )
@@ -146,25 +144,21 @@ def attend(
 
 
 def _fits(part: Part) -> bool:
-    key, value = part.key.packed, part.value.packed
-    if isinstance(value, Channels):
-        return False
-    if isinstance(key, Packed | Channels) and isinstance(value, Packed):
-        meet = key.page == value.page and part.key.sinks == part.value.sinks  # splits are on the page edges of both
-    else:
-        meet = True
-    return meet and _is_readable(part.key) and _is_readable(part.value)
+    keys, values = _codecs(part.key.packed), _codecs(part.value.packed)
+    if keys and values and (keys[0].page != values[0].page or part.key.sinks != part.value.sinks):
+        return False  # tokens are split on the edges of pages of both
+    return not isinstance(part.value.packed, Channels) and _is_readable(part.key) and _is_readable(part.value)
 
 
 def _is_readable(tensor: Segments) -> bool:
-    if tensor.shape[3] % WIDEST_VECTOR or not _is_plain(tensor.tail):
-        return False
-    return all(
-        run.layout.group % WIDEST_VECTOR == 0
-        if isinstance(run, Packed)
-        else _is_plain(run.states) and run.states.stride(3) == run.page
-        for run in _codecs(tensor.packed)
-    )
+    tail = tensor.tail
+    return tail.shape[3] % WIDEST_VECTOR == 0 and _is_plain(tail) and all(map(_is_run, _codecs(tensor.packed)))
+
+
+def _is_run(run: Packed | Plain) -> bool:
+    if isinstance(run, Packed):
+        return run.layout.group % WIDEST_VECTOR == 0
+    return _is_plain(run.states) and run.states.stride(3) == run.page
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -177,22 +171,19 @@ def _held(packed: Packed | Channels | Tiers | None) -> tuple[Packed | Channels |
     return packed.held if isinstance(packed, Tiers) else (packed,)
 
 
-def _codecs(packed: Packed | Channels | Tiers | None) -> Iterator[Packed | Plain]:
-    """Everything that pages are stored in."""
-    for held in _held(packed):
-        if isinstance(held, Channels):
-            yield from held.runs
-        elif isinstance(held, Packed):
-            yield held
+def _codecs(held: Packed | Channels | Tiers | Tensor | None) -> tuple[Packed | Plain, ...]:
+    """What pages are stored in."""
+    if isinstance(held, Packed):
+        return (held,)
+    return held.runs if isinstance(held, Channels) else ()
 
 
 def _part(part: Part, batch: int, heads: int, queries: int) -> _Part:
     tokens = part.key.shape[2]
-    call = _Part(key=_segments(part.key), value=_segments(part.value), tokens=tokens)
+    call = _Part(_segments(part.key), _segments(part.value), tokens=tokens)
     if part.mask is not None:
-        wide = part.mask.expand(batch, heads, queries, tokens)
-        call.mask, call.mask_strides = part.mask.data_ptr(), (ctypes.c_int64 * 4)(*wide.stride())
-        call.mask_is_bool = part.mask.dtype == torch.bool
+        call.mask, call.mask_is_bool = part.mask.data_ptr(), part.mask.dtype == torch.bool
+        call.mask_strides = part.mask.expand(batch, heads, queries, tokens).stride()
     return call
 
 
@@ -200,20 +191,18 @@ def _segments(tensor: Segments) -> _Segments:
     tail, sink, packed = tensor.tail, tensor.sink, tensor.packed
     call = _Segments(
         tail=tail.data_ptr(),
-        tail_strides=_Strides(*tail.stride()[:3]),
-        sinks=tensor.sinks,
+        tail_strides=tail.stride()[:3],
         tail_tokens=tail.shape[2],
         dim=tail.shape[3],
         dtype=DTYPES[tail.dtype],
     )
     if sink is not None:
-        call.sink, call.sink_strides = sink.data_ptr(), _Strides(*sink.stride()[:3])
-    if isinstance(packed, Packed | Channels):
-        runs = [_run(run) for run in _codecs(packed)]
-        call.runs, call.run_count = (_Run * len(runs))(*runs), len(runs)
-        call.pages, call.page = packed.pages, packed.page
+        call.sink, call.sink_strides, call.sinks = sink.data_ptr(), sink.stride()[:3], sink.shape[2]
+    if runs := _codecs(packed):
+        call.runs, call.run_count = (_Run * len(runs))(*map(_run, runs)), len(runs)
+        call.pages, call.page = runs[0].pages, runs[0].page
     if isinstance(packed, Channels):
-        call.order, call.order_strides = packed.order.data_ptr(), _Strides(*packed.order.stride()[:3])
+        call.order, call.order_strides = packed.order.data_ptr(), packed.order.stride()[:3]
         call.pages_per_order = packed.pages_per_order
     return call
 
@@ -222,7 +211,7 @@ def _run(run: Packed | Plain) -> _Run:
     if isinstance(run, Plain):
         return _Run(
             data=run.states.data_ptr(),
-            data_strides=_Strides(*run.states.stride()[:3]),
+            data_strides=run.states.stride()[:3],
             bits=FULL_PRECISION_BITS,
             channels=run.width,
             dtype=DTYPES[run.states.dtype],
@@ -231,11 +220,10 @@ def _run(run: Packed | Plain) -> _Run:
     return _Run(
         data=run.words.data_ptr(),
         scales=run.scales.data_ptr(),
-        data_strides=_Strides(*run.words.stride()[:3]),
-        scales_strides=_Strides(*run.scales.stride()[:3]),
+        data_strides=run.words.stride()[:3],
+        scales_strides=run.scales.stride()[:3],
         bits=layout.bits,
         channels=layout.head_dim,
         group=layout.group,
-        groups=layout.groups,
         dtype=DTYPES[run.scales.dtype],
     )

@@ -58,12 +58,13 @@ def attend(
 
 def check(query: Tensor, key: Segments, value: Segments) -> None:
     """Raise ValueError unless heads, sizes and lengths fit together."""
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"keys {list(key.shape)} and values {list(value.shape)} differ in batch, heads or tokens")
-    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"queries {list(query.shape)} do not fit keys {list(key.shape)}")
-    if query.shape[2] > key.shape[2]:
-        raise ValueError(f"{query.shape[2]} queries but only {key.shape[2]} cached tokens")
+    asked, keys, values = query.shape, key.shape, value.shape
+    if keys[:3] != values[:3]:
+        raise ValueError(f"keys {list(keys)} and values {list(values)} differ in batch, heads or tokens")
+    if asked[0] != keys[0] or asked[1] % keys[1] or asked[3] != keys[3]:
+        raise ValueError(f"queries {list(asked)} do not fit keys {list(keys)}")
+    if asked[2] > keys[2]:
+        raise ValueError(f"{asked[2]} queries but only {keys[2]} cached tokens")
     check_tiers(key, value)
 
 

@@ -45,8 +45,8 @@ def parts_of(query: Tensor, key: Segments, value: Segments, mask: Tensor | None)
 
 def check_tiers(key: Segments, value: Segments) -> None:
     """Raise ValueError unless keys and values are in the same tiers, or in none."""
-    tiers = [x.packed.tier if isinstance(x.packed, Tiers) else None for x in (key, value)]
-    if (tiers[0] is None) != (tiers[1] is None) or (key.edges != value.edges and tiers[0] is not None):
+    tiered = [isinstance(x.packed, Tiers) for x in (key, value)]
+    if tiered[0] != tiered[1] or (tiered[0] and key.edges != value.edges):
         raise ValueError("keys and values are not in the same tiers")
 
 
