@@ -94,9 +94,9 @@ def test_attention_takes_them_where_it_can(monkeypatch):
 
 def test_what_has_no_kernel_is_one_named_warning(monkeypatch):
     pytest.importorskip("triton")
-    key, value = (segments(kind, 2, 0, 1, 5) for kind in ("key", "value"))
+    key, value = (segments(kind, 2, 0, 1, 5, page=48) for kind in ("key", "value"))
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
-    with pytest.warns(UserWarning, match="attention over pages of 16 tokens has no GPU kernel") as warned:
+    with pytest.warns(UserWarning, match="attention over pages of 48 tokens has no GPU kernel") as warned:
         for _ in range(2):
             attend(torch.zeros(2, 2, 1, 32), key, value, scaling=1.0)
     assert len(warned) == 1

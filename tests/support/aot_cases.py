@@ -1,30 +1,47 @@
-"""The kernels that are compiled ahead of time, as decoding launches them: pages of 128 tokens, one KV head."""
+"""The kernels that are compiled ahead of time, as decoding launches them: one KV head, two pages and a tail."""
 
 import torch
 from aot import LANES, ahead_of_time
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend.triton import attend
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import triton as quantizing
 from kvmix_kernels.segments import Segments
 
 PAGE, PAGES = 128, 2
+RUNS = {
+    "16, 4 and 2": ((16, 16), (32, 4), (80, 2)),
+    "4 and 2": ((32, 4), (96, 2)),
+    "3 and 8": ((112, 3), (16, 8)),
+}
+"""Keys of 128 channels cut into runs: `(channels, bits)`."""
 
 
-def segments(kind, bits, head_dim, group, pages=PAGES, tail=16):
-    """Pages and a tail of one KV head; zeros."""
+def segments(kind, bits, head_dim, group, pages=PAGES, tail=16, page=PAGE):
+    """Pages and a tail of one KV head; zeros. `bits` of keys may be runs."""
     if bits == 16:
-        return Segments(None, None, torch.zeros(1, 1, pages * PAGE + tail, head_dim, dtype=torch.bfloat16))
-    layout = PageLayout(kind, bits, head_dim, PAGE, group)
+        return Segments(None, None, torch.zeros(1, 1, pages * page + tail, head_dim, dtype=torch.bfloat16))
+    runs = [(head_dim, bits)] if isinstance(bits, int) else bits
+    made = tuple(run(kind, *each, group, pages, page) for each in runs)
+    order = torch.arange(head_dim, dtype=torch.uint8).view(1, 1, 1, -1)
+    packed = made[0] if isinstance(bits, int) else Channels(order, 1000, made)
+    return Segments(None, packed, torch.zeros(1, 1, tail, head_dim, dtype=torch.bfloat16))
+
+
+def run(kind, channels, bits, group, pages, page):
+    """Pages of some channels."""
+    if bits == 16:
+        return Plain(torch.zeros(1, 1, pages, channels, page, dtype=torch.bfloat16))
+    layout = PageLayout(kind, bits, channels, page, group)
     words = torch.zeros(1, 1, pages, *layout.words_shape, dtype=torch.int16)
-    scales = torch.zeros(1, 1, pages, *layout.scales_shape, dtype=torch.float16)
-    return Segments(None, Packed(layout, words, scales), torch.zeros(1, 1, tail, head_dim, dtype=torch.bfloat16))
+    return Packed(layout, words, torch.zeros(1, 1, pages, *layout.scales_shape, dtype=torch.float16))
 
 
-def compile_attend(capability, k_bits, v_bits, *, group=None, head_dim=128, queries=1, ratio=4):
+def compile_attend(capability, k_bits, v_bits, *, group=None, head_dim=128, queries=1, ratio=4, page=PAGE):
     """The attention kernel and the merging one, compiled."""
     query = torch.zeros(1, ratio, queries, head_dim, dtype=torch.bfloat16)
-    key, value = segments("key", k_bits, head_dim, group), segments("value", v_bits, head_dim, group)
+    key = segments("key", k_bits, head_dim, group, page=page)
+    value = segments("value", v_bits, head_dim, group, page=page)
     with ahead_of_time(capability) as compiled:
         attend(query, key, value, scaling=0.1)
     return compiled
@@ -43,6 +60,6 @@ def main_loop(kernel):
     return next(loop for loop in kernel.loops() if loop["HMMA"] or loop["HGMMA"])
 
 
-def lane_instructions_per_code(kernel, head_dim=128):
+def lane_instructions_per_code(kernel, head_dim=128, page=PAGE):
     """What the loop over packed pages issues, by the lane, for each code of keys and values."""
-    return sum(main_loop(kernel).values()) * LANES * kernel.warps / (2 * PAGE * head_dim)
+    return sum(main_loop(kernel).values()) * LANES * kernel.warps / (2 * page * head_dim)

@@ -80,7 +80,7 @@ def test_a_row_that_sees_nothing_of_any_tier_is_zero():
 
 
 def test_a_tier_that_no_kernel_takes_is_named():
-    key, value = case(((2, 2),), (64,), 0, 0, 5, torch.float32)
-    small = PageLayout("key", 2, HEAD_DIM, 16)
-    key.packed.__dict__["held"] = (packed(torch.randn(2, 1, 64, HEAD_DIM), small),)
-    assert "pages of 16 tokens" in unsupported(torch.randn(2, 2, 1, HEAD_DIM), key, value)
+    key, value = case(((16, 16),), (48,), 0, 0, 5, torch.float32)
+    odd = PageLayout("key", 2, HEAD_DIM, 48)
+    key.packed.__dict__["held"] = (packed(torch.randn(2, 1, 48, HEAD_DIM), odd),)
+    assert "pages of 48 tokens" in unsupported(torch.randn(2, 2, 1, HEAD_DIM), key, value)

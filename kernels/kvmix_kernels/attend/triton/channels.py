@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .pages import add_page_products, row_of
 from .plain import add_channel_products, padded_channels
-from .segments import load_rows, of_page
+from .segments import load_rows, of_pages
 from .steps import places_of
 
 
@@ -45,11 +45,12 @@ def run_products(queries, runs, page, chunk, RUNS: tl.constexpr, CHUNK: tl.const
     """Query rows, as `load_query` makes them, times the keys of a chunk of a page's tokens: `[CHUNK, M]`."""
     products = tl.zeros([CHUNK, queries[0].shape[1]], tl.float32)
     for i in tl.static_range(len(RUNS)):
-        words, scales = of_page(runs[i], page)
+        words, scales = of_pages(runs[i], page, page)
         if is_packed(RUNS[i]):
             products = add_page_products(products, queries[i], scales, words, chunk, RUNS[i])
         else:
-            products = add_channel_products(products, queries[i], words, chunk * CHUNK, RUNS[i], PAGE)
+            keys = words.pointer + words.page * words.stride
+            products = add_channel_products(products, queries[i], keys, chunk * CHUNK, RUNS[i], PAGE)
     return products
 
 

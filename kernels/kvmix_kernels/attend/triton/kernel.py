@@ -13,7 +13,7 @@ import triton.language as tl
 from .channels import chunk_of, load_query, run_products
 from .pages import add_page_values, cut, size_of
 from .plain import add_token_values, padded_channels, token_products
-from .segments import Rows, in_sink_or_tail, in_tail, load_rows, of_head, of_page
+from .segments import Rows, in_sink_or_tail, in_tail, load_rows, of_head, of_pages
 from .softmax import Scoring, Softmax, score, weigh
 
 
@@ -35,6 +35,8 @@ class Task(NamedTuple):
 
 LENGTHS = ["tokens", "sinks", "key_pages", "value_pages", "pages_per_order", "key_tail", "value_tail"]
 SPLITS = ["first_split", "splits", "packed_splits", "pages_per_split", "tiles_per_split"]
+LEAST_TOGETHER = tl.constexpr(64)
+"""Tokens of which pages are read together, if they have fewer: so many fill the steps of packed values (`steps.py`)."""
 MASK_STRIDES = ["mask_batch", "mask_head", "mask_query", "mask_token"]
 
 
@@ -166,46 +168,19 @@ def over_pages(
             begin = tl.maximum(first, number * task.pages_per_order)
             end = tl.minimum(last, (number + 1) * task.pages_per_order)
             running = over_pages_of_order(
-                running,
-                task,
-                query,
-                begin,
-                end,
-                K,
-                V,
-                K_PACKED,
-                V_PACKED,
-                HEAD_DIM,
-                VALUE_DIM,
-                PAGE,
-                TILE,
-                MASK,
-                SOFTCAP,
-                STAGES,
-            )
+                running, task, query, begin, end, K, V, K_PACKED, V_PACKED, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK,
+                SOFTCAP, STAGES,
+            )  # fmt: skip
         return running
-    elif K_PACKED:
-        query = load_query(task.rows, task.factor, None, K)
     else:
-        query = (load_whole_query(task, HEAD_DIM),)
-    return over_pages_of_order(
-        running,
-        task,
-        query,
-        first,
-        last,
-        K,
-        V,
-        K_PACKED,
-        V_PACKED,
-        HEAD_DIM,
-        VALUE_DIM,
-        PAGE,
-        TILE,
-        MASK,
-        SOFTCAP,
-        STAGES,
-    )
+        if K_PACKED:
+            query = load_query(task.rows, task.factor, None, K)
+        else:
+            query = (load_whole_query(task, HEAD_DIM),)
+        return over_pages_of_order(
+            running, task, query, first, last, K, V, K_PACKED, V_PACKED, HEAD_DIM, VALUE_DIM, PAGE, TILE, MASK, SOFTCAP,
+            STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -230,29 +205,43 @@ def over_pages_of_order(
     """Attend to pages `[first, last)` whose channels are those of `query`, as `load_query` makes it."""
     CHUNK: tl.constexpr = chunk_of(K, min(TILE, PAGE)) if K_PACKED else min(TILE, PAGE)
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
-    for page in tl.range(first, last, num_stages=STAGES):
-        start = task.sinks + page * PAGE
+    TOGETHER: tl.constexpr = max(1, LEAST_TOGETHER // PAGE)
+    limit = task.sinks + last * PAGE
+    for page in tl.range(first, last, TOGETHER, num_stages=STAGES):
         scores = ()
-        for chunk in tl.static_range(PAGE // CHUNK):
-            token = start + chunk * CHUNK + tl.arange(0, CHUNK)
+        for chunk in tl.static_range(TOGETHER * PAGE // CHUNK):
+            token = task.sinks + page * PAGE + chunk * CHUNK + tl.arange(0, CHUNK)
+            here, within = nth_of(page, last, chunk * CHUNK // PAGE), chunk % (PAGE // CHUNK)
             if K_PACKED:
-                products = run_products(query, task.key.runs, page, chunk, K, CHUNK, PAGE)
+                products = run_products(query, task.key.runs, here, within, K, CHUNK, PAGE)
             else:
-                keys = in_tail(task.key, start + chunk * CHUNK - task.key_tail)
+                keys = in_tail(task.key, task.sinks + here * PAGE + within * CHUNK - task.key_tail)
                 products = token_products(query[0], keys, token >= 0, HEAD_DIM, True)
-            scores = scores + (score(products, token, task.tokens, task.scoring, MASK, SOFTCAP, True),)
+            scores = scores + (score(products, token, limit, task.scoring, MASK, SOFTCAP, TOGETHER == 1),)
         running, decay, weights = weigh(running, scores)
         if V_PACKED:
-            words, scales = of_page(task.value.runs[0], page)
+            words, scales = of_pages(task.value.runs[0], page, last - 1)
             running = add_page_values(running, decay, weights, scales, words, V)
         else:
-            parts = ()
+            WIDTH: tl.constexpr = min(CHUNK, TILE)
+            parts, bases = (), ()
             for i in tl.static_range(len(weights)):
-                parts = parts + cut(weights[i], min(CHUNK, TILE))
-            values = in_tail(task.value, start - task.value_tail)
-            all_tokens = tl.arange(0, min(CHUNK, TILE)) >= 0
-            running = add_token_values(running, decay, parts, values, all_tokens, GROUP, VALUE_DIM, True)
+                parts = parts + cut(weights[i], WIDTH)
+            for i in tl.static_range(len(parts)):
+                start = task.sinks + nth_of(page, last, i * WIDTH // PAGE) * PAGE + i * WIDTH % PAGE
+                bases = bases + (in_tail(task.value, start - task.value_tail)[0],)
+            stride, all_tokens = task.value.tail_strides[2], tl.arange(0, WIDTH) >= 0
+            running = add_token_values(running, decay, parts, bases, stride, all_tokens, GROUP, VALUE_DIM, True)
     return running
+
+
+@triton.jit
+def nth_of(page, last, N: tl.constexpr):
+    """The n-th page from `page` on; the one before `last`, if there are not as many."""
+    if N == 0:
+        return page
+    else:
+        return tl.minimum(page + N, last - 1)
 
 
 @triton.jit
@@ -285,8 +274,8 @@ def over_tiles(
         products = token_products(query, keys, token < limit, HEAD_DIM, False)
         scores = (score(products, token, limit, task.scoring, MASK, SOFTCAP, False),)
         running, decay, weights = weigh(running, scores)
-        values = in_sink_or_tail(task.value, is_sink, start, task.value_tail)
-        running = add_token_values(running, decay, weights, values, token < limit, GROUP, VALUE_DIM, False)
+        base, stride = in_sink_or_tail(task.value, is_sink, start, task.value_tail)
+        running = add_token_values(running, decay, weights, (base,), stride, token < limit, GROUP, VALUE_DIM, False)
     return running
 
 

@@ -11,7 +11,7 @@ from ...tiers import Tiers
 from ..parts import parts_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALLEST_PAGE = 32
+SMALLEST_PAGE = 16
 MOST_GROUPS = 8
 MOST_CHANNELS = 256
 MOST_RUNS = 4

@@ -16,8 +16,9 @@ import triton.language as tl
 
 from ...numbers import dot, round_to, to_float32
 from .codes import decode, number_of_zero, unit_of
+from .segments import beyond
 from .softmax import Softmax
-from .steps import fields_of, padded_of, share_of, step_of, words_of
+from .steps import fields_of, is_whole, padded_of, share_of, stack_of, step_of, words_of
 
 
 @triton.constexpr_function
@@ -45,7 +46,20 @@ def row_of(at, LAYOUT: tl.constexpr):
     WORDS: tl.constexpr = words_of(LAYOUT)
     if PADDED == WORDS:
         return at, at >= 0
-    return at // PADDED * WORDS + at % PADDED, at % PADDED < WORDS
+    elif is_whole(LAYOUT):
+        return at // PADDED * WORDS + at % WORDS, at >= 0
+    else:
+        return at // PADDED * WORDS + at % PADDED, at % PADDED < WORDS
+
+
+@triton.jit
+def page_at(pages, at, LAYOUT: tl.constexpr):
+    """Where the page of a place in the order of steps is; the last page for those after it."""
+    if stack_of(LAYOUT) == 1:
+        return pages.pointer + pages.page * pages.stride
+    else:
+        page = pages.page + at % padded_of(LAYOUT) // words_of(LAYOUT)
+        return pages.pointer + tl.minimum(page, pages.last) * pages.stride
 
 
 @triton.jit
@@ -54,17 +68,17 @@ def fold(x, first, scales, group, LAYOUT: tl.constexpr):
 
     Args:
         x: float32 coefficients `[N, M]` of `N` rows from `first` on in the order of steps; 0 where there is no row.
-        scales: pointer to the page's scales.
+        scales: where the scales of pages are.
     """
     ROWS: tl.constexpr = size_of(LAYOUT, "rows")
     GROUPS: tl.constexpr = size_of(LAYOUT, "groups")
-    WHOLE: tl.constexpr = padded_of(LAYOUT) == words_of(LAYOUT)
     MIDDLE: tl.constexpr = middle_of(LAYOUT)
     ZERO: tl.constexpr = number_of_zero(LAYOUT)
     at = first + tl.arange(0, x.shape[0])
     row, is_row = row_of(at, LAYOUT)
-    scale = to_float32(load(scales + group * ROWS + row, is_row, WHOLE))
-    zero = to_float32(load(scales + (GROUPS + group) * ROWS + row, is_row, WHOLE))
+    scales = page_at(scales, at, LAYOUT)
+    scale = to_float32(load(scales + group * ROWS + row, is_row, is_whole(LAYOUT)))
+    zero = to_float32(load(scales + (GROUPS + group) * ROWS + row, is_row, is_whole(LAYOUT)))
     rounded = round_to(x * (scale * unit_of(at, LAYOUT, -1))[:, None], tl.bfloat16)
     middle = ZERO + MIDDLE * unit_of(at, LAYOUT, 1)
     offset = x * (zero + MIDDLE * scale)[:, None] - to_float32(rounded) * middle[:, None]
@@ -79,19 +93,21 @@ def contract(x, words, group, total, LAYOUT: tl.constexpr, STEP: tl.constexpr):
     SIXTEENTH: tl.constexpr = size_of(LAYOUT, "rows") // 16
     PADDED: tl.constexpr = padded_of(LAYOUT)
     WORDS: tl.constexpr = words_of(LAYOUT)
-    WHOLE: tl.constexpr = PADDED == WORDS and has_whole_groups(LAYOUT)
+    WHOLE: tl.constexpr = is_whole(LAYOUT) and has_whole_groups(LAYOUT)
     within = tl.arange(0, total.shape[0])
     column = group * GROUP + within
     is_column = (within < GROUP) & (column < COLUMNS)
     for part in tl.static_range(max(1, PADDED // STEP)):
-        row = (part * STEP + tl.arange(0, STEP)) % PADDED
+        at = (part * STEP + tl.arange(0, STEP)) % PADDED
+        row = at % WORDS if stack_of(LAYOUT) > 1 else at
+        page = page_at(words, at, LAYOUT)
         inside = is_column[:, None] & (row < WORDS)[None, :]
-        low = load(words + row[None, :] * COLUMNS + column[:, None], inside, WHOLE)
+        low = load((page + row * COLUMNS)[None, :] + column[:, None], inside, WHOLE)
         high = low
         if size_of(LAYOUT, "bits") == 3:
             # The high bits of word rows r and r + SIXTEENTH share a word, those of the second one bit further up.
-            at = WORDS + row % SIXTEENTH
-            high = load(words + at[None, :] * COLUMNS + column[:, None], inside, WHOLE)
+            above = page + (WORDS + row % SIXTEENTH) * COLUMNS
+            high = load(above[None, :] + column[:, None], inside, WHOLE)
             high = (high >> (row >= SIXTEENTH).to(tl.int16)[None, :]).to(tl.int16)
         for field in tl.static_range(0, fields_of(LAYOUT), share_of(LAYOUT, STEP)):
             number = decode(low, high, field, LAYOUT, STEP)
@@ -117,19 +133,47 @@ def add_page_products(products, query, scales, words, group, LAYOUT: tl.constexp
 
 @triton.jit
 def add_page_values(running, decay, weights, scales, words, LAYOUT: tl.constexpr):
-    """Weighted values of a packed page, added to the decayed sums; `weights` are a tuple of `[tokens, M]`."""
+    """Weighted values of packed pages, added to the decayed sums; `weights` are a tuple of `[tokens, M]`."""
+    STACK: tl.constexpr = stack_of(LAYOUT)
+    weights = in_steps(weights, LAYOUT)
     TOKENS: tl.constexpr = weights[0].shape[0]
+    EACH: tl.constexpr = STACK * size_of(LAYOUT, "rows") // TOKENS
     STEP: tl.constexpr = step_of(LAYOUT, TOKENS)
     sums = ()
     for group in tl.static_range(size_of(LAYOUT, "groups")):
         total = running.sums[group] * decay[None, :]
-        parts = ()
-        for i in tl.static_range(len(weights)):
-            folded, offset = fold(weights[i], i * TOKENS, scales, group, LAYOUT)
-            parts = parts + cut(folded, STEP)
-            total += offset[None, :]
-        sums = sums + (contract(parts, words, group, total, LAYOUT, STEP),)
+        for stack in tl.static_range(len(weights) // EACH):
+            parts = ()
+            for i in tl.static_range(EACH):
+                folded, offset = fold(
+                    weights[stack * EACH + i], i * TOKENS, beyond(scales, stack * STACK), group, LAYOUT
+                )
+                parts = parts + cut(folded, STEP)
+                total += offset[None, :]
+            total = contract(parts, beyond(words, stack * STACK), group, total, LAYOUT, STEP)
+        sums = sums + (total,)
     return Softmax(running.peak, running.total, sums)
+
+
+@triton.jit
+def in_steps(weights, LAYOUT: tl.constexpr):
+    """Weights of tokens as they are contracted: in the order of steps, where several pages are contracted together."""
+    STACK: tl.constexpr = stack_of(LAYOUT)
+    if STACK == 1:
+        return weights
+    else:
+        WORDS: tl.constexpr = words_of(LAYOUT)
+        TOKENS: tl.constexpr = STACK * size_of(LAYOUT, "rows")
+        EACH: tl.constexpr = TOKENS // weights[0].shape[0]
+        M: tl.constexpr = weights[0].shape[1]
+        stacks = ()
+        for stack in tl.static_range(len(weights) // EACH):
+            parts = ()
+            for i in tl.static_range(EACH):
+                parts = parts + (weights[stack * EACH + i],)
+            by_page = tl.reshape(tl.permute(_zip(parts), [2, 0, 1]), [STACK, fields_of(LAYOUT), WORDS, M])
+            stacks = stacks + (tl.reshape(tl.permute(by_page, [1, 0, 2, 3]), [TOKENS, M]),)
+        return stacks
 
 
 @triton.jit
@@ -151,3 +195,16 @@ def _unzip(x):
         for i in tl.static_range(len(evens)):
             parts = parts + (evens[i], odds[i])
         return parts
+
+
+@triton.jit
+def _zip(parts):
+    """A tuple of `[N, M]` as `[N, M, parts]`."""
+    if len(parts) == 1:
+        return tl.reshape(parts[0], [parts[0].shape[0], parts[0].shape[1], 1])
+    else:
+        evens, odds = (), ()
+        for i in tl.static_range(len(parts) // 2):
+            evens, odds = evens + (parts[2 * i],), odds + (parts[2 * i + 1],)
+        both = tl.join(_zip(evens), _zip(odds))
+        return tl.reshape(both, [both.shape[0], both.shape[1], len(parts)])

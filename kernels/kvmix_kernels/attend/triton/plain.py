@@ -41,15 +41,15 @@ def add_channel_products(products, query, keys, first, CHANNELS: tl.constexpr, P
 
 @triton.jit
 def add_token_values(
-    running, decay, weights, values, is_token, GROUP: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr
+    running, decay, weights, bases, stride, is_token, GROUP: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Weighted values of a run of tokens, as of keys above, added to the decayed sums.
+    """Weighted values of runs of tokens, as of keys above, added to the decayed sums.
 
     Args:
         weights: a tuple of `[N, M]`.
+        bases: where each of the runs begins.
         is_token: `[N]`, the same for each of them.
     """
-    base, stride = values
     WIDTH: tl.constexpr = triton.next_power_of_2(GROUP)
     N: tl.constexpr = weights[0].shape[0]
     within, token = tl.arange(0, WIDTH), tl.arange(0, N)
@@ -59,7 +59,7 @@ def add_token_values(
         channel = group * GROUP + within
         inside = ((within < GROUP) & (channel < DIM))[:, None] & is_token[None, :]
         for i in tl.static_range(len(weights)):
-            at = base + (token + i * N)[None, :] * stride + channel[:, None]
+            at = bases[i] + token[None, :] * stride + channel[:, None]
             part = load(at, inside, WHOLE and WIDTH == GROUP and DIM % WIDTH == 0)
             total = dot(part, round_to(weights[i], part.dtype), total)
         sums = sums + (total,)

@@ -36,6 +36,15 @@ class Side(NamedTuple):
     tail_strides: Any
 
 
+class Pages(NamedTuple):
+    """Pages from `page` to `last`: a pointer to the first of all, and the stride from one to the next."""
+
+    pointer: Any
+    stride: Any
+    page: Any
+    last: Any
+
+
 class Rows(NamedTuple):
     """A program's query rows `[M]`: pointers to them, and which of them there are."""
 
@@ -75,10 +84,20 @@ def of_head(side, batch, head):
 
 
 @triton.jit
-def of_page(run, page):
-    """The pointers of one page."""
-    page = tl.cast(page, tl.int64)
-    return run.words + page * run.words_strides[2], run.scales + page * run.scales_strides[2]
+def of_pages(run, page, last):
+    """Words and scales of the pages from `page` on, of which `last` is the last."""
+    page, last = tl.cast(page, tl.int64), tl.cast(last, tl.int64)
+    words = Pages(run.words, run.words_strides[2], page, last)
+    return words, Pages(run.scales, run.scales_strides[2], page, last)
+
+
+@triton.jit
+def beyond(pages, COUNT: tl.constexpr):
+    """The pages after so many; the last page, if there are none."""
+    if COUNT == 0:
+        return pages
+    else:
+        return Pages(pages.pointer, pages.stride, tl.minimum(pages.page + COUNT, pages.last), pages.last)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A step is one matrix product over `step` rows: over the word rows of one field, or, where a field has fewer than the
 16 rows that a tensor core contracts at once, of `share` neighbouring fields of the same words. Word rows are counted
-as a power of two, `padded`; those beyond the `words` there are contribute nothing. The rows of a plane of 3 bits are
-those of its 2-bit plane.
+as a power of two, `padded`; those beyond the `words` there are contribute nothing, or, of values, are those of the
+next pages: `stack` pages are contracted together. The rows of a plane of 3 bits are those of its 2-bit plane.
 """
 
 import triton
@@ -31,6 +31,21 @@ def padded_of(layout):
     """Word rows as they are counted."""
     words = layout.rows * layout.planes[0] // 16
     return max(LEAST_PADDED[layout.bits], triton.next_power_of_2(words))
+
+
+@triton.constexpr_function
+def stack_of(layout):
+    """Pages that are contracted together."""
+    words = layout.rows * layout.planes[0] // 16
+    return max(1, LEAST_PADDED[layout.bits] // words) if layout.kind == "value" else 1
+
+
+@triton.constexpr_function
+def is_whole(layout):
+    """Whether there are as many rows as are counted."""
+    words = layout.rows * layout.planes[0] // 16
+    padded = max(LEAST_PADDED[layout.bits], triton.next_power_of_2(words))
+    return padded == words or layout.kind == "value"
 
 
 @triton.constexpr_function
