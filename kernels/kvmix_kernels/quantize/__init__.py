@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import gpu
@@ -15,7 +16,7 @@ from . import cpu
 from . import naive as _naive
 from .naive import decode, dequantize, encode, pack, unpack
 
-__all__ = ["decode", "dequantize", "encode", "pack", "quantize", "unpack"]
+__all__ = ["decode", "dequantize", "encode", "pack", "quantize", "quantize_into", "unpack"]
 
 
 def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
@@ -26,10 +27,53 @@ def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
             return cpu.quantize(native, pages, layout)
         if native is not None:
             warn_once(f"quantizing groups of {layout.group} has no CPU kernel; falling back to slow PyTorch")
-    if gpu.is_usable(pages.device):
+    if _has_gpu_kernel(pages, layout):
         from . import triton
 
-        if triton.supports(pages, layout):
-            return triton.quantize(pages, layout)
-        warn_once(f"quantizing {triton.describe(pages, layout)} has no GPU kernel; falling back to slow PyTorch")
+        return triton.quantize(pages, layout)
     return _naive.quantize(pages, layout)
+
+
+def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
+    """Quantize and pack whole pages to where they stay: on a GPU without memory or copies in between.
+
+    Args:
+        pages: `[..., page, head_dim]`, any floating dtype.
+        layout: shape and codec of a page.
+        words: `[..., *layout.words_shape]` int16, and
+        scales: `[..., *layout.scales_shape]` in the scale dtype, as views of something longer.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together.
+    """
+    check_room(pages, layout, words, scales)
+    if _has_gpu_kernel(pages, layout):
+        from . import triton
+
+        if triton.has_whole_pages(words, scales, layout):
+            triton.quantize_into(pages, layout, words, scales)
+            return
+    for room, made in zip((words, scales), quantize(pages, layout), strict=True):
+        room.copy_(made)
+
+
+def check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
+    """Raise ValueError unless packed pages have the shapes and dtypes of what they go to."""
+    for name, room, shape, dtype in (
+        ("words", words, layout.words_shape, torch.int16),
+        ("scales", scales, layout.scales_shape, getattr(torch, layout.scale_dtype)),
+    ):
+        expected = [*pages.shape[:-2], *shape]
+        if list(room.shape) != expected or room.dtype != dtype:
+            raise ValueError(f"expected {name} {expected} {dtype}, got {list(room.shape)} {room.dtype}")
+
+
+def _has_gpu_kernel(pages: Tensor, layout: PageLayout) -> bool:
+    if not gpu.is_usable(pages.device):
+        return False
+    from . import triton
+
+    if triton.supports(pages, layout):
+        return True
+    warn_once(f"quantizing {triton.describe(pages, layout)} has no GPU kernel; falling back to slow PyTorch")
+    return False

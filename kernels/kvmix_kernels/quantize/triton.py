@@ -22,6 +22,12 @@ def supports(pages: Tensor, layout: PageLayout) -> bool:
     return fits and pages.dtype in DTYPES and layout.group <= WIDEST_GROUP
 
 
+def has_whole_pages(words: Tensor, scales: Tensor, layout: PageLayout) -> bool:
+    """Whether every page is contiguous in both."""
+    of_scales = (layout.groups * layout.rows, layout.rows, 1)
+    return words.stride()[3:] == (layout.columns, 1) and scales.stride()[3:] == of_scales
+
+
 def describe(pages: Tensor, layout: PageLayout) -> str:
     """What `supports` looks at, for a warning."""
     return f"{pages.dtype} pages {list(pages.shape)} in groups of {layout.group}".replace("torch.", "")
@@ -32,17 +38,17 @@ def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     scale_dtype = getattr(torch, layout.scale_dtype)
     words = torch.empty(*pages.shape[:3], *layout.words_shape, dtype=torch.int16, device=pages.device)
     scales = torch.empty(*pages.shape[:3], *layout.scales_shape, dtype=scale_dtype, device=pages.device)
-    quantize_into(words, scales, pages, layout)
+    quantize_into(pages, layout, words, scales)
     return words, scales
 
 
-def quantize_into(words: Tensor, scales: Tensor, pages: Tensor, layout: PageLayout) -> None:
+def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
     """Quantize pages to where they stay: `words` and `scales` may be slices of a longer cache along their third axis.
 
     Args:
+        pages: `[B, H_kv, pages, page, head_dim]`, any strides.
         words: `[B, H_kv, pages, *layout.words_shape]` int16, every page contiguous.
         scales: `[B, H_kv, pages, *layout.scales_shape]` in the scale dtype, every page contiguous.
-        pages: `[B, H_kv, pages, page, head_dim]`, any strides.
     """
     batch, heads, count = pages.shape[:3]
     block_columns = triton.next_power_of_2(layout.group)

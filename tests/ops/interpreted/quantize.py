@@ -63,7 +63,7 @@ def test_writes_into_a_longer_cache_and_only_there(kind):
     pages = torch.randn(2, 3, 5, 64, 80)[:, ::2, 1:3]
     words = torch.full((2, 2, 7, *layout.words_shape), 12345, dtype=torch.int16)
     scales = torch.full((2, 2, 7, *layout.scales_shape), 12345.0, dtype=torch.float16)
-    triton.quantize_into(words[:, :, 4:6], scales[:, :, 4:6], pages, layout)
+    triton.quantize_into(pages, layout, words[:, :, 4:6], scales[:, :, 4:6])
     expected = naive.quantize(pages, layout)
     assert torch.equal(words[:, :, 4:6], expected[0])
     assert torch.equal(scales[:, :, 4:6], expected[1])
