@@ -9,8 +9,8 @@ from torch import Tensor
 class FiniteWatch:
     """Watches scales, to which NaN, Inf and what does not fit their dtype all come (`naive.py`).
 
-    On a CPU the answer is immediate. On a GPU it is gathered there and copied without waiting: known is what has arrived
-    by the time of a look, and `is_bad(wait=True)` knows everything.
+    On a CPU the answer is immediate. On a GPU it is gathered there and copied without waiting: what has arrived by the
+    time of a look is known, and `is_bad(wait=True)` knows everything.
     """
 
     def __init__(self) -> None:
