@@ -174,7 +174,7 @@ def _preset(given: str) -> Named:
     """A preset by its name, or KVTuner's by its file, with others that are put on it."""
     base, on = split(given, lambda name: name.startswith(KVTUNER) and Path(name.removeprefix(KVTUNER)).is_file())
     if base.startswith(KVTUNER):
-        name = KVTUNER + Path(base).stem
+        name = KVTUNER + Path(base.removeprefix(KVTUNER)).stem
     else:
         find_preset(name := base)
     return Named("+".join((name, *on)), base, is_preset=True, put_on=on)
