@@ -9,6 +9,7 @@ from commandline import kvmix
 
 from kvmix_cli.files import parse_yaml
 from kvmix_cli.plan import ModelInfo, Plan, is_kvtuner
+from kvmix_cli.preset import Preset
 from kvmix_cli.profile import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,8 @@ def test_file_examples_load(page, text, tmp_path):
         assert len(Plan.from_kvtuner(path, FOUR_LAYERS).layers) == 4
     elif document.data["format"].startswith("kvmix-profile"):
         assert Profile.load(path).scores
+    elif document.data["format"].startswith("kvmix-preset"):
+        assert Preset.load(path).plan(FOUR_LAYERS, "example").layers
     else:
         assert Plan.load(path).layers
 

@@ -1,6 +1,7 @@
 """Presets: each loads, names its source, and amounts to what its comment says; how they are put on a cache."""
 
 import re
+from pathlib import Path
 
 import pytest
 from made_up import make_info
@@ -192,3 +193,15 @@ def test_a_plan_whose_name_has_a_plus(given, expected):
 def test_what_is_put_on_must_be_a_preset():
     with pytest.raises(StateError, match="no preset 'mikw' \\(did you mean 'mikv'"):
         split("a+mikw", lambda name: False)
+
+
+def test_the_table_of_the_docs_is_what_the_code_computes():
+    page = Path(__file__).parents[2] / "docs" / "presets.md"
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
+    table = {row[0]: row for row in rows if row and (row[0] in NAMES or row[0].startswith("kvtuner"))}
+    assert set(table) == {*NAMES, "kvtuner:FILE"}
+    for name in NAMES:
+        shown = [plan_of(name, make_info(32, head_dim=head_dim)).bits for head_dim in (64, 128)]
+        assert table[name][3:] == [f"{bits.nominal:.2f} / {bits.stored:.2f}" for bits in shown], name
+        source = re.search(r"\d{4}\.\d{5}", table[name][2])
+        assert source[0] in presets()[name].read_text()
