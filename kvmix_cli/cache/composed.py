@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from kvmix_kernels.segments import Segments
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .observing import Attention, rows_of
 from .packing import Packing, Sorts
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
 from .sorting import TokenSorter
-from .store import Store
+from .store import ROLLBACK, Store
 from .tally import Tally
 from .transforms import Chain, build
 
@@ -203,8 +204,8 @@ class ComposedLayer(MixedLayer):
             query: as it meets the stored keys.
         """
         if self._channels is not None and self._channels.needs_queries:
-            heads = keys.shape[1]
-            self._queries.add(query.float().abs().unflatten(1, (heads, -1)).sum(2))
+            rows = query.abs().unflatten(1, (keys.shape[1], -1)).sum(2, dtype=torch.float32)
+            self._queries.add(rows, for_good=rows.shape[2] > ROLLBACK)
         if self._sorter is not None and self._sorter.score.needs_queries:
             rows = rows_of(attention, keys, self.get_seq_length(), self._sorter.score.extrapolates)
             tail = self.stores[0].tail_tokens

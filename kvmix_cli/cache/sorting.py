@@ -42,9 +42,9 @@ class TokenSorter:
 
     def observe(self, rows: Rows) -> None:
         """Take in what queries give to the tokens of the tail."""
-        self._attention.add(rows.weights)
+        self._attention.add(rows.weights, rows.is_sum)
         if not self.score.extrapolates:
-            self._observers.add(rows.visible)
+            self._observers.add(rows.visible, rows.is_sum)
 
     def sort(self, keys: Tensor) -> Tensor:
         """Tiers `[B, H_kv, n]` uint8 of the oldest tokens of the tail; their keys are `[B, H_kv, n, D]`."""

@@ -7,9 +7,6 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import pad
 
-ROWS = 64
-"""Most queries of a forward that are kept apart; those of a longer prompt cannot be taken back."""
-
 
 class Tally:
     """The sum of rows `[B, H, R, n]` over R; `n` may grow from one forward to the next."""
@@ -27,13 +24,11 @@ class Tally:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self._sum, self._last) if part is not None)
 
-    def add(self, rows: Tensor) -> None:
-        """Add a forward's rows. Those of the one before are then there to stay."""
-        self._sum, self._last = _plus(self._sum, self._last), None
-        if rows.shape[2] > ROWS:
-            self._sum = _plus(self._sum, rows)
-        else:
-            self._last = rows
+    def add(self, rows: Tensor, for_good: bool = False) -> None:
+        """Add a forward's rows, which can be taken back unless they are `for_good`. Earlier ones are there to stay."""
+        self._sum, self._last = _plus(self._sum, self._last), rows
+        if for_good:
+            self._sum, self._last = _plus(self._sum, rows), None
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` rows, as far as they are of the last forward."""
