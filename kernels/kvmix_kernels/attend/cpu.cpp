@@ -1,4 +1,4 @@
-// Decode attention over sink | packed pages | tail on a CPU. Compiled once per instruction set; see native/build.py.
+// Attention over parts of sink | packed pages | tail on a CPU. Compiled once per instruction set; see native/build.py.
 #include "cpu.h"
 
 #include <cmath>
@@ -43,12 +43,13 @@ static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t column
   }
 }
 
-// What a matrix of some dtype, `offset` elements on, contributes: `work` gets the address, and the dtype as a type.
+// Unquantized elements whose dtype the compiler knows.
 template <int DTYPE> struct Elements {
   static constexpr int dtype = DTYPE;
   const void* at;
 };
 
+// work(elements), of those from `offset` on.
 template <class Work> static void with_dtype(int64_t dtype, const void* x, int64_t offset, Work work) {
   const char* bytes = static_cast<const char*>(x);
   switch (dtype) {
