@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from . import trial
 from .fallback import warn_once
 
 OLDEST_TRITON = (3, 6)
@@ -16,18 +17,18 @@ OLDEST_CAPABILITY = (8, 0)
 
 @functools.cache
 def is_usable(device: torch.device) -> bool:
-    """Whether kernels run on this device: it is an NVIDIA GPU, new enough, and Triton is there.
+    """Whether kernels run on this device: it is an NVIDIA GPU, new enough, Triton is there, and a few trials pass.
 
-    They have never run on a GPU, so they must be asked for with `KVMIX_TRITON=1`. A GPU without them gets one warning,
-    or none with `KVMIX_TRITON=0`.
+    Where one is missing, there is one warning. `KVMIX_TRITON=0` does without kernels, and `KVMIX_TRITON=1` without
+    trials.
     """
-    wanted = os.environ.get("KVMIX_TRITON")
-    if device.type != "cuda" or wanted == "0":
+    if device.type != "cuda" or os.environ.get("KVMIX_TRITON") == "0":
         return False
-    reason = _missing(device) if wanted == "1" else "not verified on a GPU yet; KVMIX_TRITON=1 takes them all the same"
+    reason = _missing(device)
     if reason is not None:
         warn_once(f"the GPU kernels are not available, falling back to slow PyTorch: {reason}")
-    return reason is None
+        return False
+    return not trial.is_due() or _passes(device)
 
 
 def _missing(device: torch.device) -> str | None:
@@ -42,3 +43,13 @@ def _missing(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has no bfloat16 tensor cores"
     return None
+
+
+def _passes(device: torch.device) -> bool:
+    """Whether a handful of small problems comes out right. The first that does not is warned of."""
+    from .attend.triton import trial as attending
+    from .quantize import trial as quantizing
+
+    return all(quantizing.passes(device, layout, torch.float32) for layout in quantizing.first_layouts()) and all(
+        attending.passes(kind) for kind in attending.first_kinds(device)
+    )

@@ -38,13 +38,6 @@ def test_a_new_enough_gpu_has(monkeypatch):
     assert gpu.is_usable(CUDA)
 
 
-def test_they_must_be_asked_for(monkeypatch):
-    pretend(monkeypatch)
-    monkeypatch.delenv("KVMIX_TRITON")
-    with pytest.warns(UserWarning, match="not verified on a GPU yet; KVMIX_TRITON=1"):
-        assert not gpu.is_usable(CUDA)
-
-
 def test_the_environment_can_do_without(monkeypatch, recwarn):
     pretend(monkeypatch)
     monkeypatch.setenv("KVMIX_TRITON", "0")
@@ -74,8 +67,9 @@ def test_no_triton_is_one_named_warning(monkeypatch):
 
 def test_quantizing_takes_them_where_it_can(monkeypatch):
     pytest.importorskip("triton")
-    from kvmix_kernels.quantize import triton
+    from kvmix_kernels.quantize import trial, triton
 
+    monkeypatch.setattr(trial, "is_trusted", lambda *args: True)
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
     monkeypatch.setattr(triton, "quantize", lambda *args: "quantized")
     monkeypatch.setattr("kvmix_kernels.quantize.library", lambda: None)
@@ -88,6 +82,7 @@ def test_attention_takes_them_where_it_can(monkeypatch):
 
     key, value = (segments(kind, 2, 0, 1, 5, head_dim=64, page=64, group=64) for kind in ("key", "value"))
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
+    monkeypatch.setattr(triton, "is_trusted", lambda *args: True)
     monkeypatch.setattr(triton, "attend", lambda *args, **options: ("attended", None))
     assert attend(torch.zeros(2, 2, 1, 64), key, value, scaling=1.0) == "attended"
 

@@ -52,9 +52,10 @@ def attend_lse(
         from . import triton
 
         reason = triton.unsupported(query, key, value)
-        if reason is None:
+        if reason is not None:
+            warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
+        elif triton.is_trusted(query, key, value, mask, softcap):
             return triton.attend(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
-        warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
     native = library() if possible and query.device.type == "cpu" else None
     if native is not None and cpu.supports(query, key, value):
         return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)

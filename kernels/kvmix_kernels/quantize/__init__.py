@@ -71,9 +71,9 @@ def check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor)
 def _has_gpu_kernel(pages: Tensor, layout: PageLayout) -> bool:
     if not gpu.is_usable(pages.device):
         return False
-    from . import triton
+    from . import trial, triton
 
     if triton.supports(pages, layout):
-        return True
+        return trial.is_trusted(pages.device, layout, pages.dtype)
     warn_once(f"quantizing {triton.describe(pages, layout)} has no GPU kernel; falling back to slow PyTorch")
     return False

@@ -2,5 +2,6 @@
 
 from .launch import attend
 from .limits import unsupported
+from .trial import is_trusted
 
-__all__ = ["attend", "unsupported"]
+__all__ = ["attend", "is_trusted", "unsupported"]
