@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,11 +43,14 @@ class Buffer:
     def append(self, new: Tensor) -> None:
         """Add `new` `[B, H_kv, m, ...]` at the end. No gradient flows through a cache."""
         new = new.detach()
-        needed = self.length + new.shape[2]
-        if self._data is None or needed > self._data.shape[2]:
-            self._move(new, needed)
-        self._data[:, :, self.length : needed] = new  # type: ignore[index]
-        self.length = needed
+        self.room(new.shape, new.dtype, new.device).copy_(new)
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make room for `[B, H_kv, m, ...]` at the end, and return it to be filled in."""
+        first, self.length = self.length, self.length + shape[2]
+        if self._data is None or self.length > self._data.shape[2]:
+            self._move(shape, dtype, device, kept=first)
+        return self._data[:, :, first : self.length]  # type: ignore[index]
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest `count`; the rest moves to the front."""
@@ -64,11 +67,12 @@ class Buffer:
         if self._data is not None:
             self._data = change(self._data)
 
-    def _move(self, new: Tensor, needed: int) -> None:
-        capacity = max(needed, self._reserve)
+    def _move(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, kept: int) -> None:
+        """Move the first `kept` to where there is room for `length`."""
+        capacity = max(self.length, self._reserve)
         if self._data is not None:
             capacity = max(capacity, int(self._data.shape[2] * GROWTH) + 1)
-        data = torch.empty((*new.shape[:2], capacity, *new.shape[3:]), dtype=new.dtype, device=new.device)
+        data = torch.empty((*shape[:2], capacity, *shape[3:]), dtype=dtype, device=device)
         if self._data is not None:
-            data[:, :, : self.length] = self.view
+            data[:, :, :kept] = self._data[:, :, :kept]
         self._data = data

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from kvmix_kernels.layout import PageLayout
 from kvmix_kernels.pages import Packed, Plain
-from kvmix_kernels.quantize import quantize
+from kvmix_kernels.quantize import quantize_into
+from kvmix_kernels.quantize.finite import FiniteWatch
 from torch import Tensor
 
 from ...errors import QuantizationError
@@ -30,6 +31,7 @@ class QuantizedRun:
         self.layout = layout
         self._words = Buffer(reserve)
         self._scales = Buffer(reserve)
+        self._watch = FiniteWatch()
 
     @property
     def width(self) -> int:
@@ -42,13 +44,20 @@ class QuantizedRun:
         return Packed(self.layout, self._words.view, self._scales.view)
 
     def pack(self, pages: Tensor) -> None:
-        """Append `[B, H_kv, n, page, width]`. Raises QuantizationError for what cannot be quantized."""
+        """Append `[B, H_kv, n, page, width]`.
+
+        Raises:
+            QuantizationError: for what cannot be quantized; on a GPU, which is not waited for, perhaps pages later.
+        """
         for some in pages.split(PAGES_AT_ONCE, dim=2):
-            words, scales = quantize(some, self.layout)
-            if not torch.isfinite(scales).all():
+            before = self._words.length
+            words = self._words.room((*some.shape[:3], *self.layout.words_shape), torch.int16, some.device)
+            shape = (*some.shape[:3], *self.layout.scales_shape)
+            scales = self._scales.room(shape, getattr(torch, self.layout.scale_dtype), some.device)
+            quantize_into(some, self.layout, words, scales)
+            if self._watch.watch(scales):
+                self.truncate(before)
                 raise QuantizationError(self._complaint(some))
-            self._words.append(words)
-            self._scales.append(scales)
 
     def truncate(self, pages: int) -> None:
         """Forget all but the first `pages`."""
