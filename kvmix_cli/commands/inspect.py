@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from ..errors import KvmixError
+from ..errors import KvmixError, StateError
+from ..preset import presets
 from . import options
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plan import ModelInfo, Plan
     from ..profile import Profile
     from .explain import Explanation
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a KVTuner preset.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
+    ],
     other: Annotated[Path | None, typer.Argument(metavar="[FILE2]", help="Another of its kind, to compare.")] = None,
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
@@ -27,7 +30,7 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE", help="To explain a plan with [default: the newest of its model]."),
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a KVTuner preset.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a preset, which names none.")] = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -47,35 +50,43 @@ def inspect(
 
 
 def _path(given: Path, model: str | None) -> Path:
-    """A file, or the plan of that name. Raises StateError if there is neither."""
-    is_file = given.exists() or given.suffix in (".yaml", ".yml")
-    return given if is_file else state.find_plan(given, model=model)
+    """A file, or the plan or preset of that name. Raises StateError if there is none."""
+    if given.exists() or given.suffix in (".yaml", ".yml"):
+        return given
+    try:
+        return state.find_plan(given, model=model)
+    except StateError:
+        if preset := presets().get(str(given)):
+            return preset
+        raise
 
 
 def _load(path: Path, model: str | None) -> Plan | Profile:
     """Read a file of any kind that there is. Raises DocumentError with all of its faults."""
-    from .. import plan, profile
+    from .. import plan, preset, profile
     from ..files import read_yaml
 
     document = read_yaml(path)
     if plan.is_kvtuner(document):
-        return _load_preset(path, model)
+        return plan.Plan.from_kvtuner(path, _model_of("KVTuner preset", path, model))
     form = document.data.get("format") if isinstance(document.data, dict) else None
     if form == plan.FORMAT:
         return plan.Plan.load(path)
     if form == profile.FORMAT:
         return profile.Profile.load(path)
+    if form == preset.FORMAT:
+        return preset.Preset.load(path).plan(_model_of("preset", path, model), path.stem)
     expected = f"format must be '{plan.FORMAT}' or '{profile.FORMAT}'"
     raise document.error([(("format",), f"neither a plan nor a profile: {expected}")])
 
 
-def _load_preset(path: Path, model: str | None) -> Plan:
+def _model_of(what: str, path: Path, model: str | None) -> ModelInfo:
+    """The model to show a file for that names none. Raises KvmixError if nothing does, ModelError if it has no such."""
     from ..models import load_info
-    from ..plan import Plan
 
     if model is None:
-        raise KvmixError(f"{path} is a KVTuner preset, which does not name its model: add --model ID")
-    return Plan.from_kvtuner(path, load_info(model))
+        raise KvmixError(f"{path} is a {what}, which does not name its model: add --model ID")
+    return load_info(model)
 
 
 def _explanation(paths: list[Path], found: list[Any], profile: Path | None) -> Explanation | None:

@@ -224,6 +224,15 @@ class TestAllocate:
         result = kvmix_json("inspect", "rank-2.3+kitty")
         assert result["cache"]["channels"]["runs"] == [{"share": 0.125, "bits": 4}]
 
+    def test_inspect_shows_a_preset_for_a_model(self):
+        result = kvmix("inspect", "mikv", "--model", "builtin:tiny")
+        assert "plan for builtin:tiny by preset" in result.stdout
+        assert "stored:  keys balanced" in result.stdout
+        path = preset.presets()["kitty"]
+        assert kvmix_json("inspect", path, "--model", "builtin:tiny")["bits"]["nominal"] == 2.25
+        assert "is a preset, which does not name its model: add --model ID" in refused(kvmix("inspect", "mikv"))
+        assert "no plan in" in refused(kvmix("inspect", "mikw", "--model", "org/model"))
+
     def test_other_engines_do_not_know_them(self):
         kvmix("allocate", "--avg-bits", 8, "--k-bits", "8", "--v-bits", "8", "--with", "rotate-2", "--name", "x", "-q")
         said = refused(kvmix("export", "x", "--to", "vllm"))
