@@ -159,6 +159,11 @@ class Table(NamedTuple):
     footer: str = ""
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 class Task(ABC):
     """One way to measure. A subclass is a file of this folder and a line in the registry.
 
@@ -236,7 +241,7 @@ class Task(ABC):
     def notices(self, samples: Sequence[Any], settings: Settings) -> tuple[str, ...]:
         """What must be said about the samples: here, that there are fewer of them than were asked for."""
         asked, found = self.limit(settings), len(samples)
-        return () if found >= asked else (f"{self.name}: {settings.text} has {found} samples, not {asked}",)
+        return () if found >= asked else (f"{self.name}: {settings.text} has {counted(found, 'sample')}, not {asked}",)
 
     def details(self, rows: Sequence[Row]) -> list[Table]:
         """More to show of all rows than their metrics."""

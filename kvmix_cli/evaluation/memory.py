@@ -11,7 +11,7 @@ from .. import budget
 from ..cache import MixedCache, cache_nbytes
 from ..losses import feed, prefill
 from ..texts import load_texts
-from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
+from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task, counted
 from .bootstrap import ratio
 from .feeding import attended, chunks
 from .peak import devices, watch
@@ -105,9 +105,8 @@ class Memory(Task):
         return metrics
 
     def describe(self, samples: Sequence[Sample], settings: Settings) -> str:
-        contexts = "1 context" if len(samples) == 1 else f"{len(samples)} contexts"
         return (
-            f"{contexts} of {settings.length} tokens, the last one of each decoded; "
+            f"{counted(len(samples), 'context')} of {settings.length} tokens, the last one of each decoded; "
             "compression is against 16 bits; the peak is above the model, with the prompt's activations"
         )
 

@@ -16,7 +16,7 @@ import torch
 from ..errors import EvaluationError, TextError
 from ..losses import feed, prefill
 from ..texts import load_texts
-from .base import Context, Estimate, Record, Sample, Settings, Subject, Task
+from .base import Context, Estimate, Record, Sample, Settings, Subject, Task, counted
 from .bootstrap import ratio
 from .facts import Question
 from .feeding import attended, encode
@@ -155,7 +155,8 @@ class Needles(Task):
         *others, last = (str(length) for length in self.lengths(settings))
         lengths = f"{', '.join(others)} and {last}" if others else last
         return (
-            f"{len(distances)} values in {len(samples)} exercises of {lengths} tokens of {self.content(settings)}, "
+            f"{counted(len(distances), 'value')} in {counted(len(samples), 'exercise')} of {lengths} tokens of "
+            f"{self.content(settings)}, "
             f"each assigned {min(distances)} to {max(distances)} tokens before it is asked for"
         )
 

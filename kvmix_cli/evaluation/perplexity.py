@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import EvaluationError
 from ..losses import document_loss
 from ..texts import describe_texts, is_one_document, load_texts
-from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task
+from .base import Estimate, Metric, Record, Sample, Settings, Subject, Task, counted
 from .bootstrap import ratio
 from .feeding import attended, chunks
 
@@ -70,10 +70,10 @@ class Perplexity(Task):
 
     def describe(self, samples: Sequence[Sample], settings: Settings) -> str:
         scored = sum(len(sample.ids) - settings.prefix - 1 for sample in samples)
-        parts = "consecutive parts" if is_one_document(settings.text) else "documents"
+        part = "consecutive part" if is_one_document(settings.text) else "document"
         source = describe_texts(settings.text, held_out=True)
         return (
-            f"{len(samples)} {parts} of {settings.length} tokens from {source}: {settings.prefix} prefilled, "
+            f"{counted(len(samples), part)} of {settings.length} tokens from {source}: {settings.prefix} prefilled, "
             f"then {scored} in all scored through the cache, {settings.step} at a time"
             + ("; compare with the unquantized row, not with one-pass figures" if source != settings.text else "")
         )

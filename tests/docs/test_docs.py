@@ -18,7 +18,7 @@ FOUR_LAYERS = ModelInfo(id="example/four-layers", layers=4, kv_heads=8, head_dim
 HUB = "meta-llama/Llama-2-7b"
 SHORTER = {
     "profile": ["--samples", "2", "--seq-len", "288"],
-    "eval": ["--limit", "1"],
+    "eval": ["--limit", "1", "--length", "640"],
     "demo": ["--samples", "1", "--limit", "1"],
 }
 """Added to the examples: the same work on less text."""

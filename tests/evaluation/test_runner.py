@@ -129,7 +129,7 @@ def test_fewer_samples_than_asked_for_are_mentioned():
         def samples(self, loaded, settings):
             return [Sample("only", (1,))]
 
-    assert run(Short(), TWO, limit=3).warnings == ("counting: builtin has 1 samples, not 3",)
+    assert run(Short(), TWO, limit=3).warnings == ("counting: builtin has 1 sample, not 3",)
     assert run(Short(), TWO, limit=1).warnings == ()
 
 

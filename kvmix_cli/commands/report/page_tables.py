@@ -83,7 +83,7 @@ def page_table(group: Group, looks: Mapping[LineKey, Look], chosen: Chosen, want
             cells = _bits_cells(line)
             for (measurement, metrics), bold in zip(chosen, best, strict=True):
                 cells += _cells(measurement, line, metrics, bold.get(line.key))
-            hint = line.label if line.widths is None else f"{line.label}: {line.widths}"
+            hint = line.label if line.widths in (None, line.label) else f"{line.label}: {line.widths}"
             rows.append(Row(line.label, hint, point(looks[line.key]), line.is_reference, cells))
     heads = [Head(measurement.title, 1 + len(metrics)) for measurement, metrics in chosen]
     columns = [column for _, metrics in chosen for column in _columns(metrics)]

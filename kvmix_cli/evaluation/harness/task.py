@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import EvaluationError
-from ..base import Estimate, Metric, Record, Settings, Subject, Task
+from ..base import Estimate, Metric, Record, Settings, Subject, Task, counted
 
 if TYPE_CHECKING:
     from ...models import LoadedModel
@@ -127,8 +127,9 @@ class HarnessTask(Task):
         documents = len({(request.task, request.document) for request in samples})
         shots = sorted({task.get_config("num_fewshot") or 0 for task in self._prepared.tasks["tasks"].values()})
         return (
-            f"{documents} documents of {self.name}, {'/'.join(map(str, shots))}-shot, asked and scored by lm-eval "
-            f"{_version()} in {len(samples)} requests, each answered through the cache"
+            f"{counted(documents, 'document')} of {self.name}, {'/'.join(map(str, shots))}-shot, "
+            f"asked and scored by lm-eval {_version()} in {counted(len(samples), 'request')}, "
+            "each answered through the cache"
         )
 
     def notices(self, samples: Sequence[Request], settings: Settings) -> tuple[str, ...]:
