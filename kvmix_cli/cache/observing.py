@@ -38,18 +38,18 @@ class Rows:
 
     Attributes:
         weights: `[B, H_kv, R, n]`, summed over the query heads of a group: a row a query, or one for all of them.
-        visible: `[B, 1, R, n]`, the queries of a row that could see a token.
+        visible: `[B, 1, R, n]`, the queries of a row that could see a token; None where nobody asked.
         is_sum: whether the one row is of many queries.
     """
 
     weights: Tensor
-    visible: Tensor
+    visible: Tensor | None
     is_sum: bool
 
     def last(self, count: int) -> Rows:
         """Of the last `count` tokens only."""
         first = self.weights.shape[3] - count
-        return Rows(self.weights[..., first:], self.visible[..., first:], self.is_sum)
+        return Rows(self.weights[..., first:], None if self.visible is None else self.visible[..., first:], self.is_sum)
 
 
 def probes(queries: int) -> tuple[list[int], list[float]]:
@@ -70,20 +70,15 @@ def rows_of(attention: Attention, keys: Tensor, tokens: int, extrapolate: bool) 
     """
     queries = attention.query.shape[2]
     chosen, stands_for = probes(queries)
-    rows = torch.tensor(chosen, device=keys.device)
-    tiles = [_tile(attention, keys, tokens, part) for part in rows.split(ROWS_AT_ONCE)]
-    is_sum = len(chosen) < queries
-    if is_sum:
-        factors = torch.tensor(stands_for if extrapolate else [1.0] * len(chosen), device=keys.device)
-        tiles = [
-            (_summed(weights, part), visible.sum(2, keepdim=True))
-            for (weights, visible), part in zip(tiles, factors.split(ROWS_AT_ONCE), strict=True)
-        ]
-        weights, visible = (sum(parts[1:], start=parts[0]) for parts in zip(*tiles, strict=True))
-    else:
-        weights, visible = (torch.cat(parts, dim=-2) for parts in zip(*tiles, strict=True))
-        weights = weights.sum(2)
-    return Rows(weights, visible, is_sum)
+    if len(chosen) == queries:
+        tiles = [_tile(attention, keys, tokens, None, not extrapolate)]
+        return Rows(tiles[0][0].sum(2), tiles[0][1], is_sum=False)
+    rows = torch.tensor(chosen, device=keys.device).split(ROWS_AT_ONCE)
+    factors = torch.tensor(stands_for if extrapolate else [1.0] * len(chosen), device=keys.device).split(ROWS_AT_ONCE)
+    tiles = [_tile(attention, keys, tokens, part, not extrapolate) for part in rows]
+    total = torch.stack([_summed(weights, part) for (weights, _), part in zip(tiles, factors, strict=True)]).sum(0)
+    visible = [visible.sum(2, keepdim=True) for _, visible in tiles if visible is not None]
+    return Rows(total, torch.stack(visible).sum(0) if visible else None, is_sum=True)
 
 
 def _summed(weights: Tensor, factors: Tensor) -> Tensor:
@@ -92,40 +87,53 @@ def _summed(weights: Tensor, factors: Tensor) -> Tensor:
     return every @ weights.flatten(2, 3)
 
 
-def _tile(attention: Attention, keys: Tensor, tokens: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `[B, H_kv, G, R, n]` and visibility `[B, 1, R, n]` of the given queries."""
-    batch, heads, queries, _ = attention.query.shape
-    kv_heads, count = keys.shape[1:3]
-    query = attention.query.index_select(2, rows).float() * attention.scaling
+def _tile(
+    attention: Attention, keys: Tensor, tokens: int, rows: Tensor | None, count: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weights `[B, H_kv, G, R, n]` of the given queries, or of all, and if asked for, visibility `[B, 1, R, n]`."""
+    batch, kv_heads, length = keys.shape[:3]
+    query = _at(attention.query, rows).float() * attention.scaling
     scores = query.reshape(batch, kv_heads, -1, query.shape[-1]) @ keys.float().transpose(-1, -2)
-    scores = scores.view(batch, heads, len(rows), count)
+    scores = scores.view(*query.shape[:3], length)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    scores, visible = _masked(scores, attention.mask, rows, queries, tokens)
+    seen = _seen(attention, tokens, length, rows)
+    if seen is not None:
+        scores = scores.masked_fill_(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
     if attention.logarithms is not None:
-        weights = scores.sub_(attention.logarithms.index_select(2, rows).float()[..., None]).exp_()
+        weights = scores.sub_(_at(attention.logarithms, rows).float()[..., None]).exp_()
     elif attention.sinks is not None:
-        logits = attention.sinks.float().view(1, -1, 1, 1).expand(batch, -1, len(rows), 1)
+        logits = attention.sinks.float().view(1, -1, 1, 1).expand(*query.shape[:3], 1)
         weights = torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     if attention.mask is not None:
-        weights = weights.masked_fill_(visible.amax(-1, keepdim=True) == 0, 0.0)  # queries that see nothing
-    return weights.unflatten(1, (kv_heads, -1)), visible
+        weights = weights.nan_to_num_(0.0)  # queries that see nothing
+    return weights.unflatten(1, (kv_heads, -1)), _counted(seen, scores) if count else None
 
 
-def _masked(scores: Tensor, mask: Tensor | None, rows: Tensor, queries: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Scores with what may not be attended at -inf, and `[B, 1, R, n]` of what may."""
-    count = scores.shape[3]
+def _at(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows of the third axis; all, if none are named."""
+    return x if rows is None else x.index_select(2, rows)
+
+
+def _seen(attention: Attention, tokens: int, count: int, rows: Tensor | None) -> Tensor | None:
+    """The mask `[B or 1, H or 1, R or 1, n or 1]` of the last `count` tokens; None if they are all seen."""
+    mask, queries = attention.mask, attention.query.shape[2]
     if mask is None:
-        places = torch.arange(tokens - count, tokens, device=scores.device)
-        seen = places <= (tokens - queries + rows)[:, None]
-        return scores.masked_fill_(~seen, -torch.inf), seen.float().expand(len(scores), 1, -1, -1)
-    mask = mask if mask.shape[-2] == 1 else mask.index_select(2, rows)
-    mask = mask if mask.shape[-1] == 1 else mask[..., tokens - count :]
-    if mask.dtype == torch.bool:
-        seen, scores = mask, scores.masked_fill_(~mask, -torch.inf)
-    else:
-        lowest = torch.finfo(mask.dtype).min
-        seen, scores = mask > lowest, scores + mask
-    return scores, seen[:, :1].float().expand(len(scores), 1, len(rows), count)
+        if queries == 1:
+            return None
+        device = attention.query.device
+        last = torch.arange(tokens - queries, tokens, device=device) if rows is None else tokens - queries + rows
+        return (torch.arange(tokens - count, tokens, device=device) <= last[:, None])[None, None]
+    mask = mask if mask.shape[2] == 1 else _at(mask, rows)
+    return mask if mask.shape[3] == 1 else mask[..., tokens - count :]
+
+
+def _counted(seen: Tensor | None, scores: Tensor) -> Tensor:
+    """What of the scores `[B, H, R, n]` is of a token that is seen, `[B, 1, R, n]`."""
+    batch, _, rows, count = scores.shape
+    if seen is None:
+        return scores.new_ones(batch, 1, rows, count)
+    visible = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min
+    return visible[:, :1].float().expand(batch, 1, rows, count)

@@ -43,7 +43,7 @@ class TokenSorter:
     def observe(self, rows: Rows) -> None:
         """Take in what queries give to the tokens of the tail."""
         self._attention.add(rows.weights, rows.is_sum)
-        if not self.score.extrapolates:
+        if rows.visible is not None:
             self._observers.add(rows.visible, rows.is_sum)
 
     def sort(self, keys: Tensor) -> Tensor:

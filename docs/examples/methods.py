@@ -1,0 +1,155 @@
+"""Plans of every method at 2.5, 3 and 4 stored bits, for heads of 64, to be measured side by side: see docs/methods.md.
+
+    python docs/examples/methods.py builtin:tiny plans/
+
+A method is given the most that fits a budget. What is searched over is the layer's own bits; shares and widths of tiers
+and runs are those of the table below.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvmix_cli.axes import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.errors import KvmixError
+from kvmix_cli.models import load_info
+from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
+
+BUDGETS = (2.5, 3.0, 4.0)
+SLACK = 0.005
+UNIFORM = [(k, v) for k in (8, 4, 3, 2, 1) for v in (8, 4, 3, 2, 1) if v <= k <= 2 * v]
+"""Keys and values of all layers, the widest first once they are sorted."""
+ROTATED = Transforms(k=(Rotate(),))
+WINDOW = {"page": 64, "sink": 4, "group_size": 64, "window": {"kind": "recent", "tokens": 64}}
+
+
+def tiers(score: str, share: float, bits: int, evict: float = 0.0, flush: int = 320) -> TokenPolicy:
+    """One tier of so many bits, or eviction with none."""
+    return TokenPolicy(
+        score=score, tiers=(Tier(share=share, k=bits, v=bits),) if share else (), evict=evict, flush=flush
+    )
+
+
+def runs(score: str, *bits: int) -> ChannelPolicy:
+    """Runs of 16 key channels each."""
+    return ChannelPolicy(score=score, runs=tuple(Run(channels=16, bits=each) for each in bits), refresh=0)
+
+
+METHODS: dict[str, dict[float, dict[str, Any]]] = {
+    "uniform": {budget: {} for budget in BUDGETS},
+    "rotate-k": {budget: {"transforms": ROTATED} for budget in BUDGETS},
+    "rotate-kv": {budget: {"transforms": Transforms(k=(Rotate(),), v=(Rotate(),))} for budget in BUDGETS},
+    "mikv": {
+        2.5: {"tokens": tiers("attention", 0.2, 3), "transforms": Transforms(k=(Balance(),))},
+        3.0: {"tokens": tiers("attention", 0.2, 4), "transforms": Transforms(k=(Balance(),))},
+        4.0: {"tokens": tiers("attention", 0.2, 8), "transforms": Transforms(k=(Balance(),))},
+    },
+    "mikv-rotate-k": {
+        2.5: {"tokens": tiers("attention", 0.2, 3), "transforms": ROTATED},
+        3.0: {"tokens": tiers("attention", 0.2, 4), "transforms": ROTATED},
+        4.0: {"tokens": tiers("attention", 0.2, 8), "transforms": ROTATED},
+    },
+    "recency": {
+        2.5: {"tokens": tiers("recency", 0.2, 3)},
+        3.0: {"tokens": tiers("recency", 0.2, 4)},
+        4.0: {"tokens": tiers("recency", 0.2, 8)},
+    },
+    "zipcache": {
+        2.5: {"tokens": tiers("normalised", 0.2, 3), "transforms": Transforms(v=(Balance(),))},
+        3.0: {"tokens": tiers("normalised", 0.2, 4), "transforms": Transforms(v=(Balance(),))},
+        4.0: {"tokens": tiers("normalised", 0.6, 4), "transforms": Transforms(v=(Balance(),))},
+    },
+    "h2o": {
+        2.5: {"tokens": tiers("attention", 0, 16, evict=0.85), "page": 16},
+        3.0: {"tokens": tiers("attention", 0, 16, evict=0.825, flush=640), "page": 16},
+        4.0: {"tokens": tiers("attention", 0, 16, evict=0.775, flush=640), "page": 16},
+    },
+    "evict-4bit": {
+        2.5: {"tokens": tiers("attention", 0, 16, evict=0.5, flush=640)},
+        3.0: {"tokens": tiers("attention", 0, 16, evict=0.4)},
+        4.0: {"tokens": tiers("attention", 0, 16, evict=0.2)},
+    },
+    "mixkvq": {
+        2.5: {"channels": runs("query-range", 3), "page": 128, "group_size": 128},
+        3.0: {"channels": runs("query-range", 4, 4)},
+        4.0: {"channels": runs("query-range", 8, 8)},
+    },
+    "range": {
+        2.5: {"channels": runs("range", 3), "page": 128, "group_size": 128},
+        3.0: {"channels": runs("range", 4, 4)},
+        4.0: {"channels": runs("range", 8, 8)},
+    },
+    "kitty": {
+        2.5: {"channels": runs("magnitude", 3), "page": 128, "group_size": 128},
+        3.0: {"channels": runs("magnitude", 4, 4)},
+        4.0: {"channels": runs("magnitude", 8, 8)},
+    },
+}
+OF_ONE_WIDTH = {"h2o": (16, 16), "evict-4bit": (4, 4)}
+LAYERED = {
+    "layers": {},
+    "layers-rotate-k": {"transforms": ROTATED},
+    "layers-mikv-rotate-k": {"tokens": tiers("attention", 0.2, 4), "transforms": ROTATED},
+    "layers-mixkvq": {"channels": runs("query-range", 4)},
+}
+"""On plans that `kvmix allocate` makes of the model's profile."""
+
+
+def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tuple[int, int]]) -> Plan | None:
+    """Of the uniform plans with these axes that fit a budget, the one with the most bits; None if there is none."""
+    cache = CacheSettings.model_validate({**CacheSettings.model_validate(WINDOW).model_dump(), **axes}, strict=False)
+    plans = [Plan.uniform(info, k, v, cache) for k, v in widths]
+    return max((plan for plan in plans if plan.bits.stored <= budget + SLACK), key=_bits, default=None)
+
+
+def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) -> Plan | None:
+    """The most that `kvmix allocate` can spend on layers for the whole to fit."""
+    for tenths in range(round(budget * 20), 39, -1):
+        plan = allocated(info, tenths / 20, folder)
+        if plan is not None:
+            cache = plan.cache.model_copy(update=axes)
+            whole = Plan.build(info, plan.layers, cache, plan.provenance)
+            if whole.bits.stored <= budget + SLACK:
+                return whole
+    return None
+
+
+def allocated(info: ModelInfo, stored: float, folder: Path) -> Plan | None:
+    """A plan of at most so many stored bits; None if there is none."""
+    path = folder / f"{stored:g}.yaml"
+    if not path.exists():
+        command = ["kvmix", "allocate", "--model", info.id, "--method", "ilp", "--stored-bits", f"{stored:g}"]
+        command += ["--group-size", "64", "--page", "64", "--window", "recent:64", "--out", str(path), "-q"]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            return None
+    return Plan.load(path)
+
+
+def _bits(plan: Plan) -> float:
+    return plan.bits.stored
+
+
+def main(model: str, out: Path) -> None:
+    """Write the plans."""
+    info = load_info(model)
+    for budget in BUDGETS:
+        found = {name: widest(info, budget, of[budget], _widths(name)) for name, of in METHODS.items()}
+        found |= {name: layered(info, budget, axes, out / "layers") for name, axes in LAYERED.items()}
+        for name, plan in found.items():
+            print(f"{budget:g} {name}: " + (f"{plan.short}, {plan.bits.stored:.3f} stored" if plan else "nothing fits"))
+            if plan is not None:
+                plan.save(out / f"{name}-{budget:g}.yaml", f"python docs/examples/methods.py {model} {out.name}")
+
+
+def _widths(method: str) -> list[tuple[int, int]]:
+    return [OF_ONE_WIDTH[method]] if method in OF_ONE_WIDTH else UNIFORM
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]))
+    except KvmixError as error:
+        sys.exit(str(error))
