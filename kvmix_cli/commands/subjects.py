@@ -54,9 +54,11 @@ class Named:
     def resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         """The plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
         plan = self._resolve(info, cache)
+        if not self.put_on:
+            return plan
         base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
         settings = with_presets(plan.cache, self.put_on, f"'{base}'")
-        return Plan.build(plan.model, plan.layers, settings, plan.provenance) if self.put_on else plan
+        return Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
 
     def _resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
         if self.plan is not None:
