@@ -143,7 +143,8 @@ def allocate(
     if method == FAMILY:
         if out is not None:
             raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
-        save_family(frontier(source, **chosen), name or FAMILY, command, context, batch)
+        family = name or "+".join([FAMILY, *(put_on or [])])
+        save_family(frontier(source, **chosen), family, command, context, batch)
         return
     name = name or "+".join([_default_name(method, settings.budget, preset, seed), *(put_on or [])])
     path = out or state.plan_path(source.model.id, name)
