@@ -18,15 +18,20 @@ RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("date", "machine", "isa", "threads", "torch", "op", "shape", "context", "name", "ms", "gb_per_s", "ratio")
 
 
-def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+def in_turns(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of each candidate. Each round runs all of them once, so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
