@@ -120,7 +120,7 @@ def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settin
     metrics = [metric for metric in task.metrics if any(metric.name in row.metrics for row in report.rows)]
     columns = ("plan", "nominal", "stored", "quantized", *(metric.name.replace("_", " ") for metric in metrics))
     table: list[Sequence[str]] = [columns, *(_cells(row, metrics) for row in report.rows)]
-    if len(columns) > MAX_COLUMNS:
+    if len(columns) > max(MAX_COLUMNS, len(table)):
         table = list(zip(*table, strict=True))
     console.table(f"{task.name} of {loaded.info.id}", table[0], table[1:], f"{report.description}\n")
     for each in task.details(report.rows):

@@ -8,6 +8,7 @@ from evaluating import Counting, tiny, uniform
 from kvmix_cli import evaluation, models
 from kvmix_cli.cache import MixedCache
 from kvmix_cli.errors import QuantizationError
+from kvmix_cli.evaluation.base import Estimate, Metric
 
 TINY = ("--model", "builtin:tiny", "--device", "cpu")
 SHORT = ("--length", 332, "--prefix", 300, "--limit", 2)
@@ -138,6 +139,17 @@ def test_a_row_that_cannot_be_measured_has_an_error_and_the_exit_code_says_so(mo
     assert "metrics" not in row
     assert "uniform-2 could not be measured: layer 3 keys" in result.stderr
     assert kvmix("eval", *TINY, *SHORT, "--uniform", 2, "--fail-if", "perplexity>+50%").exit_code == 3
+
+
+@pytest.mark.parametrize(("plans", "turned"), [(1, True), (12, False)])
+def test_a_table_of_many_numbers_is_turned_unless_there_are_more_plans(counting, monkeypatch, plans, turned):
+    names = [f"number_{index}" for index in range(8)]
+    counting.metrics = tuple(Metric(name, higher_is_better=True) for name in names)
+    monkeypatch.setattr(counting, "summarise", lambda records, reference, seed: dict.fromkeys(names, Estimate.exact(1)))
+    options = [option for seed in range(plans - 1) for option in ("--baseline", f"random-plan-{seed}")]
+    lines = kvmix("eval", *TINY, "--plan", "0-3:k4v2,4-7:k2v2", *options).stdout.splitlines()
+    assert any(line.startswith("number 7  ") for line in lines) == turned
+    assert sum(line.startswith(("0-3:k4v2", "random-plan")) for line in lines) == (0 if turned else plans)
 
 
 def test_a_run_that_read_nothing_quantized_warns_loudly(counting):

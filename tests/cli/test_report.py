@@ -382,6 +382,16 @@ def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypat
     assert any(line.startswith("score 11  ") and line.count("[1.25, 1.75]") == 3 for line in numbers)
 
 
+def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
+    plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
+    names = [f"score_{index}" for index in range(12)]
+    wide = Scripted("wide", tuple(Metric(name, True) for name in names), lambda name: dict.fromkeys(names, 1.5))
+    measured(Path("results"), wide, plans)
+    lines = kvmix("report").stdout.splitlines()
+    assert sum(line.startswith("plan 1") for line in lines) == 11
+    assert not any(line.startswith("score") for line in lines)
+
+
 def test_reporting_needs_no_torch(results):
     script = "import sys; from kvmix_cli.main import app; app(['report', '-q'], standalone_mode=False); "
     script += "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"

@@ -60,14 +60,12 @@ class _Block(NamedTuple):
 def group_tables(group: Group, wanted: str | None, width: int | None = None) -> list[Table]:
     """A group's table, in as many pieces as a width takes, each with whole measurements.
 
-    A measurement that is too wide even alone is turned: then its numbers are the rows.
+    A measurement that is too wide even alone is turned, if that is any narrower: then its numbers are the rows.
     """
     head = {line.key: [line.label, *bits(line)] for line in group.lines}
     blocks = [_block(group, measurement, wanted) for measurement in group.measurements]
     tables = [_table(group, head, piece) for piece in _pieces(head, blocks, width)]
-    return [
-        table if width is None or _width(table.columns, table.rows) <= width else _turned(table) for table in tables
-    ]
+    return [table if width is None else _narrow(table, width) for table in tables]
 
 
 def bits(line: Line) -> tuple[str, str]:
@@ -133,6 +131,12 @@ def _table(group: Group, head: dict[LineKey, list[str]], blocks: Sequence[_Block
         measured.append(MARKED)
     tasks = ", ".join(block.measurement.title for block in blocks)
     return Table(f"{tasks} of {group.title}", columns, rows, "".join(f"{line}\n" for line in measured))
+
+
+def _narrow(table: Table, width: int) -> Table:
+    """The table, or with its rows as columns if only that fits, or fits better."""
+    own, turned = (_width(each.columns, each.rows) for each in (table, _turned(table)))
+    return table if own <= max(width, turned) else _turned(table)
 
 
 def _turned(table: Table) -> Table:
