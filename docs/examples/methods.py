@@ -92,10 +92,11 @@ OF_ONE_WIDTH = {"h2o": (16, 16), "evict-4bit": (4, 4)}
 LAYERED = {
     "layers": {},
     "layers-rotate-k": {"transforms": ROTATED},
-    "layers-mikv-rotate-k": {"tokens": tiers("attention", 0.2, 4), "transforms": ROTATED},
+    "layers-mikv-rotate-k": {"tokens": tiers("attention", 0.2, 4, flush=640), "transforms": ROTATED},
     "layers-mixkvq": {"channels": runs("query-range", 4)},
+    "layers-kitty": {"channels": runs("magnitude", 4)},
 }
-"""On plans that `kvmix allocate` makes of the model's profile."""
+"""On plans that `kvmix allocate` makes of the model's profile, in pages of 128 and groups of 64, 32 or 128."""
 
 
 def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tuple[int, int]]) -> Plan | None:
@@ -107,8 +108,8 @@ def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tu
 
 def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) -> Plan | None:
     """The most that `kvmix allocate` can spend on layers for the whole to fit."""
-    for tenths in range(round(budget * 20), 39, -1):
-        plan = allocated(info, tenths / 20, folder)
+    for twentieths in range(round(budget * 20), 46, -1):
+        plan = allocated(info, twentieths / 20, folder)
         if plan is not None:
             cache = plan.cache.model_copy(update=axes)
             whole = Plan.build(info, plan.layers, cache, plan.provenance)
@@ -122,7 +123,7 @@ def allocated(info: ModelInfo, stored: float, folder: Path) -> Plan | None:
     path = folder / f"{stored:g}.yaml"
     if not path.exists():
         command = ["kvmix", "allocate", "--model", info.id, "--method", "ilp", "--stored-bits", f"{stored:g}"]
-        command += ["--group-size", "64", "--page", "64", "--window", "recent:64", "--out", str(path), "-q"]
+        command += ["--group-size", "64,32,128", "--page", "128", "--window", "recent:64", "--out", str(path), "-q"]
         if subprocess.run(command, check=False, capture_output=True).returncode:
             return None
     return Plan.load(path)
