@@ -214,6 +214,8 @@ def _unquantized(subject: Subject, row: Row, longer: str) -> list[str]:
     """A loud word on a row that has measured nothing; `longer` says how to get longer contexts."""
     if subject == Subject() or row.quantized_share > 0:
         return []
+    if subject.plan is not None and subject.plan.cache.tokens is not None and subject.plan.cache.tokens.evict:
+        return []  # its bits are what it drops
     if row.nominal_bits >= FULL_PRECISION_BITS:
         if subject.plan is None:
             return []

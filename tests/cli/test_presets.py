@@ -142,6 +142,11 @@ class TestMeasured:
         errors = {row["plan"]: row["metrics"]["prediction_error_percent"]["value"] for row in rows}
         assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.01), "but for a statistic of the decoded token"
 
+    def test_a_policy_that_only_evicts_is_not_told_that_it_quantizes_nothing(self):
+        result = kvmix("eval", *TINY, "--task", "memory", "--length", 300, "--limit", 1, "--preset", "h2o")
+        assert result.exit_code == 0
+        assert "NOTHING QUANTIZED" not in result.stderr
+
     def test_a_run(self):
         options = ("run", *TINY, "--prompt", PROMPT, "--max-new-tokens", 3)
         result = kvmix_json(*options, "--preset", "mikv+rotate-2")
