@@ -181,6 +181,21 @@ def test_every_plot_is_there_if_there_is_something_in_it(results):
         assert text in found.text or text in Path("results/report.html").read_text()
 
 
+def test_ticks_of_an_increase_have_a_sign_and_are_written_out():
+    ruined = {"perplexity": 1927.0, "perplexity_increase_percent": (19898.8, 13211.0, 27412.0)}
+    numbers = {
+        "unquantized": {"perplexity": 9.6},
+        "four": {"perplexity": 9.7, "perplexity_increase_percent": -0.5},
+        "two": ruined,
+    }
+    measured(Path("results"), perplexity(numbers))
+    kvmix("report")
+    text = Path("results/report.html").read_text()
+    assert ">+10,000<" in text
+    assert ">0<" in text
+    assert "e+" not in page().text
+
+
 def test_a_plot_without_data_is_not_there():
     measured(Path("results"), memory())
     kvmix("report")

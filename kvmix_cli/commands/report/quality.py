@@ -88,7 +88,7 @@ def quality_plot(
     dots = [
         Dot(
             name=line.label,
-            hint="\n".join((line.label, f"{_name(metric)} {cell(each, '')}", f"{cost.title} {cost.of[line.key]:.4g}")),
+            hint=f"{line.label}\n{_short(metric)} {cell(each, metric.unit)}\n{cost.title} {cost.of[line.key]:.4g}",
             look=looks[line.key],
             at=(x.scale.at(cost.of[line.key]), y.scale.at(each.value)),
             interval=(y.scale.at(each.low), y.scale.at(each.high)),
@@ -170,8 +170,12 @@ def _draw_names(drawing: Drawing, dots: Sequence[Dot], taken: list[Box], lines: 
 
 def _name(metric: Metric) -> str:
     """`perplexity increase in %`, not `perplexity increase percent in %`."""
-    name = column_name(metric).removesuffix(" percent")
-    return f"{name} in {metric.unit}" if metric.unit else name
+    return f"{_short(metric)} in {metric.unit}" if metric.unit else _short(metric)
+
+
+def _short(metric: Metric) -> str:
+    """`perplexity increase`."""
+    return column_name(metric).removesuffix(" percent")
 
 
 def _better(metric: Metric) -> str:
@@ -180,4 +184,4 @@ def _better(metric: Metric) -> str:
 
 def _ticks(metric: Metric) -> Formatter:
     """An increase has a sign."""
-    return (lambda number: f"{number:+.4g}" if number else "0") if metric.plans_only else tick_text
+    return (lambda number: f"{'+' if number > 0 else ''}{tick_text(number)}") if metric.plans_only else tick_text
