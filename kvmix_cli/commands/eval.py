@@ -44,8 +44,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Somebody else's cache beside ours: bf16, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}; "
-            "uniform-N, random-plan[-SEED]; repeatable.",
+            help="Somebody else's cache beside ours: bf16, fp8, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}, or "
+            "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
     ] = None,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens of a document, exercise or context.")] = 1024,

@@ -15,7 +15,7 @@ PLANS = ROOT / "profiles" / "builtin--tiny" / "plans"
 
 def run(folder, plan):
     bin_folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SAMPLES": "2"}
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SAMPLES": "1"}
     return subprocess.run(
         ["bash", str(GATE), str(plan)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
