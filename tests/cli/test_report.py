@@ -313,6 +313,25 @@ def test_what_is_unfinished_damaged_or_failed_is_said():
     assert "wrote" not in result.stderr
 
 
+def test_what_failed_half_way_has_no_heat_map():
+    task = recall()
+    usual = task.record
+
+    def record(subject, index):
+        if subject is TWO and index == 1:
+            raise EvaluationError("no memory is left")
+        return usual(subject, index)
+
+    task.record = record
+    measured(Path("results"), task)
+    assert kvmix("report").exit_code == 0
+    found = [attributes.get("aria-label", "") for tag, attributes in page().elements if tag == "svg"]
+    assert [label for label in found if label.startswith("recall of")] == [
+        "recall of unquantized by depth and distance (tokens)",
+        "recall of four by depth and distance (tokens)",
+    ]
+
+
 def test_runs_that_are_all_unfinished_are_listed():
     task = perplexity()
 

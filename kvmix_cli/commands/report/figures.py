@@ -127,11 +127,11 @@ def _costs(group: Group, measurement: Measurement, with_bytes: bool) -> Iterator
 def _read(
     group: Group, measurement: Measurement, read: Callable[[Sequence[Record]], T], faults: list[str]
 ) -> dict[Line, T]:
-    """What the records of every line say; those that are not of this task's kind are a fault."""
+    """What the records of every measured line say; those that are not of this task's kind are a fault."""
     found = {}
     for line in group.lines:
         row = measurement.row(line)
-        if row is not None and row.records:
+        if row is not None and row.error is None and row.records:
             try:
                 found[line] = read(row.records)
             except MALFORMED:
