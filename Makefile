@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -20,6 +20,7 @@ lint: $(STAMP)
 # On a machine with a GPU. Takes the Python it is given and installs nothing: kernels/README.md says what it needs.
 OUT ?= gpu-results
 gpu: export PYTHONPATH := .:kernels
+# Kernels as they are: one that is wrong shall fail here, not be left to PyTorch.
 gpu: export KVMIX_TRITON := 1
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/ops/test_triton_gpu.py
@@ -27,6 +28,13 @@ gpu:
 	$(PYTHON) kernels/bench/bench_attend_gpu.py --out $(OUT)
 	$(PYTHON) kernels/bench/bench_generate_gpu.py --out $(OUT)
 	$(PYTHON) kernels/bench/summary.py $(OUT)
+
+# The same scripts, small and without a GPU: nothing is timed.
+gpu-dry: export PYTHONPATH := .:kernels
+gpu-dry: $(STAMP)
+	$(BIN)/python kernels/bench/bench_quantize_gpu.py --dry-run
+	$(BIN)/python kernels/bench/bench_attend_gpu.py --dry-run --batches 1 --contexts 256
+	$(BIN)/python kernels/bench/bench_generate_gpu.py --dry-run --settings 400+8 --steps 2
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,33 +1,59 @@
-"""Timing on a GPU: medians of CUDA events, each candidate with a cold L2 cache, and what a plain copy reaches."""
+"""Timing on a GPU: medians of CUDA events, each candidate with a cold L2 cache, and what a plain copy reaches.
+
+With `--dry-run` a script runs small, without a GPU and in Triton's interpreter: it shows that all of it works, times
+nothing and saves nothing.
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import results
 import torch
+from kvmix_kernels import gpu as kernels
 
+DRY = "--dry-run" in sys.argv
+DEVICE = "cpu" if DRY else "cuda"
+if DRY:  # which Triton looks at when it is imported
+    os.environ.update(TRITON_INTERPRET="1", KVMIX_TRITON="1", KVMIX_NATIVE="0")
 L2_FLUSH_BYTES = 256 * 2**20
 COPY_BYTES = 4 * 2**30
 
 
-def require_gpu() -> None:
-    """Stop, in one line, where there is no CUDA device."""
-    if not torch.cuda.is_available():
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with those of every script on a GPU. Stops, in one line, where there is no CUDA device."""
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="folder to write results.csv to")
+    parser.add_argument("--dry-run", action="store_true", help="small, on a CPU, timing nothing")
+    options = parser.parse_args()
+    if DRY:
+        kernels.is_usable = lambda device: True  # type: ignore[assignment]
+        print("a dry run: no figure means anything")
+    elif not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
+    return options
+
+
+def name() -> str:
+    """Of the GPU."""
+    return "no GPU" if DRY else torch.cuda.get_device_name()
 
 
 def save(rows: list[dict[str, object]], folder: Path | None) -> None:
     """Append rows to the folder's results.csv, with GPU and versions; without a folder, nothing."""
-    if folder is None:
+    if folder is None or DRY:
         return
     import triton
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "machine": torch.cuda.get_device_name(),
+        "machine": name(),
         "isa": "sm_{}{}".format(*torch.cuda.get_device_capability()),
         "threads": "",
         "torch": f"{torch.__version__}, triton {triton.__version__}",
@@ -37,7 +63,11 @@ def save(rows: list[dict[str, object]], folder: Path | None) -> None:
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median milliseconds of each candidate. Each round runs all of them once, after emptying the L2 cache."""
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    if DRY:
+        for run in candidates.values():
+            run()
+        return dict.fromkeys(candidates, 1.0)
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, run in candidates.items():
@@ -54,6 +84,8 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """The same work as a CUDA graph, so that launches from Python are not what is measured."""
+    if DRY:
+        return run
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -64,8 +96,32 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 def copy_bandwidth() -> float:
     """GB/s, read and written, of a device-to-device copy."""
-    size = min(COPY_BYTES, torch.cuda.get_device_properties(0).total_memory // 8)
-    source = torch.empty(size, dtype=torch.int8, device="cuda")
+    size = 1024 if DRY else min(COPY_BYTES, total_memory() // 8)
+    source = torch.empty(size, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     ms = in_turns({"copy": lambda: target.copy_(source)}, rounds=10)["copy"]
     return 2 * size / ms / 1e6
+
+
+def total_memory() -> int:
+    """Bytes of the GPU's memory."""
+    return 2**40 if DRY else torch.cuda.get_device_properties(0).total_memory
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Give back what nobody holds any more, and count the peak of memory from here."""
+    gc.collect()
+    if not DRY:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """The most bytes that were allocated since `forget`."""
+    return 0 if DRY else torch.cuda.max_memory_allocated()

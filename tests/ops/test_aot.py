@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 import aot
 import torch
-from aot_cases import compile_attend, compile_quantize, lane_instructions_per_code, main_loop, segments
+from aot_cases import RUNS, compile_attend, compile_quantize, lane_instructions_per_code, main_loop, segments
 from kvmix_kernels.attend.triton import attend
 
 pytestmark = pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and cuobjdump are not in this triton")
@@ -13,6 +13,9 @@ pytestmark = pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and c
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 BUDGET = {2: 2.2, 3: 3.5, 4: 2.5}
 """Lane instructions per code, by bits; kernels/README.md has today's figures."""
+RUNS_BUDGET = {"16, 4 and 2": 3.0, "3 and 8": 4.4}
+SMALL_PAGES_BUDGET = 6.6
+SPILLS = ("STL", "LDL")
 CONVERSIONS = ("I2F", "I2FP", "F2I")
 
 
@@ -22,7 +25,8 @@ def check(kernel, capability):
     assert kernel.shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize(("capability", "bits"), [(90, 2), (90, 3), (90, 4), (80, 2)])
+@pytest.mark.parametrize("bits", BUDGET)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_packed_attention_is_as_cheap_as_it_was(capability, bits):
     kernel, merge = compile_attend(capability, bits, bits)
     check(kernel, capability)
@@ -30,6 +34,23 @@ def test_packed_attention_is_as_cheap_as_it_was(capability, bits):
     loop = main_loop(kernel)
     assert not any(loop[name] for name in CONVERSIONS), "codes are converted to numbers"
     assert lane_instructions_per_code(kernel) <= BUDGET[bits]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [(80, "16, 4 and 2"), (90, "16, 4 and 2"), (90, "3 and 8")])
+def test_keys_in_runs_of_channels_spill_nothing_in_the_loop(capability, runs):
+    kernel, _ = compile_attend(capability, RUNS[runs], 2)
+    assert kernel.shared <= SHARED_MEMORY[capability]
+    loop = main_loop(kernel)
+    assert not any(loop[name] for name in (*CONVERSIONS, *SPILLS))
+    assert lane_instructions_per_code(kernel) <= RUNS_BUDGET[runs]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_small_pages_are_read_together(capability):
+    kernel, _ = compile_attend(capability, 3, 4, group=32, page=32)
+    check(kernel, capability)
+    assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
+    assert lane_instructions_per_code(kernel, tokens=64) <= SMALL_PAGES_BUDGET
 
 
 def test_mixed_widths_compile_for_tensor_cores():

@@ -2,7 +2,7 @@
 
 with ahead_of_time(90) as compiled:
     attend(...)                     # on CPU tensors: nothing runs, the output is garbage
-compiled[0].name, compiled[0].registers, compiled[0].instructions_in_loop
+compiled[0].name, compiled[0].usage, list(compiled[0].loops())
 """
 
 import collections

@@ -60,6 +60,6 @@ def main_loop(kernel):
     return next(loop for loop in kernel.loops() if loop["HMMA"] or loop["HGMMA"])
 
 
-def lane_instructions_per_code(kernel, head_dim=128, page=PAGE):
-    """What the loop over packed pages issues, by the lane, for each code of keys and values."""
-    return sum(main_loop(kernel).values()) * LANES * kernel.warps / (2 * page * head_dim)
+def lane_instructions_per_code(kernel, head_dim=128, tokens=PAGE):
+    """What the loop over packed pages issues, by the lane, for each code of keys and values of so many tokens."""
+    return sum(main_loop(kernel).values()) * LANES * kernel.warps / (2 * tokens * head_dim)

@@ -62,6 +62,24 @@ def test_equals_dense_attention(
     assert relative_rms(got, dense_attention(query, *plain, **options)) < RMS
 
 
+@pytest.mark.parametrize(
+    ("page", "k_bits", "v_bits"), [(16, 1, 3), (16, 16, 2), (32, 3, 1), (32, 8, 4), (32, 2, 8), (32, 4, 16)]
+)
+def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_bits, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(shares, "TOKENS_PER_SPLIT", 5 * page)
+    k_pages, v_pages = 0 if k_bits == 16 else 7, 0 if v_bits == 16 else 6
+    tokens = 3 + 7 * page + 9
+    key, value = (
+        segments(kind, bits, 3, pages, tokens - 3 - pages * page, 64, page, 64, torch.bfloat16, batch=1)
+        for kind, bits, pages in (("key", k_bits, k_pages), ("value", v_bits, v_pages))
+    )
+    query = torch.randn(1, 2, 2, 64).bfloat16()
+    assert unsupported(query, key, value) is None
+    plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
+    assert relative_rms(attend(query, key, value, scaling=0.125)[0], dense_attention(query, *plain, 0.125)) < RMS
+
+
 @pytest.mark.parametrize("bits", [2, 16])
 def test_a_row_that_sees_nothing_is_zero(bits):
     key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32) for kind in ("key", "value"))

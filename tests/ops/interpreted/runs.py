@@ -51,7 +51,7 @@ def case(runs, pages, v_pages, queries, dtype, group, pages_per_order, sinks=3, 
     split=st.sampled_from([64, 1024]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_equals_dense_attention(
     runs, pages, queries, dtype, group, pages_per_order, sinks, masking, softcap, logits, split, seed
 ):

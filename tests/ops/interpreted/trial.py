@@ -21,7 +21,8 @@ def test_first_trials_pass():
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize(("form", "queries", "kinds"), [("full", 1, 1), ("sorted", 1, 1), ("tiers", 2, 3)])
-def test_every_form_has_its_trial(form, queries, kinds):
+def test_every_form_has_its_trial(form, queries, kinds, monkeypatch):
+    monkeypatch.setattr(attending, "KV_HEADS", 1)
     value = segments("value", 3, 3, 2, 5, 64, 64, 32, torch.bfloat16)
     states = torch.randn(2, 1, 128, 64).bfloat16()
     if form == "full":

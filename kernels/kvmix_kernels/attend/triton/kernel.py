@@ -224,14 +224,14 @@ def over_pages_of_order(
             running = add_page_values(running, decay, weights, scales, words, V)
         else:
             WIDTH: tl.constexpr = min(CHUNK, TILE)
-            parts, bases = (), ()
+            parts, firsts = (), ()
             for i in tl.static_range(len(weights)):
                 parts = parts + cut(weights[i], WIDTH)
             for i in tl.static_range(len(parts)):
-                start = task.sinks + nth_of(page, last, i * WIDTH // PAGE) * PAGE + i * WIDTH % PAGE
-                bases = bases + (in_tail(task.value, start - task.value_tail)[0],)
-            stride, all_tokens = task.value.tail_strides[2], tl.arange(0, WIDTH) >= 0
-            running = add_token_values(running, decay, parts, bases, stride, all_tokens, GROUP, VALUE_DIM, True)
+                firsts = firsts + ((nth_of(page, last, i * WIDTH // PAGE) - page) * PAGE + i * WIDTH % PAGE,)
+            values = in_tail(task.value, task.sinks + page * PAGE - task.value_tail)
+            all_tokens = tl.arange(0, WIDTH) >= 0
+            running = add_token_values(running, decay, parts, values, firsts, all_tokens, GROUP, VALUE_DIM, True)
     return running
 
 
@@ -274,8 +274,8 @@ def over_tiles(
         products = token_products(query, keys, token < limit, HEAD_DIM, False)
         scores = (score(products, token, limit, task.scoring, MASK, SOFTCAP, False),)
         running, decay, weights = weigh(running, scores)
-        base, stride = in_sink_or_tail(task.value, is_sink, start, task.value_tail)
-        running = add_token_values(running, decay, weights, (base,), stride, token < limit, GROUP, VALUE_DIM, False)
+        values = in_sink_or_tail(task.value, is_sink, start, task.value_tail)
+        running = add_token_values(running, decay, weights, values, (0,), token < limit, GROUP, VALUE_DIM, False)
     return running
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...pages import Channels, Packed, Plain
 from ...segments import Segments
 from ...tiers import Tiers
-from ..parts import parts_of
+from ..parts import Part, parts_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_PAGE = 16
@@ -19,8 +19,13 @@ MOST_RUNS = 4
 
 def unsupported(query: Tensor, key: Segments, value: Segments) -> str | None:
     """What the kernels cannot take of these, for a warning; None if they take all."""
-    parts = parts_of(query[:, :, -1:], key, value, None)
+    parts = unmasked_parts(query, key, value)
     return next((reason for part in parts if (reason := _unsupported(query, part.key, part.value))), None)
+
+
+def unmasked_parts(query: Tensor, key: Segments, value: Segments) -> list[Part]:
+    """Keys and values as parts, without the masks and what it costs to make them."""
+    return parts_of(query[:, :, -1:] if isinstance(key.packed, Tiers) else query, key, value, None)
 
 
 def runs_of(packed: Packed | Channels | Tiers | None) -> tuple[Packed | Plain, ...]:
@@ -33,11 +38,12 @@ def runs_of(packed: Packed | Channels | Tiers | None) -> tuple[Packed | Plain, .
 
 
 def _unsupported(query: Tensor, key: Segments, value: Segments) -> str | None:
-    tensors = (query, key.tail, value.tail)
-    if any(x.dtype not in DTYPES or x.stride(3) != 1 for x in tensors):
-        return f"{query.dtype} queries over {key.tail.dtype} keys".replace("torch.", "")
-    if any(x.shape[3] > MOST_CHANNELS or x.shape[3] % 16 for x in tensors):
-        return f"heads of {key.shape[3]} and {value.shape[3]} channels"
+    for tensor in (query, key.tail, value.tail):
+        channels = tensor.shape[3]
+        if tensor.dtype not in DTYPES or tensor.stride(3) != 1:
+            return f"{query.dtype} queries over {key.tail.dtype} keys".replace("torch.", "")
+        if channels > MOST_CHANNELS or channels % 16:
+            return f"heads of {key.shape[3]} and {value.shape[3]} channels"
     if isinstance(value.packed, Channels):
         return "values in runs of channels"
     runs = [*runs_of(key.packed), *runs_of(value.packed)]

@@ -100,14 +100,14 @@ def contract(x, words, group, total, LAYOUT: tl.constexpr, STEP: tl.constexpr):
     for part in tl.static_range(max(1, PADDED // STEP)):
         at = (part * STEP + tl.arange(0, STEP)) % PADDED
         row = at % WORDS if stack_of(LAYOUT) > 1 else at
-        page = page_at(words, at, LAYOUT)
+        page = page_at(words, at[None, :], LAYOUT)
         inside = is_column[:, None] & (row < WORDS)[None, :]
-        low = load((page + row * COLUMNS)[None, :] + column[:, None], inside, WHOLE)
+        low = load(page + row[None, :] * COLUMNS + column[:, None], inside, WHOLE)
         high = low
         if size_of(LAYOUT, "bits") == 3:
             # The high bits of word rows r and r + SIXTEENTH share a word, those of the second one bit further up.
-            above = page + (WORDS + row % SIXTEENTH) * COLUMNS
-            high = load(above[None, :] + column[:, None], inside, WHOLE)
+            above = WORDS + row % SIXTEENTH
+            high = load(page + above[None, :] * COLUMNS + column[:, None], inside, WHOLE)
             high = (high >> (row >= SIXTEENTH).to(tl.int16)[None, :]).to(tl.int16)
         for field in tl.static_range(0, fields_of(LAYOUT), share_of(LAYOUT, STEP)):
             number = decode(low, high, field, LAYOUT, STEP)

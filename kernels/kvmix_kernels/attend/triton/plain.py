@@ -41,15 +41,16 @@ def add_channel_products(products, query, keys, first, CHANNELS: tl.constexpr, P
 
 @triton.jit
 def add_token_values(
-    running, decay, weights, bases, stride, is_token, GROUP: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr
+    running, decay, weights, values, firsts, is_token, GROUP: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Weighted values of runs of tokens, as of keys above, added to the decayed sums.
 
     Args:
         weights: a tuple of `[N, M]`.
-        bases: where each of the runs begins.
+        firsts: the first token of each of them, counted from where `values` begin.
         is_token: `[N]`, the same for each of them.
     """
+    base, stride = values
     WIDTH: tl.constexpr = triton.next_power_of_2(GROUP)
     N: tl.constexpr = weights[0].shape[0]
     within, token = tl.arange(0, WIDTH), tl.arange(0, N)
@@ -59,7 +60,7 @@ def add_token_values(
         channel = group * GROUP + within
         inside = ((within < GROUP) & (channel < DIM))[:, None] & is_token[None, :]
         for i in tl.static_range(len(weights)):
-            at = bases[i] + token[None, :] * stride + channel[:, None]
+            at = base + (token + firsts[i])[None, :] * stride + channel[:, None]
             part = load(at, inside, WHOLE and WIDTH == GROUP and DIM % WIDTH == 0)
             total = dot(part, round_to(weights[i], part.dtype), total)
         sums = sums + (total,)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 import triton
@@ -17,9 +16,8 @@ from ...pages import Channels, Packed, Plain
 from ...quantize.naive import quantize
 from ...segments import Segments
 from .. import naive
-from ..parts import parts_of
 from .launch import attend
-from .limits import runs_of
+from .limits import runs_of, unmasked_parts
 
 LIMIT = 5e-3
 """Relative RMS error, as in the tests."""
@@ -29,8 +27,7 @@ SINKS, PAGES, TAIL = 3, 3, 20
 MOST_QUERIES = 16
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of attention: what is compiled by itself.
 
     Attributes:
@@ -87,7 +84,7 @@ def _kinds(query: Tensor, key: Segments, value: Segments, mask: Tensor | None, s
     """The kinds of attention that the parts of this are."""
     queries = min(MOST_QUERIES, triton.next_power_of_2(query.shape[2]))
     masking = None if mask is None else mask.dtype
-    for index, part in enumerate(parts_of(query[:, :, -1:], key, value, None)):
+    for index, part in enumerate(unmasked_parts(query, key, value)):
         keys, values = runs_of(part.key.packed), runs_of(part.value.packed)
         yield Kind(
             query.device,
