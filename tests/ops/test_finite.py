@@ -1,5 +1,7 @@
 """What is known of scales that are not finite, and when: at once on a CPU, with the copy that has arrived on a GPU."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from kvmix_kernels import PageLayout
@@ -83,6 +85,13 @@ def test_what_is_found_while_a_copy_is_on_its_way_is_not_lost(copy):
     copy.pass_()
     assert watch.is_bad()
     assert copy.waited == 0
+
+
+def test_a_copy_knows_everything(copy):
+    watch = FiniteWatch()
+    watch.watch(BAD)
+    assert deepcopy(watch).is_bad()
+    assert not deepcopy(FiniteWatch()).is_bad()
 
 
 def test_whoever_must_know_waits(copy):

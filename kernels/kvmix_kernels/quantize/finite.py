@@ -45,6 +45,10 @@ class FiniteWatch:
             self._event = None
         return self._is_bad
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy knows everything: an event has none."""
+        return {**vars(FiniteWatch()), "_is_bad": self.is_bad(wait=True)}
+
 
 def _answers_at_once(device: torch.device) -> bool:
     """Whether looking at a tensor there waits for nothing."""
