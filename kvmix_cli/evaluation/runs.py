@@ -28,6 +28,8 @@ FORMAT = "kvmix-run/1"
 MAX_NAME = 80
 CONFIG, SAMPLES, METRICS, LOCK = "config.yaml", "samples.jsonl", "metrics.json", ".lock"
 SECONDS = "seconds"
+ORIGIN = ("finished", "machine")
+"""Of a row: when and where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,17 @@ class Run:
         self.seconds += seconds
 
     def finish(self, row: dict[str, Any]) -> None:
-        """Write the row. Raises OutputError."""
-        write_text(self.metrics, json.dumps(row, indent=2, allow_nan=False) + "\n")
+        """Write the row; if nothing was measured for it now, when and where it was stays. Raises OutputError."""
+        write_text(self.metrics, json.dumps({**row, **self._origin()}, indent=2, allow_nan=False) + "\n")
+
+    def _origin(self) -> dict[str, Any]:
+        """When and where a row that is there already was measured; nothing if it failed, or if it cannot be read."""
+        try:
+            row = json.loads(self.metrics.read_bytes(), parse_constant=refuse_constant)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        is_whole = isinstance(row, dict) and "metrics" in row
+        return {name: row[name] for name in ORIGIN if name in row} if is_whole else {}
 
     def _forget_row(self) -> None:
         """A row of fewer samples, such as that of a run that failed, is not one of this run."""

@@ -138,6 +138,20 @@ def test_a_line_that_a_kill_cut_short_is_measured_again(tmp_path):
     assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
 
 
+def test_a_row_that_is_only_read_again_keeps_its_date_and_its_machine(tmp_path):
+    run(tmp_path)
+    folder = tmp_path / "counting__builtin--tiny__two"
+    row = json.loads((folder / "metrics.json").read_text())
+    old = {"finished": "2020-02-02T00:00:00+00:00", "machine": {"device": "an older one"}}
+    (folder / "metrics.json").write_text(json.dumps({**row, **old}))
+    run(tmp_path, resume=True)
+    assert json.loads((folder / "metrics.json").read_text()) == {**row, **old}
+    (folder / "samples.jsonl").write_bytes((folder / "samples.jsonl").read_bytes()[:-9])
+    run(tmp_path, resume=True)
+    again = json.loads((folder / "metrics.json").read_text())
+    assert (again["machine"], again["finished"] > row["finished"][:10]) == (row["machine"], True)
+
+
 def test_what_two_runs_left_in_one_folder_is_an_error_and_not_a_number(tmp_path):
     run(tmp_path)
     path = tmp_path / "counting__builtin--tiny__two" / "samples.jsonl"
