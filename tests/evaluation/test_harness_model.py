@@ -374,6 +374,13 @@ def test_lm_eval_finds_the_model_by_its_name_and_its_plan_in_a_file(folder, tmp_
     assert results["config"]["quantized_share"] > 0.5
 
 
+def test_the_device_that_lm_evals_command_asks_for_by_itself_is_taken_if_it_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert KvmixLM("builtin:tiny", device="cuda:0").loaded.device.type == "cpu"
+    with pytest.raises(ModelError, match="no device 'cuda:1' here"):
+        KvmixLM("builtin:tiny", device="cuda:1")
+
+
 def test_lm_eval_is_told_if_nothing_quantized_was_read(folder, caplog):
     results = asked(folder, "kvmix", ["local_choose"], model_args="pretrained=builtin:tiny,plan=0-7:k2v2,device=cpu")
     assert results["config"]["quantized_share"] == 0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 STEP = 32
+THEIR_DEVICE = "cuda:0"
+"""What lm-eval's own command asks for unless it is told otherwise; without a GPU its model `hf` takes what there is."""
 
 logger = logging.getLogger("lm_eval.kvmix")
 
@@ -74,6 +77,8 @@ class KvmixLM(HFLM):
         seed: int = 0,
     ) -> None:
         if isinstance(pretrained, str):
+            if device == THEIR_DEVICE and not torch.cuda.is_available():
+                device = "auto"
             pretrained = load_model(
                 pretrained, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
