@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and c
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 BUDGET = {2: 2.2, 3: 3.5, 4: 2.5}
 """Lane instructions per code, by bits; kernels/README.md has today's figures."""
-RUNS_BUDGET = {"16, 4 and 2": 3.0, "3 and 8": 4.4}
+RUNS_BUDGET = {"16, 4 and 2": 3.1, "3 and 8": 4.4}
 SMALL_PAGES_BUDGET = 6.6
 SPILLS = ("STL", "LDL")
 CONVERSIONS = ("I2F", "I2FP", "F2I")

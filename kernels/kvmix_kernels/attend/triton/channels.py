@@ -20,6 +20,12 @@ def is_packed(run):
 
 
 @triton.constexpr_function
+def run_of(index, runs):
+    """One of the runs. (In Triton 3.6, what is taken out of a constant is none.)"""
+    return runs[index]
+
+
+@triton.constexpr_function
 def first_of(index, runs):
     """The place of a run's first channel."""
     return sum(run if isinstance(run, int) else run.rows for run in runs[:index])
@@ -33,10 +39,10 @@ def chunk_of(runs, otherwise):
 
 @triton.jit
 def load_query(rows, factor, order, RUNS: tl.constexpr):
-    """Query rows times a factor, a tuple of every run's `[channels, M]`; `order` is a pointer, or None."""
+    """Query rows times a factor, a tuple of every run's `[channels, M]`; `order` is a tuple of a pointer, or empty."""
     queries = ()
     for i in tl.static_range(len(RUNS)):
-        queries = queries + (_load_run(rows, factor, order, first_of(i, RUNS), RUNS[i]),)
+        queries = queries + (_load_run(rows, factor, order, first_of(i, RUNS), run_of(i, RUNS)),)
     return queries
 
 
@@ -46,11 +52,11 @@ def run_products(queries, runs, page, chunk, RUNS: tl.constexpr, CHUNK: tl.const
     products = tl.zeros([CHUNK, queries[0].shape[1]], tl.float32)
     for i in tl.static_range(len(RUNS)):
         words, scales = of_pages(runs[i], page, page)
-        if is_packed(RUNS[i]):
-            products = add_page_products(products, queries[i], scales, words, chunk, RUNS[i])
+        if is_packed(run_of(i, RUNS)):
+            products = add_page_products(products, queries[i], scales, words, chunk, run_of(i, RUNS))
         else:
             keys = words.pointer + words.page * words.stride
-            products = add_channel_products(products, queries[i], keys, chunk * CHUNK, RUNS[i], PAGE)
+            products = add_channel_products(products, queries[i], keys, chunk * CHUNK, run_of(i, RUNS), PAGE)
     return products
 
 
@@ -61,8 +67,8 @@ def _load_run(rows, factor, order, FIRST: tl.constexpr, RUN: tl.constexpr):
     else:
         place = tl.arange(0, padded_channels(RUN))
         is_place = place < RUN
-    if order is None:
+    if len(order) == 0:
         return load_rows(rows, factor, FIRST + place, is_place)
     else:
-        channel = tl.load(order + FIRST + place, mask=is_place, other=0).to(tl.int32)
+        channel = tl.load(order[0] + FIRST + place, mask=is_place, other=0).to(tl.int32)
         return load_rows(rows, factor, channel, is_place)

@@ -162,9 +162,10 @@ def over_pages(
     STAGES: tl.constexpr,
 ):
     """Attend to pages `[first, last)`, of which keys or values or both are packed."""
-    if K_PACKED and task.key.order is not None:
+    if K_PACKED and len(task.key.order) > 0:
         for number in tl.range(first // task.pages_per_order, tl.cdiv(last, task.pages_per_order)):
-            query = load_query(task.rows, task.factor, task.key.order + number * task.key.order_strides[2], K)
+            order = task.key.order[0] + number * task.key.order_strides[2]
+            query = load_query(task.rows, task.factor, (order,), K)
             begin = tl.maximum(first, number * task.pages_per_order)
             end = tl.minimum(last, (number + 1) * task.pages_per_order)
             running = over_pages_of_order(
@@ -174,7 +175,7 @@ def over_pages(
         return running
     else:
         if K_PACKED:
-            query = load_query(task.rows, task.factor, None, K)
+            query = load_query(task.rows, task.factor, (), K)
         else:
             query = (load_whole_query(task, HEAD_DIM),)
         return over_pages_of_order(

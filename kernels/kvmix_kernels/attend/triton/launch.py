@@ -154,7 +154,7 @@ def _runs(tensor: Segments) -> tuple[PageLayout | int, ...] | None:
 def _side(tensor: Segments) -> Side:
     """Pointers and strides."""
     sink = tensor.tail if tensor.sink is None else tensor.sink
-    order = tensor.packed.order if isinstance(tensor.packed, Channels) else None
+    order = (tensor.packed.order,) if isinstance(tensor.packed, Channels) else ()
     runs = []
     for run in runs_of(tensor.packed):
         parts = (run.words, run.scales) if isinstance(run, Packed) else (run.states, run.states)
@@ -164,7 +164,7 @@ def _side(tensor: Segments) -> Side:
         sink.stride()[:3],
         tuple(runs),
         order,
-        None if order is None else order.stride()[:3],
+        tuple(stride for each in order for stride in each.stride()[:3]),
         tensor.tail,
         tensor.tail.stride()[:3],
     )

@@ -23,8 +23,8 @@ class Run(NamedTuple):
 class Side(NamedTuple):
     """Keys or values: pointers, each with its strides over batch rows, heads, and tokens or orders.
 
-    Without a sink of their own, `sink` is the tail, which then begins with the first token. `order` is None where
-    channels are not sorted.
+    Without a sink of their own, `sink` is the tail, which then begins with the first token. Runs of pages are a tuple,
+    and so is `order`: it is empty where channels are not sorted.
     """
 
     sink: Any
@@ -69,9 +69,9 @@ def of_head(side, batch, head):
         words += batch * words_strides[0] + head * words_strides[1]
         scales += batch * scales_strides[0] + head * scales_strides[1]
         runs = runs + (Run(words, words_strides, scales, scales_strides),)
-    order = side.order
-    if order is not None:
-        order += batch * side.order_strides[0] + head * side.order_strides[1]
+    order = ()
+    for i in tl.static_range(len(side.order)):
+        order = order + (side.order[i] + batch * side.order_strides[0] + head * side.order_strides[1],)
     return Side(
         side.sink + batch * side.sink_strides[0] + head * side.sink_strides[1],
         side.sink_strides,
@@ -86,9 +86,9 @@ def of_head(side, batch, head):
 @triton.jit
 def of_pages(run, page, last):
     """Words and scales of the pages from `page` on, of which `last` is the last."""
+    words, words_strides, scales, scales_strides = run  # a tuple's elements have no names in Triton 3.6
     page, last = tl.cast(page, tl.int64), tl.cast(last, tl.int64)
-    words = Pages(run.words, run.words_strides[2], page, last)
-    return words, Pages(run.scales, run.scales_strides[2], page, last)
+    return Pages(words, words_strides[2], page, last), Pages(scales, scales_strides[2], page, last)
 
 
 @triton.jit
