@@ -9,7 +9,6 @@ import typer
 
 from .. import console, state
 from ..errors import KvmixError, StateError
-from ..preset import presets
 from . import options
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ def inspect(
 
 def _path(given: Path, model: str | None) -> Path:
     """A file, or the plan or preset of that name. Raises StateError if there is none."""
+    from ..preset import presets
+
     if given.exists() or given.suffix in (".yaml", ".yml"):
         return given
     try:
