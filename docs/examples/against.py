@@ -2,8 +2,8 @@
 
     python docs/examples/against.py results/perplexity__builtin--tiny__a results/perplexity__builtin--tiny__b
 
-Of two runs of `kvmix eval --task perplexity`: nats a token, negative where the first is better. Of two of `recall`: values
-recalled, positive where the first is better.
+Of two runs of `kvmix eval --task perplexity`: nats a token, negative where the first is better. Of two of `recall`:
+values recalled in an exercise, positive where the first is better.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _records(run: Path) -> list[dict]:
 
 
 def _sum(record: dict) -> float:
-    return record["nll"] if "nll" in record else record["exact"]
+    return record["nll"] if "nll" in record else record["recalled"]
 
 
 if __name__ == "__main__":
