@@ -4,13 +4,23 @@ A run is a layout, or the number of its channels where those are in full precisi
 so products are sums over the runs.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
+from ...layout import PageLayout
 from .pages import add_page_products, row_of
 from .plain import add_channel_products, padded_channels
 from .segments import load_rows, of_pages
 from .steps import places_of
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs, as one constant: not every Triton keeps a tuple of them one."""
+
+    each: tuple[PageLayout | int, ...]
 
 
 @triton.constexpr_function
@@ -20,28 +30,34 @@ def is_packed(run):
 
 
 @triton.constexpr_function
+def count_of(runs):
+    """How many there are."""
+    return len(runs.each)
+
+
+@triton.constexpr_function
 def run_of(index, runs):
-    """One of the runs. (In Triton 3.6, what is taken out of a constant is none.)"""
-    return runs[index]
+    """One of them."""
+    return runs.each[index]
 
 
 @triton.constexpr_function
 def first_of(index, runs):
     """The place of a run's first channel."""
-    return sum(run if isinstance(run, int) else run.rows for run in runs[:index])
+    return sum(run if isinstance(run, int) else run.rows for run in runs.each[:index])
 
 
 @triton.constexpr_function
 def chunk_of(runs, otherwise):
     """Tokens of which products are taken together: a group, if there are any."""
-    return next((run.group for run in runs if not isinstance(run, int)), otherwise)
+    return next((run.group for run in runs.each if not isinstance(run, int)), otherwise)
 
 
 @triton.jit
 def load_query(rows, factor, order, RUNS: tl.constexpr):
     """Query rows times a factor, a tuple of every run's `[channels, M]`; `order` is a tuple of a pointer, or empty."""
     queries = ()
-    for i in tl.static_range(len(RUNS)):
+    for i in tl.static_range(count_of(RUNS)):
         queries = queries + (_load_run(rows, factor, order, first_of(i, RUNS), run_of(i, RUNS)),)
     return queries
 
@@ -50,7 +66,7 @@ def load_query(rows, factor, order, RUNS: tl.constexpr):
 def run_products(queries, runs, page, chunk, RUNS: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr):
     """Query rows, as `load_query` makes them, times the keys of a chunk of a page's tokens: `[CHUNK, M]`."""
     products = tl.zeros([CHUNK, queries[0].shape[1]], tl.float32)
-    for i in tl.static_range(len(RUNS)):
+    for i in tl.static_range(count_of(RUNS)):
         words, scales = of_pages(runs[i], page, page)
         if is_packed(run_of(i, RUNS)):
             products = add_page_products(products, queries[i], scales, words, chunk, run_of(i, RUNS))

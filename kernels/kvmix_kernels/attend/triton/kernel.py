@@ -83,7 +83,7 @@ def attend_kernel(
 ):
     """Arguments are prepared by `launch.py`.
 
-    `K` is a tuple of runs (`channels.py`) and `V` a layout, or None where nothing is packed. Of all `splits`, this
+    `K` are runs (`channels.py`) and `V` is a layout, or None where nothing is packed. Of all `splits`, this
     launch has those from `first_split` on: first the pages, then the tiles.
     """
     head, split = tl.program_id(0), tl.program_id(1)

@@ -10,6 +10,7 @@ from ...layout import PageLayout
 from ...pages import Channels, Packed
 from ...segments import Segments
 from ..parts import Part, parts_of
+from .channels import Runs
 from .kernel import attend_kernel
 from .limits import runs_of
 from .merge import merge_kernel
@@ -94,7 +95,7 @@ def _launch(
     per_row = query if mask is None else mask.expand(batch, heads, queries, tokens)
     if per_row.dtype == torch.bool:
         per_row = per_row.view(torch.uint8)
-    runs, value_layout = _runs(key), next(iter(_runs(value) or ()), None)
+    runs, value_layout = _runs(key), next(iter(_runs(value)), None)
     attend_kernel[(batch * kv_heads, shares.splits, triton.cdiv(ratio * queries, block))](
         query,
         query.stride()[:3],
@@ -118,7 +119,7 @@ def _launch(
         shares.packed_splits,
         shares.pages_per_split,
         shares.tiles_per_split,
-        K=runs,
+        K=Runs(runs) if runs else None,
         V=value_layout,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
@@ -129,7 +130,7 @@ def _launch(
         SOFTCAP=softcap is not None,
         BLOCK=block,
         STAGES=2 if is_large else 3,
-        num_warps=_warps(block, max(head_dim, value_dim), (*(runs or ()), value_layout)),
+        num_warps=_warps(block, max(head_dim, value_dim), (*runs, value_layout)),
     )
 
 
@@ -145,10 +146,9 @@ def _kind(mask: Tensor | None, queries: int) -> int:
     return BOOLEAN.value if mask.dtype == torch.bool else ADDITIVE.value
 
 
-def _runs(tensor: Segments) -> tuple[PageLayout | int, ...] | None:
-    """What is packed, as the kernel's constant."""
-    runs = runs_of(tensor.packed)
-    return tuple(run.layout if isinstance(run, Packed) else run.width for run in runs) or None
+def _runs(tensor: Segments) -> tuple[PageLayout | int, ...]:
+    """What is packed: layouts, and numbers of channels in full precision."""
+    return tuple(run.layout if isinstance(run, Packed) else run.width for run in runs_of(tensor.packed))
 
 
 def _side(tensor: Segments) -> Side:
