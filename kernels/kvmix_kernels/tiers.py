@@ -42,9 +42,10 @@ class Tiers:
         return sum(held.tokens for held in self.held if not isinstance(held, Tensor))
 
     def places(self, tier: int) -> Tensor:
-        """Where the tokens of a tier stand, `[B, H_kv, n]`, counted from the first token of all tiers."""
-        every = torch.arange(self.tokens, device=self.tier.device).expand_as(self.tier)
-        return every[self.tier == tier].view(*self.tier.shape[:2], -1)
+        """Where the tokens of a tier, or the evicted ones, stand, `[B, H_kv, n]`, counted from the first token of all tiers."""
+        elsewhere = (self.tier != tier).byte()  # sorted, not picked: a GPU then need not say how many there are
+        there = self.tokens - self.kept if tier == EVICTED else count(self.held[tier])
+        return elsewhere.argsort(stable=True)[..., :there]
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Tokens `[start, stop)`, dequantized: `[B, H_kv, stop - start, D]`. Touches all of them.
