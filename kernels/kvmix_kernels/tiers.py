@@ -42,7 +42,7 @@ class Tiers:
         return sum(held.tokens for held in self.held if not isinstance(held, Tensor))
 
     def places(self, tier: int) -> Tensor:
-        """Where the tokens of a tier, or the evicted ones, stand, `[B, H_kv, n]`, counted from the first token of all tiers."""
+        """Where the tokens of a tier (or those evicted) stand, `[B, H_kv, n]`, counted from the first of all tiers."""
         elsewhere = (self.tier != tier).byte()  # sorted, not picked: a GPU then need not say how many there are
         there = self.tokens - self.kept if tier == EVICTED else count(self.held[tier])
         return elsewhere.argsort(stable=True)[..., :there]
