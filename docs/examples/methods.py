@@ -122,7 +122,16 @@ def allocated(info: ModelInfo, stored: float, folder: Path) -> Plan | None:
     """A plan of at most so many stored bits; None if there is none."""
     path = folder / f"{stored:g}.yaml"
     if not path.exists():
-        command = ["kvmix", "allocate", "--model", info.id, "--method", "ilp", "--stored-bits", f"{stored:g}"]
+        command = [
+            str(Path(sys.executable).with_name("kvmix")),
+            "allocate",
+            "--model",
+            info.id,
+            "--method",
+            "ilp",
+            "--stored-bits",
+            f"{stored:g}",
+        ]
         command += ["--group-size", "64,32,128", "--page", "128", "--window", "recent:64", "--out", str(path), "-q"]
         if subprocess.run(command, check=False, capture_output=True).returncode:
             return None

@@ -1,0 +1,53 @@
+"""The scripts of docs/methods.md: what they compare fits its budget, and differences are what they say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from kvmix_cli.models import load_info
+
+ROOT = Path(__file__).parents[2]
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+methods, against = example("methods"), example("against")
+INFO = load_info("builtin:tiny")
+CASES = [(name, budget) for name, budgets in methods.METHODS.items() for budget in budgets]
+
+
+@pytest.mark.parametrize(("name", "budget"), CASES)
+def test_every_method_has_a_plan_within_every_budget(name, budget):
+    plan = methods.widest(INFO, budget, methods.METHODS[name][budget], methods._widths(name))
+    assert budget - 0.4 < plan.bits.stored <= budget + methods.SLACK
+    page = f"| `{name}` | {plan.bits.nominal:.2f} | {plan.bits.stored:.2f} |"
+    assert page in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_layers_get_the_most_that_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMIX_PROFILES_DIR", str(ROOT / "profiles"))
+    plain, mixed = (methods.layered(INFO, 3.0, methods.LAYERED[name], tmp_path) for name in ("layers", "layers-mixkvq"))
+    assert 2.95 < mixed.bits.stored <= plain.bits.stored <= 3.005
+    assert len({layer.short for layer in plain.layers.values()}) > 1
+
+
+def write(folder, records):
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_differences_are_paired(tmp_path):
+    first = write(tmp_path / "a", [{"tokens": 10, "nll": 5.0 + i} for i in range(5)])
+    second = write(tmp_path / "b", [{"tokens": 10, "nll": 7.0 + i} for i in range(5)])
+    found = against.difference(first, second)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.2, -0.2, -0.2))
+    recalled = [write(tmp_path / name, [{"tokens": 9, "recalled": n}] * 2) for name, n in (("c", 4), ("d", 1))]
+    assert against.difference(*recalled).value == 3
