@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -28,6 +29,15 @@ from pydantic import (
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
 MOST_CHANNELS = 256
 """An order of channels is stored as uint8."""
+
+
+def _from_list(value: object) -> object:
+    """Files have lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], BeforeValidator(_from_list)]
 
 
 class _Setting(BaseModel):
@@ -76,13 +86,8 @@ Transform = Annotated[Rotate | Center | Balance, Field(discriminator="kind")]
 class Transforms(_Setting):
     """Of keys and of values, in the order in which they are applied."""
 
-    k: tuple[Transform, ...] = ()
-    v: tuple[Transform, ...] = ()
-
-    @field_validator("k", "v", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    k: Several[Transform] = ()
+    v: Several[Transform] = ()
 
     def then(self, more: Transforms) -> Transforms:
         """These, and others after them. Raises ValueError if both do the same to keys, or to values."""
@@ -125,14 +130,9 @@ class TokenPolicy(_Setting):
     """
 
     score: str = "attention"
-    tiers: tuple[Tier, ...] = ()
+    tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
     flush: int = Field(default=320, ge=16)
-
-    @field_validator("tiers", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _adds_up(self) -> TokenPolicy:
@@ -208,13 +208,8 @@ class ChannelPolicy(_Setting):
     """
 
     score: str = "query-range"
-    runs: tuple[Run, ...]
+    runs: Several[Run]
     refresh: int = Field(default=0, ge=0)
-
-    @field_validator("runs", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("runs")
     @classmethod

@@ -17,7 +17,7 @@ from kvmix_kernels.layout import Kind
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from . import budget
-from .axes import WIDTHS, ChannelPolicy
+from .axes import WIDTHS, ChannelPolicy, known_width
 from .errors import PlanError
 from .files import Document, Fault, Faults, flow, head_comment, read_yaml, reason, validate, write_text
 from .settings import CacheSettings, GroupSize
@@ -62,12 +62,7 @@ class TensorPlan(_Frozen):
     bits: int
     group_size: GroupSize | None = None
 
-    @field_validator("bits")
-    @classmethod
-    def _known(cls, bits: int) -> int:
-        if bits not in WIDTHS:
-            raise ValueError(f"must be one of {_known_widths()}, got {bits}")
-        return bits
+    _known = field_validator("bits")(known_width)
 
 
 class LayerPlan(_Frozen):

@@ -61,7 +61,8 @@ def kvmix_attention(
         )
         output, logarithms = output.transpose(1, 2), None
     else:
-        query = layer.query(query) if layer is not None and isinstance(key, Handle) else query
+        stored = layer if isinstance(key, Handle) else None
+        query = query if stored is None else stored.query(query)
         output, logarithms = attend_lse(
             query,
             _segments(key),
@@ -71,7 +72,7 @@ def kvmix_attention(
             softcap=softcap,
             sinks=s_aux,
         )
-        output = layer.output(output) if layer is not None and isinstance(key, Handle) else output
+        output = output if stored is None else stored.output(output)
     if layer is not None:
         layer.observe(Attention(query, scaling, attention_mask, softcap, s_aux, logarithms))
     return output.transpose(1, 2).contiguous(), None

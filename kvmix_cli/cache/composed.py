@@ -27,9 +27,6 @@ from .store import ROLLBACK, Store
 from .tally import Tally
 from .transforms import Chain, build
 
-WIDEST = 8
-"""Bits that a window goes by, at most: of wider tensors none but those in tiers ever leave it."""
-
 
 def is_composed(settings: CacheSettings) -> bool:
     """Whether a plan's settings ask for more than quantizing."""
@@ -68,9 +65,12 @@ class ComposedLayer(MixedLayer):
         self._check_seen()
         self._unseen = self._needs_queries
         if self.get_seq_length() == 0:
-            self._waiting = key_states.detach(), value_states.detach()
-            if not self._needs_queries:
-                self._begin(None)
+            prompt = key_states.detach(), value_states.detach()
+            if self._needs_queries:
+                self._waiting = prompt
+            else:
+                self._begin(*prompt, None)
+                self._pack_early()
             return tuple(Handle(Segments(None, None, states), self) for states in (key_states, value_states))  # type: ignore[return-value]
         keys, values = self._add(key_states, value_states)
         if not self._needs_queries:
@@ -101,11 +101,11 @@ class ComposedLayer(MixedLayer):
             return
         self._unseen = False
         if self._waiting is not None:
-            keys = self._waiting[0]
-            self._begin(attention.query)
-            self._look(attention, keys, self._keys.query(attention.query))
+            (keys, values), self._waiting = self._waiting, None
+            self._begin(keys, values, attention.query)
+            self._look(attention, keys, self._keys.query)
         else:
-            self._look(attention, self.stores[0].segments().tail, attention.query)
+            self._look(attention, self.stores[0].segments().tail, _as_it_is)
         self._pack_early()
 
     @property
@@ -165,22 +165,18 @@ class ComposedLayer(MixedLayer):
     def _store(self, packing: Packing | None, bits: int) -> Store:
         """With tiers, keys and values leave the window together."""
         if self._sorter is not None:
-            bits = min(WIDEST, max(self.plan.k.bits, self.plan.v.bits))
+            bits = max(self.plan.k.bits, self.plan.v.bits)
         return super()._store(packing, bits)
 
     def _channel_importance(self, keys: Tensor) -> Tensor:
         assert self._channels is not None
         return self._channels.importance(ChannelStatistics(keys, self._queries.total))
 
-    def _begin(self, query: Tensor | None) -> None:
-        """Store the first tokens, which have waited for their queries if anything needs these."""
-        assert self._waiting is not None
-        (keys, values), self._waiting = self._waiting, None
+    def _begin(self, keys: Tensor, values: Tensor, query: Tensor | None) -> None:
+        """Store the first tokens; transforms learn from them, and from their queries if any needs these."""
         self._keys.fit(keys, query)
         self._values.fit(values, query)
         self._add(keys, values)
-        if not self._needs_queries:
-            self._pack_early()
 
     def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
         """Put new tokens into the stores, and settle what the last ones left to do."""
@@ -196,15 +192,15 @@ class ComposedLayer(MixedLayer):
         if self._sorter is not None:
             self._sorter.left(counts[0])
 
-    def _look(self, attention: Attention, keys: Tensor, query: Tensor) -> None:
+    def _look(self, attention: Attention, keys: Tensor, stored: Callable[[Tensor], Tensor]) -> None:
         """Take in what the queries say.
 
         Args:
             attention: with queries that fit `keys`, the last of all tokens, of which some may be sinks.
-            query: as it meets the stored keys.
+            stored: makes of its queries what meets the stored keys.
         """
         if self._channels is not None and self._channels.needs_queries:
-            rows = query.abs().unflatten(1, (keys.shape[1], -1)).sum(2, dtype=torch.float32)
+            rows = stored(attention.query).abs().unflatten(1, (keys.shape[1], -1)).sum(2, dtype=torch.float32)
             self._queries.add(rows, for_good=rows.shape[2] > ROLLBACK)
         if self._sorter is not None and self._sorter.score.needs_queries:
             rows = rows_of(attention, keys, self.get_seq_length(), self._sorter.score.extrapolates)
@@ -220,6 +216,10 @@ class ComposedLayer(MixedLayer):
         self._queries.apply(change)
         if self._sorter is not None:
             self._sorter.apply(change)
+
+
+def _as_it_is(query: Tensor) -> Tensor:
+    return query
 
 
 def _unsorted(states: Tensor) -> Tensor:
