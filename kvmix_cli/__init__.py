@@ -5,22 +5,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
-    from .cache import MixedCache
+    from .cache.mixed import MixedCache
     from .errors import KvmixError
-    from .models import load_model
+    from .models.loading import load_model
     from .plan import Plan
     from .profile import Profile
 
-__version__ = "0.1.0"
 __all__ = ["KvmixError", "MixedCache", "Plan", "Profile", "__version__", "load_model"]
 
 _LAZY = {
     "KvmixError": "errors",
-    "MixedCache": "cache",
+    "MixedCache": "cache.mixed",
     "Plan": "plan",
     "Profile": "profile",
-    "load_model": "models",
+    "load_model": "models.loading",
 }
 
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import __version__, console
+from . import console
+from ._version import __version__
 from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
 from .commands.grouped import GroupedCommand
 from .errors import KvmixError

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .errors import DocumentError
-from .files import Faults, flow, head_comment, read_yaml, validate, write_text
-from .plan import ModelInfo, coverage
+from .files import write_text
+from .plan import ModelInfo
+from .plan.document import Faults, flow, head_comment, read_yaml, validate
+from .plan.geometry import coverage_faults
 
 FORMAT: Final = "kvmix-profile/1"
 LOSS_UNIT: Final = "nats"
@@ -118,7 +120,7 @@ class Profile(_Frozen):
         faults = [
             (("scores", name, "layers", *at), f"score '{name}': {message}")
             for name, score in self.scores.items()
-            for at, message in coverage(self.model, score.layers)
+            for at, message in coverage_faults(self.model, score.layers)
         ]
         if faults:
             raise Faults(faults)

@@ -1,5 +1,5 @@
-"""No test needs a network."""
+"""Set-up of every test: models that tests build themselves may use kvmix's attention."""
 
-import os
+from kvmix_cli.cache import register
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+register()

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from kvmix_cli.evaluation.base import Estimate
 from kvmix_cli.evaluation.bootstrap import ratio
+from kvmix_cli.evaluation.results import Estimate
 
 
 def difference(first: Path, second: Path) -> Estimate:

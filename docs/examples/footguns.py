@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from kvmix_cli import Plan, console, load_model
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.evaluation import get_task
-from kvmix_cli.evaluation.base import Estimate, Sample, Settings, Subject
+from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.bootstrap import ratio
-from kvmix_cli.evaluation.report import Report
+from kvmix_cli.evaluation.results import Estimate, Report
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.plan import CacheSettings
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import Cache
 
 from kvmix_cli import console, load_model
-from kvmix_cli.cache import stock_layers, unquantized_cache
+from kvmix_cli.cache.mixed import unquantized_cache
+from kvmix_cli.decoding.feed import prefill
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.files import write_bytes
-from kvmix_cli.losses import prefill
-from kvmix_cli.models import LoadedModel
+from kvmix_cli.models.geometry import stock_layers
+from kvmix_cli.models.loading import LoadedModel
 from kvmix_cli.profiling.calibration import cut_samples
 from kvmix_cli.texts import load_texts
 

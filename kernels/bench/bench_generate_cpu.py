@@ -22,8 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
-from kvmix_cli.cache import MixedCache, cache_nbytes, unquantized_cache
-from kvmix_cli.models import load_model
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.cache.sizes import cache_nbytes
+from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import ModelInfo, Plan
 
 WARMUP = 2

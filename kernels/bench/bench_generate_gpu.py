@@ -22,10 +22,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvmix_cli.cache import MixedCache, unquantized_cache
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.plan import ModelInfo, Plan
-from kvmix_cli.settings import CacheSettings
+from kvmix_cli.plan.settings import CacheSettings
 
 LAYERS, KV_HEADS, HEAD_DIM = (1, 1, 64) if gpu.DRY else (32, 32, 128)
 INFO = ModelInfo(id="random-7b", layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .._version import __version__
 from ..errors import BudgetError
 from ..plan import Plan
+from ..plan.pins import parse_pins
 from ..profile import Profile
 from .budgets import Budget
-from .methods import FAMILY, SEARCH, SOLVERS, TRIALS, Method, default_method, default_score, get_method, methods
-from .pins import parse_pins
 from .pose import K_BITS, V_BITS, Options, pose
 from .predict import other_settings, predicted_loss
 from .presets import PRESETS, Preset
 from .problem import Decision, Measure, Problem
+from .solvers import FAMILY, SEARCH, SOLVERS, TRIALS, Method, default_method, default_score, get_method, methods
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

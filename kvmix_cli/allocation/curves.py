@@ -23,8 +23,8 @@ from statistics import fmean
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..budget import page_layout
 from ..plan import CacheSettings, LayerPlan, ModelInfo, TensorPlan
+from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
 
 Point = tuple[int, int]

@@ -11,8 +11,8 @@ from typing import Final
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..budget import page_layout, tensor_bits
 from ..plan import WIDTHS, Plan, TensorPlan
+from ..plan.sizes import page_layout, tensor_bits
 from ..profile import Score
 from .curves import Curves
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BudgetError
-from ..noise import mute_stdout
+from ..quiet import mute_stdout
 from .menus import Menu, Option
 
 SCALE = 1e4

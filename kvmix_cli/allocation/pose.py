@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from ..errors import BudgetError
-from ..files import reason
 from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
+from ..plan.document import reason
 from ..profile import Profile
 from .budgets import Budget
-from .methods import default_score, get_method
 from .problem import Problem
+from .solvers import default_score, get_method
 
 K_BITS = (2, 3, 4, 8)
 V_BITS = (2, 4, 8)

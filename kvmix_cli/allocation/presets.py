@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..plan import CacheSettings
-from ..windows import Rpc
+from ..plan.windows import Rpc
 from .budgets import Budget
 
 

@@ -9,9 +9,9 @@ from typing import Final, TypeVar
 
 from kvmix_kernels.layout import Kind
 
-from .. import budget as bits_and_bytes
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, LayerPlan, ModelInfo, TensorPlan
+from ..plan.sizes import page_layout
 from ..profile import Profile, Score
 from . import reach
 from .budgets import PAPER_SHARE, Budget
@@ -98,7 +98,7 @@ class Problem:
         for size in self.group_sizes:
             for bits in self.k_bits if kind == "key" else self.v_bits:
                 tensor = TensorPlan(bits=bits, group_size=None if size == self.cache.group_size else size)
-                layout = bits_and_bytes.page_layout(tensor, kind, self.cache, self.model.head_dim)
+                layout = page_layout(tensor, kind, self.cache, self.model.head_dim)
                 found.setdefault((bits, layout.group if layout else None), tensor)
         return list(found.values())
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from kvmix_kernels.layout import Kind
 
-from ..budget import format_bytes, page_layout
 from ..errors import BudgetError
 from ..plan import TensorPlan
+from ..plan.sizes import format_bytes, page_layout
 from ..profile import choice_key
 from .budgets import TOLERANCE
 

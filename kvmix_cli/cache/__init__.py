@@ -1,9 +1,11 @@
-"""The quantized KV cache for transformers. Importing this registers the attention implementation `kvmix`."""
+"""The quantized KV cache for transformers: sink | packed pages | tail, and the baselines measured beside it.
 
-from .attention import register
-from .mixed import Attended, MixedCache, stock_layers, unquantized_cache
-from .sizes import cache_nbytes
+Importing this package imports neither torch nor transformers.
+"""
 
-__all__ = ["Attended", "MixedCache", "cache_nbytes", "stock_layers", "unquantized_cache"]
 
-register()
+def register() -> None:
+    """Make `attn_implementation="kvmix"` known to transformers; `load_model` does so by itself."""
+    from .attention import register_attention
+
+    register_attention()

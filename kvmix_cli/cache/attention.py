@@ -78,7 +78,7 @@ def kvmix_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make `attn_implementation="kvmix"` known. Without its mask, left padding would silently be ignored."""
     AttentionInterface.register(NAME, kvmix_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import PlanError
-from ..forms import forms
 from ..plan import CacheSettings, LayerPlan
+from ..plan.sizes import storage_forms
 from .handle import Handle
 from .packing import Packing, Sorts, packing_of
 from .store import Store
@@ -41,7 +41,7 @@ class MixedLayer(CacheLayerMixin):
         heads = key_states.shape[-1], value_states.shape[-1]
         try:
             found = [
-                forms(tensor, kind, self.settings, head_dim)
+                storage_forms(tensor, kind, self.settings, head_dim)
                 for (tensor, kind), head_dim in zip(self.plan.tensors, heads, strict=True)
             ]
         except ValueError as error:

@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PlanError
+from ..models.geometry import stock_layers
 from ..plan import Plan
 from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
 from .sizes import cache_nbytes, stock_nbytes
-
-_QUANTIZABLE = "full_attention"
 
 
 @dataclass
@@ -112,9 +111,3 @@ class MixedCache(Cache):
 def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:
     """The cache that transformers itself would use."""
     return DynamicCache(config=config)
-
-
-def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
-    """Layers that have no full attention of their own, and of which kind they are."""
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return {index: kind for index, kind in enumerate(kinds) if kind != _QUANTIZABLE}

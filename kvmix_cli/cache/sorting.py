@@ -8,7 +8,7 @@ import torch
 from kvmix_kernels.tiers import EVICTED
 from torch import Tensor
 
-from ..axes import TokenPolicy
+from ..plan.policies import TokenPolicy
 from .buffer import Buffer
 from .observing import Rows
 from .policies import TOKEN_SCORES, Candidates

@@ -116,8 +116,8 @@ def allocate(
     from ..allocation import FAMILY, SEARCH, default_method, default_score, frontier, get_method, parse_pins
     from ..allocation import allocate as decide
     from ..profile import Profile
-    from .family import save_family
-    from .searching import Effort, search
+    from ..reporting.family import save_family
+    from ..studies.search import Effort, search
 
     limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
     settings = _settings(method, preset, limits, context, batch)
@@ -186,9 +186,9 @@ def _caches(
     base: CacheSettings, overrides: dict[str, Any], group_sizes: tuple[int | str, ...] | None
 ) -> list[CacheSettings]:
     """Cache settings with the options that were given, one for each group size. Raises typer.BadParameter."""
-    from ..files import reason
     from ..plan import CacheSettings
-    from ..windows import parse_window
+    from ..plan.document import reason
+    from ..plan.windows import parse_window
 
     if "window" in overrides:
         overrides["window"] = parse_window(overrides["window"])
@@ -204,7 +204,7 @@ def _caches(
 def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) -> CacheSettings:
     """The cache with what presets do besides choosing widths. Raises PlanError if it cannot be on the page given."""
     from ..errors import PlanError
-    from .subjects import with_presets
+    from ..studies.selection import with_presets
 
     settings = with_presets(cache, presets, "this plan")
     if page not in (None, settings.page):
@@ -215,7 +215,7 @@ def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) ->
 def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:
     """The method and what was asked for: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`, `ilp-max-loss-0.5pct`."""
     from ..allocation import get_method
-    from ..budget import format_bytes
+    from ..plan.sizes import format_bytes
 
     if preset is not None:
         parts = [preset] if method == "rank" else [preset, method]
@@ -229,7 +229,7 @@ def _default_name(method: str, budget: Budget, preset: str | None, seed: int) ->
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from .show import loss_text, notice_settings, plan_json, show_plan
+    from ..reporting.tables import loss_text, notice_settings, plan_json, show_plan
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
     show_plan(plan, path, context, batch)

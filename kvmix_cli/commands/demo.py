@@ -11,8 +11,8 @@ from .. import console, state
 from . import options
 
 if TYPE_CHECKING:
-    from ..evaluation.report import Report, Row
-    from ..models import LoadedModel
+    from ..evaluation.results import Report, Row
+    from ..models.loading import LoadedModel
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -36,8 +36,8 @@ def demo(
 ) -> None:
     """Run the whole method on the built-in model: a few minutes on a laptop CPU, no network."""
     from ..files import check_writable
-    from ..models import load_model
-    from .demo_plot import plot_demo
+    from ..models.loading import load_model
+    from ..reporting.demo_plot import plot_demo
 
     picture = out / "demo.png"
     check_writable(picture)
@@ -62,8 +62,8 @@ def demo(
 
 def _profile(loaded: LoadedModel, samples: int, seed: int, out: Path, ctx: typer.Context) -> Profile:
     from ..profiling import run_profile
+    from ..reporting.tables import show_profile
     from ..texts import load_texts
-    from .show import show_profile
 
     with console.progress("profile", samples) as bar:
         profile = run_profile(
@@ -97,14 +97,15 @@ def _plans(profile: Profile, seed: int, out: Path, ctx: typer.Context) -> dict[s
 def _cache() -> CacheSettings:
     """Small pages and a short window: the contexts here are short, and most of them should be quantized."""
     from ..plan import CacheSettings
-    from ..windows import Recent
+    from ..plan.windows import Recent
 
     return CacheSettings(page=32, group_size=32, window=Recent(tokens=32))
 
 
 def _evaluate(loaded: LoadedModel, task: str, plans: dict[str, Plan], limit: int, seed: int, out: Path) -> Report:
+    from ..cache.subject import Subject
     from ..evaluation import get_task
-    from ..evaluation.base import Settings, Subject
+    from ..evaluation.base import Settings
     from ..evaluation.runner import run_task
     from ..evaluation.runs import Runs
 
@@ -138,8 +139,8 @@ def _cells(perplexity: Row, recall: Row) -> list[Any]:
 
 def _generate(loaded: LoadedModel, plan: Plan) -> str:
     """A few lines of code, continued through the ranked plan's cache."""
-    from ..cache import MixedCache
-    from ..generation import generate
+    from ..cache.mixed import MixedCache
+    from ..decoding.generate import generate
 
     console.text(f"generated through the kvmix plan:\n\n{PROMPT}")
     ids = loaded.tokenizer(PROMPT).input_ids

@@ -162,8 +162,8 @@ def evaluate(
     With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
     """
     from ..evaluation.base import Settings
-    from .leaderboard import hold
-    from .measure import Contest, Setup, measure_plans
+    from ..studies.leaderboard import hold
+    from ..studies.measure import Contest, Setup, measure_plans
 
     settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
     settings.check()

@@ -14,7 +14,7 @@ from . import options
 if TYPE_CHECKING:
     from ..plan import ModelInfo, Plan
     from ..profile import Profile
-    from .explain import Explanation
+    from ..studies.explain import Explanation
 
 
 def inspect(
@@ -50,7 +50,7 @@ def inspect(
 
 def _path(given: Path, model: str | None) -> Path:
     """A file, or the plan or preset of that name. Raises StateError if there is none."""
-    from ..preset import presets
+    from ..plan.presets import presets
 
     if given.exists() or given.suffix in (".yaml", ".yml"):
         return given
@@ -64,8 +64,10 @@ def _path(given: Path, model: str | None) -> Path:
 
 def _load(path: Path, model: str | None) -> Plan | Profile:
     """Read a file of any kind that there is. Raises DocumentError with all of its faults."""
-    from .. import plan, preset, profile
-    from ..files import read_yaml
+    from .. import profile
+    from ..plan import plan
+    from ..plan import presets as preset
+    from ..plan.document import read_yaml
 
     document = read_yaml(path)
     if plan.is_kvtuner(document):
@@ -83,7 +85,7 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
 
 def _model_of(what: str, path: Path, model: str | None) -> ModelInfo:
     """The model to show a file for that names none. Raises KvmixError if nothing does, ModelError if it has no such."""
-    from ..models import load_info
+    from ..models.loading import load_info
 
     if model is None:
         raise KvmixError(f"{path} is a {what}, which does not name its model: add --model ID")
@@ -93,7 +95,7 @@ def _model_of(what: str, path: Path, model: str | None) -> ModelInfo:
 def _explanation(paths: list[Path], found: list[Any], profile: Path | None) -> Explanation | None:
     """The reasons of a single plan. Raises KvmixError if the profile that is given does not explain it."""
     from ..plan import Plan
-    from .explain import explanation
+    from ..studies.explain import explanation
 
     is_plan = len(found) == 1 and isinstance(found[0], Plan)
     return explanation(found[0], paths[0], profile) if is_plan else None
@@ -108,8 +110,8 @@ def _show(path: Path, found: Plan | Profile, reasons: Explanation | None, contex
 
 
 def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> dict[str, Any]:
-    from .explain import explanation_json, show_explained
-    from .show import plan_json, show_plan
+    from ..reporting.tables import plan_json, show_plan
+    from ..studies.explain import explanation_json, show_explained
 
     data = {"kind": "plan", "cache": plan.cache.model_dump(mode="json"), **plan_json(plan, context, batch)}
     if reasons is None:
@@ -120,7 +122,7 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
 
 
 def _show_profile(path: Path, profile: Profile) -> dict[str, Any]:
-    from .show import score_json, show_profile
+    from ..reporting.tables import score_json, show_profile
 
     show_profile(profile, path)
     scores = {
@@ -132,7 +134,7 @@ def _show_profile(path: Path, profile: Profile) -> dict[str, Any]:
 
 def _compare(paths: list[Path], found: list[Any]) -> None:
     from ..plan import Plan
-    from .compare import compare_plans, compare_profiles
+    from ..studies.compare import compare_plans, compare_profiles
 
     compare = compare_plans if isinstance(found[0], Plan) else compare_profiles
     kind = "plan" if isinstance(found[0], Plan) else "profile"
@@ -141,7 +143,7 @@ def _compare(paths: list[Path], found: list[Any]) -> None:
 
 def _plot(paths: list[Path], found: list[Any], reasons: Explanation | None, picture: Path) -> None:
     from ..plan import Plan
-    from .plots import check_plot, plot_plans, plot_profiles
+    from ..reporting.plots import check_plot, plot_plans, plot_profiles
 
     check_plot(picture)
     named = list(zip([path.stem for path in paths], found, strict=True))

@@ -71,10 +71,10 @@ def profile(
     _check_outputs(path, plot)
     if granularity not in GRANULARITIES:
         raise KvmixError(f"no granularity '{granularity}'; there is {', '.join(GRANULARITIES)}")
-    from ..models import load_model
+    from ..models.loading import load_model
     from ..profiling import Options, find_probes, run_profile
+    from ..reporting.tables import show_profile
     from ..texts import load_texts
-    from .show import show_profile
 
     how = Options(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
     how.check(find_probes(score))
@@ -113,7 +113,7 @@ def _check_outputs(path: Path, plot: Path | None) -> None:
 
     check_writable(path)
     if plot is not None:
-        from .plots import check_plot
+        from ..reporting.plots import check_plot
 
         check_plot(plot)
 
@@ -157,7 +157,7 @@ def _head(path: Path) -> str:
 
 def _emit(result: Profile, path: Path, samples: int, seconds: float) -> None:
     """The JSON result; `score` and `layers` are those of the first score."""
-    from .show import score_json
+    from ..reporting.tables import score_json
 
     scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}
     first = next(iter(scores))
@@ -167,6 +167,6 @@ def _emit(result: Profile, path: Path, samples: int, seconds: float) -> None:
 
 def _plot(profile: Profile, plot: Path | None) -> None:
     if plot is not None:
-        from .plots import plot_profiles
+        from ..reporting.plots import plot_profiles
 
         console.notice(f"plot: {plot_profiles([(profile.model.id, profile)], plot)}")

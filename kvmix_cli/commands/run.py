@@ -16,8 +16,8 @@ from . import options
 if TYPE_CHECKING:
     from transformers import Cache
 
-    from ..generation import Generation
-    from ..models import LoadedModel
+    from ..decoding.generate import Generation
+    from ..models.loading import LoadedModel
     from ..plan import Plan
 
 BF16_BYTES = 2
@@ -56,10 +56,10 @@ def run(
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
     text = _read_prompt(prompt, prompt_file)
     _check_choice(plan, preset, uniform, baseline)
-    from ..evaluation.base import UNQUANTIZED, Subject
-    from ..generation import generate, room
-    from ..models import load_info, load_model
-    from .subjects import choose
+    from ..cache.subject import UNQUANTIZED, Subject
+    from ..decoding.generate import generate, room
+    from ..models.loading import load_info, load_model
+    from ..studies.selection import choose
 
     need_plan = not (baseline or preset) and uniform is None
     choice = choose(
@@ -75,7 +75,7 @@ def run(
     allowed = min(max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
-    cache = Subject(name, chosen).cache(loaded, reserve=len(ids) + allowed)
+    cache = Subject(name, chosen).cache(loaded.config, reserve=len(ids) + allowed)
     generation = generate(
         loaded,
         ids,
@@ -114,14 +114,14 @@ class Footprint:
 
 def measure(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
     """The footprint of a cache whose unquantized elements take `element_bytes`."""
-    from .. import budget
-    from ..cache import MixedCache, cache_nbytes
+    from ..cache.mixed import MixedCache
+    from ..cache.sizes import cache_nbytes
 
     total = unquantized = cache_nbytes(cache)
     if plan is not None:
         planned = sum(cache.layers[index].nbytes for index in plan.layers)
         tokens = max((cache.layers[index].get_seq_length() for index in plan.layers), default=0)
-        unquantized += budget.full_precision_bytes(plan, tokens, element_bytes=element_bytes) - planned
+        unquantized += plan.unquantized_bytes(tokens, element_bytes=element_bytes) - planned
     share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
     return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
 

@@ -9,25 +9,25 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError, did_you_mean
-from .harness import UnknownTask, harness_kind
+from .tasks.lm_eval import UnknownTask, harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
 
 _TASKS = {
-    "perplexity": "perplexity:Perplexity",
-    "recall": "recall:Recall",
-    "passkey": "passkey:Passkey",
-    "kv_retrieval": "kv_retrieval:KVRetrieval",
-    "memory": "memory:Memory",
-    "throughput": "throughput.task:Throughput",
-    "longbench": "longbench.task:LongBench",
-    "longbench-e": "longbench.task:LongBenchE",
+    "perplexity": "tasks.perplexity:Perplexity",
+    "recall": "tasks.recall:Recall",
+    "passkey": "tasks.passkey:Passkey",
+    "kv_retrieval": "tasks.kv_retrieval:KVRetrieval",
+    "memory": "tasks.memory:Memory",
+    "throughput": "tasks.throughput.task:Throughput",
+    "longbench": "tasks.longbench.task:LongBench",
+    "longbench-e": "tasks.longbench.task:LongBenchE",
 }
 """A task by name: its class. A class with a field `members` also takes some of its parts, `name:one,two`."""
 _MEMBERS: dict[str, str] = {
-    "longbench": "longbench.datasets:MEMBERS",
-    "longbench-e": "longbench.datasets:MEMBERS_E",
+    "longbench": "tasks.longbench.datasets:MEMBERS",
+    "longbench-e": "tasks.longbench.datasets:MEMBERS_E",
 }
 """The parts of a task that has some: a mapping by their names, in a module that is quick to import."""
 

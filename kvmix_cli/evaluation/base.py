@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from kvmix_kernels.layout import FULL_PRECISION_BITS
-
+from ..cache.subject import Subject
 from ..errors import EvaluationError
+from .results import Estimate, Metric, Record, Row, Table, counted
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
-    from ..models import LoadedModel
-    from ..plan import Plan
-    from .report import Row
-
-UNQUANTIZED = "unquantized"
-"""Name of the row that every other row is compared with."""
-
-Record = dict[str, Any]
-"""What was measured on one sample: plain data, with at least `tokens` and `attended`."""
+    from ..models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -52,89 +42,6 @@ class Settings:
                 raise EvaluationError(f"--{name} must be at least 1, got {value}")
 
 
-class Baseline(Protocol):
-    """Somebody else's cache, to be measured beside ours.
-
-    Attributes:
-        settings: all that its numbers depend on, as plain data.
-        stored_bits: bits a number with all that it takes to read it again; None if that cannot be told here.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def settings(self) -> Mapping[str, Any]: ...
-
-    @property
-    def nominal_bits(self) -> float: ...
-
-    @property
-    def stored_bits(self) -> float | None: ...
-
-    def cache(self, loaded: LoadedModel) -> Cache:
-        """An empty cache. Raises EvaluationError if what it needs is not installed."""
-        ...
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a row is about: a plan by its name, a baseline, or the unquantized cache."""
-
-    name: str = UNQUANTIZED
-    plan: Plan | None = None
-    baseline: Baseline | None = None
-
-    @property
-    def bits(self) -> tuple[float, float | None]:
-        """Nominal and stored."""
-        if self.plan is not None:
-            return self.plan.bits.nominal, self.plan.bits.stored
-        if self.baseline is not None:
-            return self.baseline.nominal_bits, self.baseline.stored_bits
-        return FULL_PRECISION_BITS, FULL_PRECISION_BITS
-
-    def cache(self, loaded: LoadedModel, reserve: int) -> Cache:
-        """An empty cache for `reserve` tokens. Raises PlanError, or EvaluationError for a baseline."""
-        from ..cache import MixedCache, unquantized_cache
-
-        if self.plan is not None:
-            return MixedCache.from_plan(self.plan, loaded.model.config, reserve=reserve)
-        return unquantized_cache(loaded.model.config) if self.baseline is None else self.baseline.cache(loaded)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % interval; the same number twice where nothing was sampled."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def exact(cls, value: float) -> Estimate:
-        """A number that is not an estimate at all, such as a count of bytes."""
-        return cls(value, value, value)
-
-    def map(self, change: Callable[[float], float]) -> Estimate:
-        """The estimate of an increasing function of the number."""
-        return Estimate(change(self.value), change(self.low), change(self.high))
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that a task reports.
-
-    Attributes:
-        plans_only: it compares a plan with something, so the unquantized row has none.
-    """
-
-    name: str
-    higher_is_better: bool
-    unit: str = ""
-    plans_only: bool = False
-
-
 @dataclass(frozen=True)
 class Sample:
     """Token ids that go through the cache, and a name to find them again."""
@@ -148,20 +55,6 @@ class Context(NamedTuple):
 
     option: str
     tokens: int
-
-
-class Table(NamedTuple):
-    """As `console.table` takes it."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    footer: str = ""
-
-
-def counted(number: int, thing: str) -> str:
-    """`1 document`, `2 documents`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 class Task(ABC):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .base import Estimate
+from .results import Estimate
 
 RESAMPLES = 4000
 COVERAGE = 95.0

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cache.subject import UNQUANTIZED
 from ..errors import EvaluationError, KvmixError
 from ..plan import ModelInfo
 from . import tasks
-from .base import UNQUANTIZED, Estimate, Metric
 from .readback import LineKey, Measured, Unfinished, canonical, read_run, run_folders
-from .report import Row
+from .results import Estimate, Metric, Row
 
 GROUP = ("model", "dtype", "device", "attention", "kvmix")
 """What of a run's config makes its group."""

@@ -12,15 +12,9 @@ from ..errors import TextError
 from .base import Sample
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from ..models import LoadedModel
-
-
-def attended(cache: Cache) -> dict[str, float]:
-    """The (query, cached token) pairs that attention has seen, and how many of them were quantized, as plain data."""
-    counted = getattr(cache, "attended", None)
-    return {"total": 0, "quantized": 0} if counted is None else {"total": counted.total, "quantized": counted.quantized}
+    from ..models.loading import LoadedModel
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

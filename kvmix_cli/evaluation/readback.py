@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import DocumentError, EvaluationError, KvmixError
-from ..files import read_yaml, reason, validate
 from ..plan import CacheSettings, ModelInfo, Plan
-from .base import Estimate, Metric
-from .report import Row
+from ..plan.document import read_yaml, reason, validate
+from .results import Estimate, Metric, Row
 from .runs import CONFIG, FORMAT, METRICS, SAMPLES, parse_records, refuse_constant
 
 

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
-from .. import __version__
+from .._version import __version__
+from ..cache.subject import Subject
 from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, first_sentence
-from .base import Context, Record, Sample, Settings, Subject, Task
+from .base import Context, Sample, Settings, Task
 from .machine import machine
-from .report import Report, Row
+from .results import Record, Report, Row
 from .runs import Run, Runs
 
 if TYPE_CHECKING:
-    from ..models import LoadedModel
+    from ..models.loading import LoadedModel
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 """Called with a title and a number of steps; what it gives is called after each step."""

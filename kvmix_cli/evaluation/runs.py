@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError, OutputError
-from ..files import append_line, flow, head_comment, read_yaml, write_text
-from .base import Record
+from ..files import append_line, write_text
+from ..plan.document import flow, head_comment, read_yaml
+from .results import Record
 
 FORMAT = "kvmix-run/1"
 MAX_NAME = 80

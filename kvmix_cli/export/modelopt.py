@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from .. import __version__
+from .._version import __version__
 from ..plan import Plan
 from .fp8 import CAUTION as FP8
 from .fp8 import fp8_layers

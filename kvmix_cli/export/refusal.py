@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import ExportError
-from ..plan import Plan, ranges
+from ..plan import Plan
+from ..plan.geometry import format_ranges
 
 
 def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> None:
@@ -20,7 +21,7 @@ def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> No
     alike: dict[str, list[int]] = {}
     for layer, what in sorted(layers.items()):
         alike.setdefault(what, []).append(layer)
-    found = ", ".join(f"{what} in layers {ranges(indices)}" for what, indices in alike.items())
+    found = ", ".join(f"{what} in layers {format_ranges(indices)}" for what, indices in alike.items())
     raise ExportError(f"{engine} cannot express this plan: {rule}, but the plan has {found}; allocate with {remedy}")
 
 

@@ -6,7 +6,7 @@ run_profile(loaded, ["grad-norm"], texts=load_texts("builtin"), source="builtin"
 from .base import CacheProbe, ChangeProbe, Probe, WeightProbe
 from .change import Change
 from .options import Options
-from .registry import get_probe, probes
+from .probes import get_probe, probes
 from .run import find_probes, run_profile
 
 __all__ = [

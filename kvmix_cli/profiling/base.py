@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
 from .choices import Grid
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TextError
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
 from ..profile import Calibration
 
 MIN_TOKENS = 32

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from kvmix_kernels.layout import Kind, PageLayout
 
-from ..budget import page_layout
 from ..errors import ModelError
-from ..files import reason
 from ..plan import CacheSettings, GroupSize, TensorPlan
+from ..plan.document import reason
+from ..plan.sizes import page_layout
 from ..profile import choice_key
 
 REFERENCE = (2, 64)

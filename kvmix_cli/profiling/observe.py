@@ -21,8 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from ..cache.attention import kvmix_attention
 from ..cache.handle import Handle
 from ..errors import ModelError
-from ..models import LoadedModel
-from ..noise import hushed
+from ..models.loading import LoadedModel
+from ..quiet import hushed
 from .layer import Attend
 
 NAME = "kvmix-observed"

@@ -8,9 +8,9 @@ import torch
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
 from torch import Tensor
 
-from ..cache import MixedCache
+from ..cache.mixed import MixedCache
 from ..errors import ModelError
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
 from ..plan import LayerPlan, Plan, TensorPlan
 from .base import KV, CacheProbe, Measured, Numbers
 from .choices import Grid, reference

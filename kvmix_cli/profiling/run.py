@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..models import LoadedModel
+from .._version import __version__
+from ..models.loading import LoadedModel
 from ..profile import Calibration, LayerScore, Profile, Score, TensorScore
 from .base import CacheProbe, ChangeProbe, Numbers, Probe, WeightProbe
 from .calibration import cut_samples, describe
 from .choices import Grid
 from .journal import Journal, Sample
 from .options import Options
+from .probes import get_probe
 from .reading import read_back
-from .registry import get_probe
 from .shared import shared_pass
 
 

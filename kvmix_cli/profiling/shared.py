@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
+from ..models.projections import decoder_layers
 from . import backward
 from .base import KV, ChangeProbe, Labels, Measured, Numbers, WeightProbe
 from .changes import Changes
 from .choices import Grid
 from .observe import observed
-from .projections import decoder_layers
 from .tally import Tally
 from .weights import Weights
 

@@ -10,9 +10,9 @@ from typing import cast
 from kvmix_kernels.layout import Kind
 from torch import Tensor, nn
 
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
+from ..models.projections import Projection, find_projections
 from .base import Numbers, WeightProbe
-from .projections import Projection, find_projections
 from .tally import Tally
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TextError
-from ..noise import hushed
+from ..quiet import hushed
 from .records import document
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import falling, ladders, make_info, patient, scored, settings_
 
-from kvmix_cli import budget
 from kvmix_cli.allocation import PRESETS, Budget, allocate, default_method, default_score, get_method, methods
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.profile import Profile
@@ -33,7 +32,7 @@ def test_random_takes_exactly_the_bytes_of_rank(profile, k_bits, v_bits, asked, 
     random = allocate(profile, Budget(avg_bits=asked), method="random", seed=seed, **options)
     assert counts(random) == counts(rank)
     assert random.bits == rank.bits
-    assert budget.cache_bytes(random, 8192) == budget.cache_bytes(rank, 8192)
+    assert random.cache_bytes(8192) == rank.cache_bytes(8192)
 
 
 def test_random_depends_on_the_seed_and_on_nothing_else():
@@ -79,7 +78,7 @@ def test_uniform_prefers_balance_and_then_keys(asked, pair):
 def test_uniform_by_memory_fits():
     asked = Budget(memory=25 * 2**20, context=32768)
     plan = allocate(falling(8), asked, method="uniform")
-    assert budget.cache_bytes(plan, 32768).total <= asked.memory
+    assert plan.cache_bytes(32768).total <= asked.memory
     assert plan.bits.nominal == 2.5
 
 

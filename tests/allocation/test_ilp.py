@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import falling, make_info
 
-from kvmix_cli import budget
 from kvmix_cli.allocation import Budget, allocate, predicted_loss
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import CacheSettings, Plan
@@ -67,7 +66,7 @@ def test_no_smaller_plan_keeps_to_the_loss(profile, asked):
 @given(small(max_layers=2), st.integers(200, 3000), st.integers(1, 3), st.floats(0.1, 0.6))
 def test_no_plan_within_the_memory_loses_less(profile, context, batch, share):
     def taken(layers):
-        return budget.cache_bytes(Plan.build(profile.model, layers), context, batch).total
+        return Plan.build(profile.model, layers).cache_bytes(context, batch).total
 
     asked = Budget(
         memory=share * 2 * 4 * 64 * context * batch * len(profile.model.quantizable), context=context, batch=batch

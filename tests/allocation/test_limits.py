@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import falling, make_info
 
-from kvmix_cli import budget
 from kvmix_cli.allocation import SOLVERS, Budget, allocate, parse_pins
-from kvmix_cli.cache import MixedCache
+from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.errors import BudgetError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, ModelInfo, TensorPlan
+from kvmix_cli.plan.sizes import mean_bits
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Profile
-from kvmix_cli.windows import NoWindow, Recent, Rpc
 
 quick = settings(deadline=None, max_examples=20)
 every_solver = pytest.mark.parametrize("method", SOLVERS)
@@ -50,7 +50,7 @@ def test_pins_are_kept_and_paid_for_by_the_others(method, asked):
         taken = {
             "avg_bits": each.bits.nominal,
             "stored_bits": each.bits.stored,
-            "memory": budget.cache_bytes(each, 8192).total,
+            "memory": each.cache_bytes(8192).total,
         }
         assert taken[next(iter(asked.summary))] <= asked.limit
     assert sum(map(sum, pairs(plan).values())) <= sum(map(sum, pairs(free).values())) + 16
@@ -64,13 +64,13 @@ def test_the_optimum_around_a_pin_is_the_best_of_all_plans_with_it(profile, aske
     within = [
         naive_loss(profile, layers)
         for layers in all_plans(profile, (2, 4), (2, 3), (64,), pins=pins)
-        if budget.mean_bits(layers, CacheSettings(), profile.model, "stored") <= asked + 1e-9
+        if mean_bits(layers, CacheSettings(), profile.model, "stored") <= asked + 1e-9
     ]
     try:
         plan = allocate(profile, Budget(stored_bits=asked), **options)
     except BudgetError:
         highest = max(
-            budget.mean_bits(layers, CacheSettings(), profile.model, "stored")
+            mean_bits(layers, CacheSettings(), profile.model, "stored")
             for layers in all_plans(profile, (2, 4), (2, 3), (64,), pins=pins)
         )
         assert not within or asked > highest
@@ -224,6 +224,6 @@ def test_a_memory_budget_is_met_by_the_tensors_of_a_real_cache(window):
     with torch.no_grad():
         model(torch.ones(batch, context, dtype=torch.long), past_key_values=cache)
         model(torch.ones(batch, 1, dtype=torch.long), past_key_values=cache)
-    held = cache.nbytes - batch * budget.full_precision_bytes(plan, 1)
-    assert held == budget.cache_bytes(plan, context, batch).total
+    held = cache.nbytes - batch * plan.unquantized_bytes(1)
+    assert held == plan.cache_bytes(context, batch).total
     assert held <= asked.memory

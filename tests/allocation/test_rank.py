@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import falling, ladders, make_info, make_profile, patient, scored, settings_
 
-from kvmix_cli import budget
 from kvmix_cli.allocation import PRESETS, Budget, allocate
 from kvmix_cli.errors import BudgetError, DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.windows import Recent
+from kvmix_cli.plan.sizes import mean_bits
+from kvmix_cli.plan.windows import Recent
 
 PAPER = PRESETS["paper"]
 
 
 def mean(plan, kind=None, count="nominal"):
-    return budget.mean_bits(plan.layers, plan.cache, plan.model, count, kind)
+    return mean_bits(plan.layers, plan.cache, plan.model, count, kind)
 
 
 def paper(profile, **options):
@@ -143,7 +143,7 @@ def test_memory_is_counted_in_the_bytes_that_the_cache_will_take(profile, contex
     cache = CacheSettings(window=Recent(tokens=recent))
 
     def taken(widths):
-        return budget.cache_bytes(as_plan(profile, widths, cache), context, batch).total
+        return as_plan(profile, widths, cache).cache_bytes(context, batch).total
 
     full = 4 * context * batch * profile.model.kv_heads * profile.model.head_dim * len(profile.model.quantizable)
     asked = Budget(memory=int(share * full), context=context, batch=batch)

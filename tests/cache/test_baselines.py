@@ -1,18 +1,17 @@
 """Other people's caches: what they store, what they give back, and what is counted of them."""
 
+import copy
+
 import pytest
 import torch
 import transformers.cache_utils
 from architectures import build
-from evaluating import stand_in
 from transformers.cache_utils import QuantizedCache
 
-from kvmix_cli.cache import cache_nbytes
-from kvmix_cli.cache.baselines import BASELINES, named_cache
 from kvmix_cli.cache.baselines.casting import FP8, CastCache, CastLayer
+from kvmix_cli.cache.baselines.named import BASELINES, named_cache
+from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.geometry import model_info
-from kvmix_cli.plan import ModelInfo
 
 LAYERS, BATCH, HEADS, TOKENS, SIZE = 4, 2, 2, 192, 16
 WORST = {"bf16": 0.005, "fp8": 0.04, "hf-fp8": 0.04, "hf-quanto-4": 0.13, "hf-quanto-2": 0.6}
@@ -26,8 +25,8 @@ def model():
     return build("llama", torch.float32)
 
 
-def loaded(model):
-    return stand_in(model=model, info=model_info(model.config, "llama"))
+def baseline(name, model):
+    return named_cache(name, model.config, model.dtype, model.device)
 
 
 def need(name):
@@ -38,7 +37,7 @@ def need(name):
 
 def make(name, model):
     need(name)
-    return named_cache(name, loaded(model)).cache(loaded(model))
+    return baseline(name, model).cache(model.config)
 
 
 def numbers(tokens=TOKENS, seed=0, dtype=torch.float32):
@@ -66,7 +65,7 @@ def test_a_context_is_read_back_nearly_as_it_was_and_the_prompt_sees_itself_as_i
 @pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("hf-")])
 def test_the_stock_cache_does_what_it_would_do_without_us(name, model):
     cache = make(name, model)
-    settings = named_cache(name, loaded(model)).settings
+    settings = baseline(name, model).settings
     plain = QuantizedCache(
         settings["backend"],
         model.config,
@@ -88,7 +87,7 @@ HQQ_3_BIT = 7 * 32 / 64
 @pytest.mark.parametrize("name", BASELINES)
 def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
     need(name)
-    found = named_cache(name, loaded(build("llama", dtype)))
+    found = baseline(name, build("llama", dtype))
     codes = HQQ_3_BIT if name == "hf-hqq-3" else found.nominal_bits
     scales = SCALES[dtype] if "quanto" in name or "hqq" in name else 0
     assert found.stored_bits == pytest.approx(codes + scales, abs=0.01)
@@ -98,7 +97,7 @@ def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_bytes_of_a_cache_are_those_of_its_codes_scales_and_residual(name, model):
     cache = make(name, model)
-    stored = named_cache(name, loaded(model)).stored_bits
+    stored = baseline(name, model).stored_bits
     context, residual = 1024, 3
     for layer in range(LAYERS):
         cache.update(*numbers(context), layer)
@@ -171,7 +170,7 @@ def test_layers_without_full_attention_keep_their_stock_cache():
     assert [isinstance(layer, CastLayer) for layer in cache.layers] == [False, True, False, True]
     share, _ = steps(cache, model, 20, 1)
     assert share == pytest.approx(0.5)
-    assert named_cache("hf-fp8", loaded(model)).stored_bits is None
+    assert baseline("hf-fp8", model).stored_bits is None
 
 
 @pytest.mark.parametrize(
@@ -183,26 +182,28 @@ def test_layers_without_full_attention_keep_their_stock_cache():
 )
 def test_what_is_not_installed_says_how_to_install_it(name, check, package, model, monkeypatch):
     monkeypatch.setattr(transformers.cache_utils, check, lambda: False)
-    found = named_cache(name, loaded(model))
+    found = baseline(name, model)
     assert found.stored_bits is None
     with pytest.raises(EvaluationError, match=f"{name} needs {package}: pip install {package}"):
-        found.cache(loaded(model))
+        found.cache(model.config)
 
 
 def test_an_unknown_name_is_an_error(model):
     with pytest.raises(EvaluationError, match=r"no cache 'hf-quant-4' \(did you mean 'hf-quanto-4'\?\)"):
-        named_cache("hf-quant-4", loaded(model))
+        baseline("hf-quant-4", model)
 
 
 def test_settings_say_what_numbers_depend_on(model):
     need("hf-hqq-3")
-    settings = named_cache("hf-hqq-3", loaded(model)).settings
+    settings = baseline("hf-hqq-3", model).settings
     assert (settings["backend"], settings["nbits"], settings["axis_key"]) == ("hqq", 3, 0)
     assert {"transformers", "hqq"} <= set(settings)
-    assert named_cache("bf16", loaded(model)).settings == {"dtype": "bfloat16"}
+    assert baseline("bf16", model).settings == {"dtype": "bfloat16"}
 
 
 def test_bits_are_the_same_for_heads_of_any_shape(model):
     need("hf-quanto-4")
-    odd = stand_in(model=model, info=ModelInfo(id="odd", layers=4, kv_heads=3, head_dim=80))
-    assert [named_cache(name, odd).stored_bits for name in ("fp8", "hf-quanto-4")] == [8, 5]
+    odd = copy.deepcopy(model.config)
+    odd.num_key_value_heads, odd.head_dim = 3, 80
+    found = [named_cache(name, odd, model.dtype, model.device) for name in ("fp8", "hf-quanto-4")]
+    assert [each.stored_bits for each in found] == [8, 5]

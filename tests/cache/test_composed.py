@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from teaching import ids, teacher_forced
 
-from kvmix_cli.axes import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
-from kvmix_cli.cache import MixedCache, unquantized_cache
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
-from kvmix_cli.geometry import model_info
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.windows import Recent
+from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.windows import Recent
 
 CENTERED = Transforms(k=(Center(),), v=(Center(),))
 AXES = {

@@ -7,11 +7,12 @@ from kvmix_kernels.native import library
 from kvmix_kernels.pages import Packed
 from transformers import MistralConfig
 
-from kvmix_cli import budget
-from kvmix_cli.cache import MixedCache, cache_nbytes, stock_layers, unquantized_cache
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.errors import PlanError, QuantizationError
+from kvmix_cli.models.geometry import stock_layers
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
-from kvmix_cli.windows import Recent, Rpc
+from kvmix_cli.plan.windows import Recent, Rpc
 
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)
 
@@ -26,8 +27,8 @@ def test_predicted_bytes_are_measured_bytes(window, bits):
     with torch.no_grad():
         model(torch.ones(3, 700, dtype=torch.long), past_key_values=cache)
         model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
-    one_more = 3 * budget.full_precision_bytes(plan, 1)
-    assert cache.nbytes - one_more == budget.cache_bytes(plan, 700, batch=3).total
+    one_more = 3 * plan.unquantized_bytes(1)
+    assert cache.nbytes - one_more == plan.cache_bytes(700, batch=3).total
 
 
 def test_attended_counts_pairs():

@@ -6,10 +6,10 @@ from architectures import CONFIGS, build, implementations, reference_implementat
 from reference import reference_cache
 from teaching import PIECES, ids, teacher_forced
 
-from kvmix_cli.cache import MixedCache, unquantized_cache
-from kvmix_cli.geometry import model_info
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.windows import NoWindow, Recent, Rpc
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 
 MIXED = [(2, 4), (16, 3), (1, 8), (4, 16)]
 SETTINGS = {

@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import channel_policies, layer_plans, token_policies, transforms
 
-from kvmix_cli import budget
-from kvmix_cli.axes import Transforms
-from kvmix_cli.cache import MixedCache
-from kvmix_cli.geometry import model_info
+from kvmix_cli.cache.mixed import MixedCache
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.windows import NoWindow, Recent, Rpc
+from kvmix_cli.plan.policies import Transforms
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 
 windows = st.sampled_from([NoWindow(), Recent(tokens=20), Rpc()])
 
@@ -46,8 +45,8 @@ def test_predicted_bytes_are_measured_bytes(data):
     with torch.no_grad():
         model(torch.arange(2 * context).view(2, -1) % 90, past_key_values=cache)
         model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
-    one_more = 2 * budget.full_precision_bytes(plan, 1)
+    one_more = 2 * plan.unquantized_bytes(1)
     policy = cache_settings.tokens
     statistics = 0 if policy is None else 2 * 4 * (policy.weighs_queries * info.kv_heads + policy.counts_queries)
-    predicted = budget.cache_bytes(plan, context, batch=2).total
+    predicted = plan.cache_bytes(context, batch=2).total
     assert predicted + one_more <= cache.nbytes <= predicted + one_more + 2 * statistics * len(plan.layers)

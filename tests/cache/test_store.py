@@ -10,7 +10,7 @@ from kvmix_cli.cache.packing.pages import Pages
 from kvmix_cli.cache.store import ROLLBACK, Store
 from kvmix_cli.errors import QuantizationError
 from kvmix_cli.plan import CacheSettings
-from kvmix_cli.windows import NoWindow, Recent, Rpc
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 
 WINDOWS = [Recent(tokens=0), Recent(tokens=20), Recent(tokens=128), Rpc(), NoWindow()]
 

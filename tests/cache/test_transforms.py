@@ -12,12 +12,12 @@ from kvmix_kernels.layout import PageLayout
 from kvmix_kernels.quantize import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
-from kvmix_cli.axes import Balance, Center, Rotate, Transforms
 from kvmix_cli.cache.transforms import build
 from kvmix_cli.cache.transforms.balancing import LIMIT
 from kvmix_cli.cache.transforms.rotation import hadamard
 from kvmix_cli.errors import PlanError, PolicyError
-from kvmix_cli.models import load_model
+from kvmix_cli.models.loading import load_model
+from kvmix_cli.plan.policies import Balance, Center, Rotate, Transforms
 
 CPU = torch.device("cpu")
 SIZES = [16, 32, 48, 64, 80, 96, 112, 128, 256]

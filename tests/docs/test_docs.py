@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from commandline import kvmix
 
-from kvmix_cli.files import parse_yaml
-from kvmix_cli.plan import ModelInfo, Plan, is_kvtuner
-from kvmix_cli.preset import Preset
+from kvmix_cli.plan import ModelInfo, Plan
+from kvmix_cli.plan.document import parse_yaml
+from kvmix_cli.plan.plan import is_kvtuner
+from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmix_cli.models import load_info
+from kvmix_cli.models.loading import load_info
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,13 @@ import pytest
 from evaluating import INFO, uniform
 from reporting import FOUR, TWO, Scripted, measured, memory, perplexity, recall, throughput
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation import runner
-from kvmix_cli.evaluation.base import Estimate, Sample, Settings, Subject
+from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.collect import collect
 from kvmix_cli.evaluation.readback import read_run
+from kvmix_cli.evaluation.results import Estimate
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmix_cli.cache.subject import UNQUANTIZED
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.base import UNQUANTIZED, Estimate
 from kvmix_cli.evaluation.gates import parse_gate
-from kvmix_cli.evaluation.report import Row
+from kvmix_cli.evaluation.results import Estimate, Row
 
 METRICS = ["perplexity", "loss_increase", "recall", "compression"]
 RELATIVE = ["perplexity", "recall", "compression"]

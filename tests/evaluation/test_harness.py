@@ -12,12 +12,14 @@ from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
 from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, asked, plain, write_tasks
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation import get_task, harness, tasks
-from kvmix_cli.evaluation.base import Settings, Subject
-from kvmix_cli.evaluation.harness import batches, replay, reports
+from kvmix_cli.evaluation import get_task, tasks
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.tasks import lm_eval as harness
+from kvmix_cli.evaluation.tasks.lm_eval import batches, replay, reports
 
 TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
 SETTINGS = Settings(step=8)

@@ -13,17 +13,17 @@ from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, NAMES, ROLL, asked, plain
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import EvaluationError, ModelError, PlanError
-from kvmix_cli.evaluation.base import Subject
-from kvmix_cli.evaluation.harness import batches
-from kvmix_cli.evaluation.harness.batches import Reading, rows
-from kvmix_cli.evaluation.harness.model import KvmixLM
-from kvmix_cli.evaluation.harness.requests import GENERATE as GENERATING
-from kvmix_cli.evaluation.harness.requests import ROLL as ROLLING
-from kvmix_cli.evaluation.harness.requests import SCORE as SCORING
-from kvmix_cli.evaluation.harness.requests import Request, encode
-from kvmix_cli.geometry import model_info
-from kvmix_cli.losses import feed, prefill
+from kvmix_cli.evaluation.tasks.lm_eval import batches
+from kvmix_cli.evaluation.tasks.lm_eval.batches import Reading, rows
+from kvmix_cli.evaluation.tasks.lm_eval.model import KvmixLM
+from kvmix_cli.evaluation.tasks.lm_eval.requests import GENERATE as GENERATING
+from kvmix_cli.evaluation.tasks.lm_eval.requests import ROLL as ROLLING
+from kvmix_cli.evaluation.tasks.lm_eval.requests import SCORE as SCORING
+from kvmix_cli.evaluation.tasks.lm_eval.requests import Request, encode
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import Plan
 
 TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
@@ -283,7 +283,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(requests, monkeypatch):
 
 
 def test_a_context_that_several_requests_share_is_prefilled_once(requests, monkeypatch):
-    from kvmix_cli.evaluation.harness import rows as entering
+    from kvmix_cli.evaluation.tasks.lm_eval import rows as entering
 
     shapes = []
     whole = entering.prefill

@@ -8,12 +8,13 @@ import pytest
 from chatty import chatty
 from evaluating import tiny, uniform
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation import get_task
-from kvmix_cli.evaluation.base import Settings, Subject
-from kvmix_cli.evaluation.facts import WORDS, as_suits
-from kvmix_cli.evaluation.kv_retrieval import exercise
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
+from kvmix_cli.evaluation.tasks.facts import WORDS, as_suits
+from kvmix_cli.evaluation.tasks.kv_retrieval import exercise
 
 SETTINGS = Settings(length=300, limit=6)
 

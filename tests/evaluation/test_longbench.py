@@ -11,16 +11,18 @@ from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
 from longbench_files import lines, record, write
 
-from kvmix_cli import models
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation import get_task, get_tasks, harness, split_tasks, tasks
-from kvmix_cli.evaluation.base import Settings, Subject
-from kvmix_cli.evaluation.longbench import task as module
-from kvmix_cli.evaluation.longbench.answers import answer
-from kvmix_cli.evaluation.longbench.datasets import DATASETS, DATASETS_E, MEMBERS
-from kvmix_cli.evaluation.longbench.scores import score
+from kvmix_cli.evaluation import get_task, get_tasks, split_tasks, tasks
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.tasks import lm_eval as harness
+from kvmix_cli.evaluation.tasks.longbench import task as module
+from kvmix_cli.evaluation.tasks.longbench.answers import answer
+from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E, MEMBERS
+from kvmix_cli.evaluation.tasks.longbench.scores import score
+from kvmix_cli.models import loading as models
 
 SETTINGS = Settings()
 TWO = Subject("two", uniform(2))

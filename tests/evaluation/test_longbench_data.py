@@ -7,8 +7,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from longbench_files import lines, pack, record, write
 
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.longbench import data
-from kvmix_cli.evaluation.longbench.datasets import DATASETS
+from kvmix_cli.evaluation.tasks.longbench import data
+from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS
 
 QASPER = DATASETS["qasper"]
 

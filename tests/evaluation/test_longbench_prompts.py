@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.longbench import borrowed
-from kvmix_cli.evaluation.longbench.data import Entry
-from kvmix_cli.evaluation.longbench.datasets import DATASETS, DATASETS_E
-from kvmix_cli.evaluation.longbench.prompts import MIN_TOKENS, fit, has_chat_template, render
+from kvmix_cli.evaluation.tasks.longbench import borrowed
+from kvmix_cli.evaluation.tasks.longbench.data import Entry
+from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E
+from kvmix_cli.evaluation.tasks.longbench.prompts import MIN_TOKENS, fit, has_chat_template, render
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks" / "longbench"
 ENTRY = Entry("WHAT {{ context }}?", "CONTEXT {% raw %}\n", ("answer",), ("class",), 5, 1)

@@ -3,9 +3,9 @@ import sys
 import pytest
 
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.longbench import borrowed
-from kvmix_cli.evaluation.longbench.datasets import DATASETS
-from kvmix_cli.evaluation.longbench.scores import score
+from kvmix_cli.evaluation.tasks.longbench import borrowed
+from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS
+from kvmix_cli.evaluation.tasks.longbench.scores import score
 
 CLASSES = ["Reason", "Manner of an action", "Action", "Number"]
 

@@ -3,13 +3,16 @@ import torch
 from architectures import build
 from evaluating import SHORT, stand_in, tiny, uniform
 
-from kvmix_cli.cache.baselines import named_cache
-from kvmix_cli.evaluation import get_task, memory, peak
-from kvmix_cli.evaluation.base import Sample, Settings, Subject
+from kvmix_cli.cache.baselines.named import named_cache
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.evaluation import get_task
+from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.geometry import model_info
+from kvmix_cli.evaluation.tasks import memory
+from kvmix_cli.models import memory as peak
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.windows import NoWindow, Recent, Rpc
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 
 SETTINGS = Settings(length=320)
 CACHES = {
@@ -125,7 +128,7 @@ def test_a_real_allocation_that_is_too_large_is_out_of_memory():
 
 def test_a_baseline_is_not_compared_with_itself_where_the_unquantized_cache_does_not_fit():
     task, loaded = get_task("memory"), tiny()
-    baseline = Subject("fp8", baseline=named_cache("fp8", loaded))
+    baseline = Subject("fp8", baseline=named_cache("fp8", loaded.config, loaded.model.dtype, loaded.device))
     record = task.measure(loaded, baseline, Sample("context", tuple(range(10, 330))), SETTINGS)
     assert "compression" not in task.summarise([record], None, seed=0)
     own = task.measure(loaded, Subject(), Sample("context", tuple(range(10, 330))), SETTINGS)

@@ -7,13 +7,14 @@ import pytest
 from chatty import chatty
 from evaluating import tiny, uniform
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
-from kvmix_cli.evaluation.base import Settings, Subject
-from kvmix_cli.evaluation.facts import as_suits
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.grid import grid
-from kvmix_cli.evaluation.passkey import exercise
 from kvmix_cli.evaluation.runner import run_task
+from kvmix_cli.evaluation.tasks.facts import as_suits
+from kvmix_cli.evaluation.tasks.passkey import exercise
 
 SETTINGS = Settings(length=300, limit=6)
 POOL = [300, 301, 302] * 200

@@ -8,9 +8,10 @@ from architectures import build
 from evaluating import SHORT, stand_in, tiny, uniform
 from transformers.cache_utils import DynamicCache
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
-from kvmix_cli.evaluation.base import Sample, Settings, Subject
+from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.feeding import chunks, encode
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.plan import Plan
@@ -148,11 +149,11 @@ def test_a_model_of_another_family_goes_through_the_same_task():
     steps = [(before, min(16, 159 - before)) for before in range(64, 159, 16)]
     assert records[1]["attended"]["quantized"] == 2 * sum(before * queries for before, queries in steps)
     assert records[1]["attended"]["total"] > 2 * sum(before * queries for before, queries in steps)
-    assert isinstance(Subject().cache(loaded, 160), DynamicCache)
+    assert isinstance(Subject().cache(loaded.config, 160), DynamicCache)
 
 
 def _info(model):
-    from kvmix_cli.geometry import model_info
+    from kvmix_cli.models.geometry import model_info
 
     return model_info(model.config, "gemma3", None)
 

@@ -2,10 +2,12 @@ import pytest
 import torch
 from evaluating import INFO, SHORT, Counting, stand_in, tiny, uniform
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, QuantizationError
-from kvmix_cli.evaluation import get_task, harness, tasks
-from kvmix_cli.evaluation.base import Sample, Settings, Subject
+from kvmix_cli.evaluation import get_task, tasks
+from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
+from kvmix_cli.evaluation.tasks import lm_eval as harness
 from kvmix_cli.plan import CacheSettings
 
 TWO, EIGHT = (Subject(name, uniform(bits, info=INFO)) for name, bits in (("two", 2), ("eight", 8)))

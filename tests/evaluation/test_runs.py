@@ -13,9 +13,10 @@ import yaml
 from commandline import kvmix_json
 from evaluating import INFO, Counting, stand_in, uniform
 
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, OutputError, QuantizationError
 from kvmix_cli.evaluation import runner
-from kvmix_cli.evaluation.base import Settings, Subject
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Run, Runs, safe_name
 

@@ -9,16 +9,19 @@ from evaluating import SHORT, stand_in, tiny, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_cli.cache.baselines import named_cache
+from kvmix_cli.cache.baselines.named import named_cache
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, TextError
-from kvmix_cli.evaluation import get_task, peak
-from kvmix_cli.evaluation.base import Estimate, Settings, Subject
+from kvmix_cli.evaluation import get_task
+from kvmix_cli.evaluation.base import Settings
+from kvmix_cli.evaluation.results import Estimate
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Runs
-from kvmix_cli.evaluation.throughput import search, task, text, timing
-from kvmix_cli.evaluation.throughput.search import Search, largest, time_largest
-from kvmix_cli.evaluation.throughput.summary import outcomes
-from kvmix_cli.evaluation.throughput.timing import Timing, generate
+from kvmix_cli.evaluation.tasks.throughput import search, task, text, timing
+from kvmix_cli.evaluation.tasks.throughput.search import Search, largest, time_largest
+from kvmix_cli.evaluation.tasks.throughput.summary import outcomes
+from kvmix_cli.evaluation.tasks.throughput.timing import Timing, generate
+from kvmix_cli.models import memory as peak
 
 SETTINGS = Settings(length=64)
 TWO = Subject("two", uniform(2))
@@ -157,8 +160,16 @@ class Forwards:
         self.calls.append((tuple(kwargs["input_ids"].shape), module.config._attn_implementation))
 
 
+def baseline(name):
+    return named_cache(name, tiny().config, tiny().model.dtype, tiny().device)
+
+
 def everyone():
-    return [Subject(), TWO, Subject("bf16", baseline=named_cache("bf16", tiny()))]
+    return [
+        Subject(),
+        TWO,
+        Subject("bf16", baseline=baseline("bf16")),
+    ]
 
 
 def test_the_work_is_the_same_for_everyone_one_forward_a_token():
@@ -394,7 +405,7 @@ def test_the_table_has_every_point_of_every_row(fake):
 
 def test_a_small_sweep_runs_on_the_built_in_model():
     sweep = throughput(contexts=(32,), memory=8 * 2**20)
-    subjects = [TWO, Subject("fp8", baseline=named_cache("fp8", tiny()))]
+    subjects = [TWO, Subject("fp8", baseline=baseline("fp8"))]
     report = run_task(sweep, tiny(), subjects, SETTINGS)
     for row in report.rows:
         assert row.error is None

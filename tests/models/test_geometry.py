@@ -5,7 +5,7 @@ import transformers
 from profiling_models import FAMILIES, LAYERS, build_config, load
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.geometry import fingerprint, max_length, model_info
+from kvmix_cli.models.geometry import fingerprint, max_length, model_info
 
 GEMMA = {
     "num_hidden_layers": 3,

@@ -13,10 +13,10 @@ from profiling_models import load
 from safetensors.torch import load_file, save_file
 
 import kvmix_cli
-from kvmix_cli import models
 from kvmix_cli.errors import ModelError
-from kvmix_cli.models import load_info, load_model
-from kvmix_cli.noise import hushed
+from kvmix_cli.models import loading as models
+from kvmix_cli.models.loading import load_info, load_model
+from kvmix_cli.quiet import hushed
 
 TINY = Path(kvmix_cli.__file__).parent / "assets" / "tiny"
 

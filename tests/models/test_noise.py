@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from kvmix_cli.noise import hushed, mute_stdout
+from kvmix_cli.quiet import hushed, mute_stdout
 
 
 def test_libraries_are_hushed_and_come_back():

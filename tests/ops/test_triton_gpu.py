@@ -259,7 +259,7 @@ def test_nothing_waits_for_the_gpu():
 def test_generation_with_a_mixed_plan_follows_the_cpu():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvmix_cli.cache import MixedCache
+    from kvmix_cli.cache.mixed import MixedCache
     from kvmix_cli.plan import ModelInfo, Plan
 
     torch.manual_seed(0)

@@ -10,14 +10,14 @@ from torch.nn.functional import cross_entropy
 
 from kvmix_cli.errors import ModelError, QuantizationError
 from kvmix_cli.plan import CacheSettings
+from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling import backward
 from kvmix_cli.profiling.choices import Grid
-from kvmix_cli.profiling.error import Error
-from kvmix_cli.profiling.fisher import Fisher
-from kvmix_cli.profiling.grad_norm import GradNorm
+from kvmix_cli.profiling.probes.error import Error
+from kvmix_cli.profiling.probes.fisher import Fisher
+from kvmix_cli.profiling.probes.grad_norm import GradNorm
+from kvmix_cli.profiling.probes.taylor import Taylor
 from kvmix_cli.profiling.shared import shared_pass
-from kvmix_cli.profiling.taylor import Taylor
-from kvmix_cli.windows import Recent
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2, 4), group_sizes=(16,), cache=CACHE)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.profiling import backward
-from kvmix_cli.profiling.grad_norm import GradNorm
+from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.profiling.shared import shared_pass
 
 RTOL = {torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}

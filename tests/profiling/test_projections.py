@@ -6,9 +6,9 @@ from profiling_models import FAMILIES, FUSED, LAYERS, load, token_ids, wrap
 from torch import nn
 from transformers import AutoModelForCausalLM, CodeGenConfig
 
-from kvmix_cli.cache import unquantized_cache
+from kvmix_cli.cache.mixed import unquantized_cache
 from kvmix_cli.errors import ProjectionError
-from kvmix_cli.profiling.projections import find_projections
+from kvmix_cli.models.projections import find_projections
 
 
 @torch.no_grad()

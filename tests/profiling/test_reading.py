@@ -9,18 +9,18 @@ from made_up import patient
 from profiling_models import wrap
 from reference import reference_cache
 
-from kvmix_cli.cache import unquantized_cache
+from kvmix_cli.cache.mixed import unquantized_cache
 from kvmix_cli.cache.packing.pages import Pages
 from kvmix_cli.cache.store import Store
 from kvmix_cli.errors import ModelError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from kvmix_cli.plan.windows import NoWindow, Recent
 from kvmix_cli.profiling.choices import Grid
-from kvmix_cli.profiling.fisher import Fisher
-from kvmix_cli.profiling.kl import Kl
-from kvmix_cli.profiling.loss import Loss
+from kvmix_cli.profiling.probes.fisher import Fisher
+from kvmix_cli.profiling.probes.kl import Kl
+from kvmix_cli.profiling.probes.loss import Loss
 from kvmix_cli.profiling.reading import read_back
 from kvmix_cli.profiling.shared import shared_pass
-from kvmix_cli.windows import NoWindow, Recent
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2,), group_sizes=(16,), cache=CACHE)

@@ -13,7 +13,7 @@ from kvmix_cli.errors import DocumentError, KvmixError, OutputError, TextError
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import ChangeProbe, Options, get_probe, probes, run_profile
 from kvmix_cli.profiling.calibration import MIN_TOKENS, cut_samples, describe
-from kvmix_cli.profiling.grad_norm import GradNorm
+from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.profiling.shared import shared_pass
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]

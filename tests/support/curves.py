@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from made_up import CALIBRATION, make_info
 from scipy.optimize import isotonic_regression
 
-from kvmix_cli import budget
 from kvmix_cli.plan import CacheSettings, LayerPlan, TensorPlan
+from kvmix_cli.plan.sizes import mean_bits
 from kvmix_cli.profile import LayerScore, Profile, Score, TensorScore, choice_key, parse_choice
 
 BITS = (1, 2, 3, 4, 8)
@@ -90,4 +90,4 @@ def all_plans(profile, k_bits, v_bits, groups, settings=CacheSettings(), pins=No
 
 def stored(profile, layers, settings=CacheSettings()):  # noqa: B008
     """Mean stored bits."""
-    return budget.mean_bits(layers, settings, profile.model, "stored")
+    return mean_bits(layers, settings, profile.model, "stored")

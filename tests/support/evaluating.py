@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import torch
 
-from kvmix_cli.evaluation.base import Estimate, Metric, Sample, Task
+from kvmix_cli.evaluation.base import Sample, Task
 from kvmix_cli.evaluation.bootstrap import ratio
-from kvmix_cli.models import load_model
+from kvmix_cli.evaluation.results import Estimate, Metric
+from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
-from kvmix_cli.windows import NoWindow
+from kvmix_cli.plan.windows import NoWindow
 
 SHORT = CacheSettings(page=16, sink=0, group_size=16, window=NoWindow())
 INFO = ModelInfo(id="builtin:tiny", layers=8, kv_heads=2, head_dim=64)

@@ -3,10 +3,10 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from kvmix_cli.axes import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
-from kvmix_cli.windows import NoWindow, Recent, Rpc
 
 patient = settings(deadline=None, max_examples=50)
 """Hypothesis without a limit on the time of one example: two cores may be shared."""

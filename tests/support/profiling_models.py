@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-from kvmix_cli.geometry import max_length, model_info
-from kvmix_cli.models import LoadedModel
+from kvmix_cli.models.geometry import max_length, model_info
+from kvmix_cli.models.loading import LoadedModel
 
 VOCABULARY = 97
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 3, 32, 4, 8

@@ -10,8 +10,8 @@ import torch
 from kvmix_kernels.quantize import dequantize, quantize
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvmix_cli.budget import page_layout
 from kvmix_cli.plan import Plan
+from kvmix_cli.plan.sizes import page_layout
 
 
 class ReferenceLayer(DynamicLayer):

@@ -2,7 +2,9 @@
 
 from evaluating import INFO, stand_in, uniform
 
-from kvmix_cli.evaluation.base import Estimate, Metric, Sample, Settings, Subject, Task
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.evaluation.base import Sample, Settings, Task
+from kvmix_cli.evaluation.results import Estimate, Metric
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Runs
 

@@ -1,4 +1,4 @@
-"""Other people's caches, to be measured beside ours. See docs/baselines.md.
+"""Baselines: caches of other projects, measured beside ours. See docs/baselines.md.
 
 bf16            16 bits, whatever the model's dtype
 fp8             8-bit floats without a scale, as serving engines store them by default
@@ -6,7 +6,3 @@ hf-fp8          transformers' QuantizedCache: 8-bit floats with one scale a tens
 hf-quanto-N     transformers' QuantizedCache on optimum-quanto
 hf-hqq-N        transformers' QuantizedCache on HQQ
 """
-
-from .named import BASELINES, NamedCache, named_cache
-
-__all__ = ["BASELINES", "NamedCache", "named_cache"]

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..mixed import Attended, stock_layers, unquantized_cache
+from ...models.geometry import stock_layers
+from ..mixed import Attended, unquantized_cache
 
 FP8 = torch.float8_e4m3fn
 

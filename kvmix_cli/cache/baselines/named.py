@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -14,12 +14,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from ...errors import EvaluationError, did_you_mean
+from ...models.geometry import model_info
 from ..sizes import layer_nbytes
 from .casting import FP8, CastCache
 from .stock import StockQuantizedCache
-
-if TYPE_CHECKING:
-    from ...models import LoadedModel
 
 SAMPLE_TOKENS = 1024
 """Held by the cache whose bytes are counted: a whole number of groups, and enough that one scale does not show."""
@@ -47,10 +45,10 @@ class NamedCache:
     make: Callable[[PreTrainedConfig], Cache] = field(repr=False, compare=False)
     stored_bits: float | None = None
 
-    def cache(self, loaded: LoadedModel) -> Cache:
+    def cache(self, config: PreTrainedConfig) -> Cache:
         """An empty cache. Raises EvaluationError if what it needs is not installed."""
         try:
-            return self.make(loaded.model.config)
+            return self.make(config)
         except ImportError as error:
             package = PACKAGES.get(self.settings.get("backend", ""), "transformers")
             raise EvaluationError(f"{self.name} needs {package}: pip install {package}") from error
@@ -88,26 +86,29 @@ BASELINES = tuple(_CACHES)
 """All names."""
 
 
-def named_cache(name: str, loaded: LoadedModel) -> NamedCache:
+def named_cache(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> NamedCache:
     """A baseline for a model. Raises EvaluationError for an unknown name."""
     if name not in _CACHES:
         raise EvaluationError(f"no cache '{name}'{did_you_mean(name, BASELINES)}; there are {', '.join(BASELINES)}")
     found = _CACHES[name]
     settings = {**found.settings, **_versions(found.settings.get("backend"))}
-    return replace(found, settings=settings, stored_bits=measured_bits(found, loaded))
+    return replace(found, settings=settings, stored_bits=measured_bits(found, config, dtype, device))
 
 
-def measured_bits(found: NamedCache, loaded: LoadedModel) -> float | None:
+def measured_bits(
+    found: NamedCache, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> float | None:
     """Bits a number in a layer that holds random ones, from the tensors it has; None if that fails.
 
     The numbers have the model's geometry, dtype and device: in some caches the size of scales follows the dtype.
     """
-    layer = loaded.info.quantizable[0]
-    shape = (1, loaded.info.kv_heads, SAMPLE_TOKENS, loaded.info.head_dim)
+    info = model_info(config, "")
+    layer = info.quantizable[0]
+    shape = (1, info.kv_heads, SAMPLE_TOKENS, info.head_dim)
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(shape, generator=generator).to(loaded.device, loaded.model.dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     try:
-        cache = found.cache(loaded)
+        cache = found.cache(config)
         cache.update(keys, values, layer)
     except Exception:  # noqa: BLE001  (whatever goes wrong is said by the row, when the cache is to be measured)
         return None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from kvmix_kernels.layout import PageLayout
 
-from ...forms import Form
 from ...plan import CacheSettings
+from ...plan.sizes import StorageForm
 from ..buffer import Buffer
 from .base import Packing
 from .channels import ChannelPages
@@ -19,7 +19,7 @@ __all__ = ["Packing", "Sorts", "packing_of"]
 
 
 def packing_of(
-    name: str, found: tuple[Form, ...], settings: CacheSettings, reserve: int, sorts: Sorts | None
+    name: str, found: tuple[StorageForm, ...], settings: CacheSettings, reserve: int, sorts: Sorts | None
 ) -> Packing | None:
     """What holds a layer's keys or values by the settings of its plan; None if all stay in full precision.
 
@@ -49,10 +49,10 @@ class Sorts:
     channels: Sort
 
 
-def _pages(name: str, form: Form, settings: CacheSettings, reserve: int, sorts: Sorts | None) -> Packing:
-    only = form.runs[0]
-    if len(form.runs) == 1 and isinstance(only, PageLayout):
+def _pages(name: str, form: StorageForm, settings: CacheSettings, reserve: int, sorts: Sorts | None) -> Packing:
+    only = form.groups[0]
+    if len(form.groups) == 1 and isinstance(only, PageLayout):
         return Pages(name, only, reserve)
     assert sorts is not None
     refresh = settings.channels.refresh if settings.channels else 0
-    return ChannelPages(name, form.runs, settings.page, refresh, sorts.channels, reserve)
+    return ChannelPages(name, form.groups, settings.page, refresh, sorts.channels, reserve)

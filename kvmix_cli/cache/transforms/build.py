@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from kvmix_kernels.layout import Kind
 
-from ... import axes
+from ...plan import policies as axes
 from .arrays import find
 from .balancing import Balancing
 from .base import Transform, wide_dtype

@@ -1,0 +1,149 @@
+"""The run loop and its timing: what `kvmix run` does with a prompt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TextStreamer
+
+from ..errors import KvmixError
+from ..quiet import hushed
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedTokenizerBase
+
+    from ..models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer and what it took. Prompt and decode are timed apart: the first token ends the prompt.
+
+    Attributes:
+        text: of the answer, without special tokens.
+        max_new_tokens: the most that were allowed; less than was asked for if the model's limit is near.
+        prompt_seconds: from the start until the first token was there.
+        decode_seconds: from the first token until the last.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    max_new_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prompt_seconds
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens a second after the first; None if there was no second one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+class _TimedStreamer(TextStreamer):
+    """Hands on text as it forms, and notes when the first and the last token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self.text = ""
+        self.times: list[float] = []
+        """When the prompt was handed over, and then when each token came."""
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.text += text
+            self._on_text(text)
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt_ids: Sequence[int],
+    cache: Cache,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Continue one prompt through a cache, an empty one.
+
+    Args:
+        prompt_ids: the prompt's tokens, special ones included.
+        max_new_tokens: cut to what the model's limit leaves; `Generation.max_new_tokens` says to what.
+        temperature: 0 is greedy.
+        top_p: share of the probability to sample from, in (0, 1].
+        on_text: called with each piece of text as soon as it is final.
+
+    Raises:
+        KvmixError: if the prompt is empty or leaves no room for an answer, or a setting is out of its range.
+    """
+    _check(max_new_tokens, temperature, top_p)
+    allowed = min(max_new_tokens, room(len(prompt_ids), loaded.max_length))
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    streamer = _TimedStreamer(loaded.tokenizer, on_text)
+    ids = torch.tensor([list(prompt_ids)], device=loaded.device)
+    if sampling:
+        torch.manual_seed(seed)
+    with hushed():
+        loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            streamer=streamer,
+            max_new_tokens=allowed,
+            do_sample=bool(sampling),
+            pad_token_id=_pad_token(loaded),
+            **sampling,
+        )
+    start, first, *_, last = (*streamer.times, streamer.times[-1])
+    return Generation(
+        text=streamer.text,
+        prompt_tokens=len(prompt_ids),
+        new_tokens=len(streamer.times) - 1,
+        max_new_tokens=allowed,
+        prompt_seconds=first - start,
+        decode_seconds=last - first,
+    )
+
+
+def room(prompt_tokens: int, limit: int | None) -> int:
+    """New tokens that a prompt leaves room for. Raises KvmixError if there is no prompt or no room."""
+    if prompt_tokens < 1:
+        raise KvmixError("the prompt is empty; give some text with --prompt or --prompt-file")
+    if limit is None:
+        return 2**31
+    if prompt_tokens >= limit:
+        raise KvmixError(
+            f"the prompt has {prompt_tokens} tokens and the model's limit, answer included, is {limit}; shorten it"
+        )
+    return limit - prompt_tokens
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise KvmixError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise KvmixError(f"--top-p must be more than 0 and at most 1, got {top_p}")
+
+
+def _pad_token(loaded: LoadedModel) -> int:
+    """Of no effect in a batch of one, but `generate` warns if there is none."""
+    known = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)

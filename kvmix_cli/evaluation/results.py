@@ -1,0 +1,127 @@
+"""Results of an evaluation: estimates, rows and reports, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from ..cache.subject import UNQUANTIZED
+
+Record = dict[str, Any]
+"""What was measured on one sample: plain data, with at least `tokens` and `attended`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval; the same number twice where nothing was sampled."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Estimate:
+        """A number that is not an estimate at all, such as a count of bytes."""
+        return cls(value, value, value)
+
+    def map(self, change: Callable[[float], float]) -> Estimate:
+        """The estimate of an increasing function of the number."""
+        return Estimate(change(self.value), change(self.low), change(self.high))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task reports.
+
+    Attributes:
+        plans_only: it compares a plan with something, so the unquantized row has none.
+    """
+
+    name: str
+    higher_is_better: bool
+    unit: str = ""
+    plans_only: bool = False
+
+
+class Table(NamedTuple):
+    """As `console.table` takes it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    footer: str = ""
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan, or the unquantized cache, on one task. Without metrics there is an error instead.
+
+    Attributes:
+        quantized_share: of the (query, cached token) pairs that attention saw while it was being measured.
+        stored_bits: None if they cannot be told, such as those of a baseline that is not installed.
+        records: what was measured on each sample; none if there is an error.
+        seconds: that measuring took, in all runs that were needed for it.
+    """
+
+    task: str
+    plan: str
+    nominal_bits: float
+    stored_bits: float | None
+    quantized_share: float = 0.0
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+    records: tuple[Record, ...] = field(default=(), repr=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    def value(self, metric: str) -> float | None:
+        """A metric's value, if the row has it."""
+        return self.metrics[metric].value if metric in self.metrics else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
+        data: dict[str, Any] = {
+            "task": self.task,
+            "plan": self.plan,
+            "nominal_bits": self.nominal_bits,
+            "stored_bits": self.stored_bits,
+            "quantized_share": self.quantized_share,
+        }
+        if self.error is not None:
+            return {**data, "error": self.error}
+        data["metrics"] = {name: asdict(estimate) for name, estimate in self.metrics.items()}
+        data["seconds"] = round(self.seconds, 3)
+        return {**data, "warnings": list(self.warnings)} if self.warnings else data
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one task, the unquantized cache first.
+
+    Attributes:
+        tokens: that were scored, in one row.
+        description: what was measured, for the foot of a table.
+        warnings: about the task as a whole.
+    """
+
+    task: str
+    tokens: int
+    description: str
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> Row:
+        """The unquantized cache's row."""
+        return next(row for row in self.rows if row.plan == UNQUANTIZED)
+
+    @property
+    def plans(self) -> tuple[Row, ...]:
+        """The other rows."""
+        return tuple(row for row in self.rows if row.plan != UNQUANTIZED)

@@ -1,0 +1,184 @@
+"""The model `kvmix` of lm-eval. Importing this registers it, and then lm-eval knows it by its name:
+
+    lm_eval.simple_evaluate(model="kvmix", model_args={"pretrained": MODEL, "plan": PLAN}, tasks=[...])
+
+`kvmix eval` does more: it measures the unquantized cache beside it, keeps every answer, and can be interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.model import CacheHook
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from ....cache.subject import Subject
+from ....errors import EvaluationError
+from ....models.loading import LoadedModel, load_model
+from ....plan import Plan
+from .batches import Reading, rows
+from .quiet import quiet
+from .requests import GENERATE, ROLL, SCORE, encode, replies
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+STEP = 32
+THEIR_DEVICE = "cuda:0"
+"""What lm-eval's own command asks for unless it is told otherwise; without a GPU its model `hf` takes what there is."""
+
+logger = logging.getLogger("lm_eval.kvmix")
+
+
+@register_model("kvmix")
+class KvmixLM(HFLM):
+    """lm-eval's Hugging Face model, whose every answer is read through a cache at the bits of a plan.
+
+    It takes prompts apart as HFLM does; only what reads the tokens is ours.
+
+    Args:
+        pretrained: hub id, local folder, `builtin:tiny`, or a model that `load_model` has loaded.
+        plan: a plan file, or its short form `0-3:k4v4,4-7:k2v2`; none for the unquantized cache.
+        subject: whose cache it is, instead of a plan.
+        step: tokens that are fed at a time where a continuation is scored; 1 is exact decoding.
+        batch_size: `auto`, or the most requests in a batch.
+        max_length: tokens of a prompt and its answer; the model's limit if not given.
+        seed: of answers that are sampled.
+
+    Raises:
+        KvmixError: if the model or the plan cannot be used.
+    """
+
+    cache_hook: CacheHook
+
+    def __init__(
+        self,
+        pretrained: str | LoadedModel,
+        plan: str | Path | None = None,
+        *,
+        subject: Subject | None = None,
+        step: int = STEP,
+        batch_size: int | str | None = "auto",
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(pretrained, str):
+            if device == THEIR_DEVICE and not torch.cuda.is_available():
+                device = "auto"
+            pretrained = load_model(
+                pretrained, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+        self.loaded = pretrained
+        self.step = int(step)
+        self.subject = subject or _subject(plan, pretrained)
+        with quiet():
+            super().__init__(
+                pretrained=pretrained.model,
+                tokenizer=copy.deepcopy(pretrained.tokenizer),  # HFLM gives it a padding token
+                max_length=max_length or pretrained.max_length,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+            )
+        if self.prefix_token_id is None:
+            raise EvaluationError(f"the tokenizer of {pretrained.info.id} has no token to begin or end a text with")
+        self.reading = Reading(pretrained, self.subject, self.step, rows(batch_size, max_batch_size), int(seed))
+        self._seen = {"total": 0.0, "quantized": 0.0}
+        self._pairs: list[tuple[list[int], list[int]]] = []
+
+    @property
+    def end_of_text(self) -> str:
+        """The text that ends every answer."""
+        token = self.eot_token_id
+        return "" if token is None else str(self.tok_decode(token, skip_special_tokens=False))
+
+    @property
+    def quantized_share(self) -> float:
+        """Of the (query, cached token) pairs that attention has seen while this answered."""
+        return self._seen["quantized"] / self._seen["total"] if self._seen["total"] else 0.0
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt; an empty one is what an empty context is."""
+        if not text:
+            return [self.prefix_token_id]
+        ids, _ = self.tok_batch_encode([text])
+        prompt: list[int] = ids[0].tolist()
+        return prompt
+
+    def encode_pairs(self, kind: str, instance: Instance) -> list[tuple[list[int], list[int]]]:
+        """Token ids of context and continuation for each pass that HFLM would make."""
+        self._pairs = []
+        hook, self.cache_hook = self.cache_hook, CacheHook(None)  # nothing has been answered yet
+        try:
+            (super().loglikelihood if kind == SCORE else super().loglikelihood_rolling)([instance], disable_tqdm=True)
+        finally:
+            self.cache_hook = hook
+        return self._pairs
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """See `LM.generate_until`."""
+        return self._replies(GENERATE, requests, disable_tqdm)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """See `LM.loglikelihood`."""
+        return self._replies(SCORE, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """See `LM.loglikelihood_rolling`."""
+        return self._replies(ROLL, requests, disable_tqdm)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside its results."""
+        nominal, stored = self.subject.bits
+        if self.subject != Subject() and not self.quantized_share:
+            logger.warning("nothing quantized was read: the plan's sink, window and page hold every context whole")
+        return {
+            "model_id": self.loaded.info.id,
+            "model_dtype": self.loaded.dtype,
+            "model_revision": self.loaded.info.revision,
+            "plan": self.subject.plan and self.subject.plan.short,
+            "nominal_bits": nominal,
+            "stored_bits": stored,
+            "quantized_share": self.quantized_share,
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Where HFLM would read: tokens are noted down here, and read through the cache later."""
+        self._pairs += [(context, continuation) for _, context, continuation in requests]
+        return [(0.0, False)] * len(requests)
+
+    def _replies(self, kind: str, instances: Sequence[Instance], silent: bool) -> list[Any]:
+        requests = encode(self, kind, instances)
+        bar = tqdm(self.reading.answers(requests), f"kvmix: {kind}", len(requests), disable=silent)
+        answers = list(bar)
+        for answer in answers:
+            for key, pairs in answer.attended.items():
+                self._seen[key] += pairs
+        values = (answer.value for answer in answers)
+        return replies(kind, len(instances), zip(requests, values, strict=True))
+
+
+def _subject(plan: str | Path | None, loaded: LoadedModel) -> Subject:
+    if plan is None:
+        return Subject()
+    path = Path(plan)
+    if not path.is_file():
+        return Subject(str(plan), Plan.from_short(str(plan), loaded.info))
+    found = Plan.load(path)
+    found.check_model(loaded.info)
+    return Subject(path.stem, found)

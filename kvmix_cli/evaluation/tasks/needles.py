@@ -1,0 +1,207 @@
+"""Needles: values that are stated in a context, and must be read out of the cache again.
+
+What `recall`, `passkey` and `kv_retrieval` have in common; they differ in what a context is made of.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...cache.subject import Subject, attended
+from ...decoding.feed import feed, prefill
+from ...errors import EvaluationError, TextError
+from ...texts import load_texts
+from ..base import Context, Sample, Settings, Task
+from ..bootstrap import ratio
+from ..feeding import encode
+from ..results import Estimate, Record, counted
+from .facts import Question
+
+if TYPE_CHECKING:
+    from ...models.loading import LoadedModel
+
+POOL = 64
+"""Filler is cut from this many times the length of an exercise."""
+DEPTHS = 10
+TRIES = 3
+"""Exercises at each place, where there is a single value in each."""
+
+
+@dataclass(frozen=True)
+class Exercise(Sample):
+    """`ids` is the context, in which values are stated; `script` asks for some of them, and has the answers.
+
+    A value's tokens are the same ids in both places, whatever the tokenizer does at the seams.
+    """
+
+    script: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+Writer = Callable[[int, int, str], Exercise]
+"""Writes an exercise of so many tokens, context and script together, for its turn among those of this length."""
+
+
+class TooShort(EvaluationError):
+    """An exercise that does not fit its length; `least` is the length that it needs."""
+
+    def __init__(self, task: str, length: int, least: int, reason: str) -> None:
+        self.least = least
+        super().__init__(f"{length} tokens are too short for {task}: {reason}; use at least {least}")
+
+
+@dataclass(frozen=True)
+class Needles(Task):
+    """The context enters the cache and is quantized; then the questions are teacher-forced through it.
+
+    A value counts as recalled if each of its tokens has the highest logit, which is what greedy decoding would need.
+
+    Attributes:
+        contexts: lengths of exercises, in tokens; None for that of the settings alone.
+        depths: evenly spaced places, from the beginning of a context to its end; None is the task's default.
+    """
+
+    contexts: tuple[int, ...] | None = None
+    depths: int | None = None
+
+    @property
+    @abstractmethod
+    def exercises(self) -> int:
+        """Of each length, where nothing else is asked for."""
+
+    @abstractmethod
+    def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
+        """What writes the exercises. Raises KvmixError; the writer raises TooShort."""
+
+    def limit(self, settings: Settings) -> int:
+        return self.exercises * len(self.lengths(settings)) if settings.limit is None else settings.limit
+
+    def lengths(self, settings: Settings) -> tuple[int, ...]:
+        """Of the exercises, ascending."""
+        return tuple(sorted(set(self.contexts or (settings.length,))))
+
+    def context(self, settings: Settings) -> Context:
+        return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
+
+    def places(self) -> list[float]:
+        """The depths."""
+        count = DEPTHS if self.depths is None else self.depths
+        return [0.5] if count == 1 else [number / (count - 1) for number in range(count)]
+
+    def place(self, turn: int, seed: int) -> float:
+        """The depth for a turn: all of them once, in a random order, then all of them again in another."""
+        again, number = divmod(turn, len(self.places()))
+        order = self.places()
+        random.Random(f"{seed}/{again}").shuffle(order)
+        return order[number]
+
+    def samples(self, loaded: LoadedModel, settings: Settings) -> list[Exercise]:
+        lengths = self.lengths(settings)
+        if lengths[0] < 1 or (self.depths is not None and self.depths < 1):
+            raise EvaluationError("--contexts and --depths must be at least 1")
+        self.check_context(settings, loaded.max_length)
+        write = self.writer(loaded, settings, lengths[-1])
+        written: list[Exercise] = []
+        failures: list[TooShort] = []
+        for number in range(self.limit(settings)):
+            turn, which = divmod(number, len(lengths))
+            try:
+                written.append(write(lengths[which], turn, f"{settings.seed}/{number}"))
+            except TooShort as failure:
+                failures.append(failure)
+        if failures:
+            raise max(failures, key=lambda failure: failure.least)
+        return written
+
+    @torch.inference_mode()
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: Exercise, settings: Settings) -> Record:
+        """Which values of an exercise were recalled, from where and from how far back."""
+        length = len(sample.ids) + len(sample.script)
+        cache = subject.cache(loaded.config, reserve=length)
+        prefill(loaded, cache, sample.ids)
+        greedy = [sample.ids[-1]]  # a place holder: nothing is asked of the script's first token
+        for _, logits in feed(loaded, cache, sample.script[:-1], settings.step):
+            greedy += logits.argmax(-1).tolist()
+        answers = [
+            {
+                "name": question.name,
+                "value": question.value,
+                "depth": question.depth,
+                "distance": question.distance,
+                "recalled": tuple(greedy[question.answer]) == sample.script[question.answer],
+            }
+            for question in sample.questions
+        ]
+        return {
+            "tokens": sum(question.answer.stop - question.answer.start for question in sample.questions),
+            "context": length,
+            "values": len(answers),
+            "recalled": sum(bool(answer["recalled"]) for answer in answers),
+            "answers": answers,
+            "attended": attended(cache),
+        }
+
+    def summarise(
+        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+    ) -> dict[str, Estimate]:
+        return {self.name: share(records, seed)}
+
+    def describe(self, samples: Sequence[Exercise], settings: Settings) -> str:
+        distances = [question.distance for sample in samples for question in sample.questions]
+        *others, last = (str(length) for length in self.lengths(settings))
+        lengths = f"{', '.join(others)} and {last}" if others else last
+        return (
+            f"{counted(len(distances), 'value')} in {counted(len(samples), 'exercise')} of {lengths} tokens of "
+            f"{self.content(settings)}, "
+            f"each assigned {min(distances)} to {max(distances)} tokens before it is asked for"
+        )
+
+    def content(self, settings: Settings) -> str:
+        """What a context is made of, in words."""
+        return f"{settings.text} text"
+
+
+def share(records: Sequence[Record], seed: int) -> Estimate:
+    """Of the values, those recalled; exercises are drawn for the interval.
+
+    Where all values were recalled, or none, drawing shows no spread; then the interval is that of Wilson (1927), with
+    an exercise as one trial. Ten successes out of ten are no proof of certainty.
+    """
+    recalled, values = ([record[key] for record in records] for key in ("recalled", "values"))
+    found = ratio(recalled, values, seed)
+    if found.value not in (0, 1):
+        return found
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(found.value) * len(records), len(records)).proportion_ci(method="wilson")
+    return Estimate(found.value, min(found.value, interval.low), max(found.value, interval.high))
+
+
+def filler(loaded: LoadedModel, settings: Settings, length: int) -> list[int]:
+    """Tokens of the text, in a seeded order of its documents. Raises TextError if they do not fill an exercise."""
+    texts = load_texts(settings.text, held_out=True, seed=settings.seed)
+    order = list(range(len(texts)))
+    random.Random(settings.seed).shuffle(order)
+    pool: list[int] = []
+    for index in order:
+        pool += encode(loaded.tokenizer, texts[index])
+        if len(pool) >= POOL * length:
+            break
+    if len(pool) < length:
+        raise TextError(
+            f"{settings.text}: {len(pool)} tokens of text in all do not fill an exercise of {length}; "
+            "give more with --text or a smaller --length"
+        )
+    return pool
+
+
+def stretch(pool: Sequence[int], count: int, rng: random.Random) -> list[int]:
+    """A stretch of `count` tokens from anywhere in the pool."""
+    start = rng.randint(0, len(pool) - count)
+    return list(pool[start : start + count])

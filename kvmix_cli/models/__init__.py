@@ -1,0 +1,1 @@
+"""Models: how they are loaded, how their caches are shaped, where their projections are, what memory they take."""

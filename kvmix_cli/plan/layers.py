@@ -1,0 +1,101 @@
+"""Widths of each layer's keys and values, and their short form `"0-3:k4v4,4-31:k2v2"`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from kvmix_kernels.layout import Kind
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from .geometry import format_ranges
+from .policies import known_width
+from .settings import GroupSize
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorPlan(_Frozen):
+    """Storage of one layer's keys, or values.
+
+    Attributes:
+        bits: width of a code; 16 keeps full precision.
+        group_size: elements that share a scale and a zero; None for the cache's own.
+    """
+
+    bits: int
+    group_size: GroupSize | None = None
+
+    _known = field_validator("bits")(known_width)
+
+
+class LayerPlan(_Frozen):
+    """Storage of one layer's keys and values."""
+
+    k: TensorPlan
+    v: TensorPlan
+
+    @classmethod
+    def of_bits(cls, k_bits: int, v_bits: int) -> LayerPlan:
+        """Return a layer with these widths and the cache's group size. Raises ValueError for an unknown width."""
+        return cls(k=TensorPlan(bits=k_bits), v=TensorPlan(bits=v_bits))
+
+    @property
+    def tensors(self) -> tuple[tuple[TensorPlan, Kind], tuple[TensorPlan, Kind]]:
+        """Return keys and values, each with its kind."""
+        return (self.k, "key"), (self.v, "value")
+
+    @property
+    def short(self) -> str:
+        """Return the widths as text, `k4v2`."""
+        return f"k{self.k.bits}v{self.v.bits}"
+
+
+LayerSpan = tuple[int, int, LayerPlan]
+"""First and last index of neighbouring layers that are stored alike, and how."""
+
+
+def spans_of(layers: Mapping[int, LayerPlan]) -> list[LayerSpan]:
+    """Return spans of neighbouring layers that are stored alike, in ascending order."""
+    spans: list[LayerSpan] = []
+    for index, layer in sorted(layers.items()):
+        if spans and spans[-1][1:] == (index - 1, layer):
+            spans[-1] = (spans[-1][0], index, layer)
+        else:
+            spans.append((index, index, layer))
+    return spans
+
+
+def format_short(layers: Mapping[int, LayerPlan]) -> str:
+    """Return the short form of layers: their widths, without group sizes."""
+    return ",".join(
+        f"{first}:{layer.short}" if first == last else f"{first}-{last}:{layer.short}"
+        for first, last, layer in spans_of(layers)
+    )
+
+
+def parse_short(text: str, stock: Iterable[int] = ()) -> dict[int, LayerPlan]:
+    """Return the layers of a short form, those with a stock cache left out.
+
+    Args:
+        stock: layers that keep a stock cache; the text may name them.
+
+    Raises:
+        ValueError: if the text is malformed, has an unknown width, or names a layer twice.
+    """
+    layers: dict[int, LayerPlan] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?:k(\d{1,2})v(\d{1,2})\s*", part, re.ASCII)
+        if not match:
+            raise ValueError(f"'{part.strip()}' is not of the form FIRST-LAST:kBITSvBITS")
+        first, k_bits, v_bits = (int(match[group]) for group in (1, 3, 4))
+        last = first if match[2] is None else int(match[2])
+        if last < first:
+            raise ValueError(f"'{part.strip()}' ends before it begins")
+        if twice := sorted(layers.keys() & range(first, last + 1)):
+            raise ValueError(f"layer {format_ranges(twice)} is given twice")
+        layers.update(dict.fromkeys(range(first, last + 1), LayerPlan.of_bits(k_bits, v_bits)))
+    kept = set(stock)
+    return {index: layer for index, layer in layers.items() if index not in kept}

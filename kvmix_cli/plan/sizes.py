@@ -1,0 +1,259 @@
+"""Bits and bytes of a cache, from `kvmix_kernels.layout.PageLayout` and the forms that a plan's settings imply.
+
+Two counts, always shown together:
+
+    nominal   bits of the codes alone, the papers' convention; an evicted token has none
+    stored    bits of everything between sinks and window: codes, scales and zeros, tier maps, channel orders
+
+A real context also has its sinks, its window, the tokens that wait to be packed, and per-sequence statistics;
+`layer_bytes` counts those too. Budgets and the cache read the same forms, so predicted and allocated bytes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
+
+from .geometry import ModelInfo
+from .layers import LayerPlan, TensorPlan
+from .settings import CacheSettings
+
+BitCount = Literal["nominal", "stored"]
+ChannelStorage = PageLayout | int
+"""A channel group: packed pages, or a number of channels in full precision."""
+
+INDEX_BYTES = 1
+"""A token's tier and a channel's place are uint8."""
+STATISTIC_BYTES = 4
+"""Statistics of a token or a channel are float32."""
+QUERY_SUMS = 2
+"""A sum over queries has two parts: that of the last forward is apart, so that it can be taken back."""
+
+
+@dataclass(frozen=True)
+class StorageForm:
+    """Storage of a share of the tokens between sinks and window.
+
+    Attributes:
+        share: share of those tokens.
+        groups: channel groups in order; one, except for keys that a channel policy sorts.
+    """
+
+    share: Fraction
+    groups: tuple[ChannelStorage, ...]
+
+    @property
+    def is_sorted(self) -> bool:
+        """Return whether its channels have an order of their own, which has to be stored."""
+        return len(self.groups) > 1 and not self.is_full
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether nothing of it is quantized."""
+        return all(isinstance(group, int) for group in self.groups)
+
+    def bits_per_element(self, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
+        """Return nominal or stored bits per element of a head of `head_dim` channels."""
+        total = 0.0
+        for group in self.groups:
+            if isinstance(group, int):
+                total += FULL_PRECISION_BITS * group
+            else:
+                total += (group.bits if count == "nominal" else group.stored_bits) * group.head_dim
+        refresh = cache.channels.refresh if cache.channels and self.is_sorted and count == "stored" else 0
+        return total / head_dim + (8 * INDEX_BYTES / refresh if refresh else 0)
+
+
+def storage_forms(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> tuple[StorageForm, ...]:
+    """Return the forms of a layer's keys or values: one for each tier, then that of the layer's own bits.
+
+    Raises:
+        ValueError: if the head, or a channel group, is no multiple of 16 channels.
+    """
+    if cache.tokens is None:
+        return (StorageForm(Fraction(1), _channel_groups(tensor, kind, cache, head_dim)),)
+    widths = [tier.k if kind == "key" else tier.v for tier in cache.tokens.tiers]
+    tensors = [tensor.model_copy(update={"bits": max(bits, tensor.bits)}) for bits in widths]
+    shares = cache.tokens.shares[:-1]
+    return tuple(
+        StorageForm(share, _channel_groups(each, kind, cache, head_dim))
+        for share, each in zip(shares, (*tensors, tensor), strict=True)
+    )
+
+
+def _channel_groups(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> tuple[ChannelStorage, ...]:
+    if kind == "value" or cache.channels is None:
+        return (_channel_storage(tensor, kind, cache, head_dim),)
+    bits = [max(group.bits, tensor.bits) for group in cache.channels.runs]
+    widths = cache.channels.widths(head_dim)
+    tensors = [tensor.model_copy(update={"bits": each}) for each in (*bits, tensor.bits)]
+    return tuple(_channel_storage(each, kind, cache, width) for each, width in zip(tensors, widths, strict=True))
+
+
+def _channel_storage(tensor: TensorPlan, kind: Kind, cache: CacheSettings, channels: int) -> ChannelStorage:
+    if tensor.bits == FULL_PRECISION_BITS:
+        return channels
+    size = cache.group_size if tensor.group_size is None else tensor.group_size
+    return PageLayout(
+        kind=kind,
+        bits=tensor.bits,
+        head_dim=channels,
+        page=cache.page,
+        group_size=None if size == "row" else size,
+        scale_dtype=cache.scale_dtype,
+    )
+
+
+def page_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> PageLayout | None:
+    """Return the page layout of a layer's keys or values at the layer's own bits; None for full precision.
+
+    Raises:
+        ValueError: if the head size is no multiple of 16.
+    """
+    layout = _channel_storage(tensor, kind, cache, head_dim)
+    return layout if isinstance(layout, PageLayout) else None
+
+
+def page_bytes(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> int:
+    """Return the bytes of one page of one KV head at the layer's own bits, in 16 bits if it is never packed."""
+    layout = page_layout(tensor, kind, cache, head_dim)
+    return cache.page * head_dim * FULL_PRECISION_BITS // 8 if layout is None else layout.nbytes
+
+
+def tensor_bits(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
+    """Return bits per element of a layer's keys or values, over all tokens that have left the window.
+
+    Raises:
+        ValueError: if the head, or a channel group, cannot be packed.
+    """
+    forms = storage_forms(tensor, kind, cache, head_dim)
+    bits = sum(float(form.share) * form.bits_per_element(cache, head_dim, count) for form in forms)
+    half_a_map = 8 * INDEX_BYTES / (2 * head_dim)
+    return bits if cache.tokens is None or count == "nominal" else bits + half_a_map
+
+
+def mean_bits(
+    layers: Mapping[int, LayerPlan],
+    cache: CacheSettings,
+    model: ModelInfo,
+    count: BitCount,
+    kind: Kind | None = None,
+) -> float:
+    """Return mean bits per element over layers, of keys, of values, or (by default) of both."""
+    bits = [
+        tensor_bits(tensor, of, cache, model.head_dim, count)
+        for layer in layers.values()
+        for tensor, of in layer.tensors
+        if kind in (None, of)
+    ]
+    return sum(bits) / len(bits) if bits else 0.0
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache.
+
+    Attributes:
+        packed: codes, scales and zeros.
+        full: everything in full precision: sinks, tail, tiers and channel groups of 16 bits.
+        extra: additions of a policy: tier maps, channel orders, statistics.
+    """
+
+    packed: int
+    full: int
+    extra: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return all bytes."""
+        return self.packed + self.full + self.extra
+
+    def __add__(self, other: CacheBytes) -> CacheBytes:
+        return CacheBytes(self.packed + other.packed, self.full + other.full, self.extra + other.extra)
+
+    def __mul__(self, count: int) -> CacheBytes:
+        return CacheBytes(self.packed * count, self.full * count, self.extra * count)
+
+
+def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
+    """Return the tokens that have left the window after a prompt of `context` tokens, once the window was applied.
+
+    Under a token policy, `bits` is the larger width of a layer's keys and values, which are sorted together.
+    """
+    if cache.tokens is None and bits == FULL_PRECISION_BITS:
+        return 0
+    unit = cache.page if cache.tokens is None else cache.tokens.flush
+    return cache.window.due(max(0, context - cache.sink), bits, unit)
+
+
+def tensor_bytes(
+    tensor: TensorPlan,
+    kind: Kind,
+    cache: CacheSettings,
+    model: ModelInfo,
+    context: int,
+    batch: int = 1,
+    element_bytes: int = 2,
+    window_bits: int | None = None,
+) -> CacheBytes:
+    """Return the bytes of one layer's keys or values after a prompt, with half of what the layer keeps for both.
+
+    Args:
+        context: tokens of the prompt.
+        batch: number of sequences.
+        element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
+        window_bits: the width whose window applies, see `packed_tokens`; by default the tensor's own.
+    """
+    tokens = packed_tokens(context, tensor.bits if window_bits is None else window_bits, cache)
+    counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
+    one = CacheBytes(0, (context - tokens) * model.head_dim * element_bytes)
+    for form, count in zip(storage_forms(tensor, kind, cache, model.head_dim), counts, strict=True):
+        one += _form_bytes(form, count, cache, element_bytes)
+    kept = _policy_bytes(cache, model, tokens, context)
+    half = kept // 2 if kind == "value" else kept - kept // 2
+    return (one * model.kv_heads + CacheBytes(0, 0, half)) * batch
+
+
+def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:
+    """Return the bytes of one KV head's tokens of a form."""
+    full = sum(tokens * group * element_bytes for group in form.groups if isinstance(group, int))
+    packed = sum(tokens // group.page * group.nbytes for group in form.groups if isinstance(group, PageLayout))
+    if cache.channels is None or not form.is_sorted:
+        return CacheBytes(packed, full)
+    width = sum(group if isinstance(group, int) else group.head_dim for group in form.groups)
+    orders = -(-tokens // (cache.channels.refresh or max(1, tokens)))
+    return CacheBytes(packed, full, orders * width * INDEX_BYTES)
+
+
+def _policy_bytes(cache: CacheSettings, model: ModelInfo, tokens: int, context: int) -> int:
+    """Return the bytes of tier maps and statistics of one sequence, of which `tokens` are sorted."""
+    of_channels = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
+    of_channels += 0 if cache.transforms is None else cache.transforms.kept
+    kept = of_channels * model.kv_heads * model.head_dim * STATISTIC_BYTES
+    if cache.tokens is None:
+        return kept
+    tier_map = tokens * model.kv_heads * INDEX_BYTES
+    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
+    return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
+
+
+def layer_bytes(
+    layer: LayerPlan, cache: CacheSettings, model: ModelInfo, context: int, batch: int = 1, element_bytes: int = 2
+) -> CacheBytes:
+    """Return the bytes of one layer after a prompt of `context` tokens."""
+    together = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
+    sizes = (cache, model, context, batch, element_bytes, together)
+    return tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes as text with three significant digits, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.0f} TiB" if count >= 999.5 else f"{count:.3g} TiB"

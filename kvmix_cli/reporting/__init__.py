@@ -1,0 +1,1 @@
+"""Results as text and figures: tables, plots and the report page."""

@@ -1,0 +1,101 @@
+"""A leaderboard as tables, as Markdown, and as plain data for `--json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..studies.measure import cell
+
+if TYPE_CHECKING:
+    from ..studies.leaderboard.compare import Comparison, Standing
+    from ..studies.leaderboard.contest import Board
+
+
+class Table(NamedTuple):
+    """As `console.table` takes it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    footer: str = ""
+
+
+def tables(board: Board) -> list[Table]:
+    """One for each budget, and one of how well each score foretold the losses."""
+    budgets = dict.fromkeys(each.stored_bits for each in board.standings)
+    found = [_budget_table(board, stored_bits) for stored_bits in budgets]
+    return [*found, _correlation_table(board)]
+
+
+def _correlation_table(board: Board) -> Table:
+    rows = [[score, "-" if rho is None else f"{rho:.3f}", n] for score, (rho, n) in board.correlations.items()]
+    measured = "".join(f"{report.description}\n" for report in board.reports)
+    return Table("predicted against measured loss", ["score", "Spearman", "plans"], rows, measured)
+
+
+def _budget_table(board: Board, stored_bits: float) -> Table:
+    standings = [each for each in board.standings if each.stored_bits == stored_bits]
+    scores, recall = list(board.correlations), any(report.task == "recall" for report in board.reports)
+    columns = ["plan", "nominal", "stored", *scores, "measured", "perplexity", *(["recall"] if recall else [])]
+    title = f"at most {stored_bits:g} stored bits: loss in nats a token, as scores predict it and as measured"
+    said = [_sentence(each) for each in board.comparisons if each.stored_bits == stored_bits]
+    said += [f"left out: {each.name}, {each.reason}" for each in board.left_out if each.stored_bits == stored_bits]
+    rows = [_cells(each, scores, recall) for each in standings]
+    return Table(title, columns, rows, "".join(f"{line}\n" for line in said))
+
+
+def _cells(each: Standing, scores: Sequence[str], recall: bool) -> list[str]:
+    """Names, bits, what every score predicts, and what was measured; what is not known is a dash."""
+    bits = [f"{each.plan.bits.nominal:.2f}", f"{each.plan.bits.stored:.2f}"]
+    predicted = [f"{each.predicted[score]:.4f}" if score in each.predicted else "-" for score in scores]
+    share = "-" if each.loss is None else f"{100 * math.expm1(each.loss.value):+.2f} %"
+    recalled = [cell(each.rows["recall"].metrics.get("recall"), "")] if recall else []
+    return [", ".join(each.names), *bits, *predicted, cell(each.loss, "nats"), share, *recalled]
+
+
+def _sentence(each: Comparison) -> str:
+    share = "" if each.ratio is None else f", {each.ratio:.2f} times its loss"
+    return f"{each.first} against {each.second}: {cell(each.difference, 'nats')} nats a token{share}"
+
+
+def markdown(shown: Sequence[Table], command: str) -> str:
+    """The same tables in a file, with the command that made them."""
+    return "\n".join([f"<!-- {command} -->", *(_section(table) for table in shown)])
+
+
+def _section(table: Table) -> str:
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    grid = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    notes = [f"- {line}" for line in table.footer.splitlines()]
+    return "\n".join(["", f"## {table.title}", "", *grid, "", *notes, *([""] if notes else [])])
+
+
+def board_json(board: Board) -> dict[str, Any]:
+    """All rows, each plan once by the name of its runs, and who stands where with them."""
+    return {
+        "tokens": sum(report.tokens for report in board.reports),
+        "rows": [row.as_json() for report in board.reports for row in report.rows],
+        "reference": board.reports[0].reference.plan,
+        "gates": [],
+        "leaderboard": {
+            "champion": board.champion,
+            "standings": [_standing_json(each) for each in board.standings],
+            "comparisons": [asdict(each) for each in board.comparisons],
+            "correlations": {score: {"spearman": rho, "plans": n} for score, (rho, n) in board.correlations.items()},
+            "left_out": [asdict(each) for each in board.left_out],
+        },
+    }
+
+
+def _standing_json(each: Standing) -> dict[str, Any]:
+    return {
+        "stored_bits": each.stored_bits,
+        "names": list(each.names),
+        "plan": each.rows["perplexity"].plan,
+        "short": each.plan.short,
+        "bits": each.plan.bits.model_dump(),
+        "predicted": dict(each.predicted),
+    }

@@ -1,0 +1,110 @@
+"""`--baseline`: other people's caches, and plans that nobody has thought about, measured beside ours."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import EvaluationError, did_you_mean
+from ..plan import WIDTHS, Plan
+
+if TYPE_CHECKING:
+    from ..cache.subject import Subject
+    from ..models.loading import LoadedModel
+
+ALL = "all"
+UNIFORM = re.compile(r"uniform-([0-9]{1,2})")
+RANDOM = re.compile(r"random-plan(?:-([0-9]{1,9}))?")
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raise EvaluationError for a name that is no baseline, or that is there twice."""
+    from ..cache.baselines.named import BASELINES
+
+    for name in names:
+        if name not in (ALL, *BASELINES) and not _widths(name) and not RANDOM.fullmatch(name):
+            known = (*BASELINES, *(f"uniform-{bits}" for bits in WIDTHS), "random-plan", ALL)
+            raise EvaluationError(
+                f"no baseline '{name}'{did_you_mean(name, known)}; there are {', '.join(BASELINES)}, "
+                f"uniform-N with N one of {', '.join(map(str, WIDTHS))}, random-plan, random-plan-SEED, "
+                f"and {ALL} for the first {len(BASELINES)}"
+            )
+    _refuse_twice(_each(names), ())
+
+
+def baseline_subjects(names: Sequence[str], loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) -> list[Subject]:
+    """What `--baseline` names, as rows beside those of the plans.
+
+    Raises:
+        EvaluationError: for a name that `check_baselines` refuses or that a plan has, or a random plan of nothing.
+        PlanError: if the model's heads cannot be packed.
+    """
+    from ..cache.baselines.named import named_cache
+    from ..cache.subject import Subject
+
+    check_baselines(names)
+    _refuse_twice(_each(names), plans)
+    subjects = []
+    for name in _each(names):
+        plan = _plan(name, loaded, plans, seed)
+        if plan is not None:
+            subjects.append(Subject(name, plan))
+            continue
+        cache = named_cache(name, loaded.config, loaded.model.dtype, loaded.device)
+        subjects.append(Subject(name, baseline=cache))
+    return subjects
+
+
+def shuffled(plan: Plan, seed: int) -> Plan:
+    """The same widths in other layers, drawn at random: keys among keys, values among values, so bytes are equal.
+
+    Raises:
+        EvaluationError: if all layers are alike, and there is no other order.
+    """
+    indices = sorted(plan.layers)
+    keys, values = ([getattr(plan.layers[index], kind) for index in indices] for kind in "kv")
+    if len(set(keys)) == len(set(values)) == 1:
+        raise EvaluationError("in every layer it has the same widths, so that every order of them is the plan itself")
+    draw, layers = random.Random(seed), plan.layers
+    while layers == plan.layers:
+        draw.shuffle(keys)
+        draw.shuffle(values)
+        pairs = zip(indices, keys, values, strict=True)
+        layers = {index: plan.layers[index].model_copy(update={"k": k, "v": v}) for index, k, v in pairs}
+    return Plan.build(plan.model, layers, plan.cache, {"method": "shuffled", "seed": seed, "of": plan.sha256})
+
+
+def _plan(name: str, loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) -> Plan | None:
+    """The plan that a name stands for; None if it is a cache."""
+    first = next(iter(plans), None)
+    if bits := _widths(name):
+        return Plan.uniform(loaded.info, bits, bits, plans[first].cache.plain if first is not None else None)
+    match = RANDOM.fullmatch(name)
+    if match is None:
+        return None
+    if first is None:
+        raise EvaluationError(f"{name} needs a plan to be equal to in bytes: give one with --plan")
+    try:
+        return shuffled(plans[first], int(match[1] or seed))
+    except EvaluationError as error:
+        raise EvaluationError(f"{name} would be plan '{first}': {error}; put another --plan first") from error
+
+
+def _widths(name: str) -> int | None:
+    match = UNIFORM.fullmatch(name)
+    return int(match[1]) if match and int(match[1]) in WIDTHS else None
+
+
+def _each(names: Sequence[str]) -> list[str]:
+    """The names, with what `all` stands for."""
+    from ..cache.baselines.named import BASELINES
+
+    return [each for name in names for each in (BASELINES if name == ALL else (name,))]
+
+
+def _refuse_twice(names: Sequence[str], taken: Mapping[str, Plan] | tuple[()]) -> None:
+    for number, name in enumerate(names):
+        if name in taken or name in names[:number]:
+            raise EvaluationError(f"two rows would be called '{name}'; leave one out")

@@ -1,0 +1,211 @@
+"""`kvmix eval --leaderboard`: who stands where is worked out on losses that are known, and once measured for real."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commandline import kvmix, kvmix_json, refused
+from curves import curve, make_score, naive_loss
+from evaluating import tiny
+from made_up import falling
+
+from kvmix_cli import evaluation
+from kvmix_cli.errors import EvaluationError
+from kvmix_cli.evaluation.tasks.perplexity import Perplexity
+from kvmix_cli.models import loading as models
+from kvmix_cli.profile import Profile
+
+BOARD = ("eval", "--leaderboard", "--device", "cpu")
+SHORT = ("--length", 450, "--prefix", 400, "--limit", 2)
+QUICK = ("--stored-bits", 3, "--random-plans", 1, "--task", "perplexity", "--limit", 2)
+
+
+class Foretold(Perplexity):
+    """Perplexity that takes no time: every plan loses exactly what the curves of `loss` say."""
+
+    def __init__(self, profile):
+        self.profile = profile
+        self.measured = []
+        self.before = lambda subject, sample: None
+
+    def measure(self, loaded, subject, sample, settings):
+        self.before(subject, sample)
+        self.measured.append((subject.name, sample.name))
+        lost = 0.0 if subject.plan is None else naive_loss(self.profile, subject.plan.layers, subject.plan.cache)
+        nll = 10 * (3.0 + lost) + len(sample.ids) % 7
+        return {"tokens": 10, "nll": nll, "attended": {"total": 100, "quantized": subject.plan is not None and 60}}
+
+
+@pytest.fixture(autouse=True)
+def profile(tmp_path, monkeypatch):
+    """The saved profile of the built-in model, with a score that has curves and the paper's, which has none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
+    k_sizes, v_sizes = np.exp(np.random.default_rng(0).normal(-2, 2, (2, 8)))
+    k, v = [curve(size, groups=(64, 128)) for size in k_sizes], [curve(size, groups=(64,)) for size in v_sizes]
+    scores = {"grad-norm": falling(8).scores["grad-norm"], "loss": make_score(k, v)}
+    found = Profile(model=tiny().info, scores=scores)
+    found.save(Path("profiles/builtin--tiny/profile.yaml"))
+    return found
+
+
+@pytest.fixture
+def foretold(profile, monkeypatch):
+    """A perplexity whose outcome is known, in the place of the measured one."""
+    task = Foretold(profile)
+    monkeypatch.setattr(evaluation, "get_task", lambda name, options=None: task)
+    return task
+
+
+def test_on_losses_that_are_as_predicted_the_exact_solver_wins(foretold):
+    board = kvmix_json(*BOARD, *QUICK, "--stored-bits", "3,3.5,4", "--random-plans", 3)["leaderboard"]
+    assert board["champion"] == "ilp loss"
+    plans = {name for name, _ in foretold.measured} - {"unquantized"}
+    assert board["correlations"]["loss"] == {"spearman": pytest.approx(1.0), "plans": len(plans)}
+    for stored_bits in (3, 3.5, 4):
+        standings = [each for each in board["standings"] if each["stored_bits"] == stored_bits]
+        assert "ilp loss" in standings[0]["names"]
+        assert all(each["bits"]["stored"] <= stored_bits for each in standings)
+        names = {name for each in standings for name in each["names"]}
+        solvers = {f"{method} {score}" for method in ("rank", "ilp", "cut") for score in ("grad-norm", "loss")}
+        assert names == solvers - {"rank grad-norm"} | {"paper", "uniform", "random 0", "random 1", "random 2"}
+        beaten = [each for each in board["comparisons"] if each["stored_bits"] == stored_bits]
+        assert [each["second"].split()[0] for each in beaten] == ["paper", "uniform", "random"]
+        for each in beaten:
+            assert each["difference"]["value"] == each["difference"]["low"] <= 0
+            assert 0 < each["ratio"] <= 1
+
+
+def test_rows_have_the_stable_keys_and_standings_name_their_row(foretold):
+    result = kvmix_json(*BOARD, *QUICK)
+    assert {"command", "model", "task", "tokens", "rows", "reference", "gates"} <= set(result)
+    assert (result["task"], result["reference"]) == ("perplexity", "unquantized")
+    rows = {row["plan"]: row for row in result["rows"]}
+    for each in result["leaderboard"]["standings"]:
+        row = rows[each["plan"]]
+        assert row["stored_bits"] == each["bits"]["stored"]
+        assert row["metrics"]["loss_increase"]["value"] == pytest.approx(each["predicted"]["loss"])
+
+
+def test_a_plan_that_several_would_choose_is_measured_once(foretold):
+    board = kvmix_json(*BOARD, *QUICK, "--stored-bits", "2.5,2.6")["leaderboard"]
+    lowest = board["standings"][0]
+    assert {"uniform", "paper", "rank loss", "cut loss", "random 0"} <= set(lowest["names"])
+    assert len(foretold.measured) == len(set(foretold.measured))
+    assert {name for name, _ in foretold.measured} == {"unquantized"} | {each["plan"] for each in board["standings"]}
+
+
+def test_tables_and_a_picture_are_left_beside_the_records(foretold):
+    ran = kvmix(*BOARD, *QUICK, "--output-dir", "out")
+    assert ran.exit_code == 0
+    page = Path("out/leaderboard.md").read_text()
+    for text in (ran.stdout, page):
+        for words in (
+            "at most 3 stored bits",
+            "ilp loss",
+            "ilp loss against paper: ",
+            "Spearman",
+            "2 documents of 1024",
+        ):
+            assert words in text
+    assert page.startswith("<!-- kvmix eval --leaderboard")
+    assert Path("out/leaderboard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_leaderboard_is_gone_on_with(foretold):
+    def stop(subject, sample):
+        if len(foretold.measured) == 5:
+            raise KeyboardInterrupt
+
+    foretold.before = stop
+    interrupted = kvmix(*BOARD, *QUICK, "--output-dir", "out")
+    assert interrupted.exit_code == 130
+    assert "--resume" in interrupted.stderr
+    foretold.before = lambda subject, sample: None
+    before = list(foretold.measured)
+    resumed = kvmix_json(*BOARD, *QUICK, "--output-dir", "out", "--resume")
+    assert len(foretold.measured) == len(set(foretold.measured)), "nothing twice"
+    assert foretold.measured[:5] == before
+    afresh = kvmix_json(*BOARD, *QUICK, "--output-dir", "afresh")
+    for row in (*resumed["rows"], *afresh["rows"]):
+        assert row.pop("seconds") >= 0, "a time, the only thing that may differ"
+    assert resumed["rows"] == afresh["rows"]
+    assert resumed["leaderboard"] == afresh["leaderboard"]
+
+
+def test_more_budgets_later_measure_only_what_is_new(foretold):
+    kvmix_json(*BOARD, *QUICK, "--stored-bits", 3)
+    kvmix_json(*BOARD, *QUICK, "--stored-bits", "3,3.5", "--resume")
+    assert len(foretold.measured) == len(set(foretold.measured))
+
+
+def test_who_has_no_plan_at_a_budget_is_left_out_and_named(foretold):
+    ran = kvmix(*BOARD, *QUICK, "--stored-bits", "2.25,3", "--group-size", "64,128")
+    assert ran.exit_code == 0
+    assert "left out: " not in ran.stdout.split("at most 3 stored bits")[1]
+    board = kvmix_json(*BOARD, *QUICK, "--stored-bits", "2.4,3", "--group-size", "64,128")["leaderboard"]
+    low = [name for each in board["standings"] if each["stored_bits"] == 2.4 for name in each["names"]]
+    assert sorted(low) == ["ilp grad-norm", "ilp loss"], "only they may choose larger groups"
+    absent = {each["name"]: each["reason"] for each in board["left_out"] if each["stored_bits"] == 2.4}
+    assert set(absent) == {"paper", "rank loss", "cut grad-norm", "cut loss", "uniform", "random 0"}
+    assert "no plan has 2.4 stored bits" in absent["paper"]
+
+
+def test_scores_and_methods_can_be_chosen(foretold):
+    board = kvmix_json(*BOARD, *QUICK, "--scores", "loss", "--methods", "cut,rank")["leaderboard"]
+    names = {name for each in board["standings"] for name in each["names"]}
+    assert names == {"paper", "cut loss", "rank loss", "uniform", "random 0"}
+    assert board["champion"] == "rank loss"
+
+
+def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(foretold):
+    def fail(subject, sample):
+        if subject.plan is not None and len(set(subject.plan.layers.values())) == 1:
+            raise EvaluationError("the loss is nan")
+
+    foretold.before = fail
+    result = kvmix_json(*BOARD, *QUICK, code=1)["leaderboard"]
+    assert "uniform" in result["standings"][-1]["names"]
+    assert "uniform" not in {each["second"] for each in result["comparisons"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--scores", "losss"), "it has no score 'losss'"),
+        (("--methods", "ilpp"), "'ilpp' decides by no score; a leaderboard has rank, ilp, cut"),
+        (("--methods", "uniform"), "'uniform' decides by no score"),
+        (("--stored-bits", "99"), "nobody can take part: no plan has 99 stored bits"),
+        (("--task", "recall"), "a leaderboard is in the order of perplexity"),
+        (("--profile", "nowhere.yaml"), "nowhere.yaml does not exist"),
+    ],
+)
+def test_what_cannot_be_held_is_one_line_and_leaves_nothing(arguments, said):
+    assert said in refused(kvmix(*BOARD, "-q", *arguments))
+    assert [path.name for path in Path().iterdir()] == ["profiles"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--leaderboard", "--uniform", "2"),
+        ("--leaderboard", "--plan", "0-7:k2v2"),
+        ("--leaderboard", "--fail-if", "perplexity>+1%"),
+        ("--leaderboard", "--stored-bits", "three"),
+        ("--stored-bits", "3"),
+        ("--random-plans", "0"),
+        ("--profile", "profile.yaml"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments):
+    assert kvmix("eval", *arguments).exit_code == 2
+
+
+def test_measured_for_real_and_not_twice(monkeypatch):
+    options = ("--stored-bits", "3", "--scores", "loss", "--methods", "ilp", "--random-plans", 1, *SHORT)
+    result = kvmix_json(*BOARD, *options)
+    assert {row["task"] for row in result["rows"]} == {"perplexity", "recall"}
+    assert all("metrics" in row for row in result["rows"])
+    assert all(row["quantized_share"] > 0 for row in result["rows"] if row["plan"] != "unquantized")
+    monkeypatch.setattr(Perplexity, "measure", lambda *arguments: pytest.fail("measured again"))
+    assert kvmix_json(*BOARD, *options, "--resume")["leaderboard"] == result["leaderboard"]

@@ -1,0 +1,242 @@
+"""`kvmix profile`: on the built-in model with two short samples, and what happens when it cannot go on."""
+
+import errno
+import os
+
+import pytest
+from made_up import falling
+
+from kvmix_cli import profiling
+from kvmix_cli.models import loading as models
+from kvmix_cli.profile import Profile
+
+FOLDER = "profiles/builtin--tiny"
+SHORT = ("--samples", 3, "--seq-len", 40)
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """No model and no probing: only what the command itself does. Gives the arguments that were passed on."""
+    passed = {}
+
+    def load_model(model_id, **options):
+        passed.update(options, model=model_id)
+        return object()
+
+    def run_profile(loaded, scores, *, journal, on_step, **options):
+        passed.update(options, scores=scores)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text('{"model": "org/model"}\n')
+        for done in range(options["samples"] + 1):
+            on_step(done, options["samples"])
+        return falling(4)
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    monkeypatch.setattr(profiling, "run_profile", run_profile)
+    return passed
+
+
+def test_from_nothing_on_the_built_in_model(kvmix, tmp_path):
+    ran = kvmix("profile", "builtin:tiny", *SHORT, "--plot", "scores.png", "--json")
+    result = ran.json
+    assert ran.code == 0
+    assert (result["command"], result["model"], result["score"]) == ("profile", "builtin:tiny", "grad-norm")
+    assert result["profile"] == f"{FOLDER}/profile.yaml"
+    assert result["samples"] == 3
+    assert result["seconds"] > 0
+    assert [layer["index"] for layer in result["layers"]] == list(range(8))
+    assert all(layer["k"] > 0 and layer["v"] > 0 for layer in result["layers"])
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert saved.read_text().startswith(
+        "# kvmix profile builtin:tiny --samples 3 --seq-len 40 --plot scores.png --json\n"
+    )
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["profile.yaml"]
+    assert kvmix("allocate", "--avg-bits", 2.3).code == 0
+
+
+def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatch):
+    real = profiling.run_profile
+
+    def until_the_second(loaded, scores, *, on_step, **options):
+        def step(done, total):
+            on_step(done, total)
+            if done == 2:
+                raise KeyboardInterrupt
+
+        return real(loaded, scores, on_step=step, **options)
+
+    monkeypatch.setattr(profiling, "run_profile", until_the_second)
+    ran = kvmix("profile", "builtin:tiny", *SHORT)
+    assert ran.code == 130
+    line = "kvmix profile builtin:tiny --samples 3 --seq-len 40 --resume"
+    assert ran.err == f"kvmix: interrupted; go on with `{line}`\n"
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.partial.jsonl"]
+
+    blocked = kvmix("allocate", "--avg-bits", 2.3)
+    assert blocked.code == 1
+    assert "profiling was interrupted" in blocked.error
+    assert "finish it with `kvmix profile builtin:tiny --resume`" in blocked.error
+
+    monkeypatch.setattr(profiling, "run_profile", real)
+    assert kvmix("profile", "builtin:tiny", *SHORT, "--resume").code == 0
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.yaml"]
+    assert kvmix("profile", "builtin:tiny", *SHORT, "--out", "whole.yaml").code == 0
+    resumed, whole = (Profile.load(tmp_path / path) for path in (f"{FOLDER}/profile.yaml", "whole.yaml"))
+    assert resumed.scores["grad-norm"].layers == whole.scores["grad-norm"].layers
+    assert resumed.score("grad-norm").calibration == whole.score("grad-norm").calibration
+
+
+CURVES = ("--samples", 1, "--seq-len", 300, "--bits", "2,4", "--group-size", 64)
+
+
+def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix("profile", "builtin:tiny", *SHORT).code == 0
+    first = Profile.load(saved)
+    ran = kvmix("profile", "builtin:tiny", *CURVES, "--score", "fisher,error", "--granularity", "head")
+    assert (ran.code, ran.err) == (0, f"kvmix: {FOLDER}/profile.yaml had grad-norm and keeps grad-norm\n")
+    assert "fisher of builtin:tiny by bits, nats, mean over 1 samples of 300 tokens" in ran.out
+    assert "K 2g64" in ran.out
+    assert "grad-norm" not in ran.out
+    both = Profile.load(saved)
+    assert list(both.scores) == ["grad-norm", "fisher", "error"]
+    assert both.scores["grad-norm"] == first.scores["grad-norm"]
+    assert both.scores["fisher"].calibration.seq_len == 300
+    commands = [line for line in saved.read_text().splitlines() if line.startswith("# ")]
+    assert [command.split(" --")[1:2] for command in commands] == [["samples 3"], ["samples 1"]]
+
+    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--json").json
+    assert list(result["scores"]) == ["error"]
+    assert set(result["layers"][0]["k_curve"]) == {"2g64", "4g64"}
+    assert "k_heads" not in result["layers"][0]
+    replaced = Profile.load(saved)
+    assert list(replaced.scores) == ["grad-norm", "fisher", "error"]
+    assert replaced.scores["fisher"] == both.scores["fisher"]
+    assert both.scores["error"].layers[0].k.heads is not None
+    assert replaced.scores["error"].layers[0].k.heads is None
+    assert kvmix("inspect", saved).code == 0
+    assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
+
+
+@pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
+def test_a_damaged_profile_is_not_written_over(kvmix, tmp_path, damage):
+    (tmp_path / "profile.yaml").write_text(damage)
+    ran = kvmix("profile", "builtin:tiny", *SHORT, "--out", "profile.yaml")
+    assert ran.code == 1
+    assert "no score can be added to it: remove it, or name another file with --out" in ran.error
+    assert (tmp_path / "profile.yaml").read_text() == damage
+
+
+def test_the_profile_of_another_model_is_not_written_over(kvmix, profiled):
+    before = profiled.read_text()
+    ran = kvmix("profile", "builtin:tiny", *SHORT, "--out", profiled)
+    assert ran.code == 1
+    assert "is the profile of another model (org/model, or another revision" in ran.error
+    assert "--out" in ran.error
+    assert profiled.read_text() == before
+
+
+def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
+    (tmp_path / "text.txt").write_text("some calibration text")
+    ran = kvmix(
+        *("profile", "org/model", "--samples", 2, "--seq-len", 77, "--seed", 5, "--calibration", "text.txt"),
+        *("--revision", "main", "--dtype", "float32", "--device", "cpu", "--trust-remote-code", "--no-checkpointing"),
+    )
+    assert ran.code == 0
+    assert faked["model"] == "org/model"
+    assert faked["texts"] == ["some calibration text"]
+    expected = {"samples": 2, "seq_len": 77, "seed": 5, "source": "text.txt", "revision": "main", "dtype": "float32"}
+    expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
+    assert {name: faked[name] for name in expected} == expected
+    assert faked["options"] == profiling.Options(checkpointing=False)
+
+
+@pytest.mark.usefixtures("faked")
+def test_shows_every_layer_and_where_it_went(kvmix, tmp_path):
+    ran = kvmix("profile", "org/model")
+    rows = [line.split() for line in ran.out.splitlines()]
+    assert next(row for row in rows if row[:1] == ["0"])[:4] == ["0", "4", "0.4", "█" * 12]
+    assert "profile: profiles/org--model/profile.yaml" in ran.out
+    assert ran.err == "kvmix: the text gave 3 samples, not 30\n"
+    assert [path.name for path in (tmp_path / "profiles" / "org--model").iterdir()] == ["profile.yaml"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--out", "file/profile.yaml"), ("--plot", "file/plot.png"), ("--plot", "plot.txt")]
+)
+def test_places_that_cannot_be_written_are_found_before_any_work(kvmix, faked, tmp_path, option):
+    (tmp_path / "file").write_text("x")
+    ran = kvmix("profile", "org/model", *option)
+    assert ran.code == 1
+    assert ran.error.startswith(("kvmix: error: cannot write file/", "kvmix: error: cannot draw plot.txt"))
+    assert not faked
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_read_only_folder_is_found_before_any_work(kvmix, faked, monkeypatch):
+    def mkstemp(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", mkstemp)
+    ran = kvmix("profile", "org/model")
+    assert ran.code == 1
+    assert "cannot write profiles/org--model/profile.yaml: Read-only file system" in ran.error
+    assert not faked
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, monkeypatch):
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    ran = kvmix("profile", "org/model", "--json")
+    assert ran.code == 1
+    assert "No space left on device" in ran.error
+    assert ran.out == ""
+    assert [path.name for path in (tmp_path / "profiles" / "org--model").iterdir()] == ["profile.partial.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["/gone"], "no folder /gone"),
+        (["empty"], "empty has no config.json"),
+        (["builtin:tiyn"], "no built-in model 'tiyn' (did you mean 'tiny'?)"),
+        (["org/unknown"], "cannot load org/unknown"),
+        (["builtin:tiny", "--score", "grad-nrom"], "no score 'grad-nrom' (did you mean 'grad-norm'?)"),
+        (["builtin:tiny", "--score", "grad-norm,tailor"], "no score 'tailor' (did you mean 'taylor'?)"),
+        (["builtin:tiny", "--bits", "2"], "score grad-norm does not look at widths; leave out --bits"),
+        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "nothing is stored at 7 bits"),
+        (["builtin:tiny", "--score", "taylor", "--group-size", "2"], "must be a number of at least 8 or 'row', got 2"),
+        (["builtin:tiny", "--score", "taylor", "--seq-len", "200"], "a --seq-len of 262 or more"),
+        (["builtin:tiny", "--score", "loss", "--granularity", "head"], "score loss has no scores per head"),
+        (["builtin:tiny", "--score", "error", "--no-checkpointing"], "score error has no backward pass"),
+        (["builtin:tiny", "--granularity", "heads"], "no granularity 'heads'; there is layer, head"),
+        (["builtin:tiny", "--calibration", "gone.txt"], "gone.txt"),
+        (["builtin:tiny", "--calibration", "blank.txt"], "blank.txt"),
+        (["builtin:tiny", "--seq-len", "100000"], "4096"),
+        (["builtin:tiny", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["builtin:tiny", "--device", "warp"], "no device 'warp'"),
+    ],
+)
+def test_errors_leave_nothing_behind(kvmix, tmp_path, monkeypatch, args, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n\t\n")
+    ran = kvmix("profile", *args)
+    assert ran.code == 1
+    assert message in ran.error
+    assert ran.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "empty"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["a", "b"], ["m", "--samples", "0"], ["m", "--seq-len", "1"], ["m", "--samples", "x"], ["m", "--bits", "x"]],
+)
+def test_wrong_usage(kvmix, args):
+    ran = kvmix("profile", *args)
+    assert ran.code == 2
+    assert "Usage: kvmix profile" in ran.err

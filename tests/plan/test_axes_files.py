@@ -1,0 +1,177 @@
+"""Transforms, tokens and channels in plan files: written as they are set, read back, refused with every fault."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from made_up import composed_plans, make_info, patient
+
+from kvmix_cli.errors import DocumentError, PlanError
+from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+
+TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
+RUNS = ChannelPolicy(runs=(Run(share=0.25, bits=4),), refresh=64)
+GOOD = """\
+format: kvmix-plan/1
+model: {id: org/model, layers: 4, kv_heads: 2, head_dim: 64}
+cache:
+  page: 32
+  group_size: 32
+  transforms: {k: [{kind: balance}, {kind: rotate, seed: 3}], v: [{kind: center}]}
+  tokens: {tiers: [{share: 0.2, k: 8, v: 8}], evict: 0.2, flush: 160}
+  channels: {score: magnitude, runs: [{share: 0.25, bits: 4}], refresh: 64}
+layers: "0-3:k2v2"
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text)
+        return Plan.load(path)
+
+    return load
+
+
+@patient
+@given(composed_plans())
+def test_what_is_written_is_read_back(tmp_path_factory, plan):
+    path = plan.save(tmp_path_factory.mktemp("plans") / "plan.yaml")
+    again = Plan.load(path)
+    assert again == plan
+    assert again.sha256 == plan.sha256
+    assert again.to_yaml() == plan.to_yaml()
+
+
+def test_only_what_is_set_is_written():
+    cache = CacheSettings(page=32, tokens=TIERS, transforms=Transforms(k=(Balance(), Rotate())))
+    text = Plan.uniform(make_info(2), 2, 2, cache).to_yaml()
+    assert "transforms: {k: [{kind: balance}, {kind: rotate}]}" in text
+    assert "tokens: {tiers: [{share: 0.2, k: 8, v: 8}], flush: 160}" in text
+    assert "channels" not in text
+
+
+def test_a_plan_without_axes_says_nothing_of_them():
+    plan = Plan.uniform(make_info(2), 2, 2)
+    assert not {"transforms", "tokens", "channels"} & set(plan.model_dump()["cache"])
+    assert plan.cache.axes == {}
+
+
+def test_plans_of_before_there_were_axes_keep_their_checksum():
+    """So that evaluations of them can be resumed."""
+    plan = Plan.load(Path(__file__).parents[2] / "profiles" / "builtin--tiny" / "plans" / "rank-2.3.yaml")
+    assert plan.sha256 == "349a94ecd113e3ffe3411e82de70ceb35aef0f6ef8ed18ede315b45bc43546d1"
+
+
+def test_every_axis_is_part_of_what_a_plan_decides():
+    """Another seed, another flush: another plan."""
+    caches = [
+        CacheSettings(page=32),
+        CacheSettings(page=32, transforms=Transforms(k=(Rotate(),))),
+        CacheSettings(page=32, transforms=Transforms(k=(Rotate(seed=1),))),
+        CacheSettings(page=32, tokens=TIERS),
+        CacheSettings(page=32, tokens=TIERS.model_copy(update={"flush": 320})),
+        CacheSettings(page=32, channels=RUNS),
+    ]
+    assert len({Plan.uniform(make_info(2), 2, 2, cache).sha256 for cache in caches}) == len(caches)
+
+
+def test_the_example_loads(load):
+    plan = load(GOOD)
+    assert plan.cache.tokens.shares == pytest.approx((0.2, 0.6, 0.2))
+    assert plan.cache.channels.widths(64) == (16, 48)
+    keys, values = 0.2 * 8 + 0.6 * (16 * 4 + 48 * 2) / 64, 0.2 * 8 + 0.6 * 2
+    assert plan.bits.nominal == pytest.approx((keys + values) / 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "flush: 160",
+            "flush: 100",
+            ["line 7: cache.tokens: flush must be a multiple of the page of 32 tokens, got 100"],
+        ),
+        (
+            "flush: 160",
+            "flush: 64",
+            ["line 7: cache.tokens: shares of a flush of 64 tokens are no whole pages of 32; 160 would do"],
+        ),
+        (
+            "evict: 0.2",
+            "evict: 0.8",
+            ["line 7: cache.tokens: shares 0.2 and 0.8 to evict leave nothing for the layer's"],
+        ),
+        ("evict: 0.2", "evict: 1.5", ["line 7: cache.tokens.evict: should be less than 1, got 1.5"]),
+        ("share: 0.2, k: 8", "share: 0, k: 8", ["line 7: cache.tokens.tiers.0.share: should be greater than 0, got 0"]),
+        ("share: 0.2, k: 8", "share: 0.2, k: 5", ["line 7: cache.tokens.tiers.0.k: must be one of 1, 2, 3, 4, 8, 16"]),
+        ("share: 0.2, k: 8, v: 8", "share: 0.2, k: 8", ["line 7: 'cache.tokens.tiers.0.v' is missing"]),
+        ("evict: 0.2", "evit: 0.2", ["line 7: unknown key 'cache.tokens.evit'"]),
+        ("tiers: [{share: 0.2, k: 8, v: 8}], evict: 0.2, ", "", ["line 7: cache.tokens: a token policy needs tiers"]),
+        ("refresh: 64", "refresh: 48", ["line 8: cache.channels: refresh must be a multiple of the page of 32 tokens"]),
+        (
+            "refresh: 64",
+            "refresh: -1",
+            ["line 8: cache.channels.refresh: should be greater than or equal to 0, got -1"],
+        ),
+        (
+            "share: 0.25, bits",
+            "channels: 64, bits",
+            ["line 8: cache.channels: runs of 64 channels do not fit heads of 64: runs and what they leave must be"],
+        ),
+        (
+            "share: 0.25, bits",
+            "channels: 20, bits",
+            ["line 8: cache.channels: runs of 20 channels do not fit heads of 64"],
+        ),
+        ("share: 0.25, bits", "bits", ["line 8: cache.channels.runs.0: give a run its channels or its share, one"]),
+        ("bits: 4", "bits: 6", ["line 8: cache.channels.runs.0.bits: must be one of 1, 2, 3, 4, 8, 16, got 6"]),
+        ("runs: [{share: 0.25, bits: 4}]", "runs: []", ["line 8: cache.channels.runs: a channel policy needs runs"]),
+        ("kind: center", "kind: centre", ["line 6: cache.transforms.v.0: input tag 'centre' found using 'kind' does"]),
+        ("seed: 3", "seed: -3", ["line 6: cache.transforms.k.1.seed: should be greater than or equal to 0, got -3"]),
+        ("kind: balance", "kind: balance, by: q", ["line 6: unknown key 'cache.transforms.k.0.by'"]),
+        (
+            "head_dim: 64",
+            "head_dim: 512",
+            ["line 8: cache.channels: channels can be sorted in heads of up to 256, not"],
+        ),
+    ],
+)
+def test_faults_are_named_with_their_line(load, old, new, expected):
+    assert old in GOOD
+    with pytest.raises(DocumentError) as error:
+        load(GOOD.replace(old, new, 1))
+    found = list(error.value.faults)
+    assert len(found) == len(expected), found
+    assert all(fault.startswith(start) for fault, start in zip(found, expected, strict=True)), found
+
+
+def test_all_faults_at_once(load):
+    text = (
+        GOOD.replace("flush: 160", "flush: 100")
+        .replace("refresh: 64", "refresh: 48")
+        .replace("share: 0.25", "channels: 64")
+    )
+    text = text.replace("layers: 4", "layers: 5")
+    with pytest.raises(DocumentError) as error:
+        load(text)
+    assert [fault[:25] for fault in error.value.faults] == [
+        "line 7: cache.tokens: flu",
+        "line 8: cache.channels: r",
+        "line 8: cache.channels: r",
+        "line 9: no entry for laye",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cache", "head_dim", "message"),
+    [
+        ({"channels": RUNS}, 16, "do not fit heads of 16"),
+        ({"channels": RUNS}, 512, "up to 256"),
+    ],
+)
+def test_a_plan_that_is_built_is_checked_too(cache, head_dim, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.uniform(make_info(2, head_dim=head_dim), 2, 2, CacheSettings(page=32, **cache))

@@ -1,0 +1,85 @@
+"""YAML is data: bombs, tags and duplicates are refused, quickly and in one line."""
+
+import os
+
+import pytest
+
+from kvmix_cli.errors import DocumentError
+from kvmix_cli.plan import document
+from kvmix_cli.plan.document import parse_yaml, read_yaml
+
+
+def fault(text):
+    with pytest.raises(DocumentError) as error:
+        parse_yaml(text, "file.yaml")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+BOMB = "a: &a [x, x]\n" + "\n".join(
+    f"{new}: &{new} [*{old}, *{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB, "line 1: anchors are not allowed (&a); line 2: anchors are not allowed (&b); line 2: aliases are not"),
+        ("a: 1\nb: !!python/object/apply:os.system [id]", "line 2: tags are not allowed (tag:yaml.org,2002:python/"),
+        ("a: !!str 3", "line 1: tags are not allowed"),
+        ("a: !mine 3", "line 1: tags are not allowed (!mine)"),
+        ("a: 1\n<<: {b: 2}", "not valid YAML"),
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' is given twice"),
+        ("a: {b: 1, b: 2}", "line 1: 'b' is given twice"),
+        ("a: 1\n---\nb: 2", "not valid YAML: but found another document"),
+        ("? [1]\n: 2", "line 1: not valid YAML: a key must be a plain value"),
+        ("a: [1", "not valid YAML"),
+        ("a: 1\n\tb: 2", "line 2: not valid YAML"),
+        ("a: \0", "not valid YAML: unacceptable character"),
+        ("[" * 100_000, "line 1: nested deeper than 16"),
+        ("- " * 100_000, "line 1: nested deeper than 16"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: 2020-13-45", "not valid YAML: month must be in 1..12"),
+    ],
+    ids=range(16),
+)
+def test_refused(text, expected):
+    assert fault(text).startswith("file.yaml: ")
+    assert expected in fault(text)
+
+
+def test_lines_are_those_of_the_keys():
+    document = parse_yaml("# comment\na:\n  b:\n    - 1\n    - {c: 2}\n", "x")
+    assert document.data == {"a": {"b": [1, {"c": 2}]}}
+    assert [document.line(at) for at in [("a",), ("a", "b"), ("a", "b", 1, "c"), ("a", "gone"), ()]] == [2, 3, 5, 2, 2]
+
+
+def test_without_libyaml_the_rules_are_the_same(monkeypatch):
+    monkeypatch.setattr(document, "_Loader", document.yaml.SafeLoader)
+    for text in (BOMB, "a: !!str 3", "a: 1\na: 2", "? [1]\n: 2", "[" * 1000, "a: \0"):
+        fault(text)
+    assert parse_yaml("a: [1, 2.5, x]", "x").data == {"a": [1, 2.5, "x"]}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (lambda path: None, "cannot be read: No such file or directory"),
+        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+        (lambda path: path.write_bytes(b"a: \xff"), "cannot be read: it is not UTF-8 text"),
+        (lambda path: path.write_bytes(b"#" * (document.MAX_BYTES + 1)), "larger than 4 MiB"),
+        (lambda path: path.symlink_to("/dev/zero"), "larger than 4 MiB"),
+    ],
+)
+def test_unreadable_files(tmp_path, prepare, expected):
+    path = tmp_path / "file.yaml"
+    prepare(path)
+    with pytest.raises(DocumentError, match=expected):
+        read_yaml(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a byte order mark is left to the platform")
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: 1\n")
+    assert read_yaml(path).data == {"a": 1}
