@@ -8,7 +8,7 @@ import pytest
 from made_up import falling, make_info, make_profile
 
 from kvmix_cli.allocation import PRESETS
-from kvmix_cli.allocation import solvers as methods
+from kvmix_cli.allocation import methods
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("profiled")
