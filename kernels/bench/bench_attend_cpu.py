@@ -10,16 +10,16 @@ candidate attends to the same number of tokens; ours is checked against float64 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 
 import results
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
+from kvmix_kernels.segments import Packed, Segments
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -66,7 +66,7 @@ def check(query: Tensor, key: Segments, value: Segments) -> float:
     """Relative RMS error against float64 on the dequantized tokens; refuses a wrong kernel."""
     k, v = (tensor.dequantize().double().repeat_interleave(RATIO, 1) for tensor in (key, value))
     expected = torch.softmax(query.double() @ k.mT / math.sqrt(HEAD_DIM), -1) @ v
-    got = attend(query, key, value, scaling=HEAD_DIM**-0.5).double()
+    got = attend(AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))[0].double()
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < RMS_LIMIT:
         raise SystemExit(f"wrong result: RMS error {error:.2g}; nothing is timed")
@@ -78,7 +78,7 @@ def measure(context: int, rounds: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))
-    candidates = torch_formulations(query, keys, values)
+    candidates: dict[str, Callable[[], object]] = {**torch_formulations(query, keys, values)}
     names = list(candidates)
     sizes = dict.fromkeys(names, 0)
     sizes |= {name: (keys.nbytes + values.nbytes) // (2 if "bfloat16" in name else 1) for name in names}
@@ -87,7 +87,7 @@ def measure(context: int, rounds: int) -> list[dict[str, object]]:
         key, value = pack("key", k_bits, keys), pack("value", v_bits, values)
         name = f"kvmix {name}"
         errors[name], sizes[name] = check(query, key, value), stored_bytes(key, value)
-        candidates[name] = lambda key=key, value=value: attend(query, key, value, scaling=HEAD_DIM**-0.5)
+        candidates[name] = functools.partial(attend, AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))
     times = results.in_turns(candidates, rounds)
     best = min(times[name] for name in names)
     print(f"\ncontext {context}, {torch.get_num_threads()} threads; best torch formulation {best:.2f} ms")

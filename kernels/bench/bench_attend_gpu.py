@@ -19,11 +19,9 @@ from collections.abc import Iterator
 import gpu
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -130,9 +128,9 @@ def measure(shape: str, batch: int, context: int, rounds: int, copy: float, chec
     for name, key, value in candidates(keys, values):
         if key.shape != keys.shape or value.shape != values.shape:
             raise SystemExit(f"{name} has keys {list(key.shape)} where others have {list(keys.shape)}: unequal work")
-        run = functools.partial(attend, query, key, value, scaling=dim**-0.5)
+        run = functools.partial(attend, AttentionProblem(query, key, value, scaling=dim**-0.5))
         if checked:
-            check(run(), query, key, value)
+            check(run()[0], query, key, value)
         runs[f"kvmix {name}"], sizes[f"kvmix {name}"] = run, stored_bytes(key) + stored_bytes(value)
     times = gpu.in_turns({name: gpu.captured(run) for name, run in runs.items()}, rounds)
     best = min(times[name] for name in BASELINES)

@@ -15,6 +15,7 @@ has a core. `--save` appends to results.csv.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from itertools import product
 
@@ -22,11 +23,9 @@ import results
 import torch
 from bench_attend_cpu import GROUP, HEAD_DIM, KV_HEADS, PAGE, RATIO, check, pack
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
@@ -102,7 +101,8 @@ def measure(context: int, rounds: int, cpu_time: bool) -> list[dict[str, object]
     caches = {**uniform, **uniform_keys, **{name: pair for name, (pair, _) in mixtures.items()}}
     for pair in caches.values():
         check(query, *pair)
-    runs = {name: lambda pair=pair: attend(query, *pair, scaling=HEAD_DIM**-0.5) for name, pair in caches.items()}
+    problems = {name: AttentionProblem(query, *pair, scaling=HEAD_DIM**-0.5) for name, pair in caches.items()}
+    runs = {name: functools.partial(attend, problem) for name, problem in problems.items()}
     times = results.in_turns(runs, rounds, clock=time.thread_time if cpu_time else time.perf_counter)
     sizes = {name: sum(read_bytes(each.packed) for each in pair) for name, pair in caches.items()}
     print(f"context {context}, {torch.get_num_threads()} threads")

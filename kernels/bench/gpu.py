@@ -16,7 +16,7 @@ from pathlib import Path
 
 import results
 import torch
-from kvmix_kernels import gpu as kernels
+from kvmix_kernels.runtime import gpu as kernels
 
 DRY = "--dry-run" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"

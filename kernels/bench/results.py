@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from kvmix_kernels.native import instruction_set
+from kvmix_kernels.runtime.native import instruction_set
 
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("date", "machine", "isa", "threads", "torch", "op", "shape", "context", "name", "ms", "gb_per_s", "ratio")

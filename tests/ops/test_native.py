@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import attend, cpu, naive
-from kvmix_kernels.fallback import warn_once
-from kvmix_kernels.native import library
-from kvmix_kernels.native.build import cache_dir, compiler
 from kvmix_kernels.quantize import cpu as quantize_cpu
 from kvmix_kernels.quantize import naive as quantize_naive
+from kvmix_kernels.runtime.fallback import warn_once
+from kvmix_kernels.runtime.native import library
+from kvmix_kernels.runtime.native.build import cache_dir, compiler
 
 layouts = st.builds(
     PageLayout,
@@ -117,7 +117,7 @@ def test_groups_that_vectors_do_not_divide_fall_back_with_one_warning():
     assert torch.equal(got, naive.attend(query, key, value, scaling=1.0)[0])
 
 
-USE = "from kvmix_kernels.native import instruction_set; print(instruction_set())"
+USE = "from kvmix_kernels.runtime.native import instruction_set; print(instruction_set())"
 
 
 def run(script, tmp_path, **environment):

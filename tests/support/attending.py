@@ -1,15 +1,14 @@
 """Random packed keys and values, and every way to attend to them that this machine has."""
 
+import functools
 from dataclasses import replace
 
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import cpu, naive
-from kvmix_kernels.native import library, use_instruction_set
-from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import EVICTED, Tiers, count
+from kvmix_kernels.runtime.native import library, use_instruction_set
+from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers, count
 
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
@@ -23,16 +22,10 @@ def instruction_sets():
 
 
 def paths():
-    """Every way to attend that this machine has, by name; the outputs alone."""
-    for name, path in paths_lse():
-        yield name, lambda *args, path=path, **kwargs: path(*args, **kwargs)[0]
-
-
-def paths_lse():
     """Every way to attend that this machine has, by name."""
     yield "naive", naive.attend
     for name in instruction_sets():
-        yield name, lambda *args, **kwargs: cpu.attend(library(), *args, **kwargs)
+        yield name, functools.partial(cpu.attend, library())
 
 
 def segments(kind, bits, sinks, pages, tail, head_dim=32, page=16, batch=2, heads=2, group=16, dtype=torch.float32):

@@ -2,10 +2,8 @@
 
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import EVICTED, Tiers
+from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
 
 
 def in_a_poisoned_buffer(x):

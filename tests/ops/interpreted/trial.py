@@ -3,9 +3,10 @@
 import pytest
 import torch
 from kvmix_kernels import PageLayout
+from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend, is_trusted, unsupported
 from kvmix_kernels.attend.triton import trial as attending
-from kvmix_kernels.quantize import trial as quantizing
+from kvmix_kernels.quantize import triton as quantizing
 from kvmix_kernels.segments import Segments
 from poisoned import channels, in_a_poisoned_buffer, in_tiers, packed, segments, tiers
 
@@ -15,7 +16,7 @@ KEY, VALUE = PageLayout("key", 2, 64, 64, 32), PageLayout("value", 3, 64, 64, 32
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_first_trials_pass():
-    assert all(quantizing.passes(CPU, layout, torch.float32) for layout in quantizing.first_layouts())
+    assert quantizing.passes_first(CPU)
     assert all(attending.passes(kind) for kind in attending.first_kinds(CPU))
 
 
@@ -37,8 +38,10 @@ def test_every_form_has_its_trial(form, queries, kinds, monkeypatch):
             for layout in (KEY, VALUE)
         )
     query = torch.randn(2, 4, queries, 64).bfloat16()
-    assert unsupported(query, key, value) is None
+    problem = AttentionProblem(query, key, value, scaling=0.1)
+    assert unsupported(problem) is None
     attending.passes.cache_clear()
-    assert is_trusted(query, key, value, None, None)
+    monkeypatch.setattr(attending, "first_kinds", lambda device: [])
+    assert is_trusted(problem)
     assert attending.passes.cache_info().misses == kinds
-    assert attend(query, key, value, scaling=0.1)[0].isfinite().all()
+    assert attend(problem)[0].isfinite().all()

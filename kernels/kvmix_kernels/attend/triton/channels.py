@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 
 from ...layout import PageLayout
-from .pages import add_page_products, row_of
+from .memory import load_rows, of_pages
+from .packed import add_page_products, row_of
 from .plain import add_channel_products, padded_channels
-from .segments import load_rows, of_pages
 from .steps import places_of
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The runs, as one constant: not every Triton keeps a tuple of them one."""
+class RunLayouts:
+    """All runs as one constant of a kernel: not every Triton keeps a tuple of them one."""
 
     each: tuple[PageLayout | int, ...]
 

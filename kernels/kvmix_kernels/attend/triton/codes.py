@@ -8,7 +8,7 @@ do not fit: their number is `code - 128`, which takes three instructions for two
 import triton
 import triton.language as tl
 
-from ...numbers import INTERPRETED
+from ...runtime.triton_numbers import INTERPRETED
 from .steps import LEAST_STEP, padded_of, share_of
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...numbers import dot, round_to
-from .pages import load
+from ...runtime.triton_numbers import dot, round_to
+from .packed import load
 from .softmax import Softmax
 
 

@@ -14,9 +14,9 @@ coefficients: so their rounding errors meet the smallest possible numbers.
 import triton
 import triton.language as tl
 
-from ...numbers import dot, round_to, to_float32
+from ...runtime.triton_numbers import dot, round_to, to_float32
 from .codes import decode, number_of_zero, unit_of
-from .segments import beyond
+from .memory import beyond
 from .softmax import Softmax
 from .steps import fields_of, is_whole, padded_of, share_of, stack_of, step_of, words_of
 

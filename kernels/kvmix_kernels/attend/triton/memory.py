@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...numbers import to_float32
+from ...runtime.triton_numbers import to_float32
 
 
-class Run(NamedTuple):
+class RunPointers(NamedTuple):
     """Pages of a run of channels: pointers, each with its strides over batch rows, heads and pages.
 
     Of channels in full precision, both are the numbers themselves.
@@ -20,7 +20,7 @@ class Run(NamedTuple):
     scales_strides: Any
 
 
-class Side(NamedTuple):
+class SegmentPointers(NamedTuple):
     """Keys or values: pointers, each with its strides over batch rows, heads, and tokens or orders.
 
     Without a sink of their own, `sink` is the tail, which then begins with the first token. Runs of pages are a tuple,
@@ -36,7 +36,7 @@ class Side(NamedTuple):
     tail_strides: Any
 
 
-class Pages(NamedTuple):
+class PagePointers(NamedTuple):
     """Pages from `page` to `last`: a pointer to the first of all, and the stride from one to the next."""
 
     pointer: Any
@@ -45,7 +45,7 @@ class Pages(NamedTuple):
     last: Any
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """A program's query rows `[M]`: pointers to them, and which of them there are."""
 
     pointers: Any
@@ -68,11 +68,11 @@ def of_head(side, batch, head):
         words, words_strides, scales, scales_strides = side.runs[i]
         words += batch * words_strides[0] + head * words_strides[1]
         scales += batch * scales_strides[0] + head * scales_strides[1]
-        runs = runs + (Run(words, words_strides, scales, scales_strides),)
+        runs = runs + (RunPointers(words, words_strides, scales, scales_strides),)
     order = ()
     for i in tl.static_range(len(side.order)):
         order = order + (side.order[i] + batch * side.order_strides[0] + head * side.order_strides[1],)
-    return Side(
+    return SegmentPointers(
         side.sink + batch * side.sink_strides[0] + head * side.sink_strides[1],
         side.sink_strides,
         runs,
@@ -88,7 +88,7 @@ def of_pages(run, page, last):
     """Words and scales of the pages from `page` on, of which `last` is the last."""
     words, words_strides, scales, scales_strides = run  # a tuple's elements have no names in Triton 3.6
     page, last = tl.cast(page, tl.int64), tl.cast(last, tl.int64)
-    return Pages(words, words_strides[2], page, last), Pages(scales, scales_strides[2], page, last)
+    return PagePointers(words, words_strides[2], page, last), PagePointers(scales, scales_strides[2], page, last)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def beyond(pages, COUNT: tl.constexpr):
     if COUNT == 0:
         return pages
     else:
-        return Pages(pages.pointer, pages.stride, tl.minimum(pages.page + COUNT, pages.last), pages.last)
+        return PagePointers(pages.pointer, pages.stride, tl.minimum(pages.page + COUNT, pages.last), pages.last)
 
 
 @triton.jit
