@@ -1,6 +1,7 @@
 """Random packed keys and values, and every way to attend to them that this machine has."""
 
 import functools
+import os
 from dataclasses import replace
 
 import torch
@@ -14,8 +15,9 @@ INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
 
 def instruction_sets():
-    """Those that this machine has, each in use while it is given."""
-    for name in INSTRUCTION_SETS:
+    """Those that this machine has, at most the one that `KVMIX_ISA` asks for, each in use while it is given."""
+    most = os.environ.get("KVMIX_ISA") or INSTRUCTION_SETS[-1]
+    for name in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(most) + 1]:
         if use_instruction_set(name) == name:
             yield name
     use_instruction_set()

@@ -53,7 +53,7 @@ def _load_or_build() -> ctypes.CDLL:
     entry = cache.entry()
     try:
         return _load(cache.find(entry))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         LOG.warning("kvmix: compiling its CPU kernels, once (some seconds)")
         return _load(cache.install(entry))
     except LibraryError as error:

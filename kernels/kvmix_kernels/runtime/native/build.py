@@ -74,9 +74,9 @@ def compile_library(folder: Path) -> Path:
         _finish(command, link)
     finally:
         for job in jobs.values():
-            if job.poll() is None:
+            if job.stderr is not None and not job.stderr.closed:  # another one has failed, or the user interrupts
                 job.kill()
-                job.wait()
+                job.communicate()
     return library
 
 

@@ -5,8 +5,8 @@
         stamp                                                       its name, size in bytes and SHA-256
 
 A library is loaded only from a folder that nobody but its owner can write, and only if it is what the stamp says. Both
-files are written and synchronised in a private folder, which is then renamed: another process, or the next one after
-a crash, sees all of it or nothing. The file's name is unique to its contents, because a process that has loaded one
+files are written and synchronised elsewhere and then renamed, the stamp last: another process, or the next one after a
+crash, sees a whole library or none. The file's name is unique to its contents, because a process that has loaded a
 library is given the same one again for the same name.
 """
 
@@ -56,7 +56,7 @@ def find(folder: Path) -> Path:
     """Return the path of the library in an entry's folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        OSError: if there is no such folder, or it cannot be read.
         LibraryError: if somebody else may have written it, or the library is not what its stamp says.
     """
     _check_private(folder)
@@ -80,7 +80,7 @@ def find(folder: Path) -> Path:
 def install(folder: Path) -> Path:
     """Compile the library into an entry's folder in place of what is there, and return its path.
 
-    Several processes may do so at once: the last one wins, and every one finds a whole library.
+    Several processes may do so at once: the last stamp wins, and every one finds a whole library.
 
     Raises:
         BuildError: if it cannot be compiled, or the cache cannot be written.
@@ -89,13 +89,14 @@ def install(folder: Path) -> Path:
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
-            staged = _stage(compile_library(Path(scratch)))
-            _discard(folder)
-            try:
-                staged.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
+            library = _named_by_checksum(compile_library(Path(scratch)))
+            stamp = _stamp_of(library)
+            for path in (library, stamp):
+                _synchronise(path)
+            _make_private(folder)
+            for path in (library, stamp):
+                path.replace(folder / path.name)
+                _synchronise(folder)
         _synchronise(folder.parent)
     except OSError as error:
         reason = error.strerror or error
@@ -103,27 +104,36 @@ def install(folder: Path) -> Path:
     return find(folder)
 
 
-def _stage(compiled: Path) -> Path:
-    """A private folder with the library and its stamp, on the disk for certain."""
-    contents = compiled.read_bytes()
-    checksum = hashlib.sha256(contents).hexdigest()
-    staged = compiled.parent / "entry"
-    staged.mkdir(mode=0o700)
-    library, stamp = staged / f"library-{checksum[:16]}.so", staged / STAMP
-    compiled.rename(library)
-    stamp.write_text(f"{library.name} {len(contents)} {checksum}\n")
+def _named_by_checksum(compiled: Path) -> Path:
+    checksum = hashlib.sha256(compiled.read_bytes()).hexdigest()
+    library = compiled.rename(compiled.parent / f"library-{checksum[:16]}.so")
     library.chmod(0o700)
+    return library
+
+
+def _stamp_of(library: Path) -> Path:
+    contents, stamp = library.read_bytes(), library.parent / STAMP
+    stamp.write_text(f"{library.name} {len(contents)} {hashlib.sha256(contents).hexdigest()}\n")
     stamp.chmod(0o600)
-    for path in (library, stamp, staged):
-        _synchronise(path)
-    return staged
+    return stamp
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can write, in place of one that others can write."""
+    try:
+        _check_private(folder)
+    except FileNotFoundError:
+        pass
+    except LibraryError:
+        _discard(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _discard(folder: Path) -> None:
-    """Move a damaged entry out of the way, in one step, and delete it."""
-    if folder.is_symlink() or folder.is_file():
+    """Move an entry out of the way, in one step, and delete it."""
+    if folder.is_symlink() or not folder.is_dir():
         folder.unlink()
-    elif folder.exists():
+    else:
         grave = tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")
         folder.rename(grave)  # within one folder, which works for an entry of another user as well
         shutil.rmtree(grave, ignore_errors=True)
