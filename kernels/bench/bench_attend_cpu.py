@@ -29,7 +29,7 @@ RMS_LIMIT = 1e-3
 
 
 def torch_formulations(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Every way to write it in torch; `rows` packs the query heads of a KV head as query rows."""
+    """Return every way to write it in torch; `rows` packs the query heads of a KV head as query rows."""
     rows = query.view(1, KV_HEADS, RATIO, HEAD_DIM)
     half = [x.bfloat16() for x in (query, rows, keys, values)]
 
@@ -48,7 +48,7 @@ def torch_formulations(query: Tensor, keys: Tensor, values: Tensor) -> dict[str,
 
 
 def pack(kind: str, bits: int, states: Tensor) -> Segments:
-    """All tokens in packed pages, or all in full precision."""
+    """Return all tokens in packed pages, or all in full precision."""
     if bits == 16:
         return Segments(None, None, states)
     layout = PageLayout(kind, bits, HEAD_DIM, PAGE, GROUP)  # type: ignore[arg-type]
@@ -57,13 +57,13 @@ def pack(kind: str, bits: int, states: Tensor) -> Segments:
 
 
 def stored_bytes(*tensors: Segments) -> int:
-    """Bytes that attention has to read."""
+    """Return the bytes that attention has to read."""
     packed = [part for tensor in tensors if tensor.packed for part in (tensor.packed.words, tensor.packed.scales)]
     return sum(part.nbytes for part in (*packed, *(tensor.tail for tensor in tensors)))
 
 
 def check(query: Tensor, key: Segments, value: Segments) -> float:
-    """Relative RMS error against float64 on the dequantized tokens; refuses a wrong kernel."""
+    """Return the relative RMS error against float64 on the dequantized tokens; refuse a wrong kernel."""
     k, v = (tensor.dequantize().double().repeat_interleave(RATIO, 1) for tensor in (key, value))
     expected = torch.softmax(query.double() @ k.mT / math.sqrt(HEAD_DIM), -1) @ v
     got = attend(AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))[0].double()
@@ -74,7 +74,7 @@ def check(query: Tensor, key: Segments, value: Segments) -> float:
 
 
 def measure(context: int, rounds: int) -> list[dict[str, object]]:
-    """One row a candidate."""
+    """Return one row a candidate."""
     torch.manual_seed(0)
     query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))

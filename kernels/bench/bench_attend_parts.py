@@ -35,7 +35,7 @@ RUNS = {"16, 4, 2": ((16, 16), (32, 4), (80, 2)), "8, 4, 2": ((16, 8), (32, 4), 
 
 
 def tiers(keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
-    """Tokens at random in two tiers, whole pages of each."""
+    """Return tokens at random in two tiers, whole pages of each."""
     pages = keys.shape[2] // PAGE
     first = round(SHARES[8] * pages) * PAGE
     tier = (torch.arange(keys.shape[2]) >= first).to(torch.uint8).expand(1, KV_HEADS, -1)
@@ -50,7 +50,7 @@ def tiers(keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
 
 
 def channels(runs: tuple[tuple[int, int], ...], keys: Tensor) -> Segments:
-    """Keys in runs of channels, bfloat16 where they are not quantized; every page in an order of its own."""
+    """Return keys in runs of channels, bfloat16 where they are not quantized; every page in an order of its own."""
     pages = keys.unflatten(2, (-1, PAGE))
     order = torch.rand(1, KV_HEADS, pages.shape[2], HEAD_DIM).argsort(dim=-1)
     parts = pages.gather(-1, order[:, :, :, None].expand_as(pages)).split([width for width, _ in runs], dim=-1)
@@ -65,7 +65,7 @@ def channels(runs: tuple[tuple[int, int], ...], keys: Tensor) -> Segments:
 
 
 def read_bytes(packed: object) -> int:
-    """Bytes that attention has to read."""
+    """Return the bytes that attention has to read."""
     match packed:
         case Tiers(held=held):
             return sum(read_bytes(each) for each in held)
@@ -79,7 +79,7 @@ def read_bytes(packed: object) -> int:
 
 
 def at_equal_bytes(size: int, singles: dict[str, int], times: dict[str, float]) -> tuple[float, str]:
-    """The least time of two single widths in the shares that have `size` bytes together, and which they are."""
+    """Return the least time of two single widths in the shares that have `size` bytes together, and their names."""
     mixed = []
     for low, high in product(singles, repeat=2):
         if singles[low] <= size < singles[high]:
@@ -89,7 +89,7 @@ def at_equal_bytes(size: int, singles: dict[str, int], times: dict[str, float]) 
 
 
 def measure(context: int, rounds: int, cpu_time: bool) -> list[dict[str, object]]:
-    """One row a candidate."""
+    """Return one row a candidate."""
     torch.manual_seed(0)
     query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))

@@ -18,7 +18,7 @@ from kvmix_kernels.runtime.native import library
 
 
 def measure(context: int, queries: int, bits: int, rounds: int) -> list[dict[str, object]]:
-    """One row a path, for a chunk of `queries` tokens."""
+    """Return one row a path, for a chunk of `queries` tokens."""
     native = library()
     if native is None:
         raise SystemExit("there is no native library to measure")

@@ -20,7 +20,7 @@ from kvmix_kernels.runtime.native import library
 
 
 def measure(kind: Literal["key", "value"], bits: int, context: int, rounds: int) -> list[dict[str, object]]:
-    """One row a path."""
+    """Return one row a path."""
     native = library()
     if native is None:
         raise SystemExit("there is no native library to measure")

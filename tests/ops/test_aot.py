@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: what became of them is what decides their speed."""
+"""The Triton kernels compiled for GPUs that are not here: count and kind of their instructions, and their memory."""
 
 import pytest
 
@@ -9,7 +9,10 @@ from aot_cases import RUNS, compile_attend, compile_quantize, lane_instructions_
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
 
-pytestmark = pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and cuobjdump are not in this triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not aot.HAS_TOOLS, reason="ptxas, nvdisasm and cuobjdump are not in this triton"),
+]
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 BUDGET = {2: 2.2, 3: 3.5, 4: 2.5}

@@ -1,9 +1,23 @@
 """Random keys and values for GPU kernels, with poisoned memory around everything that is theirs."""
 
+import contextlib
+
 import torch
 from kvmix_kernels import PageLayout
+from kvmix_kernels.attend.triton import launch
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+
+
+@contextlib.contextmanager
+def splits_of(tokens):
+    """Within, GPU kernels share tokens out in splits of at least so many, and there are many programs."""
+    before = launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR
+    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = tokens, 1024
+    try:
+        yield
+    finally:
+        launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = before
 
 
 def in_a_poisoned_buffer(x):

@@ -81,7 +81,7 @@ def _is_run(run: Packed | Plain) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether elements are in a row, and of a dtype that the native path knows."""
+    """Return whether elements are in a row, and of a dtype that the native path knows."""
     return x.dtype in DTYPES and x.stride(-1) == 1
 
 

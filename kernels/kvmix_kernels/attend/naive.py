@@ -32,7 +32,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def _attend_rows(problem: AttentionProblem, parts: list[Part], query: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of a bounded number of the problem's queries, whose masks the parts have."""
+    """Attend with a bounded number of the problem's queries, whose masks the parts have."""
     batch, heads, length, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = query.to(dtype).reshape(batch, problem.kv_heads, -1, query.shape[-1]) * problem.scaling
@@ -63,7 +63,7 @@ def _attend_rows(problem: AttentionProblem, parts: list[Part], query: Tensor) ->
 
 
 def _tile_edges(part: Part) -> list[int]:
-    """Tile boundaries that fall on every segment's edge, so that no page is read twice."""
+    """Return tile boundaries that fall on every segment's edge, so that no page is read twice."""
     marks = sorted({0, *part.key.edges, *part.value.edges, part.tokens})
     edges = [0]
     for start, stop in pairwise(marks):
@@ -72,7 +72,7 @@ def _tile_edges(part: Part) -> list[int]:
 
 
 def _masked(scores: Tensor, part: Part, start: int, stop: int) -> Tensor:
-    """Scores `[B, H, S, stop - start]` with -inf where the mask forbids attention."""
+    """Return scores `[B, H, S, stop - start]` with -inf where the mask forbids attention."""
     length, mask = scores.shape[2], part.mask
     if mask is None:
         if length == 1:
@@ -84,7 +84,7 @@ def _masked(scores: Tensor, part: Part, start: int, stop: int) -> Tensor:
 
 
 def _of_queries(part: Part, problem: AttentionProblem, start: int, stop: int) -> Part:
-    """The part with the mask of queries `[start, stop)`, which the last tokens of a part no longer are."""
+    """Return the part with the mask of queries `[start, stop)`, whose own tokens need not be the last ones."""
     if (start, stop) == (0, problem.queries):
         return part
     mask = part.mask
@@ -97,5 +97,5 @@ def _of_queries(part: Part, problem: AttentionProblem, start: int, stop: int) ->
 
 
 def _causal(first: int, last: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """Boolean mask of the queries at positions `[first, last)` over tokens `[start, stop)`."""
+    """Return the boolean mask of the queries at positions `[first, last)` over tokens `[start, stop)`."""
     return torch.arange(start, stop, device=device) <= torch.arange(first, last, device=device)[:, None]

@@ -53,12 +53,12 @@ def unmasked_parts_of(problem: AttentionProblem) -> list[Part]:
 
 
 def _ends(tensor: Segments) -> Segments:
-    """Sink and tail, without the tokens between them."""
+    """Return sink and tail, without the tokens between them."""
     return Segments(tensor.sink, None, tensor.tail)
 
 
 def _alone(held: Packed | Channels | Tensor, tail: Tensor) -> Segments:
-    """A tier's tokens as segments; those in full precision are all tail."""
+    """Return a tier's tokens as segments; those in full precision are all tail."""
     return Segments(None, None, held) if isinstance(held, Tensor) else Segments(None, held, tail[:, :, :0])
 
 
@@ -70,7 +70,7 @@ def _mask_of_ends(mask: Tensor | None, key: Segments) -> Tensor | None:
 
 
 def _mask_of_tier(problem: AttentionProblem, tiers: Tiers, index: int) -> Tensor | None:
-    """The mask's columns of the tokens in a tier. They are older than all queries, so nothing causal is left."""
+    """Return the mask's columns of a tier's tokens, which are older than all queries: nothing causal is left."""
     mask, queries = problem.mask, problem.queries
     if mask is None:
         return None if queries == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=problem.query.device)

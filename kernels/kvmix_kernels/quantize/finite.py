@@ -51,17 +51,17 @@ class FiniteWatch:
 
 
 def _answers_at_once(device: torch.device) -> bool:
-    """Whether reading a tensor there waits for nothing."""
+    """Return whether reading a tensor there waits for nothing."""
     return device.type != "cuda"
 
 
 def _pinned() -> Tensor:
-    """Host memory that a GPU copies to by itself."""
+    """Return host memory that a GPU copies to by itself."""
     return torch.zeros((), dtype=torch.bool, pin_memory=True)
 
 
 def _record(device: torch.device) -> torch.cuda.Event:
-    """An event after everything that has been asked of the device so far."""
+    """Return an event after everything that has been asked of the device so far."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event

@@ -91,7 +91,7 @@ def _orient(x: Tensor, layout: PageLayout) -> Tensor:
 
 
 def _group_range(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every group, each `[..., groups, rows]`."""
+    """Return minimum and maximum of every group, each `[..., groups, rows]`."""
     parts = torch.split(matrix, layout.group, dim=-1)
     low, high = zip(*(part.aminmax(dim=-1) for part in parts), strict=True)
     return torch.stack(low, -2) + 0.0, torch.stack(high, -2)  # of 0 and -0 either may be the minimum: make it 0

@@ -214,5 +214,5 @@ def _store_plane(
 
 @triton.jit
 def _rounded(x):
-    """The nearest integer, ties to even, of `0 <= x < 2**22`: at 2**23 a float32 has no fraction left."""
+    """Round `0 <= x < 2**22` to the nearest integer, ties to even: at 2**23 a float32 has no fraction left."""
     return (x + 8388608.0).to(tl.int32, bitcast=True) & 0x3FFFFF

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import AttentionProblem
-from kvmix_kernels.attend.triton import attend, launch, unsupported
+from kvmix_kernels.attend.triton import attend, unsupported
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import Packed, Segments
-from poisoned import mask_of, segments
+from poisoned import mask_of, segments, splits_of
 from reference import dense_attention
 
 RMS = 5e-3
@@ -43,7 +43,6 @@ def test_equals_dense_attention(
     split, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
-    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = split, 1024
     tokens = sinks + page * max(pages) + queries + seed % 70
     k_tail, v_tail = (tokens - sinks - page * count for count in pages)
     key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype)
@@ -58,7 +57,8 @@ def test_equals_dense_attention(
     problem = AttentionProblem(query, key, value, *options)
     assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    got, _ = attend(problem)
+    with splits_of(split):
+        got, _ = attend(problem)
     assert got.dtype == dtype
     assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
 
@@ -66,9 +66,8 @@ def test_equals_dense_attention(
 @pytest.mark.parametrize(
     ("page", "k_bits", "v_bits"), [(16, 1, 3), (16, 16, 2), (32, 3, 1), (32, 8, 4), (32, 2, 8), (32, 4, 16)]
 )
-def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_bits, monkeypatch):
+def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_bits):
     torch.manual_seed(0)
-    monkeypatch.setattr(launch, "TOKENS_PER_SPLIT", 5 * page)
     k_pages, v_pages = 0 if k_bits == 16 else 7, 0 if v_bits == 16 else 6
     tokens = 3 + 7 * page + 9
     key, value = (
@@ -78,7 +77,9 @@ def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_b
     problem = AttentionProblem(torch.randn(1, 2, 2, 64).bfloat16(), key, value, scaling=0.125)
     assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    assert relative_rms(attend(problem)[0], dense_attention(problem.query, *plain, 0.125)) < RMS
+    with splits_of(5 * page):
+        got, _ = attend(problem)
+    assert relative_rms(got, dense_attention(problem.query, *plain, 0.125)) < RMS
 
 
 @pytest.mark.parametrize("bits", [2, 16])

@@ -8,9 +8,9 @@ from attending import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, naive
-from kvmix_kernels.attend.triton import attend, launch, unsupported
+from kvmix_kernels.attend.triton import attend, unsupported
 from kvmix_kernels.segments import Segments
-from poisoned import channels, mask_of, segments
+from poisoned import channels, mask_of, segments, splits_of
 from reference import dense_attention
 
 RMS = 5e-3
@@ -58,7 +58,6 @@ def test_equals_dense_attention(
     runs, pages, queries, dtype, group, pages_per_order, sinks, masking, softcap, logits, split, seed
 ):
     torch.manual_seed(seed)
-    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = split, 1024
     query, key, value = case(runs, *pages, queries, dtype, group, pages_per_order, sinks)
     tokens = key.shape[2]
     options = (
@@ -70,7 +69,8 @@ def test_equals_dense_attention(
     problem = AttentionProblem(query, key, value, *options)
     assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    got, logarithms = attend(problem)
+    with splits_of(split):
+        got, logarithms = attend(problem)
     assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
     expected = naive.attend(replace(problem, query=query.double()))[1]
     torch.testing.assert_close(logarithms.double(), expected, rtol=0, atol=LOGARITHM)

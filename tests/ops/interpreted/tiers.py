@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, naive
-from kvmix_kernels.attend.triton import attend, launch, unsupported
-from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, tiers
+from kvmix_kernels.attend.triton import attend, unsupported
+from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, splits_of, tiers
 
 RMS = 5e-3
 LOGARITHM = 1e-2
@@ -53,7 +53,6 @@ def case(widths, counts, gone, sinks, tail, dtype):
 @settings(max_examples=8, deadline=None)
 def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype, masking, softcap, logits, split, seed):
     torch.manual_seed(seed)
-    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = split, 1024
     counts = [seed % 50 if bits == (16, 16) else PAGE * count for bits, count in zip(widths, pages, strict=False)]
     key, value = case(widths, counts, gone, sinks, tail and queries + tail, dtype)
     tokens = key.shape[2]
@@ -63,7 +62,8 @@ def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype,
     mask, sink_logits = mask_of(masking, queries, tokens, seed % tokens), torch.randn(3) if logits else None
     problem = AttentionProblem(query, key, value, HEAD_DIM**-0.5, mask, softcap, sink_logits)
     assert unsupported(problem) is None
-    got, logarithms = attend(problem)
+    with splits_of(split):
+        got, logarithms = attend(problem)
     expected, meant = naive.attend(replace(problem, query=query.double()))
     assert relative_rms(got, expected) < RMS
     torch.testing.assert_close(logarithms.double(), meant, rtol=0, atol=LOGARITHM)

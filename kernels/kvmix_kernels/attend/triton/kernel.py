@@ -82,7 +82,7 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Arguments are prepared by `launch.py`.
+    """Attend to a split of the tokens, with arguments that `launch.py` prepares.
 
     `K` are runs (`channels.py`) and `V` is a layout, or None where nothing is packed. Of all `splits`, this
     launch has those from `first_split` on: first the pages, then the tiles.
@@ -204,7 +204,7 @@ def over_pages_of_order(
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attend to pages `[first, last)` whose channels are those of `query`, as `load_query` makes it."""
+    """Attend to pages `[first, last)` whose channels are in the order of `query`, as `load_query` returns it."""
     CHUNK: tl.constexpr = chunk_of(K, min(TILE, PAGE)) if K_PACKED else min(TILE, PAGE)
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
     TOGETHER: tl.constexpr = max(1, LEAST_TOGETHER // PAGE)
@@ -239,7 +239,7 @@ def over_pages_of_order(
 
 @triton.jit
 def nth_of(page, last, N: tl.constexpr):
-    """The n-th page from `page` on; the one before `last`, if there are not as many."""
+    """Return the n-th page from `page` on; the one before `last`, if there are not as many."""
     if N == 0:
         return page
     else:
@@ -283,7 +283,7 @@ def over_tiles(
 
 @triton.jit
 def load_whole_query(task, HEAD_DIM: tl.constexpr):
-    """The query rows for keys in full precision, `[channels, M]`."""
+    """Load the query rows for keys in full precision, `[channels, M]`."""
     channel = tl.arange(0, padded_channels(HEAD_DIM))
     return load_rows(task.rows, task.factor, channel, channel < HEAD_DIM)
 
@@ -304,7 +304,7 @@ def merge_kernel(
     HAS_LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query row a program; `logits` are one a query head, and weigh like a token without a value.
+    """Merge all splits of one query row; `logits`, one a query head, weigh like a token without a value.
 
     `totals` `[B, H, S]` are the logarithms of the sums of weights, natural ones; those before are to base 2.
     """

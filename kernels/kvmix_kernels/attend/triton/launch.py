@@ -181,7 +181,7 @@ def run_layouts(tensor: Segments) -> tuple[PageLayout | int, ...]:
 
 
 def _shares_of(part: Part, problem: AttentionProblem) -> Shares:
-    """As many shares as fill the GPU, each of one program a KV head, batch row and block of query rows."""
+    """Return as many shares as fill the GPU, each of one program a KV head, batch row and block of query rows."""
     key, value, device = part.key, part.value, problem.query.device
     blocks = triton.cdiv(problem.ratio * problem.queries, _rows_of_program(problem))
     programs, tile = problem.batch * problem.kv_heads * blocks, 32 if _is_large(problem) else 64
@@ -194,7 +194,7 @@ def _shares_of(part: Part, problem: AttentionProblem) -> Shares:
 
 
 def _split(units: int, tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Number of splits of `units` of `tokens` each, and the units of one."""
+    """Return the number of splits of `units` of `tokens` each, and the units of one."""
     wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
     each = max(TOKENS_PER_SPLIT // tokens, triton.cdiv(units * programs, wanted), 1)
     return triton.cdiv(units, each), each
@@ -210,12 +210,12 @@ def _rows_of_program(problem: AttentionProblem) -> int:
 
 
 def _is_large(problem: AttentionProblem) -> bool:
-    """Whether a tile takes so much memory that it must have fewer tokens."""
+    """Return whether a tile takes so much memory that it must have fewer tokens."""
     return max(problem.head_dim, problem.value_dim) > 128 or problem.key.tail.dtype == torch.float32
 
 
 def _warps(block: int, channels: int, runs: tuple[PageLayout | int | None, ...]) -> int:
-    """As few as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
+    """Return as few warps as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
     has_wide_codes = any(isinstance(run, PageLayout) and run.bits == 8 for run in runs)
     return 4 if block > LEAST_ROWS or channels > 128 or has_wide_codes else 2
 
@@ -276,7 +276,7 @@ def _unsupported_pages(runs: list[Packed | Plain]) -> str | None:
 
 
 def _begin_together(key: Segments, value: Segments) -> bool:
-    """Whether pages are of the same tokens, and no tensor has tokens in its tail that another has in its sink."""
+    """Return whether pages are of the same tokens, and none of one tensor's tail is in the other's sink."""
     sinks = max(key.sinks, value.sinks)
     for tensor in (key, value):
         if tensor.sinks not in (0, sinks) or (tensor.packed is not None and tensor.sinks != sinks):

@@ -1,4 +1,4 @@
-"""Where things are in memory, for a Triton program: sink | pages | tail of one KV head, and query rows."""
+"""Pointers of a Triton program: sink | pages | tail of one KV head, and query rows."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,9 @@ from ...runtime.triton_numbers import to_float32
 
 
 class RunPointers(NamedTuple):
-    """Pages of a run of channels: pointers, each with its strides over batch rows, heads and pages.
+    """Pointers to pages of a run of channels, each with its strides over batch rows, heads and pages.
 
-    Of channels in full precision, both are the numbers themselves.
+    For channels in full precision, both point to the numbers themselves.
     """
 
     words: Any
@@ -21,7 +21,7 @@ class RunPointers(NamedTuple):
 
 
 class SegmentPointers(NamedTuple):
-    """Keys or values: pointers, each with its strides over batch rows, heads, and tokens or orders.
+    """Pointers to keys or values, each with its strides over batch rows, heads, and tokens or orders.
 
     Without a sink of their own, `sink` is the tail, which then begins with the first token. Runs of pages are a tuple,
     and so is `order`: it is empty where channels are not sorted.
@@ -37,7 +37,7 @@ class SegmentPointers(NamedTuple):
 
 
 class PagePointers(NamedTuple):
-    """Pages from `page` to `last`: a pointer to the first of all, and the stride from one to the next."""
+    """Pages from `page` to `last`, with a pointer to the first of all and the stride from one to the next."""
 
     pointer: Any
     stride: Any
@@ -46,7 +46,7 @@ class PagePointers(NamedTuple):
 
 
 class QueryRows(NamedTuple):
-    """A program's query rows `[M]`: pointers to them, and which of them there are."""
+    """A program's query rows `[M]`: pointers, and whether each row exists."""
 
     pointers: Any
     is_row: Any
@@ -54,14 +54,14 @@ class QueryRows(NamedTuple):
 
 @triton.jit
 def load_rows(rows, factor, channel, is_channel):
-    """Query rows times a factor, `[channels, M]` in float32; 0 where there is no channel."""
+    """Load query rows times a factor, `[channels, M]` in float32; 0 where there is no channel."""
     inside = is_channel[:, None] & rows.is_row[None, :]
     return to_float32(tl.load(rows.pointers[None, :] + channel[:, None], mask=inside, other=0.0)) * factor
 
 
 @triton.jit
 def of_head(side, batch, head):
-    """The pointers of one KV head of one batch row."""
+    """Return the pointers of one KV head of one batch row."""
     batch, head = batch.to(tl.int64), head.to(tl.int64)
     runs = ()
     for i in tl.static_range(len(side.runs)):
@@ -85,7 +85,7 @@ def of_head(side, batch, head):
 
 @triton.jit
 def of_pages(run, page, last):
-    """Words and scales of the pages from `page` on, of which `last` is the last."""
+    """Return words and scales of the pages from `page` to `last`."""
     words, words_strides, scales, scales_strides = run  # a tuple's elements have no names in Triton 3.6
     page, last = tl.cast(page, tl.int64), tl.cast(last, tl.int64)
     return PagePointers(words, words_strides[2], page, last), PagePointers(scales, scales_strides[2], page, last)
@@ -93,7 +93,7 @@ def of_pages(run, page, last):
 
 @triton.jit
 def beyond(pages, COUNT: tl.constexpr):
-    """The pages after so many; the last page, if there are none."""
+    """Return the pages after `COUNT` of them; the last page, if there are none."""
     if COUNT == 0:
         return pages
     else:
@@ -102,13 +102,13 @@ def beyond(pages, COUNT: tl.constexpr):
 
 @triton.jit
 def in_tail(side, first):
-    """Where a run of the tail's tokens begins, and their stride."""
+    """Return a pointer to a run of the tail's tokens, and their stride."""
     return side.tail + tl.cast(first, tl.int64) * side.tail_strides[2], side.tail_strides[2]
 
 
 @triton.jit
 def in_sink_or_tail(side, is_sink, first, tail):
-    """Where a run of tokens begins, and their stride: `first` counts from the sink's start, `tail` begins the tail."""
+    """Return a pointer to a run of tokens, and their stride; `first` counts from the sink, `tail` begins the tail."""
     base = tl.where(is_sink, side.sink, side.tail)
     stride = tl.where(is_sink, side.sink_strides[2], side.tail_strides[2])
     return base + (first - tl.where(is_sink, 0, tail)).to(tl.int64) * stride, stride

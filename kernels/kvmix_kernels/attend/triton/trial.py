@@ -91,7 +91,7 @@ def passes(kind: AttentionKind) -> bool:
 
 
 def _kinds_of(problem: AttentionProblem) -> Iterator[AttentionKind]:
-    """The kinds of attention that the parts of this are."""
+    """Yield the kind of attention of each part of a problem."""
     queries = min(MOST_QUERIES, int(triton.next_power_of_2(problem.queries)))
     masking = None if problem.mask is None else problem.mask.dtype
     for index, part in enumerate(unmasked_parts_of(problem)):
@@ -133,7 +133,7 @@ def _failure(kind: AttentionKind) -> str | None:
 
 
 def _segments(kind: AttentionKind, of: Kind, random: Callable[..., Tensor]) -> Segments:
-    """Random keys or values: a sink, pages and a tail, or, where nothing of them is packed, as many tokens."""
+    """Make random keys or values: a sink, pages and a tail, or, where nothing of them is packed, as many tokens."""
     width = kind.dims[of == "value"]
     runs = kind.keys if of == "key" else () if kind.values is None else (kind.values,)
     if not runs:
@@ -153,7 +153,7 @@ def _run(run: PageLayout | int, page: int, random: Callable[..., Tensor]) -> Pac
 
 
 def _mask(kind: AttentionKind, random: Tensor) -> Tensor | None:
-    """A random mask, under which every query attends to something."""
+    """Make a random mask, under which every query attends to something."""
     if kind.mask is None:
         return None
     mask = random > 0

@@ -81,7 +81,7 @@ def compile_library(folder: Path) -> Path:
 
 
 def _units(folder: Path) -> dict[Path, tuple[str, ...]]:
-    """Object files, and what the compiler needs for each: a source and its flags."""
+    """Return object files, and the arguments of the compiler for each: a source and its flags."""
     units: dict[Path, tuple[str, ...]] = {}
     for name, flags in _variants().items():
         for source, own in SOURCES.items():
@@ -98,7 +98,7 @@ def _variants() -> dict[str, tuple[str, ...]]:
 
 
 def _extra_flags() -> tuple[str, ...]:
-    """`KVMIX_CXXFLAGS`, for instance `-fsanitize=address -g`."""
+    """Return `KVMIX_CXXFLAGS`, for instance `-fsanitize=address -g`."""
     return tuple(os.environ.get("KVMIX_CXXFLAGS", "").split())
 
 
