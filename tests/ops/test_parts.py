@@ -156,7 +156,7 @@ def test_a_tier_that_alone_has_tokens_is_all_there_is():
         whole = (Segments(None, keys, nothing), Segments(None, values, nothing))
         expected = path(AttentionProblem(query, *whole, scaling=0.2))
         for one, other in zip(got, expected, strict=True):
-            assert torch.equal(one, other), name
+            torch.testing.assert_close(one, other, msg=name)
 
 
 def test_tokens_that_are_all_gone_give_zero():

@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-3e38)
 
 
 class Softmax(NamedTuple):
-    """State after the tokens so far: largest score, sum of weights `[M]`, and sums of values `[columns, M]`, one a group."""
+    """State after some tokens: largest score, sum of weights `[M]`, and sums of values `[columns, M]`, one a group."""
 
     peak: Any
     total: Any
