@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attending import instruction_sets, relative_rms, segments
+from attending import instruction_sets, relative_rms, same_bits, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
@@ -25,11 +25,7 @@ layouts = st.builds(
 )
 
 
-needs_library = pytest.mark.skipif(library() is None, reason="there is no native library")
-
-
-def same_bits(one, other):
-    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.view(torch.int16))
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no native library")
 
 
 @given(
@@ -81,7 +77,6 @@ def test_attends_to_every_shape_of_page(bits, head_dim, page, group, dtype, seed
         assert relative_rms(got, expected) < 1e-3, name
 
 
-@needs_library
 def test_any_number_of_threads_gives_the_same():
     torch.manual_seed(0)
     key, value = (segments(kind, 3, 4, 99, 9, batch=1, heads=1) for kind in ("key", "value"))
@@ -102,7 +97,6 @@ def test_any_number_of_threads_gives_the_same():
         assert same_bits(scales, results[0][2])
 
 
-@needs_library
 def test_groups_that_vectors_do_not_divide_fall_back_with_one_warning():
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="quantizing groups of 8 has no CPU kernel") as warned:

@@ -103,3 +103,8 @@ def poisoned(x, fill):
 
 def relative_rms(got, expected):
     return ((got.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()).item()
+
+
+def same_bits(one, other):
+    """Whether two tensors of 16-bit numbers are the same, NaN included."""
+    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.view(torch.int16))

@@ -11,18 +11,18 @@ from torch import Tensor
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CRun, CSegments
 from ..segments import Channels, Packed, Plain, Segments
-from .parts import Part, parts_of, unmasked_parts_of
+from .parts import Part, parts_of
 from .problem import AttentionProblem
 
 
 def supports(problem: AttentionProblem) -> bool:
     """Return whether the native path takes this: sizes and groups that vectors divide, dtypes that it knows."""
-    return problem.query.dtype in DTYPES and all(map(_fits, unmasked_parts_of(problem)))
+    return problem.query.dtype in DTYPES and all(map(_fits, parts_of(problem, with_masks=False)))
 
 
 def describe(problem: AttentionProblem) -> str:
     """Return what `supports` checks, for a warning."""
-    parts = unmasked_parts_of(problem)
+    parts = parts_of(problem, with_masks=False)
     runs = [run for part in parts for tensor in (part.key, part.value) for run in tensor.runs]
     pages = sorted({run.page for run in runs})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
@@ -66,12 +66,12 @@ def _fits(part: Part) -> bool:
     keys, values = part.key.runs, part.value.runs
     if keys and values and (keys[0].page != values[0].page or part.key.sinks != part.value.sinks):
         return False  # tokens are split on the edges of pages of both
-    return not isinstance(part.value.packed, Channels) and _is_readable(part.key) and _is_readable(part.value)
-
-
-def _is_readable(tensor: Segments) -> bool:
-    tail = tensor.tail
-    return tail.shape[3] % WIDEST_VECTOR == 0 and _is_plain(tail) and all(map(_is_run, tensor.runs))
+    if isinstance(part.value.packed, Channels):
+        return False
+    tails = (part.key.tail, part.value.tail)
+    return all(tail.shape[3] % WIDEST_VECTOR == 0 and _is_plain(tail) for tail in tails) and all(
+        map(_is_run, (*keys, *values))
+    )
 
 
 def _is_run(run: Packed | Plain) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Channels, Packed, Segments, Tiers
+from ..segments import Channels, Packed, Segments, Tiers, count
 from .problem import AttentionProblem
 
 
@@ -31,25 +31,22 @@ class Part:
         return self.key.shape[2]
 
 
-def parts_of(problem: AttentionProblem) -> list[Part]:
-    """Return all tokens as one part, or, if they are in tiers, sink and tail and every tier that is not empty."""
-    key, value, mask = problem.key, problem.value, problem.mask
+def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
+    """Return all tokens as one part, or, if they are in tiers, sink and tail and every tier that is not empty.
+
+    Args:
+        problem: what to split.
+        with_masks: whether to make the masks, which takes time for tiers; without, every mask is None.
+    """
+    key, value, mask = problem.key, problem.value, problem.mask if with_masks else None
     if not isinstance(key.packed, Tiers) or not isinstance(value.packed, Tiers):
         return [Part(key, value, mask)]
     parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
     for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):
-        part = Part(_alone(keys, key.tail), _alone(values, value.tail), _mask_of_tier(problem, key.packed, index))
-        if part.tokens:
-            parts.append(part)
+        if count(keys):
+            of_tier = _mask_of_tier(problem, key.packed, index) if with_masks else None
+            parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_tier))
     return parts
-
-
-def unmasked_parts_of(problem: AttentionProblem) -> list[Part]:
-    """Return the parts with masks that mean nothing, which takes less time than `parts_of`."""
-    if not problem.is_tiered:
-        return [Part(problem.key, problem.value, None)]
-    one_query = AttentionProblem(problem.query[:, :, -1:], problem.key, problem.value, problem.scaling)
-    return parts_of(one_query)
 
 
 def _ends(tensor: Segments) -> Segments:

@@ -50,15 +50,9 @@ class AttentionProblem:
             )
         if query[2] > key[2]:
             raise ValueError(f"{query[2]} queries but only {key[2]} cached tokens; expected at most one query a token")
-        if self.is_tiered != isinstance(self.value.packed, Tiers) or (
-            self.is_tiered and self.key.edges != self.value.edges
-        ):
+        tiered = [isinstance(tensor.packed, Tiers) for tensor in (self.key, self.value)]
+        if tiered[0] != tiered[1] or (tiered[0] and self.key.edges != self.value.edges):
             raise ValueError("keys and values are not in the same tiers; expected one token policy for both")
-
-    @property
-    def is_tiered(self) -> bool:
-        """Whether the tokens are in tiers."""
-        return isinstance(self.key.packed, Tiers)
 
     @property
     def batch(self) -> int:

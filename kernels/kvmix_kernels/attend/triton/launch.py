@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layout import PageLayout
 from ...segments import Channels, Packed, Plain, Segments
-from ..parts import Part, parts_of, unmasked_parts_of
+from ..parts import Part, parts_of
 from ..problem import AttentionProblem
 from .channels import RunLayouts
 from .kernel import attend_kernel, merge_kernel
@@ -85,7 +85,7 @@ class PartialResults:
 
 def unsupported(problem: AttentionProblem) -> str | None:
     """Return why the kernels cannot take this problem, for a warning; None if they can."""
-    reasons = (_unsupported(problem, part.key, part.value) for part in unmasked_parts_of(problem))
+    reasons = (_unsupported(problem, part.key, part.value) for part in parts_of(problem, with_masks=False))
     return next((reason for reason in reasons if reason), None)
 
 

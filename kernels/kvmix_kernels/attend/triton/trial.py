@@ -15,7 +15,7 @@ from ...quantize.naive import quantize
 from ...runtime import trial
 from ...segments import Channels, Packed, Plain, Segments
 from .. import naive
-from ..parts import unmasked_parts_of
+from ..parts import parts_of
 from ..problem import AttentionProblem
 from .launch import attend, run_layouts
 
@@ -94,7 +94,7 @@ def _kinds_of(problem: AttentionProblem) -> Iterator[AttentionKind]:
     """Yield the kind of attention of each part of a problem."""
     queries = min(MOST_QUERIES, int(triton.next_power_of_2(problem.queries)))
     masking = None if problem.mask is None else problem.mask.dtype
-    for index, part in enumerate(unmasked_parts_of(problem)):
+    for index, part in enumerate(parts_of(problem, with_masks=False)):
         keys, values = part.key.runs, part.value.runs
         yield AttentionKind(
             problem.query.device,
