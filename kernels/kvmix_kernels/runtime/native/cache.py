@@ -164,5 +164,8 @@ def _synchronise(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot do that with a folder
+            raise
     finally:
         os.close(descriptor)
