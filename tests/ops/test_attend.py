@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from attending import paths, relative_rms, segments
+from attending import paths, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, naive
 from kvmix_kernels.segments import Packed
+from poisoned import segments
 from reference import dense_attention
 
 RMS = {"naive": 1e-5}

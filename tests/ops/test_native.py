@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attending import instruction_sets, relative_rms, same_bits, segments
+from attending import instruction_sets, relative_rms, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend, cpu, naive
 from kvmix_kernels.quantize import cpu as quantize_cpu
 from kvmix_kernels.quantize import naive as quantize_naive
+from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.runtime.native import library
+from poisoned import segments
 
 layouts = st.builds(
     PageLayout,
@@ -100,8 +102,9 @@ def test_any_number_of_threads_gives_the_same():
 def test_groups_that_vectors_do_not_divide_fall_back_with_one_warning():
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="quantizing groups of 8 has no CPU kernel") as warned:
-        key, value = (segments(kind, 4, 0, 3, 5, group=8) for kind in ("key", "value"))
+        quantize(torch.randn(1, 1, 1, 16, 32), PageLayout("key", 4, 32, 16, 8))
     assert len(warned) == 1
+    key, value = (segments(kind, 4, 0, 3, 5, group=8) for kind in ("key", "value"))
     problem = AttentionProblem(torch.randn(2, 2, 1, 32), key, value, scaling=1.0)
     with pytest.warns(UserWarning, match=r"heads of 32 in groups of \[8\] has no CPU kernel"):
         got, _ = attend(problem)

@@ -2,15 +2,7 @@
 
 import pytest
 import torch
-from attending import (
-    channel_runs,
-    dense,
-    in_tiers,
-    packed_pages,
-    paths,
-    seen,
-    segments,
-)
+from attending import dense, in_tiers, paths, seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
@@ -19,6 +11,7 @@ from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.runtime.native import library
 from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+from poisoned import channel_runs, packed_pages, segments
 from reference import dense_attention_lse
 
 OUTPUT = {"naive": 1e-5}
@@ -279,7 +272,6 @@ def test_a_problem_has_keys_and_values_in_the_same_tiers():
         ({}, {"pages": 1, "page": 32}, r"pages of \[16, 32\]"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:kvmix. quantizing groups of 8")
 @pytest.mark.parametrize("tiered", [False, True])
 def test_what_has_no_native_path_is_named_once(keys, values, named, tiered):
     warn_once.cache_clear()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attending import segments
+from poisoned import segments
 
 pytest.importorskip("triton")
 from kvmix_kernels import PageLayout

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from attending import segments
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime import gpu
 from kvmix_kernels.runtime.fallback import warn_once
+from poisoned import segments
 
 CUDA = torch.device("cuda")
 

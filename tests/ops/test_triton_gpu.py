@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attending import relative_rms
-from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, segments, tiers
+from poisoned import channels, in_a_poisoned_buffer, mask_of, packed, segments, segments_in_tiers, tiers
 from reference import dense_attention
 
 pytest.importorskip("triton")
@@ -152,7 +152,7 @@ def test_tokens_in_tiers(queries, masking):
     torch.manual_seed(0)
     tier = tiers([5 * 128, 300], gone=40, heads=2)
     key, value = (
-        in_tiers(
+        segments_in_tiers(
             tier,
             [
                 packed(torch.randn(2, 2, 5 * 128, 128), PageLayout(kind, 2, 128, 128, 64)),

@@ -1,15 +1,14 @@
-"""Random packed keys and values, and every way to attend to them that this machine has."""
+"""Every way to attend that this machine has, and what the results must be compared with."""
 
 import functools
 import os
 from dataclasses import replace
 
 import torch
-from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import cpu, naive
-from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime.native import library, use_instruction_set
-from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers, count
+from kvmix_kernels.segments import EVICTED, Tiers, count
+from poisoned import tiers
 
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
@@ -30,42 +29,10 @@ def paths():
         yield name, functools.partial(cpu.attend, library())
 
 
-def segments(kind, bits, sinks, pages, tail, head_dim=32, page=16, batch=2, heads=2, group=16, dtype=torch.float32):
-    """Random keys or values with poisoned memory around what is theirs."""
-    if bits == 16:
-        return Segments(None, None, torch.randn(batch, heads, sinks + pages * page + tail, head_dim, dtype=dtype))
-    packed = packed_pages(kind, bits, pages, head_dim, page, batch, heads, group) if pages else None
-    sink = torch.randn(batch, heads, sinks, head_dim, dtype=dtype) if sinks else None
-    return Segments(sink, packed, torch.randn(batch, heads, tail, head_dim, dtype=dtype))
-
-
-def packed_pages(kind, bits, pages, head_dim=32, page=16, batch=2, heads=2, group=16):
-    """Random quantized pages."""
-    layout = PageLayout(kind, bits, head_dim, page, group)
-    words, scales = quantize(torch.randn(batch, heads, pages, page, head_dim), layout)
-    return Packed(layout, poisoned(words, -1), poisoned(scales, float("nan")))
-
-
-def channel_runs(
-    widths, bits, pages, pages_per_order=2, page=16, batch=2, heads=2, group=16, dtype=torch.float32, kind="key"
-):
-    """Random pages of keys in runs of channels, in a random order."""
-    runs = [
-        Plain(poisoned(torch.randn(batch, heads, pages, width, page, dtype=dtype), float("nan")))
-        if b == 16
-        else packed_pages(kind, b, pages, width, page, batch, heads, group)
-        for width, b in zip(widths, bits, strict=True)
-    ]
-    orders = torch.rand(batch, heads, -(-pages // pages_per_order), sum(widths)).argsort(dim=-1)
-    return Channels(poisoned(orders.to(torch.uint8), 255), pages_per_order, tuple(runs))
-
-
 def in_tiers(keys, values, gone=0):
-    """What tiers hold, in an order of tokens that each KV head has to itself; `gone` tokens are evicted."""
+    """Tiers of keys and of values, in an order of tokens that each KV head has to itself; `gone` tokens are evicted."""
     batch, heads = (keys[0] if isinstance(keys[0], torch.Tensor) else keys[0].read(0, 0, torch.float32)).shape[:2]
-    names = [torch.full((n,), tier) for tier, n in [*enumerate(map(count, keys)), (EVICTED, gone)]]
-    tier = torch.cat(names).to(torch.uint8).expand(batch, heads, -1)
-    tier = tier.gather(2, torch.rand(tier.shape).argsort(dim=-1))
+    tier = tiers([count(held) for held in keys], gone, batch, heads)
     return Tiers(tier, tuple(keys)), Tiers(tier, tuple(values))
 
 
@@ -92,13 +59,6 @@ def seen(query, key, mask):
     if mask.dtype == torch.bool:
         return mask & ~gone
     return mask.expand(*query.shape[:3], tokens).masked_fill(gone, -torch.inf)
-
-
-def poisoned(x, fill):
-    """The same, with memory after every head's that must not be read."""
-    if not x.shape[2]:
-        return x
-    return torch.cat([x, torch.full_like(x[:, :, :1], fill)], dim=2)[:, :, : x.shape[2]]
 
 
 def relative_rms(got, expected):

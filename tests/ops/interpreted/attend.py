@@ -45,8 +45,8 @@ def test_equals_dense_attention(
     torch.manual_seed(seed)
     tokens = sinks + page * max(pages) + queries + seed % 70
     k_tail, v_tail = (tokens - sinks - page * count for count in pages)
-    key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype)
-    value = segments("value", v_bits, sinks, pages[1], v_tail, dims[1], page, group, dtype, scale_dtype)
+    key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype, heads=1)
+    value = segments("value", v_bits, sinks, pages[1], v_tail, dims[1], page, group, dtype, scale_dtype, heads=1)
     query = torch.randn(2, queries, ratio, dims[0]).to(dtype).transpose(1, 2)
     options = (
         dims[0] ** -0.5,
@@ -71,7 +71,7 @@ def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_b
     k_pages, v_pages = 0 if k_bits == 16 else 7, 0 if v_bits == 16 else 6
     tokens = 3 + 7 * page + 9
     key, value = (
-        segments(kind, bits, 3, pages, tokens - 3 - pages * page, 64, page, 64, torch.bfloat16, batch=1)
+        segments(kind, bits, 3, pages, tokens - 3 - pages * page, 64, page, 64, torch.bfloat16, batch=1, heads=1)
         for kind, bits, pages in (("key", k_bits, k_pages), ("value", v_bits, v_pages))
     )
     problem = AttentionProblem(torch.randn(1, 2, 2, 64).bfloat16(), key, value, scaling=0.125)
@@ -84,7 +84,7 @@ def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_b
 
 @pytest.mark.parametrize("bits", [2, 16])
 def test_a_row_that_sees_nothing_is_zero(bits):
-    key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32) for kind in ("key", "value"))
+    key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32, heads=1) for kind in ("key", "value"))
     mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
     for each in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
         problem = AttentionProblem(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each)
@@ -119,6 +119,6 @@ def test_outliers_do_not_hide_the_rest():
 )
 def test_what_has_no_kernel_is_named(change, complaint):
     shape = {"head_dim": 64, "page": 64, "group": 32, "dtype": torch.float32} | change
-    key, value = (segments(kind, 2, 0, 1, 5, **shape) for kind in ("key", "value"))
+    key, value = (segments(kind, 2, 0, 1, 5, heads=1, **shape) for kind in ("key", "value"))
     query = torch.randn(2, 2, 1, shape["head_dim"])
     assert complaint in unsupported(AttentionProblem(query, key, value, scaling=1.0))

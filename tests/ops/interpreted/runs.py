@@ -32,10 +32,10 @@ def case(runs, pages, v_pages, queries, dtype, group, pages_per_order, sinks=3, 
     """Queries, keys and values of as many tokens."""
     head_dim, tail = sum(width for width, _ in runs), queries + 20
     states = torch.randn(2, 1, pages * page, head_dim).to(dtype)
-    ends = segments("key", 2, sinks, 0, tail + page * max(0, v_pages - pages), head_dim, page, group, dtype)
+    ends = segments("key", 2, sinks, 0, tail + page * max(0, v_pages - pages), head_dim, page, group, dtype, heads=1)
     key = Segments(ends.sink, channels(runs, states, page, group, pages_per_order), ends.tail)
     v_tail = key.shape[2] - sinks - v_pages * page
-    value = segments("value", 4, sinks, v_pages, v_tail, head_dim, page, group, dtype)
+    value = segments("value", 4, sinks, v_pages, v_tail, head_dim, page, group, dtype, heads=1)
     return torch.randn(2, 2, queries, head_dim).to(dtype), key, value
 
 

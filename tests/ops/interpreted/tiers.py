@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, naive
 from kvmix_kernels.attend.triton import attend, unsupported
-from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, splits_of, tiers
+from poisoned import channels, in_a_poisoned_buffer, mask_of, packed, segments_in_tiers, splits_of, tiers
 
 RMS = 5e-3
 LOGARITHM = 1e-2
@@ -33,7 +33,7 @@ def case(widths, counts, gone, sinks, tail, dtype):
         [hold(kind, bits[side], count, dtype) for bits, count in zip(widths, counts, strict=True)]
         for side, kind in enumerate(("key", "value"))
     ]
-    return [in_tiers(tier, each, sinks, tail, HEAD_DIM, dtype) for each in held]
+    return [segments_in_tiers(tier, each, sinks, tail, HEAD_DIM, dtype) for each in held]
 
 
 @given(
