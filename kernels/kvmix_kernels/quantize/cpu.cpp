@@ -184,7 +184,7 @@ struct Groups {
 
   Grid search(const Grid& minmax) const {
     Grid best = minmax;
-    vf least = sums(minmax).error;
+    vf least = splat(INFINITY);
     for (const auto& clip : CLIPS) {
       Grid now = grid((high - low) * splat(clip[0]) / splat(levels), low + (high - low) * splat(clip[1]));
       Sums s;

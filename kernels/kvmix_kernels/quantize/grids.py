@@ -3,7 +3,7 @@
 `minmax` spans the range of the group. `refit` takes one least-squares step from there: for the codes `q` that the grid
 gives the elements `x`, `scale = cov(q, x) / var(q)` and `zero = mean(x) - scale mean(q)` have the least squared error.
 `search` takes two such steps from the whole range and from three parts of its middle, and keeps the grid with the least
-squared error of all that it came by.
+squared error of all twelve, that of `minmax` among them.
 
 A grid is used as it is stored: rounded to the scale dtype before anything is computed with it. A step that finds only
 one code, no positive scale, or nothing finite is not taken. Groups whose `minmax` grid is not finite keep that one,
@@ -125,7 +125,7 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def _search(group: _Group, width: Tensor, minmax: AffineGrid) -> AffineGrid:
-    best, least = minmax, group.error(minmax)
+    best, least = minmax, torch.full_like(width, torch.inf)
     for share, below in CLIPS:
         grid = group.grid(width * share / group.levels, group.low + width * below)
         for step in range(SEARCH_STEPS + 1):

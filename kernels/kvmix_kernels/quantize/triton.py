@@ -22,6 +22,8 @@ from .triton_grids import codes_of, fitted, stored
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ELEMENTS = 8192
 """Elements in one program's tile; more would not fit the registers."""
+MOST_FITTED_ELEMENTS = 4096
+"""The same for encoders that fit a grid, which keep more of each element."""
 WIDEST_GROUP = 1024
 
 
@@ -64,7 +66,8 @@ def quantize_into(
     batch, heads, count = pages.shape[:3]
     block_columns = triton.next_power_of_2(layout.group)
     block_rows = triton.next_power_of_2(layout.rows // WORD_BITS)
-    block_rows = max(1, min(block_rows, MOST_ELEMENTS // (WORD_BITS * block_columns)))
+    most = MOST_ELEMENTS if encoder == "minmax" else MOST_FITTED_ELEMENTS
+    block_rows = max(1, min(block_rows, most // (WORD_BITS * block_columns)))
     token, channel = pages.stride()[3:]
     grid = (batch * heads * count, layout.groups, triton.cdiv(layout.rows // WORD_BITS, block_rows))
     if 0 in grid:
@@ -89,13 +92,11 @@ def quantize_into(
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
             enable_fp_fusion=False,
-            num_warps=8 if WORD_BITS * block_rows * block_columns > MOST_ELEMENTS // 2 else 4,
+            num_warps=8 if WORD_BITS * block_rows * block_columns > most // 2 else 4,
         )
 
 
-def is_trusted(
-    device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder = "minmax"
-) -> bool:
+def is_trusted(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder = "minmax") -> bool:
     """Return whether the kernel packs this layout right, as far as trials can tell; if not, one warning names it.
 
     The first call on a device tries a handful of layouts before this one. If one of them fails, the kernel is not
@@ -106,7 +107,7 @@ def is_trusted(
 
 def passes_first(device: torch.device) -> bool:
     """Return whether a handful of layouts come out right, which are tried before anything else on a device."""
-    return all(passes(device, layout, torch.float32) for layout in first_layouts())
+    return all(passes(device, layout, torch.float32, "minmax") for layout in first_layouts())
 
 
 def first_layouts() -> list[PageLayout]:
@@ -115,7 +116,7 @@ def first_layouts() -> list[PageLayout]:
 
 
 @functools.cache
-def passes(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder = "minmax") -> bool:
+def passes(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder) -> bool:
     """Return whether random pages are packed bit for bit as `naive` packs them; if not, one warning names it."""
     name = f"quantizing {layout.kind}s to {layout.bits} bits in groups of {layout.group} from {dtype}"
     name = name.replace("torch.", "") + ("" if encoder == "minmax" else f" by {encoder}")

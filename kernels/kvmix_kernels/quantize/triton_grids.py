@@ -51,24 +51,21 @@ def fitted(
     sum_x = _tree_sum(above)
     if ENCODER == "refit":
         sum_q, sum_qq, sum_qx, _ = _sums(x, above, inside, scale, zero, LEVELS)
-        best_scale, best_zero = _step(
-            count, low, sum_x, sum_q, sum_qq, sum_qx, scale, zero, dtype, TINY_SCALE
-        )
+        best_scale, best_zero = _step(count, low, sum_x, sum_q, sum_qq, sum_qx, scale, zero, dtype, TINY_SCALE)
     else:
-        _, _, _, least = _sums(x, above, inside, scale, zero, LEVELS)
+        least = tl.full(low.shape, float("inf"), tl.float32)
         for clip in range(4):
             share, below = _clip(clip)
             clipped = tl.div_rn((high - low) * share, LEVELS * 1.0)
             now_scale, now_zero = stored(clipped, low + (high - low) * below, dtype, TINY_SCALE)
-            for step in tl.static_range(STEPS + 1):
-                if step > 0:
-                    now_scale, now_zero = _step(
-                        count, low, sum_x, sum_q, sum_qq, sum_qx, now_scale, now_zero, dtype, TINY_SCALE
-                    )
+            for _ in range(STEPS + 1):  # the step after the last one is not looked at
                 sum_q, sum_qq, sum_qx, error = _sums(x, above, inside, now_scale, now_zero, LEVELS)
                 best_scale = tl.where(error < least, now_scale, best_scale)
                 best_zero = tl.where(error < least, now_zero, best_zero)
                 least = tl.where(error < least, error, least)
+                now_scale, now_zero = _step(
+                    count, low, sum_x, sum_q, sum_qq, sum_qx, now_scale, now_zero, dtype, TINY_SCALE
+                )
     is_finite = _is_finite(scale) & _is_finite(zero)
     return tl.where(is_finite, best_scale, scale), tl.where(is_finite, best_zero, zero)
 
@@ -91,9 +88,7 @@ def _sums(x, above, inside, scale, zero, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    count, low, sum_x, sum_q, sum_qq, sum_qx, scale, zero, dtype: tl.constexpr, TINY_SCALE: tl.constexpr
-):
+def _step(count, low, sum_x, sum_q, sum_qq, sum_qx, scale, zero, dtype: tl.constexpr, TINY_SCALE: tl.constexpr):
     """Return the least-squares scale and zero for the codes of a grid, or that grid where there is none."""
     spread = (count.to(tl.int64) * sum_qq - sum_q.to(tl.int64) * sum_q).to(tl.float32)
     n, q = count.to(tl.float32), sum_q.to(tl.float32)
