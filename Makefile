@@ -4,13 +4,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test lint gpu gpu-dry clean
+.PHONY: demo test test-quick coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
 
+# One process a core, each with one thread: torch's own threads would only wait for each other.
+TEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(TEST)
+
+# For the inner loop: what takes no more than a few seconds each.
+test-quick: $(STAMP)
+	$(TEST) -m "not slow and not network"
+
+coverage: $(STAMP)
+	$(TEST) --cov --cov-report term
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
