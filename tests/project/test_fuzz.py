@@ -1,4 +1,4 @@
-"""Damaged and hostile input of every kind: a result or a KvmixError, never another exception. Some thousands of cases."""
+"""Damaged and hostile input of every kind: a result or a KvmixError, never another exception."""
 
 import json
 import tempfile
@@ -178,7 +178,7 @@ def test_options(folder, monkeypatch):
             "--pin",
         ]
     )
-    words = st.one_of(SCALARS.map(str), st.sampled_from(["2.3", "3", "8GiB", "1%", "2,4", "64", "recent:32", "0:k8v8"]))
+    words = st.one_of(SCALARS.map(str), st.sampled_from(["2.3", "3", "8GiB", "1%", "2,4", "64", "recent:32"]))
     profile = str(SHIPPED / "profile.yaml")
 
     @settings(CASES, max_examples=100)
