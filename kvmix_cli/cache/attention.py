@@ -28,6 +28,7 @@ def kvmix_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -63,7 +64,7 @@ def kvmix_attention(
         key, value = key.segments.tail, value.segments.tail
     stored = layer if isinstance(key, Handle) else None
     logarithms: Tensor | None = None
-    unsupported = dropout > 0 or kwargs.get("position_bias") is not None or query.shape[2] > key.shape[2]
+    unsupported = dropout > 0 or position_bias is not None or query.shape[2] > key.shape[2]
     has_kernel = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
     if (has_kernel and not unsupported) or softcap is not None or s_aux is not None:
         query = query if stored is None else stored.query(query)
@@ -75,7 +76,16 @@ def kvmix_attention(
     else:
         layer = None if unsupported else layer
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **({} if position_bias is None else {"position_bias": position_bias}),
+            **kwargs,
         )
         output = output.transpose(1, 2)
     if layer is not None:

@@ -102,6 +102,9 @@ class Handle(Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         return self.dequantize().__array__(dtype)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _written("assignment")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantize().clone()
 
@@ -140,7 +143,11 @@ def _check_unwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for index, argument in enumerate(func._schema.arguments):
         given = args[index] if index < len(args) else kwargs.get(argument.name)
         if isinstance(given, Handle) and argument.alias_info is not None and argument.alias_info.is_write:
-            raise CacheError(
-                f"`{func}` would write to keys or values that a kvmix cache stores, which cannot be changed in place; "
-                "change a `.clone()` of them (head-wise presses of kvpress, which do so, need an unquantized cache)"
-            )
+            raise _written(f"`{func}`")
+
+
+def _written(operation: str) -> CacheError:
+    return CacheError(
+        f"{operation} would write to keys or values that a kvmix cache stores, which cannot be changed in place; "
+        "change a `.clone()` of them (head-wise presses of kvpress, which do so, need an unquantized cache)"
+    )

@@ -11,7 +11,7 @@ from .base import Transform, for_query_heads, wide_dtype
 
 
 class Centering(Transform):
-    """A mean for each channel: `k - m` is stored, which lowers the scores of a query `q` by `q . m`; softmax cancels it.
+    """A mean for each channel: `k - m` is stored, and each score of a query `q` falls by `q . m`; softmax cancels it.
 
     Of values, `v - m` is stored, and `m` is added to the output, as attention weights add up to 1.
 

@@ -93,7 +93,8 @@ def loaded(stored: FileTensor, size: int, device: torch.device, dtype: torch.dty
                 f"{ORTHOGONAL:g} is allowed; give an orthogonal matrix, or none for a Hadamard matrix"
             )
         left, _, right = torch.linalg.svd(matrix)
-        return (left @ right).to(device, dtype)
+        nearest: Tensor = left @ right
+        return nearest.to(device, dtype)
 
 
 def _hartley(size: int) -> Tensor:
