@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvmix_kernels.attend import attend_lse
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import Segments
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -68,9 +68,8 @@ def kvmix_attention(
     has_kernel = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
     if (has_kernel and not unsupported) or softcap is not None or s_aux is not None:
         query = query if stored is None else stored.query(query)
-        segments = _segments(key), _segments(value)
-        output, logarithms = attend_lse(
-            query, *segments, scaling=scaling, mask=attention_mask, softcap=softcap, sinks=s_aux
+        output, logarithms = attend(
+            AttentionProblem(query, _segments(key), _segments(value), scaling, attention_mask, softcap, s_aux)
         )
         output = output if stored is None else stored.output(output)
     else:

@@ -30,7 +30,7 @@ class AttentionCall:
         scaling: factor on `q·k`.
         mask: broadcastable to `[B, H, S, T]`, boolean or added to the scores; None is causal.
         softcap: scores become `softcap * tanh(score / softcap)`, or None.
-        sinks: logits `[H]` that enter the softmax without a value, or None.
+        sink_logits: logits `[H]` that enter the softmax without a value, or None.
         logarithms: of the sums of weights `[B, H, S]`; None if they are not known.
     """
 
@@ -38,7 +38,7 @@ class AttentionCall:
     scaling: float
     mask: Tensor | None = None
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
     logarithms: Tensor | None = None
 
 
@@ -164,8 +164,8 @@ def _tile(
         scores = scores.masked_fill_(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
     if call.logarithms is not None:
         weights = scores.sub_(_at(call.logarithms, rows).float()[..., None]).exp_()
-    elif call.sinks is not None:
-        logits = call.sinks.float().view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+    elif call.sink_logits is not None:
+        logits = call.sink_logits.float().view(1, -1, 1, 1).expand(*query.shape[:3], 1)
         weights = torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
