@@ -9,6 +9,7 @@ KvmixError                  the command line prints one line and exits 1
 ├── BudgetError             a budget that no plan can meet
 ├── ExportError             a plan that another engine has no way to express
 ├── StateError              which profile or plan is meant cannot be told from the folder
+├── CacheError              a cache that is used in a way it does not allow
 ├── PolicyError             a transform or policy that a model's attention cannot go with
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
@@ -60,6 +61,10 @@ class ExportError(KvmixError):
 
 class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
+
+
+class CacheError(KvmixError):
+    """A cache that is used in a way it does not allow."""
 
 
 class PolicyError(KvmixError):

@@ -45,8 +45,14 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
 
 def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
     """Return the layers that have no full attention of their own, and their kind."""
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return {index: kind for index, kind in enumerate(kinds) if kind != _QUANTIZABLE}
+    text = config.get_text_config(decoder=True)
+    kinds, _ = get_layer_types_and_kwargs(text)
+    crossed = getattr(text, "cross_attention_layers", None) or ()  # Mllama: they cache an image, once
+    return {
+        index: "cross_attention" if index in crossed else kind
+        for index, kind in enumerate(kinds)
+        if index in crossed or kind != _QUANTIZABLE
+    }
 
 
 def max_length(config: PreTrainedConfig) -> int | None:

@@ -10,7 +10,7 @@ from profiling_models import wrap
 from reference import reference_cache
 
 from kvmix_cli.cache.mixed import unquantized_cache
-from kvmix_cli.cache.packing.pages import Pages
+from kvmix_cli.cache.packing.pages import PagePacking
 from kvmix_cli.cache.store import Store
 from kvmix_cli.errors import ModelError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
@@ -70,7 +70,7 @@ caches = st.builds(
 @given(caches, st.integers(1, 200))
 def test_spans_are_what_the_cache_has_packed(cache, tokens):
     grid = Grid(bits=(2,), group_sizes=(16,), cache=cache)
-    store = Store(Pages("keys", grid.layouts("key", 16)["2g16"]), cache, bits=2)
+    store = Store(PagePacking("keys", grid.layouts("key", 16)["2g16"]), cache, bits=2)
     packed = [store.append(torch.zeros(1, 1, 1, 16)).packed_tokens for _ in range(tokens)]
     spans = grid.spans(tokens)
     assert [(at, span.packed) for span in spans for at in range(span.start, span.stop)] == [
