@@ -20,6 +20,8 @@ TOKENS = 3
 TOLERANCE = 1e-3
 """Relative to the largest logit. Rows of one product differ by rounding; a token that is seen too early changes them
 much more, as the two last tokens have nothing in common."""
+PARTS_OF_ENCODER_DECODERS = frozenset({"musicgen", "musicgen_melody", "trocr", "whisper"})
+"""Model types whose decoder alone is listed as a causal language model, but was never trained without its encoder."""
 LIBRARY_ERRORS = (
     AssertionError,
     AttributeError,
@@ -37,7 +39,7 @@ LIBRARY_ERRORS = (
 
 def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
     """Raise ModelError for an encoder or an encoder-decoder, as far as the configuration tells."""
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) or config.model_type in PARTS_OF_ENCODER_DECODERS:
         raise ModelError(
             f"{model_id} is an encoder-decoder ({config.model_type}): kvmix takes decoder-only language models"
         )

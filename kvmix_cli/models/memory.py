@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"
-"""What is written to `clear_refs` to set a Linux process's peak back to what it takes now."""
+"""Text that is written to `clear_refs` to set a Linux process's peak back to what it takes now."""
 SAID = (
     "out of memory",
     "not enough memory",

@@ -44,7 +44,8 @@ def locate(model_id: str) -> str:
         return str(_builtin_folder(model_id.removeprefix(BUILTIN)))
     if model_id.lower().endswith(".gguf"):
         raise ModelError(
-            f"{model_id} is a GGUF file, the format of llama.cpp: give the folder or hub id of the model it was made from"
+            f"{model_id} is a GGUF file, the format of llama.cpp: give the folder or hub id of the model that it was "
+            "made from"
         )
     path = Path(model_id).expanduser()
     if _is_folder(path):

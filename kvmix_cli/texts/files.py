@@ -68,7 +68,8 @@ def _text_files(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder that look like text, in order of their names; hidden ones are passed over."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and (_has(path, (*LINES, *JSON, *SEPARATED, *TABLES)) or _looks_like_text(path)):
+        has_records = _has(path, (*LINES, *JSON, *SEPARATED, *TABLES))
+        if path.is_file() and not hidden and (has_records or _looks_like_text(path)):
             yield path
 
 
@@ -141,7 +142,9 @@ def _separated_texts(text: str, path: Path, separator: str) -> list[str]:
     try:
         return [document(row, f"{path}, row {i}") for i, row in enumerate(rows)]
     except csv.Error as error:
-        raise TextError(f"{path}, line {rows.line_num}: not valid {path.suffix.lstrip('.').upper()} ({error})") from error
+        raise TextError(
+            f"{path}, line {rows.line_num}: not valid {path.suffix.lstrip('.').upper()} ({error})"
+        ) from error
 
 
 def _parse(text: str, where: str) -> Any:

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 from kvmix_cli.errors import ModelError, QuantizationError
 from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.windows import Recent
-from kvmix_cli.profiling import backward
-from kvmix_cli.profiling.choices import Grid
+from kvmix_cli.profiling import gradients
+from kvmix_cli.profiling.grid import Grid
+from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.error import Error
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.profiling.probes.taylor import Taylor
-from kvmix_cli.profiling.shared import shared_pass
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2, 4), group_sizes=(16,), cache=CACHE)
@@ -125,7 +125,7 @@ def test_error_is_the_relative_change_of_the_output(loaded):
 
 def test_fisher_squares_each_tokens_change(loaded, monkeypatch):
     ids, labels = sample(), sample(TOKENS - 1, seed=7)[0]
-    monkeypatch.setattr(backward, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
+    monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
     measured = shared_pass(loaded, [Fisher()], ids, GRID)["fisher"]
     for layer, kind, choice, layout in cases(loaded):
         before, logits = outputs(loaded, ids, layer, nothing)
@@ -139,7 +139,7 @@ def test_fisher_squares_each_tokens_change(loaded, monkeypatch):
 def test_drawn_labels_follow_the_predictions():
     torch.manual_seed(0)
     logits = torch.randn(1, 5).expand(4000, 5)
-    losses = [backward.drawn_loss(logits, seed).item() for seed in (1, 1, 2)]
+    losses = [gradients.drawn_loss(logits, seed).item() for seed in (1, 1, 2)]
     entropy = -(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum().item()
     assert losses[0] == losses[1] != losses[2]
     assert losses == pytest.approx([entropy] * 3, rel=0.05)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.profiling import backward
+from kvmix_cli.profiling import gradients
+from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
-from kvmix_cli.profiling.shared import shared_pass
 
 RTOL = {torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Against float64. Models compute their loss in float32; those in half precision round everything in between."""
@@ -106,7 +106,7 @@ def test_small_float16_gradients_survive(monkeypatch):
     exact = measure(weak(load("llama", torch.float64)), token_ids(60))
     loaded = weak(load("llama", torch.float16))
     assert_close(measure(loaded, token_ids(60)), exact, RTOL[torch.float16])
-    monkeypatch.setattr(backward, "FLOAT16_LOSS_SCALE", 1.0)
+    monkeypatch.setattr(gradients, "FLOAT16_LOSS_SCALE", 1.0)
     unscaled = measure(loaded, token_ids(60))
     assert unscaled[0].k != pytest.approx(exact[0].k, rel=10 * RTOL[torch.float16])
 
@@ -251,7 +251,7 @@ def test_large_models_are_checkpointed_by_default(monkeypatch):
     loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     measure(loaded, token_ids(20))
     assert len(runs) == 2
-    monkeypatch.setattr(backward, "CHECKPOINTED_PARAMETERS", 1000)
+    monkeypatch.setattr(gradients, "CHECKPOINTED_PARAMETERS", 1000)
     measure(loaded, token_ids(20))
     assert len(runs) == 5, "the layer is called once, and what is in it twice"
 

@@ -15,12 +15,11 @@ from kvmix_cli.cache.store import Store
 from kvmix_cli.errors import ModelError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.windows import NoWindow, Recent
-from kvmix_cli.profiling.choices import Grid
+from kvmix_cli.profiling.grid import Grid
+from kvmix_cli.profiling.measure import read_back, shared_pass
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.kl import Kl
 from kvmix_cli.profiling.probes.loss import Loss
-from kvmix_cli.profiling.reading import read_back
-from kvmix_cli.profiling.shared import shared_pass
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2,), group_sizes=(16,), cache=CACHE)
