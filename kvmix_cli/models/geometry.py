@@ -79,6 +79,10 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 def _require_layers(text: PreTrainedConfig, model_id: str) -> None:
     layers = getattr(text, "num_hidden_layers", None)
+    if layers is None:
+        raise ModelError(
+            f"{model_id} has not one stack of decoder layers ({text.model_type}), so kvmix cannot plan for it"
+        )
     if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
         raise ModelError(f"{model_id} has {layers} layers (num_hidden_layers); expected 1 to {MAX_LAYERS}")
 

@@ -132,18 +132,26 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
     /,
+    attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend as `kvmix` does, observed in some layers.
 
-    All parameters are positional only: some models pass options of the same names, such as `mask`.
+    The first parameters are positional only, so that options of a model may have any name.
+
+    Raises:
+        ModelError: if an observed layer adds a bias of its own to its scores, which a reader of packed tokens would not.
     """
     output, _ = kvmix_attention(module, query, key, value, attention_mask, **options)
     index = getattr(module, "layer_idx", None)
     if index not in layers:
         return output, None
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError(
+            f"layer {index} adds a bias of its own to its attention scores ({type(module).__name__}), "
+            "which cannot be observed: use --score grad-norm, loss or kl"
+        )
     report = partial(observe, index, partial(_attend, module, options))
     if torch.is_grad_enabled():
         pass_on: Callable[..., Tensor] = _Observed.apply

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import stat
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ JSON = (".json", ".json.gz")
 SEPARATED = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 """A record a row, its fields named in the first one."""
 TABLES = (".parquet", ".arrow")
+MAX_FIELD = 2**31 - 1
+"""Characters of a field in a table of separated values; the csv module takes 131072 unless told."""
 _SNIFF = 8192
 
 
@@ -137,14 +138,14 @@ def _is_record(line: str) -> bool:
 
 def _separated_texts(text: str, path: Path, separator: str) -> list[str]:
     """Return the documents of a table of separated values."""
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    limit = csv.field_size_limit(MAX_FIELD)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True, restkey="(no name)")
     try:
-        return [document(row, f"{path}, row {i}") for i, row in enumerate(rows)]
+        return [document(row, f"{path}, line {rows.line_num}") for row in rows]
     except csv.Error as error:
-        raise TextError(
-            f"{path}, line {rows.line_num}: not valid {path.suffix.lstrip('.').upper()} ({error})"
-        ) from error
+        raise TextError(f"{path}, line {rows.line_num}: no valid table of separated values ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parse(text: str, where: str) -> Any:

@@ -1,5 +1,7 @@
 """Taylor, Fisher and error against decoding token by token, written out densely in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from architectures import VOCABULARY, build
@@ -7,6 +9,7 @@ from decoding import Decoding, packed_mask
 from kvmix_kernels.quantize.naive import dequantize, quantize
 from profiling_models import load, wrap
 from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvmix_cli.errors import ModelError, QuantizationError
 from kvmix_cli.plan import CacheSettings
@@ -210,6 +213,31 @@ def test_attention_is_as_it_was(implementation):
     broken.remove()
     assert loaded.model.config._attn_implementation == implementation
     assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_registered(fails):
+    known = [set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())]
+    loaded = wrap(build("llama"))
+    if fails:
+        loaded.model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        shared_pass(loaded, [Error()], sample(), GRID)
+    assert [set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())] == known
+
+
+@pytest.mark.parametrize("probe", [Fisher(), Taylor(), Error()])
+def test_damaged_weights_are_an_error(probe):
+    loaded = wrap(build("llama", torch.float32))
+    with torch.no_grad():
+        loaded.model.lm_head.weight.fill_(torch.nan)
+        loaded.model.model.layers[3].self_attn.o_proj.weight.fill_(torch.nan)
+        loaded.model.model.layers[2].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(
+        (ModelError, QuantizationError), match="finite in float32|overflow in float32|cannot hold"
+    ) as error:
+        shared_pass(loaded, [probe], sample(), GRID)
+    assert "\n" not in str(error.value)
 
 
 def test_sliding_layers_are_left_alone():

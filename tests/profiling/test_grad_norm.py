@@ -1,5 +1,7 @@
 """The score against plain autograd, and what the probe leaves behind: nothing."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -125,6 +127,46 @@ def test_overflow_is_an_error(dtype, advice):
     with torch.no_grad():
         loaded.model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(ModelError, match=f"overflow in {str(dtype)[6:]}.*{advice}"):
+        measure(loaded, token_ids(20))
+
+
+@dataclass
+class Quantizer:
+    """As much of one of transformers' quantizers as a probe looks at."""
+
+    is_trainable: bool
+    quantization_config: SimpleNamespace
+
+
+@pytest.mark.parametrize(
+    ("is_trainable", "dequantize", "refused"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_quantized_weights_that_pass_no_gradient_on_are_an_error(is_trainable, dequantize, refused):
+    """gpt-oss in MXFP4: attention is in bfloat16, but what comes after it passes nothing on."""
+    loaded = load("llama")
+    settings = SimpleNamespace(quant_method=SimpleNamespace(value="mxfp4"), dequantize=dequantize)
+    loaded.model.hf_quantizer = Quantizer(is_trainable, settings)
+    if refused:
+        with pytest.raises(ModelError, match=r"weights of small are quantized \(mxfp4\).*--score kl, loss or error"):
+            measure(loaded, token_ids(20))
+    else:
+        assert min(measure(loaded, token_ids(20))[0]) > 0
+
+
+class Packed(torch.Tensor):
+    """A tensor with a class of its own, as torchao's, which has no gradient."""
+
+    def requires_grad_(self, required=True):
+        if not required:
+            return self
+        raise RuntimeError("only Tensors of floating point can require gradients")
+
+
+def test_weights_in_a_class_of_their_own_are_an_error():
+    loaded = load("llama")
+    projection = loaded.model.model.layers[1].self_attn.v_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Packed), requires_grad=False)
+    with pytest.raises(ModelError, match=r"v_proj.weight of small is stored as Packed, which has no gradient"):
         measure(loaded, token_ids(20))
 
 
@@ -256,12 +298,15 @@ def test_large_models_are_checkpointed_by_default(monkeypatch):
     assert len(runs) == 5, "the layer is called once, and what is in it twice"
 
 
-def test_running_out_of_memory_is_an_error():
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_is_an_error(error):
     loaded = load("llama")
 
     class Full(nn.Module):
         def forward(self, *args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     loaded.model.model.layers[1].mlp = Full()
     with pytest.raises(ModelError, match=r"no memory for a backward pass of 20 tokens.*--seq-len"):

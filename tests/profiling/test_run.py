@@ -10,9 +10,9 @@ import torch
 from architectures import build
 from profiling_models import ByteTokenizer, load, wrap
 
-from kvmix_cli.errors import DocumentError, KvmixError, OutputError, TextError
+from kvmix_cli.errors import DocumentError, KvmixError, OutputError, StateError, TextError
 from kvmix_cli.profile import Profile
-from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samples, run_profile
+from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samples, profile_lock, run_profile
 from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples
@@ -358,6 +358,11 @@ def test_a_foreign_journal_cannot_be_resumed(loaded, tmp_path, damage):
         '{"seconds": 1}',
         '{"grad-norm": {"seconds": 1, "layers": {"0": 3}}}',
         '{"loss": {"seconds": 1, "layers": {}}}',
+        '{"grad-norm": {"seconds": 1, "layers": {}}}',
+        '{"grad-norm": ' + "[" * 10_000 + "]" * 10_000 + "}",
+        '{"grad-norm": {"seconds": 1e999, "layers": {}}}',
+        "null",
+        "\xff",
     ],
 )
 def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
@@ -367,6 +372,66 @@ def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
     journal.write_text("\n".join([header, line, second, ""]))
     with pytest.raises(DocumentError, match="line 2 is damaged"):
         run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+RESULT = {"value": 1.0, "curve": {}, "heads": []}
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {**RESULT, "value": "1"},
+        {**RESULT, "value": float("nan")},
+        {**RESULT, "value": None},
+        {**RESULT, "curve": {"2g64": 1.0}},
+        {**RESULT, "heads": [1.0]},
+        {**RESULT, "heads": 1.0},
+        {**RESULT, "more": 1.0},
+        [1.0],
+        {},
+    ],
+)
+def test_a_record_of_wrong_types_cannot_be_resumed(loaded, tmp_path, tensor):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 2)
+    header, first, _ = journal.read_text().splitlines()
+    record = json.loads(first)
+    record["grad-norm"]["layers"]["1"][1] = tensor
+    journal.write_text("\n".join([header, json.dumps(record), ""]))
+    with pytest.raises(DocumentError, match="line 2 is damaged") as error:
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_journal_with_too_many_samples_cannot_be_resumed(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 5)
+    journal.write_text(journal.read_text() + journal.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(DocumentError, match="it has 6 samples, more than 5"):
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+def test_a_journal_in_use_is_refused_by_name(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+
+    def second(done, total):
+        with pytest.raises(StateError, match=f"another process is writing {journal}"):
+            run_profile(loaded, **RUN, journal=journal)
+
+    run_profile(loaded, **RUN, journal=journal, on_step=second)
+
+
+def test_a_profile_is_measured_for_by_one_process_at_a_time(tmp_path):
+    path = tmp_path / "deep" / "er" / "profile.yaml"
+    with profile_lock(path):
+        with pytest.raises(StateError, match=f"another process is writing {path}"), profile_lock(path):
+            pass
+        with profile_lock(tmp_path / "other.yaml"):
+            pass
+    assert not list(tmp_path.iterdir()), "no lock and no empty folder stays"
+    with profile_lock(path):
+        path.write_text("saved")
+    assert [each.name for each in path.parent.iterdir()] == ["profile.yaml"]
 
 
 def test_a_place_that_cannot_be_written_is_known_before_the_work(loaded, tmp_path):
