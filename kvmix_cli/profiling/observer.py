@@ -141,7 +141,7 @@ def _attention(
     The first parameters are positional only, so that options of a model may have any name.
 
     Raises:
-        ModelError: if an observed layer adds a bias of its own to its scores, which a reader of packed tokens would not.
+        ModelError: if an observed layer adds a bias of its own to its scores, which `_attend` does not know.
     """
     output, _ = kvmix_attention(module, query, key, value, attention_mask, **options)
     index = getattr(module, "layer_idx", None)

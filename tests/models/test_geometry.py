@@ -21,7 +21,7 @@ def info_of(name, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_read(family):
-    """That the numbers are those of the cache is shown in tests/profiling/test_projections.py."""
+    """That the numbers are those of the cache is shown in tests/models/test_projections.py."""
     info = model_info(build_config(family), "m", "r1")
     assert (info.id, info.revision, info.layers, info.stock) == ("m", "r1", LAYERS, {})
     assert info.quantizable == list(range(LAYERS))
