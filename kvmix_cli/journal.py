@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
@@ -101,7 +102,8 @@ class Journal(Generic[RecordT]):
         try:
             self._sync()
         finally:
-            self._file.close()
+            with suppress(OSError):  # of what a full disk did not take, `append` has told
+                self._file.close()
             self._file = None
             release(self._lock)
 

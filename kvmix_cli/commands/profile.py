@@ -72,12 +72,13 @@ def profile(
     if granularity not in GRANULARITIES:
         raise KvmixError(f"no granularity '{granularity}'; there is {', '.join(GRANULARITIES)}")
     from ..models.loading import load_model
-    from ..profiling import Options, find_probes, run_profile
+    from ..profiling import ProbeOptions, find_probes, profile_lock, run_profile
     from ..reporting.tables import show_profile
     from ..texts import load_texts
 
-    how = Options(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
+    how = ProbeOptions(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
     how.check(find_probes(score))
+    ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = _existing(path)
     texts = load_texts(calibration, seed=seed)
     loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -60,7 +60,7 @@ class Memory(Task):
     def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> Record:
         """Bytes of a cache that holds the sample, and the most that was taken on the way."""
         _fill(loaded, subject, sample.ids[:WARM_UP])
-        with watch(devices(loaded)) as peak:
+        with watch(devices(loaded.model)) as peak:
             cache = _fill(loaded, subject, sample.ids)
         element_bytes = loaded.model.dtype.itemsize
         record: Record = {
