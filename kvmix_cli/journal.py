@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from .errors import DocumentError, OutputError, StateError
 from .files import write_text
+from .plan.document import reason
 
 RecordT = TypeVar("RecordT")
 
@@ -155,7 +156,7 @@ def read_records(path: Path, head: Mapping[str, Any] | None, form: TypeAdapter[R
         try:
             records.append(form.validate_json(line))
         except ValueError as error:
-            raise _unusable(path, f"line {number} is damaged") from error
+            raise _unusable(path, f"line {number} is damaged ({reason(error)})") from error
     return records
 
 
@@ -216,8 +217,8 @@ def _parse_head(path: Path, line: bytes) -> dict[str, Any]:
     return found
 
 
-def _unusable(path: Path, reason: str) -> DocumentError:
-    return DocumentError(str(path), [f"cannot resume from this file: {reason}; leave out --resume to start over"])
+def _unusable(path: Path, why: str) -> DocumentError:
+    return DocumentError(str(path), [f"cannot resume from this file: {why}; leave out --resume to start over"])
 
 
 def _shown(value: Any) -> str:

@@ -74,7 +74,7 @@ class Unfinished:
 def read_run(folder: Path) -> Measured | Unfinished:
     """Read one run folder. Raises DocumentError if its files are damaged or do not belong together."""
     config, data = _read_config(folder / CONFIG)
-    records = _read_records(folder / SAMPLES, config.task)
+    records = _read_records(folder / SAMPLES)
     command = _command(folder / CONFIG)
     path = folder / METRICS
     if not path.exists():
@@ -200,9 +200,12 @@ def _read_config(path: Path) -> tuple[_Config, dict[str, Any]]:
     return validate(document, _Config), document.data
 
 
-def _read_records(path: Path, task: str) -> list[SampleRecord]:
-    """Return the whole records; a last line without its end is being written, or was when the process was killed."""
-    records = read_records(path, None, record_form(task)) if path.exists() else []
+def _read_records(path: Path) -> list[SampleRecord]:
+    """Return the whole records; a last line without its end is being written, or was when the process was killed.
+
+    They need only what all records have: a damaged field of one task costs a plot, and not the row.
+    """
+    records = read_records(path, None, record_form()) if path.exists() else []
     for record in records:
         record.pop("seconds", None)
     return records

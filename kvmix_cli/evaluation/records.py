@@ -126,6 +126,6 @@ SCHEMAS: dict[str, type[SampleRecord]] = {
 
 
 @functools.cache
-def record_form(task: str) -> TypeAdapter[SampleRecord]:
-    """Return the schema of a task's records, as pydantic reads and writes them."""
+def record_form(task: str = "") -> TypeAdapter[SampleRecord]:
+    """Return the schema of a task's records, or of what all records have, as pydantic reads and writes them."""
     return TypeAdapter(SCHEMAS.get(task.partition(":")[0], SampleRecord))

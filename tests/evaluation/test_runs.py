@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commandline import kvmix_json
-from evaluating import INFO, Counting, stand_in, uniform
+from evaluating import INFO, Counting, run_folder, stand_in, uniform
 
 from kvmix_cli import journal
 from kvmix_cli.cache.subject import Subject
@@ -52,9 +52,7 @@ def interrupted_at(name, sample):
 
 
 def place(root, name):
-    """The one run folder of a row."""
-    (found,) = root.glob(f"counting__builtin--tiny__{name}__*")
-    return found
+    return run_folder(root, name, "counting")
 
 
 def records(root, name):
@@ -183,7 +181,7 @@ def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage
     run(tmp_path)
     path = place(tmp_path, "two") / "samples.jsonl"
     path.write_bytes(damage + path.read_bytes())
-    with pytest.raises(DocumentError, match=r"samples\.jsonl: .* line 1 is damaged; leave out --resume"):
+    with pytest.raises(DocumentError, match=r"samples\.jsonl: .* line 1 is damaged \(.*\); leave out --resume"):
         run(tmp_path, resume=True)
 
 

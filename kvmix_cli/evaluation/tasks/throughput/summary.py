@@ -52,10 +52,12 @@ class Outcome:
 
 
 def outcomes(records: Sequence[ThroughputRecord]) -> dict[Place, Outcome]:
-    """Return a row's outcomes by place."""
+    """Return a row's outcomes by place. Raises ValueError for a context of no tokens."""
     grouped: dict[Place, list[ThroughputRecord]] = {}
     for record in records:
         place = Place(record["context"], None if record.get("largest") else record["batch"])
+        if place.context < 1:
+            raise ValueError(f"a context of {place.context} tokens")
         grouped.setdefault(place, []).append(record)
     return {place: _outcome(group) for place, group in grouped.items()}
 
