@@ -21,13 +21,13 @@ Samples = list[list[int]]
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a piece of text, without special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token that this tokenizer itself puts before every text, as a list of one; empty if there is none."""
-    ids: list[int] = tokenizer("")["input_ids"]
+    ids: list[int] = tokenizer("").input_ids
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
 

@@ -32,7 +32,7 @@ class Answer:
     Attributes:
         value: text, or a log-likelihood in nats and whether greedy decoding would have said the same.
         tokens: generated, or scored.
-        attended: see `feeding.attended`; its batch's share.
+        attended: see `cache.subject.attended`; its batch's share.
     """
 
     value: str | list[float | bool]
