@@ -12,7 +12,7 @@ from .. import console, state
 from . import options
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options, Preset
+    from ..allocation import Budget, Options, Start
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -113,7 +113,7 @@ def allocate(
     quiet: options.Quiet = False,
 ) -> None:
     """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset."""
-    from ..allocation import FAMILY, SEARCH, default_method, default_score, frontier, get_method, parse_pins
+    from ..allocation import FAMILY, METHODS, SEARCH, default_method, default_score, frontier, parse_pins
     from ..allocation import allocate as decide
     from ..profile import Profile
     from ..reporting.family import save_family
@@ -137,7 +137,7 @@ def allocate(
         "score": score or default_score(source, method),
         "seed": seed,
     }
-    if len(caches) > 1 and "group_sizes" not in get_method(method).uses:
+    if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
     command = ctx.meta[options.COMMAND_LINE]
     if method == FAMILY:
@@ -162,10 +162,10 @@ def allocate(
     _show(plan, source, path, context, batch)
 
 
-def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Preset:
+def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Start:
     """Budget, ladders and cache before overrides. Raises typer.BadParameter unless there is exactly one budget."""
-    from ..allocation import FAMILY, PRESETS, Budget, Preset
-    from ..errors import did_you_mean
+    from ..allocation import FAMILY, Budget, Start, preset_start
+    from ..errors import StateError
     from ..plan import CacheSettings
 
     given = {key: limit for key, limit in limits.items() if limit is not None}
@@ -175,11 +175,11 @@ def _settings(method: str | None, preset: str | None, limits: dict[str, Any], co
     if method != FAMILY and budgets != 1:
         raise typer.BadParameter("give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset")
     if preset is None:
-        return Preset(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
-    if preset not in PRESETS:
-        hint = did_you_mean(preset, PRESETS) or f"; there is {', '.join(PRESETS)}"
-        raise typer.BadParameter(f"unknown preset '{preset}'{hint}")
-    return PRESETS[preset]
+        return Start(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
+    try:
+        return preset_start(preset)
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _caches(
@@ -214,7 +214,7 @@ def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) ->
 
 def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:
     """The method and what was asked for: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`, `ilp-max-loss-0.5pct`."""
-    from ..allocation import get_method
+    from ..allocation import METHODS
     from ..plan.sizes import format_bytes
 
     if preset is not None:
@@ -225,7 +225,7 @@ def _default_name(method: str, budget: Budget, preset: str | None, seed: int) ->
         parts = [method, f"max-loss-{100 * budget.max_loss:g}pct"]
     else:
         parts = [method, f"{budget.limit:g}" if budget.stored_bits is None else f"stored-{budget.limit:g}"]
-    return "-".join([*parts, *([f"seed{seed}"] if "seed" in get_method(method).uses else [])])
+    return "-".join([*parts, *([f"seed{seed}"] if "seed" in METHODS[method].uses else [])])
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:

@@ -217,10 +217,8 @@ def _scalar(loader: Any, node: yaml.Node) -> Any:
     is_long = node.tag in _NUMBERS and len(node.value) > MAX_DIGITS
     value = None if is_long else loader.construct_object(node, deep=True)
     if is_long or (isinstance(value, int) and value.bit_length() > MAX_INT_BITS):
-        why = (
-            f"a number has more than {MAX_DIGITS} digits" if is_long else f"a number has more than {MAX_INT_BITS} bits"
-        )
-        raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+        limit = f"{MAX_DIGITS} digits" if is_long else f"{MAX_INT_BITS} bits"
+        raise yaml.constructor.ConstructorError(None, None, f"a number has more than {limit}", node.start_mark)
     return value
 
 

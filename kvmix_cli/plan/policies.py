@@ -76,7 +76,7 @@ class Center(_Setting):
 
 
 class Balance(_Setting):
-    """A scaling of every channel, measured on the prompt: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
+    """A scaling of channels by the prompt's range: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
 
     kind: Literal["balance"] = "balance"
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..errors import PlanError, StateError
+from ..errors import PlanError, StateError, did_you_mean
 from ..registry import Registry
 from .document import StrictModel, read_yaml, validate
 from .geometry import ModelInfo
@@ -141,10 +141,10 @@ def has_preset(name: str) -> bool:
 
 def preset_path(name: str) -> Path:
     """Return the file of a preset by one of its names. Raises StateError with the nearest names if there is none."""
-    try:
-        return presets()[ALIASES.get(name, name)]
-    except StateError as error:
-        raise StateError(f"{error} and {KVTUNER}FILE") from error
+    if not has_preset(name):
+        hint = did_you_mean(name, [*presets(), *ALIASES])
+        raise StateError(f"unknown preset '{name}'{hint}; known are {', '.join(presets())} and {KVTUNER}FILE")
+    return presets()[ALIASES.get(name, name)]
 
 
 def find_preset(name: str) -> Preset:
