@@ -27,9 +27,6 @@ from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
 
-Point = tuple[int, int]
-"""Bits, and elements in a group."""
-
 
 class Curves:
     """Curves of every layer's keys and values, for a model with these cache settings.
@@ -69,7 +66,7 @@ class Curves:
         scores = self._score.layers[layer]
         return scores.k if kind == "key" else scores.v
 
-    def _clean(self, layer: int, kind: Kind) -> dict[Point, float]:
+    def _clean(self, layer: int, kind: Kind) -> dict[tuple[int, int], float]:
         columns, groups = self._columns[kind], defaultdict[int, dict[int, float]](dict)
         for key, value in self._tensor(layer, kind).curve.items():
             bits, size = parse_choice(key)

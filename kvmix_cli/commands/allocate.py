@@ -13,6 +13,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..allocation import Budget, Options, Start
+    from ..models.loading import LoadedModel
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -116,8 +117,7 @@ def allocate(
     from ..allocation import FAMILY, METHODS, SEARCH, default_method, default_score, frontier, parse_pins
     from ..allocation import allocate as decide
     from ..profile import Profile
-    from ..reporting.family import save_family
-    from ..studies.search import Effort, search
+    from ..studies.search import search
 
     limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
     settings = _settings(method, preset, limits, context, batch)
@@ -144,14 +144,33 @@ def allocate(
         if out is not None:
             raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
         family = name or "+".join([FAMILY, *(put_on or [])])
-        save_family(frontier(source, **chosen), family, command, context, batch)
+        _show_family(frontier(source, **chosen), family, command, context, batch)
         return
     name = name or "+".join([_default_name(method, settings.budget, preset, seed), *(put_on or [])])
     path = out or state.plan_path(source.model.id, name)
     if method == SEARCH:
-        load = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        effort = Effort(trials, calibration, samples, resume)
-        plan = search(source, settings.budget, chosen, path, effort, load)
+        from ..files import check_writable
+        from ..models.loading import load_model
+
+        check_writable(path)
+
+        def load() -> LoadedModel:
+            name, revision = source.model.id, source.model.revision
+            return load_model(name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+        plan = search(
+            source,
+            settings.budget,
+            chosen,
+            load,
+            journal=state.trials_path(path),
+            resume=resume,
+            trials=trials,
+            texts=calibration,
+            samples=samples,
+            progress=console.progress,
+            notice=console.alert,
+        )
     else:
         plan = decide(source, settings.budget, method=method, **chosen)
     if put_on:
@@ -228,15 +247,26 @@ def _default_name(method: str, budget: Budget, preset: str | None, seed: int) ->
     return "-".join([*parts, *([f"seed{seed}"] if "seed" in METHODS[method].uses else [])])
 
 
+def _show_family(plans: list[Plan], family: str, command: str, context: int, batch: int) -> None:
+    from ..reporting.family import family_json, family_table, member_name
+
+    paths = [state.plan_path(plan.model.id, member_name(plan, family)) for plan in plans]
+    named = [(plan.save(path, command), plan) for path, plan in zip(paths, plans, strict=True)]
+    console.table(*family_table(named))
+    console.emit_json({"command": "allocate", **family_json(named, context, batch)})
+
+
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from ..reporting.tables import loss_text, notice_settings, plan_json, show_plan
+    from ..reporting.tables import loss_text, plan_json, plan_table
+    from ..studies.explain import settings_notices
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
-    show_plan(plan, path, context, batch)
+    console.table(*plan_table(plan, path, context, batch))
     if loss is not None:
         name = plan.provenance["score"]
         console.text(f"{loss_text(loss, name)}\n")
-        notice_settings(name, source.score(name), plan.cache)
+        for sentence in settings_notices(name, source.score(name), plan.cache):
+            console.notice(sentence)
     console.emit_json(
         {
             "command": "allocate",
