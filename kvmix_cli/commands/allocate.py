@@ -12,7 +12,7 @@ from .. import console, state
 from . import options
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options, Start
+    from ..allocation import AllocationOptions, Budget, Start
     from ..models.loading import LoadedModel
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
@@ -126,7 +126,7 @@ def allocate(
     caches = [_with_presets(cache, put_on or [], page) for cache in _caches(settings.cache, given, group_size)]
     source = Profile.load(state.find_profile(profile, model=model))
     method = method or ("rank" if preset else default_method(source))
-    chosen: Options = {
+    chosen: AllocationOptions = {
         "k_bits": k_bits or settings.k_bits,
         "v_bits": v_bits or settings.v_bits,
         "min_bits": min_bits,
