@@ -101,7 +101,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], foo
     from rich.table import Table
     from rich.text import Text
 
-    style = box.SIMPLE_HEAD if _is_unicode() else box.ASCII_DOUBLE_HEAD
+    style = box.SIMPLE_HEAD if is_unicode() else box.ASCII_DOUBLE_HEAD
     grid = Table(box=style, pad_edge=False, show_edge=False)
     for position, name in enumerate(columns):
         numeric = all(_is_number(row[position]) for row in rows)
@@ -150,16 +150,8 @@ def one_line(message: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in words)
 
 
-def blocks(value: float, largest: float, width: int = 12) -> str:
-    """A value as a strip of blocks, `width` of them for the largest."""
-    share = 0.0 if largest <= 0 else min(1.0, max(0.0, value / largest))
-    if not _is_unicode():
-        return "#" * round(share * width)
-    eighths = round(share * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
-
-
-def _is_unicode() -> bool:
+def is_unicode() -> bool:
+    """Return whether stdout can show block characters."""
     return (sys.stdout.encoding or "").lower().startswith("utf")
 
 

@@ -12,7 +12,8 @@ from .. import console, state
 from . import options
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options, Preset
+    from ..allocation import AllocationOptions, Budget, Start
+    from ..models.loading import LoadedModel
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -113,11 +114,10 @@ def allocate(
     quiet: options.Quiet = False,
 ) -> None:
     """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset."""
-    from ..allocation import FAMILY, SEARCH, default_method, default_score, frontier, get_method, parse_pins
+    from ..allocation import FAMILY, METHODS, SEARCH, default_method, default_score, frontier, parse_pins
     from ..allocation import allocate as decide
     from ..profile import Profile
-    from ..reporting.family import save_family
-    from ..studies.search import Effort, search
+    from ..studies.search import search
 
     limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
     settings = _settings(method, preset, limits, context, batch)
@@ -126,7 +126,7 @@ def allocate(
     caches = [_with_presets(cache, put_on or [], page) for cache in _caches(settings.cache, given, group_size)]
     source = Profile.load(state.find_profile(profile, model=model))
     method = method or ("rank" if preset else default_method(source))
-    chosen: Options = {
+    chosen: AllocationOptions = {
         "k_bits": k_bits or settings.k_bits,
         "v_bits": v_bits or settings.v_bits,
         "min_bits": min_bits,
@@ -137,21 +137,40 @@ def allocate(
         "score": score or default_score(source, method),
         "seed": seed,
     }
-    if len(caches) > 1 and "group_sizes" not in get_method(method).uses:
+    if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
     command = ctx.meta[options.COMMAND_LINE]
     if method == FAMILY:
         if out is not None:
             raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
         family = name or "+".join([FAMILY, *(put_on or [])])
-        save_family(frontier(source, **chosen), family, command, context, batch)
+        _show_family(frontier(source, **chosen), family, command, context, batch)
         return
     name = name or "+".join([_default_name(method, settings.budget, preset, seed), *(put_on or [])])
     path = out or state.plan_path(source.model.id, name)
     if method == SEARCH:
-        load = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        effort = Effort(trials, calibration, samples, resume)
-        plan = search(source, settings.budget, chosen, path, effort, load)
+        from ..files import check_writable
+        from ..models.loading import load_model
+
+        check_writable(path)
+
+        def load() -> LoadedModel:
+            name, revision = source.model.id, source.model.revision
+            return load_model(name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+        plan = search(
+            source,
+            settings.budget,
+            chosen,
+            load,
+            journal=state.trials_path(path),
+            resume=resume,
+            trials=trials,
+            texts=calibration,
+            samples=samples,
+            progress=console.progress,
+            notice=console.alert,
+        )
     else:
         plan = decide(source, settings.budget, method=method, **chosen)
     if put_on:
@@ -162,10 +181,10 @@ def allocate(
     _show(plan, source, path, context, batch)
 
 
-def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Preset:
+def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Start:
     """Budget, ladders and cache before overrides. Raises typer.BadParameter unless there is exactly one budget."""
-    from ..allocation import FAMILY, PRESETS, Budget, Preset
-    from ..errors import did_you_mean
+    from ..allocation import FAMILY, Budget, Start, preset_start
+    from ..errors import StateError
     from ..plan import CacheSettings
 
     given = {key: limit for key, limit in limits.items() if limit is not None}
@@ -175,11 +194,11 @@ def _settings(method: str | None, preset: str | None, limits: dict[str, Any], co
     if method != FAMILY and budgets != 1:
         raise typer.BadParameter("give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset")
     if preset is None:
-        return Preset(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
-    if preset not in PRESETS:
-        hint = did_you_mean(preset, PRESETS) or f"; there is {', '.join(PRESETS)}"
-        raise typer.BadParameter(f"unknown preset '{preset}'{hint}")
-    return PRESETS[preset]
+        return Start(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
+    try:
+        return preset_start(preset)
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _caches(
@@ -214,7 +233,7 @@ def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) ->
 
 def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:
     """The method and what was asked for: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`, `ilp-max-loss-0.5pct`."""
-    from ..allocation import get_method
+    from ..allocation import METHODS
     from ..plan.sizes import format_bytes
 
     if preset is not None:
@@ -225,18 +244,29 @@ def _default_name(method: str, budget: Budget, preset: str | None, seed: int) ->
         parts = [method, f"max-loss-{100 * budget.max_loss:g}pct"]
     else:
         parts = [method, f"{budget.limit:g}" if budget.stored_bits is None else f"stored-{budget.limit:g}"]
-    return "-".join([*parts, *([f"seed{seed}"] if "seed" in get_method(method).uses else [])])
+    return "-".join([*parts, *([f"seed{seed}"] if "seed" in METHODS[method].uses else [])])
+
+
+def _show_family(plans: list[Plan], family: str, command: str, context: int, batch: int) -> None:
+    from ..reporting.family import family_json, family_table, member_name
+
+    paths = [state.plan_path(plan.model.id, member_name(plan, family)) for plan in plans]
+    named = [(plan.save(path, command), plan) for path, plan in zip(paths, plans, strict=True)]
+    console.table(*family_table(named))
+    console.emit_json({"command": "allocate", **family_json(named, context, batch)})
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from ..reporting.tables import loss_text, notice_settings, plan_json, show_plan
+    from ..reporting.tables import loss_text, plan_json, plan_table
+    from ..studies.explain import settings_notices
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
-    show_plan(plan, path, context, batch)
+    console.table(*plan_table(plan, path, context, batch))
     if loss is not None:
         name = plan.provenance["score"]
         console.text(f"{loss_text(loss, name)}\n")
-        notice_settings(name, source.score(name), plan.cache)
+        for sentence in settings_notices(name, source.score(name), plan.cache):
+            console.notice(sentence)
     console.emit_json(
         {
             "command": "allocate",

@@ -62,7 +62,7 @@ def demo(
 
 def _profile(loaded: LoadedModel, samples: int, seed: int, out: Path, ctx: typer.Context) -> Profile:
     from ..profiling import run_profile
-    from ..reporting.tables import show_profile
+    from ..reporting.tables import profile_tables
     from ..texts import load_texts
 
     with console.progress("profile", samples) as bar:
@@ -70,7 +70,8 @@ def _profile(loaded: LoadedModel, samples: int, seed: int, out: Path, ctx: typer
             loaded, texts=load_texts(), source="builtin", samples=samples, seed=seed, on_step=bar.reach
         )
     path = profile.save(out / state.slug(MODEL) / state.PROFILE, ctx.meta[options.COMMAND_LINE])
-    show_profile(profile, path)
+    for table in profile_tables(profile, path, ascii_only=not console.is_unicode()):
+        console.table(*table)
     console.text("\n")
     return profile
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..studies.measure import Setup
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
 SWEEPS = "Sweeps: throughput, recall and needles"
@@ -162,7 +165,6 @@ def evaluate(
     With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
     """
     from ..evaluation.base import Settings
-    from ..studies.leaderboard import hold
     from ..studies.measure import Contest, Setup, measure_plans
 
     settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
@@ -183,11 +185,52 @@ def evaluate(
     if leaderboard:
         refused = {"plan": plan, "preset": preset, "uniform": uniform, "baseline": baseline, "fail_if": fail_if, **own}
         _refuse(refused, "has no place in a leaderboard")
-        hold(setup, **_given(rules))
+        _hold(setup, **_given(rules))
     else:
         _refuse(rules, "needs --leaderboard")
         contest = Contest(plan or [], preset or [], uniform or [], baseline or [])
         measure_plans(setup, contest, _given(own), fail_if or [])
+
+
+def _hold(setup: Setup, *, profile: Path | None = None, group_size: Any = (), **rules: Any) -> None:
+    """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
+    from .. import console, state
+    from ..evaluation import split_tasks
+    from ..evaluation.runs import Runs
+    from ..files import write_text
+    from ..models.loading import load_model
+    from ..profile import Profile
+    from ..reporting.leaderboard import board_json, markdown, tables
+    from ..reporting.leaderboard_plot import plot_board
+    from ..reporting.plots import check_plot
+    from ..studies.leaderboard import hold
+    from ..studies.measure import leave, warn
+
+    found = Profile.load(state.find_profile(profile, model=setup.model))
+    tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
+    page, picture = (Path(setup.results["root"]) / f"leaderboard{suffix}" for suffix in (".md", ".png"))
+    check_plot(picture)
+    board = hold(
+        found,
+        lambda: load_model(found.model.id, **setup.loading),
+        tasks=tasks,
+        settings=setup.settings,
+        runs=Runs(model=state.slug(found.model.id), **setup.results),
+        group_sizes=group_size,
+        progress=console.progress,
+        **rules,
+    )
+    for report in board.reports:
+        warn(report)
+    shown = tables(board)
+    for table in shown:
+        console.table(*table)
+    write_text(page, markdown(shown, setup.results["command"]))
+    plot_board(board, picture)
+    console.text(f"tables:  {page}\npicture: {picture}\n")
+    head = {"command": "eval", "model": found.model.id, "task": ",".join(tasks)}
+    console.emit_json({**head, **board_json(board), "page": page, "plot": picture})
+    leave(board.reports)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def export(
     quiet: options.Quiet = False,
 ) -> None:
     """Write a plan for another engine, if that engine can express it."""
-    from ..export import get_target
+    from ..export import TARGETS
     from ..files import write_text
     from ..plan import Plan
 
-    target = get_target(to)
+    target = TARGETS[to]
     path = state.find_plan(plan, model=model)
     found = Plan.load(path)
     text = target.write(found)

@@ -73,7 +73,7 @@ def profile(
         raise KvmixError(f"no granularity '{granularity}'; there is {', '.join(GRANULARITIES)}")
     from ..models.loading import load_model
     from ..profiling import ProbeOptions, find_probes, profile_lock, run_profile
-    from ..reporting.tables import show_profile
+    from ..reporting.tables import profile_tables
     from ..texts import load_texts
 
     how = ProbeOptions(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
@@ -103,7 +103,8 @@ def profile(
     measured = next(iter(result.scores.values())).calibration.samples
     if measured < samples:
         console.notice(f"the text gave {measured} samples, not {samples}")
-    show_profile(result, path)
+    for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
+        console.table(*table)
     _plot(result, plot)
     _emit(result, path, measured, time.perf_counter() - started)
 

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..errors import DocumentError
 from ..journal import Journal
 from ..models.loading import LoadedModel
-from ..profile import Calibration, LayerScore, Profile, Score, TensorScore
+from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from ..texts.tokens import cut_samples
 from .grid import Grid
 from .measure import KINDS, ProbeOptions, measure_sample
@@ -185,7 +185,7 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
         seconds=sum(each.seconds for each in measured),
         unit=probe.unit,
         calibration=calibration,
-        setup={} if grid is None else _setup(grid),
+        setup=ScoreSetup() if grid is None else _setup(grid),
         layers={
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),
@@ -196,7 +196,7 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
     )
 
 
-def _setup(grid: Grid) -> dict[str, Any]:
+def _setup(grid: Grid) -> ScoreSetup:
     cache = grid.cache
     return {"page": cache.page, "sink": cache.sink, "window": cache.window.short, "scale_dtype": cache.scale_dtype}
 

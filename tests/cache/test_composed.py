@@ -12,8 +12,7 @@ from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
-from kvmix_cli.plan.policies import ChannelPolicy, Run, Tier, TokenPolicy
-
+from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPolicy
 WITHOUT_QUERIES = ("rotated", "centered", "recency")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
@@ -208,7 +207,7 @@ def test_a_score_of_ones_own():
     [
         ({"tokens": TokenPolicy(score="atention", evict=0.5, flush=32)}, r"unknown token score 'atention' \(did you"),
         (
-            {"channels": ChannelPolicy(score="qrange", runs=(Run(channels=16, bits=4),))},
+            {"channels": ChannelPolicy(score="qrange", runs=(ChannelGroup(channels=16, bits=4),))},
             "unknown channel score 'qrange'",
         ),
     ],

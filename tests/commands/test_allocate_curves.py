@@ -8,7 +8,6 @@ from curves import curve, curved, make_score
 from made_up import falling, make_info
 
 from kvmix_cli.allocation import Budget, allocate, predicted_loss
-from kvmix_cli.allocation.trials import short_key
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Calibration, Profile
@@ -153,7 +152,7 @@ def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     assert result["provenance"]["measured_loss"] == min(trial["loss"] for trial in trials)
     assert len({trial["plan"] for trial in trials}) == 4
     start = allocate(tiny, Budget(stored_bits=3.5), method="ilp", cache=plan.cache)
-    assert trials[0]["plan"] == short_key(start.layers)
+    assert trials[0]["plan"] == searching.layers_key(start.layers)
 
 
 def test_an_interrupted_search_goes_on(kvmix, tmp_path, tiny, monkeypatch):

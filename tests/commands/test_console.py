@@ -101,24 +101,6 @@ def test_a_bar_on_a_terminal_unless_quiet(monkeypatch, quiet):
     assert ("work" in shown, "3/4" in shown) == (not quiet, not quiet)
 
 
-@pytest.mark.parametrize(
-    ("value", "strip"), [(8, "████████"), (4, "████"), (4.5, "████▌"), (0, ""), (-1, ""), (99, "████████")]
-)
-def test_strips(value, strip, capsys):
-    assert console.blocks(value, 8, width=8) == strip
-
-
-def test_strips_of_nothing(capsys):
-    assert console.blocks(0, 0) == ""
-
-
-def test_a_terminal_that_knows_no_unicode(monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("sys.stdout", stream)
-    console.table("t", ["a", "b"], [[1, console.blocks(1, 1)]])
-    assert "############" in stream.buffer.getvalue().decode("ascii")
-
-
 def test_a_full_disk(monkeypatch):
     class Full(io.StringIO):
         def flush(self):
