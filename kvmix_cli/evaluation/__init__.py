@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError, did_you_mean
-from .tasks.lm_eval import UnknownTask, harness_kind
+from ..errors import EvaluationError, UnknownTaskError, did_you_mean
+from .tasks.lm_eval import harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
@@ -59,7 +59,10 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         own["given"] = name
     elif colon:
         own["members"] = tuple(members.split(","))
-    task: Task = kind(**own)
+    try:
+        task: Task = kind(**own)
+    except UnknownTaskError as error:
+        raise error.among(_TASKS) from error
     return task
 
 
@@ -76,7 +79,7 @@ def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
     """A task of a list; an unknown one after `longbench:qasper` may have been meant as a member, too."""
     try:
         return get_task(name, options)
-    except UnknownTask as error:
+    except UnknownTaskError as error:
         family, colon, _ = before.partition(":")
         members = _members(family) if colon else {}
         if not members:

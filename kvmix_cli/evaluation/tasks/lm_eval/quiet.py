@@ -1,4 +1,4 @@
-"""lm-eval prints, logs and draws bars as it goes; kvmix has its own words and one JSON object on stdout."""
+"""Silence for lm-eval, which prints, logs and draws bars: kvmix writes its own lines and one JSON object to stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOGGERS = ("lm_eval", "nltk", "evaluate")
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Within this block nothing reaches stdout, and stderr only under `kvmix -v`.
+    """Keep this block from writing to stdout, and to stderr unless under `kvmix -v`.
 
     Args:
         bars: leave stderr alone if it is a terminal, for the bars of a download.
