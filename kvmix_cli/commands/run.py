@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console
-from ..errors import KvmixError, TextError
+from ..errors import TextError
 from . import options
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
+    from ..decoding.footprint import Footprint
     from ..decoding.generate import Generation
-    from ..models.loading import LoadedModel
-    from ..plan import Plan
 
-BF16_BYTES = 2
 MIB = 2**20
 
 
@@ -57,9 +52,12 @@ def run(
     text = _read_prompt(prompt, prompt_file)
     _check_choice(plan, preset, uniform, baseline)
     from ..cache.subject import UNQUANTIZED, Subject
+    from ..decoding.footprint import measure_footprint
     from ..decoding.generate import generate, room
+    from ..decoding.settings import reserve
     from ..models.loading import load_info, load_model
     from ..studies.selection import choose
+    from ..texts.chat import chat_ids, prompt_ids
 
     need_plan = not (baseline or preset) and uniform is None
     choice = choose(
@@ -71,11 +69,11 @@ def run(
         plans = choice.plans(load_info(choice.model, **source), [] if uniform is None else [uniform])
         name, chosen = list(plans.items())[-1]
     loaded = load_model(choice.model, dtype=dtype, device=device, **source)
-    ids = _encode(loaded, text, chat)
+    ids = chat_ids(loaded.tokenizer, text, loaded.info.id) if chat else prompt_ids(loaded.tokenizer, text)
     allowed = min(max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
-    cache = Subject(name, chosen).cache(loaded.config, reserve=len(ids) + allowed)
+    cache = Subject(name, chosen).cache(loaded.config, reserve=reserve(len(ids), allowed))
     generation = generate(
         loaded,
         ids,
@@ -87,43 +85,9 @@ def run(
         on_text=console.text,
     )
     console.text("\n\n")
-    footprint = measure(cache, chosen, loaded.model.dtype.itemsize)
+    footprint = measure_footprint(cache, chosen, loaded.model.dtype.itemsize)
     _show(name, generation, footprint, quantized=chosen is not None)
     console.emit_json(_as_json(loaded.info.id, name, generation, footprint))
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a cache takes at the end of a run.
-
-    Attributes:
-        unquantized_bytes: what the stock cache would take, in the model's dtype.
-        bf16_bytes: the same at 16 bits; compression is against this, also where a float32 model's own cache is bigger.
-        quantized_share: of what attention has read.
-    """
-
-    bytes: int
-    unquantized_bytes: int
-    bf16_bytes: int
-    quantized_share: float
-
-    @property
-    def compression(self) -> float:
-        return self.bf16_bytes / self.bytes
-
-
-def measure(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
-    """The footprint of a cache whose unquantized elements take `element_bytes`."""
-    from ..cache.mixed import MixedCache
-    from ..cache.sizes import cache_nbytes
-
-    total = unquantized = cache_nbytes(cache)
-    if plan is not None:
-        planned = sum(cache.layers[index].nbytes for index in plan.layers)
-        tokens = max((cache.layers[index].get_seq_length() for index in plan.layers), default=0)
-        unquantized += plan.unquantized_bytes(tokens, element_bytes=element_bytes) - planned
-    share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
-    return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
 
 
 def _check_choice(plan: str | None, preset: str | None, uniform: int | None, baseline: bool) -> None:
@@ -149,16 +113,6 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if not prompt or not prompt.strip():
         raise TextError("the prompt is empty; give some text with --prompt or --prompt-file")
     return prompt
-
-
-def _encode(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, special ones included. Raises KvmixError if there is no chat template to put it into."""
-    if not chat:
-        return list(loaded.tokenizer(text, verbose=False).input_ids)
-    if not loaded.tokenizer.chat_template:
-        raise KvmixError(f"{loaded.info.id} has no chat template; leave out --chat or choose a chat model")
-    message = [{"role": "user", "content": text}]
-    return list(loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
 
 
 def _show(name: str, generation: Generation, footprint: Footprint, *, quantized: bool) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..cache.subject import Subject
-from ..errors import EvaluationError
+from ..errors import EvaluationError, TextError
+from ..texts.tokens import encode, opening
 from .results import Estimate, Metric, Record, Row, Table, counted
 
 if TYPE_CHECKING:
@@ -143,3 +147,38 @@ class Task(ABC):
     def warnings(self, subject: Subject, metrics: dict[str, Estimate]) -> list[str]:
         """What a reader must know before believing a row."""
         return []
+
+
+def chunks(loaded: LoadedModel, texts: Sequence[str], source: str, length: int, limit: int, seed: int) -> list[Sample]:
+    """Return up to `limit` samples of `length` tokens: one of each document in a seeded order, then a second, ...
+
+    Raises:
+        TextError: if no document is long enough.
+    """
+    found = list(islice(_parts(loaded.tokenizer, texts, length, seed), limit))
+    if not found:
+        longest = len(encode(loaded.tokenizer, max(texts, key=len, default="")))
+        raise TextError(
+            f"{source}: no document has {length} tokens, the longest has {longest}; "
+            "give longer text with --text or a smaller --length"
+        )
+    return found
+
+
+def _parts(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> Iterator[Sample]:
+    """Yield all samples that there are; a document is encoded when it is reached."""
+    first = opening(tokenizer)
+    body = length - len(first)
+    order = [index for index, text in enumerate(texts) if len(text.encode()) >= body]
+    random.Random(seed).shuffle(order)
+    encode_once = functools.cache(lambda index: encode(tokenizer, texts[index]))
+    for part in count():
+        longer = []
+        for index in order:
+            ids = encode_once(index)[part * body : (part + 1) * body]
+            if len(ids) == body:
+                longer.append(index)
+                yield Sample(f"document {index} part {part}", (*first, *ids))
+        if not longer:
+            return
+        order = longer

@@ -66,7 +66,10 @@ def test_a_chat_model_is_asked_in_a_turn_of_its_own_and_its_answer_is_begun():
     ("template", "said"),
     [
         ("nothing of the user's", "leaves out what the user says"),
-        ("{{ raise_exception('no system turn') }}", "cannot be used: no system turn"),
+        (
+            "{{ raise_exception('no system turn') }}",
+            "of the model cannot be used: no system turn.* or use --task recall",
+        ),
         ("{{ broken", "cannot be used"),
     ],
 )

@@ -30,7 +30,8 @@ def stand_in(**changes):
     """As much of a loaded model as the runner itself looks at."""
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))
     facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
-    return SimpleNamespace(**{"model": model, **facts, **changes})
+    facts = {"model": model, **facts, **changes}
+    return SimpleNamespace(config=getattr(facts["model"], "config", None), **facts)
 
 
 class Counting(Task):

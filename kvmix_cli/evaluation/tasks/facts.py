@@ -13,10 +13,9 @@ from functools import cached_property
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from ...errors import EvaluationError, first_sentence
-from ..feeding import encode, opening
+from ...errors import EvaluationError, TextError
+from ...texts.chat import chat_turn
+from ...texts.tokens import encode, opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +31,6 @@ WORDS = (
 )
 """A name is two of these; three where there are not enough pairs."""
 INTRODUCTION = "Below, a number is given for a name. Read it; at the end you will be asked for it.\n\n"
-PLACE = "kvmix was here"
-"""Stands for what a user says while a chat template is taken apart."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,10 @@ def as_suits(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
     """
     if not tokenizer.chat_template:
         return as_code(tokenizer)
-    before, after = _turns(tokenizer)
+    try:
+        before, after = chat_turn(tokenizer, "the model")
+    except TextError as error:
+        raise EvaluationError(f"{error}; or use --task recall") from error
     head = tuple(encode(tokenizer, before + INTRODUCTION))
 
     def statement(name: str) -> str:
@@ -160,18 +160,3 @@ def _names(rng: random.Random, count: int) -> list[str]:
     if count > len(names):
         names = ["_".join(three) for three in permutations(words, 3)]
     return rng.sample(names, min(count, len(names)))
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What a chat template puts before a user's turn, and between it and the answer."""
-    turn = [{"role": "user", "content": PLACE}]
-    try:
-        whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"the model's chat template cannot be used: {first_sentence(error)}; use --task recall"
-        ) from error
-    before, place, after = str(whole).rpartition(PLACE)
-    if not place:
-        raise EvaluationError("the model's chat template leaves out what the user says; use --task recall")
-    return before, after

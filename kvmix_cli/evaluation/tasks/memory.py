@@ -13,9 +13,8 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import feed, prefill
 from ...models.memory import devices, watch
 from ...texts import load_texts
-from ..base import Sample, Settings, Task
+from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
-from ..feeding import chunks
 from ..results import Estimate, Metric, Record, counted
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError, TextError
 from ...texts import load_texts
+from ...texts.tokens import encode
 from ..base import Context, Sample, Settings, Task
 from ..bootstrap import ratio
-from ..feeding import encode
 from ..results import Estimate, Record, counted
 from .facts import Question
 

@@ -10,9 +10,8 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import document_loss
 from ...errors import EvaluationError
 from ...texts import describe_texts, is_one_document, load_texts
-from ..base import Sample, Settings, Task
+from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
-from ..feeding import chunks
 from ..results import Estimate, Metric, Record, counted
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from ....cache.subject import Subject, attended
 from ....decoding.feed import prefill
 from ....quiet import hushed
-from ...feeding import encode
+from ....texts.tokens import encode
 
 if TYPE_CHECKING:
     from ....models.loading import LoadedModel
@@ -24,7 +24,7 @@ class Answer:
     Attributes:
         text: without special tokens.
         tokens: that were generated, the one that ended it included.
-        attended: by this answer, see `feeding.attended`.
+        attended: by this answer, see `cache.subject.attended`.
     """
 
     text: str

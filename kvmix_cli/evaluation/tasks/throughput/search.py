@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .timing import Timing
+    from ....decoding.timing import Timing
 
 MOST = 4096
 """Sequences; nobody's largest batch is looked for beyond."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....cache.subject import Subject
+from ....decoding.timing import Timing, time_generation
 from ....errors import EvaluationError
 from ....models.memory import attempt, devices, free_memory, tidy
 from ....plan.sizes import format_bytes
@@ -15,7 +16,6 @@ from ...results import Estimate, Metric, Record, Table
 from .search import Search, time_largest
 from .summary import metrics_of, points_table
 from .text import rows, stretch
-from .timing import Timing, generate
 
 if TYPE_CHECKING:
     from ....models.loading import LoadedModel
@@ -210,6 +210,6 @@ def _try(loaded: LoadedModel, subject: Subject, point: Point, batch: int, new_to
     """One generation; None if it ran out of memory."""
 
     def work() -> Timing:
-        return generate(loaded, subject, rows(loaded, point.ids, point.context, batch), new_tokens)
+        return time_generation(loaded, subject, rows(loaded, point.ids, point.context, batch), new_tokens)
 
     return attempt(work, devices(loaded))

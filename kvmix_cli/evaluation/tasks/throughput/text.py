@@ -10,7 +10,7 @@ import torch
 
 from ....errors import TextError
 from ....texts import load_texts
-from ...feeding import encode, opening
+from ....texts.tokens import encode, opening
 
 if TYPE_CHECKING:
     from torch import Tensor
