@@ -119,8 +119,7 @@ def generate_batch(
         stopping_criteria=StoppingCriteriaList([ends]),
     ).tolist()
     tokens = [
-        row[len(prompt) : len(prompt) + length]
-        for row, prompt, length in zip(rows, prompts, ends.lengths, strict=True)
+        row[len(prompt) : len(prompt) + length] for row, prompt, length in zip(rows, prompts, ends.lengths, strict=True)
     ]
     return BatchAnswers(tokens, _attended_by_row(cache, len(prompts)))
 

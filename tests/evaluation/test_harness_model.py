@@ -16,13 +16,12 @@ from lm_eval.api.registry import get_model
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import EvaluationError, ModelError, PlanError
-from kvmix_cli.evaluation.tasks.lm_eval import batches
-from kvmix_cli.evaluation.tasks.lm_eval.batches import Reading, rows
+from kvmix_cli.evaluation.tasks.lm_eval.answers import Answerer, parse_batch_size
 from kvmix_cli.evaluation.tasks.lm_eval.model import KvmixLM
 from kvmix_cli.evaluation.tasks.lm_eval.requests import GENERATE as GENERATING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import ROLL as ROLLING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import SCORE as SCORING
-from kvmix_cli.evaluation.tasks.lm_eval.requests import Request, encode
+from kvmix_cli.evaluation.tasks.lm_eval.requests import TokenRequest, encode_requests
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import Plan
 
@@ -54,12 +53,12 @@ def requests(folder):
             if sample["filter"] == "none"
             for argument in sample["arguments"]
         ]
-        found[task] = encode(lm, kind, instances)
+        found[task] = encode_requests(lm, kind, instances)
     return found
 
 
 def answers(requests, subject, **options):
-    reading = Reading(**{"loaded": tiny(), "subject": subject, "step": 8, **options})
+    reading = Answerer(**{"loaded": tiny(), "subject": subject, "step": 8, **options})
     return [answer.value for answer in reading.answers(requests)]
 
 
@@ -112,10 +111,12 @@ def test_rows_of_other_families_share_contexts_and_batches_as_well(family):
     loaded = stand_in(model=model, info=info, tokenizer=tiny().tokenizer)
     contexts = torch.randint(3, VOCABULARY, (2, 80), generator=torch.Generator().manual_seed(0)).tolist()
     scored = [
-        Request(str(n), (*contexts[n // 3][:70], *range(5, 6 + n)), SCORING, n, "task", n, 64, n + 1) for n in range(6)
+        TokenRequest(str(n), (*contexts[n // 3][:70], *range(5, 6 + n)), SCORING, n, "task", n, 64, n + 1)
+        for n in range(6)
     ]
     asked = [
-        Request(str(n), tuple(contexts[n][: 66 + 9 * n]), GENERATING, n, "task", n, 64, 0, _settings()) for n in (0, 1)
+        TokenRequest(str(n), tuple(contexts[n][: 66 + 9 * n]), GENERATING, n, "task", n, 64, 0, _settings())
+        for n in (0, 1)
     ]
     for subject in (Subject(), Subject("four", plan)):
         alone, together = (answers([*scored, *asked], subject, loaded=loaded, rows=rows) for rows in (1, 8))
@@ -127,7 +128,7 @@ def test_rows_of_other_families_share_contexts_and_batches_as_well(family):
 def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(requests, subject):
     """Against one row alone: prefill, then steps, then the probabilities of what follows."""
     for request, (value, _) in zip(requests["local_choose"], answers(requests["local_choose"], subject), strict=True):
-        cache = subject.cache(tiny(), reserve=len(request.ids))
+        cache = subject.cache(tiny().config, reserve=len(request.ids))
         prefill(tiny(), cache, request.ids[: request.prefill])
         logits = torch.cat([part for _, part in feed(tiny(), cache, request.ids[request.prefill : -1], step=8)])
         wanted = torch.tensor(request.ids[-request.scored :])
@@ -139,7 +140,7 @@ def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(request
 def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache(requests):
     lm = KvmixLM(tiny(), step=8)
     for request, text in zip(requests["local_generate"], answers(requests["local_generate"], TWO), strict=True):
-        cache = TWO.cache(tiny(), reserve=len(request.ids) + 16)
+        cache = TWO.cache(tiny().config, reserve=len(request.ids) + 16)
         prefill(tiny(), cache, request.ids[: request.prefill])
         *_, (_, logits) = feed(tiny(), cache, request.ids[request.prefill :], step=1)
         found = [int(logits[-1].argmax())]
@@ -154,7 +155,7 @@ def test_the_very_first_token_of_an_answer_has_read_quantized_keys_and_values(re
     """A plain `generate` would decide it by the prefill pass, at any bits."""
     first = [dataclasses.replace(each, generation=_settings(max_gen_toks=1)) for each in requests["local_generate"]]
     assert answers(first, ONE) != answers(first, Subject())
-    for answer in Reading(tiny(), ONE, 8).answers(first):
+    for answer in Answerer(tiny(), ONE, 8).answers(first):
         assert answer.tokens == 1
         assert answer.attended["quantized"] > 0.5 * answer.attended["total"]
 
@@ -164,8 +165,8 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
     monkeypatch.setattr(KvmixLM, "encode_prompt", lambda self, text: [5] * tokens)
     monkeypatch.setattr(KvmixLM, "encode_pairs", lambda self, kind, instance: [([5] * tokens, [6, 7])])
     lm = KvmixLM(tiny(), step=8)
-    (asked,) = encode(lm, GENERATING, [Instance(GENERATING, {}, ("", {"max_gen_toks": 2}), 0, ("task", 0, 1))])
-    (scored,) = encode(lm, SCORING, [Instance(SCORING, {}, ("", ""), 0, ("task", 0, 1))])
+    (asked,) = encode_requests(lm, GENERATING, [Instance(GENERATING, {}, ("", {"max_gen_toks": 2}), 0, ("task", 0, 1))])
+    (scored,) = encode_requests(lm, SCORING, [Instance(SCORING, {}, ("", ""), 0, ("task", 0, 1))])
     assert (asked.prefill, scored.prefill) == (prompt, context)
     ((text, *_),) = [answers([asked], TWO)]
     assert isinstance(text, str)
@@ -173,7 +174,7 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
 
 def test_below_16_bits_every_kind_of_request_reads_quantized_tokens_and_says_how_many(requests):
     for task in NAMES:
-        seen = [answer.attended for answer in Reading(tiny(), TWO, 8).answers(requests[task])]
+        seen = [answer.attended for answer in Answerer(tiny(), TWO, 8).answers(requests[task])]
         assert all(each["quantized"] > 0.4 * each["total"] > 0 for each in seen), task
 
 
@@ -203,7 +204,7 @@ def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(f
     lm = KvmixLM(tiny(), subject=TWO, max_length=64)
     asked(text, lm, ["local_roll"])
     instance = Instance(ROLLING, {}, ("one two three " * 80,), 0, ("task", 3, 1))
-    found = encode(lm, ROLLING, [instance])
+    found = encode_requests(lm, ROLLING, [instance])
     assert len(found) > 2
     assert {request.owner for request in found} == {0}
     assert sum(request.scored for request in found) == len(lm.tok_encode("one two three " * 80))
@@ -267,7 +268,7 @@ def test_a_request_that_does_not_fit_alone_is_an_error_after_the_answers_before_
 
     some = requests["local_choose"]
     monkeypatch.setattr(batches, "score", limited)
-    found = Reading(tiny(), FULL, 8).answers(some)
+    found = Answerer(tiny(), FULL, 8).answers(some)
     assert [next(found).tokens for _ in range(3)] == [each.scored for each in some[:3]]
     with pytest.raises(EvaluationError, match=rf"out of memory at {some[3].name} alone, \d+ tokens on cpu; .*--resume"):
         next(found)
@@ -313,17 +314,17 @@ def test_a_batch_size_that_fits_is_found(monkeypatch, device, lengths, sizes):
         return [(0.0, True)] * len(batch), {}
 
     monkeypatch.setattr(batches, "score", count)
-    some = [Request(str(n), (0,) * length, SCORING, n, "task", n, 0, 1) for n, length in enumerate(lengths)]
-    list(Reading(stand_in(device=torch.device(device)), FULL, 8).answers(some))
+    some = [TokenRequest(str(n), (0,) * length, SCORING, n, "task", n, 0, 1) for n, length in enumerate(lengths)]
+    list(Answerer(stand_in(device=torch.device(device)), FULL, 8).answers(some))
     assert seen == sizes
 
 
 def test_batch_sizes_are_numbers_or_auto():
-    assert [rows(size) for size in (None, "auto", "auto:4", 3, "12")] == [None, None, None, 3, 12]
-    assert rows("auto", 16) == 16
+    assert [parse_batch_size(size) for size in (None, "auto", "auto:4", 3, "12")] == [None, None, None, 3, 12]
+    assert parse_batch_size("auto", 16) == 16
     for size in ("0", "many", -1, "1.5"):
-        with pytest.raises(EvaluationError, match="is no batch size; use a number or auto"):
-            rows(size)
+        with pytest.raises(EvaluationError, match="expected a number of at least 1, or auto"):
+            parse_batch_size(size)
 
 
 @pytest.mark.parametrize(
@@ -354,9 +355,9 @@ def test_a_model_that_has_fallen_apart_is_an_error_and_not_a_nan():
             return SimpleNamespace(logits=torch.full((*input_ids.shape, 4096), torch.nan))
 
     loaded = stand_in(model=Broken())
-    some = [Request("task/0/0", tuple(range(9)), SCORING, 0, "task", 0, 0, 4)]
+    some = [TokenRequest("task/0/0", tuple(range(9)), SCORING, 0, "task", 0, 0, 4)]
     with pytest.raises(EvaluationError, match="the log-likelihood of task/0/0 is nan; try another --dtype"):
-        list(Reading(loaded, FULL, 8).answers(some))
+        list(Answerer(loaded, FULL, 8).answers(some))
 
 
 def test_lm_eval_finds_the_model_by_its_name_and_its_plan_in_a_file(folder, tmp_path):

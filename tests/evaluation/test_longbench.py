@@ -9,6 +9,8 @@ import pytest
 import torch
 from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
+from kvmix_cli.evaluation.tasks.longbench.answers import answer
+from kvmix_cli.evaluation.tasks.longbench.scores import score
 from longbench_files import lines, record, write
 
 from kvmix_cli.cache.subject import Subject
@@ -19,9 +21,7 @@ from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import Runs
 from kvmix_cli.evaluation.tasks import lm_eval as harness
 from kvmix_cli.evaluation.tasks.longbench import task as module
-from kvmix_cli.evaluation.tasks.longbench.answers import answer
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E, MEMBERS
-from kvmix_cli.evaluation.tasks.longbench.scores import score
 from kvmix_cli.models import loading as models
 
 SETTINGS = Settings()

@@ -7,15 +7,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from lm_eval.tasks import TaskManager
 
-from ....errors import EvaluationError, KvmixError, first_sentence
+from ....errors import first_sentence
+from .boundary import named, quiet, task_errors
 from .names import TaskSelection, refuse_unsafe
-from .quiet import quiet
 from .requests import KINDS
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def load_tasks(selection: TaskSelection, setup: TaskSetup, loaded: LoadedModel |
             folders = [str(folder) for folder in selection.folders]
             manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
         for name in selection.names:
-            with _one_line_errors(name, selection), quiet(bars=True):
+            with task_errors(partial(_set_up_fault, name, selection)), quiet(bars=True):
                 _seed_all(setup.seed)
                 found = manager.load([name])
             result["tasks"] |= found["tasks"]
@@ -93,20 +94,15 @@ def build_requests(tasks: Mapping[str, LMEvalTask], setup: TaskSetup, lm: KvmixL
     """
     found: dict[str, list[Instance]] = {kind: [] for kind in KINDS}
     for name, task in tasks.items():
-        try:
-            with quiet():
-                _seed_all(setup.seed)
-                task.build_all_requests(
-                    limit=setup.limit,
-                    apply_chat_template=setup.chat,
-                    fewshot_as_multiturn=setup.chat,
-                    chat_template=lm.apply_chat_template if setup.chat else None,
-                    tokenizer_name=lm.tokenizer_name if setup.chat else "",
-                )
-        except KvmixError:
-            raise
-        except Exception as error:  # noqa: BLE001  (a task may run any code)
-            raise EvaluationError(f"{name}: no prompts can be made of its documents: {_named(error)}") from error
+        with task_errors(partial(_prompt_fault, name)), quiet():
+            _seed_all(setup.seed)
+            task.build_all_requests(
+                limit=setup.limit,
+                apply_chat_template=setup.chat,
+                fewshot_as_multiturn=setup.chat,
+                chat_template=lm.apply_chat_template if setup.chat else None,
+                tokenizer_name=lm.tokenizer_name if setup.chat else "",
+            )
         for instance in task.instances:
             found[instance.request_type] += [instance] * (instance.repeats or 1)
     return found
@@ -137,15 +133,12 @@ def _set_examples(task: LMEvalTask, setup: TaskSetup) -> None:
     task.set_fewshot_seed(SEED + setup.seed)
 
 
-@contextmanager
-def _one_line_errors(name: str, selection: TaskSelection) -> Iterator[None]:
-    """Raise EvaluationError for whatever a task's own code raises."""
-    try:
-        yield
-    except KvmixError:
-        raise
-    except Exception as error:  # noqa: BLE001  (a task may run any code)
-        raise EvaluationError(f"{name}: {_reason(error, selection)}") from error
+def _prompt_fault(name: str, error: Exception) -> str:
+    return f"{name}: no prompts can be made of its documents: {named(error)}"
+
+
+def _set_up_fault(name: str, selection: TaskSelection, error: Exception) -> str:
+    return f"{name}: {_reason(error, selection)}"
 
 
 def _reason(error: Exception, selection: TaskSelection) -> str:
@@ -160,8 +153,4 @@ def _reason(error: Exception, selection: TaskSelection) -> str:
         return (
             f"its data cannot be loaded: {first_sentence(error)}; check the network, HF_HOME or the task's dataset_path"
         )
-    return f"lm-eval cannot set it up: {_named(error)}"
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_sentence(error)}"
+    return f"lm-eval cannot set it up: {named(error)}"

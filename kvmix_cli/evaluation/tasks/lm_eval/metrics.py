@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, is_higher_better
 
 from ...results import Metric
+from .boundary import quiet
 from .names import TaskConfig, TaskSelection
-from .quiet import quiet
 
 NO_FILTER = "none"
 _RULER_LENGTH = 4096

@@ -28,7 +28,7 @@ from ....plan import Plan
 from ....texts.chat import chat_turn, prompt_ids
 from ....texts.tokens import encode
 from .answers import Answerer, parse_batch_size
-from .quiet import quiet
+from .boundary import quiet
 from .requests import GENERATE, ROLL, SCORE, encode_requests, merge_replies
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
 from ....errors import EvaluationError, UnknownTaskError
-from .quiet import quiet
+from .boundary import quiet
 
 NEAREST = 3
 _GROUP_KEYS = {each.name for each in fields(GroupConfig)}

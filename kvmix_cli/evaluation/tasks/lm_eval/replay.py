@@ -15,12 +15,11 @@ from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ....errors import EvaluationError, first_sentence
 from ...bootstrap import ratio
 from ...results import Estimate, Metric
+from .boundary import named, quiet, task_errors
 from .data import LoadedTasks
 from .metrics import metric_name
-from .quiet import quiet
 from .requests import GENERATE, ROLL, SCORE
 
 RESAMPLES = 1000
@@ -78,14 +77,11 @@ def score_answers(
         for instance in task.instances:
             instance.resps, instance.filtered_resps = [], {}
         vars(task)["build_all_requests"] = lambda **_: None  # the requests that were answered are those to score
-    try:
-        with _one_process(), quiet():
-            found = evaluator.evaluate(ReplayLM(answers), dict(loaded), limit=limit, bootstrap_iters=RESAMPLES)
-            return dict(_estimates(found, loaded, seed))
-    except Exception as error:  # noqa: BLE001  (a task may run any code)
-        names = ", ".join(loaded["tasks"])
-        said = f"{type(error).__name__}: {first_sentence(error)}"
-        raise EvaluationError(f"{names}: lm-eval cannot score the answers: {said}") from error
+    names = ", ".join(loaded["tasks"])
+    explained = task_errors(lambda error: f"{names}: lm-eval cannot score the answers: {named(error)}")
+    with explained, _one_process(), quiet():
+        found = evaluator.evaluate(ReplayLM(answers), dict(loaded), limit=limit, bootstrap_iters=RESAMPLES)
+        return dict(_estimates(found, loaded, seed))
 
 
 def _estimates(found: Mapping[str, Any], loaded: LoadedTasks, seed: int) -> Iterator[tuple[Metric, Estimate]]:
