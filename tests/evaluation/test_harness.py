@@ -10,7 +10,7 @@ import yaml
 from chatty import chatty
 from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
-from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, asked, plain, write_tasks
+from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, write_tasks
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
@@ -24,16 +24,6 @@ from kvmix_cli.evaluation.tasks.lm_eval.answers import Answerer
 
 TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
 SETTINGS = Settings(step=8)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return asked(folder, plain(batch_size=4))["results"]
 
 
 def task(folder, name, **options):
@@ -51,7 +41,7 @@ def test_numbers_are_lm_evals_own_and_each_has_an_interval(folder, expected, nam
     reference, full, two = report.rows
     theirs = {
         metrics.metric_name(name, *key.split(",")): value
-        for key, value in expected[name].items()
+        for key, value in expected["results"][name].items()
         if "," in key and "_stderr" not in key
     }
     assert set(reference.metrics) == set(metric_names(found)) == set(theirs)
@@ -284,6 +274,7 @@ def test_without_lm_eval_its_tasks_are_an_error_that_says_how_to_get_it(monkeypa
     assert get_task("recall").name == "recall"
 
 
+@pytest.mark.slow
 def test_names_that_nobody_knows_are_errors_with_the_nearest_of_both(folder):
     with pytest.raises(EvaluationError, match=r"no task 'recal' \(did you mean 'recall'\?\); there are perplexity, "):
         get_task("recal")
@@ -295,6 +286,7 @@ def test_names_that_nobody_knows_are_errors_with_the_nearest_of_both(folder):
         get_task("nothing_*")
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_known_with_what_they_report_before_any_data_is_there():
     assert set(metric_names(get_task("gsm8k"))) == {
         "gsm8k_exact_match_strict_match",

@@ -132,6 +132,32 @@ def test_a_missing_data_set_is_an_error_with_those_that_are_there(tmp_path):
         read(tmp_path)
 
 
+def test_all_files_that_are_missing_are_named_with_the_nearest_that_are_there(tmp_path):
+    write(tmp_path, "qasper")
+    write(tmp_path, "LongBench-trec-test", "repobench_p")
+    (tmp_path / "lcc.parquet").write_bytes(b"")
+    source = data.open_source(tmp_path)
+    data.check_names(source, ["qasper.jsonl"])
+    wanted = [f"{name}.jsonl" for name in ("qasper", "trec", "lcc", "repobench-p", "samsum", "vcsum")]
+    with pytest.raises(EvaluationError) as error:
+        data.check_names(source, wanted)
+    assert str(error.value) == (
+        f"{tmp_path} has no trec.jsonl (did you mean 'LongBench-trec-test.jsonl'?), "
+        "lcc.jsonl (did you mean 'lcc.parquet'?), repobench-p.jsonl (did you mean 'repobench_p.jsonl'?) "
+        "and 2 more of the files that it needs; it has LongBench-trec-test.jsonl, qasper.jsonl, repobench_p.jsonl; "
+        "a file is named after its data set: rename it, or choose data sets with --task longbench:NAME,..."
+    )
+
+
+def test_a_place_without_records_is_told_what_there_is(tmp_path):
+    (tmp_path / "qasper.json").write_text("{}")
+    with pytest.raises(EvaluationError, match=r"has no \*\.jsonl, .* but qasper\.json: download"):
+        data.open_source(tmp_path)
+    write(tmp_path / "LongBench", "qasper")
+    with pytest.raises(EvaluationError, match=r"has no \*\.jsonl, .* \(did you mean '.*/LongBench'\?\): download"):
+        data.open_source(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "{}\n{}\n"])
 def test_a_file_without_any_record_is_an_error(text, tmp_path):
     (tmp_path / "qasper.jsonl").write_text(text)
@@ -150,7 +176,7 @@ def test_a_place_without_data_is_an_error_with_advice(tmp_path):
 def test_a_damaged_archive_is_an_error(plain, tmp_path):
     archive = pack(plain, tmp_path / "data.zip")
     archive.write_bytes(archive.read_bytes()[:-300])
-    with pytest.raises(EvaluationError, match=r"cannot read qasper\.jsonl of .*data\.zip: "):
+    with pytest.raises(EvaluationError, match=r"cannot read .*data\.zip: File is not a zip file"):
         read(tmp_path)
 
 

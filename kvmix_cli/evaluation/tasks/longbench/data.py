@@ -221,8 +221,10 @@ def _contents(folder: Path) -> str:
 
 def _near(name: str, there: Sequence[str]) -> str:
     """Return a question about the nearest of the names that are there, empty if none is near."""
-    stem = name.partition(".")[0].lower()
-    near = difflib.get_close_matches(name, there, n=1) or [other for other in there if stem in other.lower()]
+    stem = name.partition(".")[0]
+    stems = {other.partition(".")[0]: other for other in there}
+    near = [other for other in there if stem.lower() in other.lower()]
+    near += [stems[other] for other in difflib.get_close_matches(stem, stems, n=1)]
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

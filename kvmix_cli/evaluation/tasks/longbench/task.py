@@ -218,7 +218,7 @@ def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBe
     """
     dataset = batch[0].dataset
     ids = [prompt.ids for prompt in batch]
-    found = generate_batch(loaded, subject, ids, len(ids[0]) - 1, _stop_rule(loaded, dataset))
+    found = generate_batch(loaded, subject, ids, len(ids[0]) - 1, stop_rule(loaded, dataset))
     records: list[Record] = []
     for prompt, tokens in zip(batch, found.tokens, strict=True):
         text = loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -238,7 +238,7 @@ def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBe
     return records
 
 
-def _stop_rule(loaded: LoadedModel, dataset: LongBenchDataset) -> StopRule:
+def stop_rule(loaded: LoadedModel, dataset: LongBenchDataset) -> StopRule:
     """Return the end of an answer: the model's end tokens, and on samsum a newline, though not as the first token."""
     ends = end_tokens(loaded)
     if not dataset.stop_at_newline:
