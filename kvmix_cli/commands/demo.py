@@ -107,10 +107,10 @@ def _evaluate(loaded: LoadedModel, task: str, plans: dict[str, Plan], limit: int
     from ..evaluation import get_task
     from ..evaluation.base import Settings
     from ..evaluation.runner import run_task
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
 
     subjects = [Subject(name, plan) for name, plan in plans.items()]
-    runs = Runs(out / "results", state.slug(MODEL), resume=False)
+    runs = RunFolders(out / "results", state.slug(MODEL), resume=False)
     return run_task(get_task(task), loaded, subjects, Settings(limit=limit, seed=seed), runs, console.progress)
 
 

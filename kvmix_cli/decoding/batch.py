@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..cache.subject import attended
+from ..cache.subject import Attended, attended
 from ..models.memory import attempt
 from ..texts.tokens import encode
 from .feed import prefill
@@ -67,7 +67,7 @@ class BatchAnswers:
     """
 
     tokens: list[list[int]]
-    attended: dict[str, float]
+    attended: Attended
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class BatchScores:
 
     log_likelihoods: list[float]
     greedy: list[bool]
-    attended: dict[str, float]
+    attended: Attended
 
 
 def generate_batch(
@@ -277,5 +277,6 @@ def _inputs_and_targets(
     return inputs, targets
 
 
-def _attended_by_row(cache: Cache, rows: int) -> dict[str, float]:
-    return {key: pairs / rows for key, pairs in attended(cache).items()}
+def _attended_by_row(cache: Cache, rows: int) -> Attended:
+    found = attended(cache)
+    return Attended(total=found["total"] / rows, quantized=found["quantized"] / rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache
 
     from ..models.loading import LoadedModel
 
@@ -54,7 +54,7 @@ def document_loss(loaded: LoadedModel, cache: Cache, ids: Sequence[int], prefix:
 
 def last_logits(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
     """Feed ids `[B, T]` and return the logits of each row's last one, `[B, vocabulary]`."""
-    options = {"logits_to_keep": 1} if _accepts_keep(type(loaded.model)) else {}
+    options = {"logits_to_keep": 1} if _accepts_keep(type(loaded.model).forward) else {}
     return _logits(loaded, cache, ids, **options)[:, -1]
 
 
@@ -65,8 +65,8 @@ def reset_attended(cache: Cache) -> None:
 
 
 @functools.cache
-def _accepts_keep(kind: type[PreTrainedModel]) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def _accepts_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def _batch(loaded: LoadedModel, ids: Sequence[int] | Tensor) -> Tensor:

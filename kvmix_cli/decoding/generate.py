@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
@@ -50,11 +50,11 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-class _TimedStreamer(TextStreamer):
+class _TimedStreamer(TextStreamer):  # type: ignore[misc]
     """A streamer that hands on text as it forms and keeps the time of each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self.text = ""
         self.times: list[float] = []
@@ -96,7 +96,9 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_p)
     allowed = min(max_new_tokens, room(len(prompt_ids), loaded.max_length))
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    )
     settings = greedy_settings(loaded, allowed, **sampling)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     if sampling:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from .. import console, state
+from ..errors import OutputError
 from ..plan.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.base import Settings, Task
     from ..evaluation.gates import Gate, Verdict
     from ..evaluation.results import Estimate, Metric, Report, Row
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..models.loading import LoadedModel
     from ..plan import ModelInfo, Plan
 
@@ -32,7 +33,7 @@ class Setup(NamedTuple):
         model: None for the one that the plans or the profile are for.
         tasks: their names, as one text; None for the default.
         loading: see `load_model`.
-        results: where records go, see `Runs`.
+        results: where records go, see `RunFolders`.
     """
 
     model: str | None
@@ -61,7 +62,7 @@ def measure_plans(setup: Setup, contest: Contest, options: dict[str, Any], fail_
         KvmixError: before anything is measured if it cannot be.
     """
     from ..evaluation import get_tasks, split_tasks
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..models.loading import load_info, load_model
     from .baselines import check_baselines
     from .selection import choose
@@ -77,7 +78,7 @@ def measure_plans(setup: Setup, contest: Contest, options: dict[str, Any], fail_
     plans = choice.plans(info, contest.uniform)
     loaded = load_model(choice.model, **loading)
     subjects = _subjects(plans, contest.baselines, loaded, setup.settings.seed)
-    runs = Runs(model=state.slug(choice.model), **setup.results)
+    runs = RunFolders(model=state.slug(choice.model), **setup.results)
     reports = [_report(task, loaded, subjects, setup.settings, runs) for task in tasks]
     verdicts = [
         gate.check(_judged(report, plans), report.reference)
@@ -112,7 +113,9 @@ def _subjects(plans: dict[str, Plan], baselines: Sequence[str], loaded: LoadedMo
     return [*ours, *baseline_subjects(baselines, loaded, plans, seed)]
 
 
-def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settings: Settings, runs: Runs) -> Report:
+def _report(
+    task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settings: Settings, runs: RunFolders
+) -> Report:
     """Run one task and show it at once, so that a later task's failure does not take it away."""
     from ..evaluation.runner import run_task
 
@@ -130,15 +133,17 @@ def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settin
     return report
 
 
-def _draw(report: Report, runs: Runs) -> None:
+def _draw(report: Report, runs: RunFolders) -> None:
     """A picture beside the samples, if the task's values have a place in their contexts."""
-    from ..evaluation.runs import safe_name
-
     if any("answers" in record for row in report.rows for record in row.records):
         from ..reporting.heat_map import plot_heat_maps
 
-        path = runs.root / f"{safe_name(report.task)}__{runs.model}__heatmap.png"
-        if plot_heat_maps(report, path):
+        path = runs.picture(report.task)
+        try:
+            drawn = plot_heat_maps(report, path)
+        except OutputError as error:
+            raise OutputError(f"{error}; all samples and rows are saved: --resume draws the picture") from error
+        if drawn:
             console.text(f"picture: {path}\n\n")
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from chatty import chatty
 from commandline import kvmix, kvmix_json, refused
-from evaluating import tiny, uniform
+from evaluating import run_folder, tiny, uniform
 from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, write_tasks
 
 from kvmix_cli.cache.subject import Subject
@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Answerer, "_score", interrupted)
         run("cut")
-    left = (tmp_path / "cut" / f"local_choose__builtin--tiny__{name}" / "samples.jsonl").read_text()
+    left = (run_folder(tmp_path / "cut", name, "local_choose") / "samples.jsonl").read_text()
     assert left.count("\n") == 3 * (call - 1)
     assert run("cut", resume=True) == whole
 
@@ -108,7 +108,7 @@ def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
         return run_task(task(folder, "local_group", **options), tiny(), [TWO], SETTINGS, runs).plans[0]
 
     whole = run()
-    path = tmp_path / "local_group__builtin--tiny__two" / "samples.jsonl"
+    path = run_folder(tmp_path, "two", "local_group") / "samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))
     resumed = run(resume=True, batch_size=3)
@@ -132,7 +132,7 @@ def test_memory_that_runs_out_in_the_middle_keeps_what_there_is(folder, tmp_path
     _, two, full = run_task(found, tiny(), [TWO, FULL], SETTINGS, runs).rows
     assert "out of memory at local_choose/0/" in two.error
     assert full.metrics
-    kept = (tmp_path / "local_choose__builtin--tiny__two" / "samples.jsonl").read_text().splitlines()
+    kept = (run_folder(tmp_path, "two", "local_choose") / "samples.jsonl").read_text().splitlines()
     before = takewhile(lambda request: request.document != 0, found.samples(tiny(), SETTINGS))
     assert [json.loads(line)["request"] for line in kept] == [request.name for request in before] != []
 
@@ -410,7 +410,7 @@ def test_the_command_names_a_metric_that_a_gate_has_wrong_before_anything_is_loa
 
 
 def test_the_command_refuses_options_of_lm_eval_for_our_own_tasks(given):
-    assert "--include-path is of no use to recall" in refused(kvmix(*given, "--task", "recall"))
+    assert "--include-path is no option of recall" in refused(kvmix(*given, "--task", "recall"))
 
 
 def test_all_local_tasks_are_of_the_kinds_there_are():

@@ -226,7 +226,7 @@ def test_a_batch_size_that_fits_is_found(monkeypatch, device, lengths, sizes):
 
     def count(answerer, batch):
         seen.append(len(batch))
-        return [RequestAnswer([0.0, True], 1, {})] * len(batch)
+        return [RequestAnswer([0.0, True], 1, {"total": 0, "quantized": 0})] * len(batch)
 
     monkeypatch.setattr(Answerer, "_score", count)
     some = [TokenRequest(str(n), (0,) * length, SCORING, n, "task", n, 0, 1) for n, length in enumerate(lengths)]

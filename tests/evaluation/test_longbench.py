@@ -416,7 +416,7 @@ def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief):
     run_task(task, tiny(), [], SETTINGS, runs)
     run_task(task, tiny(), [], SETTINGS, runs)
     write(tmp_path, "qasper", count=2)
-    with pytest.raises(EvaluationError, match="was measured with another samples"):
+    with pytest.warns(UserWarning, match=r"was measured with another samples\.count"):
         run_task(task, tiny(), [], SETTINGS, runs)
 
 
@@ -460,7 +460,7 @@ def test_the_command_says_what_was_wrong_with_the_data(command, brief):
     assert "did you mean 'qasper'" in refused(kvmix(*command, "--task", "longbench:qaspr", "--uniform", 2))
     assert "has no musique_e.jsonl" not in refused(kvmix(*command, "--task", "longbench-e:musique", "--uniform", 2))
     assert "has no trec_e.jsonl (did you mean" in refused(kvmix(*command, "--task", "longbench-e:trec", "--uniform", 2))
-    assert "--data-dir is of no use" in refused(kvmix(*command, "--task", "recall", "--uniform", 2))
+    assert "--data-dir is no option of recall" in refused(kvmix(*command, "--task", "recall", "--uniform", 2))
 
 
 def test_all_files_of_longbench_e_have_their_names():

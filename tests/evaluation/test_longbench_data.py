@@ -14,7 +14,7 @@ QASPER = DATASETS["qasper"]
 
 
 def read(folder, dataset=QASPER, strict=False):
-    return data.read_records(data.open_source(folder), f"{dataset.name}.jsonl", dataset, strict)
+    return data.read_questions(data.open_source(folder), f"{dataset.name}.jsonl", dataset, strict)
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def plain(tmp_path):
 def test_all_data_sets_are_read_in_the_official_schema(plain):
     for dataset in DATASETS.values():
         entries = read(plain, dataset)
-        assert [entry.line for entry in entries.records] == [1, 2]
-        for number, entry in enumerate(entries.records):
+        assert [entry.line for entry in entries.questions] == [1, 2]
+        for number, entry in enumerate(entries.questions):
             wanted = record(dataset.name, number)
             assert (entry.input, entry.context) == (wanted["input"], wanted["context"])
             assert (list(entry.answers), entry.length) == (wanted["answers"], wanted["length"])
@@ -40,7 +40,7 @@ def test_a_folder_a_folder_in_it_and_an_archive_hold_the_same(plain, tmp_path):
     archived = tmp_path / "archived"
     archived.mkdir()
     archive = pack(plain, archived / "data.zip")
-    found = [read(place).records for place in (plain, nested, archived, archive)]
+    found = [read(place).questions for place in (plain, nested, archived, archive)]
     assert all(one == found[0] for one in found)
 
 
@@ -52,7 +52,7 @@ def test_the_hub_is_asked_for_the_archive_of_the_data_set(plain, tmp_path, monke
         return str(pack(plain, tmp_path / "data.zip"))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert read(None).records == read(plain).records
+    assert read(None).questions == read(plain).questions
     assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
 
 
@@ -85,7 +85,7 @@ FAULTS = [
 def test_a_malformed_line_is_counted_named_and_skipped_or_fatal(line, said, tmp_path):
     (tmp_path / "qasper.jsonl").write_text(lines([record("qasper")]) + line + "\n" + lines([record("qasper", 1)]))
     entries = read(tmp_path)
-    assert [entry.line for entry in entries.records] == [1, 3]
+    assert [entry.line for entry in entries.questions] == [1, 3]
     assert entries.notice.startswith(f"{tmp_path.name}/qasper.jsonl: skipped 1 malformed line of 3 (line 2: ")
     with pytest.raises(EvaluationError, match=rf"{tmp_path.name}/qasper\.jsonl, line 2: {said}.*--strict"):
         read(tmp_path, strict=True)
@@ -121,8 +121,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path):
     text = "\ufeff" + lines([odd]).replace("\n", "\r\n") + "  \r\n" + lines([record("qasper")])
     (tmp_path / "qasper.jsonl").write_text(text, encoding="utf-8", newline="")
     entries = read(tmp_path)
-    assert [entry.line for entry in entries.records] == [1, 3]
-    assert entries.records[0].context == odd["context"]
+    assert [entry.line for entry in entries.questions] == [1, 3]
+    assert entries.questions[0].context == odd["context"]
     assert entries.faults == ()
 
 

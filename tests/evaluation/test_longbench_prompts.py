@@ -12,12 +12,12 @@ from jinja2 import TemplateError
 
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation.tasks.longbench import lm_eval_parts
-from kvmix_cli.evaluation.tasks.longbench.data import LongBenchRecord
+from kvmix_cli.evaluation.tasks.longbench.data import LongBenchQuestion
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E
 from kvmix_cli.evaluation.tasks.longbench.prompts import MIN_TOKENS, fit, has_chat_template, render
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks" / "longbench"
-RECORD = LongBenchRecord("WHAT {{ context }}?", "CONTEXT {% raw %}\n", ("answer",), ("class",), 5, 1)
+RECORD = LongBenchQuestion("WHAT {{ context }}?", "CONTEXT {% raw %}\n", ("answer",), ("class",), 5, 1)
 BOS, OPEN, CLOSE = 0, 1, 2
 
 

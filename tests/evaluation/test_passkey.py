@@ -13,7 +13,7 @@ from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.grid import grid
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.tasks.facts import as_suits
+from kvmix_cli.evaluation.tasks.facts import as_chat_or_code
 from kvmix_cli.evaluation.tasks.passkey import exercise
 
 SETTINGS = Settings(length=300, limit=6)
@@ -21,7 +21,7 @@ POOL = [300, 301, 302] * 200
 
 
 def make(length=300, depth=0.5, seed="0", loaded=None):
-    return exercise(as_suits((loaded or tiny()).tokenizer), POOL, length, seed, depth)
+    return exercise(as_chat_or_code((loaded or tiny()).tokenizer), POOL, length, seed, depth)
 
 
 @pytest.mark.parametrize("loaded", [tiny(), chatty()], ids=["code", "chat"])

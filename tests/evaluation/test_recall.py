@@ -102,7 +102,7 @@ class Parrot:
     def forward(self, input_ids, past_key_values, use_cache):
         raise NotImplementedError
 
-    def __call__(self, input_ids, past_key_values, use_cache):
+    def __call__(self, input_ids, past_key_values, **options):
         start, self.read = self.read, self.read + input_ids.shape[1]
         assert input_ids[0].tolist() == list(self.ids[start : self.read])
         logits = torch.zeros(1, input_ids.shape[1], 4096)

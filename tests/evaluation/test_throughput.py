@@ -1,10 +1,11 @@
 """Points of a sweep, their repeats and order; and the search for the largest batch. No test asserts a speed."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from evaluating import stand_in, tiny, uniform
+from evaluating import run_folder, stand_in, tiny, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Estimate
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.evaluation.tasks.throughput import search, task, text
 from kvmix_cli.evaluation.tasks.throughput.search import Search, largest, time_largest
 from kvmix_cli.evaluation.tasks.throughput.summary import outcomes
@@ -245,12 +246,12 @@ def test_records_survive_an_end_in_the_middle_and_are_gone_on_with(fake, tmp_pat
         return None if batch == 1 and subject.plan is None else 1.0
 
     fake.takes = stop
-    sweep, runs = throughput(), Runs(tmp_path, "tiny")
+    sweep, runs = throughput(), RunFolders(tmp_path, "tiny")
     with pytest.raises(KeyboardInterrupt):
         run_task(sweep, tiny(), [TWO], SETTINGS, runs)
     lines = {name: _lines(tmp_path, name) for name in ("unquantized", "two")}
     assert [len(each) for each in lines.values()] == [3, 2]
-    assert '"out_of_memory": true' in lines["unquantized"][0]
+    assert json.loads(lines["unquantized"][0])["out_of_memory"] is True
     fake.takes = lambda subject, batch: 1.0
     fake.ran.clear()
     report = run_task(sweep, tiny(), [TWO], SETTINGS, replace(runs, resume=True))
@@ -261,7 +262,7 @@ def test_records_survive_an_end_in_the_middle_and_are_gone_on_with(fake, tmp_pat
 
 
 def _lines(folder, name):
-    return (folder / f"throughput__tiny__{name}" / "samples.jsonl").read_text().splitlines()
+    return (run_folder(folder, name, "throughput", "tiny") / "samples.jsonl").read_text().splitlines()
 
 
 def test_the_largest_batch_is_looked_for_and_timed(fake):

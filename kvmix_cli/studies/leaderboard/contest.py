@@ -127,13 +127,13 @@ def _run(entries: Sequence[Entry], loaded: LoadedModel, setup: Setup) -> list[Re
     from ...cache.subject import Subject
     from ...evaluation import get_task
     from ...evaluation.runner import run_task
-    from ...evaluation.runs import Runs
+    from ...evaluation.runs import RunFolders
     from ..measure import warn
 
     plans = {entry.plan.sha256[:NAME]: entry.plan for entry in entries}
     subjects = [Subject(name, plan) for name, plan in plans.items()]
     tasks = [get_task(name) for name in _tasks(setup)]
-    runs = Runs(model=state.slug(loaded.info.id), **setup.results)
+    runs = RunFolders(model=state.slug(loaded.info.id), **setup.results)
     steps = (1 + len(subjects)) * sum(task.limit(setup.settings) for task in tasks)
     with console.progress(f"{len(plans)} plans", steps) as bar:
         reports = [

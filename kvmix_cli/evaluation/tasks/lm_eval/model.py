@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ....cache.subject import Subject
+from ....cache.subject import Attended, Subject
 from ....errors import EvaluationError
 from ....models.loading import LoadedModel, load_model
 from ....plan import Plan
@@ -113,7 +113,7 @@ class KvmixLM(HFLM):
             raise EvaluationError(f"the tokenizer of {pretrained.info.id} has no token to begin or end a text with")
         rows = parse_batch_size(batch_size, max_batch_size)
         self._answerer = Answerer(pretrained, self.subject, self.step, rows, int(seed))
-        self._attended = {"total": 0.0, "quantized": 0.0}
+        self._attended = Attended(total=0, quantized=0)
         self._pairs: list[tuple[list[int], list[int]]] = []
 
     @property
@@ -199,8 +199,8 @@ class KvmixLM(HFLM):
         requests = encode_requests(self, kind, instances)
         answers = list(tqdm(self._answerer.answers(requests), f"kvmix: {kind}", len(requests), disable=silent))
         for answer in answers:
-            for key, pairs in answer.attended.items():
-                self._attended[key] += pairs
+            self._attended["total"] += answer.attended["total"]
+            self._attended["quantized"] += answer.attended["quantized"]
         values = (answer.value for answer in answers)
         return merge_replies(kind, len(instances), zip(requests, values, strict=True))
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....cache.subject import Subject
 from ....errors import EvaluationError
 from ...base import Settings, Task
-from ...results import Estimate, Metric, Record, counted
+from ...records import HarnessRecord
+from ...results import Estimate, Metric, counted
 from .answers import Answerer, parse_batch_size
 from .data import LoadedTasks, TaskSetup, build_requests, load_tasks
 from .metrics import reported_metrics
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class HarnessTask(Task):
+class HarnessTask(Task[TokenRequest, HarnessRecord]):
     """A task of lm-eval: its prompts go through the cache of a subject, and lm-eval scores the answers.
 
     Attributes:
@@ -87,23 +88,20 @@ class HarnessTask(Task):
 
     def records(
         self, loaded: LoadedModel, subject: Subject, samples: Sequence[TokenRequest], settings: Settings
-    ) -> Iterator[Record]:
+    ) -> Iterator[HarnessRecord]:
         """Yield one record for each request, in their order."""
         answerer = Answerer(loaded, subject, settings.step, parse_batch_size(self.batch_size), settings.seed)
         for request, answer in zip(samples, answerer.answers(samples), strict=True):
-            yield {
-                "request": request.name,
-                "answer": answer.value,
-                "tokens": answer.tokens,
-                "attended": answer.attended,
-            }
+            yield HarnessRecord(
+                request=request.name, answer=answer.value, tokens=answer.tokens, attended=answer.attended
+            )
 
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: TokenRequest, settings: Settings) -> Record:
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: TokenRequest, settings: Settings) -> HarnessRecord:
         """Return the record of one request alone."""
         return next(self.records(loaded, subject, [sample], settings))
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[HarnessRecord], reference: Sequence[HarnessRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         """Return lm-eval's numbers by the names of their metrics."""
         built = self._requests
@@ -175,7 +173,7 @@ class BuiltRequests:
     counts: dict[str, int]
     setup: TaskSetup
 
-    def replies(self, records: Sequence[Record]) -> dict[str, list[Any]]:
+    def replies(self, records: Sequence[HarnessRecord]) -> dict[str, list[Any]]:
         """Return the replies to lm-eval, by kind, from the records of all passes."""
         found: dict[str, list[Any]] = {}
         for kind, count in self.counts.items():

@@ -24,7 +24,7 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.Bad
 
 
 @dataclass(frozen=True)
-class LongBenchRecord:
+class LongBenchQuestion:
     """One question about one context, in LongBench's own terms.
 
     Attributes:
@@ -43,8 +43,8 @@ class LongBenchRecord:
 
 
 @dataclass(frozen=True)
-class RecordFile:
-    """The records of one file.
+class QuestionFile:
+    """The questions of one file.
 
     Attributes:
         where: the file, as messages name it.
@@ -52,7 +52,7 @@ class RecordFile:
     """
 
     where: str
-    records: tuple[LongBenchRecord, ...]
+    questions: tuple[LongBenchQuestion, ...]
     faults: tuple[str, ...]
 
     @property
@@ -60,13 +60,13 @@ class RecordFile:
         """Return a line about the lines that were skipped, None if none was."""
         if not self.faults:
             return None
-        total = len(self.records) + len(self.faults)
+        total = len(self.questions) + len(self.faults)
         some = "; ".join(self.faults[:_SHOWN]) + ("; ..." if len(self.faults) > _SHOWN else "")
         lines = "line" if len(self.faults) == 1 else "lines"
         return f"{self.where}: skipped {len(self.faults)} malformed {lines} of {total} ({some})"
 
 
-class RecordSource(Protocol):
+class DataSource(Protocol):
     """Named files, in a folder or an archive."""
 
     @property
@@ -82,7 +82,7 @@ class RecordSource(Protocol):
 
 
 @dataclass(frozen=True)
-class RecordFolder:
+class DataFolder:
     """A folder of JSONL files."""
 
     path: Path
@@ -98,7 +98,7 @@ class RecordFolder:
 
 
 @dataclass(frozen=True)
-class RecordArchive:
+class DataArchive:
     """A zip file of JSONL files, in any folders."""
 
     path: Path
@@ -117,7 +117,7 @@ class RecordArchive:
             return {PurePosixPath(member).name: member for member in archive.namelist() if not member.endswith("/")}
 
 
-def open_source(data_dir: Path | None) -> RecordSource:
+def open_source(data_dir: Path | None) -> DataSource:
     """Return the place of the records.
 
     Args:
@@ -128,21 +128,21 @@ def open_source(data_dir: Path | None) -> RecordSource:
         EvaluationError: if there are none.
     """
     if data_dir is None:
-        return RecordArchive(_download())
+        return DataArchive(_download())
     path = data_dir.expanduser()
     if zipfile.is_zipfile(path):
-        return RecordArchive(path)
+        return DataArchive(path)
     for folder in (path, path / "data"):
         if _has_records(folder):
-            return RecordFolder(folder)
+            return DataFolder(folder)
     if (path / ARCHIVE).is_file():
-        return RecordArchive(path / ARCHIVE)
+        return DataArchive(path / ARCHIVE)
     if not path.is_dir():
         raise EvaluationError(f"{path} is no folder and no zip file: {_ADVICE}")
     raise EvaluationError(f"{path} has no *.jsonl, no data/*.jsonl and no {ARCHIVE}{_contents(path)}: {_ADVICE}")
 
 
-def check_names(source: RecordSource, names: Sequence[str]) -> None:
+def check_names(source: DataSource, names: Sequence[str]) -> None:
     """Raise EvaluationError unless a source has files of these names; it lists all that are missing, and near names."""
     try:
         there = source.names()
@@ -160,8 +160,8 @@ def check_names(source: RecordSource, names: Sequence[str]) -> None:
     )
 
 
-def read_records(source: RecordSource, name: str, dataset: LongBenchDataset, strict: bool = False) -> RecordFile:
-    """Return the records of a file, such as `qasper.jsonl`.
+def read_questions(source: DataSource, name: str, dataset: LongBenchDataset, strict: bool = False) -> QuestionFile:
+    """Return the questions of a file, such as `qasper.jsonl`.
 
     Args:
         strict: a malformed line is an error, and not skipped.
@@ -171,13 +171,13 @@ def read_records(source: RecordSource, name: str, dataset: LongBenchDataset, str
     """
     check_names(source, [name])
     where = f"{source.path.name}/{name}"
-    records, faults = [], []
+    questions, faults = [], []
     try:
         for number, line in enumerate(source.lines(name), 1):  # only a line feed ends one, as in JSONL
             if not line.strip():
                 continue
             try:
-                records.append(_record(line, number, dataset))
+                questions.append(_question(line, number, dataset))
             except ValueError as fault:
                 faults.append(f"line {number}: {fault}")
                 if strict:
@@ -186,8 +186,8 @@ def read_records(source: RecordSource, name: str, dataset: LongBenchDataset, str
                     ) from fault
     except _UNREADABLE as error:
         raise EvaluationError(f"cannot read {name} of {source.path}: {first_sentence(error)}") from error
-    found = RecordFile(where, tuple(records), tuple(faults))
-    if not records:
+    found = QuestionFile(where, tuple(questions), tuple(faults))
+    if not questions:
         raise EvaluationError(f"no record in {source.path}/{name}" + (f": {found.notice}" if faults else ""))
     return found
 
@@ -228,7 +228,7 @@ def _near(name: str, there: Sequence[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def _record(line: bytes, number: int, dataset: LongBenchDataset) -> LongBenchRecord:
+def _question(line: bytes, number: int, dataset: LongBenchDataset) -> LongBenchQuestion:
     """Return the record of a line. Raises ValueError with the fault if it holds none."""
     try:
         record = json.loads(line.decode("utf-8-sig").strip())
@@ -249,7 +249,7 @@ def _record(line: bytes, number: int, dataset: LongBenchDataset) -> LongBenchRec
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         raise ValueError("'length' must be a number of words")
     classes = _texts(record, "all_classes") if dataset.metric == "classification_score" else ()
-    return LongBenchRecord(_text(record, "input"), _text(record, "context"), answers, classes, length, number)
+    return LongBenchQuestion(_text(record, "input"), _text(record, "context"), answers, classes, length, number)
 
 
 def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Records to prompts: lm-eval's text around a record, the cut in its middle, the chat template, and token ids."""
+"""Questions to prompts: lm-eval's text around a question, the cut in its middle, the chat template, and token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ....errors import EvaluationError, first_sentence
 from ....texts.chat import chat_ids, prompt_ids
 from ...base import Sample
 from . import lm_eval_parts
-from .data import LongBenchRecord
+from .data import LongBenchQuestion
 from .datasets import LongBenchDataset
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LongBenchPrompt(Sample):
     Attributes:
         answers: reference answers.
         classes: all classes, where the data set is a classification.
-        length: of the record in words, by which it is binned.
+        length: of the text in words, by which it is binned.
         cut: tokens that were cut out of its middle.
         chat: the chat template is around it.
     """
@@ -66,15 +66,15 @@ class LongBenchPrompt(Sample):
 
 
 class PromptList(list[LongBenchPrompt]):
-    """Prompts, and notices about lines that hold no record."""
+    """Prompts, and notices about lines that hold no question."""
 
     skipped: tuple[str, ...] = ()
 
 
 def make_prompt(
-    loaded: LoadedModel, dataset: LongBenchDataset, record: LongBenchRecord, most: int | None, suffix: str = ""
+    loaded: LoadedModel, dataset: LongBenchDataset, question: LongBenchQuestion, most: int | None, suffix: str = ""
 ) -> LongBenchPrompt:
-    """Return a record's prompt, which leaves room for the longest answer.
+    """Return a question's prompt, which leaves room for the longest answer.
 
     Args:
         most: tokens of the prompt before its chat template; None is no limit beside the model's.
@@ -84,31 +84,31 @@ def make_prompt(
         EvaluationError: if the model's limit leaves no room for the prompt.
         TextError: if the chat template cannot be used.
     """
-    text = render(f"{dataset.name}{suffix}", record)
+    text = render(f"{dataset.name}{suffix}", question)
     chat = dataset.chat and has_chat_template(loaded.tokenizer)
     room = None if loaded.max_length is None else loaded.max_length - dataset.max_new_tokens
     fitted = fit(loaded, text, chat=chat, most=most, room=room)
     if fitted is None:
         raise EvaluationError(
-            f"{dataset.name}, line {record.line}: no room for the prompt: the model's limit is {loaded.max_length} "
+            f"{dataset.name}, line {question.line}: no room for the prompt: the model's limit is {loaded.max_length} "
             f"tokens and an answer takes {dataset.max_new_tokens} of them; leave this data set out"
         )
     return LongBenchPrompt(
-        name=f"{dataset.name} {record.line}",
+        name=f"{dataset.name} {question.line}",
         ids=fitted.ids,
         dataset=dataset,
-        answers=record.answers,
-        classes=record.classes,
-        length=record.length,
+        answers=question.answers,
+        classes=question.classes,
+        length=question.length,
         cut=fitted.cut,
         chat=chat,
     )
 
 
-def render(name: str, record: LongBenchRecord) -> str:
-    """Return the text of a record's prompt; `name` is that of lm-eval's task. Raises EvaluationError."""
+def render(name: str, question: LongBenchQuestion) -> str:
+    """Return the text of a question's prompt; `name` is that of lm-eval's task. Raises EvaluationError."""
     try:
-        return str(_template(name).render(asdict(record), question=record.input))
+        return str(_template(name).render(asdict(question), question=question.input))
     except TemplateError as error:
         raise EvaluationError(f"lm-eval's prompt of {name} asks for more: {first_sentence(error)}") from error
 

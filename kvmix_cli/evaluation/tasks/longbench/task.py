@@ -16,7 +16,8 @@ from ....errors import EvaluationError
 from ....texts.tokens import encode
 from ...base import Settings, Task
 from ...bootstrap import mean_of_means
-from ...results import Estimate, Metric, Record
+from ...records import LongBenchRecord
+from ...results import Estimate, Metric
 from . import data, lm_eval_parts, prompts
 from .datasets import BINS, KVMIX8, MEMBERS, MEMBERS_E, SUBSETS, LongBenchDataset, select
 from .prompts import LongBenchPrompt, PromptList
@@ -32,8 +33,8 @@ Part = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class LongBench(Task):
-    """LongBench: records become prompts with lm-eval's texts, and what is too long is cut in the middle.
+class LongBench(Task[LongBenchPrompt, LongBenchRecord]):
+    """LongBench: questions become prompts with lm-eval's texts, and what is too long is cut in the middle.
 
     Attributes:
         members: data sets and named subsets; none of them is all of them.
@@ -104,14 +105,14 @@ class LongBench(Task):
         found = PromptList()
         found.skipped = tuple(file.notice for file in files.values() if file.notice)
         for dataset, file in files.items():
-            chosen = file.records[: super().limit(settings)]
-            made = [prompts.make_prompt(loaded, dataset, record, self.max_length, self.suffix) for record in chosen]
+            chosen = file.questions[: super().limit(settings)]
+            made = [prompts.make_prompt(loaded, dataset, each, self.max_length, self.suffix) for each in chosen]
             found += sorted(made, key=lambda prompt: -len(prompt.ids))
         return found
 
     def records(
         self, loaded: LoadedModel, subject: Subject, samples: Sequence[LongBenchPrompt], settings: Settings
-    ) -> Iterator[Record]:
+    ) -> Iterator[LongBenchRecord]:
         """Yield one record a prompt, in their order, whatever the batch."""
         auto = self.batch_size == "auto"
         size = AUTO_BATCH if auto else int(self.batch_size or 1)
@@ -125,12 +126,14 @@ class LongBench(Task):
             too_large=partial(_too_large, loaded),
         )
 
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: LongBenchPrompt, settings: Settings) -> Record:
+    def measure(
+        self, loaded: LoadedModel, subject: Subject, sample: LongBenchPrompt, settings: Settings
+    ) -> LongBenchRecord:
         """Return the record of one prompt; `tokens` are those generated."""
         return answer_prompts(loaded, subject, [sample])[0]
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[LongBenchRecord], reference: Sequence[LongBenchRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         """Return the averages, and the change against the reference on the same prompts."""
         scores = [record["score"] for record in records]
@@ -180,11 +183,11 @@ class LongBench(Task):
                 f"--max-length {self.max_length} is more than the model's limit of {loaded.max_length} tokens"
             )
 
-    def _read(self) -> dict[LongBenchDataset, data.RecordFile]:
+    def _read(self) -> dict[LongBenchDataset, data.QuestionFile]:
         source = data.open_source(self.data_dir)
         names = {dataset: f"{dataset.name}{self.suffix}.jsonl" for dataset in self.datasets}
         data.check_names(source, list(names.values()))
-        return {dataset: data.read_records(source, name, dataset, self.strict) for dataset, name in names.items()}
+        return {dataset: data.read_questions(source, name, dataset, self.strict) for dataset, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class LongBenchE(LongBench):
         return {}
 
 
-def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBenchPrompt]) -> list[Record]:
+def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBenchPrompt]) -> list[LongBenchRecord]:
     """Return the records of prompts of one data set and one length, which share a cache.
 
     All of a prompt but its last token is prefilled. In a plain `generate` the prefill itself, which reads unquantized
@@ -219,21 +222,21 @@ def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBe
     dataset = batch[0].dataset
     ids = [prompt.ids for prompt in batch]
     found = generate_batch(loaded, subject, ids, len(ids[0]) - 1, stop_rule(loaded, dataset))
-    records: list[Record] = []
+    records: list[LongBenchRecord] = []
     for prompt, tokens in zip(batch, found.tokens, strict=True):
         text = loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         records.append(
-            {
-                "sample": prompt.name,
-                "dataset": dataset.name,
-                "length": prompt.length,
-                "tokens": len(tokens),
-                "prompt_tokens": len(prompt.ids),
-                "cut_tokens": prompt.cut,
-                "prediction": text,
-                "score": lm_eval_parts.score(dataset, text, prompt.answers, prompt.classes),
-                "attended": found.attended,
-            }
+            LongBenchRecord(
+                sample=prompt.name,
+                dataset=dataset.name,
+                length=prompt.length,
+                tokens=len(tokens),
+                prompt_tokens=len(prompt.ids),
+                cut_tokens=prompt.cut,
+                prediction=text,
+                score=lm_eval_parts.score(dataset, text, prompt.answers, prompt.classes),
+                attended=found.attended,
+            )
         )
     return records
 
@@ -247,7 +250,7 @@ def stop_rule(loaded: LoadedModel, dataset: LongBenchDataset) -> StopRule:
     return StopRule(dataset.max_new_tokens, (*ends, *newline), min_new_tokens=1)
 
 
-def _groups(records: Sequence[Record], numbers: Sequence[float], parts: Sequence[Part]) -> list[list[float]]:
+def _groups(records: Sequence[LongBenchRecord], numbers: Sequence[float], parts: Sequence[Part]) -> list[list[float]]:
     """Return the numbers of each part that has any."""
     found = (
         [
