@@ -196,7 +196,7 @@ def _hold(setup: Setup, *, profile: Path | None = None, group_size: Any = (), **
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from .. import console, state
     from ..evaluation import split_tasks
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..files import write_text
     from ..models.loading import load_model
     from ..profile import Profile
@@ -215,7 +215,7 @@ def _hold(setup: Setup, *, profile: Path | None = None, group_size: Any = (), **
         lambda: load_model(found.model.id, **setup.loading),
         tasks=tasks,
         settings=setup.settings,
-        runs=Runs(model=state.slug(found.model.id), **setup.results),
+        runs=RunFolders(model=state.slug(found.model.id), **setup.results),
         group_sizes=group_size,
         progress=console.progress,
         **rules,
