@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..evaluation.results import Table
+from .printable import one_line
 
 SPECIAL = {ord(character): f"\\{character}" for character in "\\`*_|"} | {
     ord("&"): "&amp;",
     ord("<"): "&lt;",
     ord(">"): "&gt;",
 }
-
-
-def one_line(text: str) -> str:
-    """Return a text on one line, with a question mark for every control or other unprintable character."""
-    joined = " ".join(text.split())
-    return "".join(character if character.isprintable() else "?" for character in joined)
 
 
 def markdown_text(text: str) -> str:
