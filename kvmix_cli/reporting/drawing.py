@@ -199,10 +199,11 @@ def fixed_ticks(axis: Axis, candidates: Sequence[float], apart: float, text: Fun
 
 def hint(artist: Artist, text: str) -> None:
     """Give a shape a text that the page shows under the pointer."""
-    artist.set_gid(f"{HINT}{text}")
+    artist.set_gid(HINT + text.replace("\n", BREAK))
 
 
-HINT = "hint: "
+HINT, BREAK = "hint: ", "¶"
+"""Mark of an identifier that is a hint, and of its line breaks, which XML would make spaces."""
 
 
 def check_plot(path: Path) -> None:
@@ -285,6 +286,6 @@ def _tree(figure: Figure, salt: str) -> ElementTree.Element:
         name = group.attrib.pop("id", "")
         if name.startswith(HINT):
             title = ElementTree.Element(f"{space}title")
-            title.text = name.removeprefix(HINT)
+            title.text = name.removeprefix(HINT).replace(BREAK, "\n")
             group.insert(0, title)
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,6 @@ SIDES = 110, 80
 """Of the picture, for the names of the axes and the scale."""
 WIDEST = 900
 """A picture with more columns has narrower cells."""
-SLANTED = 18
-"""Distance of slanted names, in points."""
 LETTER = 7.6
 """Mean width of a character, in points."""
 
@@ -98,15 +97,11 @@ def draw_heat_map(axes: Axes, found: Grid, width: float) -> QuadMesh:
 
 
 def _name_columns(axes: Axes, columns: Sequence[str], width: float) -> None:
-    """Name as many columns as have room; slant the names if that is fewer than every other one."""
-    longest = max(map(len, columns)) * LETTER + 8
-    step = max(1, round(longest * len(columns) / width + 0.49))
-    slanted = step > 2
-    if slanted:
-        step = max(1, round(SLANTED * len(columns) / width + 0.49))
+    """Name as many columns as have room."""
+    longest = max(map(len, columns)) * LETTER + LETTER
+    step = max(1, math.ceil(longest * len(columns) / width))
     places = range(0, len(columns), step)
-    turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks([place + 0.5 for place in places], [columns[place] for place in places], **turn)
+    axes.set_xticks([place + 0.5 for place in places], [columns[place] for place in places])
 
 
 def _by_row(found: Grid) -> list[list[Cell]]:

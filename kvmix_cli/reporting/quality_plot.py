@@ -139,7 +139,7 @@ def _draw_level(axes: Axes, reference: float, places: Sequence[tuple[float, floa
     axes.axhline(reference, color=SOFT, linewidth=1, linestyle=(0, (5, 4)), zorder=1)
     spots = (axes.transData + axes.transAxes.inverted()).transform([(left, reference), *places])
     height = spots[0][1]
-    sides = [(x, up) for up in (1, -1) for x in (0, 1) if MARGIN < height + up * MARGIN < 1 - MARGIN / 2]
+    sides = [(x, up) for up in (1, -1) for x in (0, 1) if 0 < height + up * MARGIN < 1]
     side, up = min(sides, key=lambda side: sum(_is_near(spot, side, height) for spot in spots[1:]))
     text = axes.annotate(
         "unquantized",

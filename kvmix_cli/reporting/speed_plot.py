@@ -12,6 +12,7 @@ from ..evaluation.collect import Line, LineKey
 from ..evaluation.results import Estimate
 from ..evaluation.tasks.throughput.summary import Outcome, Place
 from .drawing import Look, describe, drawable, fit_axis, fixed_ticks, hint, styled, tick_text
+from .printable import one_line
 from .quality_plot import Dot, draw_rows
 
 KILO = 1024
@@ -63,7 +64,7 @@ def _curves(
         speeds = {place.context: speed(outcome) for place, outcome in places.items() if place.batch == batch}
         points = {context: estimate for context, estimate in sorted(speeds.items()) if estimate is not None}
         if points:
-            yield Curve(line.label, looks[line.key], points)
+            yield Curve(one_line(line.label), looks[line.key], points)
 
 
 def _batch_name(batch: int | None) -> str:

@@ -126,7 +126,7 @@ def _unread(tasks: Sequence[str]) -> list[str]:
 def _judged(line: Line, name: str, evidence: Sequence[Evidence], notes: Sequence[str]) -> Verdict:
     """Return the worst outcome of all, in words."""
     outcome = max((each.outcome for each in evidence), key=ORDER.index)
-    contexts = {each.context for each in evidence}
+    contexts = {each.context for each in evidence if each.context}
     numbers = [_with_context(each, len(contexts) > 1) for each in evidence]
     if outcome == "safe":
         said = f"safe{_reach(evidence)}"

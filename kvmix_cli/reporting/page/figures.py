@@ -16,6 +16,7 @@ from ..comparison import comparable, headline, reference_number, short_name
 from ..drawing import Look, page_axes, settle, svg
 from ..heat_map import counted, draw_heat_map
 from ..plots import draw_bits
+from ..printable import one_line
 from ..quality_plot import ROW, Dot, Quality, draw_quality, draw_rows
 from ..result_tables import bits
 from ..speed_plot import Sweep, draw_speed, sweeps
@@ -109,7 +110,7 @@ def _quality_panels(
 
 
 def _dot(line: Line, estimate: Estimate, metric: Metric, cost: Cost, look: Look) -> Dot:
-    return Dot(line.label, cost.of[line.key], estimate, look, cell(estimate, metric.unit).replace(" %", ""))
+    return Dot(one_line(line.label), cost.of[line.key], estimate, look, cell(estimate, metric.unit).replace(" %", ""))
 
 
 def _costs(group: Group, measurement: Measurement, with_bytes: bool) -> Iterator[Cost]:
