@@ -5,6 +5,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
@@ -265,6 +266,45 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
     assert len({line.count("|") for line in tables}) == 1
     with Path("report.csv").open(newline="") as file:
         assert HOSTILE in {row["plan"] for row in csv.DictReader(file)}
+
+
+CONTROL = "\x1b]0;owned\x07\x9b31m\u202e\x7f"
+
+
+def test_control_characters_from_files_reach_no_output():
+    info = INFO.model_copy(update={"id": f"org/{CONTROL}"})
+    task = perplexity()
+    task.describe = lambda samples, settings: f"described {CONTROL}"
+    measured(Path("results"), task, [Subject(f"plan {CONTROL}", uniform(2, info=info)), FOUR], info=info)
+    result = kvmix("report", "--markdown", "report.md", "--csv", "report.csv")
+    assert result.exit_code == 0, result.stderr
+    texts = [result.stdout, result.stderr, *(Path(f"report.{end}").read_text() for end in ("md", "csv"))]
+    texts.append(Path("results/report.html").read_text())
+    for text in texts:
+        assert not set(CONTROL) & set(text) - set("owned1m0;]3")
+        assert "plan" in text or text is result.stderr
+    for drawn in re.findall(r"<svg.*?</svg>", texts[-1], re.DOTALL):
+        ElementTree.fromstring(drawn)
+
+
+def test_the_first_line_is_the_answer_everywhere(results):
+    result = kvmix("report", "--markdown", "report.md")
+    (first, second, third) = (result.stdout, Path("report.md").read_text(), page().text)
+    assert first.startswith(
+        "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
+    )
+    assert second.splitlines()[2].startswith("- four at 6 stored bits: +0.50 % perplexity")
+    assert third.index(said) < third.index("worse in perplexity and recall") < third.index("Overview")
+    assert kvmix_json("report")["answers"][0] == first.splitlines()[0]
+
+
+def test_every_one_of_many_plans_is_named_in_a_figure():
+    plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
+    measured(Path("results"), perplexity(), plans)
+    assert kvmix("report").exit_code == 0
+    drawn = re.findall(r"<svg.*?</svg>", Path("results/report.html").read_text(), re.DOTALL)
+    (rows,) = (text for text in drawn if "of every plan" in text)
+    assert {f"plan {index}" for index in range(20)} <= set(ElementTree.fromstring(rows).itertext())
 
 
 def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
