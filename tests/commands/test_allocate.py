@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from made_up import falling, make_info, make_profile
 
-from kvmix_cli.allocation import PRESETS
-from kvmix_cli.allocation import solvers as methods
+from kvmix_cli.allocation import PRESETS, methods
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("profiled")
