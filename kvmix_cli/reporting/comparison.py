@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..errors import EvaluationError, did_you_mean
-from ..evaluation.collect import Collection, Group, Line, LineKey, Measurement
+from ..evaluation.collect import Collection, Group, Line, Measurement
+from ..evaluation.readback import LineKey
 from ..evaluation.results import Estimate, Metric
 
 PREFERRED = ("perplexity_increase_percent", "perplexity")
 """An increase has a paired interval: how hard the texts are, which moves every plan alike, is not in it."""
 OVERVIEW = ("perplexity", "measured_bytes", "decode_tokens_per_s", "decode_speedup", "largest_batch")
-"""What else belongs into a table of the main numbers."""
+"""Further metrics in a table of the main numbers."""
 NO_QUALITY = ("bytes", "x")
-"""Units of what a cache takes, not of what its model still can."""
+"""Units of bytes and factors: what a cache takes, not what its model still can."""
 
 
 def headline(measurement: Measurement, wanted: str | None = None) -> Metric | None:

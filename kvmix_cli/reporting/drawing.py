@@ -77,24 +77,24 @@ ALIKE = 1e-6
 
 
 class Look(NamedTuple):
-    """A plan's colour and marker, the same in all pictures; `index` names both in the style sheet, -1 the reference."""
+    """A plan's colour and marker, the same in all pictures; `number` counts the plans, -1 is the reference."""
 
-    index: int
+    number: int
 
     @property
     def color(self) -> str:
         """The colour."""
-        return SOFT if self.index < 0 else COLORS[self.index % len(COLORS)]
+        return SOFT if self.number < 0 else COLORS[self.number % len(COLORS)]
 
     @property
     def marker(self) -> str:
         """The marker, another one once the colours are used up."""
-        return "o" if self.index < 0 else MARKERS[self.index // len(COLORS) % len(MARKERS)]
+        return "o" if self.number < 0 else MARKERS[self.number // len(COLORS) % len(MARKERS)]
 
     @property
     def style(self) -> str:
         """Class names of the style sheet."""
-        return "reference" if self.index < 0 else f"c{self.index % len(COLORS)} m{MARKERS.index(self.marker)}"
+        return "reference" if self.number < 0 else f"c{self.number % len(COLORS)} m{MARKERS.index(self.marker)}"
 
 
 @contextmanager
@@ -116,9 +116,16 @@ def page_axes(height: float) -> Axes:
     return Figure(figsize=(PHONE / POINTS, height / POINTS), dpi=POINTS).subplots()
 
 
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure of some axes."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
 def settle(axes: Axes) -> None:
     """Lay out a figure now, unless it is laid out whenever it is drawn: what is placed afterwards stays there."""
-    figure = axes.get_figure()
+    figure = figure_of(axes)
     if figure.get_layout_engine() is None:
         figure.tight_layout(pad=0.2)
     else:
@@ -159,8 +166,9 @@ def fit_axis(axis: Axis, values: Sequence[float], text: FuncFormatter | None = N
     Args:
         zero: whether it must begin at zero, as a scale of amounts should unless they are far apart.
     """
-    axes, name = axis.axes, axis.axis_name
-    set_scale, set_limits = (getattr(axes, f"set_{name}{what}") for what in ("scale", "lim"))
+    axes = axis.axes
+    is_level = axis is axes.xaxis
+    set_scale, set_limits = (axes.set_xscale, axes.set_xlim) if is_level else (axes.set_yscale, axes.set_ylim)
     sizes = sorted(abs(value) for value in values)
     median, largest, low, high = sizes[len(sizes) // 2], sizes[-1], min(values), max(values)
     if largest > SPREAD * (min(values) if zero else median) and largest > 0:

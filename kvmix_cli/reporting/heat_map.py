@@ -27,9 +27,9 @@ CELL = 44, 26
 LEAST = 200, 100
 """Width and height of a panel, at the least."""
 MARGINS = 70, 70
-"""Of a panel, for its title and labels."""
+"""Room of a panel for its title and labels, in points."""
 SIDES = 110, 80
-"""Of the picture, for the names of the axes and the scale."""
+"""Room of the picture for the names of the axes and the scale, in points."""
 WIDEST = 900
 """A picture with more columns has narrower cells."""
 LETTER = 7.6

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from .drawing import POINTS, SOFT, drawable, settle
+from .drawing import POINTS, SOFT, drawable, figure_of, settle
 from .printable import shortened
 
 Span = tuple[tuple[float, float], tuple[float, float]]
@@ -45,7 +45,7 @@ def name_points(
     """
     if not points:
         return []
-    figure = axes.get_figure()
+    figure = figure_of(axes)
     settle(axes)
     renderer, scale = FigureCanvasAgg(figure).get_renderer(), figure.dpi / POINTS
     frame = axes.get_window_extent(renderer)
@@ -68,7 +68,8 @@ def name_points(
             continue
         right, up, side, box = found
         label.set(position=(right, up), ha=side)
-        label.arrow_patch.set_visible(math.hypot(right, up) > NEAR)
+        if label.arrow_patch is not None:
+            label.arrow_patch.set_visible(math.hypot(right, up) > NEAR)
         taken.append(box)
     return left_out
 
@@ -108,6 +109,6 @@ def _sides(distance: float) -> Iterator[tuple[float, float, str]]:
 
 
 def _covered(axes: Axes, line: Span) -> Bbox:
-    """What a line covers, in pixels."""
+    """Return what a line covers, in pixels."""
     (x0, y0), (x1, y1) = axes.transData.transform([(drawable(x), drawable(y)) for x, y in line])
     return Bbox.from_extents(min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1)

@@ -13,14 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from ..plan import Plan
 from ..profile import Profile, Score
-from .drawing import INK, KEY, POINTS, SOFT, VALUE, check_plot, describe, fit_axis, new_figure, save, styled
+from .drawing import INK, KEY, POINTS, SOFT, VALUE, check_plot, describe, figure_of, fit_axis, new_figure, save, styled
 from .labels import name_points
 from .printable import one_line, shortened
 
 __all__ = ["Frontier", "Point", "check_plot", "draw_bits", "draw_scores", "plot_plans", "plot_profiles", "save"]
 
 WIDTH, PANEL = 640, 235
-"""Of a picture, and the height of each of its panels, in points."""
+"""Width of a picture and height of each of its panels, in points."""
 SIDE = 0.2
 """Distance of a bar from the middle of its layer."""
 TITLE = 70
@@ -104,7 +104,7 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[int, int]], title: str = ""
 
 def _name_widths(axes: Axes, heights: Sequence[int], color: str) -> None:
     """Write every width beyond the end of its bar, if the layers of that width beside each other are wide enough."""
-    layer = 0.85 * axes.get_window_extent().width / axes.get_figure().dpi * POINTS / len(heights)
+    layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(heights)
     for height, run in groupby(range(len(heights)), key=lambda index: heights[index]):
         layers = list(run)
         if height and layer * len(layers) > DIGIT * len(str(abs(height))):

@@ -21,6 +21,7 @@ from .drawing import (
     Look,
     describe,
     drawable,
+    figure_of,
     fit_axis,
     fixed_ticks,
     hint,
@@ -40,7 +41,7 @@ MARGIN = 0.1
 ROW = 36.0
 """Height of a row of `draw_rows`, in points."""
 MOST = 10
-"""With more plans, a plot names the best ones only."""
+"""Plans that a plot names; among more, it names the best ones only."""
 APART = 12.0
 """Least distance between the name and the number of a row, in points."""
 
@@ -179,8 +180,8 @@ def draw_rows(axes: Axes, dots: Sequence[Dot], title: str, level: float | None =
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     settle(axes)
-    renderer = FigureCanvasAgg(axes.get_figure()).get_renderer()
-    room = axes.get_window_extent(renderer).width - APART * axes.get_figure().dpi / POINTS
+    renderer = FigureCanvasAgg(figure_of(axes)).get_renderer()
+    room = axes.get_window_extent(renderer).width - APART * figure_of(axes).dpi / POINTS
     for row, dot in enumerate(dots):
         low, high, value = (drawable(getattr(dot.quality, end)) for end in ("low", "high", "value"))
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "in_layout": False}

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
-from ..evaluation.collect import Collection, Group, Line, LineKey, Measurement
+from ..evaluation.collect import Collection, Group, Line, Measurement
+from ..evaluation.readback import LineKey
 from ..evaluation.results import Metric, Table
 from ..studies.measure import cell
 from .comparison import best_for_their_bits, column_name, headline, measured_metrics

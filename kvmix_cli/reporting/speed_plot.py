@@ -8,7 +8,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from ..evaluation.collect import Line, LineKey
+from ..evaluation.collect import Line
+from ..evaluation.readback import LineKey
 from ..evaluation.results import Estimate
 from ..evaluation.tasks.throughput.summary import Outcome, Place
 from .drawing import Look, describe, drawable, fit_axis, fixed_ticks, hint, styled, tick_text
@@ -17,7 +18,7 @@ from .quality_plot import Dot, draw_rows
 
 KILO = 1024
 DASHES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))
-"""Of lines, by the turn of the colours."""
+"""Styles of lines, another one each time the colours are used up."""
 UNIT = "tokens a second"
 
 
@@ -89,7 +90,7 @@ def draw_speed(axes: Axes, sweep: Sweep) -> None:
     fixed_ticks(axes.xaxis, contexts, 0.14, FuncFormatter(_tokens))
     for curve in sweep.curves:
         values = [drawable(each.value) for each in curve.points.values()]
-        dashes = DASHES[max(curve.look.index, 0) // 7 % len(DASHES)]
+        dashes = DASHES[max(curve.look.number, 0) // 7 % len(DASHES)]
         axes.plot(list(curve.points), values, color=curve.look.color, linewidth=2, linestyle=dashes)
         for context, estimate in curve.points.items():
             ends = [drawable(estimate.low), drawable(estimate.high)]

@@ -20,9 +20,9 @@ PERPLEXITY, RECALL, OTHER = 1.0, 0.05, 0.05
 """Margins that still count as safe: percent of perplexity more; a share of the values asked for that are no longer
 recalled; a share of any other number that is lost. Every sentence that uses one states it."""
 FEW = 3.0
-"""Of n values none was lost: up to 3 / n may be lost with 95 % confidence (the rule of three)."""
+"""Losses that none seen among n values still allows, with 95 % confidence: 3 / n (the rule of three)."""
 SLACK = 1e-9
-"""Of a margin, for rounding."""
+"""Share of a margin that rounding may add."""
 KILO = 1024
 
 Outcome = Literal["safe", "cannot tell", "worse", "nothing read", "not measured"]
@@ -30,7 +30,7 @@ ORDER: tuple[Outcome, ...] = ("safe", "cannot tell", "worse", "nothing read", "n
 
 
 class Evidence(NamedTuple):
-    """What one measurement says about a plan.
+    """One measurement's word on a plan.
 
     Attributes:
         numbers: the numbers in words.

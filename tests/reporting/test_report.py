@@ -282,7 +282,6 @@ def test_control_characters_from_files_reach_no_output():
     texts.append(Path("results/report.html").read_text())
     for text in texts:
         assert not set(CONTROL) & set(text) - set("owned1m0;]3")
-        assert "plan" in text or text is result.stderr
     for drawn in re.findall(r"<svg.*?</svg>", texts[-1], re.DOTALL):
         ElementTree.fromstring(drawn)
 
@@ -290,9 +289,8 @@ def test_control_characters_from_files_reach_no_output():
 def test_the_first_line_is_the_answer_everywhere(results):
     result = kvmix("report", "--markdown", "report.md")
     (first, second, third) = (result.stdout, Path("report.md").read_text(), page().text)
-    assert first.startswith(
-        "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
-    )
+    said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
+    assert first.startswith(said)
     assert second.splitlines()[2].startswith("- four at 6 stored bits: +0.50 % perplexity")
     assert third.index(said) < third.index("worse in perplexity and recall") < third.index("Overview")
     assert kvmix_json("report")["answers"][0] == first.splitlines()[0]

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from matplotlib.axes import Axes
 
-from ...evaluation.collect import Group, Line, LineKey, Measurement
+from ...evaluation.collect import Group, Line, Measurement
 from ...evaluation.grid import Grid, grid
+from ...evaluation.readback import LineKey
 from ...evaluation.results import Estimate, Metric, Record
 from ...evaluation.tasks.throughput.summary import outcomes
 from ...studies.measure import cell
 from ..comparison import comparable, headline, reference_number, short_name
-from ..drawing import Look, page_axes, settle, svg
+from ..drawing import Look, figure_of, page_axes, settle, svg
 from ..heat_map import counted, draw_heat_map
 from ..plots import draw_bits
 from ..printable import one_line
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Looks = Mapping[LineKey, Look]
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What reading records raises if they are not what a task writes."""
+"""Errors of reading records that are not what a task writes."""
 BYTES = "measured_bytes"
 SIZES = ("KiB", "MiB", "GiB", "TiB")
 QUALITY, BITS, SPEED = 270.0, 165.0, 250.0
@@ -55,7 +56,7 @@ class Figures(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What lines take, as the title of an axis and as numbers; `told` says whence they are known."""
+    """Cost of every line as the title of an axis and as numbers; `told` says where they come from."""
 
     title: str
     of: Mapping[LineKey, float]
@@ -63,7 +64,7 @@ class Cost(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether every plan is to be named with its number beside this cost."""
+        """Return whether this is the cost beside which every plan is named with its number."""
         return not self.told
 
 
@@ -200,4 +201,4 @@ def _drawn(axes: Axes, label: str) -> Markup:
     from markupsafe import Markup
 
     settle(axes)
-    return Markup(svg(axes.get_figure(), label))
+    return Markup(svg(figure_of(axes), label))

@@ -8,7 +8,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from ..._version import __version__
-from ...evaluation.collect import Collection, Group, Line, LineKey, Measured
+from ...evaluation.collect import Collection, Group, Line
+from ...evaluation.readback import LineKey, Measured
 from ..comparison import main_metrics, measured_metrics, short_name, warnings
 from ..drawing import Look
 from ..printable import printable
