@@ -45,12 +45,13 @@ def report(
     from ..reporting.comparison import check_metric
     from ..reporting.markdown import markdown_document
     from ..reporting.page.page import make_page
+    from ..reporting.plan_names import with_names
     from ..reporting.printable import printable
     from ..reporting.result_tables import as_csv, as_json, group_tables, unfinished_table
     from ..reporting.verdict import answers
 
     places = folders or [RESULTS]
-    collection = collect(places)
+    collection = with_names(collect(places), places)
     check_metric(collection, metric)
     page = html or _home(places[0]) / PAGE
     for path in (page, markdown, csv):

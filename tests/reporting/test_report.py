@@ -19,6 +19,7 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Metric
 from kvmix_cli.reporting.comparison import front
+from kvmix_cli.reporting.plan_names import names_text
 
 HOSTILE = "<script>alert(1)</script>\"'&|`</title>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -266,6 +267,23 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
     assert len({line.count("|") for line in tables}) == 1
     with Path("report.csv").open(newline="") as file:
         assert HOSTILE in {row["plan"] for row in csv.DictReader(file)}
+
+
+def test_plans_that_were_measured_under_a_checksum_have_their_names():
+    plan = uniform(2, info=INFO)
+    name = plan.sha256[:12]
+    measured(Path("results"), perplexity(), [FOUR, Subject(name, plan)])
+    assert [row[0] for row in _overview()] == ["unquantized", f"0-7:k2v2 ({name})", "four"]
+    Path("results/leaderboard.json").write_text(names_text({name: ["ilp at 4", "uniform at 4"]}))
+    assert [row[0] for row in _overview()] == ["unquantized", "ilp at 4, uniform at 4", "four"]
+    for damaged in ("{", "[1]", '{"a": 1}', "[" * 100_000):
+        Path("results/leaderboard.json").write_text(damaged)
+        assert [row[0] for row in _overview()][1] == f"0-7:k2v2 ({name})"
+
+
+def _overview():
+    assert kvmix("report").exit_code == 0
+    return page().tables[0]
 
 
 CONTROL = "\x1b]0;owned\x07\x9b31m\u202e\x7f"

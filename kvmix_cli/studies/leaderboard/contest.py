@@ -59,6 +59,7 @@ def hold(
     from ...profile import Profile
     from ...reporting.leaderboard import board_json, markdown, tables
     from ...reporting.leaderboard_plot import plot_board
+    from ...reporting.plan_names import NAMES, names_text
     from ...reporting.plots import check_plot
     from ..measure import leave
 
@@ -72,11 +73,21 @@ def hold(
     for table in shown:
         console.table(*table)
     write_text(page, markdown(shown, setup.results["command"]))
+    write_text(page.with_name(NAMES), names_text(_names(board.standings)))
     plot_board(board, picture)
     console.text(f"tables:  {page}\npicture: {picture}\n")
     head = {"command": "eval", "model": found.model.id, "task": ",".join(_tasks(setup))}
     console.emit_json({**head, **board_json(board), "page": page, "plot": picture})
     leave(board.reports)
+
+
+def _names(standings: Sequence[Standing]) -> dict[str, list[str]]:
+    """Return the names of every plan with their budgets, by the name of its runs."""
+    named: dict[str, list[str]] = {}
+    for each in standings:
+        names = [f"{name} at {each.stored_bits:g}" for name in each.names]
+        named.setdefault(each.rows["perplexity"].plan, []).extend(names)
+    return named
 
 
 def _tasks(setup: Setup) -> Sequence[str]:
