@@ -71,18 +71,30 @@ def perplexity(numbers=None):
     return Scripted("perplexity", PERPLEXITY, lambda name: known.get(name, known["four"]))
 
 
-def recall():
-    """Six values in every exercise; `two` loses the half of them that was stated first."""
+def recall(samples=2, lost=None, context=1024):
+    """Six values in every exercise.
+
+    Args:
+        lost: how many values each subject loses, by name; by default `two` loses the half that was stated first.
+    """
+
+    def is_recalled(subject, index, place):
+        if lost is None:
+            return subject.name != "two" or place > 2
+        return index * 6 + place >= lost.get(subject.name, 0)
 
     def record(subject, index):
         answers = [
-            {"depth": place / 12, "distance": 900 - 60 * place, "recalled": subject.name != "two" or place > 2}
+            {"depth": place / 12, "distance": 900 - 60 * place, "recalled": is_recalled(subject, index, place)}
             for place in range(6)
         ]
-        return {"context": 1024, "answers": answers}
+        return {"context": context, "answers": answers}
 
-    shares = {"unquantized": 1.0, "four": 1.0, "two": 0.5}
-    return Scripted("recall", RECALL, lambda name: {"recall": shares.get(name, 1.0)}, record)
+    def numbers(name):
+        gone = {"two": 3 * samples} if lost is None else lost
+        return {"recall": 1 - gone.get(name, 0) / (6 * samples)}
+
+    return Scripted("recall", RECALL, numbers, record, samples=samples)
 
 
 def memory():
