@@ -13,6 +13,7 @@ from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPolicy
+
 WITHOUT_QUERIES = ("rotated", "centered", "recency")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}

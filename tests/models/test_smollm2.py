@@ -31,7 +31,9 @@ def test_a_plan_from_profile_to_measured_loss():
 
 @pytest.mark.parametrize("length", [2048, 8000])
 def test_values_are_recalled_through_a_4_bit_cache(length):
-    report = command("eval", "--task", "recall", "--model", FOLDER, "--uniform", "4", "--length", str(length), "--limit", "1")
+    report = command(
+        "eval", "--task", "recall", "--model", FOLDER, "--uniform", "4", "--length", str(length), "--limit", "1"
+    )
     rows = {row["plan"]: row for row in report["rows"]}
     assert rows["uniform-4"]["quantized_share"] > 0.8
     recalled = {name: row["metrics"]["recall"]["value"] for name, row in rows.items()}
