@@ -134,7 +134,9 @@ def _existing(path: Path) -> Profile | None:
 
 
 def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
-    if profile.model != model:
+    from ..models.sources import canonical_id
+
+    if profile.model.model_copy(update={"id": canonical_id(profile.model.id)}) != model:
         raise KvmixError(
             f"{path} is the profile of another model ({profile.model.id}, or another revision or configuration of it); "
             "name another file with --out"

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
-from ..errors import DocumentError
+from ..errors import DocumentError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
@@ -78,7 +78,12 @@ def run_profile(
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
         on_step(len(record.records), len(chosen))
         for ids in chosen[len(record.records) :]:
-            record.append(measure_sample(loaded, probes, ids, options))
+            try:
+                record.append(measure_sample(loaded, probes, ids, options))
+            except ModelError:
+                if not record.records:
+                    record.remove()  # there is nothing to resume
+                raise
             on_step(len(record.records), len(chosen))
     return Profile(
         model=loaded.info,

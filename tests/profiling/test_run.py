@@ -10,7 +10,7 @@ import torch
 from architectures import build
 from profiling_models import ByteTokenizer, load, wrap
 
-from kvmix_cli.errors import DocumentError, KvmixError, OutputError, StateError, TextError
+from kvmix_cli.errors import DocumentError, KvmixError, ModelError, OutputError, StateError, TextError
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samples, profile_lock, run_profile
 from kvmix_cli.profiling.measure import shared_pass
@@ -401,6 +401,13 @@ def test_a_record_of_wrong_types_cannot_be_resumed(loaded, tmp_path, tensor):
     with pytest.raises(DocumentError, match="line 2 is damaged") as error:
         run_profile(loaded, **RUN, journal=journal, resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_be_scored_leaves_no_journal(tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    with pytest.raises(ModelError, match="computes attention on its own"):
+        run_profile(wrap(build("falcon", torch.float32)), ["error"], **LONG, options=NARROW, journal=journal)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_journal_with_too_many_samples_cannot_be_resumed(loaded, tmp_path):
