@@ -6,12 +6,12 @@ Every sentence states its numbers and the margin within which a plan counts as s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from ..evaluation.bootstrap import ratio
 from ..evaluation.collect import Collection, Group, Line, Measurement
-from ..evaluation.results import Estimate, Metric, Record, Row, counted
+from ..evaluation.results import Estimate, Metric, Row, counted
 from ..studies.measure import cell
 from .comparison import headline, short_name
 from .printable import one_line
@@ -223,7 +223,7 @@ def _number(metric: Metric, own: Estimate, other: Estimate, row: Row, context: i
     return Evidence(name, numbers, loss, f"{100 * OTHER:g} % {direction} {name}", context, why)
 
 
-def _pairs(records: Sequence[Record], others: Sequence[Record]) -> list[tuple[int, int, int]]:
+def _pairs(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
     """Return values recalled through both caches, and asked for, by exercise.
 
     Empty if the records are of another kind.
@@ -241,7 +241,8 @@ def _pairs(records: Sequence[Record], others: Sequence[Record]) -> list[tuple[in
 
 def _context(measurement: Measurement, row: Row) -> int | None:
     """Return the longest context of a measurement, in tokens; None if it is not known."""
-    lengths = [each["context"] for each in row.records if isinstance(each.get("context"), int)]
+    records: Sequence[Mapping[str, Any]] = row.records
+    lengths = [each["context"] for each in records if isinstance(each.get("context"), int)]
     if not lengths and measurement.task == "perplexity":
         settings = next(iter(measurement.runs.values())).config.get("settings")
         length = settings.get("length") if isinstance(settings, dict) else None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from matplotlib.axes import Axes
 
 from ...evaluation.collect import Group, Line, Measurement
 from ...evaluation.grid import Grid, grid
 from ...evaluation.readback import LineKey
-from ...evaluation.results import Estimate, Metric, Record
+from ...evaluation.results import Estimate, Metric
 from ...evaluation.tasks.throughput.summary import outcomes
 from ...studies.measure import cell
 from ..comparison import comparable, headline, reference_number, short_name
@@ -181,7 +181,7 @@ def _speed_panel(sweep: Sweep) -> Panel:
 
 
 def _read(
-    group: Group, measurement: Measurement, read: Callable[[Sequence[Record]], T], faults: list[str]
+    group: Group, measurement: Measurement, read: Callable[[Sequence[Any]], T], faults: list[str]
 ) -> dict[Line, T]:
     """Read the records of every measured line; those that are not of this task's kind become a fault."""
     found = {}
