@@ -1,4 +1,6 @@
-"""Probes: ways to score how much each layer's keys and values matter. There are three kinds, by what they look at:
+"""Probes: ways to score how much each layer's keys and values matter.
+
+There are three kinds, by what they look at:
 
     WeightProbe     the loss gradient of each layer's K and V projection                  grad-norm
     ChangeProbe     the change that storing a layer's keys, or values, at a choice makes  taylor, fisher, error

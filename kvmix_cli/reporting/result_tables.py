@@ -78,7 +78,7 @@ class Block(NamedTuple):
     cells: Mapping[LineKey, Sequence[Cell]]
 
     def row(self, line: Line) -> Sequence[Cell]:
-        """A line's cells, dashes for a line that was not measured."""
+        """Return a line's cells, dashes for a line that was not measured."""
         return self.cells.get(line.key, [Cell("-")] * (1 + len(self.metrics)))
 
 

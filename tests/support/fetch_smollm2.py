@@ -52,7 +52,7 @@ def main() -> None:
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         fetch(folder)
-    print(folder)
+    sys.stdout.write(f"{folder}\n")
 
 
 if __name__ == "__main__":

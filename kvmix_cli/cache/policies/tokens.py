@@ -48,10 +48,9 @@ TOKEN_SCORES: Registry[type[TokenScore]] = Registry("token score", PlanError)
 
 @TOKEN_SCORES.register("attention")
 class AccumulatedAttention(TokenScore):
-    """Attention that a token has received, `S_i = sum_t softmax(q_t K / sqrt d)_i` (H2O, arXiv 2306.14048, section 4;
-    MiKV, arXiv 2402.18096, section 3).
+    """Attention that a token has received, `S_i = sum_t softmax(q_t K / sqrt d)_i`.
 
-    Differs from both: a prompt's sum is estimated from a sample of its queries, and a token's tier is chosen once,
+    After H2O (arXiv 2306.14048, section 4) and MiKV (arXiv 2402.18096, section 3). Differs from both: a prompt's sum is estimated from a sample of its queries, and a token's tier is chosen once,
     when it leaves the window, instead of at every step.
     """
 
@@ -63,8 +62,9 @@ class AccumulatedAttention(TokenScore):
 
 @TOKEN_SCORES.register("normalised")
 class NormalisedAttention(TokenScore):
-    """Attention a token has received from each query that could see it (ZipCache, arXiv 2405.14256, section 4.2):
-    an accumulated sum favours the tokens that have been there longest.
+    """Attention that a token has received from each query that could see it (ZipCache, arXiv 2405.14256, section 4.2).
+
+    An accumulated sum favours the tokens that have been there longest.
     """
 
     extrapolates = False

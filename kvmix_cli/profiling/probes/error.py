@@ -1,4 +1,4 @@
-"""Relative error of the attention output at each width (KVTuner, arXiv 2502.04420):
+"""Relative error of the attention output at each width (KVTuner, arXiv 2502.04420).
 
     ||O' - O|| / ||O||
 

@@ -1,4 +1,4 @@
-"""First-order loss change of each width (|gradient times error|, as in PM-KVQ, arXiv 2505.18610):
+"""First-order loss change of each width (|gradient times error|, as in PM-KVQ, arXiv 2505.18610).
 
     | sum dL/dK * (Q_b(K) - K) |        and the same for V
 

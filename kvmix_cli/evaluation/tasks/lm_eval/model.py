@@ -1,4 +1,6 @@
-"""The model `kvmix` of lm-eval. Importing this registers it, and then lm-eval finds it by its name:
+"""The model `kvmix` of lm-eval.
+
+Importing this registers it, and then lm-eval finds it by its name:
 
     lm_eval.simple_evaluate(model="kvmix", model_args={"pretrained": MODEL, "plan": PLAN}, tasks=[...])
 
