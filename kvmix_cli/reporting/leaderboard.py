@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..studies.measure import cell
+from .evaluation import format_estimate as cell
 
 if TYPE_CHECKING:
     from ..studies.leaderboard.compare import Comparison, Standing

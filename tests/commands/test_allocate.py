@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from made_up import falling, make_info, make_profile
 
-from kvmix_cli.allocation import PRESETS
-from kvmix_cli.allocation import solvers as methods
+from kvmix_cli.allocation import PRESETS, methods
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("profiled")
@@ -239,7 +238,7 @@ def test_a_full_disk_leaves_nothing(kvmix, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("allocate", "--avg-bits", 3, "--json")
+    ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
     assert (
         "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; nothing was changed" in ran.error

@@ -90,14 +90,66 @@ def test_an_interrupt_is_130(kvmix, monkeypatch):
     assert (ran.code, ran.out, ran.err) == (130, "", "kvmix: interrupted\n")
 
 
-@pytest.mark.usefixtures("profiled")
-def test_a_bug_is_not_hidden(kvmix, monkeypatch):
-    def broken(*args, **options):
-        raise ZeroDivisionError
+@pytest.fixture
+def broken(monkeypatch, profiled):
+    """An `allocate` with a bug in it."""
 
-    monkeypatch.setattr(allocation, "allocate", broken)
-    with pytest.raises(ZeroDivisionError):
-        kvmix("allocate", "--avg-bits", 3)
+    def divide(*args, **options):
+        return 1 // 0
+
+    monkeypatch.setattr(allocation, "allocate", divide)
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_bug_is_one_line_that_says_what_to_report(kvmix):
+    ran = kvmix("allocate", "--avg-bits", 3, "-q")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("kvmix: error: this is a bug in kvmix: ZeroDivisionError: integer division or modulo by")
+    assert "commands/allocate.py:" in ran.err
+    assert "please report it with this line, the output of the same command with --traceback" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("option", ["--traceback", "-v"])
+def test_the_traceback_of_a_bug_is_an_option(kvmix, option):
+    ran = kvmix("allocate", "--avg-bits", 3, option)
+    assert ran.code == 1
+    assert "Traceback (most recent call last)" in ran.err
+    assert "return 1 // 0" in ran.err
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    ("args", "code", "kind", "said"),
+    [
+        (["--avg-bits", 3], 1, "ZeroDivisionError", "this is a bug in kvmix"),
+        (["--avg-bits", 99, "--profile", "gone.yaml"], 1, "StateError", "gone.yaml does not exist"),
+        ([], 2, "UsageError", "give exactly one budget"),
+        (["--avg-bits", "x"], 2, "UsageError", "Invalid value for '--avg-bits'"),
+        (["--frob"], 2, "UsageError", "No such option"),
+        (["--avg-bits", 3, "--dtype", "int4"], 1, "ModelError", "unknown dtype 'int4'"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_under_json_is_one_object(kvmix, args, code, kind, said, first):
+    ran = kvmix("allocate", *(["--json", *args] if first else [*args, "--json"]))
+    assert ran.code == code
+    assert ran.json["command"] == "allocate"
+    assert ran.json["error"]["type"] == kind
+    assert said in ran.json["error"]["message"]
+    assert said in ran.err
+
+
+@pytest.mark.usefixtures("profiled")
+def test_an_interrupt_under_json_is_one_object(kvmix, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(allocation, "allocate", interrupted)
+    ran = kvmix("allocate", "--avg-bits", 3, "--json")
+    assert ran.code == 130
+    assert ran.json == {"command": "allocate", "error": {"type": "Interrupted", "message": "interrupted"}}
 
 
 @pytest.mark.usefixtures("profiled")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
-from ...studies.measure import cell
+from ..evaluation import format_estimate as cell
 from .front import best_for_their_bits, headline
 from .look import Look
 from .markup import point

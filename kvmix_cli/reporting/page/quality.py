@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...studies.measure import cell
+from ..evaluation import format_estimate as cell
 from .axes import FRAME, HEIGHT, Axis, Formatter, draw_axes, draw_level_name
 from .drawing import PANEL, Drawing, Scale, fitting_scale, log_scale, shortened, tick_text
 from .front import comparable, front

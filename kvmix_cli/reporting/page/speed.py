@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...studies.measure import cell
+from ..evaluation import format_estimate as cell
 from .axes import FRAME, HEIGHT, Axis, draw_axes
 from .drawing import FONT, PANEL, SPREAD, Drawing, Scale, linear_scale, log_scale, shortened
 from .look import Look, draw_mark

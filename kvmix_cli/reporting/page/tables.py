@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...studies.measure import cell
+from ..evaluation import format_estimate as cell
 from .front import best_for_their_bits, headline, measured_metrics
 
 if TYPE_CHECKING:

@@ -55,12 +55,12 @@ def hold(
     Raises:
         KvmixError: before anything is measured if it cannot be.
     """
+    from ...commands.eval import leave
     from ...files import write_text
     from ...profile import Profile
     from ...reporting.leaderboard import board_json, markdown, tables
     from ...reporting.leaderboard_plot import plot_board
     from ...reporting.plots import check_plot
-    from ..measure import leave
 
     found = Profile.load(state.find_profile(profile, model=setup.model))
     rules = Rules(stored_bits, scores, methods, random_plans, _cache(found), group_size)
@@ -125,10 +125,10 @@ def _measure(field: Field, profile: Profile, setup: Setup) -> Board:
 def _run(entries: Sequence[Entry], loaded: LoadedModel, setup: Setup) -> list[Report]:
     """Every different plan through every task, under one bar."""
     from ...cache.subject import Subject
+    from ...commands.eval import warn
     from ...evaluation import get_task
     from ...evaluation.runner import run_task
     from ...evaluation.runs import Runs
-    from ..measure import warn
 
     plans = {entry.plan.sha256[:NAME]: entry.plan for entry in entries}
     subjects = [Subject(name, plan) for name, plan in plans.items()]
