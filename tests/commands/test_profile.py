@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("profile", "org/model", "--json")
+    ran = kvmix("profile", "org/model")
     assert ran.code == 1
     assert "No space left on device" in ran.error
     assert ran.out == ""
