@@ -67,7 +67,7 @@ def one_pass(limit: int = 10) -> Table:
         loss = tokens = 0.0
         for sample in documents(limit):
             ids = torch.tensor([sample.ids])
-            logits = forward(subject.cache(LOADED, reserve=len(sample.ids)), sample.ids)
+            logits = forward(subject.cache(LOADED.config, reserve=len(sample.ids)), sample.ids)
             loss += cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").item()
             tokens += len(sample.ids) - 1
         single.append(math.exp(loss / tokens))
@@ -83,7 +83,7 @@ def first_token(limit: int = 10) -> Table:
     """Prompts whose next token's logits are, bit for bit, those of the unquantized cache, at 1 bit."""
     same = [0, 0]
     for sample in documents(limit):
-        caches = [subject.cache(LOADED, reserve=len(sample.ids)) for subject in (FULL, uniform(1))]
+        caches = [subject.cache(LOADED.config, reserve=len(sample.ids)) for subject in (FULL, uniform(1))]
         for turn, ids in enumerate((sample.ids[:-1], sample.ids[-1:])):
             full, one = (forward(cache, ids)[-1] for cache in caches)
             same[turn] += torch.equal(full, one)
@@ -131,7 +131,7 @@ def pairing(limit: int = 10) -> Table:
 def tokens_per_second(limit: int = 1) -> Table:
     """One run, as three different speeds."""
     ids = documents(1, length=2000)[0].ids
-    cache = uniform(2).cache(LOADED, reserve=len(ids))
+    cache = uniform(2).cache(LOADED.config, reserve=len(ids))
     start = time.perf_counter()
     forward(cache, ids[:-NEW])
     prompt = time.perf_counter()
@@ -186,7 +186,7 @@ def forward(cache: Any, ids: Sequence[int]) -> Tensor:
 @torch.inference_mode()
 def continued(ids: Sequence[int], subject: Subject, padding: int = 0) -> Tensor:
     """Log-probabilities of a text's last tokens; the others go into the cache at once, behind padding if any."""
-    cache = subject.cache(LOADED, reserve=len(ids) + padding)
+    cache = subject.cache(LOADED.config, reserve=len(ids) + padding)
     tokens = torch.tensor([[LOADED.tokenizer.pad_token_id] * padding + list(ids)])
     mask = torch.tensor([[0] * padding + [1] * len(ids)])
     places = (mask.cumsum(-1) - 1).clamp(min=0)

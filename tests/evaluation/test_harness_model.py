@@ -127,7 +127,7 @@ def test_rows_of_other_families_share_contexts_and_batches_as_well(family):
 def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(requests, subject):
     """Against one row alone: prefill, then steps, then the probabilities of what follows."""
     for request, (value, _) in zip(requests["local_choose"], answers(requests["local_choose"], subject), strict=True):
-        cache = subject.cache(tiny(), reserve=len(request.ids))
+        cache = subject.cache(tiny().config, reserve=len(request.ids))
         prefill(tiny(), cache, request.ids[: request.prefill])
         logits = torch.cat([part for _, part in feed(tiny(), cache, request.ids[request.prefill : -1], step=8)])
         wanted = torch.tensor(request.ids[-request.scored :])
@@ -139,7 +139,7 @@ def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(request
 def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache(requests):
     lm = KvmixLM(tiny(), step=8)
     for request, text in zip(requests["local_generate"], answers(requests["local_generate"], TWO), strict=True):
-        cache = TWO.cache(tiny(), reserve=len(request.ids) + 16)
+        cache = TWO.cache(tiny().config, reserve=len(request.ids) + 16)
         prefill(tiny(), cache, request.ids[: request.prefill])
         *_, (_, logits) = feed(tiny(), cache, request.ids[request.prefill :], step=1)
         found = [int(logits[-1].argmax())]

@@ -289,7 +289,8 @@ def speaker(ids, eos, **facts):
             asked.update(options)
             return torch.cat([input_ids, torch.tensor([list(ids)] * input_ids.shape[0])], dim=1)
 
-    return SimpleNamespace(model=Model(), tokenizer=tiny().tokenizer, device=torch.device("cpu"), **facts), asked
+    facts = {"config": None, "device": torch.device("cpu"), **facts}
+    return SimpleNamespace(model=Model(), tokenizer=tiny().tokenizer, **facts), asked
 
 
 HELLO, WORLD, NEWLINE = (tiny().tokenizer(text).input_ids[-1] for text in ("one", "two", "\n"))

@@ -30,7 +30,8 @@ def stand_in(**changes):
     """As much of a loaded model as the runner itself looks at."""
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))
     facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
-    return SimpleNamespace(**{"model": model, **facts, **changes})
+    model = changes.pop("model", model)
+    return SimpleNamespace(**{"model": model, "config": getattr(model, "config", None), **facts, **changes})
 
 
 class Counting(Task):
