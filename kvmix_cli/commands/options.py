@@ -189,7 +189,7 @@ def _parse_model_dtype(text: str) -> str:
     dtype = parse_dtype(text)
     if dtype not in MODEL_DTYPES:
         known = ", ".join(MODEL_DTYPES)
-        raise ModelError(f"unknown dtype '{text}'{did_you_mean(text, MODEL_DTYPES)}: use {known}")
+        raise ModelError(f"unknown dtype '{text}'{did_you_mean(text, (*MODEL_DTYPES, *DTYPES))}: use {known}")
     return dtype
 
 

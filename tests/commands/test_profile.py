@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from made_up import falling
@@ -22,7 +23,7 @@ def faked(monkeypatch):
 
     def load_model(model_id, **options):
         passed.update(options, model=model_id)
-        return object()
+        return SimpleNamespace(info=passed.get("info"))
 
     def run_profile(loaded, scores, *, journal, on_step, **options):
         passed.update(options, scores=scores)
@@ -119,6 +120,22 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert replaced.scores["error"].layers[0].k.heads is None
     assert kvmix("inspect", saved).code == 0
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "replaced"), [(2, 64, False), (3, 32, False), (3, 64, True), (4, 99, True)]
+)
+def test_a_score_is_not_replaced_by_one_over_less_text(kvmix, faked, profiled, tmp_path, samples, seq_len, replaced):
+    """The score that is there has 3 samples of 64 tokens."""
+    before = profiled.read_text()
+    faked["info"] = Profile.load(profiled).model
+    args = ("profile", "org/model", "--samples", samples, "--seq-len", seq_len)
+    ran = kvmix(*args)
+    assert (ran.code, profiled.read_text() == before) == ((0, False) if replaced else (1, True))
+    if not replaced:
+        assert f"has grad-norm over 3 samples of 64 tokens, which {samples} of {seq_len} would replace" in ran.error
+        assert kvmix(*args, "--replace").code == 0
+        assert profiled.read_text() != before
 
 
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
