@@ -10,16 +10,16 @@ candidate attends to the same number of tokens; ours is checked against float64 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 
 import results
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
+from kvmix_kernels.segments import Packed, Segments
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -29,7 +29,7 @@ RMS_LIMIT = 1e-3
 
 
 def torch_formulations(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Every way to write it in torch; `rows` packs the query heads of a KV head as query rows."""
+    """Return every way to write it in torch; `rows` packs the query heads of a KV head as query rows."""
     rows = query.view(1, KV_HEADS, RATIO, HEAD_DIM)
     half = [x.bfloat16() for x in (query, rows, keys, values)]
 
@@ -48,7 +48,7 @@ def torch_formulations(query: Tensor, keys: Tensor, values: Tensor) -> dict[str,
 
 
 def pack(kind: str, bits: int, states: Tensor) -> Segments:
-    """All tokens in packed pages, or all in full precision."""
+    """Return all tokens in packed pages, or all in full precision."""
     if bits == 16:
         return Segments(None, None, states)
     layout = PageLayout(kind, bits, HEAD_DIM, PAGE, GROUP)  # type: ignore[arg-type]
@@ -57,16 +57,16 @@ def pack(kind: str, bits: int, states: Tensor) -> Segments:
 
 
 def stored_bytes(*tensors: Segments) -> int:
-    """Bytes that attention has to read."""
+    """Return the bytes that attention has to read."""
     packed = [part for tensor in tensors if tensor.packed for part in (tensor.packed.words, tensor.packed.scales)]
     return sum(part.nbytes for part in (*packed, *(tensor.tail for tensor in tensors)))
 
 
 def check(query: Tensor, key: Segments, value: Segments) -> float:
-    """Relative RMS error against float64 on the dequantized tokens; refuses a wrong kernel."""
+    """Return the relative RMS error against float64 on the dequantized tokens; refuse a wrong kernel."""
     k, v = (tensor.dequantize().double().repeat_interleave(RATIO, 1) for tensor in (key, value))
     expected = torch.softmax(query.double() @ k.mT / math.sqrt(HEAD_DIM), -1) @ v
-    got = attend(query, key, value, scaling=HEAD_DIM**-0.5).double()
+    got = attend(AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))[0].double()
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < RMS_LIMIT:
         raise SystemExit(f"wrong result: RMS error {error:.2g}; nothing is timed")
@@ -74,11 +74,11 @@ def check(query: Tensor, key: Segments, value: Segments) -> float:
 
 
 def measure(context: int, rounds: int) -> list[dict[str, object]]:
-    """One row a candidate."""
+    """Return one row a candidate."""
     torch.manual_seed(0)
     query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))
-    candidates = torch_formulations(query, keys, values)
+    candidates: dict[str, Callable[[], object]] = {**torch_formulations(query, keys, values)}
     names = list(candidates)
     sizes = dict.fromkeys(names, 0)
     sizes |= {name: (keys.nbytes + values.nbytes) // (2 if "bfloat16" in name else 1) for name in names}
@@ -87,7 +87,7 @@ def measure(context: int, rounds: int) -> list[dict[str, object]]:
         key, value = pack("key", k_bits, keys), pack("value", v_bits, values)
         name = f"kvmix {name}"
         errors[name], sizes[name] = check(query, key, value), stored_bytes(key, value)
-        candidates[name] = lambda key=key, value=value: attend(query, key, value, scaling=HEAD_DIM**-0.5)
+        candidates[name] = functools.partial(attend, AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))
     times = results.in_turns(candidates, rounds)
     best = min(times[name] for name in names)
     print(f"\ncontext {context}, {torch.get_num_threads()} threads; best torch formulation {best:.2f} ms")

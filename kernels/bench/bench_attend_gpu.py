@@ -19,11 +19,9 @@ from collections.abc import Iterator
 import gpu
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -39,7 +37,7 @@ MEMORY_SHARE = 0.8
 
 
 def candidates(keys: Tensor, values: Tensor) -> Iterator[tuple[str, Segments, Segments]]:
-    """The same tokens, stored in every way that is compared."""
+    """Yield the same tokens, stored in every way that is compared."""
     yield "16", Segments(None, None, keys), Segments(None, None, values)
     for name, (k_bits, v_bits) in WIDTHS.items():
         yield name, all_packed(pages("key", k_bits, keys)), all_packed(pages("value", v_bits, values))
@@ -48,13 +46,13 @@ def candidates(keys: Tensor, values: Tensor) -> Iterator[tuple[str, Segments, Se
 
 
 def pages(kind: str, bits: int, states: Tensor) -> Packed:
-    """Whole pages of `[B, H_kv, T, D]`."""
+    """Return whole pages of `[B, H_kv, T, D]`."""
     layout = PageLayout(kind, bits, states.shape[3], PAGE, GROUP)  # type: ignore[arg-type]
     return Packed(layout, *quantize(states.unflatten(2, (-1, PAGE)), layout))
 
 
 def in_runs(keys: Tensor) -> Channels:
-    """Keys in runs of channels, one order for all of them."""
+    """Return keys in runs of channels, one order for all of them."""
     order = torch.randperm(keys.shape[3], device=keys.device)
     parts = keys[..., order].split([channels for channels, _ in RUNS], dim=-1)
     plain = Plain(parts[0].unflatten(2, (-1, PAGE)).transpose(-1, -2).contiguous())
@@ -63,7 +61,7 @@ def in_runs(keys: Tensor) -> Channels:
 
 
 def in_tiers(kind: str, states: Tensor) -> Segments:
-    """About a fifth of the tokens in full precision, the others at 2 bits: the first ones, which costs the same."""
+    """Return about a fifth of the tokens in full precision, the others at 2 bits: the first, which costs the same."""
     batch, heads, tokens, _ = states.shape
     low = int(0.8 * tokens) // PAGE * PAGE
     tier = (torch.arange(tokens, device=states.device) >= tokens - low).to(torch.uint8).expand(batch, heads, -1)
@@ -72,7 +70,7 @@ def in_tiers(kind: str, states: Tensor) -> Segments:
 
 
 def all_packed(packed: Packed | Channels) -> Segments:
-    """Nothing but pages."""
+    """Return segments of nothing but pages."""
     runs = packed.runs if isinstance(packed, Channels) else (packed,)
     first = next(run for run in runs if isinstance(run, Packed))
     batch, heads = first.words.shape[:2]
@@ -81,7 +79,7 @@ def all_packed(packed: Packed | Channels) -> Segments:
 
 
 def stored_bytes(stored: object) -> int:
-    """Bytes that attention has to read; tiers are told apart by where they lie."""
+    """Return the bytes that attention has to read."""
     if isinstance(stored, Tensor):
         return stored.nbytes
     if isinstance(stored, Segments):
@@ -96,7 +94,7 @@ def stored_bytes(stored: object) -> int:
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """SDPA, held to its flash kernel."""
+    """Attend with SDPA, held to its flash kernel."""
     if gpu.DRY:
         return sdpa(query, keys, values, enable_gqa=True)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -114,7 +112,7 @@ def check(got: Tensor, query: Tensor, key: Segments, value: Segments) -> None:
 
 
 def measure(shape: str, batch: int, context: int, rounds: int, copy: float, checked: bool) -> list[dict[str, object]]:
-    """One row a candidate, all of the same batch and context; none if they do not fit the memory."""
+    """Return one row a candidate, all of the same batch and context; none if they do not fit the memory."""
     kv_heads, ratio, dim = SHAPES[shape]
     nbytes = 2 * batch * kv_heads * context * dim * 2
     if 3 * nbytes > MEMORY_SHARE * gpu.total_memory():
@@ -130,9 +128,9 @@ def measure(shape: str, batch: int, context: int, rounds: int, copy: float, chec
     for name, key, value in candidates(keys, values):
         if key.shape != keys.shape or value.shape != values.shape:
             raise SystemExit(f"{name} has keys {list(key.shape)} where others have {list(keys.shape)}: unequal work")
-        run = functools.partial(attend, query, key, value, scaling=dim**-0.5)
+        run = functools.partial(attend, AttentionProblem(query, key, value, scaling=dim**-0.5))
         if checked:
-            check(run(), query, key, value)
+            check(run()[0], query, key, value)
         runs[f"kvmix {name}"], sizes[f"kvmix {name}"] = run, stored_bytes(key) + stored_bytes(value)
     times = gpu.in_turns({name: gpu.captured(run) for name, run in runs.items()}, rounds)
     best = min(times[name] for name in BASELINES)

@@ -15,6 +15,7 @@ has a core. `--save` appends to results.csv.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from itertools import product
 
@@ -22,11 +23,9 @@ import results
 import torch
 from bench_attend_cpu import GROUP, HEAD_DIM, KV_HEADS, PAGE, RATIO, check, pack
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import attend
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
@@ -36,7 +35,7 @@ RUNS = {"16, 4, 2": ((16, 16), (32, 4), (80, 2)), "8, 4, 2": ((16, 8), (32, 4), 
 
 
 def tiers(keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
-    """Tokens at random in two tiers, whole pages of each."""
+    """Return tokens at random in two tiers, whole pages of each."""
     pages = keys.shape[2] // PAGE
     first = round(SHARES[8] * pages) * PAGE
     tier = (torch.arange(keys.shape[2]) >= first).to(torch.uint8).expand(1, KV_HEADS, -1)
@@ -51,7 +50,7 @@ def tiers(keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
 
 
 def channels(runs: tuple[tuple[int, int], ...], keys: Tensor) -> Segments:
-    """Keys in runs of channels, bfloat16 where they are not quantized; every page in an order of its own."""
+    """Return keys in runs of channels, bfloat16 where they are not quantized; every page in an order of its own."""
     pages = keys.unflatten(2, (-1, PAGE))
     order = torch.rand(1, KV_HEADS, pages.shape[2], HEAD_DIM).argsort(dim=-1)
     parts = pages.gather(-1, order[:, :, :, None].expand_as(pages)).split([width for width, _ in runs], dim=-1)
@@ -66,7 +65,7 @@ def channels(runs: tuple[tuple[int, int], ...], keys: Tensor) -> Segments:
 
 
 def read_bytes(packed: object) -> int:
-    """Bytes that attention has to read."""
+    """Return the bytes that attention has to read."""
     match packed:
         case Tiers(held=held):
             return sum(read_bytes(each) for each in held)
@@ -80,7 +79,7 @@ def read_bytes(packed: object) -> int:
 
 
 def at_equal_bytes(size: int, singles: dict[str, int], times: dict[str, float]) -> tuple[float, str]:
-    """The least time of two single widths in the shares that have `size` bytes together, and which they are."""
+    """Return the least time of two single widths in the shares that have `size` bytes together, and their names."""
     mixed = []
     for low, high in product(singles, repeat=2):
         if singles[low] <= size < singles[high]:
@@ -90,7 +89,7 @@ def at_equal_bytes(size: int, singles: dict[str, int], times: dict[str, float]) 
 
 
 def measure(context: int, rounds: int, cpu_time: bool) -> list[dict[str, object]]:
-    """One row a candidate."""
+    """Return one row a candidate."""
     torch.manual_seed(0)
     query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
     keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))
@@ -102,7 +101,8 @@ def measure(context: int, rounds: int, cpu_time: bool) -> list[dict[str, object]
     caches = {**uniform, **uniform_keys, **{name: pair for name, (pair, _) in mixtures.items()}}
     for pair in caches.values():
         check(query, *pair)
-    runs = {name: lambda pair=pair: attend(query, *pair, scaling=HEAD_DIM**-0.5) for name, pair in caches.items()}
+    problems = {name: AttentionProblem(query, *pair, scaling=HEAD_DIM**-0.5) for name, pair in caches.items()}
+    runs = {name: functools.partial(attend, problem) for name, problem in problems.items()}
     times = results.in_turns(runs, rounds, clock=time.thread_time if cpu_time else time.perf_counter)
     sizes = {name: sum(read_bytes(each.packed) for each in pair) for name, pair in caches.items()}
     print(f"context {context}, {torch.get_num_threads()} threads")

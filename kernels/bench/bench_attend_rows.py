@@ -1,9 +1,9 @@
-"""Is the native CPU path faster than matrix products on dequantized tiles, however many query rows a KV head has?
+"""The native CPU path against matrix products on dequantized tiles, by the number of query rows of a KV head.
 
     python kernels/bench/bench_attend_rows.py [--context 8192] [--rounds 5] [--save]
 
-If it were not, `kvmix_kernels.attend` would have to choose. Shape and pages as in bench_attend_cpu.py; `ratio` is naive
-over native time for the same chunk.
+Where the native path were slower, `kvmix_kernels.attend` would have to choose. Shape and pages as in
+bench_attend_cpu.py; `ratio` is naive over native time for the same chunk.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ import argparse
 import results
 import torch
 from bench_attend_cpu import HEAD_DIM, KV_HEADS, RATIO, pack
-from kvmix_kernels.attend import cpu, naive
-from kvmix_kernels.native import library
+from kvmix_kernels.attend import AttentionProblem, cpu, naive
+from kvmix_kernels.runtime.native import library
 
 
 def measure(context: int, queries: int, bits: int, rounds: int) -> list[dict[str, object]]:
-    """One row a path, for a chunk of `queries` tokens."""
+    """Return one row a path, for a chunk of `queries` tokens."""
     native = library()
     if native is None:
         raise SystemExit("there is no native library to measure")
     query = torch.randn(1, KV_HEADS * RATIO, queries, HEAD_DIM)
     states = [torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2)]
     key, value = pack("key", bits, states[0]), pack("value", bits, states[1])
-    paths = {
-        "naive": lambda: naive.attend(query, key, value, scaling=HEAD_DIM**-0.5),
-        "native": lambda: cpu.attend(native, query, key, value, scaling=HEAD_DIM**-0.5),
-    }
+    problem = AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5)
+    paths = {"naive": lambda: naive.attend(problem), "native": lambda: cpu.attend(native, problem)}
     times = results.in_turns(paths, rounds, warmup=1)
     rows, ratio = queries * RATIO, times["naive"] / times["native"]
     print(

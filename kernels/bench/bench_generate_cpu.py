@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[str, Candidate]:
-    """What is compared, by name."""
+    """Return the caches that are compared, by name."""
     config, last = model.config, info.layers - 1
     mixed = f"0-{info.layers // 5}:k3v4,{info.layers // 5 + 1}-{last}:k2v2"
     plans = {
@@ -88,7 +88,7 @@ def candidates(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[st
 
 @torch.no_grad()
 def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> None:
-    """The same random context for every cache."""
+    """Make the same random context for every cache."""
     generator = torch.Generator().manual_seed(0)
     for layer in range(info.layers):
         shape = (1, info.kv_heads, context, info.head_dim)

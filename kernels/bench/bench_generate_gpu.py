@@ -38,7 +38,7 @@ WARMUP = 0 if gpu.DRY else 4
 
 
 def model() -> PreTrainedModel:
-    """The shape of Llama-2-7B in bf16, with random weights."""
+    """Build a model of the shape of Llama-2-7B in bf16, with random weights."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=KV_HEADS * HEAD_DIM,
@@ -58,7 +58,7 @@ def model() -> PreTrainedModel:
 
 
 def caches(config: LlamaConfig, reserve: int) -> dict[str, tuple[Callable[[], Cache], str]]:
-    """What is compared: how to make it, and the attention that reads it."""
+    """Return the caches that are compared: a function that makes each, and the attention that reads it."""
     plans = {
         "kvmix K2.19 V2.38": Plan.from_short(PAPER_PLAN, INFO),
         "kvmix-paper": Plan.from_short(PAPER_PLAN, INFO, PAPER_CACHE),
@@ -100,7 +100,7 @@ def decode(llama: PreTrainedModel, cache: Cache, attention: str, batch: int, ste
 def peak_bytes(
     make: Callable[[], Cache], llama: PreTrainedModel, attention: str, batch: int, tokens: int
 ) -> int | None:
-    """The most memory taken until a cache has this many tokens and decodes; None if that does not fit."""
+    """Return the most memory taken until a cache has this many tokens and decodes; None if that does not fit."""
     gpu.forget()
     try:
         cache = make()
@@ -112,7 +112,7 @@ def peak_bytes(
 
 
 def largest(make: Callable[[], Cache], llama: PreTrainedModel, attention: str, tokens: int) -> int:
-    """The largest power of two that fits, at least 1."""
+    """Return the largest power of two that fits, at least 1."""
     batch = EQUAL_BATCH
     while batch > 1 and peak_bytes(make, llama, attention, batch, tokens) is None:
         batch //= 2

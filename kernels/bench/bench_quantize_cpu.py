@@ -15,12 +15,12 @@ import results
 import torch
 from bench_attend_cpu import GROUP, HEAD_DIM, KV_HEADS, PAGE
 from kvmix_kernels import PageLayout
-from kvmix_kernels.native import library
 from kvmix_kernels.quantize import cpu, naive
+from kvmix_kernels.runtime.native import library
 
 
 def measure(kind: Literal["key", "value"], bits: int, context: int, rounds: int) -> list[dict[str, object]]:
-    """One row a path."""
+    """Return one row a path."""
     native = library()
     if native is None:
         raise SystemExit("there is no native library to measure")

@@ -20,7 +20,7 @@ BATCH, KV_HEADS, PAGES, PAGE, HEAD_DIM = (1, 1, 1, 128, 128) if gpu.DRY else (8,
 
 
 def room_for(layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words and scales of a cache."""
+    """Make words and scales of a cache."""
     lead, dtype = (BATCH, KV_HEADS, PAGES), getattr(torch, layout.scale_dtype)
     words = torch.empty(*lead, *layout.words_shape, dtype=torch.int16, device=gpu.DEVICE)
     return words, torch.empty(*lead, *layout.scales_shape, dtype=dtype, device=gpu.DEVICE)

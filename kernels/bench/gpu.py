@@ -16,7 +16,7 @@ from pathlib import Path
 
 import results
 import torch
-from kvmix_kernels import gpu as kernels
+from kvmix_kernels.runtime import gpu as kernels
 
 DRY = "--dry-run" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
@@ -27,7 +27,7 @@ COPY_BYTES = 4 * 2**30
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, with those of every script on a GPU. Stops, in one line, where there is no CUDA device."""
+    """Parse the arguments, with those of every script on a GPU; stop, in one line, where there is no CUDA device."""
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="folder to write results.csv to")
     parser.add_argument("--dry-run", action="store_true", help="small, on a CPU, timing nothing")
@@ -41,7 +41,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def name() -> str:
-    """Of the GPU."""
+    """Return the name of the GPU."""
     return "no GPU" if DRY else torch.cuda.get_device_name()
 
 
@@ -62,7 +62,7 @@ def save(rows: list[dict[str, object]], folder: Path | None) -> None:
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median milliseconds of each candidate. Each round runs all of them once, after emptying the L2 cache."""
+    """Return median milliseconds of each candidate. Each round runs all of them once, after emptying the L2 cache."""
     if DRY:
         for run in candidates.values():
             run()
@@ -83,7 +83,7 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The same work as a CUDA graph, so that launches from Python are not what is measured."""
+    """Capture work as a CUDA graph, so that launches from Python are not measured."""
     if DRY:
         return run
     run()
@@ -95,7 +95,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def copy_bandwidth() -> float:
-    """GB/s, read and written, of a device-to-device copy."""
+    """Return GB/s, read and written, of a device-to-device copy."""
     size = 1024 if DRY else min(COPY_BYTES, total_memory() // 8)
     source = torch.empty(size, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
@@ -104,7 +104,7 @@ def copy_bandwidth() -> float:
 
 
 def total_memory() -> int:
-    """Bytes of the GPU's memory."""
+    """Return the bytes of the GPU's memory."""
     return 2**40 if DRY else torch.cuda.get_device_properties(0).total_memory
 
 
@@ -123,5 +123,5 @@ def forget() -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that were allocated since `forget`."""
+    """Return the most bytes that were allocated since `forget`."""
     return 0 if DRY else torch.cuda.max_memory_allocated()

@@ -1,4 +1,4 @@
-"""Measured figures: timing in turns, and rows of `results.csv` that say on what machine they were measured."""
+"""Measured figures: timing in turns, and rows of `results.csv` with the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from kvmix_kernels.native import instruction_set
+from kvmix_kernels.runtime.native import instruction_set
 
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("date", "machine", "isa", "threads", "torch", "op", "shape", "context", "name", "ms", "gb_per_s", "ratio")
@@ -24,7 +24,7 @@ def in_turns(
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median milliseconds of each candidate. Each round runs all of them once, so that drift hits all alike."""
+    """Return median milliseconds of each candidate. Each round runs all of them once, so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmup + rounds):
         for name, run in candidates.items():

@@ -14,7 +14,7 @@ SHOWN = ("shape", "context", "name", "ms", "gb_per_s", "ratio")
 
 
 def tables(rows: list[dict[str, str]]) -> list[str]:
-    """A heading and a table for each operation, machine and date."""
+    """Yield a heading and a table for each operation, machine and date."""
     lines: list[str] = []
     for title, group in groupby(rows, key=lambda row: (row["op"], row["machine"], row["torch"], row["date"])):
         lines += ["", f"## {title[0]}", "", f"{title[1]}, torch {title[2]}, {title[3]}", ""]

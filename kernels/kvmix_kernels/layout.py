@@ -1,4 +1,4 @@
-"""How one page of keys or values is laid out, and what it weighs. No torch: budgets use the same formula.
+"""Layout of a page of keys or values, and its size in bytes. No torch: budgets use the same formula.
 
 A page holds `page` consecutive tokens of one KV head. Keys and values are stored as the same thing, a matrix
 `[rows, columns]` whose rows are the axis that attention contracts:
@@ -22,7 +22,7 @@ from typing import Final, Literal
 Kind = Literal["key", "value"]
 
 BITS: Final = (1, 2, 3, 4, 8)
-"""Bit widths that are stored as codes; 16 means that nothing is quantized."""
+"""Bit widths that are stored as codes; 16 means full precision."""
 FULL_PRECISION_BITS: Final = 16
 WORD_BITS: Final = 16
 SCALE_BYTES: Final = {"float16": 2, "bfloat16": 2}
@@ -90,7 +90,7 @@ class PageLayout:
     @property
     def levels(self) -> int:
         """Largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -115,5 +115,5 @@ class PageLayout:
 
     @property
     def stored_bits(self) -> float:
-        """Bits per element that a packed page really takes."""
+        """Stored bits per element: codes, scales and zeros."""
         return 8 * self.nbytes / (self.page * self.head_dim)

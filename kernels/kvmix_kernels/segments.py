@@ -1,23 +1,237 @@
-"""One layer's keys or values as attention reads them: sink | packed pages | tail."""
+"""Types of everything that attention reads: one layer's keys or values as sink | packed tokens | tail.
+
+    Segments            sink | packed tokens | tail, the only type that attention takes
+      Packed            whole pages of codes, all in one layout
+      Channels          whole pages of keys, their channels sorted and cut into runs of one width each
+        Packed, Plain   one run of channels: codes, or full precision
+      Tiers             tokens sorted by importance into tiers of one width each, or evicted
+        Packed, Channels, Tensor   the tokens of one tier
+
+All of them are views of memory that the cache owns, and none ever copies it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from .pages import Channels, Packed
-from .tiers import Tiers
+from .layout import PageLayout
+from .quantize.naive import dequantize
+
+EVICTED: Final = 255
+"""The tier of evicted tokens: they keep their position, and nothing attends to them."""
+
+
+class TokenPages(ABC):
+    """Whole pages of tokens of every KV head, oldest first."""
+
+    @property
+    @abstractmethod
+    def page(self) -> int:
+        """Tokens in a page."""
+
+    @property
+    @abstractmethod
+    def pages(self) -> int:
+        """Number of pages."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Number of channels."""
+
+    @abstractmethod
+    def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Return pages `[first, last)`, dequantized: `[B, H_kv, pages, page, width]`."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.pages * self.page
+
+    @property
+    def kept(self) -> int:
+        """Tokens that can be attended to: all of them."""
+        return self.tokens
+
+    @property
+    def quantized(self) -> int:
+        """Tokens that are read in quantized form: all of them."""
+        return self.tokens
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return tokens `[start, stop)`, dequantized: `[B, H_kv, stop - start, width]`; read only their pages."""
+        first, last = start // self.page, -(-stop // self.page)
+        states = self.select(first, last, dtype)
+        return states.flatten(2, 3)[:, :, start - first * self.page : stop - first * self.page]
+
+
+@dataclass(frozen=True)
+class Packed(TokenPages):
+    """Quantized pages.
+
+    Attributes:
+        layout: of every page.
+        words: `[B, H_kv, pages, *layout.words_shape]` int16.
+        scales: `[B, H_kv, pages, *layout.scales_shape]` in the scale dtype.
+    """
+
+    layout: PageLayout
+    words: Tensor
+    scales: Tensor
+
+    @property
+    def page(self) -> int:
+        return self.layout.page
+
+    @property
+    def pages(self) -> int:
+        return self.words.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.layout.head_dim
+
+    @property
+    def runs(self) -> tuple[Packed | Plain, ...]:
+        """The only run of channels."""
+        return (self,)
+
+    def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.words[:, :, first:last], self.scales[:, :, first:last], self.layout, dtype)
+
+
+@dataclass(frozen=True)
+class Plain(TokenPages):
+    """Pages of a run of key channels in full precision, laid out as packed keys are: channels, then tokens.
+
+    Attributes:
+        states: `[B, H_kv, pages, width, page]` in the model's dtype.
+    """
+
+    states: Tensor
+
+    @property
+    def page(self) -> int:
+        return self.states.shape[4]
+
+    @property
+    def pages(self) -> int:
+        return self.states.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.states.shape[3]
+
+    @property
+    def quantized(self) -> int:
+        """Tokens that are read in quantized form: none."""
+        return 0
+
+    def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.states[:, :, first:last].transpose(-1, -2).to(dtype)
+
+
+@dataclass(frozen=True)
+class Channels(TokenPages):
+    """Pages of keys whose channels are sorted and cut into runs, each of its own precision (MixKVQ, Kitty).
+
+    Attributes:
+        order: `[B, H_kv, orders, D]` uint8; the channel at each place.
+        pages_per_order: page `p` is sorted by order `p // pages_per_order`.
+        runs: what is stored at the places, from the first on; their widths add up to `D`.
+    """
+
+    order: Tensor
+    pages_per_order: int
+    runs: tuple[Packed | Plain, ...]
+
+    @property
+    def page(self) -> int:
+        return self.runs[0].page
+
+    @property
+    def pages(self) -> int:
+        return self.runs[0].pages
+
+    @property
+    def width(self) -> int:
+        return sum(run.width for run in self.runs)
+
+    def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        places = torch.cat([run.select(first, last, dtype) for run in self.runs], dim=-1)
+        of_page = torch.arange(first, last, device=places.device) // self.pages_per_order
+        order = self.order.index_select(2, of_page).long()[:, :, :, None].expand_as(places)
+        return torch.empty_like(places).scatter_(-1, order, places)
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Tokens sorted by importance into tiers. Every KV head has as many tokens in a tier as every other.
+
+    Attributes:
+        tier: `[B, H_kv, T]` uint8, the tier of each token, or `EVICTED`.
+        held: the tokens of each tier in the order of their positions; a tensor `[B, H_kv, n, D]` is full precision.
+    """
+
+    tier: Tensor
+    held: tuple[Packed | Channels | Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, evicted ones included."""
+        return self.tier.shape[2]
+
+    @property
+    def kept(self) -> int:
+        """Tokens of every KV head that can be attended to."""
+        return sum(count(held) for held in self.held)
+
+    @property
+    def quantized(self) -> int:
+        """Tokens of every KV head that are read in quantized form."""
+        return sum(held.tokens for held in self.held if not isinstance(held, Tensor))
+
+    def places(self, tier: int) -> Tensor:
+        """Return the positions of a tier's tokens (or of those evicted), `[B, H_kv, n]`, counted after the sinks."""
+        elsewhere = (self.tier != tier).byte()  # sorted, not selected: a GPU then need not say how many there are
+        there = self.tokens - self.kept if tier == EVICTED else count(self.held[tier])
+        return elsewhere.argsort(stable=True)[..., :there]
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return tokens `[start, stop)`, dequantized: `[B, H_kv, stop - start, D]`. Reads all tokens.
+
+        Raises:
+            ValueError: if any token has been evicted.
+        """
+        if self.kept < self.tokens:
+            raise ValueError(
+                f"{self.tokens - self.kept} of {self.tokens} tokens have been evicted; only a cache that keeps all"
+                " of its tokens can be read as one tensor"
+            )
+        states = [x.to(dtype) if isinstance(x, Tensor) else x.read(0, x.tokens, dtype) for x in self.held]
+        sorted_states = torch.cat(states, dim=2)
+        places = torch.cat([self.places(tier) for tier in range(len(self.held))], dim=2)
+        whole = torch.empty_like(sorted_states)
+        return whole.scatter_(2, places[..., None].expand_as(whole), sorted_states)[:, :, start:stop]
+
+
+def count(held: Packed | Channels | Tensor) -> int:
+    """Return the number of tokens in a tier."""
+    return held.shape[2] if isinstance(held, Tensor) else held.tokens
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Keys or values in the order of their tokens; views, never copies.
+    """Keys or values in the order of their tokens.
 
     Attributes:
         sink: `[B, H_kv, sinks, D]`, or None.
-        packed: the quantized tokens after the sinks, or None.
+        packed: the tokens after the sinks, or None.
         tail: `[B, H_kv, tokens, D]`, the most recent tokens.
     """
 
@@ -33,11 +247,12 @@ class Segments:
 
     @property
     def sinks(self) -> int:
+        """Number of sink tokens."""
         return 0 if self.sink is None else self.sink.shape[2]
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens between sinks and tail."""
+        """Number of tokens between sinks and tail."""
         return 0 if self.packed is None else self.packed.tokens
 
     @property
@@ -47,16 +262,27 @@ class Segments:
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens that can be attended to: all but those that a policy has evicted."""
-        return self.shape[2] - (self.packed.tokens - self.packed.kept if isinstance(self.packed, Tiers) else 0)
+        """Tokens that can be attended to: all but those that a token policy has evicted."""
+        return self.shape[2] - (0 if self.packed is None else self.packed.tokens - self.packed.kept)
 
     @property
     def quantized_tokens(self) -> int:
         """Tokens that are read in quantized form."""
-        return self.packed.quantized if isinstance(self.packed, Tiers) else self.packed_tokens
+        return 0 if self.packed is None else self.packed.quantized
+
+    @property
+    def runs(self) -> tuple[Packed | Plain, ...]:
+        """Runs of channels in which the pages are stored, none where there is no page.
+
+        Raises:
+            AssertionError: for tiers, which are attended to one by one.
+        """
+        if isinstance(self.packed, Tiers):
+            raise AssertionError("tiers have no common runs of channels; split the tokens into parts first")
+        return () if self.packed is None or self.packed.pages == 0 else self.packed.runs
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Tokens `[start, stop)` in `dtype`, dequantized where they are packed: `[B, H_kv, stop - start, D]`."""
+        """Return tokens `[start, stop)` in `dtype`, dequantized where they are packed: `[B, H_kv, stop - start, D]`."""
         first, last = self.edges
         parts = []
         if self.sink is not None and start < first:
@@ -68,9 +294,9 @@ class Segments:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def dequantize(self) -> Tensor:
-        """All of it as one plain tensor `[B, H_kv, T, D]` in the tail's dtype; costs what the cache is made to save.
+        """Return one plain tensor `[B, H_kv, T, D]` in the tail's dtype, which costs the memory that the cache saves.
 
         Raises:
-            ValueError: if some tokens have been evicted.
+            ValueError: if any token has been evicted.
         """
         return self.read(0, self.shape[2], self.tail.dtype)

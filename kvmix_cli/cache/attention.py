@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmix_kernels.attend import attend_lse
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import Segments
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -63,14 +63,8 @@ def kvmix_attention(
     else:
         stored = layer if isinstance(key, Handle) else None
         query = query if stored is None else stored.query(query)
-        output, logarithms = attend_lse(
-            query,
-            _segments(key),
-            _segments(value),
-            scaling=scaling,
-            mask=attention_mask,
-            softcap=softcap,
-            sinks=s_aux,
+        output, logarithms = attend(
+            AttentionProblem(query, _segments(key), _segments(value), scaling, attention_mask, softcap, s_aux)
         )
         output = output if stored is None else stored.output(output)
     if layer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kvmix_kernels.tiers import EVICTED
+from kvmix_kernels.segments import EVICTED
 from torch import Tensor
 
 from ..plan.policies import TokenPolicy

@@ -13,8 +13,7 @@ from functools import cached_property
 
 import torch
 from kvmix_kernels.layout import Kind
-from kvmix_kernels.pages import Packed
-from kvmix_kernels.segments import Segments
+from kvmix_kernels.segments import Packed, Segments
 from torch import Tensor
 
 from .choices import Grid, Span

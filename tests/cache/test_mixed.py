@@ -3,8 +3,8 @@
 import pytest
 import torch
 from architectures import build
-from kvmix_kernels.native import library
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.runtime.native import library
+from kvmix_kernels.segments import Packed
 from transformers import MistralConfig
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from attending import paths, relative_rms, segments
+from attending import paths, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvmix_kernels.attend import attend, naive
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.attend import AttentionProblem, naive
+from kvmix_kernels.segments import Packed
+from poisoned import segments
 from reference import dense_attention
 
 RMS = {"naive": 1e-5}
@@ -43,10 +44,10 @@ def test_equals_dense_attention(
         if masking == "additive":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     sink_logits = torch.randn(2 * ratio) if logits else None
-    options = {"scaling": 0.3, "mask": mask, "softcap": softcap, "sinks": sink_logits}
-    expected = dense_attention(query, key.dequantize(), value.dequantize(), **options)
+    problem = AttentionProblem(query, key, value, 0.3, mask, softcap, sink_logits)
+    expected = dense_attention(query, key.dequantize(), value.dequantize(), 0.3, mask, softcap, sink_logits)
     for name, path in paths():
-        assert relative_rms(path(query, key, value, **options), expected) < RMS.get(name, RMS_NATIVE), name
+        assert relative_rms(path(problem)[0], expected) < RMS.get(name, RMS_NATIVE), name
 
 
 def test_tiles_of_tokens_and_of_queries_change_nothing(monkeypatch):
@@ -54,10 +55,11 @@ def test_tiles_of_tokens_and_of_queries_change_nothing(monkeypatch):
     key, value = (segments(kind, 4, 3, 20, 30) for kind in ("key", "value"))
     query = torch.randn(2, 4, 25, 32)
     mask = torch.rand(2, 1, 25, key.shape[2]) > 0.3
-    whole = [naive.attend(query, key, value, scaling=0.2, mask=m)[0] for m in (None, mask)]
+    problems = [AttentionProblem(query, key, value, scaling=0.2, mask=m) for m in (None, mask)]
+    whole = [naive.attend(problem)[0] for problem in problems]
     monkeypatch.setattr(naive, "TOKENS_PER_TILE", 48)
     monkeypatch.setattr(naive, "QUERIES_PER_TILE", 4)
-    tiled = [naive.attend(query, key, value, scaling=0.2, mask=m)[0] for m in (None, mask)]
+    tiled = [naive.attend(problem)[0] for problem in problems]
     for one, other in zip(whole, tiled, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -70,7 +72,7 @@ def test_never_reads_more_than_a_tile(monkeypatch):
         Packed, "read", lambda self, start, stop, dtype: sizes.append(stop - start) or read(self, start, stop, dtype)
     )
     key, value = (segments(kind, 2, 0, 12, 5) for kind in ("key", "value"))
-    naive.attend(torch.randn(2, 2, 1, 32), key, value, scaling=1.0)
+    naive.attend(AttentionProblem(torch.randn(2, 2, 1, 32), key, value, scaling=1.0))
     assert max(sizes) == 32
     assert sum(sizes) == 2 * 12 * 16
 
@@ -78,8 +80,9 @@ def test_never_reads_more_than_a_tile(monkeypatch):
 def test_a_row_that_sees_nothing_is_zero():
     key, value = (segments(kind, 2, 0, 2, 5) for kind in ("key", "value"))
     mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
+    problem = AttentionProblem(torch.randn(2, 2, 1, 32), key, value, scaling=1.0, mask=mask)
     for name, path in paths():
-        assert (path(torch.randn(2, 2, 1, 32), key, value, scaling=1.0, mask=mask) == 0).all(), name
+        assert (path(problem)[0] == 0).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,7 +92,7 @@ def test_half_precision_queries_keep_their_dtype_and_accuracy(dtype):
     query = torch.randn(2, 4, 1, 32, dtype=dtype)
     expected = dense_attention(query, key.read(0, 136, torch.float32), value.read(0, 136, torch.float32), 0.2)
     for name, path in paths():
-        got = path(query, key, value, scaling=0.2)
+        got, _ = path(AttentionProblem(query, key, value, scaling=0.2))
         assert got.dtype == dtype
         assert relative_rms(got, expected) < 5e-3, name
 
@@ -97,8 +100,8 @@ def test_half_precision_queries_keep_their_dtype_and_accuracy(dtype):
 def test_misfits_are_refused():
     key, value = (segments(kind, 2, 0, 2, 5) for kind in ("key", "value"))
     with pytest.raises(ValueError, match="do not fit keys"):
-        attend(torch.randn(2, 3, 1, 32), key, value, scaling=1.0)
+        AttentionProblem(torch.randn(2, 3, 1, 32), key, value, scaling=1.0)
     with pytest.raises(ValueError, match="queries but only"):
-        attend(torch.randn(2, 2, 99, 32), key, value, scaling=1.0)
+        AttentionProblem(torch.randn(2, 2, 99, 32), key, value, scaling=1.0)
     with pytest.raises(ValueError, match="differ in batch"):
-        attend(torch.randn(2, 2, 1, 32), key, segments("value", 2, 0, 1, 5), scaling=1.0)
+        AttentionProblem(torch.randn(2, 2, 1, 32), key, segments("value", 2, 0, 1, 5), scaling=1.0)

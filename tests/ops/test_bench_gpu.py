@@ -22,6 +22,7 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ARGUMENTS)
 def test_a_dry_run_measures_nothing_and_saves_nothing(script, tmp_path):
     result = run(script, "--dry-run", "--out", str(tmp_path / "results"), *ARGUMENTS[script])

@@ -2,26 +2,16 @@
 
 import pytest
 import torch
-from attending import (
-    channel_runs,
-    dense,
-    in_tiers,
-    packed_pages,
-    paths_lse,
-    seen,
-    segments,
-)
+from attending import dense, in_tiers, paths, seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
-from kvmix_kernels.attend import attend, attend_lse, naive
-from kvmix_kernels.attend.parts import parts_of
-from kvmix_kernels.fallback import warn_once
-from kvmix_kernels.native import library
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend import AttentionProblem, attend, naive
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import EVICTED, Tiers
+from kvmix_kernels.runtime.fallback import warn_once
+from kvmix_kernels.runtime.native import library
+from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+from poisoned import channel_runs, packed_pages, segments
 from reference import dense_attention_lse
 
 OUTPUT = {"naive": 1e-5}
@@ -64,12 +54,12 @@ def assert_dense(key, value, *, queries, ratio, masking, softcap, logits):
     query = torch.randn(2, 2 * ratio, queries, key.shape[3])
     mask = mask_of(masking, queries, key.shape[2], query.shape[1])
     sinks = torch.randn(query.shape[1]) if logits else None
-    options = {"scaling": key.shape[3] ** -0.5, "softcap": softcap, "sinks": sinks}
+    scaling = key.shape[3] ** -0.5
     expected, expected_log = dense_attention_lse(
-        query, dense(key), dense(value), mask=seen(query, key, mask), **options
+        query, dense(key), dense(value), scaling, seen(query, key, mask), softcap, sinks
     )
-    for name, path in paths_lse():
-        got, log = path(query, key, value, mask=mask, **options)
+    for name, path in paths():
+        got, log = path(AttentionProblem(query, key, value, scaling, mask, softcap, sinks))
         error = (got - expected).pow(2).mean().sqrt()
         assert error <= OUTPUT.get(name, NATIVE) * expected.pow(2).mean().sqrt(), name
         bound = LOGARITHM.get(name, NATIVE)
@@ -154,18 +144,19 @@ def test_a_tier_that_alone_has_tokens_is_all_there_is():
     nothing = torch.randn(2, 2, 0, 32)
     packed = in_tiers([nothing, keys], [nothing, values])
     query = torch.randn(2, 2, 1, 32)
-    for name, path in paths_lse():
-        got = path(query, *(Segments(None, tiers, nothing) for tiers in packed), scaling=0.2)
-        expected = path(query, Segments(None, keys, nothing), Segments(None, values, nothing), scaling=0.2)
+    for name, path in paths():
+        got = path(AttentionProblem(query, *(Segments(None, tiers, nothing) for tiers in packed), scaling=0.2))
+        whole = (Segments(None, keys, nothing), Segments(None, values, nothing))
+        expected = path(AttentionProblem(query, *whole, scaling=0.2))
         for one, other in zip(got, expected, strict=True):
-            assert torch.equal(one, other), name
+            torch.testing.assert_close(one, other, msg=name)
 
 
 def test_tokens_that_are_all_gone_give_zero():
     packed = in_tiers(*[[torch.randn(2, 2, 0, 32)]] * 2, gone=9)
     key, value = (Segments(None, tiers, torch.randn(2, 2, 0, 32)) for tiers in packed)
-    for name, path in paths_lse():
-        output, logarithm = path(torch.randn(2, 2, 1, 32), key, value, scaling=1.0)
+    for name, path in paths():
+        output, logarithm = path(AttentionProblem(torch.randn(2, 2, 1, 32), key, value, scaling=1.0))
         assert (output == 0).all(), name
         assert (logarithm == -torch.inf).all(), name
 
@@ -179,9 +170,9 @@ def test_any_number_of_threads_gives_the_same(threads):
     query, before = torch.randn(2, 6, 2, 32), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = attend_lse(query, key, value, scaling=0.2)
+        expected = attend(AttentionProblem(query, key, value, scaling=0.2))
         torch.set_num_threads(threads)
-        got = attend_lse(query, key, value, scaling=0.2)
+        got = attend(AttentionProblem(query, key, value, scaling=0.2))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(got, expected, strict=True):
@@ -260,7 +251,7 @@ def test_a_tier_holds_pages_of_any_kind():
         assert torch.equal(whole.gather(2, tiers.places(tier)[..., None].expand_as(states)), states)
 
 
-def test_parts_need_keys_and_values_in_the_same_tiers():
+def test_a_problem_has_keys_and_values_in_the_same_tiers():
     states = [torch.randn(2, 2, n, 32) for n in (4, 8)]
     key, value = (Segments(None, tiers, states[0]) for tiers in in_tiers(states, states))
     query = torch.randn(2, 2, 1, 32)
@@ -269,9 +260,7 @@ def test_parts_need_keys_and_values_in_the_same_tiers():
     assert shifted.shape == plain.shape == key.shape
     for pair in [(key, plain), (plain, value), (key, shifted)]:
         with pytest.raises(ValueError, match="keys and values are not in the same tiers"):
-            parts_of(query, *pair, None)
-        with pytest.raises(ValueError, match="keys and values are not in the same tiers"):
-            attend(query, *pair, scaling=1.0)
+            AttentionProblem(query, *pair, scaling=1.0)
 
 
 @pytest.mark.skipif(library() is None, reason="there is no native library")
@@ -283,7 +272,6 @@ def test_parts_need_keys_and_values_in_the_same_tiers():
         ({}, {"pages": 1, "page": 32}, r"pages of \[16, 32\]"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:kvmix. quantizing groups of 8")
 @pytest.mark.parametrize("tiered", [False, True])
 def test_what_has_no_native_path_is_named_once(keys, values, named, tiered):
     warn_once.cache_clear()
@@ -294,8 +282,8 @@ def test_what_has_no_native_path_is_named_once(keys, values, named, tiered):
     if tiered:
         packed = in_tiers(packed[:1], packed[1:])
     key, value = (Segments(None, pages, torch.randn(2, 2, 3, 32)) for pages in packed)
-    query = torch.randn(2, 2, 1, 32)
+    problem = AttentionProblem(torch.randn(2, 2, 1, 32), key, value, scaling=0.2)
     with pytest.warns(UserWarning, match=f"{named}.* has no CPU kernel") as warned:
-        got = attend(query, key, value, scaling=0.2)
+        got, _ = attend(problem)
     assert len(warned) == 1
-    assert torch.equal(got, naive.attend(query, key, value, scaling=0.2)[0])
+    torch.testing.assert_close(got, naive.attend(problem)[0])

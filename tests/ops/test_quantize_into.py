@@ -30,12 +30,12 @@ def test_same_words_and_scales_and_nothing_else(monkeypatch, kind, bits, native)
 
 def test_a_gpu_writes_them_itself(monkeypatch):
     pytest.importorskip("triton")
-    from kvmix_kernels import gpu
-    from kvmix_kernels.quantize import trial, triton
+    from kvmix_kernels.quantize import triton
+    from kvmix_kernels.runtime import gpu
 
     layout, written = PageLayout("key", 2, 32, 16), []
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
-    monkeypatch.setattr(trial, "is_trusted", lambda *args: True)
+    monkeypatch.setattr(triton, "is_trusted", lambda *args: True)
     monkeypatch.setattr("kvmix_kernels.quantize.library", lambda: None)
     monkeypatch.setattr(triton, "quantize_into", lambda *args: written.append(args[2:]))
     words, scales = room_for(layout, 1, 2, 0)

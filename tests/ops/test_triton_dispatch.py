@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
-from attending import segments
-from kvmix_kernels import PageLayout, gpu
-from kvmix_kernels.attend import attend
-from kvmix_kernels.fallback import warn_once
+from kvmix_kernels import PageLayout
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.quantize import quantize
+from kvmix_kernels.runtime import gpu
+from kvmix_kernels.runtime.fallback import warn_once
+from poisoned import segments
 
 CUDA = torch.device("cuda")
 
@@ -67,9 +68,9 @@ def test_no_triton_is_one_named_warning(monkeypatch):
 
 def test_quantizing_takes_them_where_it_can(monkeypatch):
     pytest.importorskip("triton")
-    from kvmix_kernels.quantize import trial, triton
+    from kvmix_kernels.quantize import triton
 
-    monkeypatch.setattr(trial, "is_trusted", lambda *args: True)
+    monkeypatch.setattr(triton, "is_trusted", lambda *args: True)
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
     monkeypatch.setattr(triton, "quantize", lambda *args: "quantized")
     monkeypatch.setattr("kvmix_kernels.quantize.library", lambda: None)
@@ -83,8 +84,8 @@ def test_attention_takes_them_where_it_can(monkeypatch):
     key, value = (segments(kind, 2, 0, 1, 5, head_dim=64, page=64, group=64) for kind in ("key", "value"))
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
     monkeypatch.setattr(triton, "is_trusted", lambda *args: True)
-    monkeypatch.setattr(triton, "attend", lambda *args, **options: ("attended", None))
-    assert attend(torch.zeros(2, 2, 1, 64), key, value, scaling=1.0) == "attended"
+    monkeypatch.setattr(triton, "attend", lambda problem: ("attended", "logarithms"))
+    assert attend(AttentionProblem(torch.zeros(2, 2, 1, 64), key, value, scaling=1.0)) == ("attended", "logarithms")
 
 
 def test_what_has_no_kernel_is_one_named_warning(monkeypatch):
@@ -93,7 +94,7 @@ def test_what_has_no_kernel_is_one_named_warning(monkeypatch):
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
     with pytest.warns(UserWarning, match="attention over pages of 48 tokens has no GPU kernel") as warned:
         for _ in range(2):
-            attend(torch.zeros(2, 2, 1, 32), key, value, scaling=1.0)
+            attend(AttentionProblem(torch.zeros(2, 2, 1, 32), key, value, scaling=1.0))
     assert len(warned) == 1
     with pytest.warns(UserWarning, match=r"quantizing float64 pages \[1, 1, 1, 64, 64\].* has no GPU kernel"):
         quantize(torch.zeros(1, 1, 1, 64, 64, dtype=torch.float64), PageLayout("key", 2, 64, 64))

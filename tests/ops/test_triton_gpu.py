@@ -3,21 +3,19 @@
 import pytest
 import torch
 from attending import relative_rms
-from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, segments, tiers
+from poisoned import channels, in_a_poisoned_buffer, mask_of, packed, segments, segments_in_tiers, tiers
 from reference import dense_attention
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from kvmix_kernels import BITS, PageLayout
-from kvmix_kernels.attend import attend, attend_lse
+from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.attend import naive as definition
 from kvmix_kernels.attend.triton.codes import decode, decode_plainly
 from kvmix_kernels.attend.triton.steps import fields_of, share_of, step_of
-from kvmix_kernels.pages import Channels, Packed
 from kvmix_kernels.quantize import naive, quantize, quantize_into
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Segments, Tiers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +42,11 @@ def to_gpu(stored):
     if stored._base is None:
         return stored.to(DEVICE)
     return stored._base.to(DEVICE).as_strided(stored.shape, stored.stride(), stored.storage_offset())
+
+
+def problem_on_gpu(query, key, value, scaling, mask=None, softcap=None, sink_logits=None):
+    mask, sink_logits = (None if x is None else x.to(DEVICE) for x in (mask, sink_logits))
+    return AttentionProblem(query.to(DEVICE), to_gpu(key), to_gpu(value), scaling, mask, softcap, sink_logits)
 
 
 @triton.jit
@@ -112,25 +115,18 @@ def test_equals_dense_attention(k_bits, v_bits):
         for kind, width, count in zip(("key", "value"), (k_bits, v_bits), pages, strict=True)
     )
     query = torch.randn(2, 2 * ratio, queries, head_dim).to(dtype)
-    options = {"scaling": head_dim**-0.5, "softcap": [None, 20.0][case % 2]}
+    scaling, softcap = head_dim**-0.5, [None, 20.0][case % 2]
     mask, logits = mask_of(masking, queries, tokens, 77), torch.randn(2 * ratio)
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    expected = dense_attention(query, *plain, mask=mask, sinks=logits, **options)
-    got = attend(
-        query.to(DEVICE),
-        to_gpu(key),
-        to_gpu(value),
-        mask=None if mask is None else mask.to(DEVICE),
-        sinks=logits.to(DEVICE),
-        **options,
-    )
+    expected = dense_attention(query, *plain, scaling, mask, softcap, logits)
+    got, _ = attend(problem_on_gpu(query, key, value, scaling, mask, softcap, logits))
     assert relative_rms(got.cpu(), expected) < RMS
 
 
 def same_on_the_gpu(query, key, value, mask=None):
     """Output and logarithms of the GPU are those of the definition in float64."""
-    got = attend_lse(query.to(DEVICE), to_gpu(key), to_gpu(value), scaling=0.1, mask=mask and mask.to(DEVICE))
-    expected = definition.attend(query.double(), key, value, scaling=0.1, mask=mask)
+    got = attend(problem_on_gpu(query, key, value, 0.1, mask))
+    expected = definition.attend(AttentionProblem(query.double(), key, value, 0.1, mask))
     for one, other in zip(got, expected, strict=True):
         assert relative_rms(one.cpu(), other) < RMS
 
@@ -156,7 +152,7 @@ def test_tokens_in_tiers(queries, masking):
     torch.manual_seed(0)
     tier = tiers([5 * 128, 300], gone=40, heads=2)
     key, value = (
-        in_tiers(
+        segments_in_tiers(
             tier,
             [
                 packed(torch.randn(2, 2, 5 * 128, 128), PageLayout(kind, 2, 128, 128, 64)),
@@ -197,12 +193,12 @@ def test_pages_are_written_where_they_stay():
 
 
 def test_the_trials_of_the_kernels_pass():
-    from kvmix_kernels import gpu
     from kvmix_kernels.attend.triton import trial as attending
-    from kvmix_kernels.quantize import trial as quantizing
+    from kvmix_kernels.quantize import triton as quantizing
+    from kvmix_kernels.runtime import gpu
 
-    assert gpu._missing(DEVICE) is None
-    assert all(quantizing.passes(DEVICE, layout, torch.float32) for layout in quantizing.first_layouts())
+    assert gpu.is_usable(DEVICE)
+    assert quantizing.passes_first(DEVICE)
     assert all(attending.passes(kind) for kind in attending.first_kinds(DEVICE))
 
 
@@ -226,31 +222,32 @@ def decoding(pages=9, tail=50):
     torch.manual_seed(0)
     shape = {"head_dim": 128, "page": 128, "group": 64, "dtype": torch.bfloat16, "heads": 2}
     key, value = (to_gpu(segments(kind, 2, 4, pages, tail, **shape)) for kind in ("key", "value"))
-    return torch.randn(2, 8, 1, 128, dtype=torch.bfloat16, device=DEVICE), key, value
+    query = torch.randn(2, 8, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    return AttentionProblem(query, key, value, scaling=0.1)
 
 
 def test_a_captured_step_replays():
-    query, key, value = decoding()
-    attend(query, key, value, scaling=0.1)  # compiles
+    problem = decoding()
+    attend(problem)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attend(query, key, value, scaling=0.1)
-    query.copy_(torch.randn_like(query))
-    key.packed.words.bitwise_not_()
+        captured, _ = attend(problem)
+    problem.query.copy_(torch.randn_like(problem.query))
+    problem.key.packed.words.bitwise_not_()
     graph.replay()
-    assert torch.equal(captured, attend(query, key, value, scaling=0.1))
+    assert torch.equal(captured, attend(problem)[0])
 
 
 def test_nothing_waits_for_the_gpu():
-    query, key, value = decoding()
+    problem = decoding()
     pages = torch.randn(2, 2, 3, 128, 128, device=DEVICE)
-    layout = key.packed.layout
-    attend(query, key, value, scaling=0.1)
+    layout = problem.key.packed.layout
+    attend(problem)
     quantize(pages, layout)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend(query, key, value, scaling=0.1)
+        attend(problem)
         quantize(pages, layout)
     finally:
         torch.cuda.set_sync_debug_mode("default")

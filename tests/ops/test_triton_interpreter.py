@@ -1,6 +1,6 @@
-"""The Triton kernels on a CPU, in Triton's interpreter: the files of `interpreted/`, each in a process of its own.
+"""The Triton kernels on a CPU, in Triton's interpreter: the files of `interpreted/`, all in one other process.
 
-Whether Triton interprets is decided when it is imported, and other tests compile.
+Triton decides when it is imported that it interprets, and the other tests of this process compile.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-FILES = sorted((Path(__file__).parent / "interpreted").glob("*.py"))
+FILES = sorted(map(str, (Path(__file__).parent / "interpreted").glob("*.py")))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_in_the_interpreter(path):
+@pytest.mark.slow
+def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *FILES]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout

@@ -3,10 +3,10 @@
 import torch
 from aot import LANES, ahead_of_time
 from kvmix_kernels import PageLayout
+from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
-from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import triton as quantizing
-from kvmix_kernels.segments import Segments
+from kvmix_kernels.segments import Channels, Packed, Plain, Segments
 
 PAGE, PAGES = 128, 2
 RUNS = {
@@ -43,7 +43,7 @@ def compile_attend(capability, k_bits, v_bits, *, group=None, head_dim=128, quer
     key = segments("key", k_bits, head_dim, group, page=page)
     value = segments("value", v_bits, head_dim, group, page=page)
     with ahead_of_time(capability) as compiled:
-        attend(query, key, value, scaling=0.1)
+        attend(AttentionProblem(query, key, value, scaling=0.1))
     return compiled
 
 

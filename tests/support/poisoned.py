@@ -1,11 +1,23 @@
-"""Random keys and values for GPU kernels, with poisoned memory around everything that is theirs."""
+"""Random keys and values for every kernel, with poisoned memory around everything that is theirs."""
+
+import contextlib
 
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.pages import Channels, Packed, Plain
+from kvmix_kernels.attend.triton import launch
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import Segments
-from kvmix_kernels.tiers import EVICTED, Tiers
+from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+
+
+@contextlib.contextmanager
+def splits_of(tokens):
+    """Within, GPU kernels share tokens out in splits of at least so many, and there are many programs."""
+    before = launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR
+    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = tokens, 1024
+    try:
+        yield
+    finally:
+        launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = before
 
 
 def in_a_poisoned_buffer(x):
@@ -16,7 +28,10 @@ def in_a_poisoned_buffer(x):
     return room[:, 1:, : x.shape[2]]
 
 
-def segments(kind, bits, sinks, pages, tail, head_dim, page, group, dtype, scale_dtype="float16", batch=2, heads=1):
+def segments(
+    kind, bits, sinks, pages, tail, head_dim=32, page=16, group=16, dtype=torch.float32, scale_dtype="float16", batch=2,
+    heads=2,
+):  # fmt: skip
     """Sink, pages and tail of keys or values; nothing is packed with 16 bits."""
     shape = (batch, heads, sinks + pages * page + tail, head_dim)
     states = torch.randn(shape).to(dtype)
@@ -28,14 +43,33 @@ def segments(kind, bits, sinks, pages, tail, head_dim, page, group, dtype, scale
     return Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(tail))
 
 
+def in_pages(states, page):
+    """`[B, H_kv, T, D]` as `[B, H_kv, pages, page, D]`."""
+    batch, heads, tokens, head_dim = states.shape
+    return states.reshape(batch, heads, tokens // page, page, head_dim)
+
+
+def packed_pages(kind, bits, pages, head_dim=32, page=16, group=16, batch=2, heads=2):
+    """Random quantized pages."""
+    return packed(torch.randn(batch, heads, pages * page, head_dim), PageLayout(kind, bits, head_dim, page, group))
+
+
 def packed(states, layout):
     """Whole pages of `[B, H_kv, T, D]`, quantized."""
-    words, scales = quantize(states.unflatten(2, (-1, layout.page)), layout)
+    words, scales = quantize(in_pages(states, layout.page), layout)
     return Packed(layout, in_a_poisoned_buffer(words), in_a_poisoned_buffer(scales))
 
 
-def channels(runs, states, page, group, pages_per_order=100):
-    """Whole pages of keys `[B, H_kv, T, D]`, their channels in random orders and cut into runs `(width, bits)`."""
+def channel_runs(
+    widths, bits, pages, pages_per_order=2, page=16, group=16, batch=2, heads=2, dtype=torch.float32, kind="key"
+):
+    """Random pages, their channels in random orders and cut into runs."""
+    states = torch.randn(batch, heads, pages * page, sum(widths)).to(dtype)
+    return channels(tuple(zip(widths, bits, strict=True)), states, page, group, pages_per_order, kind)
+
+
+def channels(runs, states, page, group, pages_per_order=100, kind="key"):
+    """Whole pages of `[B, H_kv, T, D]`, their channels in random orders and cut into runs `(width, bits)`."""
     batch, heads, tokens, head_dim = states.shape
     orders = -(-tokens // (page * pages_per_order))
     order = torch.rand(batch, heads, orders, head_dim).argsort(-1)
@@ -44,9 +78,9 @@ def channels(runs, states, page, group, pages_per_order=100):
     made = []
     for part, (width, bits) in zip(places.split([width for width, _ in runs], -1), runs, strict=True):
         if bits == 16:
-            made.append(Plain(in_a_poisoned_buffer(part.unflatten(2, (-1, page)).transpose(-1, -2))))
+            made.append(Plain(in_a_poisoned_buffer(in_pages(part, page).transpose(-1, -2))))
         else:
-            made.append(packed(part, PageLayout("key", bits, width, page, group)))
+            made.append(packed(part, PageLayout(kind, bits, width, page, group)))
     return Channels(in_a_poisoned_buffer(order.to(torch.uint8)), pages_per_order, tuple(made))
 
 
@@ -56,7 +90,7 @@ def tiers(counts, gone, batch=2, heads=1):
     return tier[torch.rand(batch, heads, tier.numel()).argsort(-1)].to(torch.uint8)
 
 
-def in_tiers(tier, held, sinks, tail, head_dim, dtype):
+def segments_in_tiers(tier, held, sinks, tail, head_dim, dtype):
     """Sink, tokens in tiers, and tail."""
     batch, heads = tier.shape[:2]
     ends = torch.randn(batch, heads, sinks + tail, head_dim).to(dtype).split([sinks, tail], 2)

@@ -1,6 +1,6 @@
-"""Attention of queries over sink | packed pages | tail.
+"""Attention of queries over sink | packed tokens | tail.
 
-`naive` is the definition, `cpu` the native path, `triton` that of GPUs.
+`naive` is the definition, `cpu` the native path, `triton` the path of GPUs.
 """
 
 from __future__ import annotations
@@ -8,62 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gpu
-from ..fallback import warn_once
-from ..native import library
-from ..segments import Segments
+from ..runtime import gpu
+from ..runtime.fallback import warn_once
+from ..runtime.native import library
 from . import cpu, naive
+from .problem import AttentionProblem
 
-__all__ = ["attend", "attend_lse"]
-
-
-def attend(
-    query: Tensor,
-    key: Segments,
-    value: Segments,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention over packed keys and values: the first result of `attend_lse`."""
-    return attend_lse(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)[0]
+__all__ = ["AttentionProblem", "attend"]
 
 
-def attend_lse(
-    query: Tensor,
-    key: Segments,
-    value: Segments,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithms of its sums of weights; see `naive.attend` for arguments, results and errors.
+def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Return output and logarithms of the sums of weights, as `AttentionProblem` describes them.
 
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).
     """
-    naive.check(query, key, value)
-    possible = query.dtype != torch.float64 and not _is_differentiated(query, key, value)
-    if possible and gpu.is_usable(query.device):
+    if problem.query.dtype == torch.float64 or problem.is_differentiated:
+        return naive.attend(problem)
+    if gpu.is_usable(problem.query.device):
         from . import triton
 
-        reason = triton.unsupported(query, key, value)
+        reason = triton.unsupported(problem)
         if reason is not None:
             warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
-        elif triton.is_trusted(query, key, value, mask, softcap):
-            return triton.attend(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
-    native = library() if possible and query.device.type == "cpu" else None
-    if native is not None and cpu.supports(query, key, value):
-        return cpu.attend(native, query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+        elif triton.is_trusted(problem):
+            return triton.attend(problem)
+    native = library() if problem.query.device.type == "cpu" else None
+    if native is not None and cpu.supports(problem):
+        return cpu.attend(native, problem)
     if native is not None:
-        warn_once(f"attention over {cpu.describe(key, value)} has no CPU kernel; falling back to slow PyTorch")
-    return naive.attend(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
-
-
-def _is_differentiated(query: Tensor, key: Segments, value: Segments) -> bool:
-    """Whether autograd must see the arithmetic, which it cannot inside a kernel."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tail, value.tail))
+        warn_once(f"attention over {cpu.describe(problem)} has no CPU kernel; falling back to slow PyTorch")
+    return naive.attend(problem)

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../native/simd.h"
+#include "../runtime/native/simd.h"
 #include "cpu.h"
 
 namespace KVMIX_ISA {

@@ -1,10 +1,10 @@
-// Attention over parts of sink | packed pages | tail on a CPU. Compiled once per instruction set; see native/build.py.
+// Attention over parts of sink | packed pages | tail on a CPU. Compiled once per instruction set; see runtime/native/build.py.
 #include "cpu.h"
 
 #include <cmath>
 #include <vector>
 
-#include "../native/simd.h"
+#include "../runtime/native/simd.h"
 #include "contract.h"
 
 namespace KVMIX_ISA {

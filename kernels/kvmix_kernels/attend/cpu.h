@@ -1,5 +1,5 @@
-// What cpu.py hands over; the ctypes structures there must have the same fields in the same order. Strides are in
-// elements; the last axis is contiguous.
+// The arguments of attention. runtime/native/structs.py mirrors these structs, native.cpp lists their fields for the
+// check of that. Strides are in elements; the last axis is contiguous.
 #pragma once
 #include <cstdint>
 

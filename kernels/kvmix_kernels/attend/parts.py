@@ -1,64 +1,62 @@
-"""Attention over tokens in several tiers is attention over each, put together by one softmax."""
+"""Parts of an attention problem: attention over tokens in tiers is attention over each tier, merged by one softmax."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..segments import Segments
-from ..tiers import Tiers
+from ..segments import Channels, Packed, Segments, Tiers, count
+from .problem import AttentionProblem
 
 
-class Part(NamedTuple):
-    """Some of the tokens: keys and values that are not in tiers, and who may see them.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the tokens of a problem: keys and values that are not in tiers, and the mask over them.
 
     Attributes:
-        mask: broadcastable to `[B, H, S, T]` of this part's tokens; None is causal, the queries being its last tokens.
+        key: segments of `[B, H_kv, T, D]`, where `T` are this part's tokens.
+        value: segments of `[B, H_kv, T, D_v]`.
+        mask: broadcastable to `[B, H, S, T]`; None is causal, the queries being the part's last tokens.
     """
 
     key: Segments
     value: Segments
     mask: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, `T`."""
+        return self.key.shape[2]
 
-def parts_of(query: Tensor, key: Segments, value: Segments, mask: Tensor | None) -> list[Part]:
-    """Keys and values as parts: one, or sink and tail and every tier that holds something.
+
+def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
+    """Return all tokens as one part, or, if they are in tiers, sink and tail and every tier that is not empty.
 
     Args:
-        mask: as `Part` has it, of all tokens, those that are gone included.
-
-    Raises:
-        ValueError: if keys and values are not in the same tiers.
+        problem: what to split.
+        with_masks: whether to make the masks, which takes time for tiers; without, every mask is None.
     """
-    if not isinstance(key.packed, Tiers) and not isinstance(value.packed, Tiers):
+    key, value, mask = problem.key, problem.value, problem.mask if with_masks else None
+    if not isinstance(key.packed, Tiers) or not isinstance(value.packed, Tiers):
         return [Part(key, value, mask)]
-    check_tiers(key, value)
     parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
-    for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):  # type: ignore[union-attr]
-        part = Part(_alone(keys, key.tail), _alone(values, value.tail), _mask_of_tier(query, key, index, mask))
-        if part.key.shape[2]:
-            parts.append(part)
+    for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):
+        if count(keys):
+            of_tier = _mask_of_tier(problem, key.packed, index) if with_masks else None
+            parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_tier))
     return parts
 
 
-def check_tiers(key: Segments, value: Segments) -> None:
-    """Raise ValueError unless keys and values are in the same tiers, or in none."""
-    tiered = [isinstance(x.packed, Tiers) for x in (key, value)]
-    if tiered[0] != tiered[1] or (tiered[0] and key.edges != value.edges):
-        raise ValueError("keys and values are not in the same tiers")
-
-
 def _ends(tensor: Segments) -> Segments:
+    """Return sink and tail, without the tokens between them."""
     return Segments(tensor.sink, None, tensor.tail)
 
 
-def _alone(held: object, tail: Tensor) -> Segments:
-    """A tier's tokens as segments; those in full precision are all tail."""
-    if isinstance(held, Tensor):
-        return Segments(None, None, held)
-    return Segments(None, held, tail[:, :, :0])  # type: ignore[arg-type]
+def _alone(held: Packed | Channels | Tensor, tail: Tensor) -> Segments:
+    """Return a tier's tokens as segments; those in full precision are all tail."""
+    return Segments(None, None, held) if isinstance(held, Tensor) else Segments(None, held, tail[:, :, :0])
 
 
 def _mask_of_ends(mask: Tensor | None, key: Segments) -> Tensor | None:
@@ -68,14 +66,16 @@ def _mask_of_ends(mask: Tensor | None, key: Segments) -> Tensor | None:
     return torch.cat([mask[..., :first], mask[..., last:]], dim=-1) if first else mask[..., last:]
 
 
-def _mask_of_tier(query: Tensor, key: Segments, tier: int, mask: Tensor | None) -> Tensor | None:
-    """The mask's columns of the tokens in a tier. They are older than all queries, so nothing causal is left."""
+def _mask_of_tier(problem: AttentionProblem, tiers: Tiers, index: int) -> Tensor | None:
+    """Return the mask's columns of a tier's tokens, which are older than all queries: nothing causal is left."""
+    mask, queries = problem.mask, problem.queries
     if mask is None:
-        return None if query.shape[2] == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+        return None if queries == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=problem.query.device)
     if mask.shape[-1] == 1:
         return mask
-    (first, last), (batch, heads, queries, _), kv_heads = key.edges, query.shape, key.shape[1]
-    places = key.packed.places(tier)[:, :, None, None]  # type: ignore[union-attr]
-    columns = mask[..., first:last].expand(batch, heads, queries, last - first).unflatten(1, (kv_heads, -1))
+    first, last = problem.key.edges
+    columns = mask[..., first:last].expand(problem.batch, problem.heads, queries, last - first)
+    columns = columns.reshape(problem.batch, problem.kv_heads, problem.ratio, queries, last - first)
+    places = tiers.places(index)[:, :, None, None]
     chosen = columns.gather(-1, places.expand(*columns.shape[:-1], -1))
     return chosen.flatten(1, 2)

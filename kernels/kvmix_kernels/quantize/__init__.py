@@ -1,6 +1,6 @@
 """Quantize pages of keys or values into packed words and scales, and back.
 
-`naive` is the definition, `cpu` the native path, `triton` that of GPUs.
+`naive` is the definition, `cpu` the native path, `triton` the path of GPUs.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gpu
-from ..fallback import warn_once
 from ..layout import PageLayout
-from ..native import library
+from ..runtime import gpu
+from ..runtime.fallback import warn_once
+from ..runtime.native import library
 from . import cpu
 from . import naive as _naive
 from .naive import decode, dequantize, encode, pack, unpack
@@ -35,18 +35,18 @@ def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
 
 
 def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
-    """Quantize and pack whole pages to where they stay: on a GPU without memory or copies in between.
+    """Quantize and pack whole pages to where they stay, on a GPU without memory or copies in between.
 
     Args:
         pages: `[..., page, head_dim]`, any floating dtype.
         layout: shape and codec of a page.
-        words: `[..., *layout.words_shape]` int16, and
-        scales: `[..., *layout.scales_shape]` in the scale dtype, as views of something longer.
+        words: `[..., *layout.words_shape]` int16, a view of something longer.
+        scales: `[..., *layout.scales_shape]` in the scale dtype, a view of something longer.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together.
     """
-    check_room(pages, layout, words, scales)
+    _check_room(pages, layout, words, scales)
     if _has_gpu_kernel(pages, layout):
         from . import triton
 
@@ -57,8 +57,8 @@ def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tens
         room.copy_(made)
 
 
-def check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
-    """Raise ValueError unless packed pages have the shapes and dtypes of what they go to."""
+def _check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
+    """Raise ValueError unless packed pages have the shapes and dtypes of their place."""
     for name, room, shape, dtype in (
         ("words", words, layout.words_shape, torch.int16),
         ("scales", scales, layout.scales_shape, getattr(torch, layout.scale_dtype)),
@@ -71,9 +71,9 @@ def check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor)
 def _has_gpu_kernel(pages: Tensor, layout: PageLayout) -> bool:
     if not gpu.is_usable(pages.device):
         return False
-    from . import trial, triton
+    from . import triton
 
     if triton.supports(pages, layout):
-        return trial.is_trusted(pages.device, layout, pages.dtype)
+        return triton.is_trusted(pages.device, layout, pages.dtype)
     warn_once(f"quantizing {triton.describe(pages, layout)} has no GPU kernel; falling back to slow PyTorch")
     return False

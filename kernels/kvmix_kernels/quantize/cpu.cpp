@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../native/simd.h"
+#include "../runtime/native/simd.h"
 
 namespace KVMIX_ISA {
 

@@ -1,4 +1,5 @@
-// What cpu.py hands over; the ctypes structure there must have the same fields in the same order.
+// The arguments of quantizing. runtime/native/structs.py mirrors this struct, native.cpp lists its fields for the check
+// of that.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-"""Quantize and pack on a CPU through the native library: prepares the arguments of `cpu.cpp`."""
+"""Quantize and pack pages on a CPU through the native library (`cpu.cpp`)."""
 
 from __future__ import annotations
 
@@ -8,51 +8,26 @@ import torch
 from torch import Tensor
 
 from ..layout import PageLayout
-from ..native import DTYPES, WIDEST_VECTOR
-
-
-class _Quantization(ctypes.Structure):
-    """`struct Quantization` of cpu.h."""
-
-    _fields_ = (
-        ("pages", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("pages_strides", ctypes.c_int64 * 4),
-        ("words_strides", ctypes.c_int64 * 3),
-        ("scales_strides", ctypes.c_int64 * 3),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("is_key", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("scale_dtype", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-    )
+from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CQuantization
 
 
 def is_batch(pages: Tensor, layout: PageLayout) -> bool:
-    """Whether these are `[B, H_kv, pages, page, head_dim]` in a dtype and order that the native path reads."""
+    """Return whether these are `[B, H_kv, pages, page, head_dim]` in a dtype and order that the native path reads."""
     fits = tuple(pages.shape[-2:]) == (layout.page, layout.head_dim)
     return fits and pages.ndim == 5 and pages.stride(4) == 1 and pages.dtype in DTYPES
 
 
 def supports(layout: PageLayout) -> bool:
-    """Whether vectors divide the groups."""
+    """Return whether groups are whole vectors."""
     return layout.group % WIDEST_VECTOR == 0
 
 
 def quantize(library: ctypes.CDLL, pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """`naive.quantize` for `[B, H_kv, pages, page, head_dim]`, natively; the same words and scales, bit for bit."""
+    """Quantize `[B, H_kv, pages, page, head_dim]` to the words and scales of `naive`, bit for bit."""
     scale_dtype = getattr(torch, layout.scale_dtype)
     words = torch.empty(*pages.shape[:3], *layout.words_shape, dtype=torch.int16)
     scales = torch.empty(*pages.shape[:3], *layout.scales_shape, dtype=scale_dtype)
-    call = _Quantization(
+    call = CQuantization(
         pages=pages.data_ptr(),
         words=words.data_ptr(),
         scales=scales.data_ptr(),

@@ -1,4 +1,4 @@
-"""Whether what has been quantized was finite, known without waiting for a GPU."""
+"""Detection of quantized pages that were not finite, without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class FiniteWatch:
-    """Watches scales, to which NaN, Inf and what does not fit their dtype all come (`naive.py`).
+    """A watch over scales, which are not finite where pages had NaN, Inf or numbers too large for the scale dtype.
 
-    On a CPU the answer is immediate. On a GPU it is gathered there and copied without waiting: what has arrived by the
-    time of a look is known, and `is_bad(wait=True)` knows everything.
+    On a CPU the answer is immediate. On a GPU it is gathered there and copied without waiting: `is_bad()` knows what
+    has arrived by then, `is_bad(wait=True)` knows everything.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class FiniteWatch:
         self._event: torch.cuda.Event | None = None  # when that has arrived; None if nothing is on its way
 
     def watch(self, scales: Tensor) -> bool:
-        """Look at these, too. Returns what is known by now, which may not include these: see `is_bad`."""
+        """Watch these scales too. Return what is known by now, which may not include these: see `is_bad`."""
         bad = ~torch.isfinite(scales).all()
         if _answers_at_once(scales.device):
             self._is_bad |= bool(bad)
@@ -34,10 +34,10 @@ class FiniteWatch:
         return self._is_bad
 
     def is_bad(self, wait: bool = False) -> bool:
-        """Whether anything watched is known not to be finite; once it is, it stays so.
+        """Return whether anything watched is known not to be finite; once it is, it stays so.
 
         Args:
-            wait: for the GPU, so that everything is known.
+            wait: wait for the GPU, so that everything is known.
         """
         if self._event is not None and self._arrived is not None and (wait or self._event.query()):
             self._event.synchronize()
@@ -46,22 +46,22 @@ class FiniteWatch:
         return self._is_bad
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy knows everything: an event has none."""
+        """Return the state for a copy, which waits and knows everything, because events cannot be copied."""
         return {**vars(FiniteWatch()), "_is_bad": self.is_bad(wait=True)}
 
 
 def _answers_at_once(device: torch.device) -> bool:
-    """Whether looking at a tensor there waits for nothing."""
+    """Return whether reading a tensor there waits for nothing."""
     return device.type != "cuda"
 
 
 def _pinned() -> Tensor:
-    """Host memory that a GPU copies to by itself."""
+    """Return host memory that a GPU copies to by itself."""
     return torch.zeros((), dtype=torch.bool, pin_memory=True)
 
 
 def _record(device: torch.device) -> torch.cuda.Event:
-    """An event after everything that has been asked of the device so far."""
+    """Return an event after everything that has been asked of the device so far."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event

@@ -1,4 +1,4 @@
-"""The definition of the codec, in plain PyTorch. Every kernel must produce the same words and scales, bit for bit.
+"""Definition of the codec, in plain PyTorch. Every kernel must produce the same words and scales, bit for bit.
 
 Asymmetric round-to-nearest in groups (KVmix, arXiv 2506.08018, section 3.3; the KIVI scheme):
 
@@ -40,12 +40,12 @@ def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(words: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Inverse of `quantize`: pages `[..., page, head_dim]` in `dtype`, computed in float32."""
+    """Return pages `[..., page, head_dim]` in `dtype`, computed in float32: the inverse of `quantize`."""
     return _orient(decode(unpack(words, layout), scales, layout), layout).to(dtype)
 
 
 def encode(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, `[..., rows, columns]`) and scales (`[..., 2, groups, rows]`) of `[..., rows, columns]`."""
+    """Return codes (uint8, `[..., rows, columns]`) and scales (`[..., 2, groups, rows]`) of `[..., rows, columns]`."""
     matrix = matrix.float()
     low, high = _group_range(matrix, layout)
     scale = (high - low) / layout.levels
@@ -58,7 +58,7 @@ def encode(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, layout: PageLayout) -> Tensor:
-    """Float32 matrix `[..., rows, columns]` that codes and scales stand for."""
+    """Return the float32 matrix `[..., rows, columns]` that codes and scales stand for."""
     scale, zero = (_per_column(part, layout) for part in scales.float().unbind(-3))
     return codes * scale + zero
 
@@ -73,10 +73,10 @@ def pack(codes: Tensor, layout: PageLayout) -> Tensor:
 
 
 def unpack(words: Tensor, layout: PageLayout) -> Tensor:
-    """Inverse of `pack`; codes are int16."""
+    """Unpack words into int16 codes `[..., rows, columns]`: the inverse of `pack`."""
     sizes = [layout.rows * width // WORD_BITS for width in layout.planes]
     codes, shift = None, 0
-    for width, plane in zip(layout.planes, words.split(sizes, dim=-2), strict=True):
+    for width, plane in zip(layout.planes, torch.split(words, sizes, dim=-2), strict=True):
         fields = _unpack_plane(plane, width)
         codes = fields if codes is None else codes | (fields << shift)
         shift += width
@@ -91,8 +91,8 @@ def _orient(x: Tensor, layout: PageLayout) -> Tensor:
 
 
 def _group_range(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every group, each `[..., groups, rows]`."""
-    parts = matrix.split(layout.group, dim=-1)
+    """Return minimum and maximum of every group, each `[..., groups, rows]`."""
+    parts = torch.split(matrix, layout.group, dim=-1)
     low, high = zip(*(part.aminmax(dim=-1) for part in parts), strict=True)
     return torch.stack(low, -2) + 0.0, torch.stack(high, -2)  # of 0 and -0 either may be the minimum: make it 0
 
@@ -114,4 +114,4 @@ def _pack_plane(fields: Tensor, width: int) -> Tensor:
 
 def _unpack_plane(words: Tensor, width: int) -> Tensor:
     shifts = torch.arange(0, WORD_BITS, width, dtype=torch.int16, device=words.device)
-    return ((words.unsqueeze(-3) >> shifts[:, None, None]) & (2**width - 1)).flatten(-3, -2)
+    return ((words.unsqueeze(-3) >> shifts[:, None, None]) & ((1 << width) - 1)).flatten(-3, -2)

@@ -6,8 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.pages import Channels, Packed
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Tiers
 from torch import Tensor
 
 from ..buffer import Buffer

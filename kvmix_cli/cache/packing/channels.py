@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from kvmix_kernels.layout import PageLayout
-from kvmix_kernels.pages import Channels
+from kvmix_kernels.segments import Channels
 from torch import Tensor
 
 from ..buffer import Buffer

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from kvmix_kernels.pages import Channels, Packed
-from kvmix_kernels.tiers import Tiers
+from kvmix_kernels.segments import Channels, Packed, Tiers
 from torch import Tensor
 
 from ...errors import PlanError

@@ -6,11 +6,11 @@ from attending import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
-from kvmix_kernels.attend.triton import attend, shares, unsupported
-from kvmix_kernels.pages import Packed
+from kvmix_kernels.attend import AttentionProblem
+from kvmix_kernels.attend.triton import attend, unsupported
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import Segments
-from poisoned import mask_of, segments
+from kvmix_kernels.segments import Packed, Segments
+from poisoned import mask_of, segments, splits_of
 from reference import dense_attention
 
 RMS = 5e-3
@@ -43,49 +43,52 @@ def test_equals_dense_attention(
     split, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
-    shares.TOKENS_PER_SPLIT, shares.PROGRAMS_PER_PROCESSOR = split, 1024
     tokens = sinks + page * max(pages) + queries + seed % 70
     k_tail, v_tail = (tokens - sinks - page * count for count in pages)
-    key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype)
-    value = segments("value", v_bits, sinks, pages[1], v_tail, dims[1], page, group, dtype, scale_dtype)
+    key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype, heads=1)
+    value = segments("value", v_bits, sinks, pages[1], v_tail, dims[1], page, group, dtype, scale_dtype, heads=1)
     query = torch.randn(2, queries, ratio, dims[0]).to(dtype).transpose(1, 2)
-    options = {
-        "scaling": dims[0] ** -0.5,
-        "mask": mask_of(masking, queries, tokens, seed % tokens),
-        "softcap": softcap,
-        "sinks": torch.randn(ratio) if logits else None,
-    }
-    assert unsupported(query, key, value) is None
+    options = (
+        dims[0] ** -0.5,
+        mask_of(masking, queries, tokens, seed % tokens),
+        softcap,
+        torch.randn(ratio) if logits else None,
+    )
+    problem = AttentionProblem(query, key, value, *options)
+    assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    got = attend(query, key, value, **options)[0]
+    with splits_of(split):
+        got, _ = attend(problem)
     assert got.dtype == dtype
-    assert relative_rms(got, dense_attention(query, *plain, **options)) < RMS
+    assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
 
 
 @pytest.mark.parametrize(
     ("page", "k_bits", "v_bits"), [(16, 1, 3), (16, 16, 2), (32, 3, 1), (32, 8, 4), (32, 2, 8), (32, 4, 16)]
 )
-def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_bits, monkeypatch):
+def test_pages_that_do_not_fill_a_step_are_contracted_together(page, k_bits, v_bits):
     torch.manual_seed(0)
-    monkeypatch.setattr(shares, "TOKENS_PER_SPLIT", 5 * page)
     k_pages, v_pages = 0 if k_bits == 16 else 7, 0 if v_bits == 16 else 6
     tokens = 3 + 7 * page + 9
     key, value = (
-        segments(kind, bits, 3, pages, tokens - 3 - pages * page, 64, page, 64, torch.bfloat16, batch=1)
+        segments(kind, bits, 3, pages, tokens - 3 - pages * page, 64, page, 64, torch.bfloat16, batch=1, heads=1)
         for kind, bits, pages in (("key", k_bits, k_pages), ("value", v_bits, v_pages))
     )
-    query = torch.randn(1, 2, 2, 64).bfloat16()
-    assert unsupported(query, key, value) is None
+    problem = AttentionProblem(torch.randn(1, 2, 2, 64).bfloat16(), key, value, scaling=0.125)
+    assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    assert relative_rms(attend(query, key, value, scaling=0.125)[0], dense_attention(query, *plain, 0.125)) < RMS
+    with splits_of(5 * page):
+        got, _ = attend(problem)
+    assert relative_rms(got, dense_attention(problem.query, *plain, 0.125)) < RMS
 
 
 @pytest.mark.parametrize("bits", [2, 16])
 def test_a_row_that_sees_nothing_is_zero(bits):
-    key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32) for kind in ("key", "value"))
+    key, value = (segments(kind, bits, 0, 1, 5, 64, 64, None, torch.float32, heads=1) for kind in ("key", "value"))
     mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
     for each in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
-        assert (attend(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each)[0] == 0).all()
+        problem = AttentionProblem(torch.randn(2, 2, 1, 64), key, value, scaling=1.0, mask=each)
+        assert (attend(problem)[0] == 0).all()
 
 
 def test_outliers_do_not_hide_the_rest():
@@ -100,7 +103,7 @@ def test_outliers_do_not_hide_the_rest():
     query = torch.randn(1, 1, 1, 64)
     query[..., 5] *= 1e-3
     plain = [each.dequantize() for each in (key, value)]
-    got = attend(query, key, value, scaling=0.125)[0]
+    got, _ = attend(AttentionProblem(query, key, value, scaling=0.125))
     assert relative_rms(got, dense_attention(query, *plain, 0.125)) < RMS
 
 
@@ -116,5 +119,6 @@ def test_outliers_do_not_hide_the_rest():
 )
 def test_what_has_no_kernel_is_named(change, complaint):
     shape = {"head_dim": 64, "page": 64, "group": 32, "dtype": torch.float32} | change
-    key, value = (segments(kind, 2, 0, 1, 5, **shape) for kind in ("key", "value"))
-    assert complaint in unsupported(torch.randn(2, 2, 1, shape["head_dim"]), key, value)
+    key, value = (segments(kind, 2, 0, 1, 5, heads=1, **shape) for kind in ("key", "value"))
+    query = torch.randn(2, 2, 1, shape["head_dim"])
+    assert complaint in unsupported(AttentionProblem(query, key, value, scaling=1.0))

@@ -6,7 +6,7 @@ When one of the first two fails, Triton has been mended, and what works around i
 import torch
 import triton
 import triton.language as tl
-from kvmix_kernels.numbers import dot, round_to, to_float32
+from kvmix_kernels.runtime.triton_numbers import dot, round_to, to_float32
 
 
 @triton.jit

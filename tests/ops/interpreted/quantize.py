@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attending import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
@@ -16,10 +17,6 @@ layouts = st.builds(
     group_size=st.sampled_from([24, 32, 64, 128, None]),
     scale_dtype=st.sampled_from(["float16", "bfloat16"]),
 )
-
-
-def same_bits(one, other):
-    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
 @given(

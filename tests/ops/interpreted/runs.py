@@ -1,14 +1,16 @@
 """The attention kernels over keys whose channels are sorted and cut into runs, against dense float64 attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attending import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvmix_kernels.attend import naive
-from kvmix_kernels.attend.triton import attend, shares, unsupported
+from kvmix_kernels.attend import AttentionProblem, naive
+from kvmix_kernels.attend.triton import attend, unsupported
 from kvmix_kernels.segments import Segments
-from poisoned import channels, mask_of, segments
+from poisoned import channels, mask_of, segments, splits_of
 from reference import dense_attention
 
 RMS = 5e-3
@@ -30,10 +32,10 @@ def case(runs, pages, v_pages, queries, dtype, group, pages_per_order, sinks=3, 
     """Queries, keys and values of as many tokens."""
     head_dim, tail = sum(width for width, _ in runs), queries + 20
     states = torch.randn(2, 1, pages * page, head_dim).to(dtype)
-    ends = segments("key", 2, sinks, 0, tail + page * max(0, v_pages - pages), head_dim, page, group, dtype)
+    ends = segments("key", 2, sinks, 0, tail + page * max(0, v_pages - pages), head_dim, page, group, dtype, heads=1)
     key = Segments(ends.sink, channels(runs, states, page, group, pages_per_order), ends.tail)
     v_tail = key.shape[2] - sinks - v_pages * page
-    value = segments("value", 4, sinks, v_pages, v_tail, head_dim, page, group, dtype)
+    value = segments("value", 4, sinks, v_pages, v_tail, head_dim, page, group, dtype, heads=1)
     return torch.randn(2, 2, queries, head_dim).to(dtype), key, value
 
 
@@ -56,20 +58,21 @@ def test_equals_dense_attention(
     runs, pages, queries, dtype, group, pages_per_order, sinks, masking, softcap, logits, split, seed
 ):
     torch.manual_seed(seed)
-    shares.TOKENS_PER_SPLIT, shares.PROGRAMS_PER_PROCESSOR = split, 1024
     query, key, value = case(runs, *pages, queries, dtype, group, pages_per_order, sinks)
     tokens = key.shape[2]
-    options = {
-        "scaling": query.shape[3] ** -0.5,
-        "mask": mask_of(masking, queries, tokens, seed % tokens),
-        "softcap": softcap,
-        "sinks": torch.randn(2) if logits else None,
-    }
-    assert unsupported(query, key, value) is None
+    options = (
+        query.shape[3] ** -0.5,
+        mask_of(masking, queries, tokens, seed % tokens),
+        softcap,
+        torch.randn(2) if logits else None,
+    )
+    problem = AttentionProblem(query, key, value, *options)
+    assert unsupported(problem) is None
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
-    got, logarithms = attend(query, key, value, **options)
-    assert relative_rms(got, dense_attention(query, *plain, **options)) < RMS
-    expected = naive.attend(query.double(), key, value, **options)[1]
+    with splits_of(split):
+        got, logarithms = attend(problem)
+    assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
+    expected = naive.attend(replace(problem, query=query.double()))[1]
     torch.testing.assert_close(logarithms.double(), expected, rtol=0, atol=LOGARITHM)
 
 
@@ -78,15 +81,15 @@ def test_every_cut(runs):
     torch.manual_seed(0)
     query, key, value = case(runs, 2, 2, 1, torch.bfloat16, 64, 1)
     plain = [each.read(0, key.shape[2], torch.float32) for each in (key, value)]
-    got = attend(query, key, value, scaling=0.125)[0]
+    got, _ = attend(AttentionProblem(query, key, value, scaling=0.125))
     assert relative_rms(got, dense_attention(query, *plain, 0.125)) < RMS
 
 
 def test_what_has_no_kernel_is_named():
     query, key, value = case(((16, 4),) * 5, 1, 1, 1, torch.float32, 64, 1)
-    assert "keys in 5 runs of channels" in unsupported(query, key, value)
+    assert "keys in 5 runs of channels" in unsupported(AttentionProblem(query, key, value, 1.0))
     query, key, value = case(((32, 4), (32, 2)), 1, 1, 1, torch.float32, 64, 1)
-    assert "values in runs of channels" in unsupported(query, key, key)
+    assert "values in runs of channels" in unsupported(AttentionProblem(query, key, key, 1.0))
     mixed = channels(((32, 4),), torch.randn(2, 1, 64, 32), 64, 32).runs
-    key.packed.__dict__["runs"] = (key.packed.runs[0], *mixed)
-    assert "groups of 32 and 64" in unsupported(query, key, value)
+    key = replace(key, packed=replace(key.packed, runs=(key.packed.runs[0], *mixed)))
+    assert "groups of 32 and 64" in unsupported(AttentionProblem(query, key, value, 1.0))

@@ -1,13 +1,15 @@
 """The attention kernels over tokens in tiers, against the definition in float64."""
 
+from dataclasses import replace
+
 import torch
 from attending import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend import naive
-from kvmix_kernels.attend.triton import attend, shares, unsupported
-from poisoned import channels, in_a_poisoned_buffer, in_tiers, mask_of, packed, tiers
+from kvmix_kernels.attend import AttentionProblem, naive
+from kvmix_kernels.attend.triton import attend, unsupported
+from poisoned import channels, in_a_poisoned_buffer, mask_of, packed, segments_in_tiers, splits_of, tiers
 
 RMS = 5e-3
 LOGARITHM = 1e-2
@@ -31,7 +33,7 @@ def case(widths, counts, gone, sinks, tail, dtype):
         [hold(kind, bits[side], count, dtype) for bits, count in zip(widths, counts, strict=True)]
         for side, kind in enumerate(("key", "value"))
     ]
-    return [in_tiers(tier, each, sinks, tail, HEAD_DIM, dtype) for each in held]
+    return [segments_in_tiers(tier, each, sinks, tail, HEAD_DIM, dtype) for each in held]
 
 
 @given(
@@ -51,22 +53,18 @@ def case(widths, counts, gone, sinks, tail, dtype):
 @settings(max_examples=8, deadline=None)
 def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype, masking, softcap, logits, split, seed):
     torch.manual_seed(seed)
-    shares.TOKENS_PER_SPLIT, shares.PROGRAMS_PER_PROCESSOR = split, 1024
     counts = [seed % 50 if bits == (16, 16) else PAGE * count for bits, count in zip(widths, pages, strict=False)]
     key, value = case(widths, counts, gone, sinks, tail and queries + tail, dtype)
     tokens = key.shape[2]
     if tokens < queries or key.kept_tokens == 0:
         return
     query = torch.randn(2, 3, queries, HEAD_DIM).to(dtype)
-    options = {
-        "scaling": HEAD_DIM**-0.5,
-        "mask": mask_of(masking, queries, tokens, seed % tokens),
-        "softcap": softcap,
-        "sinks": torch.randn(3) if logits else None,
-    }
-    assert unsupported(query, key, value) is None
-    got, logarithms = attend(query, key, value, **options)
-    expected, meant = naive.attend(query.double(), key, value, **options)
+    mask, sink_logits = mask_of(masking, queries, tokens, seed % tokens), torch.randn(3) if logits else None
+    problem = AttentionProblem(query, key, value, HEAD_DIM**-0.5, mask, softcap, sink_logits)
+    assert unsupported(problem) is None
+    with splits_of(split):
+        got, logarithms = attend(problem)
+    expected, meant = naive.attend(replace(problem, query=query.double()))
     assert relative_rms(got, expected) < RMS
     torch.testing.assert_close(logarithms.double(), meant, rtol=0, atol=LOGARITHM)
 
@@ -74,7 +72,7 @@ def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype,
 def test_a_row_that_sees_nothing_of_any_tier_is_zero():
     key, value = case(((2, 2), (16, 16)), (64, 7), 3, 3, 5, torch.float32)
     mask = torch.zeros(2, 1, 1, key.shape[2], dtype=torch.bool)
-    output, logarithms = attend(torch.randn(2, 2, 1, HEAD_DIM), key, value, scaling=1.0, mask=mask)
+    output, logarithms = attend(AttentionProblem(torch.randn(2, 2, 1, HEAD_DIM), key, value, 1.0, mask))
     assert (output == 0).all()
     assert (logarithms == -torch.inf).all()
 
@@ -82,5 +80,5 @@ def test_a_row_that_sees_nothing_of_any_tier_is_zero():
 def test_a_tier_that_no_kernel_takes_is_named():
     key, value = case(((16, 16),), (48,), 0, 0, 5, torch.float32)
     odd = PageLayout("key", 2, HEAD_DIM, 48)
-    key.packed.__dict__["held"] = (packed(torch.randn(2, 1, 48, HEAD_DIM), odd),)
-    assert "pages of 48 tokens" in unsupported(torch.randn(2, 2, 1, HEAD_DIM), key, value)
+    key = replace(key, packed=replace(key.packed, held=(packed(torch.randn(2, 1, 48, HEAD_DIM), odd),)))
+    assert "pages of 48 tokens" in unsupported(AttentionProblem(torch.randn(2, 2, 1, HEAD_DIM), key, value, 1.0))

@@ -1,7 +1,6 @@
-"""Attention on a GPU in Triton; `limits.py` says what it takes, `kernel.py` what a program does."""
+"""Attention on a GPU in Triton; `launch.py` is its entrance, `kernel.py` what one program computes."""
 
-from .launch import attend
-from .limits import unsupported
+from .launch import attend, unsupported
 from .trial import is_trusted
 
 __all__ = ["attend", "is_trusted", "unsupported"]

@@ -1,7 +1,7 @@
 """Queries times pages of keys whose channels may be sorted and cut into runs, in Triton.
 
-A run is a layout, or the number of its channels where those are in full precision. It has the query's same channels,
-so products are sums over the runs.
+A run is a layout, or the number of its channels where those are in full precision. Each run is multiplied by the same
+channels of the query, so products are sums over the runs.
 """
 
 from dataclasses import dataclass
@@ -10,52 +10,52 @@ import triton
 import triton.language as tl
 
 from ...layout import PageLayout
-from .pages import add_page_products, row_of
+from .memory import load_rows, of_pages
+from .packed import add_page_products, row_of
 from .plain import add_channel_products, padded_channels
-from .segments import load_rows, of_pages
 from .steps import places_of
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The runs, as one constant: not every Triton keeps a tuple of them one."""
+class RunLayouts:
+    """All runs as one constant of a kernel, because not every Triton keeps a tuple of them constant."""
 
     each: tuple[PageLayout | int, ...]
 
 
 @triton.constexpr_function
 def is_packed(run):
-    """Whether a run is one of codes."""
+    """Return whether a run is stored as codes."""
     return not isinstance(run, int)
 
 
 @triton.constexpr_function
 def count_of(runs):
-    """How many there are."""
+    """Return the number of runs."""
     return len(runs.each)
 
 
 @triton.constexpr_function
 def run_of(index, runs):
-    """One of them."""
+    """Return the run with this index."""
     return runs.each[index]
 
 
 @triton.constexpr_function
 def first_of(index, runs):
-    """The place of a run's first channel."""
+    """Return the place of a run's first channel."""
     return sum(run if isinstance(run, int) else run.rows for run in runs.each[:index])
 
 
 @triton.constexpr_function
 def chunk_of(runs, otherwise):
-    """Tokens of which products are taken together: a group, if there are any."""
+    """Return how many tokens are multiplied together: a group, if there are groups."""
     return next((run.group for run in runs.each if not isinstance(run, int)), otherwise)
 
 
 @triton.jit
 def load_query(rows, factor, order, RUNS: tl.constexpr):
-    """Query rows times a factor, a tuple of every run's `[channels, M]`; `order` is a tuple of a pointer, or empty."""
+    """Load query rows times a factor, `[channels, M]` of every run; `order` is a tuple of one pointer, or empty."""
     queries = ()
     for i in tl.static_range(count_of(RUNS)):
         queries = queries + (_load_run(rows, factor, order, first_of(i, RUNS), run_of(i, RUNS)),)
@@ -64,7 +64,7 @@ def load_query(rows, factor, order, RUNS: tl.constexpr):
 
 @triton.jit
 def run_products(queries, runs, page, chunk, RUNS: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr):
-    """Query rows, as `load_query` makes them, times the keys of a chunk of a page's tokens: `[CHUNK, M]`."""
+    """Multiply query rows, as `load_query` returns them, by the keys of a chunk of a page's tokens: `[CHUNK, M]`."""
     products = tl.zeros([CHUNK, queries[0].shape[1]], tl.float32)
     for i in tl.static_range(count_of(RUNS)):
         words, scales = of_pages(runs[i], page, page)

@@ -1,4 +1,4 @@
-"""From words to bfloat16 numbers without a conversion.
+"""Decoding of words to bfloat16 numbers, without a conversion.
 
 Masked into the mantissa of a bfloat16 1.0, a code of at most 4 bits at bit position p *is* the number
 `1 + code * 2^(p-7)`: one logical instruction for two codes, and one shift for as many fields as fit the 7 bits. 8 bits
@@ -8,38 +8,38 @@ do not fit: their number is `code - 128`, which takes three instructions for two
 import triton
 import triton.language as tl
 
-from ...numbers import INTERPRETED
+from ...runtime.triton_numbers import INTERPRETED
 from .steps import LEAST_STEP, padded_of, share_of
 
 
 @triton.constexpr_function
 def bits_of(layout):
-    """Bits of a code."""
+    """Return the bits of a code."""
     return layout.bits
 
 
 @triton.constexpr_function
 def low_of(layout):
-    """Bits of a field in the (low) plane."""
+    """Return the bits of a field in the (low) plane."""
     return layout.planes[0]
 
 
 @triton.constexpr_function
 def number_of_zero(layout):
-    """The number that code 0 becomes."""
+    """Return the number that code 0 becomes."""
     return -128.0 if layout.bits == 8 else 1.0
 
 
 @triton.constexpr_function
 def together_of(layout):
-    """Fields whose codes lie within a mantissa after the same shift, those of any step among them."""
+    """Return how many fields lie within a mantissa after the same shift: whole steps of them."""
     share = share_of(layout, LEAST_STEP)
     return ((7 - layout.bits) // layout.planes[0] + 1) // share * share
 
 
 @triton.constexpr_function
 def shift_of(field, layout):
-    """By how much words are shifted to bring a field into the mantissa."""
+    """Return how many bits to shift words to bring a field into the mantissa."""
     if layout.bits == 8:
         return 8 * field
     return field // together_of(layout) * together_of(layout) * layout.planes[0]
@@ -47,7 +47,7 @@ def shift_of(field, layout):
 
 @triton.constexpr_function
 def field_mask(field, layout):
-    """Where a field of the (low) plane lies after the shift."""
+    """Return the mask of a field of the (low) plane after the shift."""
     if layout.bits == 8:
         return 0x7F
     return (2 ** layout.planes[0] - 1) << field * layout.planes[0] - shift_of(field, layout)
@@ -55,7 +55,7 @@ def field_mask(field, layout):
 
 @triton.constexpr_function
 def assembly(field, layout):
-    """Two words `$1` (of the high plane: `$3`) to two bfloat16 `$0`, where `$2` (`$4`) masks after the shift."""
+    """Return PTX from two words `$1` (high plane: `$3`) to two bfloat16 `$0`; `$2` (`$4`) masks after the shift."""
     shift = shift_of(field, layout)
     lines = [f"shr.b32 a, $1, {shift};" if shift else "mov.b32 a, $1;"]
     if layout.bits == 8:
@@ -75,7 +75,7 @@ def assembly(field, layout):
 
 @triton.jit
 def unit_of(at, LAYOUT: tl.constexpr, POWER: tl.constexpr):
-    """What a code of 1 is worth in the number it becomes, for places in the order of steps; its inverse for -1."""
+    """Return how much a code of 1 adds to its number, for places in the order of steps; with `POWER` -1 the inverse."""
     if bits_of(LAYOUT) == 8:
         return tl.full(at.shape, 1.0, tl.float32)
     position = at // padded_of(LAYOUT) % together_of(LAYOUT) * low_of(LAYOUT)
@@ -84,7 +84,7 @@ def unit_of(at, LAYOUT: tl.constexpr, POWER: tl.constexpr):
 
 @triton.jit
 def decode(low, high, FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.constexpr):
-    """The numbers `[columns, STEP]` of a step from this field on.
+    """Decode the numbers `[columns, STEP]` of a step from this field on.
 
     Args:
         low: words of the (low) plane, int16.
@@ -109,7 +109,7 @@ def decode(low, high, FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.conste
 
 @triton.jit
 def decode_plainly(low, high, FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.constexpr):
-    """`decode` without assembly, for the interpreter, and to check the assembly against."""
+    """Decode without assembly, for the interpreter and as a check of the assembly."""
     SHIFT: tl.constexpr = shift_of(FIELD, LAYOUT)
     mask = mask_of(FIELD, LAYOUT, STEP)
     if bits_of(LAYOUT) == 8:
@@ -122,7 +122,7 @@ def decode_plainly(low, high, FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: t
 
 @triton.jit
 def mask_of(FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.constexpr):
-    """Where the fields of a step lie after the shift, `[1, STEP]`."""
+    """Return the masks of the fields of a step after the shift, `[1, STEP]`."""
     mask = tl.full([1, STEP], field_mask(FIELD, LAYOUT), tl.int16)
     if share_of(LAYOUT, STEP) > 1:
         mask = mask << (tl.arange(0, STEP) // padded_of(LAYOUT) * low_of(LAYOUT)).to(tl.int16)[None, :]
@@ -131,5 +131,5 @@ def mask_of(FIELD: tl.constexpr, LAYOUT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _above(mask):
-    """The one bit above fields of two bits."""
+    """Return the one bit above fields of two bits."""
     return (mask & (mask << 1)) << 1

@@ -2,7 +2,7 @@
 
 A program has query rows of one KV head (its query heads times its queries), so packed bytes are read once for all of
 them, and a run of packed pages, or of tiles of sink and tail. It writes its weighted mean of values and the logarithm
-of its sum of weights; `merge.py` puts the splits together. Scores are logarithms to base 2.
+of its sum of weights; `merge_kernel` puts the splits together. Scores are logarithms to base 2.
 """
 
 from typing import Any, NamedTuple
@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...runtime.triton_numbers import round_to, to_float32
 from .channels import chunk_of, load_query, run_products
-from .pages import add_page_values, cut, size_of
+from .memory import QueryRows, in_sink_or_tail, in_tail, load_rows, of_head, of_pages
+from .packed import add_page_values, cut, size_of
 from .plain import add_token_values, padded_channels, token_products
-from .segments import Rows, in_sink_or_tail, in_tail, load_rows, of_head, of_pages
-from .softmax import Scoring, Softmax, score, weigh
+from .softmax import LOG2_E, Scoring, Softmax, score, weigh
 
 
-class Task(NamedTuple):
-    """What a program works on, but for its share of the tokens."""
+class ProgramInputs(NamedTuple):
+    """Everything that a program reads, except for its share of the tokens."""
 
     key: Any
     value: Any
@@ -81,7 +82,7 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Arguments are prepared by `launch.py`.
+    """Attend to a split of the tokens, with arguments that `launch.py` prepares.
 
     `K` are runs (`channels.py`) and `V` is a layout, or None where nothing is packed. Of all `splits`, this
     launch has those from `first_split` on: first the pages, then the tiles.
@@ -93,12 +94,12 @@ def attend_kernel(
     at, query_head = row % queries, kv_head * RATIO + row // queries
     query += batch * query_strides[0]
     mask += batch * mask_batch
-    rows = Rows(query + query_head * query_strides[1] + at * query_strides[2], is_row)
+    rows = QueryRows(query + query_head * query_strides[1] + at * query_strides[2], is_row)
     mask_rows = mask + query_head * mask_head + at.to(tl.int64) * mask_query
     scoring = Scoring(cap, mask_rows, mask_token, is_row, tokens - queries + at)
     pages = tl.maximum(key_pages, value_pages)
     key, value = of_head(key, batch, kv_head), of_head(value, batch, kv_head)
-    task = Task(key, value, rows, scoring, factor, tokens, sinks, pages, pages_per_order, key_tail, value_tail)
+    task = ProgramInputs(key, value, rows, scoring, factor, tokens, sinks, pages, pages_per_order, key_tail, value_tail)
 
     GROUPS: tl.constexpr = 1 if V is None else size_of(V, "groups")
     WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM if V is None else size_of(V, "group"))
@@ -203,7 +204,7 @@ def over_pages_of_order(
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attend to pages `[first, last)` whose channels are those of `query`, as `load_query` makes it."""
+    """Attend to pages `[first, last)` whose channels are in the order of `query`, as `load_query` returns it."""
     CHUNK: tl.constexpr = chunk_of(K, min(TILE, PAGE)) if K_PACKED else min(TILE, PAGE)
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
     TOGETHER: tl.constexpr = max(1, LEAST_TOGETHER // PAGE)
@@ -238,7 +239,7 @@ def over_pages_of_order(
 
 @triton.jit
 def nth_of(page, last, N: tl.constexpr):
-    """The n-th page from `page` on; the one before `last`, if there are not as many."""
+    """Return the n-th page from `page` on; the one before `last`, if there are not as many."""
     if N == 0:
         return page
     else:
@@ -282,6 +283,57 @@ def over_tiles(
 
 @triton.jit
 def load_whole_query(task, HEAD_DIM: tl.constexpr):
-    """The query rows for keys in full precision, `[channels, M]`."""
+    """Load the query rows for keys in full precision, `[channels, M]`."""
     channel = tl.arange(0, padded_channels(HEAD_DIM))
     return load_rows(task.rows, task.factor, channel, channel < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["splits", "kv_heads", "queries"])
+def merge_kernel(
+    output,
+    output_strides,
+    totals,
+    means,
+    logarithms,
+    logits,
+    splits,
+    kv_heads,
+    queries,
+    VALUE_DIM: tl.constexpr,
+    RATIO: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge all splits of one query row; `logits`, one a query head, weigh like a token without a value.
+
+    `totals` `[B, H, S]` are the logarithms of the sums of weights, natural ones; those before are to base 2.
+    """
+    head, row = tl.program_id(0), tl.program_id(1)
+    query_head = head % kv_heads * RATIO + row // queries
+    channel = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
+    inside = channel < VALUE_DIM
+    peak, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    if HAS_LOGITS:
+        peak = tl.full([1], 0.0, tl.float32) + to_float32(tl.load(logits + query_head)) * LOG2_E
+        total = tl.full([1], 1.0, tl.float32)
+    sums = tl.zeros([channel.shape[0]], tl.float32)
+    for first in tl.range(0, splits, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        at = (head.to(tl.int64) * splits + split) * (RATIO * queries) + row
+        logarithm = tl.load(logarithms + at, mask=split < splits, other=float("-inf"))
+        mean = tl.load(
+            means + at[:, None] * VALUE_DIM + channel[None, :],
+            mask=(split < splits)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        best = tl.maximum(peak, tl.max(logarithm, 0))
+        shift = tl.where(best == float("-inf"), 0.0, best)
+        weight, decay = tl.exp2(logarithm - shift), tl.exp2(peak - shift)
+        sums = sums * decay + tl.sum(weight[:, None] * mean, 0)
+        total = total * decay + tl.sum(weight, 0)
+        peak = best
+    result = sums / tl.where(total == 0, 1.0, total)
+    tl.store(totals + head.to(tl.int64) * (RATIO * queries) + row + tl.arange(0, 1), (peak + tl.log2(total)) / LOG2_E)
+    output += (head // kv_heads).to(tl.int64) * output_strides[0] + query_head * output_strides[1]
+    at = output + row % queries * output_strides[2] + channel
+    tl.store(at, round_to(result, output.dtype.element_ty), mask=inside)

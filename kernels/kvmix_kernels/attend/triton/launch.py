@@ -1,165 +1,239 @@
-"""Attention on a GPU: launches a kernel for each part of the tokens, and one that puts them all together."""
+"""Attention on a GPU in Triton: the problems that the kernels take, the sharing of tokens among programs, the launches.
+
+Each part of the tokens is one launch, and one more launch merges the results of all programs.
+"""
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from ...layout import PageLayout
-from ...pages import Channels, Packed
-from ...segments import Segments
+from ...segments import Channels, Packed, Plain, Segments
 from ..parts import Part, parts_of
-from .channels import Runs
-from .kernel import attend_kernel
-from .limits import runs_of
-from .merge import merge_kernel
-from .segments import Run, Side
-from .shares import Shares, shares_of
+from ..problem import AttentionProblem
+from .channels import RunLayouts
+from .kernel import attend_kernel, merge_kernel
+from .memory import RunPointers, SegmentPointers
 from .softmax import ADDITIVE, BOOLEAN, CAUSAL, LOG2_E
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALLEST_PAGE = 16
+MOST_GROUPS = 8
+MOST_CHANNELS = 256
+MOST_RUNS = 4
 
 LEAST_ROWS, MOST_ROWS = 8, 32
 """Query rows in a program: 8 is what a tensor core multiplies at once."""
 MERGED_AT_ONCE = 16
+TOKENS_PER_SPLIT = 1024
+"""Tokens in a split, at least: the partial result of a split is written and read once more."""
+PROGRAMS_PER_PROCESSOR = 8
 
 
-def attend(
-    query: Tensor,
-    key: Segments,
-    value: Segments,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`naive.attend` on a GPU; the same arguments and results.
+@dataclass(frozen=True)
+class Shares:
+    """Pages and tiles of a part of the tokens, and how many of them a program has.
 
-    Nothing waits for the GPU, and what is allocated comes from PyTorch's pool: it can be captured in a CUDA graph.
+    Attributes:
+        page: tokens of a page.
+        tile: tokens of a tile.
+        pages: of keys and of values.
+        sinks: tokens before the pages.
+        packed_splits: programs that the pages are shared among.
+        pages_per_split: pages of one program.
+        tile_splits: programs that the tiles of sink and tail are shared among.
+        tiles_per_split: tiles of one program.
     """
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, value_dim, ratio = key.shape[1], value.shape[3], heads // key.shape[1]
-    block = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(ratio * queries)))
-    blocks = triton.cdiv(ratio * queries, block)
-    is_large = head_dim > 128 or value_dim > 128 or key.tail.dtype == torch.float32
-    parts = parts_of(query, key, value, mask)
-    shares = [shares_of(part.key, part.value, 32 if is_large else 64, batch * kv_heads * blocks) for part in parts]
-    splits = sum(share.splits for share in shares)
 
-    rows = (batch * kv_heads, splits, ratio * queries)
-    means = torch.empty(*rows, value_dim, dtype=torch.float32, device=query.device)
-    logarithms = torch.empty(rows, dtype=torch.float32, device=query.device)
-    output = torch.empty(batch, heads, queries, value_dim, dtype=query.dtype, device=query.device)
-    totals = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+    page: int
+    tile: int
+    pages: tuple[int, int]
+    sinks: int
+    packed_splits: int
+    pages_per_split: int
+    tile_splits: int
+    tiles_per_split: int
+
+    @property
+    def splits(self) -> int:
+        """Programs that the tokens are shared among."""
+        return self.packed_splits + self.tile_splits
+
+
+@dataclass(frozen=True, eq=False)
+class PartialResults:
+    """Results of all programs, before they are merged.
+
+    Attributes:
+        means: `[B * H_kv, splits, rows, D_v]` float32, weighted means of values.
+        logarithms: `[B * H_kv, splits, rows]` float32, to base 2, of the sums of weights.
+    """
+
+    means: Tensor
+    logarithms: Tensor
+
+    @property
+    def splits(self) -> int:
+        """Splits of all parts together."""
+        return self.means.shape[1]
+
+
+def unsupported(problem: AttentionProblem) -> str | None:
+    """Return why the kernels cannot take this problem, for a warning; None if they can."""
+    reasons = (_unsupported(problem, part.key, part.value) for part in parts_of(problem, with_masks=False))
+    return next((reason for reason in reasons if reason), None)
+
+
+def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Return output and logarithms of the sums of weights, as `AttentionProblem` describes them.
+
+    Nothing waits for the GPU, and memory comes from PyTorch's pool, so that the call can be captured in a CUDA graph.
+    """
+    query, programs = problem.query, problem.batch * problem.kv_heads
+    parts = parts_of(problem)
+    shares = [_shares_of(part, problem) for part in parts]
+    rows = (programs, sum(share.splits for share in shares), problem.ratio * problem.queries)
+    partial = PartialResults(
+        torch.empty(*rows, problem.value_dim, dtype=torch.float32, device=query.device),
+        torch.empty(rows, dtype=torch.float32, device=query.device),
+    )
+    output = torch.empty(*query.shape[:3], problem.value_dim, dtype=query.dtype, device=query.device)
+    logarithms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         first_split = 0
         for part, share in zip(parts, shares, strict=True):
             if share.splits:
-                _launch(query, part, share, means, logarithms, first_split, scaling, softcap, block, is_large)
+                _launch(problem, part, share, partial, first_split)
             first_split += share.splits
-        merge_kernel[(batch * kv_heads, ratio * queries)](
+        merge_kernel[(programs, problem.ratio * problem.queries)](
             output,
             output.stride()[:3],
-            totals,
-            means,
             logarithms,
-            output if sinks is None else sinks,
-            splits,
-            kv_heads,
-            queries,
-            VALUE_DIM=value_dim,
-            RATIO=ratio,
-            HAS_LOGITS=sinks is not None,
+            partial.means,
+            partial.logarithms,
+            output if problem.sink_logits is None else problem.sink_logits,
+            partial.splits,
+            problem.kv_heads,
+            problem.queries,
+            VALUE_DIM=problem.value_dim,
+            RATIO=problem.ratio,
+            HAS_LOGITS=problem.sink_logits is not None,
             BLOCK=MERGED_AT_ONCE,
             num_warps=2,
         )
-    return output, totals
+    return output, logarithms
 
 
-def _launch(
-    query: Tensor,
-    part: Part,
-    shares: Shares,
-    means: Tensor,
-    logarithms: Tensor,
-    first_split: int,
-    scaling: float,
-    softcap: float | None,
-    block: int,
-    is_large: bool,
-) -> None:
+def _launch(problem: AttentionProblem, part: Part, shares: Shares, partial: PartialResults, first_split: int) -> None:
     """Attend to a part of the tokens, whose splits are those from `first_split` on of all."""
-    key, value, mask = part
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, tokens, value_dim, ratio = key.shape[1], key.shape[2], value.shape[3], heads // key.shape[1]
-    per_row = query if mask is None else mask.expand(batch, heads, queries, tokens)
+    key, value, softcap, block = part.key, part.value, problem.softcap, _rows_of_program(problem)
+    per_row = problem.query if part.mask is None else part.mask.expand(*problem.query.shape[:3], part.tokens)
     if per_row.dtype == torch.bool:
         per_row = per_row.view(torch.uint8)
-    runs, value_layout = _runs(key), next(iter(_runs(value)), None)
-    attend_kernel[(batch * kv_heads, shares.splits, triton.cdiv(ratio * queries, block))](
-        query,
-        query.stride()[:3],
-        _side(key),
-        _side(value),
+    runs, value_layout = run_layouts(key), next(iter(run_layouts(value)), None)
+    programs = problem.batch * problem.kv_heads
+    attend_kernel[(programs, shares.splits, triton.cdiv(problem.ratio * problem.queries, block))](
+        problem.query,
+        problem.query.stride()[:3],
+        _pointers(key),
+        _pointers(value),
         per_row,
         *per_row.stride(),
-        means,
-        logarithms,
-        scaling * (2 / softcap if softcap else 1) * LOG2_E.value,
+        partial.means,
+        partial.logarithms,
+        problem.scaling * (2 / softcap if softcap else 1) * LOG2_E.value,
         (softcap or 0.0) * LOG2_E.value,
-        kv_heads,
-        queries,
-        tokens,
+        problem.kv_heads,
+        problem.queries,
+        part.tokens,
         shares.sinks,
         *shares.pages,
         key.packed.pages_per_order if isinstance(key.packed, Channels) else 1,
         *(tensor.edges[1] for tensor in (key, value)),
         first_split,
-        means.shape[1],
+        partial.splits,
         shares.packed_splits,
         shares.pages_per_split,
         shares.tiles_per_split,
-        K=Runs(runs) if runs else None,
+        K=RunLayouts(runs) if runs else None,
         V=value_layout,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        RATIO=ratio,
+        HEAD_DIM=problem.head_dim,
+        VALUE_DIM=problem.value_dim,
+        RATIO=problem.ratio,
         PAGE=shares.page,
         TILE=shares.tile,
-        MASK=_kind(mask, queries),
+        MASK=_mask_kind(part.mask, problem.queries),
         SOFTCAP=softcap is not None,
         BLOCK=block,
-        STAGES=2 if is_large else 3,
-        num_warps=_warps(block, max(head_dim, value_dim), (*runs, value_layout)),
+        STAGES=2 if _is_large(problem) else 3,
+        num_warps=_warps(block, max(problem.head_dim, problem.value_dim), (*runs, value_layout)),
     )
 
 
+def run_layouts(tensor: Segments) -> tuple[PageLayout | int, ...]:
+    """Return what is packed, a run of channels each: layouts, and numbers of channels in full precision."""
+    return tuple(run.layout if isinstance(run, Packed) else run.width for run in tensor.runs)
+
+
+def _shares_of(part: Part, problem: AttentionProblem) -> Shares:
+    """Return as many shares as fill the GPU, each of one program a KV head, batch row and block of query rows."""
+    key, value, device = part.key, part.value, problem.query.device
+    blocks = triton.cdiv(problem.ratio * problem.queries, _rows_of_program(problem))
+    programs, tile = problem.batch * problem.kv_heads * blocks, 32 if _is_large(problem) else 64
+    page = next((run.page for run in (*key.runs, *value.runs)), SMALLEST_PAGE)
+    key_pages, value_pages = (tensor.runs[0].pages if tensor.runs else 0 for tensor in (key, value))
+    sinks, pages = max(key.sinks, value.sinks), max(key_pages, value_pages)
+    tiles = triton.cdiv(sinks, tile) + triton.cdiv(part.tokens - sinks - pages * page, tile)
+    packed = _split(pages, page, programs, device)
+    return Shares(page, tile, (key_pages, value_pages), sinks, *packed, *_split(tiles, tile, programs, device))
+
+
+def _split(units: int, tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Return the number of splits of `units` of `tokens` each, and the units of one."""
+    wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
+    each = max(TOKENS_PER_SPLIT // tokens, triton.cdiv(units * programs, wanted), 1)
+    return triton.cdiv(units, each), each
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def _rows_of_program(problem: AttentionProblem) -> int:
+    return min(MOST_ROWS, max(LEAST_ROWS, int(triton.next_power_of_2(problem.ratio * problem.queries))))
+
+
+def _is_large(problem: AttentionProblem) -> bool:
+    """Return whether a tile takes so much memory that it must have fewer tokens."""
+    return max(problem.head_dim, problem.value_dim) > 128 or problem.key.tail.dtype == torch.float32
+
+
 def _warps(block: int, channels: int, runs: tuple[PageLayout | int | None, ...]) -> int:
-    """As few as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
+    """Return as few warps as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
     has_wide_codes = any(isinstance(run, PageLayout) and run.bits == 8 for run in runs)
     return 4 if block > LEAST_ROWS or channels > 128 or has_wide_codes else 2
 
 
-def _kind(mask: Tensor | None, queries: int) -> int:
+def _mask_kind(mask: Tensor | None, queries: int) -> int:
     if mask is None:
-        return CAUSAL.value if queries > 1 else 0
-    return BOOLEAN.value if mask.dtype == torch.bool else ADDITIVE.value
+        return int(CAUSAL.value) if queries > 1 else 0
+    return int(BOOLEAN.value if mask.dtype == torch.bool else ADDITIVE.value)
 
 
-def _runs(tensor: Segments) -> tuple[PageLayout | int, ...]:
-    """What is packed: layouts, and numbers of channels in full precision."""
-    return tuple(run.layout if isinstance(run, Packed) else run.width for run in runs_of(tensor.packed))
-
-
-def _side(tensor: Segments) -> Side:
-    """Pointers and strides."""
+def _pointers(tensor: Segments) -> SegmentPointers:
     sink = tensor.tail if tensor.sink is None else tensor.sink
     order = (tensor.packed.order,) if isinstance(tensor.packed, Channels) else ()
     runs = []
-    for run in runs_of(tensor.packed):
+    for run in tensor.runs:
         parts = (run.words, run.scales) if isinstance(run, Packed) else (run.states, run.states)
-        runs.append(Run(*(field for part in parts for field in (part, part.stride()[:3]))))
-    return Side(
+        runs.append(RunPointers(*(field for part in parts for field in (part, part.stride()[:3]))))
+    return SegmentPointers(
         sink,
         sink.stride()[:3],
         tuple(runs),
@@ -168,3 +242,43 @@ def _side(tensor: Segments) -> Side:
         tensor.tail,
         tensor.tail.stride()[:3],
     )
+
+
+def _unsupported(problem: AttentionProblem, key: Segments, value: Segments) -> str | None:
+    for tensor in (problem.query, key.tail, value.tail):
+        channels = tensor.shape[3]
+        if tensor.dtype not in DTYPES or tensor.stride(3) != 1:
+            return f"{problem.query.dtype} queries over {key.tail.dtype} keys".replace("torch.", "")
+        if channels > MOST_CHANNELS or channels % 16:
+            return f"heads of {key.shape[3]} and {value.shape[3]} channels"
+    if isinstance(value.packed, Channels):
+        return "values in runs of channels"
+    if len(key.runs) > MOST_RUNS:
+        return f"keys in {len(key.runs)} runs of channels"
+    if not _begin_together(key, value):
+        return "keys and values whose pages do not begin at the same tokens"
+    return _unsupported_pages([*key.runs, *value.runs])
+
+
+def _unsupported_pages(runs: list[Packed | Plain]) -> str | None:
+    for run in runs:
+        if run.page < SMALLEST_PAGE or run.page & (run.page - 1):
+            return f"pages of {run.page} tokens"
+    layouts = [run.layout for run in runs if isinstance(run, Packed)]
+    for layout in layouts:
+        if layout.groups > MOST_GROUPS or layout.group < 16:
+            return f"{layout.kind}s in groups of {layout.group}"
+        if layout.kind == "key" and layout.group & (layout.group - 1):
+            return f"keys in groups of {layout.group}"
+    if len(groups := {layout.group for layout in layouts if layout.kind == "key"}) > 1:
+        return f"keys in runs of channels with groups of {' and '.join(map(str, sorted(groups)))}"
+    return None
+
+
+def _begin_together(key: Segments, value: Segments) -> bool:
+    """Return whether pages are of the same tokens, and none of one tensor's tail is in the other's sink."""
+    sinks = max(key.sinks, value.sinks)
+    for tensor in (key, value):
+        if tensor.sinks not in (0, sinks) or (tensor.packed is not None and tensor.sinks != sinks):
+            return False
+    return len({run.page for run in (*key.runs, *value.runs)}) <= 1

@@ -3,24 +3,24 @@
 import triton
 import triton.language as tl
 
-from ...numbers import dot, round_to
-from .pages import load
+from ...runtime.triton_numbers import dot, round_to
+from .packed import load
 from .softmax import Softmax
 
 
 @triton.constexpr_function
 def padded_channels(channels):
-    """Channels as they are counted: a tensor core contracts 16 at once."""
+    """Return channels padded to a power of two, at least the 16 that a tensor core contracts at once."""
     return max(16, triton.next_power_of_2(channels))
 
 
 @triton.jit
 def token_products(query, keys, is_token, DIM: tl.constexpr, WHOLE: tl.constexpr):
-    """Keys times query rows `[channels, M]`: `[N, M]`.
+    """Multiply keys by query rows `[channels, M]`: `[N, M]`.
 
     Args:
-        keys: where a run of tokens begins, and the stride from one to the next.
-        is_token: `[N]`, which of them there are; all, if it is the `WHOLE`.
+        keys: a pointer to a run of tokens, and the stride from one to the next.
+        is_token: `[N]`, whether each of them exists; all of them, if `WHOLE`.
     """
     base, stride = keys
     within, channel = tl.arange(0, is_token.shape[0]), tl.arange(0, padded_channels(DIM))
@@ -32,7 +32,7 @@ def token_products(query, keys, is_token, DIM: tl.constexpr, WHOLE: tl.constexpr
 
 @triton.jit
 def add_channel_products(products, query, keys, first, CHANNELS: tl.constexpr, PAGE: tl.constexpr):
-    """`products + keysᵀ @ query` of tokens from `first` on of a page `[CHANNELS, PAGE]`."""
+    """Return `products + keysᵀ @ query` of tokens from `first` on of a page `[CHANNELS, PAGE]`."""
     token, channel = first + tl.arange(0, products.shape[0]), tl.arange(0, query.shape[0])
     is_channel = (channel < CHANNELS)[None, :] & (token >= 0)[:, None]
     keys = load(keys + channel[None, :] * PAGE + token[:, None], is_channel, channel.shape[0] == CHANNELS)
@@ -43,7 +43,7 @@ def add_channel_products(products, query, keys, first, CHANNELS: tl.constexpr, P
 def add_token_values(
     running, decay, weights, values, firsts, is_token, GROUP: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Weighted values of runs of tokens, as of keys above, added to the decayed sums.
+    """Add weighted values of runs of tokens, given as keys above, to the decayed sums.
 
     Args:
         weights: a tuple of `[N, M]`.

@@ -1,4 +1,4 @@
-"""Online softmax of a program's query rows, in Triton: from products to weights, and what is kept between tiles."""
+"""Online softmax of a program's query rows, in Triton: from products to weights, and the sums between tiles."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ LOWEST = tl.constexpr(-3e38)
 
 
 class Softmax(NamedTuple):
-    """Over the tokens so far: largest score and sum of weights `[M]`, sums of values `[columns, M]`, one a group."""
+    """State after some tokens: largest score, sum of weights `[M]`, and sums of values `[columns, M]`, one a group."""
 
     peak: Any
     total: Any
@@ -20,7 +20,7 @@ class Softmax(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What becomes of products: a soft-cap, and a mask, which for each query row `[M]` is a pointer or a last token."""
+    """Soft-cap and mask of the scores; the mask of each query row `[M]` is a pointer or a last token."""
 
     cap: Any
     mask: Any
@@ -31,8 +31,10 @@ class Scoring(NamedTuple):
 
 @triton.jit
 def score(products, token, limit, scoring, MASK: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
-    """Scores `[N, M]` of tokens `[N]`: -inf for what is not attended to, as are tokens from `limit` on; `WHOLE` says
-    that there are none."""
+    """Return scores `[N, M]` of tokens `[N]`, with -inf where a row must not attend.
+
+    Tokens from `limit` on are not attended to; with `WHOLE` there are none.
+    """
     if SOFTCAP:
         products = scoring.cap * (1.0 - 2.0 / (1.0 + tl.exp2(products)))  # tanh
     if not WHOLE:
@@ -52,7 +54,7 @@ def score(products, token, limit, scoring, MASK: tl.constexpr, SOFTCAP: tl.const
 
 @triton.jit
 def weigh(running, scores):
-    """Take the scores of more tokens (a tuple of `[N, M]`) in: the softmax with old sums decayed, and the weights."""
+    """Take in scores of more tokens, a tuple of `[N, M]`: return softmax, decay of the old sums, and weights."""
     best, total = scores[0], tl.zeros_like(scores[0])
     for i in tl.static_range(1, len(scores)):
         best = tl.maximum(best, scores[i])

@@ -23,7 +23,7 @@ typedef int16_t vs __attribute__((vector_size(2 * W)));
 typedef int16_t vw __attribute__((vector_size(4 * W)));  // 2 W of them: as many bits as the others
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
-// How an unquantized element or a scale is stored; the same numbers in native/__init__.py.
+// How an unquantized element or a scale is stored; the same numbers in structs.py.
 enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 template <class V> static inline V load(const void* p) {

@@ -1,7 +1,7 @@
-"""A GPU kernel's results are used after it has solved a small random problem as the definition does.
+"""Trials of GPU kernels: each solves a small random problem as the definition does before its results are used.
 
-What is compiled by itself is tried by itself, when it first comes. The trial compiles the kernel that is then used, so
-it costs little more than what is due anyway.
+Each kind of problem that Triton compiles by itself is tried by itself, when it first comes. The trial compiles the
+kernel that is used afterwards, so it costs little more than the compilation that is needed anyway.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ SEED = 20250608
 
 
 def is_due() -> bool:
-    """Whether kernels are tried: not where `KVMIX_TRITON=1` takes them as they are, nor amid a CUDA graph's capture."""
+    """Return whether kernels are tried: not under `KVMIX_TRITON=1`, and not while a CUDA graph is captured."""
     return os.environ.get("KVMIX_TRITON") != "1" and not _is_capturing()
 
 
 def passes(name: str, failure: Callable[[], str | None]) -> bool:
-    """Whether a trial finds nothing wrong; if it does, one warning names it.
+    """Return whether a trial finds nothing wrong; if it does, one warning names it.
 
     Args:
         name: of what is tried.
-        failure: runs the trial, and says what is wrong with the result.
+        failure: runs the trial and returns what is wrong with the result, or None.
     """
     try:
         reason = failure()

@@ -1,4 +1,4 @@
-"""Coefficients times the codes of a packed page, in Triton.
+"""Products of coefficients and the codes of a packed page, in Triton.
 
 A page is a matrix `[rows, columns]` whose rows are contracted: q·k sums over channels, p·v over tokens. With scales s
 and zeros z of a group of columns,
@@ -14,34 +14,34 @@ coefficients: so their rounding errors meet the smallest possible numbers.
 import triton
 import triton.language as tl
 
-from ...numbers import dot, round_to, to_float32
+from ...runtime.triton_numbers import dot, round_to, to_float32
 from .codes import decode, number_of_zero, unit_of
-from .segments import beyond
+from .memory import beyond
 from .softmax import Softmax
 from .steps import fields_of, is_whole, padded_of, share_of, stack_of, step_of, words_of
 
 
 @triton.constexpr_function
 def middle_of(layout):
-    """The middle of the code range."""
+    """Return the middle of the code range."""
     return layout.levels / 2
 
 
 @triton.constexpr_function
 def size_of(layout, name):
-    """A size of the layout, as the kernel's constant."""
+    """Return a size of the layout as a constant of the kernel."""
     return getattr(layout, name)
 
 
 @triton.constexpr_function
 def has_whole_groups(layout):
-    """Whether every group has as many columns as a program takes."""
+    """Return whether every group has as many columns as a program takes."""
     return layout.columns % layout.group == 0 and triton.next_power_of_2(layout.group) == layout.group
 
 
 @triton.jit
 def row_of(at, LAYOUT: tl.constexpr):
-    """The matrix row at a place in the order of steps, and whether there is one."""
+    """Return the matrix row at a place in the order of steps, and whether there is one."""
     PADDED: tl.constexpr = padded_of(LAYOUT)
     WORDS: tl.constexpr = words_of(LAYOUT)
     if PADDED == WORDS:
@@ -54,7 +54,7 @@ def row_of(at, LAYOUT: tl.constexpr):
 
 @triton.jit
 def page_at(pages, at, LAYOUT: tl.constexpr):
-    """Where the page of a place in the order of steps is; the last page for those after it."""
+    """Return a pointer to the page of a place in the order of steps; the last page for places after it."""
     if stack_of(LAYOUT) == 1:
         return pages.pointer + pages.page * pages.stride
     else:
@@ -64,7 +64,7 @@ def page_at(pages, at, LAYOUT: tl.constexpr):
 
 @triton.jit
 def fold(x, first, scales, group, LAYOUT: tl.constexpr):
-    """Coefficients with a group's scales in them, in bfloat16, and `[M]` to add to every column of the group.
+    """Fold a group's scales into bfloat16 coefficients; return those, and `[M]` to add to every column of the group.
 
     Args:
         x: float32 coefficients `[N, M]` of `N` rows from `first` on in the order of steps; 0 where there is no row.
@@ -87,7 +87,7 @@ def fold(x, first, scales, group, LAYOUT: tl.constexpr):
 
 @triton.jit
 def contract(x, words, group, total, LAYOUT: tl.constexpr, STEP: tl.constexpr):
-    """`total + codesᵀ @ x` over the columns of a group; `x` are folded coefficients, a tuple of `[STEP, M]`."""
+    """Return `total + codesᵀ @ x` over a group's columns; `x` are folded coefficients, a tuple of `[STEP, M]`."""
     COLUMNS: tl.constexpr = size_of(LAYOUT, "columns")
     GROUP: tl.constexpr = size_of(LAYOUT, "group")
     SIXTEENTH: tl.constexpr = size_of(LAYOUT, "rows") // 16
@@ -117,7 +117,7 @@ def contract(x, words, group, total, LAYOUT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def load(pointers, inside, WHOLE: tl.constexpr):
-    """What is inside, and 0 elsewhere; unmasked where the whole is inside."""
+    """Load what is inside, and 0 elsewhere; without a mask where the whole is inside."""
     if WHOLE:
         return tl.load(pointers)
     return tl.load(pointers, mask=inside, other=0)
@@ -125,7 +125,7 @@ def load(pointers, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def add_page_products(products, query, scales, words, group, LAYOUT: tl.constexpr):
-    """`products + keysᵀ @ query` of a group of tokens; the query's channels are in the order of steps."""
+    """Return `products + keysᵀ @ query` of a group of tokens; the query's channels are in the order of steps."""
     STEP: tl.constexpr = step_of(LAYOUT)
     folded, offset = fold(query, 0, scales, group, LAYOUT)
     return contract(cut(folded, STEP), words, group, products + offset[None, :], LAYOUT, STEP)
@@ -133,7 +133,7 @@ def add_page_products(products, query, scales, words, group, LAYOUT: tl.constexp
 
 @triton.jit
 def add_page_values(running, decay, weights, scales, words, LAYOUT: tl.constexpr):
-    """Weighted values of packed pages, added to the decayed sums; `weights` are a tuple of `[tokens, M]`."""
+    """Add weighted values of packed pages to the decayed sums; `weights` are a tuple of `[tokens, M]`."""
     STACK: tl.constexpr = stack_of(LAYOUT)
     weights = in_steps(weights, LAYOUT)
     TOKENS: tl.constexpr = weights[0].shape[0]
@@ -157,7 +157,7 @@ def add_page_values(running, decay, weights, scales, words, LAYOUT: tl.constexpr
 
 @triton.jit
 def in_steps(weights, LAYOUT: tl.constexpr):
-    """Weights of tokens as they are contracted: in the order of steps, where several pages are contracted together."""
+    """Return weights in the order of contraction: that of steps, where several pages are contracted together."""
     STACK: tl.constexpr = stack_of(LAYOUT)
     if STACK == 1:
         return weights
@@ -178,14 +178,14 @@ def in_steps(weights, LAYOUT: tl.constexpr):
 
 @triton.jit
 def cut(x, WIDTH: tl.constexpr):
-    """`[N, M]` as a tuple of `[WIDTH, M]`, from the top."""
+    """Cut `[N, M]` into a tuple of `[WIDTH, M]`, from the top."""
     PARTS: tl.constexpr = x.shape[0] // WIDTH
     return _unzip(tl.permute(tl.reshape(x, [PARTS, WIDTH, x.shape[1]]), [1, 2, 0]))
 
 
 @triton.jit
 def _unzip(x):
-    """`[N, M, parts]` as a tuple of `[N, M]`."""
+    """Cut `[N, M, parts]` into a tuple of `[N, M]`."""
     if x.shape[2] == 1:
         return (tl.reshape(x, [x.shape[0], x.shape[1]]),)
     else:
@@ -199,7 +199,7 @@ def _unzip(x):
 
 @triton.jit
 def _zip(parts):
-    """A tuple of `[N, M]` as `[N, M, parts]`."""
+    """Join a tuple of `[N, M]` to `[N, M, parts]`."""
     if len(parts) == 1:
         return tl.reshape(parts[0], [parts[0].shape[0], parts[0].shape[1], 1])
     else:

@@ -13,7 +13,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def to_float32(x):
-    """Exactly the value of `x`."""
+    """Return exactly the value of `x`."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -21,7 +21,7 @@ def to_float32(x):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """A float32 rounded to `dtype`, to nearest, ties to even."""
+    """Round a float32 to `dtype`, to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -31,7 +31,7 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, sum):
-    """`sum + a @ b` in float32, of matrices of one dtype; float32 ones are rounded to TF32 on a GPU."""
+    """Return `sum + a @ b` in float32, of matrices of one dtype; float32 ones are rounded to TF32 on a GPU."""
     if INTERPRETED:
         return tl.dot(to_float32(a), to_float32(b), sum, input_precision="ieee")
     return tl.dot(a, b, sum)

@@ -1,0 +1,84 @@
+"""The native library for CPUs: compiled at first use, checked whenever it is loaded, or missing with one warning."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from . import cache
+from .build import BuildError
+from .cache import LibraryError
+from .structs import mismatch
+
+LOG = logging.getLogger("kvmix")
+"""Logger of the message that compiling begins, at level WARNING: without a handler Python writes it to stderr."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the library, compiled if need be; None, after a warning, where it cannot be had.
+
+    A library on disk that is damaged, that others may have written, or that does not fit this package is compiled
+    again, once. `KVMIX_NATIVE=0` does without the library, silently; `KVMIX_ISA=avx2` or `generic` asks for less than
+    the processor has.
+    """
+    if os.environ.get("KVMIX_NATIVE") == "0":
+        return None
+    try:
+        return _load_or_build()
+    except (BuildError, LibraryError, OSError) as error:
+        warnings.warn(f"kvmix's CPU kernels are not available, falling back to slow PyTorch: {error}", stacklevel=2)
+        return None
+
+
+def instruction_set() -> str:
+    """Return `vnni`, `avx512`, `avx2`, `generic`, or `none` without the library."""
+    loaded = library()
+    return "none" if loaded is None else bytes(loaded.kvmix_isa()).decode()
+
+
+def use_instruction_set(name: str = "") -> str:
+    """Use another instruction set that the processor has, or the best (`""`); return the one in use. For tests."""
+    loaded = library()
+    if loaded is not None:
+        loaded.kvmix_use(name.encode())
+    return instruction_set()
+
+
+def _load_or_build() -> ctypes.CDLL:
+    entry = cache.entry()
+    try:
+        return _load(cache.find(entry))
+    except (FileNotFoundError, NotADirectoryError):
+        LOG.warning("kvmix: compiling its CPU kernels, once (some seconds)")
+        return _load(cache.install(entry))
+    except LibraryError as error:
+        LOG.warning("kvmix: compiling its CPU kernels again (some seconds): %s", error)
+        try:
+            return _load(cache.install(entry))
+        except BuildError as failure:
+            raise BuildError(f"{error}, and it cannot be compiled again: {failure}") from failure
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library, and check that it has every function, and structs as Python fills them.
+
+    Raises:
+        LibraryError: if it cannot be loaded, or lacks a function, or has another struct.
+    """
+    try:
+        loaded = ctypes.CDLL(str(path))
+        for name in ("kvmix_attend", "kvmix_quantize"):
+            getattr(loaded, name).restype = None
+        loaded.kvmix_use.argtypes, loaded.kvmix_use.restype = [ctypes.c_char_p], None
+        loaded.kvmix_isa.restype = loaded.kvmix_structs.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path} cannot be loaded ({error})") from error
+    difference = mismatch(bytes(loaded.kvmix_structs()).decode())
+    if difference is not None:
+        raise LibraryError(f"{path} does not fit this version of kvmix: {difference}")
+    return loaded

@@ -1,0 +1,113 @@
+"""Compilation of the native library.
+
+The sources are plain C++ without torch's headers: a few seconds to compile, no tie to a torch version. Each source is
+compiled for every instruction set, and `native.cpp` chooses by CPUID at run time, so a library built on one machine
+never stops another with an illegal instruction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2]
+SOURCES = {
+    "attend/cpu.cpp": ("-ffp-contract=fast",),
+    "quantize/cpu.cpp": ("-ffp-contract=off",),
+}
+"""Sources and their own flags: attention wants multiply-adds, the codec must round where `naive` rounds."""
+DISPATCH = "runtime/native/native.cpp"
+HEADERS = ("runtime/native/simd.h", "attend/cpu.h", "attend/contract.h", "quantize/cpu.h")
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+_AVX512 = ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+VARIANTS = {
+    "generic": ("-DKVMIX_WIDTH=4",),
+    "avx2": ("-DKVMIX_WIDTH=8", "-mavx2", "-mfma"),
+    "avx512": _AVX512,
+    "vnni": (*_AVX512, "-mavx512vnni"),
+}
+"""Instruction sets, least first; `native.cpp` chooses among them. Only x86 has more than the first."""
+
+
+class BuildError(Exception):
+    """A library that could not be compiled or written; the message says why, in one line."""
+
+
+def build_key() -> str:
+    """Return a name for what these sources, flags and compiler make."""
+    digest = hashlib.sha256()
+    for name in (*SOURCES, DISPATCH, *HEADERS):
+        digest.update((PACKAGE / name).read_bytes())
+    settings = (*FLAGS, *_extra_flags(), str(SOURCES), str(_variants()), compiler() or "", sys.platform)
+    digest.update(" ".join(settings).encode())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str | None:
+    """Return `CXX`, or the first C++ compiler on the path."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def compile_library(folder: Path) -> Path:
+    """Compile the library into a folder, all sources at the same time, and return its path.
+
+    Raises:
+        BuildError: if there is no compiler, or it fails.
+    """
+    command = compiler()
+    if command is None:
+        raise BuildError("no C++ compiler found (install g++, or set CXX)")
+    library, jobs = folder / "library.so", {}
+    try:
+        for target, arguments in _units(folder).items():
+            jobs[target] = _start(command, *FLAGS, *_extra_flags(), *arguments, "-c", "-o", str(target))
+        for job in jobs.values():
+            _finish(command, job)
+        link = _start(command, "-shared", "-fopenmp", *_extra_flags(), *map(str, jobs), "-o", str(library))
+        _finish(command, link)
+    finally:
+        for job in jobs.values():
+            if job.stderr is not None and not job.stderr.closed:  # another one has failed, or the user interrupts
+                job.kill()
+                job.communicate()
+    return library
+
+
+def _units(folder: Path) -> dict[Path, tuple[str, ...]]:
+    """Return object files, and the arguments of the compiler for each: a source and its flags."""
+    units: dict[Path, tuple[str, ...]] = {}
+    for name, flags in _variants().items():
+        for source, own in SOURCES.items():
+            target = folder / f"{name}-{source.replace('/', '-')}.o"
+            units[target] = (f"-DKVMIX_ISA={name}", *flags, *own, str(PACKAGE / source))
+    has = (f"-DKVMIX_HAS_{name.upper()}" for name in _variants())
+    units[folder / "native.o"] = (*has, str(PACKAGE / DISPATCH))
+    return units
+
+
+def _variants() -> dict[str, tuple[str, ...]]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return VARIANTS if x86 else {"generic": VARIANTS["generic"]}
+
+
+def _extra_flags() -> tuple[str, ...]:
+    """Return `KVMIX_CXXFLAGS`, for instance `-fsanitize=address -g`."""
+    return tuple(os.environ.get("KVMIX_CXXFLAGS", "").split())
+
+
+def _start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(command: str, job: subprocess.Popen[str]) -> None:
+    _, complaint = job.communicate()
+    if job.returncode:
+        lines = [line for line in complaint.splitlines() if "error" in line] or complaint.splitlines() or ["no message"]
+        raise BuildError(f"{Path(command).name} failed: {lines[0]}")

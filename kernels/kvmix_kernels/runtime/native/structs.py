@@ -1,0 +1,142 @@
+"""The C structs that the native library takes, mirrored in ctypes, and the check that both sides agree.
+
+Class `CRun` mirrors `struct Run`, and so on: the same fields in the same order. What the fields mean is said in
+`attend/cpu.h` and `quantize/cpu.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+import torch
+
+WIDEST_VECTOR: Final = 16
+"""Lanes of the widest instruction set: rows and groups must be a multiple of it."""
+DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""`enum Dtype` of simd.h."""
+
+_Strides = ctypes.c_int64 * 3
+
+
+class CRun(ctypes.Structure):
+    """Channels that are stored alike, in pages."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("data_strides", _Strides),
+        ("scales_strides", _Strides),
+        ("bits", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class CSegments(ctypes.Structure):
+    """Keys or values: sink | packed pages | tail."""
+
+    _fields_ = (
+        ("sink", ctypes.c_void_p),
+        ("tail", ctypes.c_void_p),
+        ("runs", ctypes.POINTER(CRun)),
+        ("order", ctypes.c_void_p),
+        ("sink_strides", _Strides),
+        ("tail_strides", _Strides),
+        ("order_strides", _Strides),
+        ("sinks", ctypes.c_int64),
+        ("pages", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("tail_tokens", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("run_count", ctypes.c_int64),
+        ("pages_per_order", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class CPart(ctypes.Structure):
+    """Some of the tokens, and the mask over them."""
+
+    _fields_ = (
+        ("key", CSegments),
+        ("value", CSegments),
+        ("mask", ctypes.c_void_p),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("mask_is_bool", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+    )
+
+
+class CAttention(ctypes.Structure):
+    """Everything that `kvmix_attend` takes."""
+
+    _fields_ = (
+        ("parts", ctypes.POINTER(CPart)),
+        ("query", ctypes.c_void_p),
+        ("sink_logits", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("logarithms", ctypes.c_void_p),
+        ("part_count", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class CQuantization(ctypes.Structure):
+    """Everything that `kvmix_quantize` takes."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("pages_strides", ctypes.c_int64 * 4),
+        ("words_strides", _Strides),
+        ("scales_strides", _Strides),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("is_key", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("scale_dtype", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+STRUCTS: Final = (CRun, CSegments, CPart, CAttention, CQuantization)
+
+
+def describe(struct: type[ctypes.Structure]) -> str:
+    """Return a struct's line of `kvmix_structs`: `name bytes field:offset:bytes ...`."""
+    fields = [(name, getattr(struct, name)) for name, *_ in struct._fields_]
+    places = (f"{name}:{field.offset}:{field.size}" for name, field in fields)
+    return " ".join([struct.__name__.removeprefix("C"), str(ctypes.sizeof(struct)), *places])
+
+
+def mismatch(reported: str) -> str | None:
+    """Return which struct the library lays out otherwise than its mirror, and how, or None if there is none.
+
+    Args:
+        reported: what the library's `kvmix_structs` returns, a line a struct.
+    """
+    lines = {line.split()[0]: line for line in reported.splitlines()}
+    for struct in STRUCTS:
+        name, ours = struct.__name__.removeprefix("C"), describe(struct)
+        theirs = lines.get(name, f"{name} missing")
+        if theirs != ours:
+            pairs = zip(theirs.split()[1:], ours.split()[1:], strict=False)
+            one, other = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer fields", "more fields"))
+            return f"struct {name} has {one} in C and {other} in {struct.__name__}"
+    return None
