@@ -92,7 +92,7 @@ def progress(description: str, total: int | None) -> Iterator[Bar]:
 
         def render(self, task: Task) -> Text:
             if task.time_remaining is None or not task.completed:
-                return Text(f"{_duration(task.elapsed or 0)} so far; the first one tells how long it takes")
+                return Text(f"{_duration(task.elapsed or 0)}, none done yet")
             return Text(f"{_duration(task.time_remaining)} left")
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeLeft())
@@ -126,7 +126,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], foo
     from rich.table import Table
     from rich.text import Text
 
-    style = box.SIMPLE_HEAD if _is_unicode() else box.ASCII_DOUBLE_HEAD
+    style = box.SIMPLE_HEAD if is_unicode() else box.ASCII_DOUBLE_HEAD
     grid = Table(box=style, pad_edge=False, show_edge=False)
     for position, name in enumerate(columns):
         numeric = all(_is_number(row[position]) for row in rows)
@@ -222,21 +222,13 @@ def harmless(text: str) -> str:
     return _CONTROL.sub("?", text.replace("\r\n", "\n"))
 
 
-def blocks(value: float, largest: float, width: int = 12) -> str:
-    """Return a value as a strip of blocks, `width` of them for the largest."""
-    share = 0.0 if largest <= 0 else min(1.0, max(0.0, value / largest))
-    if not _is_unicode():
-        return "#" * round(share * width)
-    eighths = round(share * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
-
-
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def _is_unicode() -> bool:
+def is_unicode() -> bool:
+    """Return whether stdout can show block characters."""
     return (sys.stdout.encoding or "").lower().startswith("utf")
 
 

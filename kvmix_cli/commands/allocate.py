@@ -29,7 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options, Preset
+    from ..allocation import Budget, Options, Start
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -216,10 +216,10 @@ def allocate(
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier
-        from ..reporting.family import save_family
 
         family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
-        save_family(frontier(source, **chosen), family, command, budget.context, budget.batch)
+        folder = _plans_folder(path, files.profile, source)
+        _show_family(frontier(source, **chosen), family, folder, command, budget)
         return
     name = files.name or _default_name(method, budget, storage, effort, loading.seed)
     path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
@@ -234,19 +234,19 @@ def allocate(
     _show(plan, source, path, budget.context, budget.batch)
 
 
-def _base(budget: BudgetOptions) -> Preset:
+def _base(budget: BudgetOptions) -> Start:
     """Return budget, widths and cache before other options. Raises typer.BadParameter for an unknown preset."""
-    from ..allocation import PRESETS, Budget, Preset
-    from ..errors import did_you_mean
+    from ..allocation import Budget, Start, preset_start
+    from ..errors import StateError
     from ..plan import CacheSettings
 
     if budget.preset is None:
         limit = Budget(**given(budget.limits), context=budget.context, batch=budget.batch)
-        return Preset(limit, None, None, CacheSettings())
-    if budget.preset not in PRESETS:
-        hint = did_you_mean(budget.preset, PRESETS) or f"; there is {', '.join(PRESETS)}"
-        raise typer.BadParameter(f"unknown preset '{budget.preset}'{hint}")
-    return PRESETS[budget.preset]
+        return Start(limit, None, None, CacheSettings())
+    try:
+        return preset_start(budget.preset)
+    except StateError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _with_presets(cache: CacheSettings, storage: StorageOptions) -> CacheSettings:
@@ -268,16 +268,16 @@ def _with_presets(cache: CacheSettings, storage: StorageOptions) -> CacheSetting
 def _choices(
     source: Profile,
     method: str,
-    base: Preset,
+    base: Start,
     storage: StorageOptions,
     caches: Sequence[CacheSettings],
     score: str | None,
     seed: int,
 ) -> Options:
     """Return the options of the method, and say if it does not choose among several group sizes."""
-    from ..allocation import default_score, get_method, parse_pins
+    from ..allocation import METHODS, default_score, parse_pins
 
-    if len(caches) > 1 and "group_sizes" not in get_method(method).uses:
+    if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
     return {
         "k_bits": storage.k_bits or base.k_bits,
@@ -305,11 +305,22 @@ def _decide(
         from ..allocation import allocate as decide
 
         return decide(source, budget, method=method, **chosen)
-    from ..studies.search import Effort, search
+    from ..files import check_writable
+    from ..studies.search import search
 
-    load = {"dtype": loading.dtype, "device": loading.device, "trust_remote_code": loading.trust_remote_code}
-    work = Effort(effort.trials, effort.calibration, effort.samples, effort.resume)
-    return search(source, budget, chosen, path, work, load)
+    check_writable(path)
+    return search(
+        source,
+        budget,
+        chosen,
+        lambda: loading.load(source.model.id, source.model.revision),
+        journal=state.trials_path(path),
+        resume=effort.resume,
+        trials=effort.trials,
+        texts=effort.calibration,
+        samples=effort.samples,
+        progress=console.progress,
+    )
 
 
 def _plans_folder(profile: Path, named: Path | None, source: Profile) -> Path:
@@ -322,7 +333,7 @@ def _default_name(method: str, budget: BudgetOptions, storage: StorageOptions, e
 
     Options that change the plan and are not in the name add a short hash, so that no plan replaces another one.
     """
-    from ..allocation import get_method
+    from ..allocation import METHODS
     from ..plan.sizes import format_bytes
 
     if budget.preset is not None:
@@ -335,7 +346,7 @@ def _default_name(method: str, budget: BudgetOptions, storage: StorageOptions, e
         parts = [method, f"stored-{budget.stored_bits:g}"]
     else:
         parts = [method, f"{budget.avg_bits:g}"]
-    if "seed" in get_method(method).uses:
+    if "seed" in METHODS[method].uses:
         parts.append(f"seed{seed}")
     others = {**asdict(storage), "put_on": None, "score": effort.score}
     if method == SEARCH and (effort.calibration, effort.samples) != (SearchOptions.calibration, SearchOptions.samples):
@@ -345,15 +356,26 @@ def _default_name(method: str, budget: BudgetOptions, storage: StorageOptions, e
     return "+".join(["-".join(parts), *(storage.put_on or [])])
 
 
+def _show_family(plans: Sequence[Plan], family: str, folder: Path, command: str, budget: BudgetOptions) -> None:
+    """Write the plans as `<family>-<stored bits>.yaml`, each whole or not at all, and show them. Raises OutputError."""
+    from ..reporting.family import family_json, family_table, member_name
+
+    named = [(plan.save(folder / f"{member_name(plan, family)}.yaml", command), plan) for plan in plans]
+    console.table(*family_table(named))
+    console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
+
+
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from ..reporting.tables import loss_text, notice_settings, plan_json, show_plan
+    from ..reporting.tables import loss_text, plan_json, plan_table
+    from ..studies.explain import settings_notices
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]
-    show_plan(plan, path, context, batch)
+    console.table(*plan_table(plan, path, context, batch))
     if loss is not None:
         name = plan.provenance["score"]
         console.text(f"{loss_text(loss, name)}\n")
-        notice_settings(name, source.score(name), plan.cache)
+        for sentence in settings_notices(name, source.score(name), plan.cache):
+            console.notice(sentence)
     console.emit_json(
         {
             "command": "allocate",

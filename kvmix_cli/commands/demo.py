@@ -55,7 +55,7 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     from ..models.loading import load_model
     from ..reporting.demo_plot import plot_demo
     from ..reporting.evaluation import rows_json
-    from ..reporting.tables import show_profile
+    from ..reporting.tables import profile_tables
     from ..studies import demo as steps
 
     loaded = load_model(steps.MODEL)
@@ -64,7 +64,8 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
         profile = steps.make_profile(
             loaded, effort, seed, what.out, resume=what.resume, command=command, on_step=bar.reach
         )
-    show_profile(profile, steps.profile_path(what.out))
+    for table in profile_tables(profile, steps.profile_path(what.out), ascii_only=not console.is_unicode()):
+        console.table(*table)
     plans = steps.make_plans(profile, effort, seed, what.out, command)
     console.text("\n" + "".join(f"{name}: {plan.short}\n" for name, plan in plans.items()) + "\n")
     reports = steps.evaluate(loaded, plans, effort, seed, what.out, resume=what.resume, progress=console.progress)

@@ -262,9 +262,44 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
 
 
 def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
+    """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
+    from ..evaluation import split_tasks
+    from ..evaluation.runs import Runs
+    from ..files import write_text
+    from ..models.loading import load_model
+    from ..profile import Profile
+    from ..reporting.leaderboard import board_json, markdown, tables
+    from ..reporting.leaderboard_plot import plot_board
+    from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
 
-    hold(setup, **board.rules)
+    rules = board.rules
+    path = state.find_profile(rules.pop("profile", None), model=setup.model, say=console.notice)
+    profile = Profile.load(path)
+    tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
+    page, picture = (setup.results["root"] / f"leaderboard{suffix}" for suffix in (".md", ".png"))
+    check_plot(picture)
+    found = hold(
+        profile,
+        lambda: load_model(profile.model.id, **setup.loading),
+        tasks=tasks,
+        settings=setup.settings,
+        runs=Runs(model=state.slug(profile.model.id), **setup.results),
+        group_sizes=rules.pop("group_size", ()),
+        progress=console.progress,
+        **rules,
+    )
+    for report in found.reports:
+        warn(report)
+    shown = tables(found)
+    for table in shown:
+        console.table(*table)
+    write_text(page, markdown(shown, setup.results["command"]))
+    plot_board(found, picture)
+    console.text(f"tables:  {page}\npicture: {picture}\n")
+    head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
+    console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
+    leave(found.reports)
 
 
 def _measure(

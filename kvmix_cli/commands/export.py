@@ -28,11 +28,11 @@ class ExportOptions:
 @expand
 def export(what: ExportOptions, common: CommonOptions) -> None:
     """Write a plan for another engine, if that engine can express it."""
-    from ..export import get_target
+    from ..export import TARGETS
     from ..files import write_text
     from ..plan import Plan
 
-    target = get_target(what.to)
+    target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
     found = Plan.load(path)
     text = target.write(found)

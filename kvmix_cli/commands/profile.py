@@ -184,12 +184,13 @@ def _head(path: Path) -> str:
 
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
-    from ..reporting.tables import score_json, show_profile
+    from ..reporting.tables import profile_tables, score_json
 
     samples = next(iter(result.scores.values())).calibration.samples
     if samples < what.samples:
         console.notice(f"the text gave {samples} samples, not {what.samples}")
-    show_profile(result, path)
+    for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
+        console.table(*table)
     if what.plot is not None:
         from ..reporting.plots import plot_profiles
 

@@ -11,7 +11,7 @@ import torch
 
 from .._version import __version__
 from ..models.loading import LoadedModel
-from ..profile import Calibration, LayerScore, Profile, Score, TensorScore
+from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from .base import CacheProbe, ChangeProbe, Numbers, Probe, WeightProbe
 from .calibration import cut_samples, describe
 from .choices import Grid
@@ -117,7 +117,7 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
         seconds=sum(each.seconds for each in measured),
         unit=probe.unit,
         calibration=calibration,
-        setup={} if grid is None else _setup(grid),
+        setup=ScoreSetup() if grid is None else _setup(grid),
         layers={
             index: LayerScore(
                 k=_tensor([each.layers[index].k for each in measured]),
@@ -128,7 +128,7 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
     )
 
 
-def _setup(grid: Grid) -> dict[str, Any]:
+def _setup(grid: Grid) -> ScoreSetup:
     cache = grid.cache
     return {"page": cache.page, "sink": cache.sink, "window": cache.window.short, "scale_dtype": cache.scale_dtype}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from ..errors import OutputError
 from ..files import check_writable, write_bytes
 from ..plan import Plan
 from ..profile import Profile
+from ..studies.explain import Frontier
 
 FORMATS = (".png", ".svg", ".pdf")
 KEY, VALUE = "#1f77b4", "#ff7f0e"
@@ -23,14 +23,6 @@ SIDE = 0.2
 
 
 Point = tuple[float, float]
-
-
-class Frontier(NamedTuple):
-    """Stored bits and predicted loss, in nats a token, of the best plans there are and of one plan among them."""
-
-    score: str
-    best: Sequence[Point]
-    plan: Point
 
 
 def check_plot(path: Path) -> None:

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import falling, ladders, make_info, make_profile, patient, scored, settings_
 
-from kvmix_cli.allocation import PRESETS, Budget, allocate
+from kvmix_cli.allocation import Budget, allocate, preset_start
 from kvmix_cli.errors import BudgetError, DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.sizes import mean_bits
 from kvmix_cli.plan.windows import Recent
 
-PAPER = PRESETS["paper"]
 
 
 def mean(plan, kind=None, count="nominal"):
@@ -21,7 +20,8 @@ def mean(plan, kind=None, count="nominal"):
 
 
 def paper(profile, **options):
-    return allocate(profile, PAPER.budget, k_bits=PAPER.k_bits, v_bits=PAPER.v_bits, cache=PAPER.cache, **options)
+    start = preset_start("paper")
+    return allocate(profile, start.budget, k_bits=start.k_bits, v_bits=start.v_bits, cache=start.cache, **options)
 
 
 def ranks(profile, kind):

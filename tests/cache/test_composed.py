@@ -13,7 +13,7 @@ from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, ChannelGroup, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.windows import Recent
 
 CENTERED = Transforms(k=(Center(),), v=(Center(),))
@@ -29,11 +29,11 @@ AXES = {
         )
     },
     "recency": {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.5, k=16, v=16),), flush=32)},
-    "query-range": {"channels": ChannelPolicy(runs=(Run(channels=16, bits=16),))},
+    "query-range": {"channels": ChannelPolicy(runs=(ChannelGroup(channels=16, bits=16),))},
     "everything": {
         "transforms": Transforms(k=(Rotate(), Balance()), v=(Rotate(),)),
         "tokens": TokenPolicy(tiers=(Tier(share=0.2, k=16, v=16),), flush=80),
-        "channels": ChannelPolicy(score="magnitude", runs=(Run(channels=16, bits=16),), refresh=32),
+        "channels": ChannelPolicy(score="magnitude", runs=(ChannelGroup(channels=16, bits=16),), refresh=32),
     },
 }
 WITHOUT_QUERIES = ("rotated", "centered", "recency")
@@ -247,7 +247,7 @@ def test_a_score_of_ones_own():
     [
         ({"tokens": TokenPolicy(score="atention", evict=0.5, flush=32)}, r"unknown token score 'atention' \(did you"),
         (
-            {"channels": ChannelPolicy(score="qrange", runs=(Run(channels=16, bits=4),))},
+            {"channels": ChannelPolicy(score="qrange", runs=(ChannelGroup(channels=16, bits=4),))},
             "unknown channel score 'qrange'",
         ),
     ],

@@ -131,7 +131,7 @@ def test_faulty_files(kvmix, tmp_path, text, message):
     assert ran.code == 1
     assert "file.yaml" in ran.error
     assert message in ran.error
-    assert ran.out == ""
+    assert message in ran.json["error"]["message"]
 
 
 def test_a_file_that_is_not_there(kvmix):
@@ -221,7 +221,7 @@ def test_a_profile_that_does_not_explain_leaves_the_plan_as_it_is(kvmix, plan, t
 
 def test_the_picture_of_an_explained_plan_has_the_frontier(kvmix, explained, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "_draw_frontier", lambda axes, frontier: drawn.update(frontier._asdict()))
+    monkeypatch.setattr(plots, "_draw_frontier", lambda axes, frontier: drawn.update(vars(frontier)))
     assert kvmix("inspect", explained[2], "--plot", "picture.png").code == 0
     _, plan, _ = explained
     assert drawn["plan"] == (plan.bits.stored, pytest.approx(plan.provenance["predicted_loss"]))

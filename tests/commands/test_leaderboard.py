@@ -173,9 +173,9 @@ def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(fo
     ("arguments", "said"),
     [
         (("--scores", "losss"), "it has no score 'losss'"),
-        (("--methods", "ilpp"), "'ilpp' decides by no score; a leaderboard has rank, ilp, cut"),
-        (("--methods", "uniform"), "'uniform' decides by no score"),
-        (("--stored-bits", "99"), "nobody can take part: no plan has 99 stored bits"),
+        (("--methods", "ilpp"), "method 'ilpp' uses no score; a leaderboard compares methods that do: rank, ilp, cut"),
+        (("--methods", "uniform"), "method 'uniform' uses no score"),
+        (("--stored-bits", "99"), "no method has a plan at these budgets: no plan has 99 stored bits"),
         (("--task", "recall"), "a leaderboard is in the order of perplexity"),
         (("--profile", "nowhere.yaml"), "nowhere.yaml does not exist"),
     ],

@@ -8,10 +8,10 @@ from made_up import composed_plans, make_info, patient
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, ChannelGroup, Tier, TokenPolicy, Transforms
 
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
-RUNS = ChannelPolicy(runs=(Run(share=0.25, bits=4),), refresh=64)
+RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=64)
 GOOD = """\
 format: kvmix-plan/1
 model: {id: org/model, layers: 4, kv_heads: 2, head_dim: 64}
@@ -97,7 +97,7 @@ def test_the_example_loads(load):
         (
             "flush: 160",
             "flush: 64",
-            ["line 7: cache.tokens: shares of a flush of 64 tokens are no whole pages of 32; 160 would do"],
+            ["line 7: cache.tokens: shares of a flush of 64 tokens are not whole pages of 32; use a flush of 160"],
         ),
         (
             "evict: 0.2",
@@ -119,14 +119,14 @@ def test_the_example_loads(load):
         (
             "share: 0.25, bits",
             "channels: 64, bits",
-            ["line 8: cache.channels: runs of 64 channels do not fit heads of 64: runs and what they leave must be"],
+            ["line 8: cache.channels: runs of 64 channels do not fit heads of 64: each run, and the channels that"],
         ),
         (
             "share: 0.25, bits",
             "channels: 20, bits",
             ["line 8: cache.channels: runs of 20 channels do not fit heads of 64"],
         ),
-        ("share: 0.25, bits", "bits", ["line 8: cache.channels.runs.0: give a run its channels or its share, one"]),
+        ("share: 0.25, bits", "bits", ["line 8: cache.channels.runs.0: a run needs either channels or a share"]),
         ("bits: 4", "bits: 6", ["line 8: cache.channels.runs.0.bits: must be one of 1, 2, 3, 4, 8, 16, got 6"]),
         ("runs: [{share: 0.25, bits: 4}]", "runs: []", ["line 8: cache.channels.runs: a channel policy needs runs"]),
         ("kind: center", "kind: centre", ["line 6: cache.transforms.v.0: input tag 'centre' found using 'kind' does"]),

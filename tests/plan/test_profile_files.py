@@ -121,9 +121,9 @@ def test_curves_and_heads_are_written_as_they_are_read(load):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("4g128: 0.1", "5g64: 0.1", "line 11: scores.fisher.layers.0.k.curve: '5g64' is no width and group size"),
+        ("4g128: 0.1", "5g64: 0.1", "line 11: scores.fisher.layers.0.k.curve: '5g64' must be a width and a group size"),
         ("4g128: 0.1", "4: 0.1", "line 11: the key scores.fisher.layers.0.k.curve.4: should be a valid string"),
-        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k have other choices in some layers"),
+        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k must have the same choices in all layers"),
         ("4g128: 0.1", "4g128: .inf", "line 11: scores.fisher.layers.0.k.curve.4g128: should be a finite number"),
         ("heads: [0.3", "heads: [.nan", "line 11: scores.fisher.layers.0.k.heads.0: should be a finite number"),
     ],

@@ -55,7 +55,7 @@ def test_lines_are_those_of_the_keys():
 
 
 def test_without_libyaml_the_rules_are_the_same(monkeypatch):
-    monkeypatch.setattr(document, "_Loader", document.yaml.SafeLoader)
+    monkeypatch.setattr(document, "_Loader", document.strict_loader(document.yaml.SafeLoader))
     for text in (BOMB, "a: !!str 3", "a: 1\na: 2", "? [1]\n: 2", "[" * 1000, "a: \0"):
         fault(text)
     assert parse_yaml("a: [1, 2.5, x]", "x").data == {"a": [1, 2.5, "x"]}

@@ -9,7 +9,7 @@ from made_up import patient
 
 from kvmix_cli.evaluation.results import Estimate, Row
 from kvmix_cli.plan import Plan
-from kvmix_cli.studies.leaderboard.compare import Standing, compare, rank_correlation
+from kvmix_cli.studies.leaderboard.standings import Standing, compare, rank_correlation
 
 
 def standing(losses, reference, *, predicted=0.0, plan=None, name="plan"):

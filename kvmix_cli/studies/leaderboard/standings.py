@@ -1,4 +1,4 @@
-"""Plans side by side at equal stored bits: paired differences, and how well a score foretells what is measured."""
+"""Standings at equal stored bits: paired differences of losses, and rank correlations with predicted losses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ...plan import Plan
 
 LOSS = "loss_increase"
 MIN_PLANS = 3
-"""Plans that a rank correlation needs to say anything."""
+"""Plans below which a rank correlation has no meaning."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One plan at one budget, under all the names of those who would choose it.
+    """A measured plan at one budget.
 
     Attributes:
-        rows: what was measured, by task.
-        predicted: what each score that predicts loss says of it, in nats a token.
+        names: the candidates that decided this plan.
+        rows: measurements by task.
+        predicted: predicted loss by score, in nats per token.
     """
 
     stored_bits: float
@@ -31,17 +32,17 @@ class Standing:
 
     @property
     def loss(self) -> Estimate | None:
-        """Measured increase of the loss, in nats a token; None if it could not be measured."""
+        """Return the measured increase of the loss, in nats per token; None if it could not be measured."""
         return self.rows["perplexity"].metrics.get(LOSS)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two plans at one budget.
+    """Losses of two candidates at one budget.
 
     Attributes:
-        difference: of their losses, in nats a token, over the same documents; below 0 the first is better.
-        ratio: of their loss increases; None if the second loses nothing.
+        difference: first loss minus second, in nats per token, over the same documents; below 0 the first is better.
+        ratio: first loss increase divided by the second; None if the second loses nothing.
     """
 
     stored_bits: float
@@ -52,7 +53,7 @@ class Comparison:
 
 
 def compare(first: tuple[str, Standing], second: tuple[str, Standing], seed: int = 0) -> Comparison | None:
-    """Two named standings of one budget, document by document; None if one of them has no loss."""
+    """Compare two named standings of one budget, document by document; None if one of them has no loss."""
     (name, one), (other_name, other) = first, second
     if one.loss is None or other.loss is None:
         return None
@@ -64,9 +65,9 @@ def compare(first: tuple[str, Standing], second: tuple[str, Standing], seed: int
 
 
 def rank_correlation(standings: Sequence[Standing], score: str) -> tuple[float | None, int]:
-    """Spearman's correlation of what a score predicts and what was measured, and over how many different plans.
+    """Return Spearman's correlation of predicted and measured loss, and the number of different plans.
 
-    None where it has no meaning: for fewer than three plans, or if all predictions or all losses are the same.
+    The correlation is None for fewer than three plans, and if all predictions or all losses are equal.
     """
     from scipy.stats import spearmanr
 
