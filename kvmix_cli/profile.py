@@ -31,7 +31,7 @@ def _in_range(value: float) -> float:
 
 MAX_MEASURED: Final = 1e100
 """Largest size of a measured number, so that its square, and sums of many, are finite."""
-Measured = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_range)]
+MeasuredFloat = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_range)]
 Count = Annotated[int, Field(ge=1, lt=2**48)]
 
 
@@ -57,10 +57,10 @@ class TensorScore(StrictModel):
         heads: importance of each KV head, if it was measured.
     """
 
-    mean: Measured
-    std: Measured = Field(default=0.0, ge=0)
-    curve: dict[str, Measured] = Field(default_factory=dict)
-    heads: list[Measured] | None = None
+    mean: MeasuredFloat
+    std: MeasuredFloat = Field(default=0.0, ge=0)
+    curve: dict[str, MeasuredFloat] = Field(default_factory=dict)
+    heads: list[MeasuredFloat] | None = None
 
     @field_validator("curve")
     @classmethod
@@ -106,7 +106,7 @@ class Score(StrictModel):
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
     """
 
-    seconds: Measured = Field(ge=0)
+    seconds: MeasuredFloat = Field(ge=0)
     unit: str = "gradient norm"
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)

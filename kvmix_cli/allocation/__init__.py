@@ -19,7 +19,7 @@ from ..plan.plan import Provenance
 from ..profile import Profile
 from .budgets import Budget
 from .curves import other_settings, predicted_loss
-from .options import K_BITS, V_BITS, Options, Start, default_method, default_score, make_problem, preset_start
+from .options import K_BITS, V_BITS, AllocationOptions, Start, default_method, default_score, make_problem, preset_start
 from .problem import Decision, Measure, Method, Problem
 from .solvers import FAMILY, METHODS, SEARCH, SOLVERS
 
@@ -34,11 +34,11 @@ __all__ = [
     "SOLVERS",
     "TRIALS",
     "V_BITS",
+    "AllocationOptions",
     "Budget",
     "Decision",
     "Measure",
     "Method",
-    "Options",
     "Problem",
     "Start",
     "allocate",
@@ -53,14 +53,16 @@ __all__ = [
 ]
 
 
-def allocate(profile: Profile, budget: Budget, *, method: str | None = None, **options: Unpack[Options]) -> Plan:
+def allocate(
+    profile: Profile, budget: Budget, *, method: str | None = None, **options: Unpack[AllocationOptions]
+) -> Plan:
     """Decide how every layer's keys and values are stored.
 
     Args:
         profile: scores of the model.
         budget: limit that the plan must keep to.
         method: one of `SOLVERS`; by default `default_method`.
-        options: see `Options`.
+        options: see `AllocationOptions`.
 
     Raises:
         BudgetError: if no plan meets the budget; the message has the reachable range.
@@ -76,7 +78,7 @@ def allocate(profile: Profile, budget: Budget, *, method: str | None = None, **o
     return _plan(problem, method, solve(problem), {})
 
 
-def frontier(profile: Profile, **options: Unpack[Options]) -> list[Plan]:
+def frontier(profile: Profile, **options: Unpack[AllocationOptions]) -> list[Plan]:
     """Return plans along the whole range of stored bits, ascending, each with less predicted loss than the one before.
 
     Raises:
@@ -89,7 +91,7 @@ def frontier(profile: Profile, **options: Unpack[Options]) -> list[Plan]:
 
 
 def refine(
-    profile: Profile, budget: Budget, measure: Measure, *, trials: int = TRIALS, **options: Unpack[Options]
+    profile: Profile, budget: Budget, measure: Measure, *, trials: int = TRIALS, **options: Unpack[AllocationOptions]
 ) -> Plan:
     """Decide by the measured loss of whole plans.
 
@@ -98,7 +100,7 @@ def refine(
         budget: limit that the plan must keep to.
         measure: function that returns the loss of a plan's layers.
         trials: most plans to measure.
-        options: see `Options`.
+        options: see `AllocationOptions`.
 
     Raises:
         BudgetError, DocumentError, PlanError: as `allocate`.

@@ -14,7 +14,7 @@ Slot = tuple[int, Kind]
 """A layer's keys or values."""
 
 
-class Choice(NamedTuple):
+class TensorChoice(NamedTuple):
     """One way to store a tensor, with its cost (see `Budget.cost`) and its loss in the score's unit."""
 
     tensor: TensorPlan
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     loss: float
 
 
-Choices = tuple[Choice, ...]
+Choices = tuple[TensorChoice, ...]
 """Choices for one tensor, the cheapest first, each with less loss than the one before it."""
 
 
@@ -32,21 +32,21 @@ def choices_by_slot(problem: Problem) -> dict[Slot, Choices]:
     costs = {kind: [(tensor, problem.tensor_cost(tensor, kind)) for tensor in problem.tensors(kind)] for kind in KINDS}
     for layer in problem.layers:
         for kind in KINDS:
-            choices = [Choice(*each, problem.tensor_loss(layer, kind, each[0])) for each in costs[kind]]
+            choices = [TensorChoice(*each, problem.tensor_loss(layer, kind, each[0])) for each in costs[kind]]
             found[layer, kind] = undominated(choices)
     return found
 
 
-def undominated(choices: Iterable[Choice]) -> Choices:
+def undominated(choices: Iterable[TensorChoice]) -> Choices:
     """Return the choices without those for which another one costs no more and loses no more."""
-    kept: list[Choice] = []
+    kept: list[TensorChoice] = []
     for choice in sorted(choices, key=lambda each: (each.cost, each.loss)):
         if not kept or choice.loss < kept[-1].loss:
             kept.append(choice)
     return tuple(kept)
 
 
-def decide(chosen: Mapping[Slot, Choice]) -> Decision:
+def decide(chosen: Mapping[Slot, TensorChoice]) -> Decision:
     """Return the layers that one choice for every tensor makes."""
     layers = sorted({layer for layer, _ in chosen})
     return {layer: LayerPlan(k=chosen[layer, "key"].tensor, v=chosen[layer, "value"].tensor) for layer in layers}

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import BudgetError
 from ..quiet import mute_stdout
-from .choices import Choice, Choices
+from .choices import Choices, TensorChoice
 
 SCALE = 1e4
 """Sum of the losses of the cheapest choices after scaling."""
@@ -30,7 +30,7 @@ SECONDS = 60.0
 """Time limit of HiGHS; 80 layers with 15 choices per tensor take a fraction of a second."""
 
 
-def least_loss(slots: Sequence[Choices], allowance: float) -> list[Choice]:
+def least_loss(slots: Sequence[Choices], allowance: float) -> list[TensorChoice]:
     """Return one choice for every slot, with the least loss together and a cost of at most `allowance`.
 
     Raises:
@@ -42,7 +42,7 @@ def least_loss(slots: Sequence[Choices], allowance: float) -> list[Choice]:
     return knapsack.within(math.floor((allowance - knapsack.floor) / knapsack.unit))
 
 
-def least_cost(slots: Sequence[Choices], limit: float) -> list[Choice]:
+def least_cost(slots: Sequence[Choices], limit: float) -> list[TensorChoice]:
     """Return one choice for every slot, with the least cost together and a loss of at most `limit`.
 
     Raises:
@@ -74,7 +74,7 @@ class _Knapsack:
         self._losses = np.array([choice.loss for choice in self._choices])
         self._sizes = [len(choices) for choices in slots]
 
-    def within(self, most: int) -> list[Choice]:
+    def within(self, most: int) -> list[TensorChoice]:
         """Return the choices with the least loss for at most `most` units."""
         total = sum(choices[0].loss for choices in self._slots)
         shares = self._minimise(self._losses * (SCALE / total if total else 1), self._costs, most, whole=True)
@@ -117,7 +117,7 @@ class _Knapsack:
         return result.x
 
 
-def _earlier_first(slots: Sequence[Choices], chosen: list[Choice]) -> list[Choice]:
+def _earlier_first(slots: Sequence[Choices], chosen: list[TensorChoice]) -> list[TensorChoice]:
     """Return the choices with the costlier ones first among slots that have the same choices."""
     alike = defaultdict(list)
     for place, choices in enumerate(slots):

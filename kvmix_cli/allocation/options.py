@@ -23,7 +23,7 @@ SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
 PAPER_SCORE = "grad-norm"
 
 
-class Options(TypedDict, total=False):
+class AllocationOptions(TypedDict, total=False):
     """Options of `allocate`, `frontier` and `refine`.
 
     Attributes:
@@ -102,7 +102,7 @@ def make_problem(
     pins: Mapping[int, LayerPlan] | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Return the problem that a method is to solve; options as in `Options`.
+    """Return the problem that a method is to solve; options as in `AllocationOptions`.
 
     Raises:
         BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.

@@ -29,7 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options, Start
+    from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
@@ -273,7 +273,7 @@ def _choices(
     caches: Sequence[CacheSettings],
     score: str | None,
     seed: int,
-) -> Options:
+) -> AllocationOptions:
     """Return the options of the method, and say if it does not choose among several group sizes."""
     from ..allocation import METHODS, default_score, parse_pins
 
@@ -296,7 +296,7 @@ def _decide(
     source: Profile,
     method: str,
     budget: Budget,
-    chosen: Options,
+    chosen: AllocationOptions,
     path: Path,
     effort: SearchOptions,
     loading: LoadingOptions,

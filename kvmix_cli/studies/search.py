@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
-from ..allocation import TRIALS, Budget, Options, allocate, refine
+from ..allocation import TRIALS, AllocationOptions, Budget, allocate, refine
 from ..errors import EvaluationError
 from ..journal import Journal
 from ..plan import CacheSettings, LayerPlan, Plan, TensorPlan
@@ -38,7 +38,7 @@ class Trial(TypedDict):
 def search(
     profile: Profile,
     budget: Budget,
-    options: Options,
+    options: AllocationOptions,
     load: Callable[[], LoadedModel],
     *,
     journal: Path | None = None,
@@ -54,7 +54,7 @@ def search(
     Args:
         profile: scores of the model, which decide the order of the trials.
         budget: limit that the plan must keep to.
-        options: see `allocation.Options`.
+        options: see `allocation.AllocationOptions`.
         load: function that loads the model; called once, after the budget was found to be within reach.
         journal: file of all measured losses; None keeps none.
         resume: continue with the losses that the file has.

@@ -14,7 +14,6 @@ from kvmix_cli.plan.sizes import mean_bits
 from kvmix_cli.plan.windows import Recent
 
 
-
 def mean(plan, kind=None, count="nominal"):
     return mean_bits(plan.layers, plan.cache, plan.model, count, kind)
 
@@ -102,7 +101,7 @@ def test_default_ladders_are_the_papers_and_then_go_on(asked):
 
 
 @patient
-@given(scored(), ladders, ladders, st.floats(0.5, 17))
+@given(scored(60), ladders, ladders, st.floats(0.5, 17))
 def test_average_is_the_largest_step_within_the_budget(profile, k_bits, v_bits, asked):
     expected, out_of_reach = best_within(profile, k_bits, v_bits, nominal, asked)
     if out_of_reach:
@@ -114,7 +113,7 @@ def test_average_is_the_largest_step_within_the_budget(profile, k_bits, v_bits, 
 
 
 @patient
-@given(scored(), ladders, ladders, st.data())
+@given(scored(60), ladders, ladders, st.data())
 def test_a_budget_that_a_step_meets_exactly_gives_that_step(profile, k_bits, v_bits, data):
     widths, most = after(profile, k_bits, v_bits)
     step = widths(data.draw(st.integers(0, most)))

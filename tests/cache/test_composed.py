@@ -13,7 +13,7 @@ from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, ChannelGroup, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.windows import Recent
 
 CENTERED = Transforms(k=(Center(),), v=(Center(),))

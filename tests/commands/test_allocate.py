@@ -70,6 +70,21 @@ def test_paper_preset(kvmix):
     kvmix("inspect", result["plan"])
 
 
+def test_the_papers_preset_has_two_names(kvmix):
+    first, second = (kvmix("allocate", "--preset", name, "--json").json for name in ("paper", "kvmix-paper"))
+    assert second["plan"] == f"{PLANS}/kvmix-paper.yaml"
+    assert [second[key] for key in ("layers", "bits", "provenance")] == [
+        first[key] for key in ("layers", "bits", "provenance")
+    ]
+    assert first["provenance"]["budget"] == {"share": 0.2}
+
+
+def test_a_preset_without_a_share_of_layers(kvmix):
+    ran = kvmix("allocate", "--preset", "kivi-2")
+    assert ran.code == 2
+    assert "use paper, kvmix-paper" in " ".join(ran.err.replace("│", " ").split())
+
+
 def test_what_the_paper_compares_with_is_one_option_away(kvmix, tmp_path):
     kvmix("allocate", "--preset", "paper", "--method", "uniform")
     kvmix("allocate", "--preset", "paper", "--method", "random", "--seed", 3)

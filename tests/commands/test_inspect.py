@@ -51,6 +51,23 @@ def test_a_profile_as_json(kvmix, profile):
     assert result["scores"]["grad-norm"]["layers"][7] == {"index": 7, "k": 1.0, "v": 8.0, "k_std": 0.1, "v_std": 0.8}
 
 
+def test_the_spread_of_one_sample_is_not_known(kvmix, tmp_path):
+    """A dash in the table; the JSON keeps its number."""
+    profile = falling(2)
+    score = profile.scores["grad-norm"]
+    one = score.model_copy(update={"calibration": score.calibration.model_copy(update={"samples": 1})})
+    profile.model_copy(update={"scores": {"grad-norm": one}}).save(tmp_path / "one.yaml")
+    ran = kvmix("inspect", "one.yaml")
+    first = next(line for line in ran.out.splitlines() if line.split()[:1] == ["0"])
+    assert first.split()[:3] == ["0", "2", "-"]
+    assert kvmix("inspect", "one.yaml", "--json").json["scores"]["grad-norm"]["layers"][0]["k_std"] == 0.2
+
+
+@pytest.mark.parametrize("name", ["paper", "kvmix-paper"])
+def test_the_papers_preset_by_either_name(kvmix, name):
+    assert kvmix("inspect", name, "--model", "builtin:tiny", "--json").json["bits"]["nominal_k"] == 2.125
+
+
 @pytest.mark.parametrize("kind", ["plan", "profile"])
 def test_a_picture(kvmix, request, tmp_path, kind):
     file = request.getfixturevalue(kind)

@@ -51,6 +51,10 @@ class TestEval:
             "counting__builtin--tiny__mikv+rotate-2",
         ]
 
+    def test_the_papers_preset_by_its_second_name(self, counting):
+        rows = kvmix_json("eval", *TINY, "--preset", "paper", "--preset", "kvmix-paper")["rows"]
+        assert bits(rows)["paper"] == bits(rows)["kvmix-paper"]
+
     def test_every_preset_is_a_row(self, counting):
         names = tuple(preset.presets())
         rows = kvmix_json("eval", *TINY, *(part for name in names for part in ("--preset", name)))["rows"]

@@ -7,8 +7,8 @@ import pytest
 from made_up import make_info
 
 from kvmix_cli.errors import DocumentError, PlanError, StateError
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, ChannelGroup, Tier, TokenPolicy, Transforms
-from kvmix_cli.plan.presets import Preset, find_preset, plan_of, presets, put_on, split
+from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.presets import LayerShare, Preset, find_preset, has_preset, plan_of, presets, put_on, split
 from kvmix_cli.plan.settings import CacheSettings
 
 NAMES = (
@@ -69,10 +69,28 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     assert plan_of("kvmix-paper", make_info(32)).bits.nominal == (2.1875 + 2.375) / 2
 
 
-@pytest.mark.parametrize(("name", "hint"), [("mikw", r"\(did you mean 'mikv'\?\)"), ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mikw", r"\(did you mean 'mikv'\?\)"),
+        ("papr", r"\(did you mean 'paper'\?\)"),
+        ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE"),
+    ],
+)
 def test_an_unknown_preset(name, hint):
     with pytest.raises(StateError, match=hint):
         find_preset(name)
+
+
+def test_the_papers_preset_has_two_names():
+    assert has_preset("paper")
+    assert find_preset("paper") == find_preset("kvmix-paper")
+    assert "paper" not in presets(), "each preset is listed once"
+
+
+def test_the_papers_preset_states_what_allocate_starts_from():
+    assert find_preset("paper").layer_share == LayerShare(0.2, k_bits=(2, 3), v_bits=(2, 4))
+    assert [name for name in presets() if find_preset(name).layer_share] == ["kvmix-paper"]
 
 
 GOOD = """\

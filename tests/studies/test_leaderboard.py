@@ -1,14 +1,19 @@
-"""Paired differences and rank correlations, against the plainest way to work them out."""
+"""The leaderboard as a study: candidates, paired differences, rank correlations, and a board held from Python."""
 
 import numpy as np
 import pytest
-from evaluating import INFO, uniform
+from curves import curved
+from evaluating import INFO, tiny, uniform
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up import patient
+from made_up import falling, patient
 
+from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Estimate, Row
-from kvmix_cli.plan import Plan
+from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.profile import Profile
+from kvmix_cli.studies.leaderboard import hold
+from kvmix_cli.studies.leaderboard.candidates import candidates, make_plans
 from kvmix_cli.studies.leaderboard.standings import Standing, compare, rank_correlation
 
 
@@ -83,3 +88,30 @@ def test_too_few_plans_or_none_that_is_predicted_say_nothing():
     standings = [standing([float(n)], [0.0], predicted=float(n), plan=plan_of(n)) for n in range(2)]
     assert rank_correlation(standings, "loss") == (None, 2)
     assert rank_correlation(standings, "taylor") == (None, 0)
+
+
+def test_every_solver_with_every_score_is_a_candidate():
+    profile = Profile(model=INFO, scores={**falling(8).scores, **curved(8, head_dim=64).scores})
+    found, champion = candidates(profile, random_plans=1)
+    names = ["paper", "rank loss", "ilp grad-norm", "ilp loss", "cut grad-norm", "cut loss", "uniform", "random 0"]
+    assert [each.name for each in found] == names
+    assert champion == "ilp loss"
+
+
+def test_a_candidate_without_a_plan_is_left_out_with_the_reason():
+    found, _ = candidates(curved(8, head_dim=64), methods=("ilp",), random_plans=0)
+    plans, left_out = make_plans(curved(8, head_dim=64), found, (2.3, 3), CacheSettings(), (64, 128))
+    assert [(each.stored_bits, each.name) for each in plans] == [(3, "ilp loss"), (3, "uniform")]
+    assert {each.name for each in left_out} == {"ilp loss", "uniform"}
+    assert all("no plan has 2.3 stored bits" in each.reason for each in left_out)
+
+
+def test_it_is_held_from_python_and_prints_nothing(capsys):
+    profile = Profile(model=tiny().info, scores=curved(8, head_dim=64).scores)
+    settings = Settings(length=450, prefix=400, limit=1)
+    options = {"stored_bits": (3,), "methods": ("ilp",), "random_plans": 0}
+    board = hold(profile, tiny, tasks=("perplexity",), settings=settings, **options)
+    assert board.champion == "ilp loss"
+    assert {name for each in board.standings for name in each.names} == {"ilp loss", "uniform"}
+    assert [(each.first, each.second) for each in board.comparisons] == [("ilp loss", "uniform")]
+    assert capsys.readouterr() == ("", "")

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import NamedTuple
 
-from ..choices import Choice, Choices, Slot, choices_by_slot, decide
+from ..choices import Choices, Slot, TensorChoice, choices_by_slot, decide
 from ..problem import Decision, Measure, Method, Problem
 from . import ilp, rank
 
 METHOD = Method(uses=("score", "group_sizes", "seed"))
 
 
-class Found(NamedTuple):
+class Refined(NamedTuple):
     """The best plan that was measured, and the number of plans that were."""
 
     decision: Decision
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     trials: int
 
 
-def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Found:
+def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Refined:
     """Return the best of at most `trials` measured plans. The seed orders neighbours of equal predicted loss.
 
     Raises:
@@ -37,9 +37,9 @@ def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Found
     chosen = _start(problem)
     allowance = problem.allowance if problem.loss_limit is None else _cost(chosen)
     draw = Random(problem.seed)
-    measured: dict[frozenset[tuple[Slot, Choice]], float] = {}
+    measured: dict[frozenset[tuple[Slot, TensorChoice]], float] = {}
 
-    def loss(candidate: Mapping[Slot, Choice]) -> float:
+    def loss(candidate: Mapping[Slot, TensorChoice]) -> float:
         measured[frozenset(candidate.items())] = lost = measure({**decide(candidate), **problem.pins})
         return lost
 
@@ -53,28 +53,30 @@ def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Found
             if frozenset(candidate.items()) not in measured and (lost := loss(candidate)) < least:
                 chosen, least, improving = candidate, lost, True
                 break
-    return Found(decide(chosen), least, len(measured))
+    return Refined(decide(chosen), least, len(measured))
 
 
-def _start(problem: Problem) -> dict[Slot, Choice]:
+def _start(problem: Problem) -> dict[Slot, TensorChoice]:
     layers = (ilp if problem.curves.measured else rank).solve(problem)
     return {
-        (layer, kind): Choice(tensor, problem.tensor_cost(tensor, kind), problem.tensor_loss(layer, kind, tensor))
+        (layer, kind): TensorChoice(tensor, problem.tensor_cost(tensor, kind), problem.tensor_loss(layer, kind, tensor))
         for layer, plan in layers.items()
         for tensor, kind in plan.tensors
     }
 
 
 def _neighbours(
-    slots: Mapping[Slot, Choices], chosen: Mapping[Slot, Choice], room: float, draw: Random
-) -> list[dict[Slot, Choice]]:
+    slots: Mapping[Slot, Choices], chosen: Mapping[Slot, TensorChoice], room: float, draw: Random
+) -> list[dict[Slot, TensorChoice]]:
     """Return changes of one tensor, or of two, that add at most `room` to the cost, by predicted loss."""
     changes = list(_changes(slots, chosen, room))
     draw.shuffle(changes)
     return sorted(changes, key=lambda change: sum(to.loss - chosen[slot].loss for slot, to in change.items()))
 
 
-def _changes(slots: Mapping[Slot, Choices], chosen: Mapping[Slot, Choice], room: float) -> Iterator[dict[Slot, Choice]]:
+def _changes(
+    slots: Mapping[Slot, Choices], chosen: Mapping[Slot, TensorChoice], room: float
+) -> Iterator[dict[Slot, TensorChoice]]:
     for slot, choices in slots.items():
         higher = next((choice for choice in choices if choice.cost > chosen[slot].cost), None)
         if higher is None:
@@ -89,5 +91,5 @@ def _changes(slots: Mapping[Slot, Choices], chosen: Mapping[Slot, Choice], room:
                 yield {slot: higher, other: lower[-1]}
 
 
-def _cost(chosen: Mapping[Slot, Choice]) -> int:
+def _cost(chosen: Mapping[Slot, TensorChoice]) -> int:
     return sum(choice.cost for choice in chosen.values())
