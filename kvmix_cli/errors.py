@@ -12,6 +12,7 @@ KvmixError                  the command line prints one line and exits 1
 ├── PolicyError             a transform or policy that a model's attention cannot go with
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
+│   └── UnknownTaskError    a name that no task has, ours or lm-eval's
 └── OutputError             a file that cannot be written
 """
 
@@ -72,6 +73,26 @@ class QuantizationError(KvmixError):
 
 class EvaluationError(KvmixError):
     """A task, gate or result that cannot be used as asked."""
+
+
+class UnknownTaskError(EvaluationError):
+    """A name that no task has, neither kvmix's nor lm-eval's.
+
+    Args:
+        theirs: lm-eval's tasks in words, such as "14000 of lm-eval".
+        near: the nearest names of lm-eval.
+        ours: names of kvmix's own tasks.
+    """
+
+    def __init__(self, name: str, theirs: str, near: Iterable[str] = (), ours: Iterable[str] = ()) -> None:
+        self.name, self.theirs, self.near = name, theirs, tuple(near)
+        known = tuple(ours)
+        listed = f"{', '.join(known)}, and {theirs}" if known else theirs
+        super().__init__(f"no task '{name}'{did_you_mean(name, known)}; there are {listed}")
+
+    def among(self, ours: Iterable[str]) -> UnknownTaskError:
+        """Return the same error with the names of kvmix's own tasks."""
+        return UnknownTaskError(self.name, self.theirs, self.near, ours)
 
 
 class OutputError(KvmixError):

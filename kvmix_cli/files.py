@@ -70,7 +70,7 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}; nothing was changed")
+    return OutputError(f"cannot write {path}: {error.strerror or error}; no file was changed")
 
 
 def _umask() -> int:

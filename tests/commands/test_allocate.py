@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_nothing(kvmix, tmp_path, monkeypatch):
     ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
     assert (
-        "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; nothing was changed" in ran.error
+        "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; no file was changed" in ran.error
     )
     assert ran.out == ""
     assert names(tmp_path) == []

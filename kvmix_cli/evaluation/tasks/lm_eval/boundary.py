@@ -1,4 +1,8 @@
-"""lm-eval prints, logs and draws bars as it goes; kvmix has its own words and one JSON object on stdout."""
+"""The boundary to lm-eval's code and its tasks': their output is silenced, and their errors become kvmix's.
+
+lm-eval prints, logs and draws bars, while kvmix writes its own lines and one JSON object to stdout. A task is code of
+its author's and may raise anything.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ....errors import EvaluationError, KvmixError, first_sentence
 from ....quiet import hushed, verbose
 
 _LOGGERS = ("lm_eval", "nltk", "evaluate")
@@ -17,7 +22,7 @@ _LOGGERS = ("lm_eval", "nltk", "evaluate")
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Within this block nothing reaches stdout, and stderr only under `kvmix -v`.
+    """Keep this block from writing to stdout, and to stderr unless under `kvmix -v`.
 
     Args:
         bars: leave stderr alone if it is a terminal, for the bars of a download.
@@ -40,3 +45,19 @@ def quiet(bars: bool = False) -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def task_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Raise EvaluationError, with the explanation of the error, for whatever a task's own code raises in this block."""
+    try:
+        yield
+    except KvmixError:
+        raise
+    except Exception as error:  # the one place: code of a task may raise any class
+        raise EvaluationError(explain(error)) from error
+
+
+def named(error: Exception) -> str:
+    """Return an error's class and its first sentence."""
+    return f"{type(error).__name__}: {first_sentence(error)}"

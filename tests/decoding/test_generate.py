@@ -109,3 +109,40 @@ def test_settings_out_of_range_are_errors(settings, said):
 def test_an_empty_prompt_is_an_error():
     with pytest.raises(KvmixError, match="the prompt is empty"):
         generate(tiny(), [], stock())
+
+
+def test_an_answer_longer_than_what_was_reserved_makes_the_cache_grow():
+    texts = []
+    for reserved in (0, len(ids()) + 40):
+        cache = MixedCache.from_plan(uniform(2), tiny().model.config, reserve=reserved)
+        texts.append(generate(tiny(), ids(), cache, max_new_tokens=40).text)
+        assert cache.get_seq_length() == len(ids()) + 39
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(tiny().model, "generate", fail)
+    with pytest.raises(
+        KvmixError, match="out of memory on cpu after a prompt of 8 tokens and 0 new ones; use a shorter"
+    ):
+        generate(tiny(), ids()[:8], stock(), max_new_tokens=3)
+
+
+def test_another_runtime_error_is_not_taken_for_memory(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tiny().model, "generate", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate(tiny(), ids(), stock(), max_new_tokens=3)
