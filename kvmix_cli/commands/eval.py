@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from ..errors import EvaluationError
+from ..errors import EvaluationError, OutputError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..evaluation.gates import Verdict
     from ..evaluation.results import Report
     from ..plan import ModelInfo
-    from ..studies.measure import Candidates, Setup
+    from ..studies.measure import Candidates, Results, Setup
     from ..studies.selection import Choice
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
@@ -264,12 +264,14 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
 def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from ..evaluation import split_tasks
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..files import write_text
     from ..models.loading import load_model
     from ..profile import Profile
-    from ..reporting.leaderboard import board_json, markdown, tables
+    from ..reporting.leaderboard import board_json, plan_names, tables
     from ..reporting.leaderboard_plot import plot_board
+    from ..reporting.markdown import markdown_document
+    from ..reporting.plan_names import NAMES, names_text
     from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
 
@@ -284,7 +286,7 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
         lambda: load_model(profile.model.id, **setup.loading),
         tasks=tasks,
         settings=setup.settings,
-        runs=Runs(model=state.slug(profile.model.id), **setup.results),
+        runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
         group_sizes=rules.pop("group_size", ()),
         progress=console.progress,
         **rules,
@@ -294,7 +296,8 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     shown = tables(found)
     for table in shown:
         console.table(*table)
-    write_text(page, markdown(shown, setup.results["command"]))
+    write_text(page, markdown_document(shown, setup.results["command"]))
+    write_text(page.with_name(NAMES), names_text(plan_names(found)))
     plot_board(found, picture)
     console.text(f"tables:  {page}\npicture: {picture}\n")
     head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
@@ -317,7 +320,7 @@ def _measure(
         gates,
         say=console.notice,
         progress=console.progress,
-        on_report=lambda task, report, model: _show(task, report, model, setup.results["root"]),
+        on_report=lambda task, report, model: _show(task, report, model, setup.results),
     )
     for verdict in evaluation.verdicts:
         _show_verdict(verdict)
@@ -341,9 +344,9 @@ def warn(report: Report) -> None:
         console.alert(line)
 
 
-def _show(task: Task, report: Report, model: ModelInfo, root: Path) -> None:
+def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> None:
     """Show one task's tables, and a picture beside the samples if the task's values have a place in their contexts."""
-    from ..evaluation.runs import safe_name
+    from ..evaluation.runs import RunFolders
     from ..reporting.evaluation import report_tables
 
     warn(report)
@@ -352,8 +355,12 @@ def _show(task: Task, report: Report, model: ModelInfo, root: Path) -> None:
     if any("answers" in record for row in report.rows for record in row.records):
         from ..reporting.heat_map import plot_heat_maps
 
-        path = root / f"{safe_name(report.task)}__{state.slug(model.id)}__heatmap.png"
-        if plot_heat_maps(report, path):
+        path = RunFolders(model=state.slug(model.id), **results).picture(report.task)
+        try:
+            is_drawn = plot_heat_maps(report, path)
+        except OutputError as error:
+            raise OutputError(f"{error}; all samples and rows are saved: --resume draws the picture") from error
+        if is_drawn:
             console.text(f"picture: {path}\n\n")
 
 

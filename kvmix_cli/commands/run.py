@@ -108,7 +108,9 @@ def run(
     from ..cache.subject import Subject
     from ..decoding.footprint import full_context, measure_footprint
     from ..decoding.generate import generate, room
+    from ..decoding.settings import reserve
     from ..models.loading import load_info
+    from ..texts.chat import chat_ids, prompt_ids
 
     subject = Subject()
     if not storage.baseline:
@@ -116,11 +118,13 @@ def run(
         name, plan = list(choice.plans(info, uniform, console.notice).items())[-1]
         subject = Subject(name, plan)
     loaded = loading.load(choice.model, choice.revision)
-    ids = _encode(loaded, text, prompt.chat)
+    _check_length(loaded, text)
+    tokenizer = loaded.tokenizer
+    ids = chat_ids(tokenizer, text, loaded.info.id) if prompt.chat else prompt_ids(tokenizer, text)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < prompt.max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
-    cache = subject.cache(loaded.config, reserve=len(ids) + allowed)
+    cache = subject.cache(loaded.config, reserve=reserve(len(ids), allowed))
     generation = generate(
         loaded,
         ids,
@@ -169,26 +173,16 @@ def _read_at_most(file: BinaryIO, name: str) -> bytes:
     return data
 
 
-def _encode(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
-    """Return the token ids of a prompt, special ones included.
-
-    Raises:
-        TextError: if the model cannot hold it, whatever its tokens are.
-        KvmixError: if there is no chat template to put it into.
-    """
-    if loaded.max_length is not None:
-        longest = max(map(len, loaded.tokenizer.get_vocab()))
-        if len(text) > loaded.max_length * longest:
-            raise TextError(
-                f"the prompt has {len(text)} characters; the model's limit of {loaded.max_length} tokens holds at most "
-                f"{loaded.max_length * longest}: shorten it"
-            )
-    if not chat:
-        return list(loaded.tokenizer(text, verbose=False).input_ids)
-    if not loaded.tokenizer.chat_template:
-        raise KvmixError(f"{loaded.info.id} has no chat template; leave out --chat or choose a chat model")
-    message = [{"role": "user", "content": text}]
-    return list(loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+def _check_length(loaded: LoadedModel, text: str) -> None:
+    """Raise TextError for a text that the model cannot hold, whatever its tokens are."""
+    if loaded.max_length is None:
+        return
+    longest = max(map(len, loaded.tokenizer.get_vocab()))
+    if len(text) > loaded.max_length * longest:
+        raise TextError(
+            f"the prompt has {len(text)} characters; the model's limit of {loaded.max_length} tokens holds at most "
+            f"{loaded.max_length * longest}: shorten it"
+        )
 
 
 def _show(name: str, generation: Generation, footprint: Footprint, whole: FullContext | None) -> None:

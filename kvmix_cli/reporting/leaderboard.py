@@ -1,4 +1,4 @@
-"""Leaderboards as tables, as Markdown, and as plain data for `--json`."""
+"""Leaderboards as tables, and as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -51,16 +51,13 @@ def _sentence(each: Comparison) -> str:
     return f"{each.first} against {each.second}: {format_estimate(each.difference, 'nats')} nats a token{share}"
 
 
-def markdown(shown: Sequence[Table], command: str) -> str:
-    """Return tables as Markdown, with the command that made them."""
-    return "\n".join([f"<!-- {command} -->", *(_section(table) for table in shown)])
-
-
-def _section(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    grid = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    notes = [f"- {line}" for line in table.footer.splitlines()]
-    return "\n".join(["", f"## {table.title}", "", *grid, "", *notes, *([""] if notes else [])])
+def plan_names(board: Board) -> dict[str, list[str]]:
+    """Return the names of every plan, each with its budget, by the name of the plan's runs."""
+    named: dict[str, list[str]] = {}
+    for each in board.standings:
+        names = [f"{name} at {each.stored_bits:g}" for name in each.names]
+        named.setdefault(each.rows["perplexity"].plan, []).extend(names)
+    return named
 
 
 def board_json(board: Board) -> dict[str, Any]:

@@ -120,10 +120,10 @@ def evaluate(
     from ..evaluation import get_task
     from ..evaluation.base import Settings
     from ..evaluation.runner import run_task
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
 
     subjects = [Subject(name, plan) for name, plan in plans.items()]
-    runs = Runs(out / "results", state.slug(MODEL), resume=resume)
+    runs = RunFolders(out / "results", state.slug(MODEL), resume=resume)
     settings = Settings(limit=effort.limit, seed=seed)
     return [run_task(get_task(name), loaded, subjects, settings, runs, progress) for name in TASKS]
 

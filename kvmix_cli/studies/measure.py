@@ -34,7 +34,7 @@ class Loading(TypedDict):
 
 
 class Results(TypedDict):
-    """Options of `Runs`: where records go, whether to resume, and the command that made them."""
+    """Options of `RunFolders`: where records go, whether to resume, and the command that made them."""
 
     root: Path
     resume: bool
@@ -118,7 +118,7 @@ def measure_plans(
     from ..cache.subject import Subject
     from ..evaluation import get_tasks, split_tasks
     from ..evaluation.runner import no_progress, run_task
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..models.loading import load_info, load_model
 
     check_baselines(candidates.baselines)
@@ -136,7 +136,7 @@ def measure_plans(
     )
     subjects = [Subject(name, plan) for name, plan in plans.items()]
     subjects += baseline_subjects(candidates.baselines, loaded, plans, setup.settings.seed)
-    runs = Runs(model=state.slug(choice.model), **setup.results)
+    runs = RunFolders(model=state.slug(choice.model), **setup.results)
     reports = []
     for task in tasks:
         report = run_task(task, loaded, subjects, setup.settings, runs, progress or no_progress)

@@ -1,14 +1,16 @@
 import csv
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
-from evaluating import INFO, run_folder, uniform
-from hypothesis import example, given
+from evaluating import INFO, uniform
+from hypothesis import given
 from hypothesis import strategies as some
 from reporting import FOUR, PERPLEXITY, TWO, Scripted, measured, memory, perplexity, recall, throughput
 
@@ -16,8 +18,8 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Metric
-from kvmix_cli.reporting.page import drawing, labels
-from kvmix_cli.reporting.page.front import front
+from kvmix_cli.reporting.comparison import front
+from kvmix_cli.reporting.plan_names import names_text
 
 HOSTILE = "<script>alert(1)</script>\"'&|`</title>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -161,11 +163,11 @@ def test_every_plot_is_there_if_there_is_something_in_it(results):
         attributes["aria-label"] for tag, attributes in found.elements if tag == "svg" and attributes["aria-label"]
     ]
     assert labels == [
-        "perplexity increase percent against stored bits",
-        "perplexity increase percent against cache in MiB",
+        "perplexity increase against stored bits",
+        "perplexity increase against cache in MiB",
         "recall against stored bits",
-        "bits by layer of two",
-        "bits by layer of four",
+        "bits by layer of two: 0-7:k2v2",
+        "bits by layer of four: 0-7:k4v4",
         "recall of unquantized by depth and distance (tokens)",
         "recall of two by depth and distance (tokens)",
         "recall of four by depth and distance (tokens)",
@@ -177,8 +179,8 @@ def test_every_plot_is_there_if_there_is_something_in_it(results):
     for text in (
         "6 of 12 recalled",
         "two at 512 tokens\n64 tokens a second",
-        "keys of layers 0 to 7: 2 bits",
-        "stairs",
+        "two\nperplexity increase in % +3.00 [+2.00, +4.00]\nstored bits 4",
+        "the best for every size",
     ):
         assert text in found.text or text in Path("results/report.html").read_text()
 
@@ -221,8 +223,11 @@ def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(result
     kvmix("report")
     text = Path("results/report.html").read_text()
     found = Page(text)
-    for word in ("http:", "https:", "//cdn", "@import", "url(", "src=", "href="):
+    for word in ("http:", "https:", "//cdn", "@import", "src="):
         assert word not in text
+    references = [attributes["href"] for _, attributes in found.elements if "href" in attributes]
+    references += re.findall(r"url\(([^)]*)\)", text)
+    assert references and all(reference.startswith("#") for reference in references)
     assert found.count("script") == found.count("style") == 1
     assert text.startswith("<!doctype html>")
     policy = next(attributes for tag, attributes in found.elements if attributes.get("http-equiv"))
@@ -264,13 +269,67 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
         assert HOSTILE in {row["plan"] for row in csv.DictReader(file)}
 
 
+def test_plans_that_were_measured_under_a_checksum_have_their_names():
+    plan = uniform(2, info=INFO)
+    name = plan.sha256[:12]
+    measured(Path("results"), perplexity(), [FOUR, Subject(name, plan)])
+    assert [row[0] for row in _overview()] == ["unquantized", f"0-7:k2v2 ({name})", "four"]
+    Path("results/leaderboard.json").write_text(names_text({name: ["ilp at 4", "uniform at 4"]}))
+    assert [row[0] for row in _overview()] == ["unquantized", "ilp at 4, uniform at 4", "four"]
+    for damaged in ("{", "[1]", '{"a": 1}', "[" * 100_000):
+        Path("results/leaderboard.json").write_text(damaged)
+        assert [row[0] for row in _overview()][1] == f"0-7:k2v2 ({name})"
+
+
+def _overview():
+    assert kvmix("report").exit_code == 0
+    return page().tables[0]
+
+
+CONTROL = "\x1b]0;owned\x07\x9b31m\u202e\x7f"
+
+
+def test_control_characters_from_files_reach_no_output():
+    info = INFO.model_copy(update={"id": f"org/{CONTROL}"})
+    task = perplexity()
+    task.describe = lambda samples, settings: f"described {CONTROL}"
+    measured(Path("results"), task, [Subject(f"plan {CONTROL}", uniform(2, info=info)), FOUR], info=info)
+    result = kvmix("report", "--markdown", "report.md", "--csv", "report.csv")
+    assert result.exit_code == 0, result.stderr
+    texts = [result.stdout, result.stderr, *(Path(f"report.{end}").read_text() for end in ("md", "csv"))]
+    texts.append(Path("results/report.html").read_text())
+    for text in texts:
+        assert not set(CONTROL) & set(text) - set("owned1m0;]3")
+    for drawn in re.findall(r"<svg.*?</svg>", texts[-1], re.DOTALL):
+        ElementTree.fromstring(drawn)
+
+
+def test_the_first_line_is_the_answer_everywhere(results):
+    result = kvmix("report", "--markdown", "report.md")
+    (first, second, third) = (result.stdout, Path("report.md").read_text(), page().text)
+    said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
+    assert first.startswith(said)
+    assert second.splitlines()[2].startswith("- four at 6 stored bits: +0.50 % perplexity")
+    assert third.index(said) < third.index("worse in perplexity and recall") < third.index("Overview")
+    assert kvmix_json("report")["answers"][0] == first.splitlines()[0]
+
+
+def test_every_one_of_many_plans_is_named_in_a_figure():
+    plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
+    measured(Path("results"), perplexity(), plans)
+    assert kvmix("report").exit_code == 0
+    drawn = re.findall(r"<svg.*?</svg>", Path("results/report.html").read_text(), re.DOTALL)
+    (rows,) = (text for text in drawn if "of every plan" in text)
+    assert {f"plan {index}" for index in range(20)} <= set(ElementTree.fromstring(rows).itertext())
+
+
 def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
     folder = Path("results\udcff")
     try:
         measured(folder, perplexity())
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system has no such names")
-    path = run_folder(folder, "two") / "metrics.json"
+    path = folder / "perplexity__builtin--tiny__two" / "metrics.json"
     path.write_text("{")
     assert kvmix("report", folder, "--html", "report.html", "--csv", "report.csv").exit_code == 0
     assert "results?" in page("report.html").text
@@ -303,12 +362,11 @@ def test_what_is_unfinished_damaged_or_failed_is_said():
     with pytest.raises(KeyboardInterrupt):
         measured(Path("results"), task)
     measured(Path("results"), recall())
-    damaged = run_folder("results", "four", "recall") / "config.yaml"
-    damaged.write_text("{")
+    (Path("results") / "recall__builtin--tiny__four" / "config.yaml").write_text("{")
     result = kvmix("report", "-q")
     assert result.exit_code == 0
     assert "warning: perplexity: four could not be measured: no memory is left" in result.stderr
-    assert f"warning: {damaged}: line 2: not valid YAML" in result.stderr
+    assert "warning: results/recall__builtin--tiny__four/config.yaml: line 2: not valid YAML" in result.stderr
     assert "0 of 2" in result.stdout.partition("unfinished")[2]
     text = page().text
     for said in ("no memory is left", "not valid YAML", "perplexity of builtin:tiny, two: 0 of 2 samples", "failed"):
@@ -351,7 +409,7 @@ def test_runs_that_are_all_unfinished_are_listed():
 
 @pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
 def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
-    path = run_folder("results", "two") / "metrics.json"
+    path = Path("results/perplexity__builtin--tiny__two/metrics.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     result = kvmix("report")
     assert result.exit_code == 0
@@ -360,20 +418,20 @@ def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(result
 
 
 def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
-    path = run_folder("results", "two", "throughput") / "samples.jsonl"
+    path = Path("results/throughput__builtin--tiny__two/samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(f"{json.dumps({**line, 'context': 0})}\n" for line in lines))
     assert kvmix("report").exit_code == 0
-    assert f"{path.parent.name}: its samples are not what throughput writes" in page().text
+    assert "throughput__builtin--tiny__two: its samples are not what throughput writes" in page().text
 
 
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
-    path = run_folder("results", "two", "recall") / "samples.jsonl"
+    path = Path("results/recall__builtin--tiny__two/samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["answers"] = [{"depth": "deep"}]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert kvmix("report").exit_code == 0
-    assert f"{path.parent.name}: its samples are not what recall writes" in page().text
+    assert "recall__builtin--tiny__two: its samples are not what recall writes" in page().text
     assert "12 of 12 recalled" in page().text
 
 
@@ -413,8 +471,8 @@ def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypat
     )
     measured(Path("results"), wide)
     monkeypatch.setattr("kvmix_cli.console.width", lambda: width)
-    out = kvmix("report").stdout
-    numbers = [line for line in out.splitlines() if "[" in line or "two" in line]
+    _, *out = kvmix("report").stdout.splitlines()
+    numbers = [line for line in out if "[" in line or "two" in line]
     assert max(map(len, numbers)) <= width
     assert any(line.startswith("score 11  ") and line.count("[1.25, 1.75]") == 3 for line in numbers)
 
@@ -431,7 +489,7 @@ def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
 
 def test_reporting_needs_no_torch(results):
     script = "import sys; from kvmix_cli.main import app; app(['report', '-q'], standalone_mode=False); "
-    script += "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    script += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
@@ -448,64 +506,3 @@ def test_the_front_is_exactly_what_nothing_dominates(points, higher):
 
     assert sorted(best) == [index for index, point in enumerate(points) if not beaten(point)]
     assert [points[index][0] for index in best] == sorted(points[index][0] for index in best)
-
-
-numbers = some.lists(
-    some.floats(-1e6, 1e6) | some.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=12
-)
-LEAST, MOST = 5e-324, sys.float_info.max
-
-
-@given(numbers)
-@example([LEAST])
-@example([0.0, LEAST])
-@example([-LEAST, LEAST, 1.0])
-@example([LEAST, LEAST, MOST])
-@example([-LEAST, -LEAST, MOST])
-@example([-MOST, MOST])
-@example([MOST])
-@example([0.0, 0.0, MOST])
-@example([1.0, 1.0 + sys.float_info.epsilon])
-def test_every_number_has_a_place_on_its_axis_and_there_are_ticks(values):
-    check_scale(drawing.fitting_scale(values, 300, 20), values)
-    check_scale(drawing.linear_scale(values, 300, 20), values)
-    sizes = [abs(value) for value in values]
-    check_scale(drawing.linear_scale(sizes, 300, 20, zero=True), sizes)
-    if all(sizes):
-        check_scale(drawing.log_scale(sizes, 300, 20), sizes)
-
-
-def check_scale(scale, values):
-    places = [scale.at(value) for value in values]
-    assert all(20 <= place <= 300 for place in places)
-    assert all((a < b) <= (scale.at(a) >= scale.at(b)) for a in values for b in values)
-    ticks = scale.ticks(30)
-    assert all(scale.low <= tick <= scale.high for tick in ticks)
-    assert all(abs(scale.at(a) - scale.at(b)) >= 30 for a in ticks for b in ticks if a != b)
-    assert all(len(drawing.tick_text(tick)) <= len("-100,000,000,000") for tick in ticks)
-
-
-@pytest.mark.parametrize(
-    ("values", "ticks"),
-    [
-        ([14.8, 15.1, 15.4], ["14.8", "15", "15.2", "15.4"]),
-        ([1e-13, 3e-13], ["1e-13", "1.5e-13", "2e-13", "2.5e-13", "3e-13"]),
-        ([0.0, 0.0, 0.0, 1.0], ["0", "0.05", "0.1", "0.2", "0.5", "1"]),
-        ([0.5, 1.0, 30.0], ["0.5", "1", "2", "5", "10", "20"]),
-        ([-MOST, MOST], ["-1e+308", "0", "1e+308"]),
-    ],
-)
-def test_ticks_are_round_at_any_size_of_numbers(values, ticks):
-    assert [drawing.tick_text(tick) for tick in drawing.fitting_scale(values, 300, 20).ticks(30)] == ticks
-
-
-@given(some.lists(some.tuples(some.floats(60, 420), some.floats(30, 270)), min_size=1, max_size=16))
-def test_names_hide_neither_points_nor_each_other(points):
-    frame = labels.Box(54, 20, 440, 280)
-    placed = labels.place_labels(points, [f"plan {index}" for index in range(len(points))], frame)
-    boxes = [label.box for label in placed if label is not None]
-    assert all(box.inside(frame) for box in boxes)
-    for index, box in enumerate(boxes):
-        assert not labels.crossed(box, [*boxes[:index], *boxes[index + 1 :]])
-        assert not labels.crossed(box, map(labels.Box.around, points))
-    assert placed[0] is not None or len(points) > 4

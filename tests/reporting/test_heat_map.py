@@ -33,7 +33,7 @@ def report(count, contexts=(512, 1024), depths=(0.0, 0.5, 1.0), error=None):
 
 
 def panels(figure):
-    return [axes for axes in figure.axes if axes.get_title()]
+    return [axes for axes in figure.axes if axes.get_title("left")]
 
 
 def test_eval_says_where_the_picture_is():
@@ -55,12 +55,12 @@ def test_a_task_without_places_has_no_picture():
 
 def test_each_row_has_a_panel_that_names_it_and_counts():
     (first, second) = panels(heat_maps(report(2)))
-    assert first.get_title() == "plan 0\n2.5 bits stored, 4 of 6 recalled"
-    assert second.get_title().startswith("plan 1")
+    assert first.get_title("left") == "plan 0\n2.5 bits stored, 4 of 6 recalled"
+    assert second.get_title("left").startswith("plan 1")
     assert [label.get_text() for label in first.get_xticklabels()] == ["512", "1024"]
     assert [label.get_text() for label in first.get_yticklabels()] == ["0%", "50%", "100%"]
     assert [text.get_text() for text in first.texts] == ["1/1"] * 4 + ["0/1"] * 2
-    assert first.images[0].get_clim() == (0, 1), "the same colours for the same share in every picture"
+    assert first.collections[0].get_clim() == (0, 1), "the same colours for the same share in every picture"
 
 
 def test_a_row_that_could_not_be_measured_has_none():
@@ -78,7 +78,7 @@ def test_any_number_of_rows_has_room(count):
 
 
 def test_cells_too_small_for_their_counts_have_none():
-    (axes,) = panels(heat_maps(report(1, contexts=range(100, 130))))
+    (axes,) = panels(heat_maps(report(1, contexts=range(100, 190))))
     assert not axes.texts
 
 
@@ -87,4 +87,4 @@ def test_a_hundred_values_in_a_cell_are_a_percentage():
     rows = (Row("passkey", "plan", 2, None, records=records),)
     (axes,) = panels(heat_maps(SimpleNamespace(task="passkey", rows=rows)))
     assert [text.get_text() for text in axes.texts] == ["50%"]
-    assert axes.get_title() == "plan\n125 of 250 recalled"
+    assert axes.get_title("left") == "plan\n125 of 250 recalled"
