@@ -1,4 +1,4 @@
-"""The command line as `python -m kvmix_cli`."""
+"""`python -m kvmix_cli`: the same as `kvmix`."""
 
 from .main import main
 

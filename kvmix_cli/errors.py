@@ -9,6 +9,7 @@ KvmixError                  the command line prints one line and exits 1
 ├── BudgetError             a budget that no plan can meet
 ├── ExportError             a plan that another engine has no way to express
 ├── StateError              which profile or plan is meant cannot be told from the folder
+├── CacheError              a cache that is used in a way it does not allow
 ├── PolicyError             a transform or policy that a model's attention cannot go with
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
@@ -63,6 +64,10 @@ class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
 
 
+class CacheError(KvmixError):
+    """A cache that is used in a way it does not allow."""
+
+
 class PolicyError(KvmixError):
     """A transform or policy that the model's attention cannot go with."""
 
@@ -100,13 +105,13 @@ class OutputError(KvmixError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, otherwise an empty string."""
+    """Return `" (did you mean 'x'?)"` with the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of a library's message, on one line; the error's class if it says nothing."""
+    """Return the first sentence of a library's message, on one line; the error's class if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text.split(". ")[0].rstrip(".:")

@@ -1,4 +1,4 @@
-"""Files that commands hand to each other, one folder a model:
+"""Files that commands hand to each other, one folder a model.
 
     profiles/<org>--<model>/profile.yaml                what `kvmix profile` measured
     profiles/<org>--<model>/profile.partial.jsonl       the same, interrupted

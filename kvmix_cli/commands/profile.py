@@ -26,8 +26,9 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
+    from ..plan import ModelInfo
     from ..profile import Profile
-    from ..profiling import Options
+    from ..profiling import ProbeOptions
 
 GRANULARITIES = ("layer", "head")
 
@@ -89,19 +90,18 @@ def profile(
         raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
-    before = _existing(path)
-    from ..profiling import Options, find_probes
+    from ..profiling import ProbeOptions, find_probes, profile_lock
     from ..texts import load_texts
 
-    how = Options(what.bits, what.group_size, per_head=what.granularity == "head", checkpointing=what.checkpointing)
+    per_head = what.granularity == "head"
+    how = ProbeOptions(what.bits, what.group_size, per_head=per_head, checkpointing=what.checkpointing)
     how.check(find_probes(what.score))
+    ctx.with_resource(profile_lock(path))  # until the profile is saved
+    before = _existing(path)
     texts = load_texts(what.calibration, seed=loading.seed)
     loaded = loading.load(model, which.revision)
-    if before is not None and before.model != loaded.info:
-        raise KvmixError(
-            f"{path} is the profile of another model ({before.model.id}, or another revision or configuration of it); "
-            "name another file with --out"
-        )
+    if before is not None:
+        _require_same_model(before, loaded.info, path)
     _check_replaced(before, what, path)
     started = time.perf_counter()
     result = _measure(loaded, model, texts, what, how, path, loading.seed)
@@ -133,6 +133,16 @@ def _existing(path: Path) -> Profile | None:
         raise KvmixError(f"{error}; no score can be added to it: remove it, or name another file with --out") from error
 
 
+def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
+    from ..models.sources import canonical_id
+
+    if profile.model.model_copy(update={"id": canonical_id(profile.model.id)}) != model:
+        raise KvmixError(
+            f"{path} is the profile of another model ({profile.model.id}, or another revision or configuration of it); "
+            "name another file with --out"
+        )
+
+
 def _check_replaced(before: Profile | None, what: ProfileOptions, path: Path) -> None:
     """Raise KvmixError if a score would be replaced by one that was measured on less text."""
     scores = {} if before is None or what.replace else before.scores
@@ -146,7 +156,7 @@ def _check_replaced(before: Profile | None, what: ProfileOptions, path: Path) ->
 
 
 def _measure(
-    loaded: LoadedModel, model: str, texts: list[str], what: ProfileOptions, how: Options, path: Path, seed: int
+    loaded: LoadedModel, model: str, texts: list[str], what: ProfileOptions, how: ProbeOptions, path: Path, seed: int
 ) -> Profile:
     from ..profiling import run_profile
 

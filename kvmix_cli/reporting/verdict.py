@@ -218,7 +218,8 @@ def _number(metric: Metric, own: Estimate, other: Estimate, row: Row, context: i
     low, high = sorted((-sign * change.low / unit, -sign * change.high / unit))
     loss = Estimate(-sign * change.value / unit, low, high)
     direction = "less" if metric.higher_is_better else "more"
-    numbers = f"{name} {format_estimate(own, metric.unit)} against {format_estimate(Estimate.exact(other.value), metric.unit)}"
+    against = format_estimate(Estimate.exact(other.value), metric.unit)
+    numbers = f"{name} {format_estimate(own, metric.unit)} against {against}"
     why = "" if own.low < own.high or other.low < other.high else f"{name} has no interval"
     return Evidence(name, numbers, loss, f"{100 * OTHER:g} % {direction} {name}", context, why)
 

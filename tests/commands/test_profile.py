@@ -168,7 +168,7 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     expected = {"samples": 2, "seq_len": 77, "seed": 5, "source": "text.txt", "revision": "main", "dtype": "float32"}
     expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
-    assert faked["options"] == profiling.Options(checkpointing=False)
+    assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
 
 
 @pytest.mark.usefixtures("faked")
@@ -224,10 +224,10 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         (["empty"], "empty has no config.json"),
         (["builtin:tiyn"], "no built-in model 'tiyn' (did you mean 'tiny'?)"),
         (["org/unknown"], "cannot load org/unknown"),
-        (["builtin:tiny", "--score", "grad-nrom"], "no score 'grad-nrom' (did you mean 'grad-norm'?)"),
-        (["builtin:tiny", "--score", "grad-norm,tailor"], "no score 'tailor' (did you mean 'taylor'?)"),
+        (["builtin:tiny", "--score", "grad-nrom"], "unknown score 'grad-nrom' (did you mean 'grad-norm'?)"),
+        (["builtin:tiny", "--score", "grad-norm,tailor"], "unknown score 'tailor' (did you mean 'taylor'?)"),
         (["builtin:tiny", "--bits", "2"], "score grad-norm does not look at widths; leave out --bits"),
-        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "nothing is stored at 7 bits"),
+        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "7 bits is no width of a cache"),
         (["builtin:tiny", "--score", "taylor", "--group-size", "2"], "must be a number of at least 8 or 'row', got 2"),
         (["builtin:tiny", "--score", "taylor", "--seq-len", "200"], "a --seq-len of 262 or more"),
         (["builtin:tiny", "--score", "loss", "--granularity", "head"], "score loss has no scores per head"),

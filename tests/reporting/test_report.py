@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
-from evaluating import INFO, uniform
+from evaluating import INFO, run_folder, uniform
 from hypothesis import given
 from hypothesis import strategies as some
 from reporting import FOUR, PERPLEXITY, TWO, Scripted, measured, memory, perplexity, recall, throughput
@@ -329,7 +329,7 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
         measured(folder, perplexity())
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system has no such names")
-    path = folder / "perplexity__builtin--tiny__two" / "metrics.json"
+    path = run_folder(folder, "two") / "metrics.json"
     path.write_text("{")
     assert kvmix("report", folder, "--html", "report.html", "--csv", "report.csv").exit_code == 0
     assert "results?" in page("report.html").text
@@ -362,11 +362,12 @@ def test_what_is_unfinished_damaged_or_failed_is_said():
     with pytest.raises(KeyboardInterrupt):
         measured(Path("results"), task)
     measured(Path("results"), recall())
-    (Path("results") / "recall__builtin--tiny__four" / "config.yaml").write_text("{")
+    damaged = run_folder("results", "four", "recall") / "config.yaml"
+    damaged.write_text("{")
     result = kvmix("report", "-q")
     assert result.exit_code == 0
     assert "warning: perplexity: four could not be measured: no memory is left" in result.stderr
-    assert "warning: results/recall__builtin--tiny__four/config.yaml: line 2: not valid YAML" in result.stderr
+    assert f"warning: {damaged}: line 2: not valid YAML" in result.stderr
     assert "0 of 2" in result.stdout.partition("unfinished")[2]
     text = page().text
     for said in ("no memory is left", "not valid YAML", "perplexity of builtin:tiny, two: 0 of 2 samples", "failed"):
@@ -409,7 +410,7 @@ def test_runs_that_are_all_unfinished_are_listed():
 
 @pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
 def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
-    path = Path("results/perplexity__builtin--tiny__two/metrics.json")
+    path = run_folder("results", "two") / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     result = kvmix("report")
     assert result.exit_code == 0
@@ -418,20 +419,20 @@ def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(result
 
 
 def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
-    path = Path("results/throughput__builtin--tiny__two/samples.jsonl")
+    path = run_folder("results", "two", "throughput") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(f"{json.dumps({**line, 'context': 0})}\n" for line in lines))
     assert kvmix("report").exit_code == 0
-    assert "throughput__builtin--tiny__two: its samples are not what throughput writes" in page().text
+    assert f"{path.parent.name}: its samples are not what throughput writes" in page().text
 
 
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
-    path = Path("results/recall__builtin--tiny__two/samples.jsonl")
+    path = run_folder("results", "two", "recall") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["answers"] = [{"depth": "deep"}]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert kvmix("report").exit_code == 0
-    assert "recall__builtin--tiny__two: its samples are not what recall writes" in page().text
+    assert f"{path.parent.name}: its samples are not what recall writes" in page().text
     assert "12 of 12 recalled" in page().text
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import ChangeProbe
 from ..change import Change
+from ..probe import ChangeProbe
 
 
 class Fisher(ChangeProbe):

@@ -1,4 +1,4 @@
-"""Which widths and group sizes a curve covers, and which tokens the cache has packed by when."""
+"""Choices that a curve covers, widths and group sizes, and the tokens that the cache has packed by when."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """What a curve covers.
+    """Choices of a curve, and the cache that they are choices of.
 
     Attributes:
         bits, group_sizes: every pair of them is a choice.
-        cache: pages, sinks, window and scale dtype, as the cache would have them.
+        cache: pages, sinks, window and scale dtype of that cache.
     """
 
     bits: tuple[int, ...]
@@ -41,7 +41,7 @@ class Grid:
     cache: CacheSettings = field(default_factory=CacheSettings)
 
     def layouts(self, kind: Kind, head_dim: int) -> dict[str, PageLayout]:
-        """The layout of every choice by its key, narrowest first.
+        """Return the layout of every choice by its key, narrowest first.
 
         A group ends with its row, so several group sizes may be one choice: the key has the size that it really is.
 
@@ -63,7 +63,7 @@ class Grid:
         self.layouts("value", head_dim)
 
     def spans(self, tokens: int) -> list[Span]:
-        """Of `tokens` decoded one by one, those whose queries read packed tokens; none if there are too few."""
+        """Return the spans of `tokens` decoded singly whose queries read packed tokens; none if there are too few."""
         found = []
         for packed, positions in groupby(range(tokens), self._packed):
             start, *rest = positions
@@ -72,16 +72,16 @@ class Grid:
 
     @property
     def shortest(self) -> int:
-        """Tokens of the shortest text with a prediction that has read something packed."""
+        """Return the tokens of the shortest text with a prediction that has read something packed."""
         return next(position for position in count() if self._packed(position)) + 2
 
     def _packed(self, position: int) -> int:
-        """Tokens after the sinks that are packed when the token at a position is decoded."""
+        """Return the tokens after the sinks that are packed when the token at a position is decoded."""
         return self.cache.window.due(max(0, position - self.cache.sink), REFERENCE[0], self.cache.page)
 
 
 def reference(layouts: Mapping[str, PageLayout]) -> str:
-    """The choice whose cost counts as importance."""
+    """Return the choice whose cost counts as importance."""
 
     def distance(key: str) -> tuple[bool, int, int]:
         layout = layouts[key]

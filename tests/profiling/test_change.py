@@ -1,5 +1,7 @@
 """Taylor, Fisher and error against decoding token by token, written out densely in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from architectures import VOCABULARY, build
@@ -7,17 +9,18 @@ from decoding import Decoding, packed_mask
 from kvmix_kernels.quantize.naive import dequantize, quantize
 from profiling_models import load, wrap
 from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvmix_cli.errors import ModelError, QuantizationError
 from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.windows import Recent
-from kvmix_cli.profiling import backward
-from kvmix_cli.profiling.choices import Grid
+from kvmix_cli.profiling import gradients
+from kvmix_cli.profiling.grid import Grid
+from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.error import Error
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.profiling.probes.taylor import Taylor
-from kvmix_cli.profiling.shared import shared_pass
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2, 4), group_sizes=(16,), cache=CACHE)
@@ -125,7 +128,7 @@ def test_error_is_the_relative_change_of_the_output(loaded):
 
 def test_fisher_squares_each_tokens_change(loaded, monkeypatch):
     ids, labels = sample(), sample(TOKENS - 1, seed=7)[0]
-    monkeypatch.setattr(backward, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
+    monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
     measured = shared_pass(loaded, [Fisher()], ids, GRID)["fisher"]
     for layer, kind, choice, layout in cases(loaded):
         before, logits = outputs(loaded, ids, layer, nothing)
@@ -139,7 +142,7 @@ def test_fisher_squares_each_tokens_change(loaded, monkeypatch):
 def test_drawn_labels_follow_the_predictions():
     torch.manual_seed(0)
     logits = torch.randn(1, 5).expand(4000, 5)
-    losses = [backward.drawn_loss(logits, seed).item() for seed in (1, 1, 2)]
+    losses = [gradients.drawn_loss(logits, seed).item() for seed in (1, 1, 2)]
     entropy = -(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum().item()
     assert losses[0] == losses[1] != losses[2]
     assert losses == pytest.approx([entropy] * 3, rel=0.05)
@@ -210,6 +213,30 @@ def test_attention_is_as_it_was(implementation):
     broken.remove()
     assert loaded.model.config._attn_implementation == implementation
     assert all(parameter.grad is None and parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_registered(fails):
+    known = [set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())]
+    loaded = wrap(build("llama"))
+    if fails:
+        loaded.model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        shared_pass(loaded, [Error()], sample(), GRID)
+    assert [set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())] == known
+
+
+@pytest.mark.parametrize("probe", [Fisher(), Taylor(), Error()])
+def test_damaged_weights_are_an_error(probe):
+    loaded = wrap(build("llama", torch.float32))
+    with torch.no_grad():
+        loaded.model.lm_head.weight.fill_(torch.nan)
+        loaded.model.model.layers[3].self_attn.o_proj.weight.fill_(torch.nan)
+        loaded.model.model.layers[2].mlp.down_proj.weight.fill_(torch.nan)
+    expected = r"finite in float32|overflow in float32|cannot hold"
+    with pytest.raises((ModelError, QuantizationError), match=expected) as error:
+        shared_pass(loaded, [probe], sample(), GRID)
+    assert "\n" not in str(error.value)
 
 
 def test_sliding_layers_are_left_alone():

@@ -10,17 +10,16 @@ from profiling_models import wrap
 from reference import reference_cache
 
 from kvmix_cli.cache.mixed import unquantized_cache
-from kvmix_cli.cache.packing.pages import Pages
+from kvmix_cli.cache.packing.pages import PagePacking
 from kvmix_cli.cache.store import Store
 from kvmix_cli.errors import ModelError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.windows import NoWindow, Recent
-from kvmix_cli.profiling.choices import Grid
+from kvmix_cli.profiling.grid import Grid
+from kvmix_cli.profiling.measure import read_back, shared_pass
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.kl import Kl
 from kvmix_cli.profiling.probes.loss import Loss
-from kvmix_cli.profiling.reading import read_back
-from kvmix_cli.profiling.shared import shared_pass
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2,), group_sizes=(16,), cache=CACHE)
@@ -70,7 +69,7 @@ caches = st.builds(
 @given(caches, st.integers(1, 200))
 def test_spans_are_what_the_cache_has_packed(cache, tokens):
     grid = Grid(bits=(2,), group_sizes=(16,), cache=cache)
-    store = Store(Pages("keys", grid.layouts("key", 16)["2g16"]), cache, bits=2)
+    store = Store(PagePacking("keys", grid.layouts("key", 16)["2g16"]), cache, bits=2)
     packed = [store.append(torch.zeros(1, 1, 1, 16)).packed_tokens for _ in range(tokens)]
     spans = grid.spans(tokens)
     assert [(at, span.packed) for span in spans for at in range(span.start, span.stop)] == [
@@ -79,11 +78,23 @@ def test_spans_are_what_the_cache_has_packed(cache, tokens):
     assert bool(grid.spans(tokens - 1)) == (tokens >= grid.shortest)
 
 
-def test_running_out_of_memory_is_an_error():
+@pytest.mark.parametrize("probe", [Loss(), Kl()])
+def test_damaged_weights_are_an_error(probe):
+    loaded = wrap(build("llama", torch.float32))
+    with torch.no_grad():
+        loaded.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="losses of small are not finite in float32, first in layer 0: its weights"):
+        read_back(loaded, probe, torch.ones(1, TOKENS, dtype=torch.long), GRID)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_is_an_error(error):
     loaded = wrap(build("llama", torch.float32))
 
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     loaded.model.model.layers[1].register_forward_pre_hook(full)
     with pytest.raises(ModelError, match="no memory to read 44 tokens back through small: use a smaller --seq-len"):

@@ -1,8 +1,8 @@
-"""Pages of one run of channels: quantized, or in full precision."""
+"""Pages of one channel group, in codes or in full precision; the group may be the whole head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from kvmix_kernels.layout import PageLayout
@@ -18,11 +18,12 @@ PAGES_AT_ONCE = 32
 """Pages that are quantized together; bounds the float32 temporaries of a long prompt."""
 
 
-class QuantizedRun:
-    """Pages that are quantized as they arrive, once.
+class QuantizedGroup:
+    """Pages of a channel group that are quantized as they arrive, once.
 
     Args:
-        name: for errors, e.g. `layer 3 keys`.
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        layout: of every page.
         reserve: pages to make room for at first.
     """
 
@@ -35,27 +36,30 @@ class QuantizedRun:
 
     @property
     def width(self) -> int:
-        """Channels."""
+        """Return the number of channels."""
         return self.layout.head_dim
 
     @property
     def view(self) -> Packed:
-        """What is held, without a copy."""
+        """Return what is held, without a copy."""
         return Packed(self.layout, self._words.view, self._scales.view)
 
     def pack(self, pages: Tensor) -> None:
         """Append `[B, H_kv, n, page, width]`.
 
         Raises:
-            QuantizationError: for what cannot be quantized; on a GPU, which is not waited for, perhaps pages later.
+            QuantizationError: for numbers that cannot be quantized; nothing is appended then. On a GPU, which is not
+                waited for, the error may come some pages later.
         """
+        before = self._words.length
         for some in pages.split(PAGES_AT_ONCE, dim=2):
-            before = self._words.length
             words = self._words.room((*some.shape[:3], *self.layout.words_shape), torch.int16, some.device)
             shape = (*some.shape[:3], *self.layout.scales_shape)
             scales = self._scales.room(shape, getattr(torch, self.layout.scale_dtype), some.device)
             quantize_into(some, self.layout, words, scales)
-            if self._watch.watch(scales):
+            with torch.inference_mode(False):  # the watch keeps a tensor of its own
+                is_bad = self._watch.watch(scales)
+            if is_bad:
                 self.truncate(before)
                 raise QuantizationError(self._complaint(some))
 
@@ -65,7 +69,7 @@ class QuantizedRun:
         self._scales.truncate(pages)
 
     def buffers(self) -> Iterator[Buffer]:
-        """Everything that is stored."""
+        """Yield everything that is stored."""
         yield from (self._words, self._scales)
 
     def _complaint(self, pages: Tensor) -> str:
@@ -79,8 +83,13 @@ class QuantizedRun:
         )
 
 
-class PlainRun:
-    """Pages of a run of key channels that stay in full precision, laid out as quantized ones are."""
+class FullGroup:
+    """Pages of a group of key channels that stay in full precision, laid out as quantized ones are.
+
+    Args:
+        width: channels.
+        reserve: pages to make room for at first.
+    """
 
     def __init__(self, width: int, reserve: int = 0) -> None:
         self.width = width
@@ -88,7 +97,7 @@ class PlainRun:
 
     @property
     def view(self) -> Plain:
-        """What is held, without a copy."""
+        """Return what is held, without a copy."""
         return Plain(self._states.view)
 
     def pack(self, pages: Tensor) -> None:
@@ -100,9 +109,8 @@ class PlainRun:
         self._states.truncate(pages)
 
     def buffers(self) -> Iterator[Buffer]:
-        """Everything that is stored."""
+        """Yield everything that is stored."""
         yield self._states
 
 
-Run = QuantizedRun | PlainRun
-Sort = Callable[[Tensor], Tensor]
+ChannelGroup = QuantizedGroup | FullGroup

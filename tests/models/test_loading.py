@@ -11,10 +11,11 @@ import torch
 import transformers
 from profiling_models import load
 from safetensors.torch import load_file, save_file
+from transformers import modeling_utils
 
 import kvmix_cli
 from kvmix_cli.errors import ModelError
-from kvmix_cli.models import loading as models
+from kvmix_cli.models import devices, loading
 from kvmix_cli.models.loading import load_info, load_model
 from kvmix_cli.quiet import hushed
 
@@ -70,7 +71,7 @@ def test_a_folder(folder):
     assert loaded.info.config_sha256 == load_info("builtin:tiny").config_sha256
 
 
-@pytest.mark.parametrize(("name", "dtype"), models.DTYPES.items())
+@pytest.mark.parametrize(("name", "dtype"), devices.DTYPES.items())
 def test_dtypes(name, dtype):
     assert load_model("builtin:tiny", dtype=name).model.dtype == dtype
 
@@ -78,7 +79,7 @@ def test_dtypes(name, dtype):
 def test_a_device_map_needs_accelerate(monkeypatch):
     pytest.importorskip("accelerate")
     assert load_model("builtin:tiny", device="map").device == torch.device("cpu")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     assert failure("builtin:tiny", device="map").endswith("pip install 'kvmix[multi-gpu]'")
 
 
@@ -147,6 +148,9 @@ def test_a_folder_without_a_config(tmp_path):
         ('{"model_type": "t5"}', "no causal language model, but of type t5"),
         ('{"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}}', "pass --trust-remote-code"),
         ('{"model_type": "mamba"}', "nothing to quantize"),
+        ('{"model_type": "llama", "num_hidden_layers": -1}', "-1 layers"),
+        ('{"model_type": "whisper"}', "is an encoder-decoder (whisper)"),
+        ('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}', "is an encoder (BertForMaskedLM)"),
     ],
 )
 def test_configurations_that_cannot_be_used(folder, config, message):
@@ -186,6 +190,49 @@ def test_weights_of_another_shape(folder):
     assert "has in another shape 1 of the weights" in failure(folder)
 
 
+@pytest.mark.parametrize("place", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "org/kernel", "kernels-community/flash-attn", "no such"])
+def test_an_attention_in_the_configuration_is_not_asked_for(folder, monkeypatch, place, attention):
+    """It neither refuses the model nor fetches a kernel from the hub."""
+    monkeypatch.setattr(
+        modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("a kernel was fetched")
+    )
+    change_config(folder, **{place: attention})
+    assert load_model(str(folder)).config._attn_implementation == "kvmix"
+
+
+@pytest.mark.parametrize("installed", [(), ("sentencepiece",), ("sentencepiece", "google.protobuf", "tiktoken")])
+def test_advice_names_the_packages_that_are_missing(folder, monkeypatch, installed):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    monkeypatch.setattr(loading, "_is_installed", lambda module: module in installed)
+    message = failure(folder)
+    for package, module in {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}.items():
+        assert (package in message.partition("pip install")[2]) == (module not in installed)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(folder):
+    change_config(folder, vocab_size=4000)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: weight[:4000].clone() if len(weight) == 4096 else weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "gives token ids up to 4095, its embedding ends at 3999: use the tokenizer" in failure(folder)
+
+
+def test_a_padding_token_beyond_the_embedding_is_no_fault(folder):
+    """Many fine-tuned models have one; ordinary text does not contain it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<new padding>"})
+    tokenizer.save_pretrained(folder)
+    assert len(load_model(str(folder)).tokenizer) == 4097
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_short_names_of_dtypes(name, dtype):
+    assert load_model("builtin:tiny", dtype=name).dtype == dtype
+
+
 def test_an_unknown_dtype():
     assert failure("builtin:tiny", dtype="float23") == (
         "unknown dtype 'float23' (did you mean 'float32'?): use auto, float32, bfloat16, float16"
@@ -197,18 +244,31 @@ def test_an_unknown_device(device):
     assert failure("builtin:tiny", device=device).startswith(f"no device '{device}' here")
 
 
-def test_a_device_that_is_too_small(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n lots"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_device_that_is_too_small(monkeypatch, error):
     def full(self, device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n lots")
+        raise error
 
     monkeypatch.setattr(transformers.PreTrainedModel, "to", full)
     assert "does not fit on cpu" in failure("builtin:tiny", device="cpu")
 
 
 def save_small(family, folder):
-    load(family).model.save_pretrained(folder)
+    load(family, vocab_size=4096).model.save_pretrained(folder)
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, folder)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 def change_weights(folder, change):
