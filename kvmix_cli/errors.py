@@ -105,13 +105,13 @@ class OutputError(KvmixError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, otherwise an empty string."""
+    """Return `" (did you mean 'x'?)"` with the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of a library's message, on one line; the error's class if it says nothing."""
+    """Return the first sentence of a library's message, on one line; the error's class if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text.split(". ")[0].rstrip(".:")

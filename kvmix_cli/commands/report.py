@@ -17,6 +17,7 @@ PAGE = "report.html"
 RESULTS = Path("results")
 
 
+@options.expand
 def report(
     ctx: typer.Context,
     folders: Annotated[
@@ -35,9 +36,7 @@ def report(
             help="Compare plans by it [default: the increase of perplexity, or else each task's first].",
         ),
     ] = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    common: options.CommonOptions = options.CommonOptions(),
 ) -> None:
     """Say in words which plans are safe; merge runs into tables and one page with plots."""
     from ..evaluation.collect import collect

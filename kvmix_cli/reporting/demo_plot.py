@@ -7,8 +7,8 @@ from pathlib import Path
 from ..evaluation.results import Report, Row
 from ..plan import Plan
 from ..profile import Profile
-from ..studies.measure import cell
 from .drawing import Look, new_figure, save, styled
+from .evaluation import format_estimate
 from .plots import draw_bits, draw_scores
 from .quality_plot import Dot, draw_rows
 
@@ -37,5 +37,5 @@ def plot_demo(profile: Profile, plan: Plan, perplexity: Report, path: Path) -> P
 
 def _dot(row: Row, index: int) -> Dot:
     stored = row.stored_bits or 0.0
-    text = cell(row.metrics[INCREASE], "%").replace(" %", "")
+    text = format_estimate(row.metrics[INCREASE], "%").replace(" %", "")
     return Dot(f"{row.plan}, {stored:.2f} stored bits", stored, row.metrics[INCREASE], Look(index), text)

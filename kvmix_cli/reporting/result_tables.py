@@ -12,8 +12,8 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 from ..evaluation.collect import Collection, Group, Line, Measurement
 from ..evaluation.readback import LineKey
 from ..evaluation.results import Metric, Table
-from ..studies.measure import cell
 from .comparison import best_for_their_bits, column_name, headline, measured_metrics
+from .evaluation import format_estimate
 from .printable import one_line
 
 COLUMNS = ["plan", "nominal", "stored"]
@@ -103,7 +103,7 @@ def _cells(measurement: Measurement, line: Line, metrics: Sequence[Metric], best
     for metric in metrics:
         estimate = row.metrics.get(metric.name)
         number = None if estimate is None else estimate.value
-        found.append(Cell(cell(estimate, metric.unit), number, is_best=metric == best))
+        found.append(Cell(format_estimate(estimate, metric.unit), number, is_best=metric == best))
     return found
 
 

@@ -101,9 +101,9 @@ def draw_speed(axes: Axes, sweep: Sweep) -> None:
 
 def _speed(curve: Curve, context: int) -> str:
     """Return `64.2 [60, 70]`."""
-    from ..studies.measure import cell
+    from .evaluation import format_estimate
 
-    return cell(curve.points[context], "")
+    return format_estimate(curve.points[context], "")
 
 
 def _tokens(value: float, _: object = None) -> str:

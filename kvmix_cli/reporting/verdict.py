@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 from ..evaluation.bootstrap import ratio
 from ..evaluation.collect import Collection, Group, Line, Measurement
 from ..evaluation.results import Estimate, Metric, Row, counted
-from ..studies.measure import cell
 from .comparison import headline, short_name
+from .evaluation import format_estimate
 from .printable import one_line
 
 PERPLEXITY, RECALL, OTHER = 1.0, 0.05, 0.05
@@ -189,7 +189,7 @@ def _increase(metric: Metric, estimate: Estimate, context: int | None, samples: 
     name = short_name(metric).removesuffix(" increase")
     why = "" if samples > 1 else f"one sample of {name} has no interval"
     loss = estimate.map(lambda value: value / PERPLEXITY)
-    value, _, interval = cell(estimate, "%").partition(" % [")
+    value, _, interval = format_estimate(estimate, "%").partition(" % [")
     numbers = f"{value.removesuffix(' %')} % {name}" + (f" [{interval.replace(' %', '')}" if interval else "")
     return Evidence(name, numbers, loss, f"{PERPLEXITY:g} % more {name}", context, why)
 
@@ -218,7 +218,8 @@ def _number(metric: Metric, own: Estimate, other: Estimate, row: Row, context: i
     low, high = sorted((-sign * change.low / unit, -sign * change.high / unit))
     loss = Estimate(-sign * change.value / unit, low, high)
     direction = "less" if metric.higher_is_better else "more"
-    numbers = f"{name} {cell(own, metric.unit)} against {cell(Estimate.exact(other.value), metric.unit)}"
+    against = format_estimate(Estimate.exact(other.value), metric.unit)
+    numbers = f"{name} {format_estimate(own, metric.unit)} against {against}"
     why = "" if own.low < own.high or other.low < other.high else f"{name} has no interval"
     return Evidence(name, numbers, loss, f"{100 * OTHER:g} % {direction} {name}", context, why)
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shlex
+from types import SimpleNamespace
 
 import pytest
 from made_up import falling
@@ -21,7 +23,7 @@ def faked(monkeypatch):
 
     def load_model(model_id, **options):
         passed.update(options, model=model_id)
-        return object()
+        return SimpleNamespace(info=passed.get("info"))
 
     def run_profile(loaded, scores, *, journal, on_step, **options):
         passed.update(options, scores=scores)
@@ -70,16 +72,17 @@ def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatc
     ran = kvmix("profile", "builtin:tiny", *SHORT)
     assert ran.code == 130
     line = "kvmix profile builtin:tiny --samples 3 --seq-len 40 --resume"
-    assert ran.err == f"kvmix: interrupted; go on with `{line}`\n"
+    assert ran.err == f"kvmix: interrupted; continue with `{line}`\n"
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.partial.jsonl"]
 
     blocked = kvmix("allocate", "--avg-bits", 2.3)
     assert blocked.code == 1
     assert "profiling was interrupted" in blocked.error
-    assert "finish it with `kvmix profile builtin:tiny --resume`" in blocked.error
+    hint = blocked.error.split("`")[1]
+    assert hint.startswith("kvmix profile builtin:tiny ")
 
     monkeypatch.setattr(profiling, "run_profile", real)
-    assert kvmix("profile", "builtin:tiny", *SHORT, "--resume").code == 0
+    assert kvmix(*shlex.split(hint)[1:]).code == 0
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.yaml"]
     assert kvmix("profile", "builtin:tiny", *SHORT, "--out", "whole.yaml").code == 0
     resumed, whole = (Profile.load(tmp_path / path) for path in (f"{FOLDER}/profile.yaml", "whole.yaml"))
@@ -117,6 +120,22 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert replaced.scores["error"].layers[0].k.heads is None
     assert kvmix("inspect", saved).code == 0
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "replaced"), [(2, 64, False), (3, 32, False), (3, 64, True), (4, 99, True)]
+)
+def test_a_score_is_not_replaced_by_one_over_less_text(kvmix, faked, profiled, tmp_path, samples, seq_len, replaced):
+    """The score that is there has 3 samples of 64 tokens."""
+    before = profiled.read_text()
+    faked["info"] = Profile.load(profiled).model
+    args = ("profile", "org/model", "--samples", samples, "--seq-len", seq_len)
+    ran = kvmix(*args)
+    assert (ran.code, profiled.read_text() == before) == ((0, False) if replaced else (1, True))
+    if not replaced:
+        assert f"has grad-norm over 3 samples of 64 tokens, which {samples} of {seq_len} would replace" in ran.error
+        assert kvmix(*args, "--replace").code == 0
+        assert profiled.read_text() != before
 
 
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
@@ -191,7 +210,7 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("profile", "org/model", "--json")
+    ran = kvmix("profile", "org/model")
     assert ran.code == 1
     assert "No space left on device" in ran.error
     assert ran.out == ""

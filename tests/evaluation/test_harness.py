@@ -17,7 +17,7 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation import get_task, tasks
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.evaluation.tasks import lm_eval as harness
 from kvmix_cli.evaluation.tasks.lm_eval import metrics, replay
 from kvmix_cli.evaluation.tasks.lm_eval.answers import Answerer
@@ -80,7 +80,7 @@ def test_directions_and_filters_are_in_the_names_of_metrics(folder):
 @pytest.mark.parametrize(("name", "call"), [("unquantized", 1), ("unquantized", 2), ("two", 2), ("full", 1)])
 def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, name, call):
     def run(place, *, resume=False):
-        runs = Runs(tmp_path / place, "builtin--tiny", resume)
+        runs = RunFolders(tmp_path / place, "builtin--tiny", resume)
         return run_task(
             task(folder, "local_choose", batch_size=3), tiny(), [TWO, FULL], Settings(step=8, limit=2), runs
         )
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, 
 
 def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
     def run(*, resume=False, **options):
-        runs = Runs(tmp_path, "builtin--tiny", resume)
+        runs = RunFolders(tmp_path, "builtin--tiny", resume)
         return run_task(task(folder, "local_group", **options), tiny(), [TWO], SETTINGS, runs).plans[0]
 
     whole = run()
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_in_the_middle_keeps_what_there_is(folder, tmp_path
         return score(answerer, batch)
 
     monkeypatch.setattr(Answerer, "_score", limited)
-    runs = Runs(tmp_path, "builtin--tiny")
+    runs = RunFolders(tmp_path, "builtin--tiny")
     found = task(folder, "local_choose")
     _, two, full = run_task(found, tiny(), [TWO, FULL], SETTINGS, runs).rows
     assert "out of memory at local_choose/0/" in two.error

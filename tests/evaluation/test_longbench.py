@@ -19,7 +19,7 @@ from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task, get_tasks, split_tasks, tasks
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.evaluation.tasks import lm_eval as harness
 from kvmix_cli.evaluation.tasks.longbench import task as module
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E, MEMBERS
@@ -393,7 +393,7 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     data = equal_prompts(tmp_path, 5)
     tried = exhausted(monkeypatch, lambda call, size: call != 2)
     task = longbench("longbench:qasper", data, batch_size=2)
-    report = run_task(task, tiny(), [], SETTINGS, Runs(tmp_path / "out", "tiny"))
+    report = run_task(task, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny"))
     (kept,) = (tmp_path / "out").glob("*/samples.jsonl")
     assert len(kept.read_text().splitlines()) == 2
     length = json.loads(kept.read_text().splitlines()[0])["prompt_tokens"]
@@ -404,13 +404,13 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     tried.clear()
     exhausted(monkeypatch, lambda call, size: True)
     smaller = longbench("longbench:qasper", data, batch_size=1)
-    report = run_task(smaller, tiny(), [], SETTINGS, Runs(tmp_path / "out", "tiny", resume=True))
+    report = run_task(smaller, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny", resume=True))
     assert report.rows[0].error is None
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
 
 def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief):
-    runs = Runs(tmp_path / "out", "tiny", resume=True)
+    runs = RunFolders(tmp_path / "out", "tiny", resume=True)
     write(tmp_path, "qasper", count=1)
     task = longbench("longbench:qasper", tmp_path)
     run_task(task, tiny(), [], SETTINGS, runs)

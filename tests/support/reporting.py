@@ -6,7 +6,7 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.evaluation.base import Sample, Settings, Task
 from kvmix_cli.evaluation.results import Estimate, Metric
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 
 PERPLEXITY = (
     Metric("perplexity", higher_is_better=False),
@@ -55,9 +55,9 @@ class Scripted(Task):
 
 
 def measured(root, task, subjects=(FOUR, TWO), *, resume=False, settings=None, command="kvmix eval --some", **changes):
-    """Runs of a task in a folder, as `kvmix eval` leaves them."""
+    """RunFolders of a task in a folder, as `kvmix eval` leaves them."""
     loaded = stand_in(**changes)
-    runs = Runs(root, loaded.info.id.replace(":", "--").replace("/", "--"), resume, command)
+    runs = RunFolders(root, loaded.info.id.replace(":", "--").replace("/", "--"), resume, command)
     return run_task(task, loaded, subjects, settings or Settings(), runs)
 
 

@@ -50,8 +50,9 @@ TOKEN_SCORES: Registry[type[TokenScore]] = Registry("token score", PlanError)
 class AccumulatedAttention(TokenScore):
     """Attention that a token has received, `S_i = sum_t softmax(q_t K / sqrt d)_i`.
 
-    After H2O (arXiv 2306.14048, section 4) and MiKV (arXiv 2402.18096, section 3). Differs from both: a prompt's sum is estimated from a sample of its queries, and a token's tier is chosen once,
-    when it leaves the window, instead of at every step.
+    After H2O (arXiv 2306.14048, section 4) and MiKV (arXiv 2402.18096, section 3). Differs from both: a prompt's sum is
+    estimated from a sample of its queries, and a token's tier is chosen once, when it leaves the window, instead of at
+    every step.
     """
 
     def importance(self, tokens: Candidates) -> Tensor:

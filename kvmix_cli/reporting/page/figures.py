@@ -12,9 +12,9 @@ from ...evaluation.grid import Grid, grid
 from ...evaluation.readback import LineKey
 from ...evaluation.results import Estimate, Metric
 from ...evaluation.tasks.throughput.summary import outcomes
-from ...studies.measure import cell
 from ..comparison import comparable, headline, reference_number, short_name
 from ..drawing import Look, figure_of, page_axes, settle, svg
+from ..evaluation import format_estimate
 from ..heat_map import counted, draw_heat_map
 from ..plots import draw_bits
 from ..printable import one_line
@@ -111,7 +111,13 @@ def _quality_panels(
 
 
 def _dot(line: Line, estimate: Estimate, metric: Metric, cost: Cost, look: Look) -> Dot:
-    return Dot(one_line(line.label), cost.of[line.key], estimate, look, cell(estimate, metric.unit).replace(" %", ""))
+    return Dot(
+        one_line(line.label),
+        cost.of[line.key],
+        estimate,
+        look,
+        format_estimate(estimate, metric.unit).replace(" %", ""),
+    )
 
 
 def _costs(group: Group, measurement: Measurement, with_bytes: bool) -> Iterator[Cost]:
