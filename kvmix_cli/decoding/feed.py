@@ -74,7 +74,6 @@ def _batch(loaded: LoadedModel, ids: Sequence[int] | Tensor) -> Tensor:
 
 
 def _logits(loaded: LoadedModel, cache: Cache, ids: Tensor, **options: Any) -> Tensor:
-    """Return logits `[B, tokens, vocabulary]`. A config.json may say `use_cache: false` or `return_dict: false`."""
-    found = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **options)
-    logits: Tensor = found.logits
+    """Return logits `[B, tokens, vocabulary]`."""
+    logits: Tensor = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
     return logits

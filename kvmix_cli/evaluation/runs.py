@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from ..cache.subject import UNQUANTIZED
-from ..errors import DocumentError, OutputError
+from ..errors import DocumentError, EvaluationError, OutputError
 from ..files import write_text
 from ..journal import Journal, check_same_settings, lock, plain, read_records, refuse_constant, release
 from ..plan.document import flow, head_comment, read_yaml
@@ -33,6 +33,8 @@ FORMAT = "kvmix-run/1"
 CONFIG, SAMPLES, METRICS, RERUN = "config.yaml", "samples.jsonl", "metrics.json", "rerun.jsonl"
 ORIGIN = ("finished", "machine")
 """Of a row: when and where it was measured."""
+SHARED = ("kvmix", "model", "dtype", "device", "attention", "settings")
+"""Keys of a config that do not depend on its task and plan."""
 HASH_DIGITS = 8
 PART_BYTES = 78
 """Bytes of a task, model or plan in a folder's name: three of them, a hash and what joins them stay below 255."""
@@ -66,10 +68,11 @@ class RunFolders:
 
         Raises:
             OutputError: if one is a symbolic link, which may lead anywhere.
+            EvaluationError: if there is nothing to resume, because everything there was measured with other settings.
 
         Warns:
-            UserWarning: if finished rows are going to be measured anew, or if there is nothing to resume because what
-                is there has other settings.
+            UserWarning: if finished rows are going to be measured anew, or if a row cannot be resumed because another
+                plan of its name, or other data, was measured.
         """
         complete = {plan: _complete(config, samples) for plan, config in configs.items()}
         folders = {plan: self._folder(task, plan, config) for plan, config in complete.items()}
@@ -83,9 +86,15 @@ class RunFolders:
                 stacklevel=2,
             )
         for plan, folder in folders.items() if self.resume else ():
-            if not folder.exists() and (changed := self._changed(task, plan, complete[plan], samples)):
-                warnings.warn(f"nothing to resume for {folder}: {changed}; measured from the beginning", stacklevel=2)
-                return
+            if folder.exists() or not (changed := self._changed(task, plan, complete[plan], samples)):
+                continue
+            if not self._has_begun(complete[plan]):
+                raise EvaluationError(
+                    f"{changed}; leave out --resume to measure these settings in folders of their own, "
+                    "or choose another --output-dir"
+                )
+            warnings.warn(f"nothing to resume for {folder}: {changed}; measured from the beginning", stacklevel=2)
+            return
 
     def open(self, task: str, plan: str, config: Config, samples: Sequence[Any]) -> RunFolder:
         """Return the run folder of one row, with the records it already has. Until it is closed it is locked.
@@ -147,6 +156,11 @@ class RunFolders:
             names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
             changed = f"{other.name} was measured with another {', '.join(names)}"
         return changed
+
+    def _has_begun(self, config: Config) -> bool:
+        """Return whether any row of any task was measured with the settings that all tasks share."""
+        wanted = _shared(config)
+        return any(_shared(_read_config(folder)) == wanted for folder in self.root.iterdir() if folder.is_dir())
 
     def _others(self, task: str, plan: str) -> Iterator[Path]:
         """Yield the run folders of a task and plan, whatever their settings."""
@@ -349,6 +363,10 @@ def _compared(config: Config, head: str = "") -> dict[str, Any]:
 
 def _without_samples(config: Config) -> dict[str, Any]:
     return {key: value for key, value in _compared(config).items() if not key.startswith("samples.")}
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in _compared(config).items() if key.split(".")[0] in SHARED}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def test_a_chat_model_is_asked_in_a_turn_of_its_own_and_its_answer_is_begun():
             "of the model cannot be used: no system turn.* or use --task recall",
         ),
         ("{{ broken", "cannot be used"),
+        ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", "leaves out what the user says"),
     ],
 )
 def test_a_chat_template_that_is_of_no_use_is_an_error(template, said):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from evaluating import INFO, Counting, run_folder, stand_in, uniform
 
 from kvmix_cli import journal
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.errors import DocumentError, OutputError, QuantizationError, StateError
+from kvmix_cli.errors import DocumentError, EvaluationError, OutputError, QuantizationError, StateError
 from kvmix_cli.evaluation import runner, runs
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.readback import read_run
@@ -185,26 +185,50 @@ def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage
         run(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"settings": Settings(length=512, seed=1)}, "settings.length, settings.seed"),
-        ({"info": INFO.model_copy(update={"config_sha256": "00"})}, "model.config_sha256"),
-        ({"dtype": "bfloat16"}, "dtype"),
-        ({"subjects": (Subject("two", uniform(4, info=INFO)),)}, "plan.short, plan.sha256"),
-    ],
-)
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_with_other_settings_has_a_folder_of_its_own(tmp_path, changed, named, resume):
+OTHER = [
+    ({"settings": Settings(length=512, seed=1)}, "settings.length, settings.seed"),
+    ({"info": INFO.model_copy(update={"config_sha256": "00"})}, "model.config_sha256"),
+    ({"dtype": "bfloat16"}, "dtype"),
+    ({"subjects": (Subject("two", uniform(4, info=INFO)),)}, "plan.short, plan.sha256"),
+]
+
+
+@pytest.mark.parametrize("changed", [changed for changed, _ in OTHER])
+def test_a_run_with_other_settings_has_a_folder_of_its_own(tmp_path, changed):
     run(tmp_path)
     before = {path: path.read_bytes() for path in place(tmp_path, "two").iterdir()}
-    warning = f"nothing to resume .* another {named}; measured"
-    task = Counting()
-    with pytest.warns(UserWarning, match=warning) if resume else nullcontext():
+    for resume in (False, True):
+        task = Counting()
         run(tmp_path, task, resume=resume, **changed)
-    assert ("two", "0") in task.measured
-    assert {path: path.read_bytes() for path in before} == before
-    assert len(list(tmp_path.glob("*__two__*"))) == 2
+        assert (("two", "0") in task.measured) != resume
+        assert {path: path.read_bytes() for path in before} == before
+        assert len(list(tmp_path.glob("*__two__*"))) == 2
+
+
+@pytest.mark.parametrize(("changed", "named"), OTHER[:3])
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, changed, named):
+    run(tmp_path)
+    with pytest.raises(EvaluationError, match=f"was measured with another {named}; leave out --resume"):
+        run(tmp_path, resume=True, **changed)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_another_plan_of_a_name_is_measured_from_the_beginning(tmp_path):
+    run(tmp_path)
+    changed, named = OTHER[3]
+    with pytest.warns(UserWarning, match=f"nothing to resume .* was measured with another {named}; measured from"):
+        run(tmp_path, resume=True, **changed)
+
+
+def test_a_command_that_was_interrupted_is_resumed_beside_an_older_one_with_other_settings(tmp_path):
+    run(tmp_path)
+    other = Settings(length=512)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted_at("two", "2"), settings=other)
+    task = Counting()
+    with pytest.warns(UserWarning, match=r"nothing to resume .*eight.* another settings\.length; measured from"):
+        run(tmp_path, task, resume=True, settings=other)
+    assert [name for name, _ in task.measured] == ["two"] * 2 + ["eight"] * 4
 
 
 def test_a_folder_whose_config_was_changed_is_not_gone_on_with(tmp_path):
