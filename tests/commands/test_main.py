@@ -71,7 +71,8 @@ def kinds(kind):
 @pytest.mark.parametrize("kind", kinds(errors.KvmixError))
 def test_every_error_is_one_line_and_1(kvmix, monkeypatch, profiled, kind):
     message = "what\nhappened\x1b[31m"
-    error = kind("file", [message]) if kind is errors.DocumentError else kind(message)
+    arguments = {errors.DocumentError: ("file", [message]), errors.UnknownTaskError: ("x", message)}
+    error = kind(*arguments.get(kind, (message,)))
 
     def broken(*args, **options):
         raise error

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
@@ -33,7 +34,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def save(name, plan, folder="builtin--tiny"):
-    return plan.save(models.Path("profiles") / folder / "plans" / f"{name}.yaml")
+    return plan.save(Path("profiles") / folder / "plans" / f"{name}.yaml")
 
 
 def test_the_json_object_has_the_stable_keys():
