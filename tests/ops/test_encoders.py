@@ -103,8 +103,17 @@ def test_search_is_never_worse_than_min_and_max(case, dtype):
 
 @pytest.mark.parametrize(
     ("encoder", "bits", "expected"),
-    [("minmax", 1, 3.58), ("refit", 1, 0.365), ("search", 1, 0.359), ("minmax", 2, 0.252), ("refit", 2, 0.158)]
-    + [("search", 2, 0.115), ("minmax", 4, 0.00998), ("refit", 4, 0.00957), ("search", 4, 0.00895)],
+    [
+        ("minmax", 1, 3.58),
+        ("refit", 1, 0.365),
+        ("search", 1, 0.359),
+        ("minmax", 2, 0.252),
+        ("refit", 2, 0.158),
+        ("search", 2, 0.115),
+        ("minmax", 4, 0.00998),
+        ("refit", 4, 0.00957),
+        ("search", 4, 0.00895),
+    ],
 )
 def test_errors_of_gaussian_groups_of_128_are_those_measured(encoder, bits, expected):
     layout = PageLayout("value", bits, head_dim=128, page=128)

@@ -44,7 +44,7 @@ def fitted(
     TINY_SCALE: tl.constexpr,
     ENCODER: tl.constexpr,
 ):
-    """Return the scale and zero that `refit` or `search` makes of those of `minmax`; `inside` marks the group's columns."""
+    """Return the scale and zero of `refit` or `search`, given those of `minmax`; `inside` marks a group's columns."""
     best_scale, best_zero = scale, zero
     above = tl.where(inside, x - low[:, :, None], 0.0)
     count = tl.sum(tl.where(inside, 1, 0), 2)
