@@ -1,4 +1,4 @@
-"""The profile: what a probe measured, one or more scores per layer and tensor. See docs/plan-format.md."""
+"""The profile: the scores that probes measured, one or more for each layer and tensor. See docs/plan-format.md."""
 
 from __future__ import annotations
 
@@ -8,37 +8,59 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import TypedDict
 
 from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
-from .plan.document import Faults, flow, head_comment, read_yaml, validate
+from .plan.document import Faults, StrictModel, flow, head_comment, read_yaml, validate
 from .plan.geometry import coverage_faults
+from .plan.policies import MOST_TOKENS
+from .plan.settings import MOST_ELEMENTS
 
 FORMAT: Final = "kvmix-profile/1"
 LOSS_UNIT: Final = "nats"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+def _in_range(value: float) -> float:
+    if abs(value) > MAX_MEASURED:
+        raise ValueError(f"must be between {-MAX_MEASURED:g} and {MAX_MEASURED:g}, got {value:g}")
+    return value
 
 
-class TensorScore(_Frozen):
+MAX_MEASURED: Final = 1e100
+"""Largest size of a measured number, so that its square, and sums of many, are finite."""
+MeasuredFloat = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_range)]
+Count = Annotated[int, Field(ge=1, lt=2**48)]
+
+
+class ScoreSetup(TypedDict, total=False):
+    """Cache settings that a score's curves were measured with; `window` is in the command line's form."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+    page: Annotated[int, Field(ge=1, le=MOST_ELEMENTS)]
+    sink: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+    window: str
+    scale_dtype: str
+
+
+class TensorScore(StrictModel):
     """One score of one layer's keys, or values.
 
     Attributes:
-        mean, std: importance over the calibration samples. Of a score with a curve: its cost at 2 bits, or as near as
-            was measured.
-        curve: what storing the tensor at a choice costs, in the score's unit, by `choice_key(bits, group_size)`; empty
-            for a score that does not look at widths.
-        heads: importance of every KV head, if it was asked for.
+        mean, std: importance over the calibration samples. For a score with a curve, its loss at 2 bits, or at the
+            nearest width that was measured.
+        curve: loss of storing the tensor at a choice, in the score's unit, by `choice_key(bits, group_size)`; empty
+            for a score that does not measure widths.
+        heads: importance of each KV head, if it was measured.
     """
 
-    mean: float = Field(allow_inf_nan=False)
-    std: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    curve: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
-    heads: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    mean: MeasuredFloat
+    std: MeasuredFloat = Field(default=0.0, ge=0)
+    curve: dict[str, MeasuredFloat] = Field(default_factory=dict)
+    heads: list[MeasuredFloat] | None = None
 
     @field_validator("curve")
     @classmethod
@@ -48,54 +70,56 @@ class TensorScore(_Frozen):
         return curve
 
 
-class LayerScore(_Frozen):
+class LayerScore(StrictModel):
     """One score of one layer's keys and values."""
 
     k: TensorScore
     v: TensorScore
 
 
-class Calibration(_Frozen):
+class Calibration(StrictModel):
     """The text that was profiled.
 
     Attributes:
-        source: as given to `--calibration`.
-        sha256: of the token ids of all samples.
-        tokens: in all samples together.
+        source: text as given to `--calibration`.
+        sha256: checksum of the token ids of all samples.
+        samples: number of samples.
+        seq_len: tokens of the longest sample.
+        tokens: tokens of all samples together.
     """
 
     source: str
     sha256: str
-    samples: int = Field(ge=1)
-    seq_len: int = Field(ge=2)
+    samples: Count
+    seq_len: Count = Field(ge=2)
     seed: int
-    tokens: int = Field(ge=2)
+    tokens: Count = Field(ge=2)
 
 
-class Score(_Frozen):
-    """One probe's result, and what it cost.
+class Score(StrictModel):
+    """One probe's result.
 
     Attributes:
-        seconds: that the probe took.
-        unit: of the numbers. `"nats"` are a predicted increase of the mean loss a token, which adds up over tensors.
-        calibration: the text that it was measured on.
-        setup: what a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
+        seconds: time that the probe took.
+        unit: unit of the numbers. `"nats"` is a predicted increase of the mean loss per token, a sum over tensors.
+        calibration: text that the score was measured on.
+        setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
     """
 
-    seconds: float = Field(ge=0)
+    seconds: MeasuredFloat = Field(ge=0)
     unit: str = "gradient norm"
     calibration: Calibration
-    setup: dict[str, Any] = Field(default_factory=dict)
+    setup: ScoreSetup = Field(default_factory=ScoreSetup)
     layers: dict[int, LayerScore]
 
     @property
     def predicts_loss(self) -> bool:
-        """Whether the curve is a predicted loss."""
+        """Return whether the curve is a predicted loss."""
         return self.unit == LOSS_UNIT
 
     @property
     def choices(self) -> tuple[list[str], list[str]]:
-        """Keys of the curves of keys and of values, the same in all layers; empty if there are none."""
+        """Return the choices in the curves of keys and of values, the same in all layers; empty without curves."""
         first = next(iter(self.layers.values()), None)
         return ([], []) if first is None else (list(first.k.curve), list(first.v.curve))
 
@@ -103,12 +127,17 @@ class Score(_Frozen):
     def _alike(self) -> Score:
         for kind in ("k", "v"):
             if len({frozenset(getattr(layer, kind).curve) for layer in self.layers.values()}) > 1:
-                raise ValueError(f"the curves of {kind} have other choices in some layers than in others")
+                raise ValueError(f"the curves of {kind} must have the same choices in all layers")
         return self
 
 
-class Profile(_Frozen):
-    """Scores of one model."""
+class Profile(StrictModel):
+    """Scores of one model.
+
+    Attributes:
+        provenance: how the scores were measured: the version of kvmix and the model's dtype; a file may have anything.
+        scores: scores by name.
+    """
 
     format: Literal["kvmix-profile/1"] = FORMAT
     model: ModelInfo
@@ -134,7 +163,7 @@ class Profile(_Frozen):
         return validate(document, cls)
 
     def score(self, name: str) -> Score:
-        """A score by name. Raises DocumentError if the profile does not hold it."""
+        """Return a score by name. Raises DocumentError if the profile does not have it."""
         if name not in self.scores:
             known = ", ".join(self.scores)
             raise DocumentError(f"profile of {self.model.id}", [f"it has no score '{name}', only {known}"])
@@ -145,7 +174,7 @@ class Profile(_Frozen):
         return write_text(path, self.to_yaml(command))
 
     def to_yaml(self, command: str = "") -> str:
-        """The profile as it is written to files."""
+        """Return the profile as it is written to files."""
         data = self.model_dump(exclude_none=True, exclude={"scores"})
         if not self.model.stock:
             data["model"].pop("stock")
@@ -162,25 +191,25 @@ class Profile(_Frozen):
 
     @property
     def sha256(self) -> str:
-        """Of the file's content."""
+        """Return the checksum of the file's content, without its head comment."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
 def choice_key(bits: int, group_size: int | str) -> str:
-    """How a curve names a width in groups of a size: `"2g64"`, `"3grow"`."""
+    """Return the name of a choice in a curve, a width in groups of a size: `"2g64"`, `"3grow"`."""
     return f"{bits}g{group_size}"
 
 
 def parse_choice(key: str) -> tuple[int, int | Literal["row"]]:
-    """Bits and group size of a `choice_key`. Raises ValueError."""
+    """Return the bits and group size of a `choice_key`. Raises ValueError for another text."""
     match = re.fullmatch(r"(1|2|3|4|8|16)g(row|\d{1,6})", key, re.ASCII)
     if match is None:
-        raise ValueError(f"'{key}' is no width and group size such as 2g64")
+        raise ValueError(f"'{key}' must be a width and a group size such as 2g64")
     return int(match[1]), "row" if match[2] == "row" else int(match[2])
 
 
 def _rounded(layer: LayerScore) -> dict[str, Any]:
-    """Seven significant digits: a float32 norm has no more."""
+    """Return a layer's numbers with seven significant digits; a float32 norm has no more."""
     return {
         name: {key: _digits(value) for key, value in tensor.items() if value or key in ("mean", "std")}
         for name, tensor in layer.model_dump(exclude_none=True).items()

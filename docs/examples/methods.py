@@ -16,7 +16,7 @@ from typing import Any
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
-from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 
 BUDGETS = (2.5, 3.0, 4.0)
 SLACK = 0.005
@@ -35,7 +35,7 @@ def tiers(score: str, share: float, bits: int, evict: float = 0.0, flush: int = 
 
 def runs(score: str, *bits: int) -> ChannelPolicy:
     """Runs of 16 key channels each."""
-    return ChannelPolicy(score=score, runs=tuple(Run(channels=16, bits=each) for each in bits), refresh=0)
+    return ChannelPolicy(score=score, runs=tuple(ChannelGroup(channels=16, bits=each) for each in bits), refresh=0)
 
 
 METHODS: dict[str, dict[float, dict[str, Any]]] = {

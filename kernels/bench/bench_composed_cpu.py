@@ -18,11 +18,11 @@ import torch
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 
 STEPS = 16
 TIER = (Tier(share=0.2, k=8, v=8),)
-RUNS = (Run(channels=16, bits=8), Run(channels=16, bits=4))
+RUNS = (ChannelGroup(channels=16, bits=8), ChannelGroup(channels=16, bits=4))
 AXES: dict[str, dict[str, Any]] = {
     "plain": {},
     "rotated": {"transforms": Transforms(k=(Rotate(),), v=(Rotate(),))},

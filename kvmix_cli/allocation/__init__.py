@@ -1,4 +1,4 @@
-"""From scores to plans under a budget. One file a method, each with a pure `solve(problem)`; no torch.
+"""Allocation: from scores to plans under a budget, without torch.
 
 allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random
 frontier(profile) -> list[Plan]                                       pareto
@@ -7,57 +7,62 @@ refine(profile, Budget(stored_bits=3), measure) -> Plan               search
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from .._version import __version__
 from ..errors import BudgetError
 from ..plan import Plan
 from ..plan.pins import parse_pins
+from ..plan.plan import Provenance
 from ..profile import Profile
 from .budgets import Budget
-from .pose import K_BITS, V_BITS, Options, pose
-from .predict import other_settings, predicted_loss
-from .presets import PRESETS, Preset
-from .problem import Decision, Measure, Problem
-from .solvers import FAMILY, SEARCH, SOLVERS, TRIALS, Method, default_method, default_score, get_method, methods
+from .curves import other_settings, predicted_loss
+from .options import K_BITS, V_BITS, AllocationOptions, Start, default_method, default_score, make_problem, preset_start
+from .problem import Decision, Measure, Method, Problem
+from .solvers import FAMILY, METHODS, SEARCH, SOLVERS
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+TRIALS = 40
+"""Plans that `refine` measures by default."""
 
 __all__ = [
     "FAMILY",
     "K_BITS",
-    "PRESETS",
+    "METHODS",
     "SEARCH",
     "SOLVERS",
     "TRIALS",
     "V_BITS",
+    "AllocationOptions",
     "Budget",
     "Decision",
     "Measure",
     "Method",
-    "Options",
-    "Preset",
     "Problem",
+    "Start",
     "allocate",
     "default_method",
     "default_score",
     "frontier",
-    "get_method",
-    "methods",
     "other_settings",
     "parse_pins",
     "predicted_loss",
+    "preset_start",
     "refine",
 ]
 
 
-def allocate(profile: Profile, budget: Budget, *, method: str | None = None, **options: Unpack[Options]) -> Plan:
+def allocate(
+    profile: Profile, budget: Budget, *, method: str | None = None, **options: Unpack[AllocationOptions]
+) -> Plan:
     """Decide how every layer's keys and values are stored.
 
     Args:
-        method: one of `SOLVERS`; by default what `default_method` says.
-        options: see `Options`.
+        profile: scores of the model.
+        budget: limit that the plan must keep to.
+        method: one of `SOLVERS`; by default `default_method`.
+        options: see `AllocationOptions`.
 
     Raises:
         BudgetError: if no plan meets the budget; the message has the reachable range.
@@ -65,44 +70,54 @@ def allocate(profile: Profile, budget: Budget, *, method: str | None = None, **o
         PlanError: if the model's heads cannot be packed.
     """
     method = method or default_method(profile)
-    chosen = get_method(method)
-    if method not in SOLVERS:
-        needed = "takes no budget" if method == FAMILY else "has to measure plans"
-        raise BudgetError(f"method '{method}' {needed}; one plan from a budget: {', '.join(SOLVERS)}")
-    problem = pose(profile, budget, method, **options)
-    return _plan(problem, method, chosen.solve(problem))
+    solve = METHODS[method].solve
+    if solve is None:
+        reason = "takes no budget" if method == FAMILY else "has to measure plans"
+        raise BudgetError(f"method '{method}' {reason}; one plan from a budget: {', '.join(SOLVERS)}")
+    problem = make_problem(profile, budget, method, **options)
+    return _plan(problem, method, solve(problem), {})
 
 
-def frontier(profile: Profile, **options: Unpack[Options]) -> list[Plan]:
-    """Plans along the whole range of stored bits, ascending, none worse than a smaller one.
+def frontier(profile: Profile, **options: Unpack[AllocationOptions]) -> list[Plan]:
+    """Return plans along the whole range of stored bits, ascending, each with less predicted loss than the one before.
 
     Raises:
         BudgetError, DocumentError, PlanError: as `allocate`.
     """
-    problem = pose(profile, Budget(), FAMILY, **options)
-    family = get_method(FAMILY).solve(problem)
-    return [_plan(problem, FAMILY, decision, budget=budget.summary) for budget, decision in family]
+    from .solvers.pareto import solve_range
+
+    problem = make_problem(profile, Budget(), FAMILY, **options)
+    return [_plan(problem, FAMILY, decision, {"budget": budget.summary}) for budget, decision in solve_range(problem)]
 
 
 def refine(
-    profile: Profile, budget: Budget, measure: Measure, *, trials: int = TRIALS, **options: Unpack[Options]
+    profile: Profile, budget: Budget, measure: Measure, *, trials: int = TRIALS, **options: Unpack[AllocationOptions]
 ) -> Plan:
-    """Decide by what `measure` says of whole plans, at most `trials` of them.
+    """Decide by the measured loss of whole plans.
+
+    Args:
+        profile: scores of the model, which decide the order of the trials.
+        budget: limit that the plan must keep to.
+        measure: function that returns the loss of a plan's layers.
+        trials: most plans to measure.
+        options: see `AllocationOptions`.
 
     Raises:
         BudgetError, DocumentError, PlanError: as `allocate`.
     """
-    problem = pose(profile, budget, SEARCH, **options)
-    found = get_method(SEARCH).solve(problem, measure, trials)
-    return _plan(problem, SEARCH, found.decision, trials=found.trials, measured_loss=found.loss)
+    from .solvers.search import solve_by_measuring
+
+    problem = make_problem(profile, budget, SEARCH, **options)
+    found = solve_by_measuring(problem, measure, trials)
+    return _plan(problem, SEARCH, found.decision, {"trials": found.trials, "measured_loss": found.loss})
 
 
-def _plan(problem: Problem, method: str, decision: Decision, **found: Any) -> Plan:
-    """The whole plan, pins and all, with what it takes to make it again."""
+def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) -> Plan:
+    """Return the whole plan, with its pins and with everything needed to make it again."""
     layers = dict(sorted({**decision, **problem.pins}.items()))
     predicted = problem.curves.total(layers) if problem.score.predicts_loss else None
-    uses = get_method(method).uses
-    provenance = {
+    uses = METHODS[method].uses
+    provenance: dict[str, Any] = {
         "kvmix": __version__,
         "method": method,
         "score": problem.score_name if "score" in uses or predicted is not None else None,

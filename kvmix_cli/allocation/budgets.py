@@ -1,19 +1,18 @@
-"""What a plan may cost: one limit, from the command line to whole numbers.
+"""Budgets: the one limit that a plan has to keep to, and the cost of layers under it.
 
     avg_bits       mean nominal bits of keys and values       cost: bits of the codes
     stored_bits    the same with scales and zeros             cost: bytes of a packed page
     memory         bytes at a context and batch               cost: bytes, with sinks, window and the open page
     max_loss       predicted increase of the perplexity       cost: bytes of a packed page, as few as possible
-    none           the paper's rule, 20 % of the layers       cost: bits of the codes
+    share          share of the layers one level higher       cost: bits of the codes
 
-Costs are whole numbers, so that sums are exact and a budget that is met exactly is met.
+Costs are whole numbers, so that sums are exact and a plan that costs exactly the limit is within it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from kvmix_kernels.layout import Kind
 
@@ -22,24 +21,26 @@ from ..plan import CacheSettings, ModelInfo, TensorPlan
 from ..plan.sizes import page_bytes, tensor_bytes
 
 PAPER_SHARE = 0.2
-"""Layers that KVmix keeps one level higher. In its own table a share of 30 % adds only 0.09 points on GSM8K."""
+"""Share of the layers that KVmix keeps one level higher. In its own table 30 % add only 0.09 points on GSM8K."""
 TOLERANCE = 1e-9
-"""Bits per element: a limit that is written in decimals must not be missed by the rounding of a mean."""
+"""Bits per element by which a plan may exceed a limit, so that the rounding of a mean does not matter."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit, or none for the paper's rule (20 % of the layers one level up).
+    """One limit; without one, a share of the layers that is one level higher (the paper's rule).
 
     Args:
         avg_bits: mean nominal bits of keys and values.
-        stored_bits: the same with scales and zeros.
+        stored_bits: mean stored bits, with scales and zeros.
         memory: bytes of the planned layers at `context` tokens and `batch` sequences.
         max_loss: fraction of the perplexity that the plan is predicted to add at most, 0.005 for 0.5 %.
+        context, batch: tokens and sequences at which `memory` is counted.
         element_bytes: size of an element that stays unquantized, for `memory`.
+        share: share of the layers one level higher, without another limit.
 
     Raises:
-        BudgetError: for more than one limit, a size below 1, or a `max_loss` that is no fraction.
+        BudgetError: for more than one limit, a size below 1, or a fraction that is not at least 0 and finite.
     """
 
     avg_bits: float | None = None
@@ -49,6 +50,7 @@ class Budget:
     context: int = 32768
     batch: int = 1
     element_bytes: int = 2
+    share: float = PAPER_SHARE
 
     def __post_init__(self) -> None:
         if len(self._limits) > 1:
@@ -57,6 +59,8 @@ class Budget:
             raise BudgetError(f"context and batch must be at least 1, got {self.context} and {self.batch}")
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise BudgetError(f"max_loss is a share of the perplexity such as 0.005, got {self.max_loss}")
+        if not 0 <= self.share <= 1:
+            raise BudgetError(f"share is a share of the layers such as 0.2, got {self.share}")
 
     @property
     def _limits(self) -> dict[str, float]:
@@ -65,42 +69,42 @@ class Budget:
 
     @property
     def limit(self) -> float | None:
-        """Bits per element, bytes, or a share of the perplexity; None for the paper's rule."""
+        """Return the limit in bits per element, bytes, or a share of the perplexity; None for a share of layers."""
         return next(iter(self._limits.values()), None)
 
     @property
     def loss(self) -> float | None:
-        """The predicted loss that `max_loss` allows, in nats: `ln(1 + max_loss)`."""
+        """Return the predicted loss that `max_loss` allows, in nats: `ln(1 + max_loss)`."""
         return None if self.max_loss is None else math.log1p(self.max_loss)
 
     @property
     def counts_stored(self) -> bool:
-        """Whether a cost is bytes of a packed page."""
+        """Return whether a cost is bytes of a packed page."""
         return self.stored_bits is not None or self.max_loss is not None
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """What was asked for, for a plan's provenance."""
+    def summary(self) -> dict[str, float]:
+        """Return the limit by its name, for a plan's provenance."""
         if self.memory is not None:
             return {"memory": self.memory, "context": self.context, "batch": self.batch}
-        return dict(self._limits) or {"share": PAPER_SHARE}
+        return dict(self._limits) or {"share": self.share}
 
     def cost(self, tensor: TensorPlan, kind: Kind, cache: CacheSettings, model: ModelInfo) -> int:
-        """What one layer's keys or values take. Raises ValueError if a head cannot be packed."""
+        """Return the cost of one layer's keys or values. Raises ValueError if a head cannot be packed."""
         if self.memory is not None:
             at = (self.context, self.batch, self.element_bytes)
             return tensor_bytes(tensor, kind, cache, model, *at).total
         return page_bytes(tensor, kind, cache, model.head_dim) if self.counts_stored else tensor.bits
 
     def allowance(self, layers: int, cache: CacheSettings, model: ModelInfo) -> float:
-        """What that many layers may cost together, under a limit of bits or bytes."""
+        """Return the highest cost of `layers` layers together, under a limit of bits or bytes."""
         limit = math.inf if self.limit is None else self.limit
         return limit if self.memory is not None else (limit + TOLERANCE) * self._per_bit(layers, cache, model)
 
     def bits(self, cost: float, layers: int, cache: CacheSettings, model: ModelInfo) -> float:
-        """Mean bits per element of layers that cost so much; not under `memory`."""
+        """Return the mean bits per element of `layers` layers that cost `cost`; not for a limit of memory."""
         return cost / self._per_bit(layers, cache, model)
 
     def _per_bit(self, layers: int, cache: CacheSettings, model: ModelInfo) -> float:
-        """Cost of one bit per element, in the keys and values of that many layers."""
+        """Return the cost of one bit per element in the keys and values of `layers` layers."""
         return 2 * layers * (cache.page * model.head_dim / 8 if self.counts_stored else 1)

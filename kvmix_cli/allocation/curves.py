@@ -1,41 +1,38 @@
-"""A score's curves, ready to be added up: what storing a layer's keys or values at a choice costs, in the score's unit.
+"""Curves: the loss of storing a layer's keys or values at a choice, in a score's unit, ready to be summed.
 
 A choice is a width in groups of some size. A row has only `page` keys, or `head_dim` values, so larger groups are the
-same as one group a row.
+same as one group per row.
 
-**Noise.** A measured curve may put 4 bits above 3, or 8 bits below nothing. In groups of one size a wider tensor is
-not worse: there the values are replaced by the nearest ones that fall (isotonic regression), cut off at 0. Between
-group sizes nothing is assumed: 2 bits in groups of 16 take more than 3 bits in groups of 64, and are worse.
+**Noise.** A measured curve may have more loss at 4 bits than at 3, or less than none at 8. In groups of one size a
+wider tensor is not worse, so the values are replaced by the nearest ones that fall (isotonic regression), at least 0.
+Nothing is assumed between group sizes: 2 bits in groups of 16 take more bytes than 3 bits in groups of 64, and lose
+more.
 
-**No curve.** A gradient norm `s` says how strongly the loss reacts, not how large the error is. For that a uniform
-quantizer of Gaussian values is assumed: a group of `g` of them spans about `2 sqrt(2 ln g)` standard deviations in
-`2^b - 1` steps, and its squared error goes with the squared step. So the curve is `s^2 ln(g) / (2^b - 1)^2`: good for
-comparing, in no unit at all.
+**No curve.** A gradient norm `s` measures how strongly the loss reacts, not how large the error is. The error is
+assumed to be that of a uniform quantizer of Gaussian values: a group of `g` of them spans about `2 sqrt(2 ln g)`
+standard deviations in `2^b - 1` steps, and its squared error is proportional to the squared step. So the curve is
+`s^2 ln(g) / (2^b - 1)^2`, which compares choices but has no unit.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from statistics import fmean
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..plan import CacheSettings, LayerPlan, ModelInfo, TensorPlan
+from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
 
-Point = tuple[int, int]
-"""Bits, and elements in a group."""
-
 
 class Curves:
-    """The curves of every layer's keys and values, for a model with these cache settings.
+    """Curves of every layer's keys and values, for a model with these cache settings.
 
     Attributes:
-        measured: whether the score has curves of its own.
+        measured: True if the score has measured curves, False if they are assumed.
     """
 
     def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings) -> None:
@@ -46,7 +43,7 @@ class Curves:
         self._points = cache(self._clean)
 
     def at(self, layer: int, kind: Kind, tensor: TensorPlan) -> float | None:
-        """What this choice costs; 0 in full precision, None if the score has no value for it."""
+        """Return the loss of a choice: 0 in full precision, None if the score has no value for it."""
         layout = page_layout(tensor, kind, self._settings, self._head_dim)
         if layout is None:
             return 0.0
@@ -55,7 +52,7 @@ class Curves:
         return self._points(layer, kind).get((tensor.bits, layout.group))
 
     def total(self, layers: Mapping[int, LayerPlan]) -> float | None:
-        """The sum over a plan's layers; None if the score has no value for one of the choices."""
+        """Return the loss of a plan's layers together; None if the score has no value for one of the choices."""
         total = 0.0
         for layer, plan in layers.items():
             for tensor, kind in plan.tensors:
@@ -69,7 +66,7 @@ class Curves:
         scores = self._score.layers[layer]
         return scores.k if kind == "key" else scores.v
 
-    def _clean(self, layer: int, kind: Kind) -> dict[Point, float]:
+    def _clean(self, layer: int, kind: Kind) -> dict[tuple[int, int], float]:
         columns, groups = self._columns[kind], defaultdict[int, dict[int, float]](dict)
         for key, value in self._tensor(layer, kind).curve.items():
             bits, size = parse_choice(key)
@@ -79,20 +76,35 @@ class Curves:
 
 
 def falling(values: Mapping[int, float]) -> dict[int, float]:
-    """The nearest values (least squares) that fall with the width and are not negative.
+    """Return the nearest values, by least squares, that do not rise with the width; negative ones become 0."""
+    from scipy.optimize import isotonic_regression
 
-    Isotonic regression by its min-max formula (Robertson, Wright and Dykstra, 1988, section 1.4).
-    """
     widths = sorted(values)
-    ordered = [values[bits] for bits in widths]
-    return {bits: max(0.0, _fitted(ordered, place)) for place, bits in enumerate(widths)}
+    fitted = isotonic_regression([values[bits] for bits in widths], increasing=False).x
+    return {bits: max(0.0, float(value)) for bits, value in zip(widths, fitted, strict=True)}
 
 
 def assumed(importance: float, bits: int, group: int) -> float:
-    """The curve of a score that has none; see above."""
-    return importance**2 * math.log(group) / (2**bits - 1) ** 2
+    """Return the assumed loss at a width and group size for a score without curves; see the module."""
+    return float(importance**2 * math.log(group) / (2**bits - 1) ** 2)
 
 
-def _fitted(values: Sequence[float], place: int) -> float:
-    ends = range(place + 1, len(values) + 1)
-    return min(max(fmean(values[start:end]) for end in ends) for start in range(place + 1))
+def predicted_loss(plan: Plan, score: Score) -> float | None:
+    """Return the predicted increase of the mean loss per token, in nats.
+
+    None if the score does not predict loss, is of another model, or has no value for one of the plan's choices.
+    """
+    if not score.predicts_loss or score.layers.keys() != plan.layers.keys():
+        return None
+    return Curves(score, plan.model, plan.cache).total(plan.layers)
+
+
+def other_settings(score: Score, cache: CacheSettings) -> list[str]:
+    """Return how a cache differs from the one that curves were measured with, e.g. `page 128 instead of 32`."""
+    measured = {name: value for name, value in score.setup.items() if name in ("page", "scale_dtype")}
+    changed = [
+        f"{name} {getattr(cache, name)} instead of {value}"
+        for name, value in measured.items()
+        if getattr(cache, name) != value
+    ]
+    return changed + [f"{name}, which it was measured without" for name in cache.axes]

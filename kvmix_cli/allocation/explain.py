@@ -1,7 +1,4 @@
-"""Why a plan gives a tensor what it gives: importance, what its choice is predicted to cost, and what would be next.
-
-Pure: a plan and scores in, reasons out, no torch.
-"""
+"""Reasons for a plan's widths: each tensor's importance, the predicted loss of its choice, and its best upgrade."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ _KINDS: Final[tuple[Kind, ...]] = ("key", "value")
 
 @dataclass(frozen=True)
 class Upgrade:
-    """A choice for one layer's keys or values that takes more and loses less.
+    """A choice for one layer's keys or values that takes more bits and loses less.
 
     Attributes:
-        saves: predicted loss, in nats a token.
-        costs: stored bits, in the plan's mean.
+        saves: predicted loss that it saves, in nats per token.
+        costs: stored bits that it adds to the plan's mean.
     """
 
     tensor: TensorPlan
@@ -34,18 +31,18 @@ class Upgrade:
 
     @property
     def worth(self) -> float:
-        """Nats a stored bit."""
+        """Return the nats that it saves per stored bit."""
         return self.saves / self.costs
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What one layer's keys or values get, and why.
+    """Storage of one layer's keys or values, with the reasons for it.
 
     Attributes:
-        importance: by the score that decided.
-        loss: that the choice is predicted to cost, in nats a token; None without a prediction.
-        upgrade: the choice that is worth most; None if nothing can be saved, or without a prediction.
+        importance: importance by the score that decided.
+        loss: predicted loss of the choice, in nats per token; None without a prediction.
+        upgrade: upgrade with the highest worth; None if nothing can be saved, or without a prediction.
     """
 
     layer: int
@@ -57,19 +54,20 @@ class Reason:
 
 
 def explain(plan: Plan, importance: Score, prediction: Score | None) -> list[Reason]:
-    """The reasons of every layer's keys and values, in order.
+    """Return the reasons for every layer's keys and values, in order.
 
     Args:
-        importance: the score that the plan was made with.
-        prediction: a score whose curves are in nats.
+        importance: score that the plan was made with.
+        prediction: score whose curves are in nats.
     """
     curves = Curves(prediction, plan.model, plan.cache) if prediction else None
     return [_reason(plan, layer, kind, importance, curves) for layer in sorted(plan.layers) for kind in _KINDS]
 
 
 def next_upgrade(reasons: Sequence[Reason]) -> Reason | None:
-    """The tensor whose upgrade is worth most: what a slightly larger budget would buy."""
-    return max((reason for reason in reasons if reason.upgrade), key=_worth, default=None)
+    """Return the tensor whose upgrade has the highest worth, the first one that a larger budget would pay for."""
+    worth = [(reason.upgrade.worth, reason) for reason in reasons if reason.upgrade]
+    return max(worth, key=lambda each: each[0], default=(0.0, None))[1]
 
 
 def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curves | None) -> Reason:
@@ -92,7 +90,7 @@ def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves) -> Iterat
 
 
 def _choices(plan: Plan, kind: Kind) -> list[TensorPlan]:
-    """Every width, in the group sizes that the plan uses; what is the same for rows of this kind only once."""
+    """Return every width in the plan's group sizes, without sizes that are the same for a row of this kind."""
     sizes = {tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.tensors}
     found: dict[tuple[int, int | None], TensorPlan] = {}
     for size in sorted(sizes, key=lambda size: (size is not None, str(size))):
@@ -105,7 +103,3 @@ def _choices(plan: Plan, kind: Kind) -> list[TensorPlan]:
 
 def _stored(plan: Plan, kind: Kind, tensor: TensorPlan) -> float:
     return tensor_bits(tensor, kind, plan.cache, plan.model.head_dim, "stored")
-
-
-def _worth(reason: Reason) -> float:
-    return reason.upgrade.worth if reason.upgrade else 0.0

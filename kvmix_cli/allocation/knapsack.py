@@ -1,11 +1,11 @@
-"""The multiple-choice knapsack, exactly: one option for every tensor, by scipy's HiGHS (`scipy.optimize.milp`).
+"""The multiple-choice knapsack, solved exactly by HiGHS (`scipy.optimize.milp`): one choice for every tensor.
 
     least_loss      minimise  sum of losses    with  sum of costs <= allowance
     least_cost      minimise  sum of costs     with  sum of losses <= limit; of equal costs the least loss
 
-Costs go in as differences from the cheapest option, divided by what they have in common: small whole numbers, which
-HiGHS adds without error. Losses are scaled, so that its absolute tolerance of 1e-6 does not matter. As a bound on whole
-choices they would be slow; `least_cost` bisects over costs instead.
+Costs are given to HiGHS as differences from the cheapest choice, divided by their common divisor: small whole numbers,
+which it adds without error. Losses are scaled, so that its absolute tolerance of 1e-6 does not matter. A bound on the
+sum of losses would be slow with whole choices; `least_cost` bisects over costs instead.
 """
 
 from __future__ import annotations
@@ -20,66 +20,75 @@ import numpy as np
 
 from ..errors import BudgetError
 from ..quiet import mute_stdout
-from .menus import Menu, Option
+from .choices import Choices, TensorChoice
 
 SCALE = 1e4
-"""What the losses of the cheapest options add up to for HiGHS."""
+"""Sum of the losses of the cheapest choices after scaling."""
 TOLERANCE = 1e-9
-"""Of a limit of loss, relative."""
+"""Relative tolerance of a limit of loss."""
 SECONDS = 60.0
-"""80 layers with 15 choices a tensor take a fraction of a second."""
+"""Time limit of HiGHS; 80 layers with 15 choices per tensor take a fraction of a second."""
 
 
-def least_loss(menus: Sequence[Menu], allowance: float) -> list[Option]:
-    """The options with the least loss together that cost no more than the allowance, which some must meet."""
-    if not menus:
+def least_loss(slots: Sequence[Choices], allowance: float) -> list[TensorChoice]:
+    """Return one choice for every slot, with the least loss together and a cost of at most `allowance`.
+
+    Raises:
+        BudgetError: if HiGHS finds no solution.
+    """
+    if not slots:
         return []
-    knapsack = _Knapsack(menus)
+    knapsack = _Knapsack(slots)
     return knapsack.within(math.floor((allowance - knapsack.floor) / knapsack.unit))
 
 
-def least_cost(menus: Sequence[Menu], limit: float) -> list[Option]:
-    """The options that cost least together with no more loss than the limit, which some must meet."""
-    if not menus:
+def least_cost(slots: Sequence[Choices], limit: float) -> list[TensorChoice]:
+    """Return one choice for every slot, with the least cost together and a loss of at most `limit`.
+
+    Raises:
+        BudgetError: if HiGHS finds no solution.
+    """
+    if not slots:
         return []
     most = limit * (1 + TOLERANCE)
-    knapsack = _Knapsack([tuple(option for option in menu if option.loss <= most) for menu in menus])
+    knapsack = _Knapsack([tuple(choice for choice in choices if choice.loss <= most) for choices in slots])
     costs = knapsack.bracket(limit)
     return knapsack.within(costs.start + bisect_left(costs, True, key=lambda cost: knapsack.loss(cost) <= most))
 
 
 class _Knapsack:
-    """Menus as arrays over all their options; costs in units above the cheapest plan.
+    """Choices of all slots as arrays; costs in units above the cheapest plan.
 
     Attributes:
-        floor: what the cheapest plan costs.
-        unit: what a unit costs.
+        floor: cost of the cheapest plan.
+        unit: cost of one unit.
     """
 
-    def __init__(self, menus: Sequence[Menu]) -> None:
-        above = [option.cost - menu[0].cost for menu in menus for option in menu]
-        self.floor = sum(menu[0].cost for menu in menus)
+    def __init__(self, slots: Sequence[Choices]) -> None:
+        above = [choice.cost - choices[0].cost for choices in slots for choice in choices]
+        self.floor = sum(choices[0].cost for choices in slots)
         self.unit = math.gcd(*above) or 1
-        self._menus = menus
-        self._options = [option for menu in menus for option in menu]
+        self._slots = slots
+        self._choices = [choice for choices in slots for choice in choices]
         self._costs = np.array(above) // self.unit
-        self._losses = np.array([option.loss for option in self._options])
-        self._sizes = [len(menu) for menu in menus]
+        self._losses = np.array([choice.loss for choice in self._choices])
+        self._sizes = [len(choices) for choices in slots]
 
-    def within(self, most: int) -> list[Option]:
-        """The options with the least loss for at most so many units."""
-        total = sum(menu[0].loss for menu in self._menus)
+    def within(self, most: int) -> list[TensorChoice]:
+        """Return the choices with the least loss for at most `most` units."""
+        total = sum(choices[0].loss for choices in self._slots)
         shares = self._minimise(self._losses * (SCALE / total if total else 1), self._costs, most, whole=True)
-        return _earlier_first(self._menus, [self._options[place] for place in np.flatnonzero(shares > 0.5)])
+        return _earlier_first(self._slots, [self._choices[place] for place in np.flatnonzero(shares > 0.5)])
 
     def loss(self, most: int) -> float:
-        """The least loss for at most so many units."""
-        return sum(option.loss for option in self.within(most))
+        """Return the least loss for at most `most` units."""
+        return sum(choice.loss for choice in self.within(most))
 
     def bracket(self, limit: float) -> range:
-        """Units that the cheapest plan within a loss can take, by the linear relaxation.
+        """Return the range of units of the cheapest plan within a loss, by the linear relaxation.
 
-        That may mix options of a menu. No plan is cheaper, and the costliest of what it mixes is a plan.
+        The relaxation may mix choices of a slot. No plan costs less than it, and the costliest choices that it mixes
+        are a plan.
         """
         scale = SCALE / limit if limit else 1.0
         shares = self._minimise(self._costs, self._losses * scale, limit * scale, whole=False)
@@ -88,13 +97,13 @@ class _Knapsack:
         return range(math.ceil(shares @ self._costs - 1e-6), int(highest.sum()) + 1)
 
     def _minimise(self, objective: Any, weights: Any, most: float, *, whole: bool) -> Any:
-        """How much of each option is taken: one of every menu in all, with weights of at most `most` together."""
+        """Return the share of each choice, 1 for every slot together, with weights of at most `most` in all."""
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
 
         count = len(objective)
-        menu_of = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        one_each = csr_matrix((np.ones(count), (menu_of, np.arange(count))))
+        slot_of = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        one_each = csr_matrix((np.ones(count), (slot_of, np.arange(count))))
         with mute_stdout():
             result = milp(
                 objective,
@@ -108,14 +117,14 @@ class _Knapsack:
         return result.x
 
 
-def _earlier_first(menus: Sequence[Menu], chosen: list[Option]) -> list[Option]:
-    """Tensors with the same menu are interchangeable: the earlier ones get the more costly options."""
+def _earlier_first(slots: Sequence[Choices], chosen: list[TensorChoice]) -> list[TensorChoice]:
+    """Return the choices with the costlier ones first among slots that have the same choices."""
     alike = defaultdict(list)
-    for place, menu in enumerate(menus):
-        alike[menu].append(place)
+    for place, choices in enumerate(slots):
+        alike[choices].append(place)
     ordered = list(chosen)
     for places in alike.values():
-        options = sorted((chosen[place] for place in places), key=lambda option: option.cost, reverse=True)
-        for place, option in zip(places, options, strict=True):
-            ordered[place] = option
+        sorted_choices = sorted((chosen[place] for place in places), key=lambda choice: choice.cost, reverse=True)
+        for place, choice in zip(places, sorted_choices, strict=True):
+            ordered[place] = choice
     return ordered

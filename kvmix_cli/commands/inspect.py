@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from ..errors import KvmixError, StateError
+from ..errors import BudgetError, KvmixError, StateError
 from . import options
 
 if TYPE_CHECKING:
     from ..plan import ModelInfo, Plan
     from ..profile import Profile
-    from ..studies.explain import Explanation
+    from ..studies.explain import Explanation, Frontier
 
 
+@options.expand
 def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
@@ -30,40 +31,47 @@ def inspect(
         typer.Option(metavar="FILE", help="To explain a plan with [default: the newest of its model]."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a preset, which names none.")] = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    common: options.CommonOptions = options.CommonOptions(),
 ) -> None:
     """Show and validate a profile or plan; with two files, how they differ."""
+    from ..plan import Plan
+
     paths = [_path(each, model) for each in (file, other) if each is not None]
     found = [_load(path, model) for path in paths]
-    if len({type(each) for each in found}) > 1:
+    plans = [each for each in found if isinstance(each, Plan)]
+    profiles = [each for each in found if not isinstance(each, Plan)]
+    if plans and profiles:
         raise KvmixError(f"{file} and {other} cannot be compared: one is a profile, the other a plan")
-    reasons = _explanation(paths, found, profile)
+    if other is not None:
+        if plot is not None:
+            _plot(paths, plans, profiles, None, plot)
+        _compare((paths[0], paths[1]), plans, profiles)
+        return
+    reasons = _explain(plans[0], paths[0], profile) if plans else None
     if plot is not None:
-        _plot(paths, found, reasons, plot)
-    if len(found) > 1:
-        _compare(paths, found)
-    else:
-        _show(paths[0], found[0], reasons, context, batch)
+        _plot(paths, plans, profiles, reasons, plot)
+    for plan in plans:
+        _show_plan(paths[0], plan, reasons, context, batch)
+    for each in profiles:
+        _show_profile(paths[0], each)
 
 
 def _path(given: Path, model: str | None) -> Path:
-    """A file, or the plan or preset of that name. Raises StateError if there is none."""
-    from ..plan.presets import presets
+    """Return a file, or the plan or preset of that name. Raises StateError if there is none."""
+    from ..plan.presets import has_preset, preset_path
 
     if given.exists() or given.suffix in (".yaml", ".yml"):
         return given
     try:
-        return state.find_plan(given, model=model)
+        return state.find_plan(given, model=model, say=console.notice)
     except StateError:
-        if preset := presets().get(str(given)):
-            return preset
+        if has_preset(str(given)):
+            return preset_path(str(given))
         raise
 
 
 def _load(path: Path, model: str | None) -> Plan | Profile:
-    """Read a file of any kind that there is. Raises DocumentError with all of its faults."""
+    """Read a file of any kind. Raises DocumentError with all of its faults."""
     from .. import profile
     from ..plan import plan
     from ..plan import presets as preset
@@ -84,7 +92,7 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
 
 
 def _model_of(what: str, path: Path, model: str | None) -> ModelInfo:
-    """The model to show a file for that names none. Raises KvmixError if nothing does, ModelError if it has no such."""
+    """Return the model for a file that names none. Raises KvmixError if `--model` does not name one."""
     from ..models.loading import load_info
 
     if model is None:
@@ -92,62 +100,97 @@ def _model_of(what: str, path: Path, model: str | None) -> ModelInfo:
     return load_info(model)
 
 
-def _explanation(paths: list[Path], found: list[Any], profile: Path | None) -> Explanation | None:
-    """The reasons of a single plan. Raises KvmixError if the profile that is given does not explain it."""
-    from ..plan import Plan
-    from ..studies.explain import explanation
+def _explain(plan: Plan, file: Path, given: Path | None) -> Explanation | None:
+    """Explain a plan by the profile given, or by the one beside the plan's file or of its model, if it fits.
 
-    is_plan = len(found) == 1 and isinstance(found[0], Plan)
-    return explanation(found[0], paths[0], profile) if is_plan else None
+    Raises:
+        StateError, DocumentError, PlanError: if the profile given is missing, faulty, or of another model.
+    """
+    from ..profile import Profile
+    from ..studies.explain import explain_plan
+
+    beside = file.parent.parent / state.PROFILE
+    is_beside = file.parent.name == state.PLANS and beside.is_file()
+    try:
+        path = state.find_profile(given or (beside if is_beside else None), model=plan.model.id, say=console.notice)
+        found = explain_plan(plan, Profile.load(path), path)
+    except KvmixError as error:
+        if given is not None:
+            raise
+        if not isinstance(error, StateError):
+            console.notice(f"not explained: {error}")
+        return None
+    for sentence in found.notices:
+        console.notice(sentence)
+    return found
 
 
-def _show(path: Path, found: Plan | Profile, reasons: Explanation | None, context: int, batch: int) -> None:
-    from ..plan import Plan
+def _frontier(reasons: Explanation | None) -> Frontier | None:
+    try:
+        return None if reasons is None else reasons.frontier()
+    except BudgetError as error:
+        console.notice(f"no frontier: {error}")
+        return None
 
-    head = {"command": "inspect", "file": path, "model": found.model.id, "provenance": found.provenance}
-    more = _show_plan(path, found, reasons, context, batch) if isinstance(found, Plan) else _show_profile(path, found)
-    console.emit_json({**head, **more})
 
+def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> None:
+    from ..reporting.explain import explanation_json, explanation_table
+    from ..reporting.tables import plan_json, plan_table
 
-def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> dict[str, Any]:
-    from ..reporting.tables import plan_json, show_plan
-    from ..studies.explain import explanation_json, show_explained
-
-    data = {"kind": "plan", "cache": plan.cache.model_dump(mode="json"), **plan_json(plan, context, batch)}
+    data = {
+        **_head(path, plan),
+        "kind": "plan",
+        "cache": plan.cache.model_dump(mode="json"),
+        **plan_json(plan, context, batch),
+    }
     if reasons is None:
-        show_plan(plan, path, context, batch)
-        return data
-    show_explained(plan, reasons, path, context, batch)
-    return {**data, "explanation": explanation_json(reasons)}
+        console.table(*plan_table(plan, path, context, batch))
+    else:
+        console.table(*explanation_table(reasons, path, context, batch))
+        data["explanation"] = explanation_json(reasons)
+    console.emit_json(data)
 
 
-def _show_profile(path: Path, profile: Profile) -> dict[str, Any]:
-    from ..reporting.tables import score_json, show_profile
+def _show_profile(path: Path, profile: Profile) -> None:
+    from ..reporting.tables import profile_tables, score_json
 
-    show_profile(profile, path)
+    for table in profile_tables(profile, path, ascii_only=not console.is_unicode()):
+        console.table(*table)
     scores = {
         name: {"seconds": score.seconds, "calibration": score.calibration.model_dump(), "layers": score_json(score)}
         for name, score in profile.scores.items()
     }
-    return {"kind": "profile", "scores": scores}
+    console.emit_json({**_head(path, profile), "kind": "profile", "scores": scores})
 
 
-def _compare(paths: list[Path], found: list[Any]) -> None:
-    from ..plan import Plan
+def _head(path: Path, found: Plan | Profile) -> dict[str, Any]:
+    return {"command": "inspect", "file": path, "model": found.model.id, "provenance": found.provenance}
+
+
+def _compare(paths: tuple[Path, Path], plans: list[Plan], profiles: list[Profile]) -> None:
+    from ..reporting.compare import plans_json, plans_table, profiles_json, profiles_tables
     from ..studies.compare import compare_plans, compare_profiles
 
-    compare = compare_plans if isinstance(found[0], Plan) else compare_profiles
-    kind = "plan" if isinstance(found[0], Plan) else "profile"
-    console.emit_json({"command": "inspect", "kind": kind, "files": paths, **compare(paths, *found)})
+    if plans:
+        plan_difference = compare_plans(plans[0], plans[1])
+        tables, data = [plans_table(plan_difference, paths)], plans_json(plan_difference)
+    else:
+        profile_difference = compare_profiles(profiles[0], profiles[1], paths)
+        tables, data = profiles_tables(profile_difference, paths), profiles_json(profile_difference)
+    for table in tables:
+        console.table(*table)
+    kind = "plan" if plans else "profile"
+    console.emit_json({"command": "inspect", "kind": kind, "files": list(paths), **data})
 
 
-def _plot(paths: list[Path], found: list[Any], reasons: Explanation | None, picture: Path) -> None:
-    from ..plan import Plan
+def _plot(
+    paths: list[Path], plans: list[Plan], profiles: list[Profile], reasons: Explanation | None, picture: Path
+) -> None:
     from ..reporting.plots import check_plot, plot_plans, plot_profiles
 
     check_plot(picture)
-    named = list(zip([path.stem for path in paths], found, strict=True))
-    if isinstance(found[0], Plan):
-        plot_plans(named, picture, reasons.frontier(found[0]) if reasons else None)
+    names = [path.stem for path in paths]
+    if plans:
+        plot_plans(list(zip(names, plans, strict=True)), picture, _frontier(reasons))
     else:
-        plot_profiles(named, picture)
+        plot_profiles(list(zip(names, profiles, strict=True)), picture)

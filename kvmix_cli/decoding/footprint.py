@@ -11,6 +11,7 @@ from ..cache.sizes import cache_nbytes
 if TYPE_CHECKING:
     from transformers import Cache
 
+    from ..models.loading import LoadedModel
     from ..plan import Plan
 
 BF16_BYTES = 2
@@ -51,3 +52,26 @@ def measure_footprint(cache: Cache, plan: Plan | None, element_bytes: int) -> Fo
         unquantized += plan.unquantized_bytes(tokens, element_bytes=element_bytes) - planned
     share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
     return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
+
+
+@dataclass(frozen=True)
+class FullContext:
+    """Bytes of the planned layers at the longest context that a model takes, in the model's dtype."""
+
+    tokens: int
+    cache_bytes: int
+    unquantized_bytes: int
+
+    @property
+    def compression(self) -> float:
+        """Return how many times smaller the cache is than the unquantized one."""
+        return self.unquantized_bytes / self.cache_bytes
+
+
+def full_context(plan: Plan | None, loaded: LoadedModel) -> FullContext | None:
+    """Return the bytes of a plan at the model's longest context; None without a plan or without a limit."""
+    if plan is None or loaded.max_length is None or not plan.layers:
+        return None
+    size = loaded.model.dtype.itemsize
+    packed = plan.cache_bytes(loaded.max_length, element_bytes=size).total
+    return FullContext(loaded.max_length, packed, plan.unquantized_bytes(loaded.max_length, element_bytes=size))

@@ -59,7 +59,7 @@ def time_generation(loaded: LoadedModel, subject: Subject, ids: Tensor, new_toke
 
     A plan's cache runs under the attention that the model was loaded with, every other one under SDPA.
     """
-    on = devices(loaded)
+    on = devices(loaded.model)
     named = _attention(loaded.model, None if subject.plan else PLAIN_ATTENTION)
     with named as attention, watch(on) as peak, _no_collection():
         cache, times = _run(loaded, subject, ids, new_tokens, on)

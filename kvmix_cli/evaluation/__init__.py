@@ -7,9 +7,9 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError, did_you_mean
+from ..errors import EvaluationError, UnknownTaskError, did_you_mean
 from ..registry import Registry
-from .tasks.lm_eval import UnknownTask, harness_kind
+from .tasks.lm_eval import harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
@@ -69,7 +69,10 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         own["given"] = name
     elif colon:
         own["members"] = tuple(members.split(","))
-    return kind(**own)
+    try:
+        return kind(**own)
+    except UnknownTaskError as error:
+        raise error.among(_TASKS) from error
 
 
 def get_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
@@ -85,7 +88,7 @@ def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
     """Return a task of a list. An unknown one after `longbench:qasper` may have been meant as a data set."""
     try:
         return get_task(name, options)
-    except UnknownTask as error:
+    except UnknownTaskError as error:
         family, colon, _ = before.partition(":")
         members = _members(family) if colon else {}
         if not members:

@@ -114,6 +114,38 @@ class ThroughputRecord(SampleRecord):
     tried: NotRequired[dict[str, Count | None]]
 
 
+class LongBenchRecord(SampleRecord):
+    """One prompt of LongBench and its scored answer.
+
+    Attributes:
+        sample: data set and line.
+        length: of the text in words, by which LongBench-E is binned.
+        cut_tokens: tokens that were cut out of the prompt's middle.
+        prediction: the text of the answer.
+        score: 0 to 100.
+    """
+
+    sample: str
+    dataset: str
+    length: Count
+    prompt_tokens: Positive
+    cut_tokens: Count
+    prediction: str
+    score: Annotated[float, Field(ge=0, le=100)]
+
+
+class HarnessRecord(SampleRecord):
+    """One request of lm-eval and its answer.
+
+    Attributes:
+        request: name of the request.
+        answer: text, or a log-likelihood in nats and whether greedy decoding would give the same tokens.
+    """
+
+    request: str
+    answer: str | list[float | bool]
+
+
 SCHEMAS: dict[str, type[SampleRecord]] = {
     "perplexity": PerplexityRecord,
     "recall": RecallRecord,
@@ -121,6 +153,8 @@ SCHEMAS: dict[str, type[SampleRecord]] = {
     "kv_retrieval": RecallRecord,
     "memory": MemoryRecord,
     "throughput": ThroughputRecord,
+    "longbench": LongBenchRecord,
+    "longbench-e": LongBenchRecord,
 }
 """Schemas by task; all other tasks have that of `SampleRecord`."""
 

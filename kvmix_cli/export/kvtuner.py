@@ -7,22 +7,27 @@ every layer, and one group size for all (https://github.com/cmd2001/KVTuner, arX
 from __future__ import annotations
 
 from ..plan import LayerPlan, Plan
-from .refusal import refuse
-
-CAUTION = "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink"
+from .target import Target, refuse
 
 
-def write(plan: Plan) -> str:
-    """YAML. Raises ExportError."""
-    strange = {index: what for index, layer in plan.layers.items() if (what := _strange(layer))}
+def express(plan: Plan) -> str:
+    """Return a KVTuner preset, in YAML. Raises ExportError."""
+    strange = {index: what for index, layer in plan.layers.items() if (what := _inexpressible(layer))}
     rule = "its presets give every layer a width of at most 8 bits and nothing else"
     refuse("KVTuner", rule, strange | plan.model.stock, "at most 8 bits and one --group-size")
     pairs = ((index, layer.k.bits, layer.v.bits) for index, layer in sorted(plan.layers.items()))
     return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
 
 
-def _strange(layer: LayerPlan) -> str:
-    """What a preset cannot hold of a layer, if anything."""
+def _inexpressible(layer: LayerPlan) -> str:
+    """Return the part of a layer's storage that a preset cannot express; empty if there is none."""
     if 16 in (layer.k.bits, layer.v.bits):
         return layer.short
     return "" if layer.k.group_size is layer.v.group_size is None else "a group size of its own"
+
+
+TARGET = Target(
+    "kvtuner",
+    express,
+    "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink",
+)

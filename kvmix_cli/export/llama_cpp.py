@@ -8,20 +8,16 @@ that share a float16 scale, symmetric around zero. Quantized values need flash a
 from __future__ import annotations
 
 from ..plan import Plan
-from .refusal import refuse
+from .target import Target, refuse
 
 TYPES = {16: "f16", 8: "q8_0", 4: "q4_0"}
 WINDOWED = ("sliding", "chunked")
-"""Kinds of stock layers with keys and values, which llama.cpp quantizes like all others."""
+"""Words in the kinds of stock layers whose keys and values llama.cpp quantizes, too."""
 ONE_WIDTH = "one of these widths, such as --k-bits 8 --v-bits 4"
-CAUTION = (
-    "q4_0 and q8_0 are symmetric in blocks of 32 along a token's channels, for keys too, and there is no sink and no "
-    "window in full precision: measure the quality again there"
-)
 
 
-def write(plan: Plan) -> str:
-    """`--cache-type-k q4_0 --cache-type-v q8_0 --flash-attn on`. Raises ExportError."""
+def express(plan: Plan) -> str:
+    """Return `--cache-type-k q4_0 --cache-type-v q8_0 --flash-attn on`. Raises ExportError."""
     known = ", ".join(f"{bits} ({name})" for bits, name in TYPES.items())
     unknown = {i: each.short for i, each in plan.layers.items() if not {each.k.bits, each.v.bits} <= TYPES.keys()}
     refuse("llama.cpp", f"it has cache types for {known} bits", unknown, ONE_WIDTH)
@@ -31,3 +27,11 @@ def write(plan: Plan) -> str:
     k, v = next(((layer.k.bits, layer.v.bits) for layer in plan.layers.values()), (16, 16))
     flash = "" if v == 16 else " --flash-attn on"
     return f"--cache-type-k {TYPES[k]} --cache-type-v {TYPES[v]}{flash}\n"
+
+
+TARGET = Target(
+    "llama.cpp",
+    express,
+    "q4_0 and q8_0 are symmetric in blocks of 32 along a token's channels, for keys too, and there is no sink and no "
+    "window in full precision: measure the quality again there",
+)

@@ -10,14 +10,11 @@ import json
 
 from .._version import __version__
 from ..plan import Plan
-from .fp8 import CAUTION as FP8
-from .fp8 import fp8_layers
-
-CAUTION = f"layers are named as in Llama (model.layers.N.self_attn): rename them if the model's differ; {FP8}"
+from .target import FP8_CAUTION, Target, fp8_layers
 
 
-def write(plan: Plan) -> str:
-    """JSON; layers that are not listed stay in full precision. Raises ExportError."""
+def express(plan: Plan) -> str:
+    """Return JSON; layers that are not listed stay in full precision. Raises ExportError."""
     layers = {f"model.layers.{layer}.self_attn": {"quant_algo": "FP8"} for layer in fp8_layers(plan, "ModelOpt")}
     quantization = {
         "quant_algo": None,
@@ -28,3 +25,10 @@ def write(plan: Plan) -> str:
     }
     producer = {"name": "kvmix", "version": __version__}
     return json.dumps({"producer": producer, "quantization": quantization}, indent=2) + "\n"
+
+
+TARGET = Target(
+    "modelopt",
+    express,
+    f"layers are named as in Llama (model.layers.N.self_attn): rename them if the model's differ; {FP8_CAUTION}",
+)

@@ -6,30 +6,58 @@ document.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import DocumentError
 
 MAX_BYTES = 4 * 2**20
-"""A profile of 10,000 layers, the most that a plan may have, takes a third of it."""
+"""Bytes of a file. A profile of 10,000 layers, the most that a plan may have, takes a third of it."""
+MAX_SCALAR = 2**18
+"""Characters of one value. The short form of 10,000 layers, the longest, takes less than half of it."""
 MAX_DEPTH = 16
+MAX_DIGITS, MAX_INT_BITS = 100, 64
 
 Location = tuple[Any, ...]
 Fault = tuple[Location, str]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)\Z"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+"""Numbers of YAML 1.1 without those to base 60 (`1:30`), which take quadratic time to read."""
+
+
+def strict_loader(base: Any) -> Any:
+    """Return a loader class of PyYAML's that reads `1:30` as text, as YAML 1.2 does."""
+    resolvers = {
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in patterns]
+        for first, patterns in base.yaml_implicit_resolvers.items()
+    }
+    return type("StrictLoader", (base,), {"yaml_implicit_resolvers": resolvers})
+
+
+_Loader: Any = strict_loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 """libyaml's parser where PyYAML was built with it: ten times faster, same rules."""
 
 
+class StrictModel(BaseModel):
+    """A part of a file: frozen, without unknown keys, and without conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
 class Faults(ValueError):
-    """Several things that a validator finds wrong, each with the path of keys to it."""
+    """Several faults that a validator found, each with the path of keys to it."""
 
     def __init__(self, found: Iterable[Fault]) -> None:
         self.found = tuple(found)
@@ -38,20 +66,20 @@ class Faults(ValueError):
 
 @dataclass
 class Document:
-    """Parsed YAML: plain data, and the line (from 1) of every value by its path of keys."""
+    """Parsed YAML: plain data, and the line of every value by its path of keys; the first line is 1."""
 
     source: str
     data: Any
     lines: dict[Location, int] = field(default_factory=dict)
 
     def line(self, location: Location) -> int:
-        """Line of a value, or of the nearest thing around it that is in the file."""
+        """Return the line of a value, or of the nearest value around it that is in the file."""
         while location and location not in self.lines:
             location = location[:-1]
         return self.lines.get(location, 1)
 
     def error(self, faults: Iterable[Fault]) -> DocumentError:
-        """All faults at once, in the order of their lines."""
+        """Return an error that lists all faults, in the order of their lines."""
         ordered = sorted((self.line(location), message) for location, message in dict.fromkeys(faults))
         return DocumentError(self.source, [f"line {line}: {message}" for line, message in ordered])
 
@@ -69,13 +97,13 @@ def read_yaml(path: Path) -> Document:
     """Read one YAML document from a file.
 
     Raises:
-        DocumentError: if it cannot be read or breaks a rule of this module.
+        DocumentError: if the file cannot be read, is too large, or breaks a rule of this module.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise DocumentError(str(path), [f"larger than {MAX_BYTES >> 20} MiB; this is no kvmix file"])
+            raise DocumentError(str(path), [f"larger than {MAX_BYTES >> 20} MiB, the most that a kvmix file can be"])
         return parse_yaml(data.decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -110,7 +138,7 @@ def validate(document: Document, model: type[ModelT], also: Sequence[Fault] = ()
         also: faults that are known already, to be reported with the rest.
 
     Raises:
-        DocumentError: if there is any.
+        DocumentError: if there is any fault.
     """
     try:
         checked = model.model_validate(document.data)
@@ -122,20 +150,20 @@ def validate(document: Document, model: type[ModelT], also: Sequence[Fault] = ()
 
 
 def reason(error: ValueError) -> str:
-    """What a validation of plain values found wrong, in one line."""
+    """Return the faults that a validation of plain values found, as one line."""
     if not isinstance(error, ValidationError):
         return str(error)
     return "; ".join(message for _, message in _faults(error, None))
 
 
 def flow(value: Any) -> str:
-    """One-line YAML of plain data."""
+    """Return plain data as one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def head_comment(command: str) -> list[str]:
-    """The lines with which a file says how it was made; what YAML could not hold is replaced."""
+    """Return comment lines with the command that made a file; characters that YAML cannot hold become `?`."""
     return [
         "# " + "".join(character if character.isprintable() else "?" for character in line)
         for line in command.splitlines()
@@ -154,6 +182,9 @@ def _forbidden(text: str) -> Iterator[tuple[int, str]]:
         if depth > MAX_DEPTH:
             yield line, f"nested deeper than {MAX_DEPTH}"
             return
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+            yield line, f"a value of {len(event.value)} characters; at most {MAX_SCALAR} are allowed"
+            return
         if isinstance(event, yaml.AliasEvent):
             yield line, f"aliases are not allowed (*{event.anchor})"
         elif getattr(event, "anchor", None):
@@ -167,10 +198,10 @@ def _construct(loader: Any, node: yaml.Node, at: Location, document: Document, r
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*at, i), document, repeated) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        return _scalar(loader, node)
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key = _scalar(loader, key_node)
         if not isinstance(key, (str, int, float, bool, type(None))):
             raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
         location = (*at, key)
@@ -181,8 +212,17 @@ def _construct(loader: Any, node: yaml.Node, at: Location, document: Document, r
     return mapping
 
 
+def _scalar(loader: Any, node: yaml.Node) -> Any:
+    """Return a value of the loader's; an integer must fit into 64 bits, so that it can be printed and hashed fast."""
+    is_long = node.tag in _NUMBERS and len(node.value) > MAX_DIGITS
+    value = None if is_long else loader.construct_object(node, deep=True)
+    if is_long or (isinstance(value, int) and value.bit_length() > MAX_INT_BITS):
+        limit = f"{MAX_DIGITS} digits" if is_long else f"{MAX_INT_BITS} bits"
+        raise yaml.constructor.ConstructorError(None, None, f"a number has more than {limit}", node.start_mark)
+    return value
+
+
 def _faults(error: ValidationError, document: Document | None) -> Iterator[Fault]:
-    """Where and what, for every fault that pydantic found or that a validator of ours has raised as `Faults`."""
     for fault in error.errors():
         location = _location(fault["loc"], document)
         own = fault.get("ctx", {}).get("error")
@@ -193,12 +233,12 @@ def _faults(error: ValidationError, document: Document | None) -> Iterator[Fault
 
 
 def _location(loc: tuple[int | str, ...], document: Document | None) -> Location:
-    """Pydantic's location without the names of union members, which are not in the file."""
+    """Return pydantic's location without the names of union members, which are not in the file."""
     if document is None:
         return loc
     at: Location = ()
     for part in loc:
-        for key in (part, int(part) if isinstance(part, str) and part.isdecimal() else part):
+        for key in (part, int(part) if isinstance(part, str) and part.isdecimal() and len(part) < MAX_DIGITS else part):
             if (*at, key) in document.lines:
                 at = (*at, key)
                 break
@@ -206,7 +246,7 @@ def _location(loc: tuple[int | str, ...], document: Document | None) -> Location
 
 
 def _message(fault: Any, location: Location) -> str:
-    name = ".".join(str(part) for part in location)
+    name = ".".join(_short(str(part)) for part in location)
     last = fault["loc"][-1] if fault["loc"] else ""
     if fault["type"] == "extra_forbidden":
         return f"unknown key '{name}'"
@@ -222,8 +262,11 @@ def _message(fault: Any, location: Location) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file as an error quotes it, never long."""
+    """Return a value of a file as an error quotes it, never long."""
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = "nothing" if value is None else repr(value)
+    return "nothing" if value is None else _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."

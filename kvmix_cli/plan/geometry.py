@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator, model_validator
 
-from .document import Fault
+from .document import Fault, Faults, StrictModel
+
+MAX_LAYERS = 10_000
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(StrictModel):
     """Layers and KV heads of the model that a profile or plan belongs to.
 
     Attributes:
@@ -18,18 +20,29 @@ class ModelInfo(BaseModel):
         kv_heads: KV heads of a layer.
         head_dim: channels of a head.
         config_sha256: checksum of everything that shapes the model (see `models.geometry.fingerprint`).
-        stock: layers that keep the transformers cache layer of their kind, e.g. `{1: "sliding_attention"}`.
+        stock: layers that keep the transformers cache layer of their kind, in order, e.g. `{1: "sliding_attention"}`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     id: str
     revision: str | None = None
-    layers: int = Field(ge=1, le=10_000)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
+    layers: int = Field(ge=1, le=MAX_LAYERS)
+    kv_heads: int = Field(ge=1, le=2**16)
+    head_dim: int = Field(ge=1, le=2**16)
     config_sha256: str | None = None
     stock: dict[int, str] = Field(default_factory=dict)
+
+    @field_validator("stock")
+    @classmethod
+    def _in_order(cls, stock: dict[int, str]) -> dict[int, str]:
+        return dict(sorted(stock.items()))
+
+    @model_validator(mode="after")
+    def _has_these_layers(self) -> ModelInfo:
+        beyond = [layer for layer in self.stock if not 0 <= layer < self.layers]
+        if beyond:
+            has = f"the model has layers 0-{self.layers - 1}"
+            raise Faults((("stock", layer), f"layer {layer} cannot keep a stock cache: {has}") for layer in beyond)
+        return self
 
     @property
     def quantizable(self) -> list[int]:

@@ -6,18 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 
 from kvmix_kernels.layout import Kind
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
+from .document import StrictModel
 from .geometry import format_ranges
 from .policies import known_width
 from .settings import GroupSize
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TensorPlan(_Frozen):
+class TensorPlan(StrictModel):
     """Storage of one layer's keys, or values.
 
     Attributes:
@@ -31,7 +28,7 @@ class TensorPlan(_Frozen):
     _known = field_validator("bits")(known_width)
 
 
-class LayerPlan(_Frozen):
+class LayerPlan(StrictModel):
     """Storage of one layer's keys and values."""
 
     k: TensorPlan

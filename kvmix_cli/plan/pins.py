@@ -1,4 +1,4 @@
-"""Layers that are decided by hand: `"0,-1:k8v8;2-4:k4v2"`. A negative index counts from the end."""
+"""Pins: layers whose widths are set by hand, `"0,-1:k8v8;2-4:k4v2"`. A negative index counts from the end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from ..errors import PlanError
 from .document import reason
 from .geometry import ModelInfo, coverage_faults
-from .layers import LayerPlan, TensorPlan
+from .layers import LayerPlan
 
 _INDICES = r"\s*-?\d{1,5}(?:-\d{1,5})?\s*"
 _PIN = re.compile(rf"(?P<indices>{_INDICES}(?:,{_INDICES})*):\s*k(?P<k>\d{{1,2}})v(?P<v>\d{{1,2}})\s*", re.ASCII)
 
 
 def parse_pins(texts: Sequence[str], model: ModelInfo) -> dict[int, LayerPlan]:
-    """The pinned layers of a model.
+    """Return the pinned layers of a model, in order.
 
     Raises:
         PlanError: if a text is malformed, or pins a layer twice or one that cannot be planned.
@@ -24,8 +24,11 @@ def parse_pins(texts: Sequence[str], model: ModelInfo) -> dict[int, LayerPlan]:
     for part in ";".join(texts).split(";"):
         match = _PIN.fullmatch(part)
         if match is None:
-            raise PlanError(f"'{part.strip()}' pins nothing: write it like 0,-1:k8v8 or 0-3:k4v2")
-        plan = _layer(match)
+            raise PlanError(f"'{part.strip()}' is no pin: write it like 0,-1:k8v8 or 0-3:k4v2")
+        try:
+            plan = LayerPlan.of_bits(int(match["k"]), int(match["v"]))
+        except ValueError as error:
+            raise PlanError(f"'{match[0].strip()}' is no pin: {reason(error)}") from error
         for layer in _layers(match["indices"], model):
             if layer in pins:
                 raise PlanError(f"layer {layer} of {model.id} is pinned twice")
@@ -35,18 +38,11 @@ def parse_pins(texts: Sequence[str], model: ModelInfo) -> dict[int, LayerPlan]:
     return dict(sorted(pins.items()))
 
 
-def _layer(match: re.Match[str]) -> LayerPlan:
-    try:
-        return LayerPlan(k=TensorPlan(bits=int(match["k"])), v=TensorPlan(bits=int(match["v"])))
-    except ValueError as error:
-        raise PlanError(f"'{match[0].strip()}' pins nothing: {reason(error)}") from error
-
-
 def _layers(indices: str, model: ModelInfo) -> Iterator[int]:
-    """`0,-1` or `0-3` as layers; whether the model has them is checked later."""
+    """Yield the layers of `0,-1` or `0-3`, also those that the model does not have."""
     for first, last in re.findall(r"(-?\d+)(?:-(\d+))?", indices):
         low = int(first) + (model.layers if first.startswith("-") else 0)
         high = int(last) if last else low
         if high < low:
-            raise PlanError(f"'{first}-{last}' pins nothing: it ends before it begins")
+            raise PlanError(f"'{first}-{last}' is no pin: it ends before it begins")
         yield from range(low, high + 1)

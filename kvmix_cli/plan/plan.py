@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeGuard
+from typing import Any, Final, Literal, TypedDict, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
-from .document import Document, Fault, Faults, flow, head_comment, read_yaml, reason, validate
+from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
 from .policies import WIDTHS, ChannelPolicy
-from .settings import CacheSettings
+from .settings import CacheSettings, GroupSize
 from .sizes import BitCount, CacheBytes, layer_bytes, mean_bits
 
 FORMAT: Final = "kvmix-plan/1"
@@ -30,19 +30,52 @@ _COUNTS: tuple[BitCount, ...] = ("nominal", "stored")
 _KVTUNER_KEYS = {"nbits_key", "nbits_value"}
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class Provenance(TypedDict, total=False):
+    """Facts about how kvmix made a plan, for its `provenance`; files may have others.
+
+    Attributes:
+        kvmix: version of kvmix.
+        method: method of allocation, "preset", "shuffled", "short form" or "kvtuner".
+        score: score that decided, or that predicts the loss.
+        seed: seed of a method that draws at random.
+        group_sizes: group sizes to choose from.
+        budget: limit that was asked for, see `allocation.Budget.summary`.
+        pins: widths that were set by hand, in short form by layer.
+        predicted_loss: predicted increase of the loss, in nats per token.
+        trials: number of plans that a search measured.
+        measured_loss: the lowest loss that it measured, in nats per token.
+        profile_sha256: checksum of the profile.
+    """
+
+    kvmix: str
+    method: str
+    score: str
+    seed: int
+    group_sizes: list[GroupSize]
+    budget: Mapping[str, float]
+    pins: dict[int, str]
+    predicted_loss: float
+    trials: int
+    measured_loss: float
+    profile_sha256: str
 
 
-class Bits(_Frozen):
+class Bits(StrictModel):
     """Mean bits per element over a plan's layers; see `sizes`."""
 
     nominal: float
     stored: float
 
 
-class Plan(_Frozen):
-    """A complete decision for one model."""
+class Plan(StrictModel):
+    """A complete decision for one model.
+
+    Attributes:
+        provenance: how the plan was made. kvmix writes a `Provenance`; a file may have anything.
+        bits: mean bits per element, checked against the layers.
+        cache: settings of every layer's cache.
+        layers: storage of each layer that has no stock cache, in order.
+    """
 
     format: Literal["kvmix-plan/1"] = FORMAT
     model: ModelInfo
@@ -50,6 +83,11 @@ class Plan(_Frozen):
     bits: Bits
     cache: CacheSettings = Field(default_factory=CacheSettings)
     layers: dict[int, LayerPlan]
+
+    @field_validator("layers")
+    @classmethod
+    def _in_order(cls, layers: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
+        return dict(sorted(layers.items()))
 
     @model_validator(mode="after")
     def _complete(self) -> Plan:
@@ -150,7 +188,7 @@ class Plan(_Frozen):
         lines = head_comment(command)
         lines += [f"{key}: {flow(value)}" for key, value in data.items()]
         lines.append("layers:")
-        for index, layer in sorted(self.layers.items()):
+        for index, layer in self.layers.items():
             lines.append(f"  {index}: {flow(layer.model_dump(exclude_none=True))}")
         return "\n".join(lines) + "\n"
 
@@ -166,7 +204,10 @@ class Plan(_Frozen):
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of everything that changes what the cache does."""
+        """Return the checksum of everything that changes what the cache does.
+
+        Layers, stock layers and ratios are in order in every plan, so equal plans have equal checksums.
+        """
         decided = self.model_dump(include={"model", "cache", "layers"})
         return hashlib.sha256(flow(decided).encode()).hexdigest()
 

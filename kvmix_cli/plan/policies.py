@@ -1,11 +1,11 @@
-"""What a plan can do besides choosing widths: transform the data, sort tokens, sort key channels. Settings, no torch.
+"""Settings of a plan beside its widths: transforms of the data, and policies that sort tokens and key channels.
 
-    transforms  what happens to keys and values before they are stored; attention takes it back
-    tokens      important tokens get wider tiers than their layer's bits, unimportant ones may be evicted
-    channels    important key channels get wider runs than their layer's bits
+    transforms  change keys and values before they are stored; attention takes the change back
+    tokens      store important tokens in tiers wider than their layer's bits, and may evict unimportant ones
+    channels    store important key channels in groups wider than their layer's bits
 
-A layer's own bits hold for whatever no tier and no run claims, so every axis combines with every plan.
-`cache/transforms`, `cache/policies` and `cache/packing` do what is written here.
+A token or channel in no tier and no group is stored at its layer's own bits, so every axis combines with every plan.
+`cache/transforms`, `cache/policies` and `cache/packing` implement these settings.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -26,45 +24,48 @@ from pydantic import (
     model_validator,
 )
 
+from .document import StrictModel
+
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
 MOST_CHANNELS = 256
-"""An order of channels is stored as uint8."""
-
-
-def _from_list(value: object) -> object:
-    """Files have lists."""
-    return tuple(value) if isinstance(value, list) else value
-
+"""Channels of a head that can be sorted: their order is stored as uint8."""
+MOST_TOKENS = 2**20
+"""Tokens of one setting, such as a window or a flush: the longest context that a plan can describe."""
+MOST_ENTRIES = 16
+"""Transforms, tiers or channel groups in one list."""
 
 T = TypeVar("T")
-Several = Annotated[tuple[T, ...], BeforeValidator(_from_list)]
+Several = Annotated[
+    tuple[T, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Field(max_length=MOST_ENTRIES),
+]
+"""A list of a file as a tuple."""
 
 
-class _Setting(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+class _Setting(StrictModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What files say: the kind of a transform, and everything that is not as it is by default."""
+        """Return what files state: the kind of a transform, and everything that is not the default."""
         usual = {name: field.default for name, field in type(self).model_fields.items() if name != "kind"}
         return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
 class Rotate(_Setting):
-    """An orthogonal matrix over the channels: a Hadamard matrix with random signs, or one from a file.
+    """A rotation of the channels: a Hadamard matrix with random signs, or an orthogonal matrix from a file.
 
     Attributes:
-        seed: of the signs.
+        seed: seed of the random signs.
         matrix: a safetensors file with `rotation` `[D, D]`, or `layers.N.k` and `layers.N.v` for each layer.
     """
 
     kind: Literal["rotate"] = "rotate"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     matrix: str | None = None
 
 
 class Center(_Setting):
-    """The mean of every channel taken out: that of the prompt, or one from a file.
+    """A subtraction of every channel's mean, over the prompt or from a file.
 
     Attributes:
         means: a safetensors file with `layers.N.k` and `layers.N.v`, each `[H_kv, D]`.
@@ -75,7 +76,7 @@ class Center(_Setting):
 
 
 class Balance(_Setting):
-    """Every channel scaled, by what the prompt says: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
+    """A scaling of channels by the prompt's range: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
 
     kind: Literal["balance"] = "balance"
 
@@ -84,13 +85,13 @@ Transform = Annotated[Rotate | Center | Balance, Field(discriminator="kind")]
 
 
 class Transforms(_Setting):
-    """Of keys and of values, in the order in which they are applied."""
+    """Transforms of keys and of values, in the order in which they are applied."""
 
     k: Several[Transform] = ()
     v: Several[Transform] = ()
 
     def then(self, more: Transforms) -> Transforms:
-        """These, and others after them. Raises ValueError if both do the same to keys, or to values."""
+        """Return these transforms followed by others. Raises ValueError if both have one kind for keys, or values."""
         for what, first, second in (("keys", self.k, more.k), ("values", self.v, more.v)):
             if twice := {each.kind for each in first} & {each.kind for each in second}:
                 raise ValueError(f"both {sorted(twice)[0]} {what}")
@@ -98,19 +99,20 @@ class Transforms(_Setting):
 
     @property
     def kept(self) -> int:
-        """Transforms that keep a number of every channel for every sequence; matrices and files are shared by all."""
+        """Return the number of transforms that keep a number per channel and sequence; the others share theirs."""
         own = [isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in self.k + self.v]
         return sum(own)
 
 
 def known_width(bits: int) -> int:
+    """Return a width of a code. Raises ValueError unless it is one of `WIDTHS`."""
     if bits not in WIDTHS:
         raise ValueError(f"must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
     return bits
 
 
 class Tier(_Setting):
-    """A share of the tokens, and the bits of their keys and values (those of the layer where they are more)."""
+    """A share of the tokens, and the bits of their keys and values; a layer with more bits keeps its own."""
 
     share: float = Field(gt=0, lt=1)
     k: int
@@ -120,11 +122,11 @@ class Tier(_Setting):
 
 
 class TokenPolicy(_Setting):
-    """Tokens that leave the window are sorted by importance, `flush` at a time, once.
+    """A sorting of tokens into tiers by importance, once, when `flush` of them have left the window.
 
     Attributes:
-        score: what importance is; a name of `cache/policies`.
-        tiers: from the most important tokens on. What they leave gets the layer's own bits.
+        score: measure of importance, a name of `cache/policies`.
+        tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
         flush: tokens that are sorted together; a long prompt is sorted as a whole.
     """
@@ -132,12 +134,12 @@ class TokenPolicy(_Setting):
     score: str = "attention"
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
-    flush: int = Field(default=320, ge=16)
+    flush: int = Field(default=320, ge=16, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _adds_up(self) -> TokenPolicy:
         if not self.tiers and not self.evict:
-            raise ValueError("a token policy needs tiers, or a share to evict")
+            raise ValueError("a token policy needs tiers, or a share of tokens to evict")
         if self.shares[-2] <= 0:
             claimed = ", ".join(f"{tier.share:g}" for tier in self.tiers)
             raise ValueError(f"shares {claimed} and {self.evict:g} to evict leave nothing for the layer's own bits")
@@ -145,98 +147,97 @@ class TokenPolicy(_Setting):
 
     @property
     def weighs_queries(self) -> bool:
-        """Whether every KV head keeps what queries have given to each token that is not sorted yet."""
+        """Return whether every KV head keeps the attention that each unsorted token has received."""
         return self.score != "recency"
 
     @property
     def counts_queries(self) -> bool:
-        """Whether it is kept, too, how many queries could see such a token."""
+        """Return whether the number of queries that could see each unsorted token is kept, too."""
         return self.score == "normalised"
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
-        """Of the tiers, of the layer's own bits, and of what is evicted; they add up to 1."""
+        """Return the shares of tokens in each tier, at the layer's own bits, and evicted; they add up to 1."""
         tiers = [Fraction(tier.share).limit_denominator(10_000) for tier in self.tiers]
         evicted = Fraction(self.evict).limit_denominator(10_000)
         return (*tiers, 1 - sum(tiers) - evicted, evicted)
 
     def counts(self, tokens: int) -> tuple[int, ...]:
-        """Of so many tokens (a multiple of `flush`), those in each tier, at the layer's bits, and evicted."""
+        """Return how many of `tokens`, a multiple of `flush`, are in each tier, at the layer's bits, and evicted."""
         return tuple(int(share * tokens) for share in self.shares)
 
     def faults(self, page: int) -> Iterator[str]:
-        """Why tiers cannot be whole pages of this many tokens."""
+        """Yield why tiers cannot be whole pages of `page` tokens."""
         if self.flush % page:
             yield f"flush must be a multiple of the page of {page} tokens, got {self.flush}"
         elif any((share * self.flush) % page for share in self.shares):
-            least = next(
-                (n for n in range(page, 513 * page, page) if not any((s * n) % page for s in self.shares)), None
-            )
-            fit = f"; {least} would do" if least else ""
-            yield f"shares of a flush of {self.flush} tokens are no whole pages of {page}{fit}"
+            candidates = range(page, 513 * page, page)
+            least = next((size for size in candidates if not any((s * size) % page for s in self.shares)), None)
+            advice = f"; use a flush of {least}" if least else ""
+            yield f"shares of a flush of {self.flush} tokens are not whole pages of {page}{advice}"
 
 
-class Run(_Setting):
-    """Some of the key channels: a number, or a share rounded to a multiple of 16, and their bits."""
+class ChannelGroup(_Setting):
+    """Some of the key channels and their bits: a number of channels, or a share rounded to a multiple of 16."""
 
-    channels: int | None = Field(default=None, ge=WORD_BITS)
+    channels: int | None = Field(default=None, ge=WORD_BITS, le=MOST_CHANNELS)
     share: float | None = Field(default=None, gt=0, lt=1)
     bits: int
 
     _width = field_validator("bits")(known_width)
 
     @model_validator(mode="after")
-    def _one(self) -> Run:
+    def _has_one_size(self) -> ChannelGroup:
         if (self.channels is None) == (self.share is None):
-            raise ValueError("give a run its channels or its share, one of them")
+            raise ValueError("a run needs either channels or a share")
         return self
 
     def width(self, head_dim: int) -> int:
-        """Channels of a head of this size."""
+        """Return the number of channels in a head of `head_dim`."""
         if self.channels is not None:
             return self.channels
         return max(WORD_BITS, round((self.share or 0) * head_dim / WORD_BITS) * WORD_BITS)
 
 
 class ChannelPolicy(_Setting):
-    """Key channels of every KV head are sorted by importance and cut into runs.
+    """A sorting of every KV head's key channels into groups by importance.
 
     Attributes:
-        score: what importance is; a name of `cache/policies`.
-        runs: from the most important channels on. What they leave gets the layer's own bits.
-        refresh: packed tokens after which channels are sorted anew; 0 is never, a multiple of the page otherwise.
+        score: measure of importance, a name of `cache/policies`.
+        runs: channel groups, the most important channels first. The remaining channels have the layer's own bits.
+        refresh: packed tokens after which channels are sorted anew, a multiple of the page; 0 is never.
     """
 
     score: str = "query-range"
-    runs: Several[Run]
-    refresh: int = Field(default=0, ge=0)
+    runs: Several[ChannelGroup]
+    refresh: int = Field(default=0, ge=0, le=MOST_TOKENS)
 
     @field_validator("runs")
     @classmethod
-    def _some(cls, runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    def _some(cls, runs: tuple[ChannelGroup, ...]) -> tuple[ChannelGroup, ...]:
         if not runs:
             raise ValueError("a channel policy needs runs")
         return runs
 
     @property
     def weighs_queries(self) -> bool:
-        """Whether every KV head keeps what queries are like, channel by channel."""
+        """Return whether every KV head keeps a statistic of its queries for each channel."""
         return self.score == "query-range"
 
     def widths(self, head_dim: int) -> tuple[int, ...]:
-        """Channels of every run, and of what they leave. Raises ValueError if they do not fit the head."""
+        """Return the channels of each group and the number that remain. Raises ValueError if the head is too small."""
         if head_dim > MOST_CHANNELS:
             raise ValueError(f"channels can be sorted in heads of up to {MOST_CHANNELS}, not of {head_dim}")
-        runs = [run.width(head_dim) for run in self.runs]
-        rest = head_dim - sum(runs)
-        if rest < WORD_BITS or any(width % WORD_BITS for width in (*runs, rest)):
+        groups = [group.width(head_dim) for group in self.runs]
+        rest = head_dim - sum(groups)
+        if rest < WORD_BITS or any(width % WORD_BITS for width in (*groups, rest)):
             raise ValueError(
-                f"runs of {' + '.join(map(str, runs))} channels do not fit heads of {head_dim}: runs and what they "
-                f"leave must be multiples of {WORD_BITS}"
+                f"runs of {' + '.join(map(str, groups))} channels do not fit heads of {head_dim}: each run, and the "
+                f"channels that remain, must be a multiple of {WORD_BITS}"
             )
-        return (*runs, rest)
+        return (*groups, rest)
 
     def faults(self, page: int) -> Iterator[str]:
-        """Why it cannot go with pages of this many tokens."""
+        """Yield why channels cannot be sorted anew with pages of `page` tokens."""
         if self.refresh % page:
             yield f"refresh must be a multiple of the page of {page} tokens, got {self.refresh}"

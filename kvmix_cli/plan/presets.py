@@ -1,42 +1,47 @@
 """Presets: published methods as settings of this cache, usable without a profile. See docs/presets.md.
 
-A preset is a readable file, `profiles/presets/NAME.yaml`: widths by layer, and a plan's cache section. Its head comment
-names its source and where it differs. `kvtuner:FILE` is one, too: widths from KVTuner's preset, and the default cache.
+A preset is a file, `profiles/presets/NAME.yaml`: widths by layer, and a plan's cache section. Its head comment names
+its source and how it differs. `kvtuner:FILE` also is a preset: widths from KVTuner's file, with the default cache.
+
+The paper's preset has two names, `kvmix-paper` and `paper`. It serves twice: as a plan without a profile, whose first
+layers stand for the important ones, and as the start of `kvmix allocate`, which chooses these layers by score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError, StateError, did_you_mean
-from .document import read_yaml, validate
+from ..registry import Registry
+from .document import StrictModel, read_yaml, validate
 from .geometry import ModelInfo
-from .layers import LayerPlan, TensorPlan
+from .layers import LayerPlan
 from .plan import Plan
 from .policies import known_width
 from .settings import CacheSettings
 
 FORMAT: Final = "kvmix-preset/1"
 KVTUNER: Final = "kvtuner:"
+ALIASES: Final = {"paper": "kvmix-paper"}
+"""Second names of presets."""
 _SHIPPED = Path(__file__).parents[1] / "presets"
 _CHECKOUT = Path(__file__).parents[2] / "profiles" / "presets"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ByLayer(_Frozen):
-    """A width for all layers, or one for the first of them and another for the rest; `2` is short for `{bits: 2}`.
+class ByLayer(StrictModel):
+    """A width for all layers, or one for the first layers and another for the rest; `2` is short for `{bits: 2}`.
 
     Attributes:
+        bits: width of all layers, or of the first ones.
         first: share of the layers, rounded down, that have `bits`.
-        rest: bits of the others.
+        rest: width of the other layers.
     """
 
     bits: int
@@ -60,21 +65,35 @@ class ByLayer(_Frozen):
         return self
 
     def at(self, place: int, layers: int) -> int:
-        """Bits of the layer at a place among so many."""
+        """Return the bits of the layer at a place, from 0, among `layers` layers."""
         if self.first is None or self.rest is None:
             return self.bits
         return self.bits if place < int(Fraction(self.first).limit_denominator(10_000) * layers) else self.rest
 
 
-class Widths(_Frozen):
-    """Of keys and of values."""
+class Widths(StrictModel):
+    """Widths of keys and of values."""
 
     k: ByLayer
     v: ByLayer
 
 
-class Preset(_Frozen):
-    """A method's widths, and how its cache is cut."""
+@dataclass(frozen=True)
+class LayerShare:
+    """A share of the layers that is stored at the wider of two widths.
+
+    Attributes:
+        share: share of the layers, between 0 and 1.
+        k_bits, v_bits: the two widths of keys, and of values, ascending.
+    """
+
+    share: float
+    k_bits: tuple[int, ...]
+    v_bits: tuple[int, ...]
+
+
+class Preset(StrictModel):
+    """A method's widths and cache settings."""
 
     format: Literal["kvmix-preset/1"] = FORMAT
     bits: Widths
@@ -88,34 +107,58 @@ class Preset(_Frozen):
         return validate(document, cls)
 
     def plan(self, model: ModelInfo, name: str) -> Plan:
-        """The plan of a model. Raises PlanError if its heads cannot be packed so."""
-        count = len(model.quantizable)
+        """Return the plan of a model. Raises PlanError if the model's heads cannot be packed like this."""
+        count, k, v = len(model.quantizable), self.bits.k, self.bits.v
         layers = {
-            layer: LayerPlan(
-                k=TensorPlan(bits=self.bits.k.at(place, count)), v=TensorPlan(bits=self.bits.v.at(place, count))
-            )
+            layer: LayerPlan.of_bits(k.at(place, count), v.at(place, count))
             for place, layer in enumerate(model.quantizable)
         }
         return Plan.build(model, layers, self.cache, {"method": "preset", "preset": name})
 
+    @property
+    def layer_share(self) -> LayerShare | None:
+        """Return the share of layers that have more bits; None unless keys and values have the same share."""
+        k, v = self.bits.k, self.bits.v
+        if k.first is None or k.rest is None or v.rest is None or k.first != v.first:
+            return None
+        return LayerShare(k.first, tuple(sorted({k.bits, k.rest})), tuple(sorted({v.bits, v.rest})))
 
-def presets() -> dict[str, Path]:
-    """All presets by name."""
+
+@cache
+def presets() -> Registry[Path]:
+    """Return the files of all presets by name, second names left out."""
+    found: Registry[Path] = Registry("preset", StateError)
     folder = _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    for path in sorted(folder.glob("*.yaml")):
+        found.add(path.stem, path)
+    return found
+
+
+def has_preset(name: str) -> bool:
+    """Return whether there is a preset of this name, or second name."""
+    return ALIASES.get(name, name) in presets()
+
+
+def preset_path(name: str) -> Path:
+    """Return the file of a preset by one of its names. Raises StateError with the nearest names if there is none."""
+    if not has_preset(name):
+        hint = did_you_mean(name, [*presets(), *ALIASES])
+        raise StateError(f"unknown preset '{name}'{hint}; known are {', '.join(presets())} and {KVTUNER}FILE")
+    return presets()[ALIASES.get(name, name)]
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by its name. Raises StateError with the nearest names."""
-    known = presets()
-    if name not in known:
-        hint = did_you_mean(name, known) or f"; there are {', '.join(known)} and {KVTUNER}FILE"
-        raise StateError(f"no preset '{name}'{hint}")
-    return Preset.load(known[name])
+    """Return a preset by one of its names.
+
+    Raises:
+        StateError: if there is no such preset, with the nearest names.
+        DocumentError: if its file is faulty.
+    """
+    return Preset.load(preset_path(name))
 
 
 def plan_of(name: str, model: ModelInfo) -> Plan:
-    """The plan of a model from a preset, or from `kvtuner:FILE`.
+    """Return the plan of a model from a preset, or from `kvtuner:FILE`.
 
     Raises:
         StateError: if there is no such preset, with the nearest names.
@@ -128,14 +171,16 @@ def plan_of(name: str, model: ModelInfo) -> Plan:
 
 
 def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
-    """A cache with the transforms, tokens and channels of a preset, too.
+    """Return cache settings with the transforms, tokens and channels of a preset added.
 
     Args:
-        base: what the cache is of, for errors.
+        cache: settings to add to.
+        name: name of the preset.
+        base: name of the plan or preset that the settings belong to, for errors.
 
     Raises:
         StateError, DocumentError: as `plan_of`.
-        PlanError: if the two do not go together.
+        PlanError: if the settings and the preset cannot be combined.
     """
     try:
         return cache.with_axes(find_preset(name).cache)
@@ -144,18 +189,19 @@ def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
 
 
 def split(given: str, is_whole: Callable[[str], bool]) -> tuple[str, tuple[str, ...]]:
-    """What stands before the presets that are put on it: `rank-2.3+mikv` is `rank-2.3` and `("mikv",)`.
+    """Return a name without the presets added to it, and these: `rank-2.3+mikv` is `rank-2.3` and `("mikv",)`.
 
     Args:
-        is_whole: whether there is something of this very name, with every `+` in it.
+        given: the whole name.
+        is_whole: test whether something has exactly this name, so that a `+` in it is part of the name.
 
     Raises:
         StateError: if there is no such preset, with the nearest names.
     """
-    base, presets = given, tuple[str, ...]()
+    base, added = given, tuple[str, ...]()
     while "+" in base and not is_whole(base):
         base, _, last = base.rpartition("+")
-        presets = (last, *presets)
-    for preset in presets:
+        added = (last, *added)
+    for preset in added:
         find_preset(preset)
-    return base, presets
+    return base, added

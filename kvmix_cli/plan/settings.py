@@ -1,4 +1,4 @@
-"""How every layer's cache is cut: pages, groups, sinks, window, and what else happens to keys and values."""
+"""Cache settings of a plan: pages, groups, sinks, window, transforms and policies."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
-from .document import Faults
-from .policies import ChannelPolicy, TokenPolicy, Transforms
+from .document import Faults, StrictModel
+from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
 from .windows import Recent, Window
 
 AXES: Final = ("transforms", "tokens", "channels")
-"""Settings that do more than cut the cache; see `axes`."""
+"""Settings that change the data or sort it; see `CacheSettings.axes`."""
+MOST_ELEMENTS = 2**16
+"""Tokens of a page, and elements of a group."""
 
 
 def _group_size(size: Any) -> Any:
     if size != "row" and (type(size) is not int or size < 8):
         raise ValueError(f"must be a number of at least 8 or 'row', got {size!r}")
+    if size != "row" and size > MOST_ELEMENTS:
+        raise ValueError(f"must be at most {MOST_ELEMENTS}, or 'row' for one group per row, got {size}")
     return size
 
 
 GroupSize = Annotated[int | Literal["row"], BeforeValidator(_group_size)]
 
 
-class CacheSettings(BaseModel):
-    """How every layer's cache is cut: `sink | packed pages | tail`.
+class CacheSettings(StrictModel):
+    """Layout of every layer's cache, `sink | packed pages | tail`, with transforms and policies.
 
     Attributes:
         page: tokens that are quantized together, once; a multiple of 16.
         sink: first tokens that stay in full precision.
         group_size: elements that share a scale and a zero; `"row"` for a whole page row or head.
-        scale_dtype: of scales and zeros.
-        window: which recent tokens stay in full precision.
-        transforms, tokens, channels: what else happens to keys and values; see `axes`.
+        scale_dtype: type of scales and zeros.
+        window: rule for the recent tokens that stay in full precision.
+        transforms, tokens, channels: changes of the data, and sorting of tokens and of key channels; None for none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    page: int = Field(default=128, ge=16, multiple_of=16)
-    sink: int = Field(default=4, ge=0)
+    page: int = Field(default=128, ge=16, le=MOST_ELEMENTS, multiple_of=16)
+    sink: int = Field(default=4, ge=0, le=MOST_TOKENS)
     group_size: GroupSize = 64
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
     window: Window = Field(default_factory=Recent)
@@ -67,25 +67,25 @@ class CacheSettings(BaseModel):
 
     @property
     def axes(self) -> dict[str, Transforms | TokenPolicy | ChannelPolicy]:
-        """Those of transforms, tokens and channels that are set."""
+        """Return those of transforms, tokens and channels that are set."""
         return {name: axis for name in AXES if (axis := getattr(self, name)) is not None}
 
     @property
     def plain(self) -> CacheSettings:
-        """The same without any of them."""
+        """Return the same settings without transforms, tokens and channels."""
         return self.model_copy(update=dict.fromkeys(AXES))
 
     def with_axes(self, other: CacheSettings) -> CacheSettings:
-        """These settings, and the transforms, tokens and channels of others.
+        """Return these settings with the transforms, tokens and channels of `other` added.
 
-        Transforms are applied after one's own. The page is that of the others where policies need it, one's own if not.
+        Transforms of `other` come after these. The page stays, unless only the page of `other` suits all policies.
 
         Raises:
-            ValueError: if both sort tokens, sort channels, or transform the same thing in the same way; if no page of
-                theirs suits all policies; or if the others have no axes.
+            ValueError: if both sort tokens, sort channels, or have a transform of the same kind; if neither page suits
+                all policies; or if `other` has no axes.
         """
         if not other.axes:
-            raise ValueError("it has no transforms, tokens or channels, only widths, and those are decided already")
+            raise ValueError("it has no transforms, tokens or channels, only widths, which the plan has already")
         for name in ("tokens", "channels"):
             if self.axes.get(name) and other.axes.get(name):
                 raise ValueError(f"both sort {name}")
@@ -99,5 +99,5 @@ class CacheSettings(BaseModel):
 
 
 def _unfit(axes: Mapping[str, Any], page: int) -> list[tuple[str, str]]:
-    """Which policies cannot go with pages of so many tokens, and why."""
+    """Return the policies that cannot have pages of `page` tokens, each with the reason."""
     return [(name, fault) for name in ("tokens", "channels") if name in axes for fault in axes[name].faults(page)]

@@ -1,41 +1,47 @@
-"""What `kvmix allocate --method pareto` writes and shows: one plan file for each step of the budget."""
+"""A family of plans, one for each step of the budget, as a table and as plain data for `--json`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import console, state
+from ..evaluation.results import Table
+from ..plan import Plan
+from .tables import plan_json
 
-if TYPE_CHECKING:
-    from ..plan import Plan
+
+def member_name(plan: Plan, family: str) -> str:
+    """Return the name of a plan of a family, `pareto-2.5`: the family's name and the budget in stored bits."""
+    return f"{family}-{plan.provenance['budget']['stored_bits']:g}"
 
 
-def save_family(plans: Sequence[Plan], name: str, command: str, context: int, batch: int) -> None:
-    """Write the plans as `<name>-<stored bits>.yaml`, each whole or not at all, and show them. Raises OutputError."""
-    from .tables import plan_json
-
-    named = [(_path(plan, name).stem, plan.save(_path(plan, name), command), plan) for plan in plans]
-    model, score = plans[0].model, plans[0].provenance["score"]
-    console.table(
-        f"{len(plans)} plans for {model.id} by {score}",
+def family_table(named: Sequence[tuple[Path, Plan]]) -> Table:
+    """Return a table of the plans of a family, each with its file."""
+    first_path, first = named[0]
+    rows = []
+    for path, plan in named:
+        loss = plan.provenance.get("predicted_loss")
+        losses = ["-", "-"] if loss is None else [f"{loss:.5f}", f"{100 * math.expm1(loss):+.2f} %"]
+        rows.append([path.stem, f"{plan.bits.stored:.4g}", f"{plan.bits.nominal:.4g}", *losses])
+    return Table(
+        f"{len(named)} plans for {first.model.id} by {first.provenance['score']}",
         ["plan", "stored", "nominal", "loss", "perplexity"],
-        [[stem, f"{plan.bits.stored:.4g}", f"{plan.bits.nominal:.4g}", *_loss(plan)] for stem, _, plan in named],
-        footer=f"loss is predicted, in nats a token\nplans:   {_path(plans[0], name).parent}",
+        rows,
+        f"loss is predicted, in nats a token\nplans:   {first_path.parent}",
     )
-    rows = [
-        {"plan": path, "predicted_loss": plan.provenance.get("predicted_loss"), **plan_json(plan, context, batch)}
-        for _, path, plan in named
+
+
+def family_json(named: Sequence[tuple[Path, Plan]], context: int, batch: int) -> dict[str, Any]:
+    """Return the plans of a family as plain data; bytes are counted at a context and batch."""
+    _, first = named[0]
+    plans = [
+        {
+            "plan": str(path),
+            "predicted_loss": plan.provenance.get("predicted_loss"),
+            **plan_json(plan, context, batch),
+        }
+        for path, plan in named
     ]
-    console.emit_json({"command": "allocate", "model": model.id, "method": "pareto", "score": score, "plans": rows})
-
-
-def _path(plan: Plan, name: str) -> Path:
-    return state.plan_path(plan.model.id, f"{name}-{plan.provenance['budget']['stored_bits']:g}")
-
-
-def _loss(plan: Plan) -> list[Any]:
-    loss = plan.provenance.get("predicted_loss")
-    return ["-", "-"] if loss is None else [f"{loss:.5f}", f"{100 * math.expm1(loss):+.2f} %"]
+    return {"model": first.model.id, "method": "pareto", "score": first.provenance["score"], "plans": plans}

@@ -1,37 +1,27 @@
-"""A leaderboard as tables, as Markdown, and as plain data for `--json`."""
+"""Leaderboards as tables, and as plain data for `--json`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from ..studies.measure import cell
-
-if TYPE_CHECKING:
-    from ..studies.leaderboard.compare import Comparison, Standing
-    from ..studies.leaderboard.contest import Board
-
-
-class Table(NamedTuple):
-    """As `console.table` takes it."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    footer: str = ""
+from ..evaluation.results import Table
+from ..studies.leaderboard.board import Board
+from ..studies.leaderboard.standings import Comparison, Standing
+from .evaluation import format_estimate
 
 
 def tables(board: Board) -> list[Table]:
-    """One for each budget, and one of how well each score foretold the losses."""
+    """Return a table for each budget, and one of the correlations of predicted and measured losses."""
     budgets = dict.fromkeys(each.stored_bits for each in board.standings)
     found = [_budget_table(board, stored_bits) for stored_bits in budgets]
     return [*found, _correlation_table(board)]
 
 
 def _correlation_table(board: Board) -> Table:
-    rows = [[score, "-" if rho is None else f"{rho:.3f}", n] for score, (rho, n) in board.correlations.items()]
+    rows = [[score, "-" if rho is None else f"{rho:.3f}", f"{n}"] for score, (rho, n) in board.correlations.items()]
     measured = "".join(f"{report.description}\n" for report in board.reports)
     return Table("predicted against measured loss", ["score", "Spearman", "plans"], rows, measured)
 
@@ -48,33 +38,30 @@ def _budget_table(board: Board, stored_bits: float) -> Table:
 
 
 def _cells(each: Standing, scores: Sequence[str], recall: bool) -> list[str]:
-    """Names, bits, what every score predicts, and what was measured; what is not known is a dash."""
+    """Return names, bits, every score's prediction, and the measurements; a dash where there is none."""
     bits = [f"{each.plan.bits.nominal:.2f}", f"{each.plan.bits.stored:.2f}"]
     predicted = [f"{each.predicted[score]:.4f}" if score in each.predicted else "-" for score in scores]
     share = "-" if each.loss is None else f"{100 * math.expm1(each.loss.value):+.2f} %"
-    recalled = [cell(each.rows["recall"].metrics.get("recall"), "")] if recall else []
-    return [", ".join(each.names), *bits, *predicted, cell(each.loss, "nats"), share, *recalled]
+    recalled = [format_estimate(each.rows["recall"].metrics.get("recall"), "")] if recall else []
+    return [", ".join(each.names), *bits, *predicted, format_estimate(each.loss, "nats"), share, *recalled]
 
 
 def _sentence(each: Comparison) -> str:
     share = "" if each.ratio is None else f", {each.ratio:.2f} times its loss"
-    return f"{each.first} against {each.second}: {cell(each.difference, 'nats')} nats a token{share}"
+    return f"{each.first} against {each.second}: {format_estimate(each.difference, 'nats')} nats a token{share}"
 
 
-def markdown(shown: Sequence[Table], command: str) -> str:
-    """The same tables in a file, with the command that made them."""
-    return "\n".join([f"<!-- {command} -->", *(_section(table) for table in shown)])
-
-
-def _section(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    grid = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    notes = [f"- {line}" for line in table.footer.splitlines()]
-    return "\n".join(["", f"## {table.title}", "", *grid, "", *notes, *([""] if notes else [])])
+def plan_names(board: Board) -> dict[str, list[str]]:
+    """Return the names of every plan, each with its budget, by the name of the plan's runs."""
+    named: dict[str, list[str]] = {}
+    for each in board.standings:
+        names = [f"{name} at {each.stored_bits:g}" for name in each.names]
+        named.setdefault(each.rows["perplexity"].plan, []).extend(names)
+    return named
 
 
 def board_json(board: Board) -> dict[str, Any]:
-    """All rows, each plan once by the name of its runs, and who stands where with them."""
+    """Return all rows, each plan once by the name of its runs, and the standings with these names."""
     return {
         "tokens": sum(report.tokens for report in board.reports),
         "rows": [row.as_json() for report in board.reports for row in report.rows],

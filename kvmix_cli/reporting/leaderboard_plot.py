@@ -1,25 +1,22 @@
-"""A leaderboard's picture: measured loss against stored bits. Importing this loads matplotlib."""
+"""Plot of a leaderboard: measured loss against stored bits. Importing this loads matplotlib."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from ..studies.leaderboard.field import RANDOM
+from ..studies.leaderboard.board import Board
+from ..studies.leaderboard.candidates import RANDOM
 from .plots import Point, save
 
-if TYPE_CHECKING:
-    from ..studies.leaderboard.contest import Board
-
 LINEAR = 5e-3
-"""Nats a token, half a percent of perplexity. Below it the axis is linear: a loss increase may be zero or less."""
+"""Nats per token, half a percent of perplexity. Below it the axis is linear: a loss increase may be zero or less."""
 
 
 def plot_board(board: Board, path: Path) -> Path:
-    """One line a method, and a dot for every random plan. Raises OutputError."""
+    """Draw a line for each method, and a dot for each random plan. Raises OutputError."""
     lines: defaultdict[str, list[Point]] = defaultdict(list)
     for each in board.standings:
         for name in each.names:

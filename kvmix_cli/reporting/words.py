@@ -1,4 +1,4 @@
-"""What a plan's transforms and policies do, in words."""
+"""Words for a plan's transforms and policies, and strips of blocks for numbers."""
 
 from __future__ import annotations
 
@@ -6,38 +6,52 @@ from ..plan import CacheSettings
 from ..plan.policies import Balance, Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
+EIGHTHS = "▏▎▍▌▋▊▉"
+
+
+def blocks(value: float, largest: float, width: int = 12, *, ascii_only: bool = False) -> str:
+    """Return a value as a strip of blocks, `width` of them for the largest value.
+
+    Args:
+        value: number to show.
+        largest: number that a whole strip stands for.
+        width: blocks of a whole strip.
+        ascii_only: use `#`, for an output that cannot show block characters.
+    """
+    share = 0.0 if largest <= 0 else min(1.0, max(0.0, value / largest))
+    if ascii_only:
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
 
 
 def axes_lines(cache: CacheSettings) -> list[str]:
-    """A line for each axis that is set, for the foot of a table."""
+    """Return a line for each of transforms, tokens and channels that is set, for the footer of a table."""
     return [f"{LABELS[name]:9}{in_words(axis)}" for name, axis in cache.axes.items()]
 
 
 def in_words(axis: Transforms | TokenPolicy | ChannelPolicy | None) -> str:
-    """`keys balanced, then rotated; values rotated`; `none` for an axis that is not set."""
+    """Return `keys balanced, then rotated; values rotated`; `none` for transforms or a policy that is not set."""
     if axis is None:
         return "none"
     if isinstance(axis, Transforms):
-        return _transforms(axis)
+        both = {"keys": axis.k, "values": axis.v}
+        return "; ".join(f"{what} {', then '.join(map(_transform, steps))}" for what, steps in both.items() if steps)
     return _tokens(axis) if isinstance(axis, TokenPolicy) else _channels(axis)
 
 
-def _transforms(transforms: Transforms) -> str:
-    both = {"keys": transforms.k, "values": transforms.v}
-    return "; ".join(f"{what} {', then '.join(map(_done, steps))}" for what, steps in both.items() if steps)
-
-
-def _done(step: Transform) -> str:
-    if isinstance(step, Balance):
-        return "balanced"
+def _transform(step: Transform) -> str:
+    if isinstance(step, Rotate):
+        seed = f" (seed {step.seed})" if step.seed else ""
+        return f"rotated by {step.matrix}" if step.matrix else f"rotated{seed}"
     if isinstance(step, Center):
         return "centered" + (f" by {step.means}" if step.means else "")
-    assert isinstance(step, Rotate)
-    return f"rotated by {step.matrix}" if step.matrix else "rotated" + (f" (seed {step.seed})" if step.seed else "")
+    assert isinstance(step, Balance)
+    return "balanced"
 
 
 def _tokens(policy: TokenPolicy) -> str:
-    """`by attention: 20 % at k8v8, 80 % at the layer's bits; 160 at a time`."""
+    """Return `by attention: 20 % at k8v8, 80 % at the layer's bits; 160 at a time`."""
     *tiers, own, evicted = (f"{100 * float(share):.4g} %" for share in policy.shares)
     parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
     parts.append(f"{own} at the layer's bits")
@@ -47,9 +61,10 @@ def _tokens(policy: TokenPolicy) -> str:
 
 
 def _channels(policy: ChannelPolicy) -> str:
-    """`of keys, by query-range: 10 % at 16 bits, the rest at the layer's; sorted anew every 128 tokens`."""
+    """Return `of keys, by query-range: 10 % at 16 bits, the rest at the layer's; sorted anew every 128 tokens`."""
     parts = [
-        f"{run.channels if run.share is None else f'{100 * run.share:.4g} %'} at {run.bits} bits" for run in policy.runs
+        f"{group.channels if group.share is None else f'{100 * group.share:.4g} %'} at {group.bits} bits"
+        for group in policy.runs
     ]
     when = f"anew every {policy.refresh} tokens" if policy.refresh else "once"
     return f"of keys, by {policy.score}: {', '.join(parts)}, the rest at the layer's; sorted {when}"

@@ -1,73 +1,121 @@
-"""`kvmix allocate --method search`: plans are measured on calibration text, and the best one is kept."""
+"""Search: plans are measured on calibration text, and the best one is kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import console, state
+from pydantic import FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
+from ..allocation import TRIALS, AllocationOptions, Budget, allocate, refine
 from ..errors import EvaluationError
+from ..journal import Journal
+from ..plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from ..profile import Profile
 
 if TYPE_CHECKING:
-    from ..allocation import Budget, Options
+    from ..evaluation.runner import Progress
     from ..models.loading import LoadedModel
-    from ..plan import CacheSettings, LayerPlan, Plan
-    from ..profile import Profile
 
+FORMAT = "kvmix-trials/1"
 STEP = 32
 PREFIX = 0.25
 """Share of a document that is prefilled; the rest is scored."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long to search, and on what: `samples` documents of `texts`, as given to `--calibration`."""
+class Trial(TypedDict):
+    """A measured plan: its layers as `layers_key` writes them, and its loss increase in nats per token."""
 
-    trials: int
-    texts: str
-    samples: int
-    resume: bool
+    plan: str
+    loss: FiniteFloat
 
 
 def search(
-    source: Profile, budget: Budget, chosen: Options, path: Path, effort: Effort, load: Mapping[str, Any]
+    profile: Profile,
+    budget: Budget,
+    options: AllocationOptions,
+    load: Callable[[], LoadedModel],
+    *,
+    journal: Path | None = None,
+    resume: bool = False,
+    trials: int = TRIALS,
+    texts: str = "builtin",
+    samples: int = 4,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] = lambda message: None,
 ) -> Plan:
-    """The best of the plans that are measured. Their losses are kept beside `path`, for `--resume`.
+    """Return the best of the plans that are measured.
 
     Args:
-        load: options of `load_model`.
+        profile: scores of the model, which decide the order of the trials.
+        budget: limit that the plan must keep to.
+        options: see `allocation.AllocationOptions`.
+        load: function that loads the model; called once, after the budget was found to be within reach.
+        journal: file of all measured losses; None keeps none.
+        resume: continue with the losses that the file has.
+        trials: most plans to measure.
+        texts: text to measure on, as given to `--calibration`.
+        samples: number of its documents.
+        progress: progress bar, see `evaluation.runner.Progress`.
+        notice: function that is told, when the user interrupts the search, that it can be continued.
 
     Raises:
-        KvmixError: if the budget cannot be met, or plans cannot be measured.
+        KvmixError: if the budget cannot be met, plans cannot be measured, or the journal cannot be used.
     """
-    from ..allocation import allocate, refine
-    from ..allocation.trials import Trials
-    from ..files import check_writable
-    from ..models.loading import load_model
+    from ..evaluation.runner import no_progress
 
-    check_writable(path)
-    start = allocate(source, budget, method="ilp", **chosen)  # a budget out of reach is an error before any work
-    loaded = load_model(source.model.id, revision=source.model.revision, **load)
+    start = allocate(profile, budget, method="ilp", **options)
+    loaded = load()
     start.check_model(loaded.info)
-    seq_len = source.score(start.provenance["score"]).calibration.seq_len
-    bench = Bench(loaded, start.cache, effort.texts, effort.samples, seq_len, chosen["seed"])
-    recall = Trials(state.trials_path(path), bench.settings, resume=effort.resume).remembered(bench.increase)
-    with console.progress("search", effort.trials) as bar:
+    seq_len = profile.score(start.provenance["score"]).calibration.seq_len
+    bench = Bench(loaded, start.cache, texts, samples, seq_len, options.get("seed", 0))
+    settings = {"format": FORMAT, **bench.settings}
+    with (
+        Journal(journal, settings, TypeAdapter(Trial), resume=resume) as record,
+        (progress or no_progress)("search", trials) as step,
+    ):
+        measure = remembered(bench.increase, record)
 
-        def measure(layers: Mapping[int, LayerPlan]) -> float:
-            loss = recall(layers)
-            bar()
+        def measure_and_count(layers: Mapping[int, LayerPlan]) -> float:
+            loss = measure(layers)
+            step()
             return loss
 
         try:
-            return refine(source, budget, measure, trials=effort.trials, **chosen)
+            return refine(profile, budget, measure_and_count, trials=trials, **options)
         except KeyboardInterrupt:
-            console.alert("what was measured is kept: go on with the same command and --resume")
+            notice("what was measured is kept: go on with the same command and --resume")
             raise
+
+
+def remembered(
+    measure: Callable[[Mapping[int, LayerPlan]], float], record: Journal[Trial]
+) -> Callable[[Mapping[int, LayerPlan]], float]:
+    """Return a measurement that takes the losses of known plans from a journal and adds those of others to it."""
+    losses = {trial["plan"]: trial["loss"] for trial in record.records}
+
+    def recall(layers: Mapping[int, LayerPlan]) -> float:
+        key = layers_key(layers)
+        if key not in losses:
+            losses[key] = measure(layers)
+            record.append({"plan": key, "loss": losses[key]})
+        return losses[key]
+
+    return recall
+
+
+def layers_key(layers: Mapping[int, LayerPlan]) -> str:
+    """Return everything that a plan decides about its layers as one word: `0:k3v4,1:k2g128v2`."""
+
+    def tensor(plan: TensorPlan) -> str:
+        return f"{plan.bits}" if plan.group_size is None else f"{plan.bits}g{plan.group_size}"
+
+    return ",".join(f"{layer}:k{tensor(plan.k)}v{tensor(plan.v)}" for layer, plan in sorted(layers.items()))
 
 
 @dataclass(frozen=True)
@@ -75,8 +123,12 @@ class Bench:
     """A model and the documents that plans are measured on.
 
     Args:
+        loaded: the model.
         cache: settings of all plans.
-        texts: as given to `--calibration`.
+        texts: text as given to `--calibration`.
+        samples: number of documents.
+        seq_len: tokens of a document.
+        seed: seed of the choice of documents.
     """
 
     loaded: LoadedModel
@@ -88,36 +140,35 @@ class Bench:
 
     @cached_property
     def documents(self) -> list[list[int]]:
-        """Token ids, cut like those of a profile. Raises TextError."""
-        from ..profiling.calibration import cut_samples
+        """Return the token ids of the documents, cut like those of a profile. Raises TextError."""
         from ..texts import load_texts
+        from ..texts.tokens import cut_samples
 
         texts = load_texts(self.texts, seed=self.seed)
-        return cut_samples(self.loaded, texts, self.samples, self.seq_len, self.seed)
+        limit = self.loaded.max_length
+        return cut_samples(self.loaded.tokenizer, texts, self.samples, self.seq_len, self.seed, max_length=limit)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that a measured loss depends on beside the plan's layers, as plain data."""
-        from ..profiling.calibration import describe
+        """Return everything that a loss depends on beside the plan's layers, as plain data for the journal."""
+        from ..profiling import describe_samples
 
         return {
             "model": self.loaded.info.model_dump(mode="json"),
             "dtype": self.loaded.dtype,
             "cache": self.cache.model_dump(mode="json"),
-            "calibration": describe(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
+            "calibration": describe_samples(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
             "prefix": PREFIX,
             "step": STEP,
         }
 
     def increase(self, layers: Mapping[int, LayerPlan]) -> float:
-        """Increase of the mean loss a token over the unquantized cache, in nats.
+        """Return the increase of the mean loss per token over the unquantized cache, in nats.
 
         Raises:
-            EvaluationError: if it is not finite, or no quantized token was read.
+            EvaluationError: if the loss is not finite, or no quantized token was read.
             QuantizationError: if the model's numbers cannot be quantized.
         """
-        from ..plan import Plan
-
         increase = self._loss(Plan.build(self.loaded.info, dict(layers), self.cache)) - self._unquantized
         if not math.isfinite(increase):
             raise EvaluationError(f"the loss on {self.texts} is not finite; try another --dtype")
@@ -128,7 +179,7 @@ class Bench:
         return self._loss(None)
 
     def _loss(self, plan: Plan | None) -> float:
-        """Mean loss a scored token, in nats."""
+        """Return the mean loss per scored token, in nats."""
         from ..cache.subject import Subject, attended
         from ..decoding.feed import document_loss
 

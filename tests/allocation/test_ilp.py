@@ -158,7 +158,8 @@ def test_without_curves_it_weighs_importance_against_the_step():
 def test_a_choice_that_was_not_measured_is_an_error():
     profile = curved(2)
     with pytest.raises(
-        BudgetError, match=r"score 'loss' was not measured for keys at 2g16, only at 1g32, 1g64, .*leave"
+        BudgetError,
+        match=r"score 'loss' was not measured for keys at 2g16, only at 1g32, 1g64, .*leave that choice out, or meas",
     ):
         ilp(profile, Budget(stored_bits=3), cache=CacheSettings(group_size=16), group_sizes=None)
 

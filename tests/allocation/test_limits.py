@@ -109,13 +109,13 @@ def test_pins_as_text(texts, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' pins nothing: write it like 0,-1:k8v8 or 0-3:k4v2"),
-        ("0:k8", "'0:k8' pins nothing"),
-        ("0:k8v8;", "'' pins nothing"),
-        ("0,:k8v8", "pins nothing"),
-        ("x:k8v8", "pins nothing"),
-        ("0:k5v8", "'0:k5v8' pins nothing: bits: must be one of 1, 2, 3, 4, 8, 16, got 5"),
-        ("3-1:k8v8", "'3-1' pins nothing: it ends before it begins"),
+        ("", "'' is no pin: write it like 0,-1:k8v8 or 0-3:k4v2"),
+        ("0:k8", "'0:k8' is no pin"),
+        ("0:k8v8;", "'' is no pin"),
+        ("0,:k8v8", "is no pin"),
+        ("x:k8v8", "is no pin"),
+        ("0:k5v8", "'0:k5v8' is no pin: bits: must be one of 1, 2, 3, 4, 8, 16, got 5"),
+        ("3-1:k8v8", "'3-1' is no pin: it ends before it begins"),
         ("8:k8v8", "layer 8 cannot be planned: the model has layers 0-7"),
         ("-9:k8v8", "layer -1 cannot be planned: the model has layers 0-7"),
         ("0-1,1:k8v8", "layer 1 of org/model is pinned twice"),
@@ -186,7 +186,7 @@ def test_a_loss_needs_a_score_that_predicts_one(method):
     )
     with pytest.raises(BudgetError, match=r"'grad-norm' does not predict a loss.*: use --score loss or fisher"):
         allocate(both, Budget(max_loss=0.01), method=method, score="grad-norm")
-    with pytest.raises(BudgetError, match="measure one that does with `kvmix profile MODEL --score kl`"):
+    with pytest.raises(BudgetError, match="measure one that does with `kvmix profile org/model --score fisher`"):
         allocate(falling(4), Budget(max_loss=0.01), method=method)
 
 

@@ -7,13 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import falling, ladders, make_info, make_profile, patient, scored, settings_
 
-from kvmix_cli.allocation import PRESETS, Budget, allocate
+from kvmix_cli.allocation import Budget, allocate, preset_start
 from kvmix_cli.errors import BudgetError, DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.sizes import mean_bits
 from kvmix_cli.plan.windows import Recent
-
-PAPER = PRESETS["paper"]
 
 
 def mean(plan, kind=None, count="nominal"):
@@ -21,7 +19,8 @@ def mean(plan, kind=None, count="nominal"):
 
 
 def paper(profile, **options):
-    return allocate(profile, PAPER.budget, k_bits=PAPER.k_bits, v_bits=PAPER.v_bits, cache=PAPER.cache, **options)
+    start = preset_start("paper")
+    return allocate(profile, start.budget, k_bits=start.k_bits, v_bits=start.v_bits, cache=start.cache, **options)
 
 
 def ranks(profile, kind):
@@ -102,7 +101,7 @@ def test_default_ladders_are_the_papers_and_then_go_on(asked):
 
 
 @patient
-@given(scored(), ladders, ladders, st.floats(0.5, 17))
+@given(scored(60), ladders, ladders, st.floats(0.5, 17))
 def test_average_is_the_largest_step_within_the_budget(profile, k_bits, v_bits, asked):
     expected, out_of_reach = best_within(profile, k_bits, v_bits, nominal, asked)
     if out_of_reach:
@@ -114,7 +113,7 @@ def test_average_is_the_largest_step_within_the_budget(profile, k_bits, v_bits, 
 
 
 @patient
-@given(scored(), ladders, ladders, st.data())
+@given(scored(60), ladders, ladders, st.data())
 def test_a_budget_that_a_step_meets_exactly_gives_that_step(profile, k_bits, v_bits, data):
     widths, most = after(profile, k_bits, v_bits)
     step = widths(data.draw(st.integers(0, most)))

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 from made_up import falling, make_info, make_profile
 
-from kvmix_cli.allocation import PRESETS, methods
+from kvmix_cli.allocation import METHODS
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("profiled")
@@ -69,6 +70,21 @@ def test_paper_preset(kvmix):
     kvmix("inspect", result["plan"])
 
 
+def test_the_papers_preset_has_two_names(kvmix):
+    first, second = (kvmix("allocate", "--preset", name, "--json").json for name in ("paper", "kvmix-paper"))
+    assert second["plan"] == f"{PLANS}/kvmix-paper.yaml"
+    assert [second[key] for key in ("layers", "bits", "provenance")] == [
+        first[key] for key in ("layers", "bits", "provenance")
+    ]
+    assert first["provenance"]["budget"] == {"share": 0.2}
+
+
+def test_a_preset_without_a_share_of_layers(kvmix):
+    ran = kvmix("allocate", "--preset", "kivi-2")
+    assert ran.code == 2
+    assert "use paper, kvmix-paper" in " ".join(ran.err.replace("│", " ").split())
+
+
 def test_what_the_paper_compares_with_is_one_option_away(kvmix, tmp_path):
     kvmix("allocate", "--preset", "paper", "--method", "uniform")
     kvmix("allocate", "--preset", "paper", "--method", "random", "--seed", 3)
@@ -78,7 +94,7 @@ def test_what_the_paper_compares_with_is_one_option_away(kvmix, tmp_path):
     assert uniform.short == "0-31:k2v2"
     assert random.bits.nominal == 2.28125
     assert bare.cache.window.kind == "none"
-    assert bare.cache.page == PRESETS["paper"].cache.page
+    assert bare.cache.page == 32
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,29 @@ def test_settings_of_the_cache(kvmix, tmp_path):
     assert cache["window"] == {"kind": "recent", "tokens": 16}
     assert (cache["page"], cache["sink"], cache["group_size"], cache["scale_dtype"]) == (64, 0, "row", "bfloat16")
     assert {layer.k.bits for layer in plan.layers.values()} <= {1, 4}
+
+
+def test_a_name_depends_on_the_options_and_on_nothing_else(kvmix, tmp_path):
+    """Options that are not in the name add a hash, so that no plan replaces another one."""
+    for _ in range(2):
+        for args in ([], ["--page", 64], ["--page", 64, "--k-bits", "2,4"], ["--with", "mikv"], ["--batch", 4]):
+            assert kvmix("allocate", "--avg-bits", 3, *args).code == 0
+        found = names(tmp_path)
+        assert len(found) == 4
+        assert {"rank-3.yaml", "rank-3+mikv.yaml"} <= set(found)
+        assert all(re.fullmatch(r"rank-3(-[0-9a-f]{6}|\+mikv)?\.yaml", name) for name in found)
+
+
+@pytest.mark.parametrize("text", ["128K", "131072"])
+def test_a_context_may_be_in_thousands(kvmix, text):
+    assert kvmix("allocate", "--avg-bits", 3, "--context", text, "--json").json["bytes"]["context"] == 131072
+
+
+def test_a_family_never_becomes_the_default_plan(kvmix):
+    make_curves = kvmix("allocate", "--method", "uniform", "--avg-bits", 3)
+    assert make_curves.code == 0
+    kvmix("allocate", "--method", "pareto")
+    assert "uniform-3" in kvmix("export", "--to", "kvtuner").err
 
 
 @pytest.mark.parametrize(
@@ -189,7 +228,7 @@ def test_wrong_usage(kvmix, tmp_path, args):
         (["--k-bits", "2,5"], "k_bits must be taken from 1, 2, 3, 4, 8, 16, got 2, 5"),
         (["--profile", "gone.yaml"], "gone.yaml does not exist"),
         (["--pin", "0,99:k8v8"], "--pin does not fit org/model: layer 99 cannot be planned: the model has layers 0-31"),
-        (["--pin", "k8v8"], "'k8v8' pins nothing: write it like 0,-1:k8v8 or 0-3:k4v2"),
+        (["--pin", "k8v8"], "'k8v8' is no pin: write it like 0,-1:k8v8 or 0-3:k4v2"),
         (["--min-bits", "5", "--max-bits", "7"], "k_bits 2, 3, 4, 8 have none of 5 to 7 bits"),
         (["--model", "other"], "no profile in profiles/other: make one with `kvmix profile MODEL`"),
     ],
@@ -238,7 +277,7 @@ def test_a_full_disk_leaves_nothing(kvmix, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("allocate", "--avg-bits", 3, "--json")
+    ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
     assert (
         "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; no file was changed" in ran.error
@@ -265,4 +304,4 @@ def test_verbose_shows_where_an_error_came_from(kvmix):
 
 
 def test_help_names_all_methods(kvmix):
-    assert all(name in kvmix("allocate", "--help").out for name in methods())
+    assert all(name in kvmix("allocate", "--help").out for name in METHODS)

@@ -8,7 +8,6 @@ from curves import curve, curved, make_score
 from made_up import falling, make_info
 
 from kvmix_cli.allocation import Budget, allocate, predicted_loss
-from kvmix_cli.allocation.trials import short_key
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Calibration, Profile
@@ -30,8 +29,8 @@ def names(tmp_path):
 
 
 def test_an_exact_plan_says_what_it_is_predicted_to_lose(kvmix, tmp_path, predicted):
-    ran = kvmix("allocate", "--stored-bits", 3, "--method", "ilp", "--group-size", "32,64,128")
-    plan = Plan.load(tmp_path / PLANS / "ilp-stored-3.yaml")
+    ran = kvmix("allocate", "--stored-bits", 3, "--method", "ilp", "--group-size", "32,64,128", "--name", "groups")
+    plan = Plan.load(tmp_path / PLANS / "groups.yaml")
     loss = plan.provenance["predicted_loss"]
     assert loss == pytest.approx(predicted_loss(plan, predicted.score("loss")), rel=1e-5)
     assert f"{loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as loss predicts" in ran.out
@@ -136,7 +135,7 @@ def tiny(tmp_path):
 
 SEARCH = (
     *("allocate", "--stored-bits", 3.5, "--method", "search", "--trials", 4, "--samples", 2),
-    *("--page", 32, "--group-size", 32, "--window", "recent:32"),
+    *("--page", 32, "--group-size", 32, "--window", "recent:32", "--name", "search-stored-3.5-seed0"),
 )
 FOLDER = "profiles/builtin--tiny/plans"
 
@@ -153,7 +152,7 @@ def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     assert result["provenance"]["measured_loss"] == min(trial["loss"] for trial in trials)
     assert len({trial["plan"] for trial in trials}) == 4
     start = allocate(tiny, Budget(stored_bits=3.5), method="ilp", cache=plan.cache)
-    assert trials[0]["plan"] == short_key(start.layers)
+    assert trials[0]["plan"] == searching.layers_key(start.layers)
 
 
 def test_an_interrupted_search_goes_on(kvmix, tmp_path, tiny, monkeypatch):

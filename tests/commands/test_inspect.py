@@ -51,6 +51,23 @@ def test_a_profile_as_json(kvmix, profile):
     assert result["scores"]["grad-norm"]["layers"][7] == {"index": 7, "k": 1.0, "v": 8.0, "k_std": 0.1, "v_std": 0.8}
 
 
+def test_the_spread_of_one_sample_is_not_known(kvmix, tmp_path):
+    """A dash in the table; the JSON keeps its number."""
+    profile = falling(2)
+    score = profile.scores["grad-norm"]
+    one = score.model_copy(update={"calibration": score.calibration.model_copy(update={"samples": 1})})
+    profile.model_copy(update={"scores": {"grad-norm": one}}).save(tmp_path / "one.yaml")
+    ran = kvmix("inspect", "one.yaml")
+    first = next(line for line in ran.out.splitlines() if line.split()[:1] == ["0"])
+    assert first.split()[:3] == ["0", "2", "-"]
+    assert kvmix("inspect", "one.yaml", "--json").json["scores"]["grad-norm"]["layers"][0]["k_std"] == 0.2
+
+
+@pytest.mark.parametrize("name", ["paper", "kvmix-paper"])
+def test_the_papers_preset_by_either_name(kvmix, name):
+    assert kvmix("inspect", name, "--model", "builtin:tiny", "--json").json["bits"]["nominal_k"] == 2.125
+
+
 @pytest.mark.parametrize("kind", ["plan", "profile"])
 def test_a_picture(kvmix, request, tmp_path, kind):
     file = request.getfixturevalue(kind)
@@ -131,7 +148,7 @@ def test_faulty_files(kvmix, tmp_path, text, message):
     assert ran.code == 1
     assert "file.yaml" in ran.error
     assert message in ran.error
-    assert ran.out == ""
+    assert message in ran.json["error"]["message"]
 
 
 def test_a_file_that_is_not_there(kvmix):
@@ -221,7 +238,7 @@ def test_a_profile_that_does_not_explain_leaves_the_plan_as_it_is(kvmix, plan, t
 
 def test_the_picture_of_an_explained_plan_has_the_frontier(kvmix, explained, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "_draw_frontier", lambda axes, frontier: drawn.update(frontier._asdict()))
+    monkeypatch.setattr(plots, "_draw_frontier", lambda axes, frontier: drawn.update(vars(frontier)))
     assert kvmix("inspect", explained[2], "--plot", "picture.png").code == 0
     _, plan, _ = explained
     assert drawn["plan"] == (plan.bits.stored, pytest.approx(plan.provenance["predicted_loss"]))

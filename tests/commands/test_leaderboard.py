@@ -1,5 +1,6 @@
 """`kvmix eval --leaderboard`: who stands where is worked out on losses that are known, and once measured for real."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
             assert words in text
     assert page.startswith("<!-- kvmix eval --leaderboard")
     assert Path("out/leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    named = json.loads(Path("out/leaderboard.json").read_text())
+    assert all(len(plan) == 12 and names for plan, names in named.items())
 
 
 def test_an_interrupted_leaderboard_is_gone_on_with(foretold):
@@ -173,9 +176,9 @@ def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(fo
     ("arguments", "said"),
     [
         (("--scores", "losss"), "it has no score 'losss'"),
-        (("--methods", "ilpp"), "'ilpp' decides by no score; a leaderboard has rank, ilp, cut"),
-        (("--methods", "uniform"), "'uniform' decides by no score"),
-        (("--stored-bits", "99"), "nobody can take part: no plan has 99 stored bits"),
+        (("--methods", "ilpp"), "method 'ilpp' uses no score; a leaderboard compares methods that do: rank, ilp, cut"),
+        (("--methods", "uniform"), "method 'uniform' uses no score"),
+        (("--stored-bits", "99"), "no method has a plan at these budgets: no plan has 99 stored bits"),
         (("--task", "recall"), "a leaderboard is in the order of perplexity"),
         (("--profile", "nowhere.yaml"), "nowhere.yaml does not exist"),
     ],

@@ -51,6 +51,10 @@ class TestEval:
             "counting__builtin--tiny__mikv+rotate-2",
         ]
 
+    def test_the_papers_preset_by_its_second_name(self, counting):
+        rows = kvmix_json("eval", *TINY, "--preset", "paper", "--preset", "kvmix-paper")["rows"]
+        assert bits(rows)["paper"] == bits(rows)["kvmix-paper"]
+
     def test_every_preset_is_a_row(self, counting):
         names = tuple(preset.presets())
         rows = kvmix_json("eval", *TINY, *(part for name in names for part in ("--preset", name)))["rows"]
@@ -102,10 +106,10 @@ class TestEval:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--preset", "mikw"), "no preset 'mikw' (did you mean 'mikv'?)"),
-            (("--preset", "qqq"), "there are asymkv, h2o, kitty, kivi-2, kivi-4, kvmix-paper, mikv"),
-            (("--preset", "mikv+qqq"), "no preset 'qqq'"),
-            (("--preset", "mikv+"), "no preset ''"),
+            (("--preset", "mikw"), "unknown preset 'mikw' (did you mean 'mikv'?)"),
+            (("--preset", "qqq"), "known are asymkv, h2o, kitty, kivi-2, kivi-4, kvmix-paper, mikv"),
+            (("--preset", "mikv+qqq"), "unknown preset 'qqq'"),
+            (("--preset", "mikv+"), "unknown preset ''"),
             (("--preset", "mikv+h2o"), "preset 'h2o' cannot be put on 'mikv': both sort tokens"),
             (
                 ("--preset", "mikv+rotate-2+zipcache"),
@@ -116,7 +120,7 @@ class TestEval:
             (("--preset", "mikv+kivi-4"), "'kivi-4' cannot be put on 'mikv': it has no transforms, tokens or channels"),
             (("--preset", "mikv", "--preset", "mikv"), "two rows would be called 'mikv'"),
             (("--preset", "kvtuner:none.yaml"), "none.yaml: cannot be read"),
-            (("--plan", "0-7:k2v2+mikw"), "no preset 'mikw' (did you mean 'mikv'?)"),
+            (("--plan", "0-7:k2v2+mikw"), "unknown preset 'mikw' (did you mean 'mikv'?)"),
             (("--plan", "missing+mikv"), "no plan"),
             (("--plan", "missing.yaml+mikv"), "missing.yaml does not exist"),
             (("--plan", "mikv"), "for the preset: --preset mikv"),
@@ -203,7 +207,7 @@ class TestAllocate:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--with", "mikw"), "no preset 'mikw' (did you mean 'mikv'?)"),
+            (("--with", "mikw"), "unknown preset 'mikw' (did you mean 'mikv'?)"),
             (("--with", "kivi-2"), "preset 'kivi-2' cannot be put on this plan: it has no transforms"),
             (
                 ("--with", "mikv", "--with", "h2o"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import ExportError
-from kvmix_cli.export import get_target, targets
+from kvmix_cli.export import TARGETS
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
 
 STOCK = make_info(4, stock={1: "sliding_attention"})
@@ -17,7 +17,7 @@ HYBRID = make_info(4, stock={1: "linear_attention"})
 
 
 def export(name, short, info=None):
-    return get_target(name).write(Plan.from_short(short, info or make_info(4)))
+    return TARGETS[name].write(Plan.from_short(short, info or make_info(4)))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_preset_of_kvtuner_cannot_hold_group_sizes():
     tensor = TensorPlan(bits=2, group_size=32)
     plan = Plan.build(make_info(1), {0: LayerPlan(k=TensorPlan(bits=2), v=tensor)})
     with pytest.raises(ExportError, match="a group size of its own in layers 0"):
-        get_target("kvtuner").write(plan)
+        TARGETS["kvtuner"].write(plan)
 
 
 @patient
@@ -104,16 +104,16 @@ def test_a_preset_of_kvtuner_comes_back_as_the_same_widths(tmp_path_factory, wid
     short = ",".join(f"{layer}:k{k}v{v}" for layer, (k, v) in enumerate(widths))
     plan = Plan.from_short(short, make_info(len(widths)))
     path = tmp_path_factory.mktemp("preset") / "preset.yaml"
-    path.write_text(get_target("kvtuner").write(plan))
+    path.write_text(TARGETS["kvtuner"].write(plan))
     assert Plan.from_kvtuner(path, plan.model, plan.cache).layers == plan.layers
 
 
 @patient
 @given(plans())
 def test_every_plan_is_expressed_or_refused(plan):
-    for name in targets():
+    for name in TARGETS:
         try:
-            text = get_target(name).write(plan)
+            text = TARGETS[name].write(plan)
         except ExportError as error:
             assert "layers" in str(error)
         else:
@@ -122,6 +122,6 @@ def test_every_plan_is_expressed_or_refused(plan):
 
 def test_an_unknown_engine_is_told_its_nearest():
     with pytest.raises(ExportError, match="did you mean 'vllm'"):
-        get_target("vlm")
-    with pytest.raises(ExportError, match=r"there are vllm, modelopt, llama\.cpp, kvtuner"):
-        get_target("something")
+        TARGETS["vlm"]
+    with pytest.raises(ExportError, match=r"known are vllm, modelopt, llama\.cpp, kvtuner"):
+        TARGETS["something"]

@@ -8,10 +8,10 @@ from made_up import composed_plans, make_info, patient
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Balance, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
-RUNS = ChannelPolicy(runs=(Run(share=0.25, bits=4),), refresh=64)
+RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=64)
 GOOD = """\
 format: kvmix-plan/1
 model: {id: org/model, layers: 4, kv_heads: 2, head_dim: 64}
@@ -97,7 +97,7 @@ def test_the_example_loads(load):
         (
             "flush: 160",
             "flush: 64",
-            ["line 7: cache.tokens: shares of a flush of 64 tokens are no whole pages of 32; 160 would do"],
+            ["line 7: cache.tokens: shares of a flush of 64 tokens are not whole pages of 32; use a flush of 160"],
         ),
         (
             "evict: 0.2",
@@ -108,6 +108,27 @@ def test_the_example_loads(load):
         ("share: 0.2, k: 8", "share: 0, k: 8", ["line 7: cache.tokens.tiers.0.share: should be greater than 0, got 0"]),
         ("share: 0.2, k: 8", "share: 0.2, k: 5", ["line 7: cache.tokens.tiers.0.k: must be one of 1, 2, 3, 4, 8, 16"]),
         ("share: 0.2, k: 8, v: 8", "share: 0.2, k: 8", ["line 7: 'cache.tokens.tiers.0.v' is missing"]),
+        ("flush: 160", "flush: 1048608", ["line 7: cache.tokens.flush: should be less than or equal to 1048576"]),
+        (
+            "refresh: 64",
+            "refresh: 1048608",
+            ["line 8: cache.channels.refresh: should be less than or equal to 1"],
+        ),
+        (
+            "share: 0.25, bits",
+            "channels: 272, bits",
+            ["line 8: cache.channels.runs.0.channels: should be less than"],
+        ),
+        (
+            "seed: 3",
+            "seed: 9223372036854775808",
+            ["line 6: cache.transforms.k.1.seed: should be less than 9223372"],
+        ),
+        (
+            "[{kind: center}]",
+            f"[{', '.join(['{kind: center}'] * 17)}]",
+            ["line 6: cache.transforms.v: value should have at most 16 items"],
+        ),
         ("evict: 0.2", "evit: 0.2", ["line 7: unknown key 'cache.tokens.evit'"]),
         ("tiers: [{share: 0.2, k: 8, v: 8}], evict: 0.2, ", "", ["line 7: cache.tokens: a token policy needs tiers"]),
         ("refresh: 64", "refresh: 48", ["line 8: cache.channels: refresh must be a multiple of the page of 32 tokens"]),
@@ -119,14 +140,14 @@ def test_the_example_loads(load):
         (
             "share: 0.25, bits",
             "channels: 64, bits",
-            ["line 8: cache.channels: runs of 64 channels do not fit heads of 64: runs and what they leave must be"],
+            ["line 8: cache.channels: runs of 64 channels do not fit heads of 64: each run, and the channels that"],
         ),
         (
             "share: 0.25, bits",
             "channels: 20, bits",
             ["line 8: cache.channels: runs of 20 channels do not fit heads of 64"],
         ),
-        ("share: 0.25, bits", "bits", ["line 8: cache.channels.runs.0: give a run its channels or its share, one"]),
+        ("share: 0.25, bits", "bits", ["line 8: cache.channels.runs.0: a run needs either channels or a share"]),
         ("bits: 4", "bits: 6", ["line 8: cache.channels.runs.0.bits: must be one of 1, 2, 3, 4, 8, 16, got 6"]),
         ("runs: [{share: 0.25, bits: 4}]", "runs: []", ["line 8: cache.channels.runs: a channel policy needs runs"]),
         ("kind: center", "kind: centre", ["line 6: cache.transforms.v.0: input tag 'centre' found using 'kind' does"]),

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from made_up import composed_plans, make_info, patient
 
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.sizes import layer_bytes, packed_tokens, tensor_bits
 from kvmix_cli.plan.windows import NoWindow, Recent
 
 MIKV = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 H2O = TokenPolicy(evict=0.75, flush=128)
-RUNS = ChannelPolicy(runs=(Run(channels=16, bits=16), Run(channels=16, bits=4)), refresh=64)
+RUNS = ChannelPolicy(runs=(ChannelGroup(channels=16, bits=16), ChannelGroup(channels=16, bits=4)), refresh=64)
 
 
 def bits(own_bits, kind, count, head_dim=64, **axes):
@@ -54,7 +54,7 @@ def test_an_order_for_the_whole_sequence_is_no_bits_but_bytes():
 
 def test_a_tier_is_never_narrower_than_the_layer():
     assert bits(16, "key", "nominal", tokens=MIKV) == 16
-    assert bits(4, "key", "nominal", channels=ChannelPolicy(runs=(Run(share=0.5, bits=2),))) == 4
+    assert bits(4, "key", "nominal", channels=ChannelPolicy(runs=(ChannelGroup(share=0.5, bits=2),))) == 4
 
 
 @patient

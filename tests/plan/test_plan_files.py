@@ -2,10 +2,11 @@
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import DocumentError, PlanError
-from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from kvmix_cli.plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from kvmix_cli.plan.windows import Rpc
 
 GOOD = """\
@@ -48,13 +49,36 @@ def changed(old, new, text=GOOD):
 
 
 @patient
-@given(plans())
+@given(plans(12))
 def test_what_is_written_is_read_back(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plans") / "plan.yaml"
     plan.save(path, "kvmix allocate\n--odd \x1b\u2028 line")
     assert Plan.load(path) == plan
     assert Plan.load(path).sha256 == plan.sha256
     assert plan.to_yaml("x") == Plan.load(path).to_yaml("x")
+
+
+@patient
+@given(plans(12), st.randoms(use_true_random=False))
+def test_equal_plans_have_equal_checksums_in_whatever_order_they_were_written(tmp_path_factory, plan, draw):
+    def shuffled(items):
+        return dict(draw.sample(list(items), len(items)))
+
+    window = plan.cache.window
+    if isinstance(window, Rpc):
+        window = Rpc(ratio=shuffled(window.ratio.items()))
+    model = ModelInfo(**{**dict(plan.model), "stock": shuffled(plan.model.stock.items())})
+    cache = CacheSettings(**{**dict(plan.cache), "window": window})
+    other = Plan.build(model, shuffled(plan.layers.items()), cache)
+    assert (other.sha256, other.short) == (plan.sha256, plan.short)
+    assert Plan.load(other.save(tmp_path_factory.mktemp("plans") / "plan.yaml")).sha256 == plan.sha256
+
+
+def test_a_ratio_of_minus_zero_is_zero():
+    """Equal numbers are written alike, so that equal plans have one checksum."""
+    first, second = (Plan.uniform(make_info(1), 2, 2, CacheSettings(window=Rpc(ratio={2: z}))) for z in (0.0, -0.0))
+    assert first == second
+    assert first.sha256 == second.sha256
 
 
 @patient
@@ -91,7 +115,40 @@ def test_bits_may_be_rounded_in_a_file(load):
         ("page: 128", "paeg: 128", ["line 6: unknown key 'cache.paeg'"]),
         ("page: 128", "page: 100", ["line 6: cache.page: should be a multiple of 16, got 100"]),
         ("page: 128", "page: 0", ["line 6: cache.page: should be greater than or equal to 16, got 0"]),
+        ("page: 128", "page: 65552", ["line 6: cache.page: should be less than or equal to 65536, got 65552"]),
         ("sink: 4", "sink: -1", ["line 6: cache.sink: should be greater than or equal to 0, got -1"]),
+        (
+            "sink: 4",
+            "sink: 2147483648",
+            ["line 6: cache.sink: should be less than or equal to 1048576, got 21474836"],
+        ),
+        ("sink: 4", "sink: 1:30", ["line 6: cache.sink: should be a valid integer, got '1:30'"]),
+        (
+            "size: 64",
+            "size: 65537",
+            ["line 6: cache.group_size: must be at most 65536, or 'row' for one group per"],
+        ),
+        ("tokens: 128", "tokens: 1048577", ["line 6: cache.window.tokens: should be less than or equal to 1048576"]),
+        (
+            "{kind: recent, tokens: 128}",
+            "{kind: rpc, ratio: {5: 0.1}}",
+            ["line 6: cache.window.ratio: ratios are"],
+        ),
+        (
+            "kv_heads: 2",
+            "kv_heads: 65537",
+            ["line 3: model.kv_heads: should be less than or equal to 65536"],
+        ),
+        (
+            "head_dim: 64",
+            "head_dim: 65552",
+            ["line 3: model.head_dim: should be less than or equal to 65536"],
+        ),
+        (
+            "head_dim: 64}",
+            "head_dim: 64, stock: {4: sliding_attention}}",
+            ["line 3: layer 4 cannot keep a stock cache: the model has layers 0-3"],
+        ),
         ("size: 64", "size: 4", ["line 6: cache.group_size: must be a number of at least 8 or 'row', got 4"]),
         ("size: 64", "size: col", ["line 6: cache.group_size: must be a number of at least 8 or 'row', got 'col'"]),
         ("size: 64", "size: true", ["line 6: cache.group_size: must be a number of at least 8 or 'row', got True"]),

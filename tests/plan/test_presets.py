@@ -7,8 +7,8 @@ import pytest
 from made_up import make_info
 
 from kvmix_cli.errors import DocumentError, PlanError, StateError
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
-from kvmix_cli.plan.presets import Preset, find_preset, plan_of, presets, put_on, split
+from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.presets import LayerShare, Preset, find_preset, has_preset, plan_of, presets, put_on, split
 from kvmix_cli.plan.settings import CacheSettings
 
 NAMES = (
@@ -25,7 +25,7 @@ NAMES = (
 )
 WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
-RUNS = ChannelPolicy(runs=(Run(share=0.25, bits=4),), refresh=128)
+RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=128)
 ROTATED = Transforms(k=(Rotate(),), v=(Rotate(),))
 
 
@@ -69,10 +69,28 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     assert plan_of("kvmix-paper", make_info(32)).bits.nominal == (2.1875 + 2.375) / 2
 
 
-@pytest.mark.parametrize(("name", "hint"), [("mikw", r"\(did you mean 'mikv'\?\)"), ("xyz", "there are asymkv, h2o")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mikw", r"\(did you mean 'mikv'\?\)"),
+        ("papr", r"\(did you mean 'paper'\?\)"),
+        ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE"),
+    ],
+)
 def test_an_unknown_preset(name, hint):
     with pytest.raises(StateError, match=hint):
         find_preset(name)
+
+
+def test_the_papers_preset_has_two_names():
+    assert has_preset("paper")
+    assert find_preset("paper") == find_preset("kvmix-paper")
+    assert "paper" not in presets(), "each preset is listed once"
+
+
+def test_the_papers_preset_states_what_allocate_starts_from():
+    assert find_preset("paper").layer_share == LayerShare(0.2, k_bits=(2, 3), v_bits=(2, 4))
+    assert [name for name in presets() if find_preset(name).layer_share] == ["kvmix-paper"]
 
 
 GOOD = """\
@@ -172,7 +190,7 @@ class TestPuttingOn:
 
     @pytest.mark.parametrize("name", WIDTHS_ONLY)
     def test_widths_cannot_be_put_on_others(self, name):
-        with pytest.raises(PlanError, match="only widths, and those are decided already"):
+        with pytest.raises(PlanError, match="only widths, which the plan has already"):
             put_on(CacheSettings(), name, "it")
 
 
@@ -191,7 +209,7 @@ def test_a_plan_whose_name_has_a_plus(given, expected):
 
 
 def test_what_is_put_on_must_be_a_preset():
-    with pytest.raises(StateError, match="no preset 'mikw' \\(did you mean 'mikv'"):
+    with pytest.raises(StateError, match="unknown preset 'mikw' \\(did you mean 'mikv'"):
         split("a+mikw", lambda name: False)
 
 

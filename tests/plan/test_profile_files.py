@@ -69,6 +69,17 @@ def test_the_example_loads(load):
         ("mean: 1.0", "mean: .nan", "line 11: scores.grad-norm.layers.0.k.mean: should be a finite number, got nan"),
         ("mean: 1.0", "mean: -.inf", "line 11: scores.grad-norm.layers.0.k.mean: should be a finite number, got -inf"),
         ("std: 0.1", "std: -0.1", "line 11: scores.grad-norm.layers.0.k.std: should be greater than or equal to 0"),
+        (
+            "mean: 1.0",
+            "mean: 1.0e+200",
+            "line 11: scores.grad-norm.layers.0.k.mean: must be between -1e+100 and 1e",
+        ),
+        ("seconds: 1.50", "seconds: .inf", "line 7: scores.grad-norm.seconds: should be a finite number, got inf"),
+        (
+            "seq_len: 64",
+            "seq_len: 281474976710656",
+            "line 9: scores.grad-norm.calibration.seq_len: should be less",
+        ),
         ("mean: 1.0", "men: 1.0", "line 11: 'scores.grad-norm.layers.0.k.mean' is missing"),
         ("mean: 1.0", "men: 1.0", "line 11: unknown key 'scores.grad-norm.layers.0.k.men'"),
         (
@@ -121,9 +132,11 @@ def test_curves_and_heads_are_written_as_they_are_read(load):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("4g128: 0.1", "5g64: 0.1", "line 11: scores.fisher.layers.0.k.curve: '5g64' is no width and group size"),
+        ("4g128: 0.1", "5g64: 0.1", "line 11: scores.fisher.layers.0.k.curve: '5g64' must be a width and a group size"),
+        ("page: 128", "page: x", "line 9: scores.fisher.setup.page: should be a valid integer, got 'x'"),
+        ("page: 128", "page: 0", "line 9: scores.fisher.setup.page: should be greater than or equal to 1, got 0"),
         ("4g128: 0.1", "4: 0.1", "line 11: the key scores.fisher.layers.0.k.curve.4: should be a valid string"),
-        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k have other choices in some layers"),
+        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k must have the same choices in all layers"),
         ("4g128: 0.1", "4g128: .inf", "line 11: scores.fisher.layers.0.k.curve.4g128: should be a finite number"),
         ("heads: [0.3", "heads: [.nan", "line 11: scores.fisher.layers.0.k.heads.0: should be a finite number"),
     ],

@@ -55,6 +55,12 @@ def test_unknown_windows(text):
         parse_window(text)
 
 
+@pytest.mark.parametrize("tokens", ["1048577", "9" * 5000])
+def test_windows_that_are_too_long(tokens):
+    with pytest.raises(KvmixError, match="use at most recent:1048576"):
+        parse_window(f"recent:{tokens}")
+
+
 def test_ratios_are_shares():
     for ratio in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match="at least 0 and less than 1"):

@@ -1,6 +1,8 @@
 """YAML is data: bombs, tags and duplicates are refused, quickly and in one line."""
 
+import math
 import os
+import time
 
 import pytest
 
@@ -38,10 +40,16 @@ BOMB = "a: &a [x, x]\n" + "\n".join(
         ("a: \0", "not valid YAML: unacceptable character"),
         ("[" * 100_000, "line 1: nested deeper than 16"),
         ("- " * 100_000, "line 1: nested deeper than 16"),
-        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: " + "9" * 5000, "line 1: not valid YAML: a number has more than 100 digits"),
+        ("a: 0x" + "f" * 90, "line 1: not valid YAML: a number has more than 64 bits"),
+        ("18446744073709551616: a", "line 1: not valid YAML: a number has more than 64 bits"),
+        (
+            "a: 1\nb: " + "x" * (document.MAX_SCALAR + 1),
+            "line 2: a value of 262145 characters; at most 262144 are allowed",
+        ),
         ("a: 2020-13-45", "not valid YAML: month must be in 1..12"),
     ],
-    ids=range(16),
+    ids=range(19),
 )
 def test_refused(text, expected):
     assert fault(text).startswith("file.yaml: ")
@@ -55,10 +63,26 @@ def test_lines_are_those_of_the_keys():
 
 
 def test_without_libyaml_the_rules_are_the_same(monkeypatch):
-    monkeypatch.setattr(document, "_Loader", document.yaml.SafeLoader)
+    monkeypatch.setattr(document, "_Loader", document.strict_loader(document.yaml.SafeLoader))
     for text in (BOMB, "a: !!str 3", "a: 1\na: 2", "? [1]\n: 2", "[" * 1000, "a: \0"):
         fault(text)
     assert parse_yaml("a: [1, 2.5, x]", "x").data == {"a": [1, 2.5, "x"]}
+
+
+@pytest.mark.parametrize("base", ["SafeLoader", "CSafeLoader"])
+def test_numbers_are_those_of_yaml_1_2(monkeypatch, base):
+    """`1:30` was ninety in YAML 1.1, and took quadratic time to read."""
+    monkeypatch.setattr(document, "_Loader", document.strict_loader(getattr(document.yaml, base)))
+    text = "[1:30, 1:30.5, 12, -0x1f, 0b11, 010, 1_000, 1.5e+3, -.inf, 1., .5]"
+    assert parse_yaml(text, "x").data == ["1:30", "1:30.5", 12, -31, 3, 8, 1000, 1500.0, -math.inf, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("text", ["a: 1" + ":1" * 130_000, "a: 1" + ":1" * 130_000 + ".5"])
+def test_the_longest_value_takes_no_time(text):
+    """The first took 4 s when it was read as a number to base 60, the second ended in an OverflowError."""
+    started = time.process_time()
+    assert parse_yaml(text, "x").data == {"a": text.removeprefix("a: ")}
+    assert time.process_time() - started < 1, "a generous bound: it takes a few milliseconds"
 
 
 @pytest.mark.parametrize(

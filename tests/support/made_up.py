@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelPolicy, Rotate, Run, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 
@@ -108,7 +108,7 @@ def channel_policies(draw, page, head_dim):
     left, runs = head_dim // 16 - 1, []
     while left > 0 and len(runs) < 3:
         width = draw(st.integers(1, left))
-        runs.append(Run(channels=16 * width, bits=draw(st.sampled_from(WIDTHS))))
+        runs.append(ChannelGroup(channels=16 * width, bits=draw(st.sampled_from(WIDTHS))))
         left -= width
         if draw(st.booleans()):
             break

@@ -1,8 +1,8 @@
-"""AsymKV's rule: the first layers are at higher widths, the rest one width lower; keys and values have a cut each.
+"""AsymKV's rule: the first layers have a higher width, the rest the next lower one, separately for keys and values.
 
-Source: arXiv 2410.13212, where the first `l_k` layers keep more bits for keys and the first `l_v` for values. A score
-with curves chooses the two cuts with the lowest predicted loss. Without one keys come first, as in AsymKV: their error
-goes through the softmax.
+Source: arXiv 2410.13212, where the first `l_k` layers keep more bits for keys and the first `l_v` for values. With
+curves the two cuts with the lowest predicted loss are chosen. Without curves keys are raised first, as in AsymKV,
+because their error passes through the softmax.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import NamedTuple
 from kvmix_kernels.layout import Kind
 
 from ...plan import LayerPlan, TensorPlan
-from ..problem import Decision, Problem
-
-USES = ("score",)
+from ..problem import Decision, Method, Problem
 
 
 class Prefix(NamedTuple):
-    """Keys, or values, of all layers after some moves of one layer one width up, first layer first."""
+    """Keys, or values, of all layers after some moves, each of which raises one layer by one width, in order."""
 
     moves: int
     cost: int
@@ -28,7 +26,7 @@ class Prefix(NamedTuple):
 
 
 def solve(problem: Problem) -> Decision:
-    """The best pair of cuts within the budget; under `max_loss` the smallest. Raises BudgetError."""
+    """Decide the best pair of cuts within the budget; under `max_loss` the smallest. Raises BudgetError."""
     pairs = problem.within(
         product(_prefixes(problem, "key"), _prefixes(problem, "value")),
         cost=lambda pair: pair[0].cost + pair[1].cost,
@@ -40,7 +38,7 @@ def solve(problem: Problem) -> Decision:
 
 
 def _preference(problem: Problem, keys: Prefix, values: Prefix) -> tuple[float, float, int]:
-    """The lowest is best."""
+    """Return a sort key; the pair with the lowest is the best."""
     cost, loss = keys.cost + values.cost, keys.loss + values.loss
     if problem.loss_limit is not None:
         return cost, loss, -keys.moves
@@ -48,13 +46,16 @@ def _preference(problem: Problem, keys: Prefix, values: Prefix) -> tuple[float, 
 
 
 def _prefixes(problem: Problem, kind: Kind) -> list[Prefix]:
-    ladder = [TensorPlan(bits=bits) for bits in (problem.k_bits if kind == "key" else problem.v_bits)]
+    widths = [TensorPlan(bits=bits) for bits in (problem.k_bits if kind == "key" else problem.v_bits)]
     count = len(problem.layers)
     prefixes = []
-    for moves in range(count * (len(ladder) - 1) + 1):
+    for moves in range(count * (len(widths) - 1) + 1):
         level, higher = divmod(moves, count or 1)
-        tensors = [ladder[level + (place < higher)] for place in range(count)]
+        tensors = [widths[level + (place < higher)] for place in range(count)]
         loss = sum(problem.tensor_loss(*each) for each in zip(problem.layers, [kind] * count, tensors, strict=True))
         cost = sum(problem.tensor_cost(tensor, kind) for tensor in tensors)
         prefixes.append(Prefix(moves, cost, loss, tuple(tensors)))
     return prefixes
+
+
+METHOD = Method(uses=("score",), solve=solve)

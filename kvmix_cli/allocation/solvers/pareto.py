@@ -1,6 +1,7 @@
-"""A family of plans along the whole range of stored bits: `ilp` at every eighth of a bit, from one set of menus.
+"""A family of plans along the whole range of stored bits: `ilp` at every eighth of a bit, from the same choices.
 
-A plan that is no better than a smaller one is left out: the family ends where more bits are predicted to gain nothing.
+A plan that loses no less than a smaller one is left out, so the family ends where more bits are predicted to gain
+nothing.
 """
 
 from __future__ import annotations
@@ -10,34 +11,34 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..budgets import Budget
+from ..choices import choices_by_slot, decide
 from ..knapsack import least_loss
-from ..menus import decision, menus
-from ..problem import Decision, Problem
+from ..problem import Decision, Method, Problem
 
-USES = ("score", "group_sizes")
+METHOD = Method(uses=("score", "group_sizes"))
 STEP = 0.125
-"""Stored bits. It is doubled until there are no more than `MOST` plans."""
+"""Stored bits between two plans, doubled until there are at most `MOST` plans."""
 MOST = 48
 
 
-def solve(problem: Problem) -> list[tuple[Budget, Decision]]:
-    """Budgets and the decision for each, ascending; the problem's own budget does not matter."""
+def solve_range(problem: Problem) -> list[tuple[Budget, Decision]]:
+    """Return budgets, ascending, with the decision for each; the problem's own budget is not used."""
     problem = replace(problem, budget=Budget(stored_bits=0))
-    slots = menus(problem)
+    slots = choices_by_slot(problem)
     family: list[tuple[Budget, Decision]] = []
     least = math.inf
     for stored_bits in _steps(problem):
         budget = Budget(stored_bits=stored_bits)
         chosen = least_loss(list(slots.values()), replace(problem, budget=budget).allowance)
-        loss = math.fsum(option.loss for option in chosen)
+        loss = math.fsum(choice.loss for choice in chosen)
         if loss < least:
-            family.append((budget, decision(dict(zip(slots, chosen, strict=True)))))
+            family.append((budget, decide(dict(zip(slots, chosen, strict=True)))))
             least = loss
     return family
 
 
 def _steps(problem: Problem) -> Iterator[float]:
-    """Multiples of a step, a power of two, within what the choices can reach."""
+    """Return the multiples of a step, a power of two, within the range of the choices."""
     layers, pinned = len(problem.model.quantizable), problem.pinned_cost
     least, most = (
         problem.budget.bits(cost + pinned, layers, problem.cache, problem.model) for cost in problem.cost_range

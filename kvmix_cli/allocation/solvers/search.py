@@ -1,9 +1,9 @@
-"""Refinement on measured loss: one tensor gets more, another less, and what is really better stays.
+"""Refinement by measured loss: one tensor gets more bits, another one fewer, and a change that measures better is kept.
 
-Starts from the `ilp` plan, or from `rank`'s if the score has no curves. A neighbour of a plan raises one tensor to its
-next option and, where the budget asks for it, lowers another. Neighbours are measured in the order of their predicted
-loss; the first that is better becomes the plan, until none is or the trials are used up. So on the documents that are
-measured the result is never worse than the start, and it never costs more than the budget.
+The search starts from the plan of `ilp`, or of `rank` if the score has no curves. A neighbour of a plan raises one
+tensor to its next choice and, if the budget requires it, lowers another. Neighbours are measured in the order of their
+predicted loss. The first one that is better becomes the plan, until none is or all trials are used. So on the documents
+that are measured the result is never worse than the start, and it never costs more than the budget.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import NamedTuple
 
-from ..menus import Menu, Option, Slot, decision, menus
-from ..problem import Decision, Measure, Problem
+from ..choices import Choices, Slot, TensorChoice, choices_by_slot, decide
+from ..problem import Decision, Measure, Method, Problem
 from . import ilp, rank
 
-USES = ("score", "group_sizes", "seed")
+METHOD = Method(uses=("score", "group_sizes", "seed"))
 
 
-class Found(NamedTuple):
-    """The best plan that was measured, and how many were."""
+class Refined(NamedTuple):
+    """The best plan that was measured, and the number of plans that were."""
 
     decision: Decision
     loss: float
     trials: int
 
 
-def solve(problem: Problem, measure: Measure, trials: int) -> Found:
-    """The best of at most `trials` measured plans. The seed orders neighbours that are predicted alike.
+def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Refined:
+    """Return the best of at most `trials` measured plans. The seed orders neighbours of equal predicted loss.
 
     Raises:
         BudgetError: if no plan meets the budget.
     """
-    slots = menus(problem)
+    slots = choices_by_slot(problem)
     chosen = _start(problem)
     allowance = problem.allowance if problem.loss_limit is None else _cost(chosen)
     draw = Random(problem.seed)
-    measured: dict[frozenset[tuple[Slot, Option]], float] = {}
+    measured: dict[frozenset[tuple[Slot, TensorChoice]], float] = {}
 
-    def loss(candidate: Mapping[Slot, Option]) -> float:
-        measured[frozenset(candidate.items())] = lost = measure({**decision(candidate), **problem.pins})
+    def loss(candidate: Mapping[Slot, TensorChoice]) -> float:
+        measured[frozenset(candidate.items())] = lost = measure({**decide(candidate), **problem.pins})
         return lost
 
     least, improving = loss(chosen), True
@@ -53,41 +53,43 @@ def solve(problem: Problem, measure: Measure, trials: int) -> Found:
             if frozenset(candidate.items()) not in measured and (lost := loss(candidate)) < least:
                 chosen, least, improving = candidate, lost, True
                 break
-    return Found(decision(chosen), least, len(measured))
+    return Refined(decide(chosen), least, len(measured))
 
 
-def _start(problem: Problem) -> dict[Slot, Option]:
+def _start(problem: Problem) -> dict[Slot, TensorChoice]:
     layers = (ilp if problem.curves.measured else rank).solve(problem)
     return {
-        (layer, kind): Option(tensor, problem.tensor_cost(tensor, kind), problem.tensor_loss(layer, kind, tensor))
+        (layer, kind): TensorChoice(tensor, problem.tensor_cost(tensor, kind), problem.tensor_loss(layer, kind, tensor))
         for layer, plan in layers.items()
         for tensor, kind in plan.tensors
     }
 
 
 def _neighbours(
-    slots: Mapping[Slot, Menu], chosen: Mapping[Slot, Option], room: float, draw: Random
-) -> list[dict[Slot, Option]]:
-    """Changes of one tensor, or of two, that cost no more than the room there is; the most promising first."""
+    slots: Mapping[Slot, Choices], chosen: Mapping[Slot, TensorChoice], room: float, draw: Random
+) -> list[dict[Slot, TensorChoice]]:
+    """Return changes of one tensor, or of two, that add at most `room` to the cost, by predicted loss."""
     changes = list(_changes(slots, chosen, room))
     draw.shuffle(changes)
     return sorted(changes, key=lambda change: sum(to.loss - chosen[slot].loss for slot, to in change.items()))
 
 
-def _changes(slots: Mapping[Slot, Menu], chosen: Mapping[Slot, Option], room: float) -> Iterator[dict[Slot, Option]]:
-    for slot, menu in slots.items():
-        higher = next((option for option in menu if option.cost > chosen[slot].cost), None)
+def _changes(
+    slots: Mapping[Slot, Choices], chosen: Mapping[Slot, TensorChoice], room: float
+) -> Iterator[dict[Slot, TensorChoice]]:
+    for slot, choices in slots.items():
+        higher = next((choice for choice in choices if choice.cost > chosen[slot].cost), None)
         if higher is None:
             continue
         missing = higher.cost - chosen[slot].cost - room
         if missing <= 0:
             yield {slot: higher}
             continue
-        for other, options in slots.items():
-            lower = [option for option in options if option.cost <= chosen[other].cost - missing]
+        for other, others in slots.items():
+            lower = [choice for choice in others if choice.cost <= chosen[other].cost - missing]
             if lower and other != slot:
                 yield {slot: higher, other: lower[-1]}
 
 
-def _cost(chosen: Mapping[Slot, Option]) -> int:
-    return sum(option.cost for option in chosen.values())
+def _cost(chosen: Mapping[Slot, TensorChoice]) -> int:
+    return sum(choice.cost for choice in chosen.values())

@@ -60,7 +60,7 @@ class Memory(Task[Sample, MemoryRecord]):
     def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> MemoryRecord:
         """Return the bytes of a cache that holds the sample, and the most that was taken meanwhile."""
         _fill(loaded, subject, sample.ids[:WARM_UP])
-        with watch(devices(loaded)) as peak:
+        with watch(devices(loaded.model)) as peak:
             cache = _fill(loaded, subject, sample.ids)
         element_bytes = loaded.model.dtype.itemsize
         record: MemoryRecord = {

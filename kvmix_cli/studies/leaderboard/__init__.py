@@ -1,5 +1,5 @@
-"""`kvmix eval --leaderboard`: every score and solver, and controls, at equal stored bits."""
+"""`kvmix eval --leaderboard`: every score and solver, and controls, measured at equal stored bits."""
 
-from .contest import hold
+from .board import Board, hold
 
-__all__ = ["hold"]
+__all__ = ["Board", "hold"]

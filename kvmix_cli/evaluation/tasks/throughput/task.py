@@ -168,7 +168,7 @@ class Throughput(Task[Point, ThroughputRecord]):
                 f"{longest} tokens and --new-tokens {self.new_tokens} are more than the model's limit of "
                 f"{loaded.max_length}; use smaller --contexts or --length"
             )
-        free = free_memory(devices(loaded)) if self.memory and loaded.device.type == "cpu" else None
+        free = free_memory(devices(loaded.model)) if self.memory and loaded.device.type == "cpu" else None
         if free is not None and self.memory is not None and OVERSHOOT * self.memory > free:
             raise EvaluationError(
                 f"--memory {format_bytes(self.memory)}: the search tries up to twice as much, and only "
@@ -177,7 +177,7 @@ class Throughput(Task[Point, ThroughputRecord]):
 
     def _largest(self, loaded: LoadedModel, subject: Subject, point: Point) -> ThroughputRecord:
         """Search for the largest batch, then time it."""
-        on = devices(loaded)
+        on = devices(loaded.model)
         tidy(on)
         room = free_memory(on) if self.memory is None else self.memory
         search = Search(lambda batch: _try(loaded, subject, point, batch, TRIAL), self.memory)
@@ -218,4 +218,4 @@ def _try(loaded: LoadedModel, subject: Subject, point: Point, batch: int, new_to
     def work() -> Timing:
         return time_generation(loaded, subject, rows(loaded, point.ids, point.context, batch), new_tokens)
 
-    return attempt(work, devices(loaded))
+    return attempt(work, devices(loaded.model))

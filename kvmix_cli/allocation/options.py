@@ -1,0 +1,156 @@
+"""Options of an allocation: their defaults, their checks, and the problem that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ..errors import BudgetError, StateError
+from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
+from ..plan.document import reason
+from ..plan.presets import ALIASES, find_preset, presets
+from ..profile import Profile
+from .budgets import Budget
+from .problem import Problem
+from .solvers import METHODS
+
+K_BITS = (2, 3, 4, 8)
+V_BITS = (2, 4, 8)
+"""Widths of the paper up to 3.5 bits, and wider ones above. Methods that weigh choices have `K_BITS` for both."""
+SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
+"""Scores in order of preference: `fisher` predicts as well as `kl`, and knows all widths and groups."""
+PAPER_SCORE = "grad-norm"
+
+
+class AllocationOptions(TypedDict, total=False):
+    """Options of `allocate`, `frontier` and `refine`.
+
+    Attributes:
+        k_bits, v_bits: widths to choose from; by default `K_BITS` and, for methods that weigh no choices, `V_BITS`.
+        min_bits, max_bits: the narrowest and the widest of these to use.
+        group_sizes: group sizes to choose from. The first is the cache's own; other methods use no other.
+        cache: settings of the plan.
+        score: score of the profile that decides; by default `default_score`.
+        pins: layers that are decided already; their cost is part of the plan's.
+        seed: seed of methods that draw at random.
+    """
+
+    k_bits: Sequence[int] | None
+    v_bits: Sequence[int] | None
+    min_bits: int | None
+    max_bits: int | None
+    group_sizes: Sequence[GroupSize] | None
+    cache: CacheSettings | None
+    score: str | None
+    pins: Mapping[int, LayerPlan] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """A budget with the widths and the cache to begin from.
+
+    Attributes:
+        k_bits, v_bits: widths to choose from; None for the method's own.
+    """
+
+    budget: Budget
+    k_bits: tuple[int, ...] | None
+    v_bits: tuple[int, ...] | None
+    cache: CacheSettings
+
+
+def preset_start(name: str) -> Start:
+    """Return the budget, widths and cache of a preset that gives a share of the layers more bits.
+
+    Raises:
+        StateError: if there is no such preset, or it does not have a share of layers.
+        DocumentError: if its file is faulty.
+    """
+    preset = find_preset(name)
+    share = preset.layer_share
+    if share is None:
+        able = [each for each in (*ALIASES, *presets()) if find_preset(each).layer_share is not None]
+        raise StateError(f"preset '{name}' has the same widths in all layers or no common share; use {', '.join(able)}")
+    return Start(Budget(share=share.share), share.k_bits, share.v_bits, preset.cache)
+
+
+def default_method(profile: Profile) -> str:
+    """Return `ilp` if a score was measured by width, otherwise the paper's `rank`."""
+    return "ilp" if any(any(score.choices) for score in profile.scores.values()) else "rank"
+
+
+def default_score(profile: Profile, method: str) -> str:
+    """Return the score that decides if none is named: for `rank` the paper's if there is one, else by preference."""
+    wanted = (PAPER_SCORE, *SCORES) if method == "rank" else SCORES
+    return next((name for name in wanted if name in profile.scores), next(iter(profile.scores)))
+
+
+def make_problem(
+    profile: Profile,
+    budget: Budget,
+    method: str,
+    *,
+    k_bits: Sequence[int] | None = None,
+    v_bits: Sequence[int] | None = None,
+    min_bits: int | None = None,
+    max_bits: int | None = None,
+    group_sizes: Sequence[GroupSize] | None = None,
+    cache: CacheSettings | None = None,
+    score: str | None = None,
+    pins: Mapping[int, LayerPlan] | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Return the problem that a method is to solve; options as in `AllocationOptions`.
+
+    Raises:
+        BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.
+        DocumentError: if the profile has no such score.
+        PlanError: if the model's heads cannot be packed.
+    """
+    cache = cache or CacheSettings()
+    weighs = "group_sizes" in METHODS[method].uses
+    sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
+    problem = Problem(
+        profile=profile,
+        score_name=score or default_score(profile, method),
+        budget=budget,
+        cache=_with_group_sizes(cache, sizes)[0],
+        k_bits=_widths("k_bits", K_BITS if k_bits is None else k_bits, min_bits, max_bits),
+        v_bits=_widths("v_bits", (K_BITS if weighs else V_BITS) if v_bits is None else v_bits, min_bits, max_bits),
+        group_sizes=sizes if weighs else sizes[:1],
+        pins=dict(pins or {}),
+        seed=seed,
+    )
+    if budget.max_loss is not None and not problem.score.predicts_loss:
+        raise _no_prediction(profile, problem.score_name)
+    return problem
+
+
+def _widths(name: str, widths: Sequence[int], least: int | None, most: int | None) -> tuple[int, ...]:
+    """Return widths within the bounds, ascending, without repetition."""
+    if not widths or any(bits not in WIDTHS for bits in widths):
+        known = ", ".join(map(str, WIDTHS))
+        raise BudgetError(f"{name} must be taken from {known}, got {', '.join(map(str, widths)) or 'nothing'}")
+    ascending = sorted(set(widths))
+    low, high = least or ascending[0], most or ascending[-1]
+    kept = tuple(bits for bits in ascending if low <= bits <= high)
+    if not kept:
+        bounds = f"{low} to {high} bits: widen --min-bits and --max-bits"
+        raise BudgetError(f"{name} {', '.join(map(str, ascending))} have none of {bounds}")
+    return kept
+
+
+def _with_group_sizes(cache: CacheSettings, sizes: Sequence[GroupSize]) -> list[CacheSettings]:
+    try:
+        return [CacheSettings.model_validate({**cache.model_dump(), "group_size": size}) for size in sizes]
+    except ValueError as error:
+        raise BudgetError(reason(error)) from error
+
+
+def _no_prediction(profile: Profile, score: str) -> BudgetError:
+    able = [name for name, each in profile.scores.items() if each.predicts_loss]
+    measure = f"measure one that does with `kvmix profile {profile.model.id} --score fisher`"
+    advice = f"use --score {' or '.join(able)}" if able else measure
+    return BudgetError(f"score '{score}' does not predict a loss, so it cannot keep to --max-loss: {advice}")

@@ -1,0 +1,167 @@
+"""The leaderboard: every different plan is measured once, and plans are put in the order of their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...allocation import default_score, predicted_loss
+from ...errors import DocumentError, EvaluationError
+from ...plan import CacheSettings, GroupSize
+from ...plan.document import reason
+from ...plan.windows import parse_window
+from ...profile import Profile
+from .candidates import PAPER, RANDOM, UNIFORM, CandidatePlan, Omission, candidates, make_plans
+from .standings import Comparison, Standing, compare, rank_correlation
+
+if TYPE_CHECKING:
+    from ...evaluation.base import Settings
+    from ...evaluation.results import Report
+    from ...evaluation.runner import Progress
+    from ...evaluation.runs import RunFolders
+    from ...models.loading import LoadedModel
+
+TASKS = ("perplexity", "recall")
+NAME_LENGTH = 12
+"""Characters of a plan's checksum that name its runs, so that the same plan is never measured twice."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """Results of a leaderboard.
+
+    Attributes:
+        champion: name of the candidate that the comparisons are about.
+        standings: plans by budget, each budget from the lowest measured loss.
+        reports: everything that was measured, one report for each task.
+        comparisons: the champion beside the paper's rule, uniform widths and the best random plan, at each budget.
+        correlations: by score, Spearman's correlation of predicted and measured loss, and the number of plans.
+        left_out: candidates without a plan at a budget.
+    """
+
+    champion: str
+    standings: list[Standing]
+    reports: list[Report]
+    comparisons: list[Comparison]
+    correlations: dict[str, tuple[float | None, int]]
+    left_out: list[Omission]
+
+
+def hold(
+    profile: Profile,
+    load: Callable[[], LoadedModel],
+    *,
+    tasks: Sequence[str] = TASKS,
+    settings: Settings | None = None,
+    runs: RunFolders | None = None,
+    stored_bits: Sequence[float] = (2.5, 3, 3.5, 4),
+    scores: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    random_plans: int = 8,
+    group_sizes: Sequence[GroupSize] = (),
+    progress: Progress | None = None,
+) -> Board:
+    """Measure the plans of all candidates at every budget.
+
+    Args:
+        profile: scores of the model.
+        load: function that loads the model; called once, after all plans were made.
+        tasks: names of evaluation tasks; perplexity must be one of them.
+        settings: documents to measure on, and how.
+        runs: folder where records are kept and resumed; None keeps none.
+        stored_bits: budgets.
+        scores, methods, random_plans: see `candidates`.
+        group_sizes: see `make_plans`.
+        progress: progress bar, see `evaluation.runner.Progress`.
+
+    Raises:
+        DocumentError, BudgetError, EvaluationError, PlanError: before anything is measured, for options that do not
+            fit the profile or that no candidate can meet.
+        KvmixError: if the model cannot be loaded or measured.
+    """
+    from ...evaluation.base import Settings
+
+    settings = settings or Settings()
+    entrants, champion = candidates(profile, scores, methods, random_plans)
+    plans, left_out = make_plans(profile, entrants, stored_bits, measured_settings(profile), group_sizes)
+    if "perplexity" not in tasks:
+        raise EvaluationError(f"a leaderboard is in the order of perplexity, got {','.join(tasks)}: add it to --task")
+    loaded = load()
+    plans[0].plan.check_model(loaded.info)
+    reports = _measure(plans, loaded, tasks, settings, runs, progress)
+    standings = _standings(plans, profile, reports)
+    predicting = [name for name, score in profile.scores.items() if score.predicts_loss]
+    return Board(
+        champion=champion,
+        standings=standings,
+        reports=reports,
+        comparisons=_comparisons(standings, champion, settings.seed),
+        correlations={score: rank_correlation(standings, score) for score in predicting},
+        left_out=left_out,
+    )
+
+
+def measured_settings(profile: Profile) -> CacheSettings:
+    """Return the cache settings that curves were measured with, as far as the profile has them.
+
+    Raises:
+        DocumentError: if they are no valid settings.
+    """
+    setup = profile.score(default_score(profile, "ilp")).setup
+    window = {"window": parse_window(setup["window"])} if "window" in setup else {}
+    try:
+        return CacheSettings.model_validate({**setup, **window})
+    except ValueError as error:
+        raise DocumentError(f"profile of {profile.model.id}", [f"setup: {reason(error)}"]) from error
+
+
+def _measure(
+    plans: Sequence[CandidatePlan],
+    loaded: LoadedModel,
+    names: Sequence[str],
+    settings: Settings,
+    runs: RunFolders | None,
+    progress: Progress | None,
+) -> list[Report]:
+    """Measure every different plan with every task, under one progress bar."""
+    from ...cache.subject import Subject
+    from ...evaluation import get_task
+    from ...evaluation.runner import no_progress, run_task
+
+    by_name = {each.plan.sha256[:NAME_LENGTH]: each.plan for each in plans}
+    subjects = [Subject(name, plan) for name, plan in by_name.items()]
+    tasks = [get_task(name) for name in names]
+    steps = (1 + len(subjects)) * sum(task.limit(settings) for task in tasks)
+    with (progress or no_progress)(f"{len(by_name)} plans", steps) as bar:
+        return [
+            run_task(task, loaded, subjects, settings, runs, lambda title, total: nullcontext(bar)) for task in tasks
+        ]
+
+
+def _standings(plans: Sequence[CandidatePlan], profile: Profile, reports: Sequence[Report]) -> list[Standing]:
+    """Return one standing for each budget and different plan; plans that could not be measured come last."""
+    rows = {(report.task, row.plan): row for report in reports for row in report.plans}
+    alike: dict[tuple[float, str], list[CandidatePlan]] = {}
+    for each in plans:
+        alike.setdefault((each.stored_bits, each.plan.sha256[:NAME_LENGTH]), []).append(each)
+    found = []
+    for (stored_bits, name), group in alike.items():
+        plan = group[0].plan
+        losses = {score: predicted_loss(plan, each) for score, each in profile.scores.items()}
+        predicted = {score: loss for score, loss in losses.items() if loss is not None}
+        own = {report.task: rows[report.task, name] for report in reports}
+        found.append(Standing(stored_bits, tuple(each.name for each in group), plan, own, predicted))
+    return sorted(found, key=lambda each: (each.stored_bits, each.loss.value if each.loss else float("inf")))
+
+
+def _comparisons(standings: Sequence[Standing], champion: str, seed: int) -> list[Comparison]:
+    found: list[Comparison | None] = []
+    for stored_bits in dict.fromkeys(each.stored_bits for each in standings):
+        named = {name: each for each in standings if each.stored_bits == stored_bits for name in each.names}
+        best_random = next((name for name in named if name.startswith(RANDOM)), None)
+        rivals = [name for name in (PAPER, UNIFORM, best_random) if name in named and name != champion]
+        if champion in named:
+            found += [compare((champion, named[champion]), (rival, named[rival]), seed) for rival in rivals]
+    return [comparison for comparison in found if comparison is not None]
