@@ -31,10 +31,10 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..evaluation.base import Task
-    from ..evaluation.gates import Verdict
+    from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
     from ..plan import ModelInfo
-    from ..studies.measure import SubjectNames, Results, Setup
+    from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
@@ -362,7 +362,7 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
             console.text(f"picture: {path}\n\n")
 
 
-def _show_verdict(verdict: Verdict) -> None:
+def _show_verdict(verdict: GateOutcome) -> None:
     console.text(f"gate {verdict.expression}: {'passed' if verdict.passed else 'FAILED'}\n")
     for failure in verdict.failures:
         console.text(f"  {failure}\n")

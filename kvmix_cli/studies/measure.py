@@ -16,7 +16,7 @@ from .selection import Choice, check_widths, choose
 
 if TYPE_CHECKING:
     from ..evaluation.base import Settings, Task
-    from ..evaluation.gates import Gate, Verdict
+    from ..evaluation.gates import Gate, GateOutcome
     from ..evaluation.results import Report, Row
     from ..evaluation.runner import Progress
     from ..plan import ModelInfo
@@ -78,7 +78,7 @@ class Evaluation:
 
     model: ModelInfo
     reports: tuple[Report, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[GateOutcome, ...]
 
     @property
     def passed(self) -> bool:
