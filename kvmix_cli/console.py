@@ -1,12 +1,14 @@
 """The only file that prints. Results go to stdout; notices, progress and errors to stderr.
 
-Three modes, set once by the options that `commands/options.py` declares:
+Modes, set once by the options that `commands/options.py` declares:
 
     quiet      no notices and no progress
-    verbose    errors come with their traceback
-    json       stdout holds one JSON object and nothing else: tables and text are silent, and `emit_json` speaks
+    verbose    errors come with their traceback; so do they with `traceback`
+    json       stdout holds one JSON object and nothing else: `table` and `text` print nothing, `emit_json` and `fail`
+               do
 
-A command therefore calls both `table` and `emit_json`; the mode decides which of them is seen.
+A command therefore calls both `table` and `emit_json`; the mode decides which of them prints. Text of a file, a model
+or a server never moves the cursor or changes the terminal: control characters are replaced by `?` on both streams.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import contextlib
 import errno
 import io
 import json
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .errors import KvmixError, OutputError
@@ -27,16 +31,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PIPE_WIDTH = 160
-"""Columns of a table when stdout is no terminal: wide enough that paths and plans are not cut."""
+"""Columns of a table when stdout is not a terminal: wide enough that paths and plans are not cut."""
+PACKAGE = "kvmix_"
+"""Start of the names of our own packages' folders."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys (ESC, BEL, CR, the eight-bit CSI), but for tab and line end."""
 
 
 @dataclass
 class Mode:
-    """What the user asked to see."""
+    """The options of the command that is running.
+
+    Attributes:
+        answered: whether the one object of `--json` has been printed.
+    """
 
     quiet: bool = False
     verbose: bool = False
+    traceback: bool = False
     json: bool = False
+    answered: bool = False
 
 
 mode = Mode()
@@ -45,9 +59,9 @@ mode = Mode()
 class Bar:
     """A progress bar; call it for each step done."""
 
-    def __init__(self, progress: Progress | None = None, total: float | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, description: str = "", total: float | None = None) -> None:
         self._progress = progress
-        self._task = None if progress is None else progress.add_task("", total=total)
+        self._task = None if progress is None else progress.add_task(description, total=total)
         self.done = 0
 
     def __call__(self, steps: int = 1) -> None:
@@ -63,37 +77,48 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None) -> Iterator[Bar]:
-    """A bar with the time left on stderr; nothing is shown if stderr is no terminal."""
+    """Show a bar with the time left on stderr within this block; nothing if stderr is not a terminal."""
     if mode.quiet or not sys.stderr.isatty():
         yield Bar()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
 
-    columns = (TextColumn(description, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class TimeLeft(ProgressColumn):
+        """The time left, or the time so far while there is nothing to judge it by."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            if task.time_remaining is None or not task.completed:
+                return Text(f"{_duration(task.elapsed or 0)}, none done yet")
+            return Text(f"{_duration(task.time_remaining)} left")
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeLeft())
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        yield Bar(bars, total)
+        yield Bar(bars, one_line(description), total)
 
 
 def notice(message: str) -> None:
-    """Tell something that is no result."""
+    """Write a line that is not a result to stderr, unless the user asked for quiet."""
     if not mode.quiet:
         alert(message)
 
 
 def alert(message: str) -> None:
-    """Tell something that must be seen even by a quiet user, such as a warning."""
+    """Write a line that even a quiet user must see, such as a warning, to stderr."""
     _write(sys.stderr, f"kvmix: {one_line(message)}\n")
 
 
 def text(chunk: str) -> None:
-    """Stream a piece of generated text, as it is."""
+    """Write a piece of text to stdout, such as what a model generates as it forms."""
     if not mode.json:
-        _write(sys.stdout, chunk)
+        _write(sys.stdout, harmless(chunk))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footer: str = "") -> None:
-    """Show a table; numbers are set to the right. `footer` is printed below it as it is."""
+    """Show a table, with numbers to the right; `footer` is printed below it as it is."""
     if mode.json:
         return
     from rich import box
@@ -105,18 +130,18 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], foo
     grid = Table(box=style, pad_edge=False, show_edge=False)
     for position, name in enumerate(columns):
         numeric = all(_is_number(row[position]) for row in rows)
-        grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(Text(harmless(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+        grid.add_row(*(Text(harmless(str(cell))) for cell in row))
     buffer = io.StringIO()
     console = Console(file=buffer, force_terminal=sys.stdout.isatty(), width=width())
-    console.print(Text(title, style="bold"), Text(), grid, sep="\n", soft_wrap=False)
+    console.print(Text(harmless(title), style="bold"), Text(), grid, sep="\n", soft_wrap=False)
     lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-    _write(sys.stdout, "\n".join([*lines, "", *([footer] if footer else [])]) + "\n")
+    _write(sys.stdout, "\n".join([*lines, "", *([harmless(footer)] if footer else [])]) + "\n")
 
 
 def width() -> int:
-    """Columns that a table may take."""
+    """Return the columns that a table may take."""
     from rich.console import Console
 
     return Console().width if sys.stdout.isatty() else PIPE_WIDTH
@@ -126,7 +151,7 @@ def emit_json(result: Any) -> None:
     """Print the one JSON object of `--json`; without `--json`, nothing. Paths become strings.
 
     Raises:
-        KvmixError: if it holds NaN or Inf, which JSON has no way to write.
+        KvmixError: if it holds NaN or Inf, which JSON cannot express.
     """
     if not mode.json:
         return
@@ -134,20 +159,72 @@ def emit_json(result: Any) -> None:
         encoded = json.dumps(result, allow_nan=False, ensure_ascii=False, default=_plain)
     except ValueError as error:
         raise KvmixError("the result holds a number that is NaN or infinite; JSON cannot hold it") from error
-    _write(sys.stdout, encoded + "\n")
+    mode.answered = True
+    escaped = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", encoded)
+    _write(sys.stdout, escaped.encode("utf-8", "replace").decode() + "\n")
 
 
-def fail(error: BaseException) -> None:
-    """Report an error in one line, after its traceback if verbose."""
-    if mode.verbose:
-        _write(sys.stderr, "".join(traceback.format_exception(error)))
-    _write(sys.stderr, f"kvmix: error: {one_line(str(error))}\n")
+def fail(error: BaseException, command: str | None = None) -> None:
+    """Report an error in one line on stderr, and with `--json` as the one object on stdout."""
+    _report(error, command, str(error))
+
+
+def fail_bug(error: BaseException, command: str | None) -> None:
+    """Report an exception that kvmix should not have let happen, with what a bug report needs."""
+    said = one_line(str(error))
+    _report(
+        error,
+        command,
+        f"this is a bug in kvmix: {type(error).__name__}{f': {said}' if said else ''} ({_place(error)}); please report "
+        "it with this line, the output of the same command with --traceback, and `kvmix --version`",
+    )
+
+
+def stop(message: str, command: str | None) -> None:
+    """Report that the user has interrupted the command."""
+    alert(message)
+    emit_error("Interrupted", message, command)
+
+
+def emit_error(kind: str, message: str, command: str | None) -> None:
+    """Print an error as the one object of `--json`, unless a result has been printed; without `--json`, nothing."""
+    if mode.answered:
+        return
+    with contextlib.suppress(OutputError):  # stderr has the line
+        emit_json({"command": command, "error": {"type": kind, "message": one_line(message)}})
+
+
+def _report(error: BaseException, command: str | None, message: str) -> None:
+    if mode.verbose or mode.traceback:
+        _write(sys.stderr, harmless("".join(traceback.format_exception(error))))
+    _write(sys.stderr, f"kvmix: error: {one_line(message)}\n")
+    emit_error(type(error).__name__, message, command)
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line where an error arose, the innermost of our own if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if any(part.startswith(PACKAGE) for part in Path(frame.filename).parts)]
+    last = (own or frames)[-1]
+    parts = Path(last.filename).parts
+    start = next((index for index, part in enumerate(parts) if part.startswith(PACKAGE)), len(parts) - 1)
+    return f"{'/'.join(parts[start:])}:{last.lineno}"
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks or control characters (it may quote a file or a server)."""
+    """Return a message without line breaks and control characters (it may quote a file or a server)."""
     words = " ".join(message.split())
     return "".join(character if character.isprintable() else "?" for character in words)
+
+
+def harmless(text: str) -> str:
+    """Return text with `?` for every character that a terminal obeys; line ends and tabs stay."""
+    return _CONTROL.sub("?", text.replace("\r\n", "\n"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def is_unicode() -> bool:
@@ -164,7 +241,7 @@ def _is_number(cell: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Scalars of numpy and torch as numbers, everything else (paths) as text."""
+    """Return scalars of numpy and torch as numbers, and everything else (paths) as text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 

@@ -9,9 +9,11 @@ KvmixError                  the command line prints one line and exits 1
 ├── BudgetError             a budget that no plan can meet
 ├── ExportError             a plan that another engine has no way to express
 ├── StateError              which profile or plan is meant cannot be told from the folder
+├── CacheError              a cache that is used in a way it does not allow
 ├── PolicyError             a transform or policy that a model's attention cannot go with
 ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
 ├── EvaluationError         a task or gate that cannot be run as asked
+│   └── UnknownTaskError    a name that no task has, ours or lm-eval's
 └── OutputError             a file that cannot be written
 """
 
@@ -62,6 +64,10 @@ class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
 
 
+class CacheError(KvmixError):
+    """A cache that is used in a way it does not allow."""
+
+
 class PolicyError(KvmixError):
     """A transform or policy that the model's attention cannot go with."""
 
@@ -74,18 +80,38 @@ class EvaluationError(KvmixError):
     """A task, gate or result that cannot be used as asked."""
 
 
+class UnknownTaskError(EvaluationError):
+    """A name that no task has, neither kvmix's nor lm-eval's.
+
+    Args:
+        theirs: lm-eval's tasks in words, such as "14000 of lm-eval".
+        near: the nearest names of lm-eval.
+        ours: names of kvmix's own tasks.
+    """
+
+    def __init__(self, name: str, theirs: str, near: Iterable[str] = (), ours: Iterable[str] = ()) -> None:
+        self.name, self.theirs, self.near = name, theirs, tuple(near)
+        known = tuple(ours)
+        listed = f"{', '.join(known)}, and {theirs}" if known else theirs
+        super().__init__(f"no task '{name}'{did_you_mean(name, known)}; there are {listed}")
+
+    def among(self, ours: Iterable[str]) -> UnknownTaskError:
+        """Return the same error with the names of kvmix's own tasks."""
+        return UnknownTaskError(self.name, self.theirs, self.near, ours)
+
+
 class OutputError(KvmixError):
     """A file or folder that cannot be written."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, otherwise an empty string."""
+    """Return `" (did you mean 'x'?)"` with the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first sentence of a library's message, on one line; the error's class if it says nothing."""
+    """Return the first sentence of a library's message, on one line; the error's class if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text.split(". ")[0].rstrip(".:")

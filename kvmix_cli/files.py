@@ -60,7 +60,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside a path; it is removed unless it was renamed."""
+    """Open a new file beside a path; it is removed unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -70,7 +70,7 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}; nothing was changed")
+    return OutputError(f"cannot write {path}: {error.strerror or error}; no file was changed")
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
@@ -20,6 +21,7 @@ from pydantic import TypeAdapter
 
 from .errors import DocumentError, OutputError, StateError
 from .files import write_text
+from .plan.document import reason
 
 RecordT = TypeVar("RecordT")
 
@@ -90,18 +92,19 @@ class Journal(Generic[RecordT]):
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self._sync()
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; make room, then continue with --resume"
-            ) from error
+            raise self._full(error) from error
 
     def close(self) -> None:
-        """Write everything to the disk and let others open the journal."""
+        """Write everything to the disk and let others open the journal. Raises OutputError."""
         if self._file is None:
             return
         try:
             self._sync()
+        except OSError as error:
+            raise self._full(error) from error
         finally:
-            self._file.close()
+            with suppress(OSError):  # a record that could not be written is still in the buffer
+                self._file.close()
             self._file = None
             release(self._lock)
 
@@ -115,6 +118,11 @@ class Journal(Generic[RecordT]):
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
+
+    def _full(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write {self.path}: {error.strerror or error}; make room, then continue with --resume"
+        )
 
     def _line(self, record: RecordT) -> str:
         return self._form.dump_json(record).decode()
@@ -148,7 +156,7 @@ def read_records(path: Path, head: Mapping[str, Any] | None, form: TypeAdapter[R
         try:
             records.append(form.validate_json(line))
         except ValueError as error:
-            raise _unusable(path, f"line {number} is damaged") from error
+            raise _unusable(path, f"line {number} is damaged ({reason(error)})") from error
     return records
 
 
@@ -209,8 +217,8 @@ def _parse_head(path: Path, line: bytes) -> dict[str, Any]:
     return found
 
 
-def _unusable(path: Path, reason: str) -> DocumentError:
-    return DocumentError(str(path), [f"cannot resume from this file: {reason}; leave out --resume to start over"])
+def _unusable(path: Path, why: str) -> DocumentError:
+    return DocumentError(str(path), [f"cannot resume from this file: {why}; leave out --resume to start over"])
 
 
 def _shown(value: Any) -> str:

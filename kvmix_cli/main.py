@@ -1,16 +1,22 @@
-"""The command line: registers the commands, and turns what ends them into one line and an exit code.
+"""The command line: registers the commands, and turns whatever ends them into one line and an exit code.
 
-    0 done    1 a KvmixError    2 wrong usage    3 a --fail-if gate failed    130 interrupted
+    0 done    1 a KvmixError, or a bug    2 wrong usage    3 a --fail-if gate failed    130 interrupted
 
-Nothing here imports torch, transformers or pydantic; the commands do, inside their functions.
+Nothing here imports torch, transformers or pydantic; the commands do, inside their functions and after their options
+are checked.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import shlex
+import signal
 import sys
 import warnings
-from typing import Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,8 +27,11 @@ from .commands import allocate, demo, eval, export, inspect, options, profile, r
 from .commands.grouped import GroupedCommand
 from .errors import KvmixError
 
-RESUMABLE = ("profile", "eval")
+RESUMABLE = ("profile", "eval", "demo")
 INTERRUPTED = 130
+FAILED = 1
+_ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base of the errors that Typer shows by itself; where it is defined depends on Typer's version."""
 
 
 class Commands(TyperGroup):
@@ -30,47 +39,133 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep the command line: files that a command writes begin with it."""
+        for number, argument in enumerate(args, start=1):
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                ctx.fail(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}")
+        console.mode = console.Mode(json="--json" in args)
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; a KvmixError ends it with code 1, Ctrl-C with code 130."""
+        """Run a command, and report whatever ends it early: every error is one line and an exit code."""
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
+            except (typer.Exit, typer.Abort, BrokenPipeError):
+                raise
             except KvmixError as error:
-                console.fail(error)
-                raise typer.Exit(1) from error
+                console.fail(error, ctx.invoked_subcommand)
+                raise typer.Exit(FAILED) from error
             except KeyboardInterrupt:
-                console.alert(_interrupted(ctx))
+                console.stop(_interrupted(ctx), ctx.invoked_subcommand)
                 raise typer.Exit(INTERRUPTED) from None
+            except Exception as error:
+                if isinstance(error, _ClickException):  # Typer shows it on stderr
+                    usage_error: Any = error
+                    console.emit_error("UsageError", usage_error.format_message(), ctx.invoked_subcommand)
+                    raise
+                console.fail_bug(error, ctx.invoked_subcommand)
+                raise typer.Exit(FAILED) from error
 
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command("profile", short_help="Measure how important each layer's keys and values are.")(profile.profile)
-app.command("allocate", short_help="Decide every layer's bits under a budget.")(allocate.allocate)
-app.command("run", short_help="Generate with the quantized cache.")(run.run)
-app.command("eval", cls=GroupedCommand, short_help="Measure plans against the unquantized cache.")(eval.evaluate)
-app.command("report", short_help="Runs in one table, and a page with plots.")(report.report)
-app.command("inspect", short_help="Show, validate or compare profiles and plans.")(inspect.inspect)
-app.command("export", short_help="Write a plan for vLLM, ModelOpt, llama.cpp or KVTuner.")(export.export)
-app.command("demo", short_help="All of it on the built-in model, in a few minutes.")(demo.demo)
+
+
+def _add(name: str, command: Callable[..., None], summary: str, *examples: str, **more: Any) -> None:
+    """Register a command; its help ends with the examples."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+    app.command(name, short_help=summary, epilog=epilog, **more)(command)
+
+
+_add(
+    "profile",
+    profile.profile,
+    "Measure how important each layer's keys and values are.",
+    "kvmix profile builtin:tiny",
+    "kvmix profile Qwen/Qwen3-8B --score grad-norm,fisher --dtype bf16",
+)
+_add(
+    "allocate",
+    allocate.allocate,
+    "Decide every layer's bits under a budget.",
+    "kvmix allocate --avg-bits 2.3",
+    "kvmix allocate --memory 8GiB --context 128K --method ilp",
+)
+_add(
+    "run",
+    run.run,
+    "Generate with the quantized cache.",
+    'kvmix run --prompt "Once upon a time"',
+    "kvmix run Qwen/Qwen3-8B --uniform 4 --prompt-file notes.txt --chat",
+)
+_add(
+    "eval",
+    eval.evaluate,
+    "Measure plans against the unquantized cache.",
+    "kvmix eval --task longbench",
+    'kvmix eval --plan rank-2.3 --baseline hf-quanto-4 --fail-if "perplexity>+1%"',
+    cls=GroupedCommand,
+)
+_add(
+    "report",
+    report.report,
+    "Runs in one table, and a page with plots.",
+    "kvmix report",
+    "kvmix report results --markdown report.md --metric recall",
+)
+_add(
+    "inspect",
+    inspect.inspect,
+    "Show, validate or compare profiles and plans.",
+    "kvmix inspect rank-2.3",
+    "kvmix inspect rank-2.3 ilp-2.3 --plot plans.png",
+)
+_add(
+    "export",
+    export.export,
+    "Write a plan for vLLM, ModelOpt, llama.cpp or KVTuner.",
+    "kvmix export --to llama.cpp",
+    "kvmix export rank-2.3 --to kvtuner --out preset.yaml",
+)
+_add(
+    "demo",
+    demo.demo,
+    "All of it on the built-in model, in a few minutes.",
+    "kvmix demo --quick",
+    "kvmix demo --out here --resume",
+)
 
 
 def main() -> None:
-    """Entry point of `kvmix`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """Run the command line of `kvmix`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
+    signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
     app(prog_name="kvmix")
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Treat SIGTERM as Ctrl-C, so that temporary folders are removed and the way to resume is said."""
+    raise KeyboardInterrupt
+
+
+def _open_streams() -> None:
+    """Prepare stdout and stderr: any character can be written, and a closed stream is not an exception."""
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process runs
+    if sys.stdout is None:
+        console.alert("error: cannot write the output: stdout is closed")
+        sys.exit(FAILED)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _version(wanted: bool) -> None:
@@ -92,13 +187,14 @@ def _root(
 
 
 def _interrupted(ctx: Any) -> str:
-    if ctx.invoked_subcommand not in RESUMABLE:
-        return "interrupted"
     line = ctx.meta[options.COMMAND_LINE]
-    return f"interrupted; go on with `{line if '--resume' in line else line + ' --resume'}`"
+    is_search = ctx.invoked_subcommand == "allocate" and "--method search" in line
+    if ctx.invoked_subcommand not in RESUMABLE and not is_search:
+        return "interrupted"
+    return f"interrupted; continue with `{line if '--resume' in line else line + ' --resume'}`"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """One line for a warning; those meant for programmers only if verbose."""
+    """Show a warning in one line; those meant for programmers only if verbose."""
     if console.mode.verbose or not issubclass(category, (DeprecationWarning, FutureWarning)):
         console.alert(f"warning: {message}")

@@ -1,4 +1,4 @@
-"""Keeping the libraries underneath quiet, so that the terminal shows kvmix's own lines. No torch.
+"""Silence of the libraries underneath, so that the terminal shows kvmix's own lines. No torch.
 
 `kvmix -v` sets the logger named "kvmix" to INFO, and then nothing is silenced.
 """
@@ -15,13 +15,13 @@ _LIBRARIES = ("transformers", "huggingface_hub", "datasets", "accelerate")
 
 
 def verbose() -> bool:
-    """Whether the libraries may speak."""
+    """Return whether the libraries may log."""
     return logging.getLogger("kvmix").isEnabledFor(logging.INFO)
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Within this block the libraries log errors only; their levels are put back after it."""
+    """Within this block let the libraries log errors only; their levels are restored after it."""
     loggers = [] if verbose() else [logging.getLogger(name) for name in _LIBRARIES]
     levels = [logger.level for logger in loggers]
     try:
@@ -35,7 +35,7 @@ def hushed() -> Iterator[None]:
 
 @contextmanager
 def mute_stdout() -> Iterator[None]:
-    """Within this block what compiled code prints is dropped, so that it never ends up in the result of a command.
+    """Within this block drop what compiled code prints, so that it never ends up in the result of a command.
 
     HiGHS 1.12 prints a line at random, whatever its options say (ERGO-Code/HiGHS#2783).
     """

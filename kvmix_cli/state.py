@@ -1,22 +1,26 @@
-"""Which file a command means. State between commands is files, one folder a model:
+"""Files that commands hand to each other, one folder a model.
 
     profiles/<org>--<model>/profile.yaml                what `kvmix profile` measured
     profiles/<org>--<model>/profile.partial.jsonl       the same, interrupted
     profiles/<org>--<model>/plans/<name>.yaml           what `kvmix allocate` decided
     profiles/<org>--<model>/plans/<name>.trials.jsonl   what it measured for that, if it did
 
-Nothing named, the newest is taken and stderr says which. `--profiles-dir` or `KVMIX_PROFILES_DIR` moves the folder.
+The folder of a local model folder is named after it and has a hash of its path, so that two checkpoints of one name
+never share files. A command that names no file takes the newest and says which. `--profiles-dir` or
+`KVMIX_PROFILES_DIR` moves the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from .console import notice
 from .errors import StateError, did_you_mean
 
 PROFILE = "profile.yaml"
@@ -24,8 +28,20 @@ JOURNAL = "profile.partial.jsonl"
 PLANS = "plans"
 ENVIRONMENT = "KVMIX_PROFILES_DIR"
 MAX_LINE = 2**16
+MAX_NAME = 150
+"""Bytes of a folder's name; file systems allow 255, and names of results hold it with others."""
+
+Say = Callable[[str], None]
+"""Takes a line that the user should read, such as which file is used."""
+
+_FAMILY = re.compile(r"^provenance: \{.*\bmethod: pareto\b", re.MULTILINE)
+_MODEL = re.compile(r"""^model: \{id: ("[^"\n]*"|'[^'\n]*'|[^,}\n]+)""", re.MULTILINE)
 
 _chosen: Path | None = None
+
+
+def unsaid(line: str) -> None:
+    """Say nothing, as `Say`."""
 
 
 def use_dir(folder: Path | None) -> None:
@@ -35,91 +51,144 @@ def use_dir(folder: Path | None) -> None:
 
 
 def profiles_dir() -> Path:
-    """The folder that holds one folder a model."""
+    """Return the folder that holds one folder a model."""
     return _chosen or Path(os.environ.get(ENVIRONMENT) or "profiles")
 
 
 def slug(model: str) -> str:
-    """Folder name of a model: `meta-llama--Llama-2-7b`, `builtin--tiny`, or a local folder's own name."""
+    """Return the folder name of a model: `meta-llama--Llama-2-7b`, `builtin--tiny`, `checkpoint-500--1f3a5c7e`."""
     if _holds(Path.is_dir, model):
-        name = Path(model).resolve().name
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        name = model.replace("/", "--")
-    else:
-        name = re.split(r"[/\\]", model.rstrip("/\\"))[-1].replace(":", "--")
+        path = Path(model).expanduser().resolve()
+        return _short(f"{_plain_name(path.name)}--{_hash(str(path))}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return _short(_plain_name(model.replace("/", "--")))
+    return _short(_plain_name(re.split(r"[/\\]", model.rstrip("/\\"))[-1].replace(":", "--")))
+
+
+def _plain_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name).lstrip(".") or "model"
 
 
+def _short(name: str) -> str:
+    """Return a name that file systems take, still different for different names."""
+    encoded = name.encode()
+    if len(encoded) <= MAX_NAME:
+        return name
+    return f"{encoded[:MAX_NAME].decode(errors='ignore')}--{_hash(name)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
 def model_dir(model: str) -> Path:
-    """The folder of a model's profile and plans."""
+    """Return the folder of a model's profile and plans."""
     return profiles_dir() / slug(model)
 
 
 def profile_path(model: str) -> Path:
-    """Where `kvmix profile` writes."""
+    """Return the file that `kvmix profile` writes."""
     return model_dir(model) / PROFILE
 
 
 def plan_path(model: str, name: str) -> Path:
-    """Where `kvmix allocate` writes the plan of that name."""
+    """Return the file that `kvmix allocate` writes for the plan of that name."""
     return model_dir(model) / PLANS / f"{name}.yaml"
 
 
 def journal_path(profile: Path) -> Path:
-    """The journal of an unfinished profile, beside it: `profile.partial.jsonl`."""
+    """Return the journal of an unfinished profile, beside it: `profile.partial.jsonl`."""
     return profile.with_name(f"{profile.stem}.partial.jsonl")
 
 
 def trials_path(plan: Path) -> Path:
-    """The plans that a search has measured, beside the plan that it writes: `search-3.trials.jsonl`."""
+    """Return the file of the plans that a search has measured, beside the plan it writes: `search-3.trials.jsonl`."""
     return plan.with_name(f"{plan.stem}.trials.jsonl")
 
 
-def find_profile(given: str | Path | None = None, *, model: str | None = None) -> Path:
-    """The profile a command means: the file given, or else the newest one of a model.
+def find_profile(given: str | Path | None = None, *, model: str | None = None, say: Say = unsaid) -> Path:
+    """Return the profile that a command means: the file given, or else the newest one of a model.
 
     Raises:
         StateError: if there is none, if it is unfinished, or if several models have one and none is named.
     """
     if given is not None:
         return _existing(Path(given))
-    folder = _only_model(model, "profile", [PROFILE, JOURNAL])
+    folder = _only_model(model, "profile", [PROFILE, JOURNAL], say)
     if not (folder / PROFILE).is_file():
         raise _unfinished(folder)
-    return _taken(folder / PROFILE, "profile")
+    say(f"using profile {folder / PROFILE}")
+    return folder / PROFILE
 
 
-def find_plan(given: str | Path | None = None, *, model: str | None = None) -> Path:
-    """The plan a command means: the file given, a plan by its name, or else the newest one of a model.
+def find_plan(given: str | Path | None = None, *, model: str | None = None, say: Say = unsaid) -> Path:
+    """Return the plan that a command means: the file given, a plan by its name, or else the newest one of a model.
+
+    A plan of a family (`--method pareto`) is never the newest: it has to be named.
 
     Raises:
         StateError: if there is none, or if several models have plans and none is named.
     """
     if given is not None and (Path(given).suffix in (".yaml", ".yml") or _holds(Path.is_file, given)):
         return _existing(Path(given))
-    folder = _only_model(model, "plan", [f"{PLANS}/*.yaml"])
+    folder = _only_model(model, "plan", [f"{PLANS}/*.yaml"], say)
     plans = {path.stem: path for path in _newest_first(folder.glob(f"{PLANS}/*.yaml"))}
     if given is None:
-        return _taken(next(iter(plans.values())), "plan")
+        single = next((path for path in plans.values() if not _FAMILY.search(_head(path))), None)
+        if single is None:
+            raise StateError(
+                f"{folder / PLANS} has only plans of a family, of which none is the default: name one with --plan; "
+                f"there are {', '.join(sorted(plans))}"
+            )
+        say(f"using plan {single}")
+        return single
     if str(given) not in plans:
         hint = did_you_mean(str(given), plans) or f"; there are {', '.join(sorted(plans))}"
         raise StateError(f"no plan '{given}' in {folder / PLANS}{hint}")
+    say(f"using plan {plans[str(given)]}")
     return plans[str(given)]
 
 
-def _only_model(model: str | None, what: str, patterns: list[str]) -> Path:
-    """The folder of the model named, or of the only one that has files of these patterns."""
+def _only_model(model: str | None, what: str, patterns: list[str], say: Say) -> Path:
+    """Return the folder of the model named, or of the only one that has files of these patterns."""
     command = "kvmix profile MODEL" if what == "profile" else "kvmix allocate"
     candidates = sorted({_owner(path) for pattern in patterns for path in profiles_dir().glob(f"*/{pattern}")})
     if model is not None:
-        candidates = [folder for folder in candidates if folder == model_dir(model)]
+        candidates = [folder for folder in candidates if folder == model_dir(model)] or [
+            folder for folder in candidates if _is_former(folder, model)
+        ]
     if not candidates:
         place = profiles_dir() if model is None else model_dir(model)
         raise StateError(f"no {what} in {place}: make one with `{command}`, or name a file with --{what}")
     if len(candidates) > 1:
         names = ", ".join(folder.name for folder in candidates)
         raise StateError(f"{len(candidates)} models have a {what} in {profiles_dir()} ({names}): choose with --model")
+    if model is not None and candidates[0] != model_dir(model):
+        say(f"{candidates[0]} is from an earlier kvmix; new files of {model} go to {model_dir(model)}")
     return candidates[0]
+
+
+def _is_former(folder: Path, model: str) -> bool:
+    """Return whether a folder holds files of a local model folder under the name without a hash of earlier versions."""
+    if not _holds(Path.is_dir, model) or folder.name != _plain_name(Path(model).resolve().name):
+        return False
+    files = [folder / PROFILE, *folder.glob(f"{PLANS}/*.yaml")]
+    owners = {_recorded_model(path) for path in files if path.is_file()} - {None}
+    return bool(owners) and all(Path(str(owner)).resolve() == Path(model).resolve() for owner in owners)
+
+
+def _recorded_model(path: Path) -> str | None:
+    """Return the id of the model that a profile or plan file names; None if it does not say."""
+    match = _MODEL.search(_head(path))
+    return None if match is None else match[1].strip().strip("'\"")
+
+
+def _head(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_LINE)
+    except OSError:
+        return ""
 
 
 def _owner(path: Path) -> Path:
@@ -128,32 +197,50 @@ def _owner(path: Path) -> Path:
 
 def _unfinished(folder: Path) -> StateError:
     journal = folder / JOURNAL
-    return StateError(
-        f"profiling was interrupted and left {journal}: finish it with `kvmix profile {_model_of(journal)} --resume`"
-    )
+    return StateError(f"profiling was interrupted and left {journal}: finish it with `{_resume_command(journal)}`")
 
 
-def _model_of(journal: Path) -> str:
-    """The model in a journal's first line; `MODEL` if it cannot be read."""
+def _resume_command(journal: Path, *more: str) -> str:
+    """Return the command that continues an unfinished profile, with the settings in the journal's first line."""
     try:
         with journal.open(encoding="utf-8") as file:
-            return str(json.loads(file.readline(MAX_LINE))["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "MODEL"
+            settings = json.loads(file.readline(MAX_LINE))
+    except (OSError, ValueError, RecursionError):
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
+    folder = [] if _chosen is None or more else ["--profiles-dir", str(_chosen)]
+    words = ["kvmix", "profile", str(settings.get("model", "MODEL")), *_options(settings), *folder, *more, "--resume"]
+    return shlex.join(words)
+
+
+def _options(settings: dict[str, Any]) -> list[str]:
+    """Return the options of `kvmix profile` that settings of a journal stand for."""
+    names = {
+        "revision": "--revision",
+        "dtype": "--dtype",
+        "scores": "--score",
+        "bits": "--bits",
+        "group_sizes": "--group-size",
+        "source": "--calibration",
+        "samples": "--samples",
+        "seq_len": "--seq-len",
+        "seed": "--seed",
+    }
+    found: list[str] = []
+    for name, option in names.items():
+        value = settings.get(name)
+        if value is not None:
+            found += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return found + (["--granularity", "head"] if settings.get("per_head") is True else [])
 
 
 def _existing(path: Path) -> Path:
     if path.is_file():
         return path
     if journal_path(path).is_file():
-        model = _model_of(journal_path(path))
-        raise StateError(f"{path} was never finished: run `kvmix profile {model} --resume --out {path}`")
+        command = _resume_command(journal_path(path), "--out", str(path))
+        raise StateError(f"{path} was never finished: run `{command}`")
     raise StateError(f"{path} does not exist")
-
-
-def _taken(path: Path, what: str) -> Path:
-    notice(f"using {what} {path}")
-    return path
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
@@ -161,8 +248,8 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def _holds(test: Callable[[Path], bool], text: str | Path) -> bool:
-    """A test of a path; false for a text that the system does not even take for a path."""
+    """Return a test of a path; false for a text that the system does not even take for a path."""
     try:
-        return test(Path(text))
-    except (OSError, ValueError):
+        return test(Path(text).expanduser())
+    except (OSError, ValueError, RuntimeError):
         return False

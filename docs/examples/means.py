@@ -24,8 +24,8 @@ from kvmix_cli.errors import KvmixError
 from kvmix_cli.files import write_bytes
 from kvmix_cli.models.geometry import stock_layers
 from kvmix_cli.models.loading import LoadedModel
-from kvmix_cli.profiling.calibration import cut_samples
 from kvmix_cli.texts import load_texts
+from kvmix_cli.texts.tokens import cut_samples
 
 
 @torch.inference_mode()
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         loaded = load_model(given.model)
-        samples = cut_samples(loaded, load_texts(given.text, seed=given.seed), given.samples, given.length, given.seed)
+        texts = load_texts(given.text, seed=given.seed)
+        limit = loaded.max_length
+        samples = cut_samples(loaded.tokenizer, texts, given.samples, given.length, given.seed, max_length=limit)
         write_bytes(given.file, save(means(loaded, samples)))
     except KvmixError as error:
         console.fail(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import Segments
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import PolicyError
 from .handle import Handle
-from .observing import Attention
+from .observation import AttentionCall
 
 NAME = "kvmix"
 
@@ -23,52 +25,70 @@ def kvmix_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over packed or plain keys and values.
+    """Attend to packed or plain keys and values; the first arguments are those of transformers' SDPA, in its order.
 
     Packed ones go to `kvmix_kernels.attend`, and so do plain ones that are decoded on a CPU, where it is faster. Other
     plain ones (a prompt) go to SDPA, unless the model needs a soft-cap or sink logits, which SDPA does not have. What
-    `attend` does not know (dropout, a position bias) goes to SDPA as well, which dequantizes the handles.
+    `attend` does not have (dropout, a position bias, more queries than keys) goes to SDPA as well, which dequantizes
+    the handles.
 
     Args:
-        query: `[B, H, S, D]`; key, value: `[B, H_kv, T, D]`, plain or handles.
-        attention_mask: as `sdpa_mask` makes it: boolean `[B, 1, S, T]`, or None for causal.
+        module: the attention module; its `is_causal` counts where the argument is None.
+        query: `[B, H, S, D]`.
+        key: `[B, H_kv, T, D]`, plain or a handle.
+        value: `[B, H_kv, T, D_v]`, plain or a handle.
+        attention_mask: boolean `[B, 1, S, T]` as `sdpa_mask` makes it, or None for causal (or all, see `module`).
 
     Returns:
-        `[B, S, H, D]` and None for the attention weights.
+        The output `[B, S, H, D_v]`, and None for the attention weights.
 
     Raises:
-        PolicyError: if the cache's transforms cannot go with what this attention does.
+        PolicyError: if the cache's transforms, or a head-wise press of kvpress, cannot be combined with this attention.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attention_mask = _bidirectional(module, query, key, is_causal) if attention_mask is None else attention_mask
     layer = key.layer if isinstance(key, Handle) else None
+    if isinstance(key, Handle):
+        _refuse_masked_keys(module)
     if layer is not None:
         layer.check(softcap, s_aux)
-    if isinstance(key, Handle) and key.is_raw:
-        key, value = key.segments.tail, value.segments.tail  # type: ignore[attr-defined]
-    ours = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
-    special = softcap is not None or s_aux is not None
-    foreign = dropout > 0 or kwargs.get("position_bias") is not None
-    if (foreign or not ours) and not special:
-        layer = layer if not foreign else None
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        output, logarithms = output.transpose(1, 2), None
-    else:
-        stored = layer if isinstance(key, Handle) else None
+    if isinstance(key, Handle) and key.is_raw and isinstance(value, Handle):
+        key, value = key.segments.tail, value.segments.tail
+    stored = layer if isinstance(key, Handle) else None
+    logarithms: Tensor | None = None
+    unsupported = dropout > 0 or position_bias is not None or query.shape[2] > key.shape[2]
+    has_kernel = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
+    if (has_kernel and not unsupported) or softcap is not None or s_aux is not None:
         query = query if stored is None else stored.query(query)
         output, logarithms = attend(
             AttentionProblem(query, _segments(key), _segments(value), scaling, attention_mask, softcap, s_aux)
         )
         output = output if stored is None else stored.output(output)
+    else:
+        layer = None if unsupported else layer
+        output, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **({} if position_bias is None else {"position_bias": position_bias}),
+            **kwargs,
+        )
+        output = output.transpose(1, 2)
     if layer is not None:
-        layer.observe(Attention(query, scaling, attention_mask, softcap, s_aux, logarithms))
+        layer.observe(AttentionCall(query, scaling, attention_mask, softcap, s_aux, logarithms))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -80,3 +100,20 @@ def register_attention() -> None:
 
 def _segments(states: Tensor) -> Segments:
     return states.segments if isinstance(states, Handle) else Segments(None, None, states)
+
+
+def _bidirectional(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
+    """Return a mask `[1, 1, S, T]` that hides nothing for attention that is not causal; None for causal attention."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal or query.shape[2] == 1:
+        return None
+    return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+
+
+def _refuse_masked_keys(module: nn.Module) -> None:
+    """Raise PolicyError if a head-wise press has masked keys, which it would do by writing to them."""
+    if getattr(module, "masked_key_indices", None) is not None:
+        raise PolicyError(
+            f"layer {getattr(module, 'layer_idx', '?')}: a head-wise press of kvpress masks single keys of a cache, "
+            "which a kvmix cache does not let it write; use a press that drops whole tokens, or an unquantized cache"
+        )

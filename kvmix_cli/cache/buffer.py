@@ -1,18 +1,38 @@
-"""A tensor that grows along its token axis."""
+"""Storage that grows along its token axis, and that can be written whatever mode it was made in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 GROWTH = 1.25
-"""Spare room when a buffer must move. Doubling would leave up to half of a compressed cache empty."""
+"""Factor of the capacity when a buffer must move. Doubling would leave up to half of a compressed cache empty."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that makes tensors which the cache keeps.
+
+    Tensors made under `torch.inference_mode()` can never be written outside it. A cache may be filled inside and used
+    outside, so what it keeps is made in normal mode, and without gradients.
+    """
+
+    @wraps(function)
+    def in_normal_mode(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():  # leaving inference mode switches gradients on
+            return function(*args, **kwargs)
+
+    return in_normal_mode
 
 
 class Buffer:
-    """`[B, H_kv, n, ...]` with room to spare: appending copies what is new, and everything only once in a while.
+    """A tensor `[B, H_kv, n, ...]` with spare room: appending copies the new part, and rarely everything.
 
     Args:
         reserve: room to allocate at the first append, when the final length is known.
@@ -25,19 +45,24 @@ class Buffer:
 
     @property
     def view(self) -> Tensor:
-        """What has been appended, `[B, H_kv, length, ...]`, without a copy."""
+        """Return everything appended so far, `[B, H_kv, length, ...]`, without a copy."""
         if self._data is None:
             raise IndexError("an empty buffer has no shape yet")
         return self._data[:, :, : self.length]
 
     @property
+    def has_shape(self) -> bool:
+        """Return whether anything has been appended yet."""
+        return self._data is not None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes in use."""
+        """Return the bytes in use."""
         return 0 if self._data is None else self.view.nbytes
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes held, with the spare room."""
+        """Return the bytes held, spare room included."""
         return 0 if self._data is None else self._data.nbytes
 
     def append(self, new: Tensor) -> None:
@@ -46,33 +71,35 @@ class Buffer:
         self.room(new.shape, new.dtype, new.device).copy_(new)
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make room for `[B, H_kv, m, ...]` at the end, and return it to be filled in."""
-        first, self.length = self.length, self.length + shape[2]
-        if self._data is None or self.length > self._data.shape[2]:
-            self._move(shape, dtype, device, kept=first)
-        return self._data[:, :, first : self.length]  # type: ignore[index]
+        """Make room for `[B, H_kv, m, ...]` at the end and return it, to be filled in."""
+        first, length = self.length, self.length + shape[2]
+        if self._data is None or length > self._data.shape[2]:
+            self._data = self._moved(length, shape, dtype, device)
+        self.length = length
+        return self._data[:, :, first:length]
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest `count`; the rest moves to the front."""
-        rest = self.view[:, :, count:]
-        self._data[:, :, : rest.shape[2]] = rest.clone()  # type: ignore[index]
+        rest = self.view[:, :, count:].clone()
         self.length = rest.shape[2]
+        self.view.copy_(rest)
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length`."""
         self.length = min(self.length, length)
 
+    @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the content by `change` of it: batch selection, another device."""
+        """Replace the content by `change` of it: a selection of the batch, another device."""
         if self._data is not None:
             self._data = change(self._data)
 
-    def _move(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, kept: int) -> None:
-        """Move the first `kept` to where there is room for `length`."""
-        capacity = max(self.length, self._reserve)
+    @lasting
+    def _moved(self, length: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        capacity = max(length, self._reserve)
         if self._data is not None:
             capacity = max(capacity, int(self._data.shape[2] * GROWTH) + 1)
         data = torch.empty((*shape[:2], capacity, *shape[3:]), dtype=dtype, device=device)
         if self._data is not None:
-            data[:, :, :kept] = self._data[:, :, :kept]
-        self._data = data
+            data[:, :, : self.length] = self.view
+        return data

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kvmix_kernels.segments import Segments
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import PlanError
+from ..errors import CacheError, PlanError
 from ..plan import CacheSettings, LayerPlan
 from ..plan.sizes import storage_forms
 from .handle import Handle
-from .packing import Packing, Sorts, packing_of
+from .packing import Packing, PolicyFunctions, packing_of
 from .store import Store
 
 
@@ -28,12 +29,12 @@ class MixedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, index: int, plan: LayerPlan, settings: CacheSettings, reserve: int = 0) -> None:
-        super().__init__()
+        self._stores: tuple[Store, Store] | None = None
         self.index = index
         self.plan = plan
         self.settings = settings
         self._reserve = reserve
-        self._stores: tuple[Store, Store] | None = None
+        super().__init__()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores for the heads that arrive. Raises PlanError if they cannot be packed."""
@@ -47,58 +48,74 @@ class MixedLayer(CacheLayerMixin):
         except ValueError as error:
             raise PlanError(f"layer {self.index} cannot be quantized: {error}; give it 16 bits") from error
         keys, values = (
-            packing_of(f"layer {self.index} {kind}s", form, self.settings, self._reserve, sorts)
-            for (_, kind), form, sorts in zip(self.plan.tensors, found, self._sorts(), strict=True)
+            packing_of(f"layer {self.index} {kind}s", form, self.settings, self._reserve, functions)
+            for (_, kind), form, functions in zip(self.plan.tensors, found, self._policy_functions(), strict=True)
         )
         self._stores = self._store(keys, self.plan.k.bits), self._store(values, self.plan.v.bits)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add `[B, H_kv, S, D]` keys and values; returns all of them, `[B, H_kv, T, D]`. Raises QuantizationError."""
-        if self._stores is None:
-            self.lazy_initialization(key_states, value_states)
+        """Add `[B, H_kv, S, D]` keys and values and return all of them, `[B, H_kv, T, D]`.
+
+        Raises:
+            CacheError: if they have another batch size or other heads than what is held; nothing is added then.
+            QuantizationError: if what has to be packed is NaN, infinite, or beyond the scale's range.
+        """
+        self._prepare(key_states, value_states)
         first = self.get_seq_length() == 0
-        keys, values = (store.append(new) for store, new in zip(self.stores, (key_states, value_states), strict=True))
+        keys, values = self._add(key_states, value_states)
+        self._pack_early()
         if first:
             return key_states, value_states
-        if keys.packed is None and values.packed is None and keys.sink is None and values.sink is None:
+        if all(segments.packed is None and segments.sink is None for segments in (keys, values)):
             return keys.tail, values.tail
         return Handle(keys), Handle(values)
 
-    def _sorts(self) -> tuple[Sorts | None, Sorts | None]:
-        """Who sorts the tokens and channels of keys and of values."""
-        return None, None
+    @property
+    def keys(self) -> Tensor | None:
+        """Return the keys `[B, H_kv, T, D]` held now, dequantized when they are touched; None before the first."""
+        return self._read(0)
 
-    def _store(self, packing: Packing | None, bits: int) -> Store:
-        return Store(packing, self.settings, bits, self._reserve)
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._refuse_assignment("keys", states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Return the values `[B, H_kv, T, D_v]` held now, dequantized when they are touched; None before the first."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._refuse_assignment("values", states)
 
     @property
     def stores(self) -> tuple[Store, Store]:
-        """Keys and values."""
+        """Return the stores of keys and of values."""
         if self._stores is None:
             raise RuntimeError(f"layer {self.index} has seen no tokens yet")
         return self._stores
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use."""
+        """Return the bytes in use."""
         return sum(store.nbytes for store in self._stores or ())
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes held, with the room to grow."""
+        """Return the bytes held, room to grow included."""
         return sum(store.allocated_bytes for store in self._stores or ())
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return 0 if self._stores is None else self._stores[0].length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask for the next `query_length` tokens."""
+        """Return length and offset of the mask for the next `query_length` tokens."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def reset(self) -> None:
@@ -107,7 +124,7 @@ class MixedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; see `Store.crop` for what is exact."""
+        """Forget the last `-tokens_to_remove` tokens; see `Store.crop` for what is exact. Raises ValueError."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove:
@@ -134,6 +151,61 @@ class MixedLayer(CacheLayerMixin):
         """Move everything back to the layer's device."""
         self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def _policy_functions(self) -> tuple[PolicyFunctions | None, PolicyFunctions | None]:
+        """Return what chooses the tiers and orders the channels of keys and of values."""
+        return None, None
+
+    def _store(self, packing: Packing | None, bits: int) -> Store:
+        return Store(packing, self.settings, bits, self._reserve)
+
+    def _prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the stores before the first tokens, and refuse tokens that do not fit the ones held."""
+        if self._stores is None:
+            self.lazy_initialization(key_states, value_states)
+        for name, store, new in zip(("keys", "values"), self.stores, (key_states, value_states), strict=True):
+            held = store.shape
+            if held is not None and (*held[:2], held[3]) != (*new.shape[:2], new.shape[3]):
+                raise CacheError(
+                    f"layer {self.index} holds {name} of {_shape(held)}, and was given {_shape(new.shape)}; use a new "
+                    "cache, or `batch_repeat_interleave` or `batch_select_indices` to change its batch"
+                )
+
+    def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
+        """Settle what the last tokens left to do, and put new ones into the stores."""
+        self._in_step(Store.settle)
+        return self.stores[0].add(keys), self.stores[1].add(values)
+
+    def _pack_early(self) -> None:
+        self._in_step(Store.pack_early)
+
+    def _in_step(self, pack: Callable[[Store], int]) -> int:
+        """Let keys, then values pack; return how many keys left the tail."""
+        keys, _ = (pack(store) for store in self.stores)
+        return keys
+
+    def _read(self, index: int) -> Tensor | None:
+        """Return what one store holds, as a handle that refuses to be read once the store has changed."""
+        if self._stores is None:
+            return None
+        store = self._stores[index]
+        if store.shape is None:
+            return torch.empty(0, dtype=self.dtype, device=self.device)
+        return self._handle(index, store.segments(), store.is_unchanged())
+
+    def _handle(self, index: int, segments: Segments, is_current: Callable[[], bool]) -> Handle:
+        return Handle(segments, is_current=is_current)
+
+    def _refuse_assignment(self, name: str, states: Tensor | None) -> None:
+        if states is not None:  # transformers' own constructor assigns None
+            raise CacheError(
+                f"layer {self.index}: the {name} of a kvmix cache cannot be assigned; use `update`, `crop` and the "
+                "batch operations, or an unquantized cache"
+            )
+
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         for store in self._stores or ():
             store.apply(change)
+
+
+def _shape(shape: torch.Size) -> str:
+    return f"{shape[0]} sequences x {shape[1]} KV heads x {shape[3]} channels"

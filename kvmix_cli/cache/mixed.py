@@ -1,7 +1,8 @@
-"""The cache of a whole model, made from a plan."""
+"""The cache of a whole model, made from a plan, and the count of what attention reads from a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from .sizes import cache_nbytes, stock_nbytes
 
 @dataclass
 class Attended:
-    """How many (query, cached token) pairs attention has seen, and how many of the tokens were packed.
+    """Numbers of (query, cached token) pairs that attention has read: of all tokens, and of packed ones.
 
     Keys and values count half each. Layers with a stock cache count as not quantized.
     """
@@ -30,11 +31,11 @@ class Attended:
 
     @property
     def share(self) -> float:
-        """Quantized share of what was attended; 0 before anything was."""
+        """Return the quantized share of all pairs; 0 before there are any."""
         return self.quantized / self.total if self.total else 0.0
 
     def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: int = 0) -> None:
-        """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, those after each query left out.
+        """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, without what follows each query.
 
         Args:
             quantized: tokens that they read in quantized form, None for all of them.
@@ -46,10 +47,35 @@ class Attended:
         self.quantized += batch * queries * (seen if quantized is None else quantized)
 
     def reset(self) -> None:
+        """Start again from 0."""
         self.total = self.quantized = 0
 
 
-class MixedCache(Cache):
+class CountingCache(Cache):
+    """A transformers cache that counts what attention reads, and can be iterated as a `DynamicCache` is.
+
+    Attributes:
+        attended: the pairs read since the cache was made or reset.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attended = Attended()
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+        return self.layers[layer_idx].keys, self.layers[layer_idx].values
+
+    def reset(self) -> None:
+        """Forget all tokens, and what was counted."""
+        super().reset()
+        self.attended.reset()
+
+
+class MixedCache(CountingCache):
     """A transformers cache that stores each layer's keys and values at the bits of a plan.
 
     Pass it as `past_key_values` to an unpatched model:
@@ -62,13 +88,13 @@ class MixedCache(Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
-        self.attended = Attended()
 
     @classmethod
     def from_plan(cls, plan: Plan, config: PreTrainedConfig, reserve: int | None = None) -> MixedCache:
-        """An empty cache.
+        """Return an empty cache.
 
         Args:
+            plan: bits of every layer, and settings of the cache.
             config: of the model that will use it.
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
@@ -89,7 +115,7 @@ class MixedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values `[B, H_kv, S, D]`; returns all of them, `[B, H_kv, T, D]`."""
+        """Add a layer's new keys and values `[B, H_kv, S, D]` and return all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         read = [handle.segments for handle in (keys, values) if isinstance(handle, Handle)]
         quantized = sum(segments.quantized_tokens for segments in read) / 2
@@ -99,15 +125,15 @@ class MixedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use by all layers."""
+        """Return the bytes in use by all layers."""
         return cache_nbytes(self)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes held by all layers, with the room to grow."""
+        """Return the bytes held by all layers, room to grow included."""
         return sum(getattr(layer, "allocated_bytes", 0) or stock_nbytes(layer) for layer in self.layers)
 
 
 def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that transformers itself would use."""
+    """Return the empty cache that transformers itself would use."""
     return DynamicCache(config=config)

@@ -1,4 +1,4 @@
-"""Bytes of a cache, counted from the tensors that it holds: ours, transformers' own, and wrapped ones."""
+"""Bytes of a cache, counted from the tensors that it holds: our layers, stock layers, and wrapped tensors."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .layer import MixedLayer
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes in use by any transformers cache, quantized or not."""
+    """Return the bytes in use by any transformers cache, quantized or not."""
     return sum(layer_nbytes(layer) for layer in cache.layers)
 
 
 def layer_nbytes(layer: Any) -> int:
-    """Bytes in use by one layer."""
+    """Return the bytes in use by one layer."""
     return layer.nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
 
 
 def stock_nbytes(layer: Any) -> int:
-    """Bytes of every tensor that a stock layer holds: keys, values, codes, scales, zeros; not those of its counters."""
+    """Return the bytes of a stock layer's keys, values, codes, scales and zeros, without its counters."""
     tensors = _tensors(vars(layer))
     return sum(tensor.nbytes for tensor in tensors if tensor.ndim > 0 or tensor.is_floating_point())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in a value.
+    """Yield the plain tensors in a value.
 
-    A wrapper's own `nbytes` is what its numbers would take unquantized; what it holds is inside.
+    A wrapper's own `nbytes` counts its numbers unquantized, so the tensors inside are counted instead.
     """
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):

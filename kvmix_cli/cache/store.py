@@ -1,4 +1,4 @@
-"""One layer's keys or values, from arrival to packed pages."""
+"""One layer's keys or values, from their arrival in the tail to packed pages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROLLBACK = 64
 class Store:
     """Sink | packed tokens | tail of keys or of values, `[B, H_kv, T, D]`.
 
-    Tokens arrive in the tail. What the window no longer keeps is packed when the *next* tokens arrive, whole units
-    at a time, once. That is the state a forward of the paper's code attends to, and it lets a forward be taken back.
+    Tokens arrive in the tail. Those that the window no longer keeps are packed when the *next* tokens arrive, whole
+    units at a time, once. The KVmix paper's code attends to the same state, and it lets a forward be taken back.
     Only a long prompt is packed at once, up to what the rule would pack if its last `ROLLBACK` tokens were undone.
 
     Args:
-        packing: what holds tokens that leave the window, or None to keep everything in full precision.
+        packing: storage of tokens that leave the window, or None to keep everything in full precision.
         settings: sink and window.
-        bits: width that the window goes by.
+        bits: width that decides the window's size.
         reserve: tokens to make room for at the first append.
     """
 
@@ -40,35 +40,46 @@ class Store:
         self._ahead = 0  # tokens packed before the window's rule asked for them
         self._settled = 0  # tokens packed under the rule when the last forward arrived
         self._fresh = 0  # tokens of the last forward that are still there
+        self._changes = 0
         self._waiting: Tensor | None = None  # a tail that is too long to be kept, until `pack_early`
         self._sink = Buffer(0 if packing is None else settings.sink)
         self._tail = Buffer(reserve if packing is None else 0)
 
     @property
+    def shape(self) -> torch.Size | None:
+        """Return `[B, H_kv, T, D]`; None before the first tokens."""
+        if self._waiting is None and not self._tail.has_shape:
+            return None
+        return self.segments().shape
+
+    @property
     def sinks(self) -> int:
+        """Return the number of tokens in the sink."""
         return self._sink.length
 
     @property
     def packed_tokens(self) -> int:
+        """Return the number of packed tokens."""
         return 0 if self.packing is None else self.packing.tokens
 
     @property
     def tail_tokens(self) -> int:
+        """Return the number of tokens in the tail."""
         return self._tail.length if self._waiting is None else self._waiting.shape[2]
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.sinks + self.packed_tokens + self.tail_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use."""
+        """Return the bytes in use."""
         return sum(buffer.nbytes for buffer in self._buffers())
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes held, with the room to grow."""
+        """Return the bytes held, room to grow included."""
         return sum(buffer.allocated_bytes for buffer in self._buffers())
 
     def append(self, new: Tensor) -> Segments:
@@ -83,16 +94,18 @@ class Store:
         return seen
 
     def settle(self) -> int:
-        """Pack what the window stopped keeping after the last forward; returns how many tokens that are."""
+        """Pack what the window stopped keeping after the last forward, and return how many tokens that is."""
         due = max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
-        self._settled, self._ahead = self._ahead + due, 0
         if due:
             self._pack(self._tail.view[:, :, :due])
             self._tail.drop_first(due)
+        self._settled, self._ahead = self._ahead + due, 0
+        self._changes += 1
         return due
 
     def add(self, new: Tensor) -> Segments:
         """Add tokens as `append` does, between `settle` and `pack_early`."""
+        self._changes += 1
         self._fresh = new.shape[2]
         rest = self._fill_sink(new.detach())
         if rest.shape[2] <= ROLLBACK or self._early(self._tail.length + rest.shape[2]) == 0:
@@ -102,42 +115,55 @@ class Store:
         return self.segments()
 
     def pack_early(self) -> int:
-        """Pack a long prompt; returns how many tokens that are."""
+        """Pack a long prompt, and return how many tokens that is."""
         if self._waiting is None:
             return 0
-        tail, self._waiting = self._waiting, None
-        early = self._early(tail.shape[2])
-        self._pack(tail[:, :, :early])
-        self._ahead = early
+        early = self._early(self._waiting.shape[2])
+        self._pack(self._waiting[:, :, :early])
+        tail, self._waiting, self._ahead = self._waiting, None, early
+        self._changes += 1
         self._tail.truncate(0)
         self._tail.append(tail[:, :, early:])
         return early
 
     def segments(self) -> Segments:
-        """What is held now, as views."""
+        """Return what is held now, as views."""
         packed = self.packing.view if self.packing is not None and self.packed_tokens else None
         tail = self._tail.view if self._waiting is None else self._waiting
         return Segments(self._sink.view if self.sinks else None, packed, tail)  # type: ignore[arg-type]
+
+    def is_unchanged(self) -> Callable[[], bool]:
+        """Return a function that says whether the store is still as it is now."""
+        changes = self._changes
+        return lambda: self._changes == changes
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens.
 
         Exact for tokens that are still in full precision, among them the last `ROLLBACK` of the last forward. Of a
-        unit that is cut, what is left goes back to the tail as the values it decodes to.
+        unit that is cut, the rest goes back to the tail as the values it decodes to.
+
+        Raises:
+            PlanError: if some of the rest has been evicted; nothing is forgotten then.
         """
         keep = max(0, self.length - count)
-        self._fresh -= count
         kept_packed = max(0, keep - self.sinks)
         if kept_packed < self.packed_tokens:
             self._reopen(kept_packed)
+            self._fresh -= count
         else:
             self._tail.truncate(kept_packed - self.packed_tokens)
+            self._fresh -= count
             if self._fresh == 0:  # back before the last forward: the rule has been applied to this tail already
                 self._ahead = self._settled
         self._sink.truncate(keep)
+        self._changes += 1
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to another device to everything held."""
+        self._changes += 1
+        if self._waiting is not None:
+            self._waiting = change(self._waiting)
         for buffer in self._buffers():
             buffer.apply(change)
 
@@ -147,7 +173,7 @@ class Store:
             yield from self.packing.buffers()
 
     def _fill_sink(self, new: Tensor) -> Tensor:
-        """Put the first tokens of all into the sink; returns the others."""
+        """Put the very first tokens into the sink, and return the others."""
         room = 0 if self.packing is None else self.settings.sink - self.sinks
         if room <= 0 or self.packed_tokens or self._tail.length:
             return new

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ..plan import Plan
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
+Pairs = Annotated[float, Field(ge=0, le=2.0**62)]
 UNQUANTIZED = "unquantized"
 """Name of the row that every other row is compared with."""
 
@@ -68,7 +71,14 @@ class Subject:
         return unquantized_cache(config) if self.baseline is None else self.baseline.cache(config)
 
 
-def attended(cache: Cache) -> dict[str, float]:
-    """Return the (query, cached token) pairs that attention has read, and how many were quantized, as plain data."""
+class Attended(TypedDict):
+    """The (query, cached token) pairs that attention has read, and how many of the tokens were quantized."""
+
+    total: Pairs
+    quantized: Pairs
+
+
+def attended(cache: Cache) -> Attended:
+    """Return the pairs that attention has read through a cache; none for a cache that does not count them."""
     counted = getattr(cache, "attended", None)
     return {"total": 0, "quantized": 0} if counted is None else {"total": counted.total, "quantized": counted.quantized}

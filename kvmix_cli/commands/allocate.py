@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console, state
-from . import options
+from .options import (
+    COMMAND_LINE,
+    CommonOptions,
+    LoadingOptions,
+    Model,
+    count,
+    expand,
+    given,
+    parse_bits,
+    parse_bytes,
+    parse_dtype,
+    parse_groups,
+    parse_percent,
+)
 
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
-    from ..models.loading import LoadedModel
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
+FAMILY, SEARCH = "pareto", "search"
+"""Methods that write several plans, and that measure plans."""
 
-def allocate(
-    ctx: typer.Context,
+
+def _file_name(name: str | None) -> str | None:
+    """Raise typer.BadParameter for a name that is not a plain file name."""
+    if name is not None and not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise typer.BadParameter(f"'{name}' cannot be the name of a plan; use --out to write to another folder")
+    return name
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """The budget, of which there is exactly one, and the method that spends it."""
+
     avg_bits: Annotated[
         float | None, typer.Option(metavar="BITS", help="Budget: mean nominal bits of keys and values, e.g. 2.3.")
-    ] = None,
+    ] = None
     stored_bits: Annotated[
         float | None, typer.Option(metavar="BITS", help="Budget: the same with scales and zeros, e.g. 3.0.")
-    ] = None,
+    ] = None
     memory: Annotated[
         int | None,
-        typer.Option(metavar="SIZE", parser=options.parse_bytes, help="Budget: bytes of the cache, e.g. 8GiB."),
-    ] = None,
+        typer.Option(metavar="SIZE", parser=parse_bytes, help="Budget: bytes of the cache, e.g. 8GiB."),
+    ] = None
     max_loss: Annotated[
         float | None,
         typer.Option(
-            metavar="PERCENT", parser=options.parse_percent, help="Budget: predicted rise of the perplexity, e.g. 0.5%."
+            metavar="PERCENT", parser=parse_percent, help="Budget: predicted rise of the perplexity, e.g. 0.5%."
         ),
-    ] = None,
+    ] = None
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that bytes are counted at.")] = 32768,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
+    ] = None
+    context: Annotated[
+        int, typer.Option(min=1, metavar="N", parser=count(1), help="Tokens that bytes are counted at.")
+    ] = 32768
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1
     method: Annotated[
         str | None,
         typer.Option(
@@ -48,212 +78,291 @@ def allocate(
             help="ilp (exact), rank (the paper), cut, uniform, random, search, or pareto (no budget) "
             "[default: ilp if a score knows widths, else rank].",
         ),
-    ] = None,
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter unless there is exactly one budget, or none for the method that takes none."""
+        budgets = len(given(self.limits)) + (self.preset is not None)
+        if self.method == FAMILY and budgets:
+            raise typer.BadParameter("pareto takes no budget: it makes plans along the whole range; for one use ilp")
+        if self.method != FAMILY and budgets != 1:
+            raise typer.BadParameter(
+                "give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset"
+            )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Return the limits by the names that `Budget` has for them."""
+        return {name: getattr(self, name) for name in ("avg_bits", "stored_bits", "memory", "max_loss")}
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """The widths to choose from, and the settings of the cache."""
+
     k_bits: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_bits, help="Widths for keys [default: 2,3,4,8].")
-    ] = None,
+        Any, typer.Option(metavar="LIST", parser=parse_bits, help="Widths for keys [default: 2,3,4,8].")
+    ] = None
     v_bits: Annotated[
         Any,
         typer.Option(
             metavar="LIST",
-            parser=options.parse_bits,
+            parser=parse_bits,
             help="Widths for values [default: 2,4,8; to ilp, pareto, search also 3].",
         ),
-    ] = None,
-    min_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no narrower width.")] = None,
-    max_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no wider width.")] = None,
+    ] = None
+    min_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no narrower width.")] = None
+    max_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no wider width.")] = None
     pin: Annotated[
         list[str] | None,
         typer.Option(metavar="PINS", help="Layers decided by hand, e.g. '0,-1:k8v8;2-4:k4v2'; repeatable."),
-    ] = None,
+    ] = None
     group_size: Annotated[
         Any,
         typer.Option(
             metavar="LIST",
-            parser=options.parse_groups,
+            parser=parse_groups,
             help="Elements that share a scale, or row for all; several for methods that choose [default: 64].",
         ),
-    ] = None,
-    page: Annotated[int | None, typer.Option(metavar="N", help="Tokens quantized together [default: 128].")] = None,
-    sink: Annotated[int | None, typer.Option(metavar="N", help="First tokens kept exact [default: 4].")] = None,
+    ] = None
+    page: Annotated[int | None, typer.Option(metavar="N", help="Tokens quantized together [default: 128].")] = None
+    sink: Annotated[int | None, typer.Option(metavar="N", help="First tokens kept exact [default: 4].")] = None
     window: Annotated[
         str | None,
         typer.Option(metavar="W", help="Last tokens kept exact: recent:N, rpc or none [default: recent:128]."),
-    ] = None,
+    ] = None
     scale_dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="Of scales: float16 or bfloat16 [default: float16].")
-    ] = None,
+        str | None,
+        typer.Option(metavar="DTYPE", parser=parse_dtype, help="Of scales: float16 or bfloat16 [default: float16]."),
+    ] = None
     put_on: Annotated[
         list[str] | None,
         typer.Option("--with", metavar="PRESET", help="Also its transforms, tiers and runs, e.g. mikv; repeatable."),
-    ] = None,
+    ] = None
+
+    def caches(self, base: CacheSettings) -> list[CacheSettings]:
+        """Return cache settings with these options, one for each group size. Raises typer.BadParameter."""
+        from ..plan import CacheSettings
+        from ..plan.document import reason
+        from ..plan.windows import parse_window
+
+        names = ("page", "sink", "scale_dtype", "window")
+        settings = {
+            **base.model_dump(),
+            **{name: value for name in names if (value := getattr(self, name)) is not None},
+        }
+        if self.window is not None:
+            settings["window"] = parse_window(self.window)
+        try:
+            return [
+                CacheSettings.model_validate({**settings, "group_size": size})
+                for size in self.group_size or [base.group_size]
+            ]
+        except ValueError as error:
+            raise typer.BadParameter(reason(error)) from error
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The score, and the work that `--method search` does."""
+
     score: Annotated[
         str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
-    ] = None,
-    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Plans that search measures.")] = 40,
-    calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin",
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Documents of it.")] = 4,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")
-    ] = False,
+    ] = None
+    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Plans that search measures.")] = 40
+    calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin"
+    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Documents of it.")] = 4
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class PlanFileOptions:
+    """The profile that is read, and the plan file that is written."""
+
     name: Annotated[
         str | None, typer.Option(metavar="NAME", callback=_file_name, help="Of the plan [default: e.g. rank-2.3].")
-    ] = None,
+    ] = None
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write [default: plans/NAME.yaml beside the profile].")
-    ] = None,
-    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None,
-    model: options.Model = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    profiles_dir: options.ProfilesDir = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    ] = None
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None
+    model: Model = None
+
+
+@expand
+def allocate(
+    ctx: typer.Context,
+    budget: BudgetOptions,
+    storage: StorageOptions,
+    effort: SearchOptions,
+    files: PlanFileOptions,
+    loading: LoadingOptions,
+    common: CommonOptions,
 ) -> None:
     """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset."""
-    from ..allocation import FAMILY, METHODS, SEARCH, default_method, default_score, frontier, parse_pins
-    from ..allocation import allocate as decide
+    if budget.method == FAMILY and files.out is not None:
+        raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
+    base = _base(budget)
+    caches = [_with_presets(cache, storage) for cache in storage.caches(base.cache)]
+    from ..allocation import default_method
     from ..profile import Profile
-    from ..studies.search import search
 
-    limits = {"avg_bits": avg_bits, "stored_bits": stored_bits, "memory": memory, "max_loss": max_loss}
-    settings = _settings(method, preset, limits, context, batch)
-    overrides = {"page": page, "sink": sink, "scale_dtype": scale_dtype, "window": window}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    caches = [_with_presets(cache, put_on or [], page) for cache in _caches(settings.cache, given, group_size)]
-    source = Profile.load(state.find_profile(profile, model=model))
-    method = method or ("rank" if preset else default_method(source))
-    chosen: AllocationOptions = {
-        "k_bits": k_bits or settings.k_bits,
-        "v_bits": v_bits or settings.v_bits,
-        "min_bits": min_bits,
-        "max_bits": max_bits,
-        "pins": parse_pins(pin, source.model) if pin else None,
-        "group_sizes": [cache.group_size for cache in caches],
-        "cache": caches[0],
-        "score": score or default_score(source, method),
-        "seed": seed,
-    }
-    if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
-        console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
-    command = ctx.meta[options.COMMAND_LINE]
+    path = state.find_profile(files.profile, model=files.model, say=console.notice)
+    source = Profile.load(path)
+    method = budget.method or ("rank" if budget.preset else default_method(source))
+    chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
+    command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
-        if out is not None:
-            raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
-        family = name or "+".join([FAMILY, *(put_on or [])])
-        _show_family(frontier(source, **chosen), family, command, context, batch)
+        from ..allocation import frontier
+
+        family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
+        folder = _plans_folder(path, files.profile, source)
+        _show_family(frontier(source, **chosen), family, folder, command, budget)
         return
-    name = name or "+".join([_default_name(method, settings.budget, preset, seed), *(put_on or [])])
-    path = out or state.plan_path(source.model.id, name)
-    if method == SEARCH:
-        from ..files import check_writable
-        from ..models.loading import load_model
-
-        check_writable(path)
-
-        def load() -> LoadedModel:
-            name, revision = source.model.id, source.model.revision
-            return load_model(name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-
-        plan = search(
-            source,
-            settings.budget,
-            chosen,
-            load,
-            journal=state.trials_path(path),
-            resume=resume,
-            trials=trials,
-            texts=calibration,
-            samples=samples,
-            progress=console.progress,
-            notice=console.alert,
-        )
-    else:
-        plan = decide(source, settings.budget, method=method, **chosen)
-    if put_on:
-        plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": put_on}})
-        if memory is None:
-            console.notice(f"the budget is of the layers' own bits; the table counts {' and '.join(put_on)}, too")
+    name = files.name or _default_name(method, budget, storage, effort, loading.seed)
+    path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
+    plan = _decide(source, method, base.budget, chosen, path, effort, loading)
+    if storage.put_on:
+        plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": storage.put_on}})
+        if budget.memory is None:
+            console.notice(
+                f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
+            )
     plan.save(path, command)
-    _show(plan, source, path, context, batch)
+    _show(plan, source, path, budget.context, budget.batch)
 
 
-def _settings(method: str | None, preset: str | None, limits: dict[str, Any], context: int, batch: int) -> Start:
-    """Budget, ladders and cache before overrides. Raises typer.BadParameter unless there is exactly one budget."""
-    from ..allocation import FAMILY, Budget, Start, preset_start
+def _base(budget: BudgetOptions) -> Start:
+    """Return budget, widths and cache before other options. Raises typer.BadParameter for an unknown preset."""
+    from ..allocation import Budget, Start, preset_start
     from ..errors import StateError
     from ..plan import CacheSettings
 
-    given = {key: limit for key, limit in limits.items() if limit is not None}
-    budgets = len(given) + (preset is not None)
-    if method == FAMILY and budgets:
-        raise typer.BadParameter("pareto takes no budget: it makes plans along the whole range; for one use ilp")
-    if method != FAMILY and budgets != 1:
-        raise typer.BadParameter("give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset")
-    if preset is None:
-        return Start(Budget(**given, context=context, batch=batch), None, None, CacheSettings())
+    if budget.preset is None:
+        limit = Budget(**given(budget.limits), context=budget.context, batch=budget.batch)
+        return Start(limit, None, None, CacheSettings())
     try:
-        return preset_start(preset)
+        return preset_start(budget.preset)
     except StateError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _caches(
-    base: CacheSettings, overrides: dict[str, Any], group_sizes: tuple[int | str, ...] | None
-) -> list[CacheSettings]:
-    """Cache settings with the options that were given, one for each group size. Raises typer.BadParameter."""
-    from ..plan import CacheSettings
-    from ..plan.document import reason
-    from ..plan.windows import parse_window
+def _with_presets(cache: CacheSettings, storage: StorageOptions) -> CacheSettings:
+    """Return the cache with everything that presets do besides choosing widths.
 
-    if "window" in overrides:
-        overrides["window"] = parse_window(overrides["window"])
-    settings = {**base.model_dump(), **overrides}
-    try:
-        return [
-            CacheSettings.model_validate({**settings, "group_size": size}) for size in group_sizes or [base.group_size]
-        ]
-    except ValueError as error:
-        raise typer.BadParameter(reason(error)) from error
-
-
-def _with_presets(cache: CacheSettings, presets: list[str], page: int | None) -> CacheSettings:
-    """The cache with what presets do besides choosing widths. Raises PlanError if it cannot be on the page given."""
+    Raises:
+        PlanError: if they cannot work on the page given.
+    """
     from ..errors import PlanError
     from ..studies.selection import with_presets
 
-    settings = with_presets(cache, presets, "this plan")
+    presets, page = storage.put_on or [], storage.page
+    settings = with_presets(cache, presets, "this plan", console.notice)
     if page not in (None, settings.page):
         raise PlanError(f"{' and '.join(presets)} cannot go with pages of {page} tokens; leave out --page")
     return settings
 
 
-def _default_name(method: str, budget: Budget, preset: str | None, seed: int) -> str:
-    """The method and what was asked for: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`, `ilp-max-loss-0.5pct`."""
+def _choices(
+    source: Profile,
+    method: str,
+    base: Start,
+    storage: StorageOptions,
+    caches: Sequence[CacheSettings],
+    score: str | None,
+    seed: int,
+) -> AllocationOptions:
+    """Return the options of the method, and say if it does not choose among several group sizes."""
+    from ..allocation import METHODS, default_score, parse_pins
+
+    if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
+        console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
+    return {
+        "k_bits": storage.k_bits or base.k_bits,
+        "v_bits": storage.v_bits or base.v_bits,
+        "min_bits": storage.min_bits,
+        "max_bits": storage.max_bits,
+        "pins": parse_pins(storage.pin, source.model) if storage.pin else None,
+        "group_sizes": [cache.group_size for cache in caches],
+        "cache": caches[0],
+        "score": score or default_score(source, method),
+        "seed": seed,
+    }
+
+
+def _decide(
+    source: Profile,
+    method: str,
+    budget: Budget,
+    chosen: AllocationOptions,
+    path: Path,
+    effort: SearchOptions,
+    loading: LoadingOptions,
+) -> Plan:
+    if method != SEARCH:
+        from ..allocation import allocate as decide
+
+        return decide(source, budget, method=method, **chosen)
+    from ..files import check_writable
+    from ..studies.search import search
+
+    check_writable(path)
+    return search(
+        source,
+        budget,
+        chosen,
+        lambda: loading.load(source.model.id, source.model.revision),
+        journal=state.trials_path(path),
+        resume=effort.resume,
+        trials=effort.trials,
+        texts=effort.calibration,
+        samples=effort.samples,
+        progress=console.progress,
+    )
+
+
+def _plans_folder(profile: Path, named: Path | None, source: Profile) -> Path:
+    """Return the folder beside the profile; that of the model if the profile was named and can be anywhere."""
+    return (profile.parent if named is None else state.model_dir(source.model.id)) / state.PLANS
+
+
+def _default_name(method: str, budget: BudgetOptions, storage: StorageOptions, effort: SearchOptions, seed: int) -> str:
+    """Return a name that depends on the options alone: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`.
+
+    Options that change the plan and are not in the name add a short hash, so that no plan replaces another one.
+    """
     from ..allocation import METHODS
     from ..plan.sizes import format_bytes
 
-    if preset is not None:
-        parts = [preset] if method == "rank" else [preset, method]
+    if budget.preset is not None:
+        parts = [budget.preset] if method == "rank" else [budget.preset, method]
     elif budget.memory is not None:
         parts = [method, format_bytes(budget.memory).replace(" ", ""), f"{budget.context}x{budget.batch}"]
     elif budget.max_loss is not None:
         parts = [method, f"max-loss-{100 * budget.max_loss:g}pct"]
+    elif budget.stored_bits is not None:
+        parts = [method, f"stored-{budget.stored_bits:g}"]
     else:
-        parts = [method, f"{budget.limit:g}" if budget.stored_bits is None else f"stored-{budget.limit:g}"]
-    return "-".join([*parts, *([f"seed{seed}"] if "seed" in METHODS[method].uses else [])])
+        parts = [method, f"{budget.avg_bits:g}"]
+    if "seed" in METHODS[method].uses:
+        parts.append(f"seed{seed}")
+    others = {**asdict(storage), "put_on": None, "score": effort.score}
+    if method == SEARCH and (effort.calibration, effort.samples) != (SearchOptions.calibration, SearchOptions.samples):
+        others |= {"calibration": effort.calibration, "samples": effort.samples}
+    if others := given(others):
+        parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
+    return "+".join(["-".join(parts), *(storage.put_on or [])])
 
 
-def _show_family(plans: list[Plan], family: str, command: str, context: int, batch: int) -> None:
+def _show_family(plans: Sequence[Plan], family: str, folder: Path, command: str, budget: BudgetOptions) -> None:
+    """Write the plans as `<family>-<stored bits>.yaml`, each whole or not at all, and show them. Raises OutputError."""
     from ..reporting.family import family_json, family_table, member_name
 
-    paths = [state.plan_path(plan.model.id, member_name(plan, family)) for plan in plans]
-    named = [(plan.save(path, command), plan) for path, plan in zip(paths, plans, strict=True)]
+    named = [(plan.save(folder / f"{member_name(plan, family)}.yaml", command), plan) for plan in plans]
     console.table(*family_table(named))
-    console.emit_json({"command": "allocate", **family_json(named, context, batch)})
+    console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
@@ -278,10 +387,3 @@ def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> 
             "provenance": plan.provenance,
         }
     )
-
-
-def _file_name(name: str | None) -> str | None:
-    """Raise typer.BadParameter for a name that is no plain file name."""
-    if name is not None and not re.fullmatch(r"[\w][\w.+-]*", name):
-        raise typer.BadParameter(f"'{name}' is no name for a plan; use --out to write to another folder")
-    return name

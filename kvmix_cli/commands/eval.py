@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from .. import console, state
+from ..errors import EvaluationError, OutputError
+from .options import (
+    COMMAND_LINE,
+    CommonOptions,
+    LoadingOptions,
+    ModelOptions,
+    count,
+    expand,
+    given,
+    parse_batch,
+    parse_budgets,
+    parse_bytes,
+    parse_count,
+    parse_counts,
+    parse_groups,
+    parse_names,
+    refuse,
+)
 
 if TYPE_CHECKING:
-    from ..studies.measure import Setup
+    from ..evaluation.base import Task
+    from ..evaluation.gates import Verdict
+    from ..evaluation.results import Report
+    from ..plan import ModelInfo
+    from ..studies.measure import Candidates, Results, Setup
+    from ..studies.selection import Choice
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
 SWEEPS = "Sweeps: throughput, recall and needles"
 BOARD = "Leaderboard"
+ROW_FAILED = 1
+GATE_FAILED = 3
 
 
-def evaluate(
-    ctx: typer.Context,
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is measured, on what, and where the results go."""
+
     task: Annotated[
         str | None,
         typer.Option(
@@ -26,23 +55,23 @@ def evaluate(
             help="perplexity [the default], recall, passkey, kv_retrieval, memory, throughput, longbench[:NAME,...], "
             "longbench-e, or any task of lm-eval.",
         ),
-    ] = None,
+    ] = None
     plan: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PLAN",
             help="File, name or short form '0-3:k4v4,...' [default: the newest], or PLAN+PRESET; repeatable.",
         ),
-    ] = None,
+    ] = None
     preset: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME", help="A published method, such as mikv or kvtuner:FILE, without a plan; repeatable."
         ),
-    ] = None,
+    ] = None
     uniform: Annotated[
         list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
-    ] = None,
+    ] = None
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,195 +79,294 @@ def evaluate(
             help="Somebody else's cache beside ours: bf16, fp8, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}, or "
             "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
-    ] = None,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens of a document, exercise or context.")] = 1024,
-    prefix: Annotated[int, typer.Option(metavar="N", help="Of these, prefilled before scoring (perplexity).")] = 256,
-    step: Annotated[int, typer.Option(metavar="N", help="Tokens fed at a time; 1 is exact decoding.")] = 32,
+    ] = None
+    length: Annotated[
+        int, typer.Option(metavar="N", parser=parse_count, help="Tokens of a document, exercise or context.")
+    ] = 1024
+    prefix: Annotated[
+        int, typer.Option(metavar="N", parser=parse_count, help="Of these, prefilled before scoring (perplexity).")
+    ] = 256
+    step: Annotated[
+        int, typer.Option(metavar="N", parser=parse_count, help="Tokens fed at a time; 1 is exact decoding.")
+    ] = 32
     text: Annotated[
         str,
         typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
-    ] = "builtin",
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Most samples [default: the task's].")] = None,
-    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
+    ] = "builtin"
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", parser=parse_count, help="Most samples [default: the task's].")
+    ] = None
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),
-    ] = None,
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raise EvaluationError for a number out of its range."""
+        for name in ("length", "prefix", "step", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EvaluationError(f"--{name} must be at least 1, got {value}")
+
+    @property
+    def candidates(self) -> dict[str, Any]:
+        """Return the options that name what is measured, and the gates that judge it."""
+        names = ("plan", "preset", "uniform", "baseline", "fail_if")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of single tasks; each is refused where no task has it."""
+
     data_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="LongBench's JSONL files [default: from the hub]."),
-    ] = None,
+    ] = None
     max_length: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, rich_help_panel=PROMPTS, help="Most tokens of a prompt [default: the model's limit]."
+            metavar="N",
+            min=1,
+            parser=count(1),
+            rich_help_panel=PROMPTS,
+            help="Most tokens of a prompt [default: the model's limit].",
         ),
-    ] = None,
+    ] = None
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=PROMPTS, help="A malformed line is an error, not skipped.")
-    ] = False,
+    ] = False
     batch_size: Annotated[
         Any,
-        typer.Option(
-            metavar="N", parser=options.parse_batch, rich_help_panel=PROMPTS, help="Prompts at a time, or auto."
-        ),
-    ] = None,
+        typer.Option(metavar="N", parser=parse_batch, rich_help_panel=PROMPTS, help="Prompts at a time, or auto."),
+    ] = None
     include_path: Annotated[
         Path | None, typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="Task files of your own, for lm-eval.")
-    ] = None,
+    ] = None
     num_fewshot: Annotated[
         int | None, typer.Option(metavar="N", min=0, rich_help_panel=PROMPTS, help="Examples in a prompt of lm-eval.")
-    ] = None,
+    ] = None
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", rich_help_panel=PROMPTS, help="Also for tasks of lm-eval.")
-    ] = False,
+    ] = False
     contexts: Annotated[
         Any,
-        typer.Option(
-            metavar="LIST", parser=options.parse_counts, rich_help_panel=SWEEPS, help="Tokens, e.g. 1024,4096."
-        ),
-    ] = None,
+        typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="Tokens, e.g. 1024,4096."),
+    ] = None
     batches: Annotated[
-        Any,
-        typer.Option(metavar="LIST", parser=options.parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8."),
-    ] = None,
+        Any, typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8.")
+    ] = None
     new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=2, rich_help_panel=SWEEPS, help="Tokens to decode (throughput).")
-    ] = None,
+        int | None,
+        typer.Option(
+            metavar="N", min=2, parser=count(2), rich_help_panel=SWEEPS, help="Tokens to decode (throughput)."
+        ),
+    ] = None
     repeats: Annotated[
         int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Times each point is measured.")
-    ] = None,
+    ] = None
     memory: Annotated[
         Any,
         typer.Option(
-            metavar="SIZE", parser=options.parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
+            metavar="SIZE", parser=parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
         ),
-    ] = None,
+    ] = None
     depths: Annotated[
         int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Places of a needle in its context.")
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class BoardOptions:
+    """Options of a leaderboard, which are refused without one."""
+
     leaderboard: Annotated[
         bool, typer.Option("--leaderboard", rich_help_panel=BOARD, help="Compare methods instead of plans of your own.")
-    ] = False,
+    ] = False
     stored_bits: Annotated[
         Any,
-        typer.Option(
-            metavar="LIST", parser=options.parse_budgets, rich_help_panel=BOARD, help="Budgets, e.g. 2.5,3,3.5,4."
-        ),
-    ] = None,
+        typer.Option(metavar="LIST", parser=parse_budgets, rich_help_panel=BOARD, help="Budgets, e.g. 2.5,3,3.5,4."),
+    ] = None
     scores: Annotated[
-        Any,
-        typer.Option(metavar="LIST", parser=options.parse_names, rich_help_panel=BOARD, help="Scores [default: all]."),
-    ] = None,
+        Any, typer.Option(metavar="LIST", parser=parse_names, rich_help_panel=BOARD, help="Scores [default: all].")
+    ] = None
     methods: Annotated[
-        Any,
-        typer.Option(metavar="LIST", parser=options.parse_names, rich_help_panel=BOARD, help="Solvers [default: all]."),
-    ] = None,
+        Any, typer.Option(metavar="LIST", parser=parse_names, rich_help_panel=BOARD, help="Solvers [default: all].")
+    ] = None
     group_size: Annotated[
         Any,
-        typer.Option(
-            metavar="LIST", parser=options.parse_groups, rich_help_panel=BOARD, help="To choose from, e.g. 64,32."
-        ),
-    ] = None,
+        typer.Option(metavar="LIST", parser=parse_groups, rich_help_panel=BOARD, help="To choose from, e.g. 64,32."),
+    ] = None
     random_plans: Annotated[
         int | None,
         typer.Option(min=0, metavar="N", rich_help_panel=BOARD, help="Random plans a budget [default: 8]."),
-    ] = None,
+    ] = None
     profile: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=BOARD, help="Profile to use [default: the newest]."),
-    ] = None,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    profiles_dir: options.ProfilesDir = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    ] = None
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Return the options that were given, without `--leaderboard` itself."""
+        return given({name: value for name, value in asdict(self).items() if name != "leaderboard"})
+
+
+@expand
+def evaluate(
+    ctx: typer.Context,
+    work: EvalOptions,
+    of_tasks: TaskOptions,
+    board: BoardOptions,
+    which: ModelOptions,
+    loading: LoadingOptions,
+    common: CommonOptions,
 ) -> None:
     """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
     With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
     """
-    from ..evaluation.base import Settings
-    from ..studies.measure import Contest, Setup, measure_plans
-
-    settings = Settings(length=length, prefix=prefix, step=step, limit=limit, text=text, seed=seed)
-    settings.check()
-    loading = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    results = {"root": output_dir, "resume": resume, "command": ctx.meta[options.COMMAND_LINE]}
-    setup = Setup(model, task, settings, loading, results)
-    rules = {"stored_bits": stored_bits, "scores": scores, "methods": methods, "random_plans": random_plans}
-    rules |= {"group_size": group_size, "profile": profile}
-    own = {"data_dir": data_dir, "max_length": max_length, "strict": strict or None, "batch_size": batch_size}
-    own |= {
-        "include_path": include_path,
-        "num_fewshot": num_fewshot,
-        "apply_chat_template": apply_chat_template or None,
-    }
-    own |= {"contexts": contexts, "batches": batches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
-    own |= {"depths": depths}
-    if leaderboard:
-        refused = {"plan": plan, "preset": preset, "uniform": uniform, "baseline": baseline, "fail_if": fail_if, **own}
-        _refuse(refused, "has no place in a leaderboard")
-        _hold(setup, **_given(rules))
+    own = given(asdict(of_tasks))
+    if board.leaderboard:
+        refuse({**work.candidates, **own}, "has no place in a leaderboard")
     else:
-        _refuse(rules, "needs --leaderboard")
-        contest = Contest(plan or [], preset or [], uniform or [], baseline or [])
-        measure_plans(setup, contest, _given(own), fail_if or [])
+        refuse(board.rules, "needs --leaderboard")
+    from ..studies.measure import Candidates
+
+    candidates = Candidates(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [])
+    if board.leaderboard:
+        _hold_leaderboard(board, _setup(ctx, work, which, loading))
+    else:
+        choice = candidates.choose(which.model, which.revision, console.notice)
+        _measure(choice, candidates, _setup(ctx, work, which, loading), own, work.fail_if or [])
 
 
-def _hold(setup: Setup, *, profile: Path | None = None, group_size: Any = (), **rules: Any) -> None:
+def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: LoadingOptions) -> Setup:
+    from ..evaluation.base import Settings
+    from ..studies.measure import Loading, Results, Setup
+
+    return Setup(
+        which.model,
+        work.task,
+        Settings(work.length, work.prefix, work.step, work.limit, work.text, loading.seed),
+        Loading(
+            revision=which.revision,
+            dtype=loading.dtype,
+            device=loading.device,
+            trust_remote_code=loading.trust_remote_code,
+        ),
+        Results(root=work.output_dir, resume=work.resume, command=ctx.meta[COMMAND_LINE]),
+    )
+
+
+def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
-    from .. import console, state
     from ..evaluation import split_tasks
-    from ..evaluation.runs import Runs
+    from ..evaluation.runs import RunFolders
     from ..files import write_text
     from ..models.loading import load_model
     from ..profile import Profile
-    from ..reporting.leaderboard import board_json, markdown, tables
+    from ..reporting.leaderboard import board_json, plan_names, tables
     from ..reporting.leaderboard_plot import plot_board
+    from ..reporting.markdown import markdown_document
+    from ..reporting.plan_names import NAMES, names_text
     from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
-    from ..studies.measure import leave, warn
 
-    found = Profile.load(state.find_profile(profile, model=setup.model))
+    rules = board.rules
+    path = state.find_profile(rules.pop("profile", None), model=setup.model, say=console.notice)
+    profile = Profile.load(path)
     tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
-    page, picture = (Path(setup.results["root"]) / f"leaderboard{suffix}" for suffix in (".md", ".png"))
+    page, picture = (setup.results["root"] / f"leaderboard{suffix}" for suffix in (".md", ".png"))
     check_plot(picture)
-    board = hold(
-        found,
-        lambda: load_model(found.model.id, **setup.loading),
+    found = hold(
+        profile,
+        lambda: load_model(profile.model.id, **setup.loading),
         tasks=tasks,
         settings=setup.settings,
-        runs=Runs(model=state.slug(found.model.id), **setup.results),
-        group_sizes=group_size,
+        runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
+        group_sizes=rules.pop("group_size", ()),
         progress=console.progress,
         **rules,
     )
-    for report in board.reports:
+    for report in found.reports:
         warn(report)
-    shown = tables(board)
+    shown = tables(found)
     for table in shown:
         console.table(*table)
-    write_text(page, markdown(shown, setup.results["command"]))
-    plot_board(board, picture)
+    write_text(page, markdown_document(shown, setup.results["command"]))
+    write_text(page.with_name(NAMES), names_text(plan_names(found)))
+    plot_board(found, picture)
     console.text(f"tables:  {page}\npicture: {picture}\n")
-    head = {"command": "eval", "model": found.model.id, "task": ",".join(tasks)}
-    console.emit_json({**head, **board_json(board), "page": page, "plot": picture})
-    leave(board.reports)
+    head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
+    console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
+    leave(found.reports)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that were given."""
-    return {name: value for name, value in options.items() if value not in (None, [])}
+def _measure(
+    choice: Choice, candidates: Candidates, setup: Setup, options: dict[str, Any], gates: Sequence[str]
+) -> None:
+    """Measure, show each task's results as soon as they are there, and leave with the exit code of the outcome."""
+    from ..reporting.evaluation import evaluation_json
+    from ..studies.measure import measure_plans
+
+    evaluation = measure_plans(
+        choice,
+        candidates,
+        setup,
+        options,
+        gates,
+        say=console.notice,
+        progress=console.progress,
+        on_report=lambda task, report, model: _show(task, report, model, setup.results),
+    )
+    for verdict in evaluation.verdicts:
+        _show_verdict(verdict)
+    console.emit_json(evaluation_json(evaluation))
+    if not evaluation.passed:
+        raise typer.Exit(GATE_FAILED)
+    leave(evaluation.reports)
 
 
-def _refuse(options: dict[str, Any], reason: str) -> None:
-    """Raise typer.BadParameter for any option that was given."""
-    for name in _given(options):
-        raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
+def leave(reports: Sequence[Report]) -> None:
+    """Leave with code 1 if a subject could not be measured."""
+    if any(row.error is not None for report in reports for row in report.rows):
+        raise typer.Exit(ROW_FAILED)
+
+
+def warn(report: Report) -> None:
+    """Show the lines about a report that even a quiet user must see."""
+    from ..reporting.evaluation import report_warnings
+
+    for line in report_warnings(report):
+        console.alert(line)
+
+
+def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> None:
+    """Show one task's tables, and a picture beside the samples if the task's values have a place in their contexts."""
+    from ..evaluation.runs import RunFolders
+    from ..reporting.evaluation import report_tables
+
+    warn(report)
+    for table in report_tables(task, report, model):
+        console.table(*table)
+    if any("answers" in record for row in report.rows for record in row.records):
+        from ..reporting.heat_map import plot_heat_maps
+
+        path = RunFolders(model=state.slug(model.id), **results).picture(report.task)
+        try:
+            is_drawn = plot_heat_maps(report, path)
+        except OutputError as error:
+            raise OutputError(f"{error}; all samples and rows are saved: --resume draws the picture") from error
+        if is_drawn:
+            console.text(f"picture: {path}\n\n")
+
+
+def _show_verdict(verdict: Verdict) -> None:
+    console.text(f"gate {verdict.expression}: {'passed' if verdict.passed else 'FAILED'}\n")
+    for failure in verdict.failures:
+        console.text(f"  {failure}\n")
+        if console.mode.json:
+            console.alert(f"gate {verdict.expression} failed: {failure}")

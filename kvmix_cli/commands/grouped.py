@@ -1,4 +1,8 @@
-"""Help in groups: options of one `rich_help_panel` stand under its name, in plain text that scripts can read."""
+"""Help in groups: options of one `rich_help_panel` under its name, in plain text.
+
+Typer shows panels only in boxes drawn by rich, which change with the width of the terminal; plain text stays the same
+for scripts, pagers and screen readers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-FIRST = "Options"
+ARGUMENTS, OPTIONS = "Arguments", "Options"
 
 
 class GroupedCommand(TyperCommand):
@@ -15,10 +19,11 @@ class GroupedCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group with its heading, in the order in which groups first appear."""
         groups: dict[str, list[tuple[str, str]]] = {}
-        for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(getattr(option, "rich_help_panel", None) or FIRST, []).append(record)
-        for name, records in groups.items():
+                plain = ARGUMENTS if parameter.param_type_name == "argument" else OPTIONS
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or plain, []).append(record)
+        for name in sorted(groups, key=lambda name: name != ARGUMENTS):
             with formatter.section(name):
-                formatter.write_dl(records)
+                formatter.write_dl(groups[name])

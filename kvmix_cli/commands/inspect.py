@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..studies.explain import Explanation, Frontier
 
 
+@options.expand
 def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
@@ -30,9 +31,7 @@ def inspect(
         typer.Option(metavar="FILE", help="To explain a plan with [default: the newest of its model]."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="ID", help="Model of a preset, which names none.")] = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    common: options.CommonOptions = options.CommonOptions(),
 ) -> None:
     """Show and validate a profile or plan; with two files, how they differ."""
     from ..plan import Plan
@@ -64,7 +63,7 @@ def _path(given: Path, model: str | None) -> Path:
     if given.exists() or given.suffix in (".yaml", ".yml"):
         return given
     try:
-        return state.find_plan(given, model=model)
+        return state.find_plan(given, model=model, say=console.notice)
     except StateError:
         if has_preset(str(given)):
             return preset_path(str(given))
@@ -113,7 +112,7 @@ def _explain(plan: Plan, file: Path, given: Path | None) -> Explanation | None:
     beside = file.parent.parent / state.PROFILE
     is_beside = file.parent.name == state.PLANS and beside.is_file()
     try:
-        path = state.find_profile(given or (beside if is_beside else None), model=plan.model.id)
+        path = state.find_profile(given or (beside if is_beside else None), model=plan.model.id, say=console.notice)
         found = explain_plan(plan, Profile.load(path), path)
     except KvmixError as error:
         if given is not None:

@@ -1,85 +1,213 @@
-"""Options that commands share, as types: `def run(model: options.Model = None, seed: options.Seed = 0, ...)`.
+"""Options that commands share, and the decorator that lets a command take its options as dataclasses.
 
-`--json`, `-v`, `-q` and `--profiles-dir` take effect when they are parsed; a command only has to declare them.
+    @dataclass(frozen=True)
+    class ExportOptions:
+        to: Annotated[str, typer.Option(metavar="ENGINE", help="...")]
+
+    @expand
+    def export(ctx: typer.Context, what: ExportOptions, common: CommonOptions) -> None: ...
+
+Typer sees one parameter for each field, in the order of the dataclasses and of their fields. A dataclass checks what
+its options say about each other when it is made, so before a command imports anything that takes time.
+
+`--json`, `-v`, `-q`, `--traceback`, `--profiles-dir` and `--threads` take effect when they are parsed; a command only
+has to declare them.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import os
 import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from .. import console, state
+from ..errors import ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
 
 COMMAND_LINE = "kvmix.command_line"
 """Key of `ctx.meta`: the command line as it was given, e.g. `kvmix allocate --avg-bits 2.3`."""
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+MAX_COUNT = 2**31 - 1
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+"""Other names of dtypes."""
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command for Typer, with an option for each field of the dataclasses that the command takes."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            annotation = hints[name]
+            parameters.append(parameter.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def expanded(**values: Any) -> None:
+        records = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**records, **values)
+
+    expanded.__name__, expanded.__doc__ = command.__name__, command.__doc__
+    vars(expanded)["__signature__"] = inspect.Signature(parameters)
+    return expanded
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that were given."""
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != []}
+
+
+def refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Raise typer.BadParameter for any option that was given."""
+    for name in given(options):
+        raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `8G` (the same), `500MB` (decimal) or plain bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE)
+    """Return the bytes of a size: `8GiB`, `8G` (the same), `500MB` (decimal) or plain bytes.
+
+    Pydantic's ByteSize is not used: it reads `8G` as a decimal size and ignores what follows a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE | re.ASCII)
     if not match or (match[3].lower() == "i") or (match[3].lower() == "ib" and not match[2]):
-        raise typer.BadParameter(f"'{text}' is no size; write it like 8GiB, 500MB or 1000000")
+        raise typer.BadParameter(f"'{text}' is not a size; write it like 8GiB, 500MB or 1000000")
     units = DECIMAL if match[3].lower() == "b" and match[2] else UNITS
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """A ladder of bit widths, `2,3`."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,2}", part) for part in parts):
-        raise typer.BadParameter(f"'{text}' is no list of bit widths; write it like 2,3,4")
-    return tuple(int(part) for part in parts)
+def parse_count(text: str | int) -> int:
+    """Return a number of tokens, samples or sequences: `4096`, or `128K` for 128 x 1024."""
+    match = re.fullmatch(r"\s*(-?\d{1,12}(?:\.\d{1,6})?)\s*([kmg]?)i?\s*", str(text), re.IGNORECASE | re.ASCII)
+    count = float(match[1]) * UNITS[match[2].lower()] if match else math.nan
+    if not count.is_integer() or abs(count) > MAX_COUNT:
+        raise typer.BadParameter(f"'{text}' is not a count; write it like 4096 or 128K")
+    return int(count)
+
+
+def count(least: int) -> Callable[[str | int], int]:
+    """Return a parser of counts that are at least so many."""
+
+    def parse(text: str | int) -> int:
+        number = parse_count(text)
+        if number < least:
+            raise typer.BadParameter(f"{text} is less than {least}")
+        return number
+
+    return parse
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
-    """Counts, `1024,4096`, ascending."""
+    """Return counts, `1024,4096` or `1K,4K`, ascending."""
+    try:
+        return tuple(sorted({count(1)(part) for part in text.split(",")}))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"'{text}' is not a list of counts; write it like 1024,4096 or 1K,4K") from error
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Return the bit widths of a list, `2,3`."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part) for part in parts):
-        raise typer.BadParameter(f"'{text}' is no list of counts; write it like 1024,4096")
-    return tuple(sorted({int(part) for part in parts}))
+    if not all(re.fullmatch(r"[0-9]{1,2}", part) for part in parts):
+        raise typer.BadParameter(f"'{text}' is not a list of bit widths; write it like 2,3,4")
+    return tuple(int(part) for part in parts)
 
 
 def parse_batch(text: str) -> int | str:
-    """A batch size, or `auto`."""
+    """Return a batch size, or `auto`."""
     if text == "auto":
         return text
     if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise typer.BadParameter(f"'{text}' is no batch size; write a number or auto")
+        raise typer.BadParameter(f"'{text}' is not a batch size; write a number or auto")
     return int(text)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Names, `rank,ilp`."""
+    """Return the names of a list, `rank,ilp`."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
-    """Budgets in bits, `2.5,3`, ascending."""
+    """Return budgets in bits, `2.5,3`, ascending."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,2}(?:\.\d*)?|\.\d+", part, re.ASCII) for part in parts):
-        raise typer.BadParameter(f"'{text}' is no list of bits; write it like 2.5,3,3.5")
+        raise typer.BadParameter(f"'{text}' is not a list of bits; write it like 2.5,3,3.5")
     return tuple(sorted({float(part) for part in parts}))
 
 
 def parse_groups(text: str) -> tuple[int | str, ...]:
-    """Group sizes, `32,64` or `row`; the cache's settings decide which there can be."""
+    """Return group sizes, `32,64` or `row`; the cache's settings decide which are possible."""
     parts = [part.strip() for part in text.split(",")]
     return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
 
 
 def parse_percent(text: str) -> float:
-    """`0.5%` as 0.005. Without the sign it could be either, so that is refused."""
+    """Return `0.5%` as 0.005. A number without the sign could mean either, so it is refused."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", text, re.ASCII)
     if not match:
-        raise typer.BadParameter(f"'{text}' is no percentage; write it like 0.5%")
+        raise typer.BadParameter(f"'{text}' is not a percentage; write it like 0.5%")
     return float(match[1]) / 100
+
+
+def parse_dtype(text: str) -> str:
+    """Return a dtype by the name that torch gives it: `bf16` is `bfloat16`."""
+    return DTYPES.get(text.strip().lower(), text)
+
+
+def _parse_model_dtype(text: str) -> str:
+    """Return the name of a dtype that a model can be loaded in. Raises ModelError."""
+    dtype = parse_dtype(text)
+    if dtype not in MODEL_DTYPES:
+        known = ", ".join(MODEL_DTYPES)
+        raise ModelError(f"unknown dtype '{text}'{did_you_mean(text, (*MODEL_DTYPES, *DTYPES))}: use {known}")
+    return dtype
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _use_threads(threads: int | None) -> int | None:
+    """Let torch and the native kernels, which follow it, use so many threads."""
+    if threads is None:
+        return None
+    if not 1 <= threads <= processors():
+        raise typer.BadParameter(f"{threads} threads: this process has {processors()} processors; use 1 to that many")
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:  # it has read the environment already
+        sys.modules["torch"].set_num_threads(threads)
+    return threads
 
 
 def _set_mode(name: str, value: bool) -> bool:
@@ -99,13 +227,13 @@ def _use_dir(folder: Path | None) -> Path | None:
 
 Model = Annotated[
     str | None,
-    typer.Option(metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),
+    typer.Option("--model", metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),
 ]
-Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn at random.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", callback=_use_threads, help="Threads on the CPU [default: torch's own choice]."),
+]
 ProfilesDir = Annotated[
     Path | None,
     typer.Option(
@@ -114,6 +242,64 @@ ProfilesDir = Annotated[
         help="Where profiles and plans are kept [default: ./profiles, or $KVMIX_PROFILES_DIR].",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, which every command that loads one takes as an argument or as an option."""
+
+    argument: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Hub id, local folder or builtin:tiny, as --model.")
+    ] = None
+    option: Model = None
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter for two different models."""
+        if None not in (self.argument, self.option) and self.argument != self.option:
+            raise typer.BadParameter(f"two models, {self.argument} and --model {self.option}: give one")
+
+    @property
+    def model(self) -> str | None:
+        """Return the model's id; None if there is none."""
+        return self.argument or self.option
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Options of a command that loads a model."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", parser=_parse_model_dtype, help="auto (the checkpoint's), float32, bfloat16 or float16."
+        ),
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, or map (spread over GPUs).")
+    ] = "auto"
+    seed: Seed = 0
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    threads: Threads = None
+    profiles_dir: ProfilesDir = None
+
+    def load(self, model: str, revision: str | None) -> LoadedModel:
+        """Load a model as the options say. Raises ModelError."""
+        from ..models.loading import load_model
+
+        return load_model(
+            model,
+            revision=revision,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
 Json = Annotated[
     bool,
     typer.Option(
@@ -126,9 +312,27 @@ Verbose = Annotated[
         "--verbose", "-v", callback=_set_verbose, help="Show what the libraries say, and tracebacks of errors."
     ),
 ]
+Traceback = Annotated[
+    bool,
+    typer.Option(
+        "--traceback",
+        callback=lambda value: _set_mode("traceback", value),
+        help="Show the traceback of an error, for a bug report.",
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option(
         "--quiet", "-q", callback=lambda value: _set_mode("quiet", value), help="No notices, no progress bars."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options of every command: how it shows its results."""
+
+    json: Json = False
+    verbose: Verbose = False
+    traceback: Traceback = False
+    quiet: Quiet = False

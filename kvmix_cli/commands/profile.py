@@ -1,8 +1,9 @@
-"""`kvmix profile MODEL`: how important are each layer's keys and values?"""
+"""`kvmix profile MODEL`: measure how important each layer's keys and values are."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,101 +12,101 @@ import typer
 
 from .. import console, state
 from ..errors import KvmixError
-from . import options
+from .options import (
+    COMMAND_LINE,
+    CommonOptions,
+    LoadingOptions,
+    ModelOptions,
+    count,
+    expand,
+    parse_bits,
+    parse_groups,
+    parse_names,
+)
 
 if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
     from ..plan import ModelInfo
     from ..profile import Profile
+    from ..profiling import ProbeOptions
 
 GRANULARITIES = ("layer", "head")
 
 
-def profile(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or builtin:tiny.")],
+@dataclass(frozen=True)
+class ProfileOptions:
+    """The scores to measure, the text to measure them on, and where the profile goes."""
+
     score: Annotated[
         Any,
         typer.Option(
             metavar="LIST",
-            parser=options.parse_names,
+            parser=parse_names,
             help="What to measure: grad-norm (the paper), taylor, fisher, error, loss, kl; several with commas.",
         ),
-    ] = "grad-norm",
+    ] = "grad-norm"
     bits: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_bits, help="Widths of curves [default: 1,2,3,4,8].")
-    ] = None,
+        Any, typer.Option(metavar="LIST", parser=parse_bits, help="Widths of curves [default: 1,2,3,4,8].")
+    ] = None
     group_size: Annotated[
-        Any, typer.Option(metavar="LIST", parser=options.parse_groups, help="Their groups [default: 32,64,128].")
-    ] = None,
-    granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer",
+        Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
+    ] = None
+    granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer"
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
-    ] = "builtin",
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of text.")] = 30,
-    seq_len: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a sample.")] = 1024,
+    ] = "builtin"
+    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Samples of text.")] = 30
+    seq_len: Annotated[int, typer.Option(min=2, metavar="N", parser=count(2), help="Tokens of a sample.")] = 1024
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write [default: profiles/<org>--<model>/profile.yaml]."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the scores by layer.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile stopped.")] = False,
+    ] = None
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the scores by layer.")] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile stopped.")] = False
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a score even if it was measured on more text than this one.")
+    ] = False
     checkpointing: Annotated[
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Save memory for time [default: for large models]."),
-    ] = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    profiles_dir: options.ProfilesDir = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raise KvmixError for an unknown granularity."""
+        if self.granularity not in GRANULARITIES:
+            raise KvmixError(f"no granularity '{self.granularity}'; there is {', '.join(GRANULARITIES)}")
+
+
+@expand
+def profile(
+    ctx: typer.Context, what: ProfileOptions, which: ModelOptions, loading: LoadingOptions, common: CommonOptions
 ) -> None:
     """Measure how important each layer's keys and values are, on calibration text.
 
     Scores are added to the profile that is there; those of the same name are replaced.
     """
-    path = out or state.profile_path(model)
-    _check_outputs(path, plot)
-    if granularity not in GRANULARITIES:
-        raise KvmixError(f"no granularity '{granularity}'; there is {', '.join(GRANULARITIES)}")
-    from ..models.loading import load_model
-    from ..profiling import Options, find_probes, run_profile
-    from ..reporting.tables import profile_tables
+    model = which.model
+    if model is None:
+        raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
+    path = what.out or state.profile_path(model)
+    _check_outputs(path, what.plot)
+    from ..profiling import ProbeOptions, find_probes, profile_lock
     from ..texts import load_texts
 
-    how = Options(bits, group_size, per_head=granularity == "head", checkpointing=checkpointing)
-    how.check(find_probes(score))
+    per_head = what.granularity == "head"
+    how = ProbeOptions(what.bits, what.group_size, per_head=per_head, checkpointing=what.checkpointing)
+    how.check(find_probes(what.score))
+    ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = _existing(path)
-    texts = load_texts(calibration, seed=seed)
-    loaded = load_model(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    texts = load_texts(what.calibration, seed=loading.seed)
+    loaded = loading.load(model, which.revision)
     if before is not None:
         _require_same_model(before, loaded.info, path)
+    _check_replaced(before, what, path)
     started = time.perf_counter()
-    with console.progress(f"profile {model}", samples) as bar:
-        result = run_profile(
-            loaded,
-            score,
-            texts=texts,
-            source=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            options=how,
-            journal=state.journal_path(path),
-            resume=resume,
-            on_step=bar.reach,
-        )
-    _save(result, before, path, ctx.meta[options.COMMAND_LINE])
-    measured = next(iter(result.scores.values())).calibration.samples
-    if measured < samples:
-        console.notice(f"the text gave {measured} samples, not {samples}")
-    for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
-        console.table(*table)
-    _plot(result, plot)
-    _emit(result, path, measured, time.perf_counter() - started)
+    result = _measure(loaded, model, texts, what, how, path, loading.seed)
+    _save(result, before, path, ctx.meta[COMMAND_LINE])
+    _show(result, what, path, time.perf_counter() - started)
 
 
 def _check_outputs(path: Path, plot: Path | None) -> None:
@@ -120,7 +121,7 @@ def _check_outputs(path: Path, plot: Path | None) -> None:
 
 
 def _existing(path: Path) -> Profile | None:
-    """The profile that is there. Raises KvmixError if it cannot be read, and so not be added to."""
+    """Return the profile that is there. Raises KvmixError if it cannot be read, and so not be added to."""
     from ..errors import DocumentError
     from ..profile import Profile
 
@@ -133,10 +134,45 @@ def _existing(path: Path) -> Profile | None:
 
 
 def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
-    if profile.model != model:
+    from ..models.sources import canonical_id
+
+    if profile.model.model_copy(update={"id": canonical_id(profile.model.id)}) != model:
         raise KvmixError(
             f"{path} is the profile of another model ({profile.model.id}, or another revision or configuration of it); "
             "name another file with --out"
+        )
+
+
+def _check_replaced(before: Profile | None, what: ProfileOptions, path: Path) -> None:
+    """Raise KvmixError if a score would be replaced by one that was measured on less text."""
+    scores = {} if before is None or what.replace else before.scores
+    for name, score in scores.items():
+        text = score.calibration
+        if name in what.score and (what.samples < text.samples or what.seq_len < text.seq_len):
+            raise KvmixError(
+                f"{path} has {name} over {text.samples} samples of {text.seq_len} tokens, which {what.samples} of "
+                f"{what.seq_len} would replace: add --replace, or name another file with --out"
+            )
+
+
+def _measure(
+    loaded: LoadedModel, model: str, texts: list[str], what: ProfileOptions, how: ProbeOptions, path: Path, seed: int
+) -> Profile:
+    from ..profiling import run_profile
+
+    with console.progress(f"profile {model}", what.samples) as bar:
+        return run_profile(
+            loaded,
+            what.score,
+            texts=texts,
+            source=what.calibration,
+            samples=what.samples,
+            seq_len=what.seq_len,
+            seed=seed,
+            options=how,
+            journal=state.journal_path(path),
+            resume=what.resume,
+            on_step=bar.reach,
         )
 
 
@@ -151,23 +187,25 @@ def _save(result: Profile, before: Profile | None, path: Path, command: str) -> 
 
 
 def _head(path: Path) -> str:
-    """The commands that a file says it was made by."""
+    """Return the commands in the head comment of a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
 
 
-def _emit(result: Profile, path: Path, samples: int, seconds: float) -> None:
-    """The JSON result; `score` and `layers` are those of the first score."""
-    from ..reporting.tables import score_json
+def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
+    """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
+    from ..reporting.tables import profile_tables, score_json
 
+    samples = next(iter(result.scores.values())).calibration.samples
+    if samples < what.samples:
+        console.notice(f"the text gave {samples} samples, not {what.samples}")
+    for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
+        console.table(*table)
+    if what.plot is not None:
+        from ..reporting.plots import plot_profiles
+
+        console.notice(f"plot: {plot_profiles([(result.model.id, result)], what.plot)}")
     scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}
     first = next(iter(scores))
     head = {"command": "profile", "model": result.model.id, "profile": path, "score": first, "samples": samples}
     console.emit_json({**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores})
-
-
-def _plot(profile: Profile, plot: Path | None) -> None:
-    if plot is not None:
-        from ..reporting.plots import plot_profiles
-
-        console.notice(f"plot: {plot_profiles([(profile.model.id, profile)], plot)}")

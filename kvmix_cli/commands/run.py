@@ -2,167 +2,202 @@
 
 from __future__ import annotations
 
+import math
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from .. import console
 from ..errors import KvmixError, TextError
-from . import options
+from .options import CommonOptions, LoadingOptions, ModelOptions, count, expand
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
+    from ..decoding.footprint import Footprint, FullContext
     from ..decoding.generate import Generation
     from ..models.loading import LoadedModel
-    from ..plan import Plan
 
-BF16_BYTES = 2
 MIB = 2**20
+MAX_PROMPT = 64 * MIB
+"""Bytes of a prompt that are read at all; the model's context is the limit once the model is loaded."""
 
 
-def run(
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt, and how it is continued."""
+
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Read the prompt from a file, or from stdin with '-'.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0,
+    ] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, parser=count(1), help="Most tokens to generate.")
+    ] = 256
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
+    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter unless there is one prompt, and KvmixError for a setting out of its range."""
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise typer.BadParameter("give the prompt with --prompt or with --prompt-file, one of them")
+        if not 0 <= self.temperature < math.inf:
+            raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise KvmixError(f"--top-p must be more than 0 and at most 1, got {self.top_p}")
+
+    @property
+    def text(self) -> str:
+        """Return the prompt's text. Raises TextError if it is empty or cannot be read."""
+        text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
+        if not text or not text.strip():
+            raise TextError("the prompt is empty; give some text with --prompt or --prompt-file")
+        return text
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The cache, of which there is one."""
+
     plan: Annotated[
         str | None,
         typer.Option(metavar="PLAN", help="File, name or short form of a plan [default: the newest], or PLAN+PRESET."),
-    ] = None,
+    ] = None
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A published method instead, such as mikv or kvtuner:FILE.")
-    ] = None,
-    uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None,
-    baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    profiles_dir: options.ProfilesDir = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    ] = None
+    uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None
+    baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter for two caches at once."""
+        if self.baseline and self.uniform is not None:
+            raise typer.BadParameter("choose one of --baseline and --uniform")
+        if self.preset and self.plan:
+            raise typer.BadParameter("choose one of --plan and --preset, or put them together: --plan PLAN+PRESET")
+        if self.preset and (self.baseline or self.uniform is not None):
+            other = "--baseline" if self.baseline else "--uniform"
+            raise typer.BadParameter(f"choose one of --preset and {other}")
+
+
+@expand
+def run(
+    prompt: PromptOptions,
+    storage: CacheOptions,
+    which: ModelOptions,
+    loading: LoadingOptions,
+    common: CommonOptions,
 ) -> None:
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
-    text = _read_prompt(prompt, prompt_file)
-    _check_choice(plan, preset, uniform, baseline)
-    from ..cache.subject import UNQUANTIZED, Subject
-    from ..decoding.generate import generate, room
-    from ..models.loading import load_info, load_model
-    from ..studies.selection import choose
+    text = prompt.text
+    from ..studies.selection import check_widths, choose
 
-    need_plan = not (baseline or preset) and uniform is None
+    uniform = [] if storage.uniform is None else [storage.uniform]
+    check_widths(uniform)
     choice = choose(
-        [plan] if plan else [], [preset] if preset else [], model=model, revision=revision, need_plan=need_plan
+        [storage.plan] if storage.plan else [],
+        [storage.preset] if storage.preset else [],
+        model=which.model,
+        revision=which.revision,
+        need_plan=not (storage.baseline or storage.preset or uniform),
+        say=console.notice,
     )
-    source: dict[str, Any] = {"revision": choice.revision, "trust_remote_code": trust_remote_code}
-    name, chosen = UNQUANTIZED, None
-    if not baseline:
-        plans = choice.plans(load_info(choice.model, **source), [] if uniform is None else [uniform])
-        name, chosen = list(plans.items())[-1]
-    loaded = load_model(choice.model, dtype=dtype, device=device, **source)
-    ids = _encode(loaded, text, chat)
-    allowed = min(max_new_tokens, room(len(ids), loaded.max_length))
-    if allowed < max_new_tokens:
+    from ..cache.subject import Subject
+    from ..decoding.footprint import full_context, measure_footprint
+    from ..decoding.generate import generate, room
+    from ..decoding.settings import reserve
+    from ..models.loading import load_info
+    from ..texts.chat import chat_ids, prompt_ids
+
+    subject = Subject()
+    if not storage.baseline:
+        info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
+        name, plan = list(choice.plans(info, uniform, console.notice).items())[-1]
+        subject = Subject(name, plan)
+    loaded = loading.load(choice.model, choice.revision)
+    _check_length(loaded, text)
+    tokenizer = loaded.tokenizer
+    ids = chat_ids(tokenizer, text, loaded.info.id) if prompt.chat else prompt_ids(tokenizer, text)
+    allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
+    if allowed < prompt.max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
-    cache = Subject(name, chosen).cache(loaded.config, reserve=len(ids) + allowed)
+    cache = subject.cache(loaded.config, reserve=reserve(len(ids), allowed))
     generation = generate(
         loaded,
         ids,
         cache,
         max_new_tokens=allowed,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        temperature=prompt.temperature,
+        top_p=prompt.top_p,
+        seed=loading.seed,
         on_text=console.text,
     )
-    console.text("\n\n")
-    footprint = measure(cache, chosen, loaded.model.dtype.itemsize)
-    _show(name, generation, footprint, quantized=chosen is not None)
-    console.emit_json(_as_json(loaded.info.id, name, generation, footprint))
+    console.text("\n" if common.quiet else "\n\n")
+    footprint = measure_footprint(cache, subject.plan, loaded.model.dtype.itemsize)
+    whole = full_context(subject.plan, loaded)
+    if not common.quiet:
+        _show(subject.name, generation, footprint, whole)
+    if footprint.quantized_share == 0 and subject.plan is not None:
+        console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
+    console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole))
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What a cache takes at the end of a run.
-
-    Attributes:
-        unquantized_bytes: what the stock cache would take, in the model's dtype.
-        bf16_bytes: the same at 16 bits; compression is against this, also where a float32 model's own cache is bigger.
-        quantized_share: of what attention has read.
-    """
-
-    bytes: int
-    unquantized_bytes: int
-    bf16_bytes: int
-    quantized_share: float
-
-    @property
-    def compression(self) -> float:
-        return self.bf16_bytes / self.bytes
+def _read(name: str) -> str:
+    """Return the text of a file, or of stdin for `-`, without a byte-order mark. Raises TextError."""
+    try:
+        if name == "-":
+            data = b"" if sys.stdin is None else _read_at_most(sys.stdin.buffer, "stdin")
+        else:
+            mode = Path(name).stat().st_mode
+            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                raise TextError(f"cannot read the prompt from {name}: it is a device, not a file")
+            with Path(name).open("rb") as file:
+                data = _read_at_most(file, name)
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else _reason(error)
+        raise TextError(f"cannot read the prompt from {name}: {reason}") from error
 
 
-def measure(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
-    """The footprint of a cache whose unquantized elements take `element_bytes`."""
-    from ..cache.mixed import MixedCache
-    from ..cache.sizes import cache_nbytes
-
-    total = unquantized = cache_nbytes(cache)
-    if plan is not None:
-        planned = sum(cache.layers[index].nbytes for index in plan.layers)
-        tokens = max((cache.layers[index].get_seq_length() for index in plan.layers), default=0)
-        unquantized += plan.unquantized_bytes(tokens, element_bytes=element_bytes) - planned
-    share = cache.attended.share if isinstance(cache, MixedCache) else 0.0
-    return Footprint(total, unquantized, unquantized * BF16_BYTES // element_bytes, share)
+def _reason(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
-def _check_choice(plan: str | None, preset: str | None, uniform: int | None, baseline: bool) -> None:
-    """Raise typer.BadParameter for two caches at once."""
-    if baseline and uniform is not None:
-        raise typer.BadParameter("choose one of --baseline and --uniform")
-    if preset and plan:
-        raise typer.BadParameter("choose one of --plan and --preset, or put them together: --plan PLAN+PRESET")
-    if preset and (baseline or uniform is not None):
-        raise typer.BadParameter(f"choose one of --preset and {'--baseline' if baseline else '--uniform'}")
+def _read_at_most(file: BinaryIO, name: str) -> bytes:
+    data = file.read(MAX_PROMPT + 1)
+    if len(data) > MAX_PROMPT:
+        raise TextError(f"the prompt in {name} has more than {MAX_PROMPT // MIB} MiB; shorten it")
+    return data
 
 
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt's text. Raises KvmixError if it is empty or cannot be read."""
-    if (prompt is None) == (prompt_file is None):
-        raise typer.BadParameter("give the prompt with --prompt or with --prompt-file, one of them")
-    if prompt_file is not None:
-        try:
-            prompt = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise TextError(f"cannot read the prompt from {prompt_file}: {reason}") from error
-    if not prompt or not prompt.strip():
-        raise TextError("the prompt is empty; give some text with --prompt or --prompt-file")
-    return prompt
+def _check_length(loaded: LoadedModel, text: str) -> None:
+    """Raise TextError for a text that the model cannot hold, whatever its tokens are."""
+    if loaded.max_length is None:
+        return
+    longest = max(map(len, loaded.tokenizer.get_vocab()))
+    if len(text) > loaded.max_length * longest:
+        raise TextError(
+            f"the prompt has {len(text)} characters; the model's limit of {loaded.max_length} tokens holds at most "
+            f"{loaded.max_length * longest}: shorten it"
+        )
 
 
-def _encode(loaded: LoadedModel, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, special ones included. Raises KvmixError if there is no chat template to put it into."""
-    if not chat:
-        return list(loaded.tokenizer(text, verbose=False).input_ids)
-    if not loaded.tokenizer.chat_template:
-        raise KvmixError(f"{loaded.info.id} has no chat template; leave out --chat or choose a chat model")
-    message = [{"role": "user", "content": text}]
-    return list(loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
-
-
-def _show(name: str, generation: Generation, footprint: Footprint, *, quantized: bool) -> None:
+def _show(name: str, generation: Generation, footprint: Footprint, whole: FullContext | None) -> None:
+    """Show speed and bytes; for a context that is shorter than the model's limit, also the bytes at that limit."""
     decode = generation.decode_tokens_per_s
+    lines = [
+        f"cache {footprint.bytes / MIB:.2f} MiB; unquantized {footprint.unquantized_bytes / MIB:.2f} MiB, "
+        f"in bf16 {footprint.bf16_bytes / MIB:.2f} MiB: compression {footprint.compression:.2f}x",
+        f"{footprint.quantized_share:.1%} of what attention read was quantized",
+    ]
+    if whole is not None and generation.prompt_tokens + generation.new_tokens < whole.tokens:
+        lines.append(
+            f"at the model's full context of {whole.tokens} tokens: {whole.cache_bytes / MIB:.2f} MiB instead of "
+            f"{whole.unquantized_bytes / MIB:.2f} MiB in the model's dtype, {whole.compression:.2f}x smaller"
+        )
     console.table(
         f"run with {name}",
         ("", "tokens", "tokens/s"),
@@ -170,15 +205,13 @@ def _show(name: str, generation: Generation, footprint: Footprint, *, quantized:
             ("prompt", generation.prompt_tokens, f"{generation.prompt_tokens_per_s:.1f}"),
             ("decode", generation.new_tokens - 1, "-" if decode is None else f"{decode:.1f}"),
         ],
-        f"cache {footprint.bytes / MIB:.2f} MiB; unquantized {footprint.unquantized_bytes / MIB:.2f} MiB, "
-        f"in bf16 {footprint.bf16_bytes / MIB:.2f} MiB: compression {footprint.compression:.2f}x\n"
-        f"{footprint.quantized_share:.1%} of what attention read was quantized",
+        "\n".join(lines),
     )
-    if footprint.quantized_share == 0 and quantized:
-        console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
 
 
-def _as_json(model: str, name: str, generation: Generation, footprint: Footprint) -> dict[str, Any]:
+def _as_json(
+    model: str, name: str, generation: Generation, footprint: Footprint, whole: FullContext | None
+) -> dict[str, Any]:
     return {
         "command": "run",
         "model": model,
@@ -194,4 +227,12 @@ def _as_json(model: str, name: str, generation: Generation, footprint: Footprint
         "bf16_cache_bytes": footprint.bf16_bytes,
         "compression": footprint.compression,
         "quantized_share": footprint.quantized_share,
+        "full_context": None
+        if whole is None
+        else {
+            "tokens": whole.tokens,
+            "cache_bytes": whole.cache_bytes,
+            "unquantized_cache_bytes": whole.unquantized_bytes,
+            "compression": whole.compression,
+        },
     }

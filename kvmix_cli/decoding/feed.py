@@ -1,9 +1,10 @@
-"""Feeding known tokens to a model through a cache, and the loss of reading them so."""
+"""Known tokens fed to a model through a cache, and the loss of reading a document so."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,27 +20,26 @@ if TYPE_CHECKING:
 def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor) -> None:
     """Put a context, or several of the same length `[B, T]`, into an empty cache.
 
-    It counts for nothing: its queries have read no quantized token.
+    The queries of a prefill read no quantized token, so the cache's count of attended tokens begins after it.
     """
-    _forward(loaded, cache, ids, keep=1)
-    if (attended := getattr(cache, "attended", None)) is not None:
-        attended.reset()
+    last_logits(loaded, cache, _batch(loaded, ids))
+    reset_attended(cache)
 
 
 def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:
     """Feed tokens `step` at a time; inside a step they see each other in full precision.
 
     Yields:
-        Which of `ids` were fed, and their logits, float32 `[tokens, vocabulary]`.
+        The slice of `ids` that was fed, and its logits, float32 `[tokens, vocabulary]`.
     """
     for start in range(0, len(ids), step):
         part = slice(start, min(start + step, len(ids)))
-        yield part, _forward(loaded, cache, ids[part]).float()
+        yield part, _logits(loaded, cache, _batch(loaded, ids[part]))[0].float()
 
 
 @torch.inference_mode()
 def document_loss(loaded: LoadedModel, cache: Cache, ids: Sequence[int], prefix: int, step: int) -> float:
-    """Negative log-likelihood (nats, summed) of a document that is read back through an empty cache.
+    """Return the negative log-likelihood (nats, summed) of a document that is read back through an empty cache.
 
     The first `prefix` tokens are prefilled, the rest is fed `step` at a time. Every scored token is predicted by a
     query that went through the cache, so `len(ids) - prefix - 1` tokens count.
@@ -52,11 +52,28 @@ def document_loss(loaded: LoadedModel, cache: Cache, ids: Sequence[int], prefix:
     return loss
 
 
-def _forward(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, keep: int | None = None) -> Tensor:
-    """Logits `[tokens, vocabulary]` of the first row, of the last `keep` tokens only where the model can do so."""
-    options: dict[str, Any] = {}
-    if keep is not None and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
-        options["logits_to_keep"] = keep
-    inputs = ids if isinstance(ids, torch.Tensor) else torch.tensor([list(ids)], device=loaded.device)
-    logits: Tensor = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **options).logits[0]
+def last_logits(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
+    """Feed ids `[B, T]` and return the logits of each row's last one, `[B, vocabulary]`."""
+    options = {"logits_to_keep": 1} if _accepts_keep(type(loaded.model).forward) else {}
+    return _logits(loaded, cache, ids, **options)[:, -1]
+
+
+def reset_attended(cache: Cache) -> None:
+    """Begin to count anew what attention reads, in a cache that counts it."""
+    if (attended := getattr(cache, "attended", None)) is not None:
+        attended.reset()
+
+
+@functools.cache
+def _accepts_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def _batch(loaded: LoadedModel, ids: Sequence[int] | Tensor) -> Tensor:
+    return ids if isinstance(ids, torch.Tensor) else torch.tensor([list(ids)], device=loaded.device)
+
+
+def _logits(loaded: LoadedModel, cache: Cache, ids: Tensor, **options: Any) -> Tensor:
+    """Return logits `[B, tokens, vocabulary]`."""
+    logits: Tensor = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
     return logits

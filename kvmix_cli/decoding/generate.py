@@ -1,4 +1,4 @@
-"""The run loop and its timing: what `kvmix run` does with a prompt."""
+"""Generation from one prompt, streamed and timed: what `kvmix run` does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
 
 from ..errors import KvmixError
-from ..quiet import hushed
+from ..models.memory import is_out_of_memory
+from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
@@ -40,17 +41,17 @@ class Generation:
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens a second."""
+        """Return prompt tokens a second."""
         return self.prompt_tokens / self.prompt_seconds
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second after the first; None if there was no second one."""
+        """Return tokens a second after the first one, None if there was no second one."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-class _TimedStreamer(TextStreamer):
-    """Hands on text as it forms, and notes when the first and the last token came."""
+class _TimedStreamer(TextStreamer):  # type: ignore[misc]
+    """A streamer that hands on text as it forms and keeps the time of each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -90,26 +91,30 @@ def generate(
         on_text: called with each piece of text as soon as it is final.
 
     Raises:
-        KvmixError: if the prompt is empty or leaves no room for an answer, or a setting is out of its range.
+        KvmixError: if the prompt is empty or leaves no room for an answer, a setting is out of its range, or memory
+            runs out.
     """
     _check(max_new_tokens, temperature, top_p)
     allowed = min(max_new_tokens, room(len(prompt_ids), loaded.max_length))
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    )
+    settings = greedy_settings(loaded, allowed, **sampling)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
-    ids = torch.tensor([list(prompt_ids)], device=loaded.device)
     if sampling:
         torch.manual_seed(seed)
-    with hushed():
-        loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            streamer=streamer,
-            max_new_tokens=allowed,
-            do_sample=bool(sampling),
-            pad_token_id=_pad_token(loaded),
-            **sampling,
+    try:
+        continue_tokens(
+            loaded, torch.tensor([list(prompt_ids)], device=loaded.device), cache, settings, streamer=streamer
         )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise KvmixError(
+            f"out of memory on {loaded.device} after a prompt of {len(prompt_ids)} tokens and "
+            f"{max(len(streamer.times) - 1, 0)} new ones; "
+            "use a shorter prompt, a smaller --max-new-tokens or fewer bits"
+        ) from error
     start, first, *_, last = (*streamer.times, streamer.times[-1])
     return Generation(
         text=streamer.text,
@@ -122,7 +127,7 @@ def generate(
 
 
 def room(prompt_tokens: int, limit: int | None) -> int:
-    """New tokens that a prompt leaves room for. Raises KvmixError if there is no prompt or no room."""
+    """Return how many new tokens a prompt leaves room for. Raises KvmixError if there is no prompt or no room."""
     if prompt_tokens < 1:
         raise KvmixError("the prompt is empty; give some text with --prompt or --prompt-file")
     if limit is None:
@@ -141,9 +146,3 @@ def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
         raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}")
     if not 0 < top_p <= 1:
         raise KvmixError(f"--top-p must be more than 0 and at most 1, got {top_p}")
-
-
-def _pad_token(loaded: LoadedModel) -> int:
-    """Of no effect in a batch of one, but `generate` warns if there is none."""
-    known = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)

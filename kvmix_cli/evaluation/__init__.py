@@ -1,44 +1,54 @@
-"""Measuring a plan against the unquantized cache on the same work. One file or folder a task."""
+"""Tasks that measure a plan against the unquantized cache on the same work, by name. One file or folder each."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError, did_you_mean
-from .tasks.lm_eval import UnknownTask, harness_kind
+from ..errors import EvaluationError, UnknownTaskError, did_you_mean
+from ..registry import Registry
+from .tasks.lm_eval import harness_kind
 
 if TYPE_CHECKING:
     from .base import Task
 
-_TASKS = {
-    "perplexity": "tasks.perplexity:Perplexity",
-    "recall": "tasks.recall:Recall",
-    "passkey": "tasks.passkey:Passkey",
-    "kv_retrieval": "tasks.kv_retrieval:KVRetrieval",
-    "memory": "tasks.memory:Memory",
-    "throughput": "tasks.throughput.task:Throughput",
-    "longbench": "tasks.longbench.task:LongBench",
-    "longbench-e": "tasks.longbench.task:LongBenchE",
-}
-"""A task by name: its class. A class with a field `members` also takes some of its parts, `name:one,two`."""
-_MEMBERS: dict[str, str] = {
-    "longbench": "tasks.longbench.datasets:MEMBERS",
-    "longbench-e": "tasks.longbench.datasets:MEMBERS_E",
-}
-"""The parts of a task that has some: a mapping by their names, in a module that is quick to import."""
+_TASKS: Registry[type[Task]] = Registry(
+    "task",
+    EvaluationError,
+    __name__,
+    {
+        "perplexity": "tasks.perplexity:Perplexity",
+        "recall": "tasks.recall:Recall",
+        "passkey": "tasks.passkey:Passkey",
+        "kv_retrieval": "tasks.kv_retrieval:KVRetrieval",
+        "memory": "tasks.memory:Memory",
+        "throughput": "tasks.throughput.task:Throughput",
+        "longbench": "tasks.longbench.task:LongBench",
+        "longbench-e": "tasks.longbench.task:LongBenchE",
+    },
+)
+"""Classes of tasks. One with a field `members` also takes some of its parts, `name:one,two`."""
+_MEMBERS: Registry[Mapping[str, Any]] = Registry(
+    "task with data sets",
+    EvaluationError,
+    __name__,
+    {
+        "longbench": "tasks.longbench.datasets:MEMBERS",
+        "longbench-e": "tasks.longbench.datasets:MEMBERS_E",
+    },
+)
+"""The parts of a task that has some, by their names, in a module that is quick to import."""
 
 
 def tasks() -> tuple[str, ...]:
-    """The names of all tasks of our own."""
+    """Return the names of all tasks of our own."""
     return tuple(_TASKS)
 
 
 def split_tasks(text: str) -> tuple[str, ...]:
-    """The tasks of a list, `perplexity,longbench:qasper,trec` being two: commas also part a task's members."""
+    """Return the tasks of a list. `perplexity,longbench:qasper,trec` are two: commas also part a task's members."""
     found: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         family = found[-1].partition(":")[0] if found and ":" in found[-1] else None
@@ -50,33 +60,35 @@ def split_tasks(text: str) -> tuple[str, ...]:
 
 
 def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """A task by name, ours or else lm-eval's, with those of the options that are its own. Raises EvaluationError."""
+    """Return a task by name, ours or lm-eval's, with those of the options that are its own. Raises EvaluationError."""
     family, colon, members = name.partition(":")
     ours = family in _TASKS and (not colon or family in _MEMBERS)
-    kind = _load(_TASKS[family]) if ours else harness_kind(name, _TASKS)
+    kind: type[Task] = _TASKS[family] if ours else harness_kind(name, _TASKS)
     own = {key: value for key, value in (options or {}).items() if key in _own_options(kind)}
     if not ours:
         own["given"] = name
     elif colon:
         own["members"] = tuple(members.split(","))
-    task: Task = kind(**own)
-    return task
+    try:
+        return kind(**own)
+    except UnknownTaskError as error:
+        raise error.among(_TASKS) from error
 
 
 def get_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
-    """Several tasks. Raises EvaluationError, also for an option that none of them has."""
+    """Return several tasks. Raises EvaluationError, also for an option that none of them has."""
     found = [_listed_task(name, before, options) for before, name in pairwise(("", *names))]
     for option in options:
         if not any(option in _own_options(type(task)) for task in found):
-            raise EvaluationError(f"--{option.replace('_', '-')} is of no use to {', '.join(names)}; leave it out")
+            raise EvaluationError(f"--{option.replace('_', '-')} is no option of {', '.join(names)}; leave it out")
     return found
 
 
 def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
-    """A task of a list; an unknown one after `longbench:qasper` may have been meant as a member, too."""
+    """Return a task of a list. An unknown one after `longbench:qasper` may have been meant as a data set."""
     try:
         return get_task(name, options)
-    except UnknownTask as error:
+    except UnknownTaskError as error:
         family, colon, _ = before.partition(":")
         members = _members(family) if colon else {}
         if not members:
@@ -89,13 +101,10 @@ def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
 
 
 def _members(family: str) -> Mapping[str, Any]:
-    return _load(_MEMBERS[family]) if family in _MEMBERS else {}
+    if family not in _MEMBERS:
+        return {}
+    return _MEMBERS[family]
 
 
 def _own_options(kind: type[Task]) -> set[str]:
     return {field.name for field in fields(kind)} if is_dataclass(kind) else set()
-
-
-def _load(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(f".{module}", __name__), attribute)

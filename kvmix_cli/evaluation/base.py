@@ -1,15 +1,22 @@
-"""What a task is: samples, what is measured on each of them, and what they amount to."""
+"""The base of all tasks: samples, the measurement of each of them, and metrics of all of them."""
 
 from __future__ import annotations
 
+import functools
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
+
+from typing_extensions import TypeVar
 
 from ..cache.subject import Subject
-from ..errors import EvaluationError
-from .results import Estimate, Metric, Record, Row, Table, counted
+from ..errors import EvaluationError, TextError
+from ..texts.tokens import encode, opening
+from .records import SampleRecord
+from .results import Estimate, Metric, Row, Table, counted
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -17,14 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of every task.
+    """Settings that all tasks share.
 
     Attributes:
         length: tokens of a sample.
         prefix: tokens of it that are prefilled before anything is scored, where the task scores text.
         step: tokens that are fed at a time; 1 is exact decoding.
         limit: the most samples; None is the task's default.
-        text: where text comes from, see `texts.load_texts`.
+        text: source of texts, see `texts.load_texts`.
+        seed: seed of all random choices.
     """
 
     length: int = 1024
@@ -51,19 +59,23 @@ class Sample:
 
 
 class Context(NamedTuple):
-    """Tokens of the longest context that was asked for, and the option that says so."""
+    """Tokens of the longest context of a task, and the option that sets them."""
 
     option: str
     tokens: int
 
 
-class Task(ABC):
-    """One way to measure. A subclass is a file of this folder and a line in the registry.
+SampleT = TypeVar("SampleT", bound=Sample, default=Any)
+RecordT = TypeVar("RecordT", bound=SampleRecord, default=Any)
+
+
+class Task(ABC, Generic[SampleT, RecordT]):
+    """One way to measure a cache. A subclass is a file of `tasks/` and a line in the registry.
 
     A task with options of its own is a frozen dataclass: its fields are the options, named as on the command line.
 
     Attributes:
-        timed: whether its numbers are times, which another machine would not give again.
+        timed: the numbers are times, which another machine would not give again.
     """
 
     default_limit: ClassVar[int]
@@ -72,23 +84,23 @@ class Task(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As in tables and in names of folders."""
+        """Return the name in tables and in names of folders."""
 
     @property
     @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
-        """What it reports; names are unique over all tasks, so that a gate can name them."""
+        """Return the metrics it reports; their names are unique over all tasks, so that a gate can name them."""
 
     def options(self) -> dict[str, Any]:
-        """What was asked of this task alone, as plain data."""
+        """Return the options of this task alone, as plain data."""
         return asdict(self) if is_dataclass(self) else {}
 
     def limit(self, settings: Settings) -> int:
-        """The most samples."""
+        """Return the most samples."""
         return self.default_limit if settings.limit is None else settings.limit
 
     def context(self, settings: Settings) -> Context | None:
-        """How long contexts are; None where the samples have lengths of their own."""
+        """Return the longest context; None where the samples have lengths of their own."""
         return Context("--length", settings.length)
 
     def check_context(self, settings: Settings, limit: int | None) -> None:
@@ -98,48 +110,85 @@ class Task(ABC):
             raise EvaluationError(f"{context.option} {context.tokens} is more than the model's limit of {limit} tokens")
 
     def longer(self, settings: Settings) -> str:
-        """What to do for contexts that are longer than a plan's window."""
+        """Return advice for contexts that are longer than a plan's window."""
         context = self.context(settings)
         return "ask something with longer prompts" if context is None else f"use a larger {context.option}"
 
     @abstractmethod
-    def samples(self, loaded: LoadedModel, settings: Settings) -> Sequence[Sample]:
-        """The samples, the same for every row; between one and `limit`. Raises KvmixError."""
+    def samples(self, loaded: LoadedModel, settings: Settings) -> Sequence[SampleT]:
+        """Return the samples, the same for every row; between one and `limit`. Raises KvmixError."""
 
     def records(
-        self, loaded: LoadedModel, subject: Subject, samples: Sequence[Any], settings: Settings
-    ) -> Iterator[Record]:
-        """One record for each sample, in their order. Raises KvmixError."""
+        self, loaded: LoadedModel, subject: Subject, samples: Sequence[SampleT], settings: Settings
+    ) -> Iterator[RecordT]:
+        """Yield one record for each sample, in their order. Raises KvmixError."""
         for sample in samples:
             yield self.measure(loaded, subject, sample, settings)
 
     @abstractmethod
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Any, settings: Settings) -> Record:
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: SampleT, settings: Settings) -> RecordT:
         """Put one sample through a fresh cache. Raises KvmixError."""
 
     @abstractmethod
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[RecordT], reference: Sequence[RecordT] | None, seed: int
     ) -> dict[str, Estimate]:
-        """Metrics of all samples together.
+        """Return the metrics of all samples together.
 
         Args:
             reference: the unquantized cache's records of the same samples; None for its own row, and if it has none.
         """
 
     @abstractmethod
-    def describe(self, samples: Sequence[Any], settings: Settings) -> str:
-        """What was measured, for the foot of a table."""
+    def describe(self, samples: Sequence[SampleT], settings: Settings) -> str:
+        """Return a description of the work, for the foot of a table."""
 
-    def notices(self, samples: Sequence[Any], settings: Settings) -> tuple[str, ...]:
-        """What must be said about the samples: here, that there are fewer of them than were asked for."""
-        asked, found = self.limit(settings), len(samples)
-        return () if found >= asked else (f"{self.name}: {settings.text} has {counted(found, 'sample')}, not {asked}",)
+    def notices(self, samples: Sequence[SampleT], settings: Settings) -> tuple[str, ...]:
+        """Return remarks about the samples, such as that there are fewer of them than the limit."""
+        limit, found = self.limit(settings), len(samples)
+        if found >= limit:
+            return ()
+        return (f"{self.name}: {settings.text} has {counted(found, 'sample')}, not {limit}",)
 
     def details(self, rows: Sequence[Row]) -> list[Table]:
-        """More to show of all rows than their metrics."""
+        """Return tables of all rows beside that of their metrics."""
         return []
 
     def warnings(self, subject: Subject, metrics: dict[str, Estimate]) -> list[str]:
-        """What a reader must know before believing a row."""
+        """Return warnings about a row, for whoever reads its metrics."""
         return []
+
+
+def chunks(loaded: LoadedModel, texts: Sequence[str], source: str, length: int, limit: int, seed: int) -> list[Sample]:
+    """Return up to `limit` samples of `length` tokens: one of each document in a seeded order, then a second, ...
+
+    Raises:
+        TextError: if no document is long enough.
+    """
+    found = list(islice(_parts(loaded.tokenizer, texts, length, seed), limit))
+    if not found:
+        longest = len(encode(loaded.tokenizer, max(texts, key=len, default="")))
+        raise TextError(
+            f"{source}: no document has {length} tokens, the longest has {longest}; "
+            "give longer text with --text or a smaller --length"
+        )
+    return found
+
+
+def _parts(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> Iterator[Sample]:
+    """Yield all samples that there are; a document is encoded when it is reached."""
+    first = opening(tokenizer)
+    body = length - len(first)
+    order = [index for index, text in enumerate(texts) if len(text.encode()) >= body]
+    random.Random(seed).shuffle(order)
+    encode_once = functools.cache(lambda index: encode(tokenizer, texts[index]))
+    for part in count():
+        longer = []
+        for index in order:
+            ids = encode_once(index)[part * body : (part + 1) * body]
+            if len(ids) == body:
+                longer.append(index)
+                yield Sample(f"document {index} part {part}", (*first, *ids))
+        if not longer:
+            return
+        order = longer

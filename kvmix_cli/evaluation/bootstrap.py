@@ -1,22 +1,33 @@
-"""Percentile bootstrap over samples (Efron 1979): how far a number would move with other samples of the same kind."""
+"""Bootstrap intervals over samples: how far a number would move with other samples of the same kind.
+
+The interval is bias-corrected and accelerated (BCa: Efron 1987), which corrects for skewed samples such as losses.
+It does not exist where all resamples lie on one side of the value; then percentiles are taken (Efron 1979).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .results import Estimate
 
 RESAMPLES = 4000
-COVERAGE = 95.0
+COVERAGE = 0.95
+BATCH = 256
+"""Resamples drawn at a time, which bounds the memory for thousands of samples."""
+
+_Array = NDArray[np.float64]
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:
-    """A ratio of two sums over samples, such as loss over tokens, with its 95 % interval.
+    """Return a ratio of two sums over samples, such as loss over tokens, with its 95 % interval.
 
-    Whole samples are drawn, so what belongs to one stays together: give differences of two rows on the same samples
-    and the interval is a paired one. One sample has no spread to judge from; its interval is the number itself.
+    Whole samples are drawn, so what belongs to one stays together: with differences of two rows on the same samples the
+    interval is a paired one. One sample shows no spread; its interval is the number itself.
 
     Raises:
         ValueError: if there is no sample, or the sequences differ in length.
@@ -24,15 +35,18 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     above, below = np.asarray(numerators, float), np.asarray(denominators, float)
     if above.shape != below.shape or above.size == 0:
         raise ValueError(f"needs as many numerators as denominators, at least one; got {above.size} and {below.size}")
-    drawn = np.random.default_rng(seed).integers(0, above.size, (RESAMPLES, above.size))
-    resampled = above[drawn].sum(1) / below[drawn].sum(1)
-    tail = (100 - COVERAGE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+    value = float(above.sum() / below.sum())
+    if above.size == 1:
+        return Estimate.exact(value)
+
+    def statistic(drawn: _Array, weights: _Array, axis: int) -> Any:
+        return drawn.sum(axis) / weights.sum(axis)
+
+    return _estimate(value, (above, below), statistic, seed, paired=True)
 
 
 def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
-    """The mean over groups of each group's mean, such as an average over data sets, with its 95 % interval.
+    """Return the mean of each group's mean, such as an average over data sets, with its 95 % interval.
 
     Samples are drawn within their group, so that every group keeps its size and its weight.
 
@@ -41,10 +55,39 @@ def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     """
     if not groups or not all(len(group) for group in groups):
         raise ValueError("needs at least one group, and a sample in each")
-    rng = np.random.default_rng(seed)
-    values = [np.asarray(group, float) for group in groups]
-    resampled = np.mean(
-        [group[rng.integers(0, group.size, (RESAMPLES, group.size))].mean(1) for group in values], axis=0
-    )
-    low, high = np.percentile(resampled, [(100 - COVERAGE) / 2, (100 + COVERAGE) / 2])
-    return Estimate(float(np.mean([group.mean() for group in values])), float(low), float(high))
+    value = float(np.mean([np.mean(group) for group in groups]))
+    varying = [np.asarray(group, float) for group in groups if len(group) > 1]
+    fixed = sum(float(group[0]) for group in groups if len(group) == 1)
+    if not varying:
+        return Estimate.exact(value)
+
+    def statistic(*drawn: _Array, axis: int) -> Any:
+        return (fixed + sum(group.mean(axis) for group in drawn)) / len(groups)
+
+    return _estimate(value, varying, statistic, seed, paired=False)
+
+
+def _estimate(
+    value: float, samples: Sequence[_Array], statistic: Callable[..., Any], seed: int, *, paired: bool
+) -> Estimate:
+    from scipy.stats import bootstrap
+
+    low = high = value
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # samples that are all alike have no acceleration
+            found = bootstrap(
+                samples,
+                statistic,
+                paired=paired,
+                vectorized=True,
+                n_resamples=RESAMPLES,
+                batch=BATCH,
+                confidence_level=COVERAGE,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        low, high = float(found.low), float(found.high)
+        if np.isfinite(low) and np.isfinite(high):
+            break
+    return Estimate(value, min(value, low), max(value, high))

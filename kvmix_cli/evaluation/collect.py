@@ -1,7 +1,7 @@
-"""Run folders read back, and put side by side as far as they can be compared. Imports no torch.
+"""Run folders read back, and grouped by what can be compared. Imports no torch.
 
 group         one model, loaded in one way by one version of kvmix
-measurement   one task, asked for in one way: the numbers of one measurement can be compared
+measurement   one task with one set of settings: the numbers of a measurement can be compared
 line          one plan, baseline or the unquantized cache: a row of the group's table
 """
 
@@ -20,12 +20,14 @@ from . import tasks
 from .readback import LineKey, Measured, Unfinished, canonical, read_run, run_folders
 from .results import Estimate, Metric, Row
 
+__all__ = ["Collection", "Group", "Line", "LineKey", "Measured", "Measurement", "Unfinished", "collect"]
+
 GROUP = ("model", "dtype", "device", "attention", "kvmix")
-"""What of a run's config makes its group."""
+"""Keys of a run's config that make its group."""
 SUBJECT = ("plan", "baseline")
-"""What makes its line; everything else makes its measurement."""
+"""Keys that make its line; all others make its measurement."""
 MACHINE = "machine"
-"""In the config of a task that takes times."""
+"""Key in the config of a task that takes times."""
 SHORT_HASH = 6
 
 
@@ -48,17 +50,17 @@ class Line:
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is the unquantized cache."""
+        """Return whether this is the unquantized cache."""
         return self.key == (UNQUANTIZED, None)
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """One task, asked for in one way.
+    """One task with one set of settings.
 
     Attributes:
-        told: what tells it from other measurements of the same task; empty if there are none.
-        timed: whether its numbers are times, of one machine.
+        told: the settings in which it differs from other measurements of the same task; empty if there are none.
+        timed: its numbers are times, of one machine.
     """
 
     task: str
@@ -69,20 +71,20 @@ class Measurement:
 
     @property
     def title(self) -> str:
-        """`recall`, or `recall (length 2048)`."""
+        """Return `recall`, or `recall (length 2048)`."""
         return f"{self.task} ({self.told})" if self.told else self.task
 
     @property
     def description(self) -> str:
-        """What was measured, as the newest run has it."""
+        """Return the description of the newest run."""
         return _newest(self.runs.values()).description
 
     def row(self, line: Line) -> Row | None:
-        """A line's row, if it was measured."""
+        """Return a line's row, None if it was not measured."""
         return self.runs[line.key].row if line.key in self.runs else None
 
     def estimate(self, line: Line, metric: str) -> Estimate | None:
-        """A line's number, if it has it."""
+        """Return a line's number, None if it has none."""
         row = self.row(line)
         return None if row is None else row.metrics.get(metric)
 
@@ -92,7 +94,7 @@ class Group:
     """Runs of one model, loaded in one way.
 
     Attributes:
-        told: what tells it from other groups of the same model; empty if there are none.
+        told: the settings in which it differs from other groups of the same model; empty if there are none.
         lines: the unquantized cache first, then by stored bits.
     """
 
@@ -104,22 +106,22 @@ class Group:
 
     @property
     def title(self) -> str:
-        """`org/model`, or `org/model (bfloat16)`."""
+        """Return `org/model`, or `org/model (bfloat16)`."""
         return f"{self.model.id} ({self.told})" if self.told else self.model.id
 
     @property
     def runs(self) -> list[Measured]:
-        """All runs."""
+        """Return all runs."""
         return [run for measurement in self.measurements for run in measurement.runs.values()]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """All that was found.
+    """All runs that were found.
 
     Attributes:
-        faults: folders that could not be read, and why, in words.
-        notes: what else a reader must know, in words.
+        faults: folders that could not be read, each with the reason.
+        notes: other remarks for the reader.
     """
 
     groups: tuple[Group, ...]
@@ -129,7 +131,7 @@ class Collection:
 
 
 def collect(places: Sequence[Path]) -> Collection:
-    """Read all runs in some folders; each is a run's own folder, or one that holds such folders.
+    """Read all runs in some folders; each is a run folder, or holds run folders.
 
     Raises:
         EvaluationError: if a place does not exist, or there is no run at all.
@@ -154,7 +156,7 @@ def collect(places: Sequence[Path]) -> Collection:
 
 
 def _groups(measured: Sequence[Measured], notes: list[str]) -> list[Group]:
-    """In order of their models' names; what is left out or told apart is added to the notes."""
+    """Return groups in order of their models' names, and add remarks about them to the notes."""
     alike: defaultdict[str, list[Measured]] = defaultdict(list)
     for run in measured:
         alike[canonical(_group_config(run))].append(run)
@@ -188,7 +190,7 @@ def _measurements(runs: Sequence[Measured], notes: list[str]) -> list[Measuremen
 
 
 def _one_a_line(runs: Sequence[Measured], notes: list[str]) -> dict[LineKey, Measured]:
-    """The newest run of every line; one with a number goes before one that failed."""
+    """Return the newest run of every line; one with a number goes before one that failed."""
     lines: defaultdict[LineKey, list[Measured]] = defaultdict(list)
     for run in runs:
         lines[run.key].append(run)
@@ -228,20 +230,20 @@ def _group_config(run: Measured) -> dict[str, Any]:
 
 
 def _own_config(run: Measured) -> dict[str, Any]:
-    """What makes the measurement; what is empty is as good as not there."""
+    """Return the settings that make the measurement; an empty value is the same as none."""
     kept = {name: value for name, value in run.config.items() if name not in ("format", *GROUP, *SUBJECT)}
     return {name: value for name, value in kept.items() if value not in ({}, None)}
 
 
 def _task_order(task: str) -> tuple[int, str]:
-    """Our own in the order of the registry, then others by name."""
+    """Sort our own tasks in the order of the registry, then others by name."""
     family = task.partition(":")[0]
     known = tasks()
     return (known.index(family) if family in known else len(known)), task
 
 
 def _told(config: Mapping[str, Any], all_of_them: Sequence[Mapping[str, Any]]) -> str:
-    """What a config has that others have not, in words; samples are named only if nothing else differs."""
+    """Return the settings that other configs lack, in words; samples are named only if nothing else differs."""
     flat = [dict(_flat(each)) for each in all_of_them]
     own = dict(_flat(config))
     names = [name for name in own if any(other.get(name) != own[name] for other in flat)]
@@ -260,7 +262,7 @@ def _flat(config: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]
 
 
 def _in_words(name: str, value: Any) -> str:
-    """`settings.length` and 2048 as `length 2048`."""
+    """Return `settings.length` and 2048 as `length 2048`."""
     last = name.split(".")[-1]
     if last == "sha256":
         return f"samples {str(value)[:SHORT_HASH]}"
@@ -271,5 +273,5 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def _sort_key(config: Mapping[str, Any]) -> list[str]:
-    """Numbers in their order, not in that of their digits."""
+    """Sort numbers by value, not by their digits."""
     return [f"{value:020}" if isinstance(value, int) else str(value) for _, value in sorted(_flat(config))]

@@ -30,7 +30,7 @@ _SYNTAX = re.compile(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a gate was passed, and by whom it was not: one line each."""
+    """The outcome of a gate; `failures` has a line for each row that failed it."""
 
     expression: str
     passed: bool
@@ -49,7 +49,7 @@ class Gate:
     percent: bool
 
     def limit(self, reference: float | None) -> float | None:
-        """What a value is compared with; None if it is relative and there is nothing to be relative to."""
+        """Return the number that a value is compared with; None if it is relative and the reference is unknown."""
         if not self.relative:
             return self.number
         if reference is None:
@@ -57,7 +57,7 @@ class Gate:
         return reference + (self.number / 100 * abs(reference) if self.percent else self.number)
 
     def check(self, rows: Sequence[Row], reference: Row) -> Verdict:
-        """Check the plans' rows of one task. A row that could not be measured has not passed."""
+        """Check the plans' rows of one task. A row that could not be measured fails."""
         unquantized = reference.value(self.metric)
         failures = [failure for row in rows if (failure := self._failure(row, unquantized))]
         return Verdict(self.expression, not failures, tuple(failures))
@@ -75,11 +75,11 @@ class Gate:
 
 
 def parse_gate(expression: str, metrics: Collection[str], relative: Collection[str]) -> Gate:
-    """A gate from its text.
+    """Return the gate of an expression.
 
     Args:
-        metrics: those that the tasks report.
-        relative: those of them that the unquantized row has as well.
+        metrics: metrics that the tasks report.
+        relative: metrics that the unquantized row has as well.
 
     Raises:
         EvaluationError: if it is not of the form above, or its metric is unknown.
@@ -87,7 +87,7 @@ def parse_gate(expression: str, metrics: Collection[str], relative: Collection[s
     match = _SYNTAX.fullmatch(expression)
     if match is None:
         raise EvaluationError(
-            f"'{expression}' is no gate: write a metric, one of < <= > >= and a number, "
+            f"'{expression}' is not a gate: write a metric, one of < <= > >= and a number, "
             "such as 'perplexity>+1%' or 'recall<0.8'"
         )
     name = match["metric"].lower()

@@ -1,4 +1,4 @@
-"""Which values were recalled, by where they stood: the table behind a heat map. Made from plain records, without torch.
+"""Recall by the place of values: the table behind a heat map, made from records, without torch.
 
 A record has `context` (tokens) and `answers`, each with `recalled`, `depth` (the part of the filler before it, 0 to 1)
 and `distance` (tokens from where the value was stated to where it was asked for).
@@ -17,19 +17,19 @@ SAME = 1e-6
 
 Answer = Mapping[str, Any]
 Labels = dict[int, str]
-"""Of bins, by their numbers."""
+"""Labels of bins, by their numbers."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The values of one place: how many there were, and how many of them were recalled."""
+    """The values of one place: their count, and how many of them were recalled."""
 
     recalled: int
     count: int
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """Return the share that was recalled, 0 to 1."""
         return self.recalled / self.count
 
 
@@ -40,7 +40,7 @@ class Grid:
     Attributes:
         rows: labels of the depths.
         columns: labels of the columns.
-        across: what the columns are, for the title of their axis.
+        across: title of the axis of the columns.
         cells: one row a depth; None where no value stood.
     """
 
@@ -52,10 +52,10 @@ class Grid:
 
 
 def grid(records: Sequence[Mapping[str, Any]]) -> Grid | None:
-    """The grid of a row's records; None if they say nothing of places.
+    """Return the grid of a row's records; None if they have no depths.
 
-    Columns are contexts. Where there is only one, and several values are asked for in turn, columns are distances; a
-    single question always stands at the end, so that its distance is but the depth again.
+    Columns are contexts. Where there is only one, and each exercise asks for several values, columns are distances. A
+    single question is always at the end, so its distance says the same as its depth.
     """
     places = [
         (record["context"], answer)
@@ -83,7 +83,7 @@ def grid(records: Sequence[Mapping[str, Any]]) -> Grid | None:
 
 
 def _depths(depths: Sequence[float]) -> tuple[Callable[[float], int], Labels]:
-    """The bin of a depth, and the bins there are: the depths themselves if they are evenly spaced, else tenths."""
+    """Return the bin of a depth as a function, and labels of bins: of evenly spaced depths, otherwise of tenths."""
     distinct = sorted(set(depths))
     steps = len(distinct) - 1
     if steps > 0 and all(abs(depth - number / steps) < SAME for number, depth in enumerate(distinct)):
@@ -98,7 +98,7 @@ def _depths(depths: Sequence[float]) -> tuple[Callable[[float], int], Labels]:
 
 
 def _distances(distances: Sequence[int]) -> tuple[Callable[[int], int], Labels]:
-    """The bin of a distance, and the bins there are: as wide as the least power of two that makes them few."""
+    """Return the bin of a distance as a function, and labels of bins, a power of two wide so that there are few."""
     width = 1
     while max(distances) // width - min(distances) // width >= MAX_DISTANCE_BINS:
         width *= 2

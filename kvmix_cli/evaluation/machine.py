@@ -1,4 +1,4 @@
-"""What a number was measured on and with, as plain data."""
+"""The machine and the versions of libraries behind a measurement, as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """The device's name, how many threads work on it if it is a CPU, and the versions that matter."""
+    """Return the device's name, the number of threads on a CPU, and the versions of torch and transformers."""
     if device.type == "cuda":
         own: dict[str, str | int] = {"device": torch.cuda.get_device_name(device)}
     else:
@@ -21,7 +21,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The CPU's name; where the system does not say it, its kind."""
+    """Return the CPU's name, or its kind where the system does not give the name."""
     try:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A run's folder read back: its row if it has one, else how far it has come. Imports no torch."""
+"""Run folders read back: the row of each, or how far it has come. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import DocumentError, EvaluationError, KvmixError
+from ..journal import read_records, refuse_constant
 from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.document import read_yaml, reason, validate
+from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
-from .runs import CONFIG, FORMAT, METRICS, SAMPLES, parse_records, refuse_constant
+from .runs import CONFIG, FORMAT, METRICS, SAMPLES, plan_of
 
 
 class LineKey(NamedTuple):
-    """What makes a line: two plans of one name are two lines.
+    """The identity of a line: two plans of one name are two lines.
 
     Attributes:
-        sha256: of the plan, or of a baseline's settings; None for the unquantized cache.
+        sha256: that of the plan, or of a baseline's settings; None for the unquantized cache.
     """
 
     name: str
@@ -35,9 +37,9 @@ class Measured:
     """A run that is complete, or that has failed (its row then has an error).
 
     Attributes:
-        command: that started it; empty if it is not known.
-        config: all that its numbers depend on, as it was written.
-        metrics: those that its row may have, in their order.
+        command: the command line that started it; empty if it is not known.
+        config: everything that its numbers depend on, as it was written.
+        metrics: metrics that its row may have, in their order.
         finished: None if it is not known.
         machine: names and versions, as it was written.
     """
@@ -70,20 +72,19 @@ class Unfinished:
 
 
 def read_run(folder: Path) -> Measured | Unfinished:
-    """Read one run. Raises DocumentError if its files are damaged or do not belong together."""
+    """Read one run folder. Raises DocumentError if its files are damaged or do not belong together."""
     config, data = _read_config(folder / CONFIG)
     records = _read_records(folder / SAMPLES)
     command = _command(folder / CONFIG)
     path = folder / METRICS
     if not path.exists():
-        plan = folder.name.split("__", 2)[-1]
         samples = config.samples.count
-        return Unfinished(folder, command, config.model.id, config.task, plan, len(records), samples)
+        return Unfinished(folder, command, config.model.id, config.task, plan_of(folder, data), len(records), samples)
     row = _read_row(path)
     if row.error is None and len(records) != config.samples.count:
         raise DocumentError(str(path), [f"sums up {config.samples.count} samples, but {len(records)} are there"])
     if row.task != config.task:
-        raise DocumentError(str(path), [f"is about {row.task}, but {CONFIG} about {config.task}"])
+        raise DocumentError(str(path), [f"has the row of task {row.task}, but {CONFIG} that of {config.task}"])
     return Measured(
         folder=folder,
         command=command,
@@ -111,7 +112,7 @@ class _PlanConfig(BaseModel):
 
 
 class _Config(BaseModel):
-    """`config.yaml`, as far as it is looked into."""
+    """The part of `config.yaml` that is read."""
 
     format: Literal["kvmix-run/1"]
     kvmix: str
@@ -127,7 +128,7 @@ class _Config(BaseModel):
 
     @property
     def subject(self) -> str | None:
-        """What tells a plan from others of its name, and a baseline with other settings from this one."""
+        """Return the hash of a plan, or of a baseline's settings; None for the unquantized cache."""
         if self.plan is not None:
             return self.plan.sha256
         return None if self.baseline is None else hashlib.sha256(canonical(self.baseline).encode()).hexdigest()
@@ -135,7 +136,7 @@ class _Config(BaseModel):
     @field_validator("model", mode="before")
     @classmethod
     def _indices(cls, model: Any) -> Any:
-        """Layers as numbers; as keys of plain data they are text."""
+        """Turn layers, which are text as keys of plain data, into numbers."""
         stock = model.get("stock") if isinstance(model, dict) else None
         if not isinstance(stock, dict):
             return model
@@ -143,7 +144,7 @@ class _Config(BaseModel):
 
 
 class _RowFile(BaseModel):
-    """`metrics.json`, as far as it is looked into."""
+    """The part of `metrics.json` that is read."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -162,7 +163,7 @@ class _RowFile(BaseModel):
     finished: datetime | None = None
     machine: dict[str, str | int] = Field(default_factory=dict)
 
-    def as_row(self, records: tuple[dict[str, Any], ...]) -> Row:
+    def as_row(self, records: tuple[SampleRecord, ...]) -> Row:
         return Row(
             task=self.task,
             plan=self.plan,
@@ -178,7 +179,7 @@ class _RowFile(BaseModel):
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:
-    """Each once, in order of their names within a place. Raises EvaluationError if a place is none."""
+    """Return the run folders in some places, each once, in order of their names. Raises EvaluationError."""
     found: dict[Path, Path] = {}
     for place in places:
         try:
@@ -199,16 +200,15 @@ def _read_config(path: Path) -> tuple[_Config, dict[str, Any]]:
     return validate(document, _Config), document.data
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole ones; a last line without its end is being written, or was when the process was killed."""
-    try:
-        return parse_records(path.read_bytes())[0]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DocumentError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except ValueError as error:
-        raise DocumentError(str(path), [f"damaged ({error})"]) from error
+def _read_records(path: Path) -> list[SampleRecord]:
+    """Return the whole records; a last line without its end is being written, or was when the process was killed.
+
+    They need only what all records have: a damaged field of one task costs a plot, and not the row.
+    """
+    records = read_records(path, None, record_form()) if path.exists() else []
+    for record in records:
+        record.pop("seconds", None)
+    return records
 
 
 def _read_row(path: Path) -> _RowFile:
@@ -223,7 +223,7 @@ def _read_row(path: Path) -> _RowFile:
 
 
 def _command(path: Path) -> str:
-    """The first line of a config's head comment."""
+    """Return the first line of a config's head comment."""
     with path.open(encoding="utf-8") as file:
         line = file.readline()
     return line.removeprefix("# ").strip() if line.startswith("# ") else ""
@@ -240,5 +240,5 @@ def _layers(path: Path, config: _Config) -> dict[int, tuple[int, int]] | None:
 
 
 def canonical(data: Any) -> str:
-    """Plain data as text that is the same for the same data."""
+    """Return plain data as text that is the same for the same data."""
     return json.dumps(data, sort_keys=True, default=str)

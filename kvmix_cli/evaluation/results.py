@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ..cache.subject import UNQUANTIZED
+from .records import SampleRecord
 
 Record = dict[str, Any]
-"""What was measured on one sample: plain data, with at least `tokens` and `attended`."""
+"""A record of a task that has no schema of its own in `records.py`."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Estimate:
 
     @classmethod
     def exact(cls, value: float) -> Estimate:
-        """A number that is not an estimate at all, such as a count of bytes."""
+        """Return a number without any uncertainty, such as a count of bytes."""
         return cls(value, value, value)
 
     def map(self, change: Callable[[float], float]) -> Estimate:
-        """The estimate of an increasing function of the number."""
+        """Return the estimate of an increasing function of the number."""
         return Estimate(change(self.value), change(self.low), change(self.high))
 
 
@@ -35,7 +36,7 @@ class Metric:
     """A number that a task reports.
 
     Attributes:
-        plans_only: it compares a plan with something, so the unquantized row has none.
+        plans_only: it compares a plan with the unquantized cache, whose own row lacks it.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Metric:
 
 
 class Table(NamedTuple):
-    """As `console.table` takes it."""
+    """A table to show: a title, the heads of its columns, rows of cells, and a footer."""
 
     title: str
     columns: Sequence[str]
@@ -54,7 +55,7 @@ class Table(NamedTuple):
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 document`, `2 documents`."""
+    """Return a number with its noun: `1 document`, `2 documents`."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
@@ -63,10 +64,10 @@ class Row:
     """One plan, or the unquantized cache, on one task. Without metrics there is an error instead.
 
     Attributes:
-        quantized_share: of the (query, cached token) pairs that attention saw while it was being measured.
-        stored_bits: None if they cannot be told, such as those of a baseline that is not installed.
-        records: what was measured on each sample; none if there is an error.
-        seconds: that measuring took, in all runs that were needed for it.
+        quantized_share: share of the (query, cached token) pairs that attention read whose token was quantized.
+        stored_bits: None if they are not known, such as those of a baseline that is not installed.
+        records: the measurement of each sample; none if there is an error.
+        seconds: time of measuring, in all processes that were needed for it.
     """
 
     task: str
@@ -77,15 +78,15 @@ class Row:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     error: str | None = None
     warnings: tuple[str, ...] = ()
-    records: tuple[Record, ...] = field(default=(), repr=False)
+    records: tuple[SampleRecord, ...] = field(default=(), repr=False)
     seconds: float = field(default=0.0, compare=False)
 
     def value(self, metric: str) -> float | None:
-        """A metric's value, if the row has it."""
+        """Return a metric's value, None if the row lacks it."""
         return self.metrics[metric].value if metric in self.metrics else None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
+        """Return the row as plain data, as `--json` prints it."""
         data: dict[str, Any] = {
             "task": self.task,
             "plan": self.plan,
@@ -105,8 +106,8 @@ class Report:
     """All rows of one task, the unquantized cache first.
 
     Attributes:
-        tokens: that were scored, in one row.
-        description: what was measured, for the foot of a table.
+        tokens: tokens that were scored, in one row.
+        description: the work, for the foot of a table.
         warnings: about the task as a whole.
     """
 
@@ -118,10 +119,10 @@ class Report:
 
     @property
     def reference(self) -> Row:
-        """The unquantized cache's row."""
+        """Return the unquantized cache's row."""
         return next(row for row in self.rows if row.plan == UNQUANTIZED)
 
     @property
     def plans(self) -> tuple[Row, ...]:
-        """The other rows."""
+        """Return the other rows."""
         return tuple(row for row in self.rows if row.plan != UNQUANTIZED)

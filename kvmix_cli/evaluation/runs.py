@@ -1,46 +1,58 @@
-"""What has been measured stays measured: a folder a row, to which each sample is added as soon as it is done.
+"""Run folders: one for each row of an evaluation, to which every sample is added as soon as it is done.
 
-<output-dir>/<task>__<model>__<plan>/
-    config.yaml     all that the numbers depend on
+<output-dir>/<task>__<model>__<plan>__<8 hex>/
+    config.yaml     everything that the numbers depend on; the digits are a hash of it
     samples.jsonl   one record a sample
     metrics.json    the row, once it is complete or has failed; never beside samples that it does not sum up
-    .lock           held by the process that is measuring
+    rerun.jsonl     samples of a finished run that is being measured anew; they replace the others once all are there
+
+Runs with other settings have other folders, so that nothing finished is ever overwritten by something else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ..errors import EvaluationError, OutputError
-from ..files import append_line, write_text
+from ..cache.subject import UNQUANTIZED
+from ..errors import DocumentError, EvaluationError, OutputError
+from ..files import write_text
+from ..journal import Journal, check_same_settings, lock, plain, read_records, refuse_constant, release
 from ..plan.document import flow, head_comment, read_yaml
-from .results import Record
+from .records import SampleRecord, record_form
 
 FORMAT = "kvmix-run/1"
-MAX_NAME = 80
-CONFIG, SAMPLES, METRICS, LOCK = "config.yaml", "samples.jsonl", "metrics.json", ".lock"
-SECONDS = "seconds"
+CONFIG, SAMPLES, METRICS, RERUN = "config.yaml", "samples.jsonl", "metrics.json", "rerun.jsonl"
 ORIGIN = ("finished", "machine")
 """Of a row: when and where it was measured."""
+SHARED = ("kvmix", "model", "dtype", "device", "attention", "settings")
+"""Keys of a config that do not depend on its task and plan."""
+HASH_DIGITS = 8
+PART_BYTES = 78
+"""Bytes of a task, model or plan in a folder's name: three of them, a hash and what joins them stay below 255."""
+_HASH = re.compile(rf"__[0-9a-f]{{{HASH_DIGITS}}}$")
+
+Config = Mapping[str, Any]
+"""Everything that a run's numbers depend on, as plain data."""
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The folder of one model's runs.
+class RunFolders:
+    """The run folders of one model.
 
     Attributes:
-        model: its name in the names of folders.
-        resume: go on with what an interrupted run has left; otherwise start over.
-        command: becomes the head comment of `config.yaml`.
+        root: the folder that holds them.
+        model: the model's name in their names.
+        resume: continue what an interrupted run has left, and read what is finished; otherwise measure everything.
+        command: the command line, for the head comment of `config.yaml`.
     """
 
     root: Path
@@ -48,174 +60,336 @@ class Runs:
     resume: bool = False
     command: str = ""
 
-    def open(self, task: str, plan: str, config: dict[str, Any]) -> Run:
-        """The run of one row, with the records it already has; nobody else can open it until it is closed.
+    def check(self, task: str, configs: Mapping[str, Config], samples: Sequence[Any]) -> None:
+        """Look at the folders of all rows before any of them is measured.
+
+        Args:
+            configs: settings of each row, by its plan's name.
 
         Raises:
-            EvaluationError: if another process has it open; or to be resumed, but measured under another config or
-                damaged.
-            OutputError: if the folder cannot be written.
+            OutputError: if one is a symbolic link, which may lead anywhere.
+            EvaluationError: if there is nothing to resume, because everything there was measured with other settings.
+
+        Warns:
+            UserWarning: if finished rows are going to be measured anew, or if a row cannot be resumed because another
+                plan of its name, or other data, was measured.
         """
-        run = Run(self.root / f"{safe_name(task)}__{self.model}__{safe_name(plan)}")
-        config = {"format": FORMAT, **config}
-        run.lock()
-        try:
-            if self.resume and run.config.exists():
-                run.resume(config)
-            else:
-                run.start(config, self.command)
-        except BaseException:
-            run.close()
-            raise
+        complete = {plan: _complete(config, samples) for plan, config in configs.items()}
+        folders = {plan: self._folder(task, plan, config) for plan, config in complete.items()}
+        plans = [plan for plan in folders if plan != UNQUANTIZED and not self.resume]
+        finished = [folders[plan] for plan in plans if _has_metrics(folders[plan] / METRICS)]
+        if finished:
+            more = f" (and {len(finished) - 1} more)" if len(finished) > 1 else ""
+            warnings.warn(
+                f"{finished[0]}{more} has these results already; they are measured anew, and replaced when the new "
+                "ones are complete; --resume reads what is finished",
+                stacklevel=2,
+            )
+        for plan, folder in folders.items() if self.resume else ():
+            if folder.exists() or not (changed := self._changed(task, plan, complete[plan], samples)):
+                continue
+            if not self._has_begun(complete[plan]):
+                raise EvaluationError(
+                    f"{changed}; leave out --resume to measure these settings in folders of their own, "
+                    "or choose another --output-dir"
+                )
+            warnings.warn(f"nothing to resume for {folder}: {changed}; measured from the beginning", stacklevel=2)
+            return
+
+    def open(self, task: str, plan: str, config: Config, samples: Sequence[Any]) -> RunFolder:
+        """Return the run folder of one row, with the records it already has. Until it is closed it is locked.
+
+        With `resume`, a run of fewer of the same samples gives its records to this one, and stays as it is.
+
+        Raises:
+            StateError: if another process has it open.
+            DocumentError: if it is to be resumed but damaged.
+            OutputError: if it cannot be written.
+        """
+        config = _complete(config, samples)
+        run = RunFolder(self._folder(task, plan, config), task, config, self.command)
+        run.open(self.resume, self._earlier_records(task, plan, config, samples) if self.resume else [])
         return run
 
+    def picture(self, task: str) -> Path:
+        """Return the path of a task's picture, beside its run folders."""
+        return self.root / f"{safe_name(task)}__{safe_name(self.model)}__heatmap.png"
 
-class Run:
-    """One row on its way. Killing the process at any point loses at most the sample in hand."""
+    def _folder(self, task: str, plan: str, config: Config) -> Path:
+        """Return the folder of a run; with `resume` it may have the name of an older version, without a hash."""
+        folder = self.root / f"{self._head(task, plan)}__{identity(config)}"
+        before = self.root / _old_name(task, self.model, plan)
+        if self.resume and not folder.exists() and identity(_read_config(before)) == identity(config):
+            folder = before
+        if folder.is_symlink():
+            raise OutputError(
+                f"{folder} is a symbolic link, and results are written to real folders only; "
+                "remove it, or choose another --output-dir"
+            )
+        return folder
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = folder / CONFIG
-        self.samples = folder / SAMPLES
-        self.metrics = folder / METRICS
-        self.records: list[Record] = []
-        self.seconds = 0.0
-        self._lock = FileLock(folder / LOCK, timeout=0)
+    def _earlier_records(self, task: str, plan: str, config: Config, samples: Sequence[Any]) -> list[SampleRecord]:
+        """Return the records of the longest run with the same settings but fewer samples, the first ones of these."""
+        best: list[SampleRecord] = []
+        for folder, count in self._shorter_runs(task, plan, config, samples):
+            with suppress(DocumentError):
+                records = read_records(folder / SAMPLES, None, record_form(task))
+                best = max(best, records[:count], key=len)
+        return best
 
-    def __enter__(self) -> Run:
+    def _shorter_runs(self, task: str, plan: str, config: Config, samples: Sequence[Any]) -> Iterator[tuple[Path, int]]:
+        """Yield run folders, with their numbers of samples, that differ from a row only in having fewer samples."""
+        for folder in self._others(task, plan):
+            found = _read_config(folder)
+            count = found["samples"]["count"] if found else 0
+            same = 0 < count < len(samples) and _without_samples(found) == _without_samples(config)
+            if same and checksum(samples[:count]) == found["samples"]["sha256"]:
+                yield folder, count
+
+    def _changed(self, task: str, plan: str, config: Config, samples: Sequence[Any]) -> str:
+        """Return how a row's settings differ from those of the runs that are there; "" if a run can be resumed."""
+        if any(self._shorter_runs(task, plan, config, samples)):
+            return ""
+        wanted, changed = _compared(config), ""
+        for other in self._others(task, plan):
+            found = _compared(_read_config(other))
+            names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+            changed = f"{other.name} was measured with another {', '.join(names)}"
+        return changed
+
+    def _has_begun(self, config: Config) -> bool:
+        """Return whether any row of any task was measured with the settings that all tasks share."""
+        wanted = _shared(config)
+        return any(_shared(_read_config(folder)) == wanted for folder in self.root.iterdir() if folder.is_dir())
+
+    def _others(self, task: str, plan: str) -> Iterator[Path]:
+        """Yield the run folders of a task and plan, whatever their settings."""
+        head, before = self._head(task, plan), _old_name(task, self.model, plan)
+        for folder in sorted(self.root.iterdir()) if self.root.is_dir() else []:
+            if folder.name == before or _HASH.sub("", folder.name) == head:
+                yield folder
+
+    def _head(self, task: str, plan: str) -> str:
+        return "__".join(safe_name(part) for part in (task, self.model, plan))
+
+
+@dataclass
+class RunFolder:
+    """One row on its way. Killing the process at any point loses at most the sample in hand.
+
+    Attributes:
+        records: finished records, in order.
+        seconds: time that they took, in all processes.
+    """
+
+    folder: Path
+    task: str
+    config: Config
+    command: str = ""
+    records: list[SampleRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    _rerun: bool = False
+    _measured: bool = False
+
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def lock(self) -> None:
-        """Keep other processes out. Raises EvaluationError if one is in."""
+    def open(self, resume: bool = False, earlier: Sequence[SampleRecord] = ()) -> None:
+        """Lock the folder, and start over or continue what is there.
+
+        Args:
+            resume: continue, if a run with the same settings is there.
+            earlier: records to begin with if there is none.
+
+        Raises:
+            StateError: if another process has it open.
+            DocumentError: if what is there has other settings or is damaged.
+            OutputError: if it cannot be written.
+        """
+        self._lock = lock(self.folder / CONFIG)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout as error:
-            raise EvaluationError(
-                f"another process is measuring into {self.folder}; wait for it, or choose another --output-dir"
-            ) from error
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            resume = resume and (self.folder / CONFIG).exists()
+            if resume:
+                path = self.folder / CONFIG
+                check_same_settings(path, _compared(read_yaml(path).data), _compared(self.config))
+            self._rerun = (self.folder / RERUN).exists() if resume else _has_metrics(self.folder / METRICS)
+            if not resume and not self._rerun:
+                self._remove(CONFIG)
+                self._remove(METRICS)
+            name = RERUN if self._rerun else SAMPLES
+            self._journal = Journal(self.folder / name, None, record_form(self.task), resume=resume)
+        except BaseException:
+            release(self._lock)
+            raise
+        try:
+            for record in [] if resume or self._rerun else earlier:
+                self._journal.append(record)
+            if not resume and not self._rerun:
+                self._write_config()  # last, so that it never stands beside another run's samples
+        except BaseException:
+            self.close()
+            raise
+        self._read_journal()
 
     def close(self) -> None:
-        """Let others in. The system does the same when a process is killed."""
-        self._lock.release()
-
-    def start(self, config: dict[str, Any], command: str = "") -> None:
-        """Forget what is there. The config comes last, so that it never stands beside another run's samples."""
+        """Let other processes in. The system does the same when a process is killed."""
         try:
-            for path in (self.config, self.metrics):
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
-        write_text(self.samples, "")
-        head = head_comment(command)
-        body = [f"{key}: {flow(value)}" for key, value in config.items()]
-        write_text(self.config, "\n".join(head + body) + "\n")
+            self._journal.close()
+        finally:
+            release(self._lock)
 
-    def resume(self, config: dict[str, Any]) -> None:
-        """Read the records there are. Raises EvaluationError if they do not belong to this config."""
-        found = read_yaml(self.config).data
-        if changed := _differences(config, found if isinstance(found, dict) else {}):
-            raise EvaluationError(
-                f"{self.folder} was measured with another {', '.join(changed)}; "
-                "leave out --resume to start over, or choose another --output-dir"
-            )
-        self.records, self.seconds = self._read()
-
-    def append(self, record: Record, seconds: float) -> None:
-        """Add a sample's record and the time it took, on the disk when this returns. Raises OutputError."""
-        line = json.dumps({**record, SECONDS: round(seconds, 6)}, allow_nan=False)
-        self._forget_row()
-        append_line(self.samples, line, "--resume goes on with what is there")
+    def append(self, record: SampleRecord, seconds: float) -> None:
+        """Add a sample's record and the time it took. Raises OutputError."""
+        if not self._measured and not self._rerun:
+            self._remove(METRICS)  # it sums up fewer samples, or says why there were no more
+        self._measured = True
+        kept = record.copy()
+        kept["seconds"] = round(seconds, 6)
+        self._journal.append(kept)
         self.records.append(record)
         self.seconds += seconds
 
-    def finish(self, row: dict[str, Any]) -> None:
-        """Write the row; if nothing was measured for it now, when and where it was stays. Raises OutputError."""
-        write_text(self.metrics, json.dumps({**row, **self._origin()}, indent=2, allow_nan=False) + "\n")
+    def finish(self, row: Mapping[str, Any]) -> None:
+        """Write the row. A row that was only read again keeps the time and place of its measurement.
+
+        A finished run that was measured anew is replaced now; if the new row has failed, the finished one stays.
+
+        Raises:
+            OutputError: if it cannot be written; the samples are kept.
+        """
+        if self._rerun and "error" in row:
+            return
+        origin = {} if self._measured or self._rerun else self._origin()
+        try:
+            if self._rerun:
+                self._replace_finished()
+            write_text(self.folder / METRICS, json.dumps({**row, **origin}, indent=2, allow_nan=False) + "\n")
+        except OutputError as error:
+            raise OutputError(f"{error}; all samples are kept: continue with --resume") from error
+
+    def _replace_finished(self) -> None:
+        self._journal.close()
+        self._remove(METRICS)
+        try:
+            (self.folder / RERUN).replace(self.folder / SAMPLES)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        self._write_config()
+
+    def _read_journal(self) -> None:
+        """Take the records, without the seconds that files keep beside them."""
+        for record in self._journal.records:
+            read = record.copy()
+            self.seconds += read.pop("seconds", 0.0)
+            self.records.append(read)
+
+    def _write_config(self) -> None:
+        lines = head_comment(self.command) + [f"{key}: {flow(value)}" for key, value in self.config.items()]
+        write_text(self.folder / CONFIG, "\n".join(lines) + "\n")
 
     def _origin(self) -> dict[str, Any]:
-        """When and where a row that is there already was measured; nothing if it failed, or if it cannot be read."""
-        try:
-            row = json.loads(self.metrics.read_bytes(), parse_constant=refuse_constant)
-        except (OSError, ValueError, RecursionError):
-            return {}
-        is_whole = isinstance(row, dict) and "metrics" in row
-        return {name: row[name] for name in ORIGIN if name in row} if is_whole else {}
+        row = _read_json(self.folder / METRICS)
+        return {name: row[name] for name in ORIGIN if name in row} if "metrics" in row else {}
 
-    def _forget_row(self) -> None:
-        """A row of fewer samples, such as that of a run that failed, is not one of this run."""
+    def _remove(self, name: str) -> None:
         try:
-            self.metrics.unlink(missing_ok=True)
+            (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
-    def _read(self) -> tuple[list[Record], float]:
-        """All whole records and the seconds they took; what a kill has left of a last line is cut off."""
-        try:
-            data = self.samples.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole != data:
-                os.truncate(self.samples, len(whole))
-            return parse_records(whole)
-        except OSError as error:
-            raise OutputError(f"cannot go on with {self.samples}: {error.strerror}") from error
-        except ValueError as error:
-            raise EvaluationError(f"{self.samples} is damaged: {error}; leave out --resume to start over") from error
+
+Runs = RunFolders
+"""The name that callers still use."""
 
 
-def parse_records(data: bytes) -> tuple[list[Record], float]:
-    """The whole lines of `samples.jsonl`, and the seconds they took. Raises ValueError for anything but records."""
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    records = [_parse_record(number, line) for number, line in enumerate(lines, start=1)]
-    return records, sum(record.pop(SECONDS, 0.0) for record in records)
+def identity(config: Config) -> str:
+    """Return the hash of all settings that a run's numbers depend on, for the name of its folder; "" for none.
+
+    The limit is left out: the samples themselves are in it.
+    """
+    if not config:
+        return ""
+    text = json.dumps(_compared(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
 
 
-def _parse_record(number: int, line: bytes) -> Record:
-    try:
-        record = json.loads(line, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {error}") from error
-    if not _is_record(record):
-        raise ValueError(f"line {number} is no record of a sample")
-    return dict(record)
+def plan_of(folder: Path, config: Config) -> str:
+    """Return the plan in a run folder's name."""
+    return folder.name.removesuffix(f"__{identity(config)}").split("__", 2)[-1]
 
 
-def _is_record(data: Any) -> bool:
-    """Whether it has what every task's record has."""
-    if not isinstance(data, dict) or not isinstance(data.get("attended"), dict):
-        return False
-    seen = data["attended"]
-    numbers = (data.get("tokens"), data.get(SECONDS, 0.0), seen.get("total"), seen.get("quantized"))
-    return all(isinstance(number, (int, float)) for number in numbers)
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """For `json.loads`, which would take NaN and Infinity for numbers. Raises ValueError."""
-    raise ValueError(f"{name} is no number")
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write in {folder}: {error.strerror}; choose another --output-dir")
+def checksum(samples: Sequence[Any]) -> str:
+    """Return the SHA-256 of samples, by their content."""
+    return hashlib.sha256(repr(samples).encode()).hexdigest()
 
 
 def safe_name(name: str) -> str:
-    """A plan's name as part of a folder's name, still different for different plans."""
-    safe = re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME]
-    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    """Return a name as part of a file's name, at most `PART_BYTES` long, and still different for different names."""
+    safe = re.sub(r"[^\w.+-]+", "-", name)
+    if safe == name and len(safe.encode()) <= PART_BYTES:
+        return safe
+    digits = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:HASH_DIGITS]
+    return f"{safe.encode()[: PART_BYTES - HASH_DIGITS - 1].decode(errors='ignore')}-{digits}"
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Keys whose values differ; inside a mapping that both have, the keys in it."""
-    names: list[str] = []
-    for key in {**one, **other}:
-        mine, theirs = one.get(key), other.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            names += [f"{key}.{name}" for name in _differences(mine, theirs)]
-        elif mine != theirs:
-            names.append(key)
-    return names
+def _old_name(task: str, model: str, plan: str) -> str:
+    """Return the name of a run folder in version 0.1, which had no hash."""
+    parts = []
+    for name in (task, plan):
+        safe = re.sub(r"[^\w.+-]+", "-", name)[:80]
+        digits = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:HASH_DIGITS]
+        parts.append(safe if safe == name else f"{safe}-{digits}")
+    return f"{parts[0]}__{model}__{parts[1]}"
+
+
+def _complete(config: Config, samples: Sequence[Any]) -> Config:
+    """Return settings with what makes them those of a run, as plain data."""
+    counted = {"count": len(samples), "sha256": checksum(samples)}
+    return plain({"format": FORMAT, **config, "samples": counted})
+
+
+def _compared(config: Config, head: str = "") -> dict[str, Any]:
+    """Return all settings that two equal runs share, flat: `settings.length`. Their limits may differ."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(_compared(value, f"{head}{key}.") if nested else {f"{head}{key}": value})
+    flat.pop("settings.limit", None)
+    return flat
+
+
+def _without_samples(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in _compared(config).items() if not key.startswith("samples.")}
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in _compared(config).items() if key.split(".")[0] in SHARED}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run folder; none if there are none, or if they cannot be read."""
+    try:
+        data = read_yaml(folder / CONFIG).data
+        return data if isinstance(data["samples"]["count"], int) and data["samples"]["sha256"] else {}
+    except (DocumentError, LookupError, TypeError):
+        return {}
+
+
+def _has_metrics(path: Path) -> bool:
+    return "metrics" in _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return an object of a file, empty if it cannot be read."""
+    try:
+        data = json.loads(path.read_bytes(), parse_constant=refuse_constant)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write in {folder}: {error.strerror or error}; choose another --output-dir")

@@ -1,4 +1,4 @@
-"""What a cache needs to know of a model, read from its configuration alone.
+"""Layers, heads and checksum of a model, read from its configuration alone.
 
 Attribute names differ between families; this is the only file that knows them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -16,19 +17,24 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from ..errors import ModelError
 from ..plan import ModelInfo
 
+MAX_LAYERS = 10_000
+"""More than any model has, and few enough that a damaged configuration cannot ask for endless work."""
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+_REAL = ("rope_theta", "factor")
+"""Settings of rotary positions that are real numbers; transformers' own defaults write them as such."""
 _QUANTIZABLE = "full_attention"
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
 def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = None) -> ModelInfo:
-    """Layers and heads of a model, as its cache holds them.
+    """Return the layers and heads of a model, as its cache holds them.
 
     Raises:
-        ModelError: if there is no layer whose keys and values could be quantized.
+        ModelError: if a size is out of range, or there is no layer whose keys and values could be quantized.
     """
     text = config.get_text_config(decoder=True)
+    _require_layers(text, model_id)
     stock = stock_layers(config)
     _require_attention(text, model_id, stock)
     kv_heads, head_dim = _common_heads(text, model_id, stock)
@@ -45,29 +51,46 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
 
 def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
     """Return the layers that have no full attention of their own, and their kind."""
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return {index: kind for index, kind in enumerate(kinds) if kind != _QUANTIZABLE}
+    text = config.get_text_config(decoder=True)
+    kinds, _ = get_layer_types_and_kwargs(text)
+    crossed = getattr(text, "cross_attention_layers", None) or ()  # Mllama: they cache an image, once
+    return {
+        index: "cross_attention" if index in crossed else kind
+        for index, kind in enumerate(kinds)
+        if index in crossed or kind != _QUANTIZABLE
+    }
 
 
 def max_length(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model was made for; None where its configuration sets no limit."""
+    """Return the number of tokens that the model was made for; None where its configuration sets no limit."""
     text = config.get_text_config(decoder=True)
     limits = (getattr(text, name, None) for name in _LIMITS)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
-    """SHA-256 of what shapes the model: sizes, heads, positions, layer kinds.
+    """Return the SHA-256 of what shapes the model: sizes, heads, positions, layer kinds.
 
-    Independent of dtype, of generation settings, of weight quantization and of what a release of transformers adds.
+    It does not depend on dtype, generation settings, weight quantization, or what a release of transformers adds; nor
+    on how a configuration writes a number: 10000 and 10000.0 are the same.
     """
     text = config.get_text_config(decoder=True)
     stock = stock_layers(config)
-    shape: dict[str, Any] = {name: getattr(text, name, None) for name in _SHAPE}
+    shape: dict[str, Any] = {name: _number(getattr(text, name, None), int) for name in _SHAPE}
     shape["heads"] = sorted({_heads(layer) for layer in _attention_layers(text, stock)})
     shape["rope"] = _rope(getattr(text, "rope_parameters", None))
     shape["stock"] = sorted(stock.items())
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def _require_layers(text: PreTrainedConfig, model_id: str) -> None:
+    layers = getattr(text, "num_hidden_layers", None)
+    if layers is None:
+        raise ModelError(
+            f"{model_id} has not one stack of decoder layers ({text.model_type}), so kvmix cannot plan for it"
+        )
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise ModelError(f"{model_id} has {layers} layers (num_hidden_layers); expected 1 to {MAX_LAYERS}")
 
 
 def _require_attention(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> None:
@@ -87,6 +110,8 @@ def _common_heads(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) 
         shapes = ", ".join(f"{count} x {size}" for count, size in sorted(heads))
         raise ModelError(f"{model_id} has layers with different KV heads ({shapes}), which kvmix cannot plan for yet")
     kv_heads, head_dim = heads.pop()
+    if kv_heads < 1 or head_dim < 1:
+        raise ModelError(f"{model_id} has {kv_heads} KV heads of {head_dim} channels; expected at least 1 of each")
     values = getattr(text, "v_head_dim", None) or head_dim
     if values != head_dim:
         raise ModelError(f"{model_id} has keys of {head_dim} but values of {values} channels: kvmix cannot plan for it")
@@ -94,13 +119,13 @@ def _common_heads(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) 
 
 
 def _attention_layers(text: PreTrainedConfig, stock: dict[int, str]) -> list[Any]:
-    """One configuration for every full-attention layer; only few families (Gemma 4) make them differ."""
+    """Return one configuration for every full-attention layer; only few families (Gemma 4) make them differ."""
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     return [layer for index, layer in enumerate(layers) if index not in stock]
 
 
 def _heads(layer: Any) -> tuple[int, int]:
-    """KV heads and their size in one layer's cache."""
+    """Return the KV heads and their size in one layer's cache."""
     heads = getattr(layer, "num_attention_heads", None) or 0
     head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
     return _kv_heads(layer, heads), head_dim
@@ -113,13 +138,23 @@ def _kv_heads(layer: Any, heads: int) -> int:
     if layer.model_type == "gpt_bigcode":
         return 1 if layer.multi_query else heads
     if layer.model_type == "dbrx":
-        return layer.attn_config.kv_n_heads
+        return int(layer.attn_config.kv_n_heads)
     return getattr(layer, "num_key_value_heads", None) or heads
 
 
+def _number(value: Any, form: type[int] | type[float]) -> Any:
+    """Return a number in one form, if it has that form, so that equal numbers are written equally."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return form(value) if is_number and (form is float or value == math.trunc(value)) else value
+
+
 def _rope(parameters: Any) -> Any:
-    """The settings of rotary positions that have been stable, by layer type where they differ."""
+    """Return the settings of rotary positions that have been stable, by layer type where they differ."""
     if not isinstance(parameters, dict):
         return None
     nested = {name: _rope(value) for name, value in parameters.items() if isinstance(value, dict)}
-    return nested or {name: parameters[name] for name in _ROPE if parameters.get(name) is not None}
+    return nested or {
+        name: _number(parameters[name], float if name in _REAL else int)
+        for name in _ROPE
+        if parameters.get(name) is not None
+    }

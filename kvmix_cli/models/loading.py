@@ -1,8 +1,4 @@
-"""Loading models: the only `from_pretrained` of the package.
-
-A model is a hub id, a local folder, or `builtin:tiny`, the reference model inside the package. `HF_HOME`,
-`HF_HUB_OFFLINE` and `HF_TOKEN` work as everywhere.
-"""
+"""Loading models: the only `from_pretrained` of the package."""
 
 from __future__ import annotations
 
@@ -12,11 +8,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,16 +24,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..cache.attention import register_attention
-from ..errors import ModelError, did_you_mean, first_sentence
+from ..errors import ModelError, first_sentence
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
+from .causality import check_causal, check_decoder, is_causal
+from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
+from .memory import is_out_of_memory
+from .sources import BUILTIN, canonical_id, explain, locate, meta_sibling
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BUILTIN = "builtin:"
-_ASSETS = Path(__file__).parents[1] / "assets"
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -51,9 +47,12 @@ _UNREADABLE = (
     EOFError,
     SafetensorError,
     StrictDataclassError,
+    HfHubHTTPError,
     pickle.UnpicklingError,
 )
-"""What the libraries raise for a checkpoint that is missing, damaged or of an unknown kind."""
+"""Errors of the libraries for a checkpoint that is missing, damaged or of an unknown kind."""
+_TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
+"""Packages that read older tokenizer formats, and the module of each."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Return the device of token ids; with a device map, other layers may live elsewhere."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -86,6 +86,25 @@ class LoadedModel:
     def dtype(self) -> str:
         """Return the name of the weights' dtype: `float32`, `bfloat16` or `float16`."""
         return str(self.model.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The place of a model, and what is needed to read from it.
+
+    Attributes:
+        id: canonical id of the model.
+        source: folder or hub id.
+    """
+
+    id: str
+    source: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def load_model(
@@ -106,91 +125,114 @@ def load_model(
         attention: attention implementation; a class that rejects it keeps its own, with a warning.
 
     Raises:
-        ModelError: if it cannot be loaded as asked, or has nothing to quantize.
+        ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
     """
-    device = _resolve_device(device)
-    source = _source(model_id)
-    config = _load_config(model_id, source, revision, trust_remote_code)
-    info = model_info(config, model_id, revision)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = _load_tokenizer(model_id, source, options)
-    if device == "map":
-        options["device_map"] = "auto"
-    model = _load_weights(model_id, source, {**options, "config": config, "dtype": _dtype(dtype, model_id, device)})
-    if device != "map":
-        model = _move(model, model_id, device)
+    device, wanted = find_device(device), find_dtype(dtype)
+    checkpoint, config = _find(model_id, revision, trust_remote_code)
+    info = model_info(config, checkpoint.id, checkpoint.revision)
+    is_builtin = checkpoint.id.startswith(BUILTIN)
+    if wanted == "auto" and is_builtin and device == "cpu":
+        wanted = torch.float32
+    tokenizer = _load_tokenizer(checkpoint)
+    placement = {"device_map": "auto"} if device == SPREAD else {}
+    model = _load_weights(checkpoint, config, dtype=wanted, **placement)
+    if device != SPREAD:
+        model = _move(model, checkpoint.id, device)
+    model.eval()
+    _check_vocabulary(tokenizer, model, checkpoint.id)
+    if not is_builtin:
+        check_causal(model, checkpoint.id)
     register_attention()
-    _use_attention(model, attention)
-    return LoadedModel(model.eval(), tokenizer, info, max_length(config))
+    _use_attention(model, attention, is_known=is_builtin)
+    return LoadedModel(model, tokenizer, info, max_length(config))
 
 
 def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
-    """Layers and heads of a model, from its configuration alone. Raises ModelError."""
-    config = _load_config(model_id, _source(model_id), revision, trust_remote_code)
-    return model_info(config, model_id, revision)
+    """Return the layers and heads of a model, from its configuration alone. Raises ModelError."""
+    checkpoint, config = _find(model_id, revision, trust_remote_code)
+    return model_info(config, checkpoint.id, checkpoint.revision)
 
 
-def _source(model_id: str) -> str:
-    """What transformers should load: a folder, or the hub id as it is."""
-    if model_id.startswith(_BUILTIN):
-        return str(_builtin_folder(model_id.removeprefix(_BUILTIN)))
-    path = Path(model_id).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{model_id} has no config.json: a model folder holds it, a tokenizer and *.safetensors")
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{model_id} is a file: give the folder that holds the model")
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise ModelError(f"no folder {model_id}: give a model folder, a hub id or builtin:tiny")
-    return model_id
+def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
+    """Find a model and read its configuration; of one in Meta's layout, that of the repository beside it."""
+    checkpoint = _Checkpoint(canonical_id(model_id), locate(model_id), revision, trust_remote_code)
+    try:
+        return checkpoint, _load_config(checkpoint)
+    except ModelError:
+        sibling = meta_sibling(model_id)
+        if sibling is None:
+            raise
+    if revision is not None:
+        raise ModelError(
+            f"{model_id} has Meta's own layout, which transformers does not read: "
+            f"use {sibling}, which has revisions of its own, without --revision {revision}"
+        )
+    warnings.warn(
+        f"{model_id} has Meta's own layout, which transformers does not read: using {sibling}, the same model",
+        stacklevel=3,
+    )
+    checkpoint = _Checkpoint(sibling, sibling, None, trust_remote_code)
+    return checkpoint, _load_config(checkpoint)
 
 
-def _builtin_folder(name: str) -> Path:
-    known = sorted(path.parent.name for path in _ASSETS.glob("*/config.json"))
-    if name not in known:
-        names = ", ".join(_BUILTIN + other for other in known)
-        raise ModelError(f"no built-in model '{name}'{did_you_mean(name, known)}: there is {names}")
-    return _ASSETS / name
-
-
-def _load_config(model_id: str, source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except _UNREADABLE as error:
-        raise ModelError(f"cannot load {model_id}: {first_sentence(error)}; {_advice(model_id, error)}") from error
+        raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
     has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
-        raise ModelError(f"{model_id} is no causal language model, but of type {config.model_type}")
+        raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
+    check_decoder(config, checkpoint.id)
+    # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
+    config._attn_implementation = None
     return config
 
 
-def _load_tokenizer(model_id: str, source: str, options: dict[str, Any]) -> Any:
+def _load_tokenizer(checkpoint: _Checkpoint) -> Any:
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(source, **options)
+            return AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
     except _UNREADABLE as error:
-        advice = "it needs tokenizer.json, or for an older format `pip install sentencepiece tiktoken`"
-        raise ModelError(f"{model_id} has no tokenizer that can be loaded: {advice}") from error
+        lacking = [name for name, module in _TOKENIZER_PACKAGES.items() if not _is_installed(module)]
+        older = f", or for an older format `pip install {' '.join(lacking)}`" if lacking else ""
+        reason = "" if lacking else f" ({first_sentence(error)})"
+        raise ModelError(
+            f"{checkpoint.id} has no tokenizer that can be loaded{reason}: it needs tokenizer.json{older}"
+        ) from error
 
 
-def _load_weights(model_id: str, source: str, options: dict[str, Any]) -> PreTrainedModel:
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                checkpoint.source,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **checkpoint.options,
+                **options,
             )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{model_id} does not fit on the device: use a smaller model or --device map") from error
-    except _UNREADABLE as error:
-        raise ModelError(f"cannot load the weights of {model_id}: {first_sentence(error)}") from error
-    _require_complete(model_id, report)
+    except (*_UNREADABLE, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"{checkpoint.id} does not fit on the device: use a smaller model or --device map"
+            ) from error
+        raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
+    _require_complete(checkpoint.id, report)
     return model
 
 
 def _require_complete(model_id: str, report: dict[str, Any]) -> None:
-    """transformers fills what a checkpoint lacks with random numbers; nobody wants those measured."""
+    """Raise ModelError for a checkpoint that lacks weights: transformers would fill them with random numbers."""
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     for names, fault in ((set(report["missing_keys"]), "lacks"), (mismatched, "has in another shape")):
         if names:
@@ -198,17 +240,41 @@ def _require_complete(model_id: str, report: dict[str, Any]) -> None:
             raise ModelError(f"{model_id} {fault} {len(names)} of the weights that its config.json asks for: {some}")
 
 
+def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, model_id: str) -> None:
+    """Raise ModelError if the tokenizer gives token ids that the embedding does not have.
+
+    Tokens that were added to a vocabulary, such as a padding token, may be beyond it: ordinary text has none of them.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = set(getattr(tokenizer, "added_tokens_decoder", {}))
+    beyond = sorted(set(tokenizer.get_vocab().values()) - added - set(range(rows)))
+    if beyond:
+        raise ModelError(
+            f"the tokenizer of {model_id} gives token ids up to {beyond[-1]}, its embedding ends at {rows - 1}: "
+            "use the tokenizer that the model was trained with"
+        )
+
+
 def _move(model: PreTrainedModel, model_id: str, device: str) -> PreTrainedModel:
     try:
         return model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{model_id} does not fit on {device}: use a smaller model or --device map") from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ModelError(f"{model_id} does not fit on {device}: use a smaller model or --device map") from error
+        raise ModelError(f"cannot move {model_id} to {device}: {first_sentence(error)}") from error
 
 
-def _use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the attention implementation; a class that does not take the name keeps its own, with one warning."""
+def _use_attention(model: PreTrainedModel, name: str, *, is_known: bool) -> None:
+    """Switch the attention implementation.
+
+    A class that does not take the name, or sees later tokens with it, keeps its own, with one warning.
+    """
+    own = model.config._attn_implementation
     with _quiet(), suppress(ValueError):
         model.set_attn_implementation(name)
+    if model.config._attn_implementation == name and not is_known and not is_causal(model):
+        with _quiet():
+            model.set_attn_implementation(own)
     if model.config._attn_implementation != name:
         warnings.warn(
             f"{type(model).__name__} does not take the attention implementation '{name}' and keeps "
@@ -217,37 +283,9 @@ def _use_attention(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _resolve_device(name: str) -> str:
-    """A torch device, or `map`. Raises ModelError if it does not exist here."""
-    has_accelerate = importlib.util.find_spec("accelerate") is not None
-    if name == "auto":
-        if torch.cuda.device_count() > 1 and has_accelerate:
-            return "map"
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "map":
-        if not has_accelerate:
-            raise ModelError("--device map spreads a model with accelerate: pip install 'kvmix[multi-gpu]'")
-        return name
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"no device '{name}' here: use auto, cpu, cuda or map") from error
-    return name
-
-
-def _dtype(name: str, model_id: str, device: str) -> torch.dtype | str:
-    if name == "auto":
-        on_cpu = model_id.startswith(_BUILTIN) and device == "cpu"
-        return torch.float32 if on_cpu else "auto"
-    if name not in DTYPES:
-        known = ["auto", *DTYPES]
-        raise ModelError(f"unknown dtype '{name}'{did_you_mean(name, known)}: use {', '.join(known)}")
-    return DTYPES[name]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs."""
+    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs."""
     bars = transformers_logging.is_progress_bar_enabled()
     with hushed():
         if not verbose():
@@ -257,11 +295,3 @@ def _quiet() -> Iterator[None]:
         finally:
             if bars:
                 transformers_logging.enable_progress_bar()
-
-
-def _advice(model_id: str, error: BaseException) -> str:
-    if "custom code" in str(error) or "trust_remote_code" in str(error):
-        return "read that code, then pass --trust-remote-code"
-    if Path(model_id).expanduser().is_dir() or not isinstance(error, OSError):
-        return "its config.json must be that of a causal language model which this transformers knows"
-    return "check the name and the network, set HF_TOKEN if it is gated, or use a local folder or builtin:tiny"

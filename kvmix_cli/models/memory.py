@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes, and what to do when there is none left."""
+"""Memory: the one test of having run out of it, and the peak that a piece of work takes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from .loading import LoadedModel
+from torch import nn
 
 T = TypeVar("T")
 
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"
-"""What is written to `clear_refs` to set a Linux process's peak back to what it takes now."""
+"""Text that is written to `clear_refs` to set a Linux process's peak back to what it takes now."""
 SAID = (
     "out of memory",
     "not enough memory",
@@ -28,19 +26,19 @@ SAID = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
 )
-"""What errors say that are about memory but of no class of their own."""
+"""Parts of the messages of errors that are about memory but have no class of their own."""
 
 
 @dataclass
 class Peak:
-    """The most bytes above those at the start; None while the work goes on, and where it cannot be measured."""
+    """The most bytes in use above those at the start; None during the work, and where it cannot be measured."""
 
     bytes: int | None = None
 
 
-def devices(loaded: LoadedModel) -> set[torch.device]:
-    """Where a model's weights are."""
-    return {parameter.device for parameter in loaded.model.parameters()}
+def devices(model: nn.Module) -> set[torch.device]:
+    """Return the devices that hold a model's weights."""
+    return {parameter.device for parameter in model.parameters()}
 
 
 @contextmanager
@@ -60,7 +58,7 @@ def watch(on: Collection[torch.device]) -> Iterator[Peak]:
 
 
 def attempt(work: Callable[[], T], on: Collection[torch.device]) -> T | None:
-    """What the work returns; None if it ran out of memory, all of which is then given back."""
+    """Return the result of some work; None if it ran out of memory, all of which is then given back."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
@@ -71,7 +69,10 @@ def attempt(work: Callable[[], T], on: Collection[torch.device]) -> T | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no memory was left: of a GPU, or of the CPU's allocator."""
+    """Return whether an error means that no memory was left: of a GPU, of the CPU's allocator or of Python.
+
+    This is the only test of it in the program.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words.lower() in str(error).lower() for words in SAID)
@@ -86,7 +87,7 @@ def tidy(on: Collection[torch.device]) -> None:
 
 
 def synchronize(on: Collection[torch.device]) -> None:
-    """Wait until a GPU has done what it was asked to."""
+    """Wait until all work that was given to a GPU is done."""
     for device in on:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -95,21 +96,21 @@ def synchronize(on: Collection[torch.device]) -> None:
 
 
 def free_memory(on: Collection[torch.device]) -> int | None:
-    """Bytes that can still be had on these devices, together; None where that is not known."""
+    """Return the bytes that are free on these devices together; None where that is not known."""
     if _on_cuda(on):
         return sum(torch.cuda.mem_get_info(device)[0] for device in on)
     return _kib(Path("/proc/meminfo"), "MemAvailable")
 
 
 def _trim(on: Collection[torch.device]) -> None:
-    """Give the C library's reserve back, which would hide what is taken next. On CUDA torch's own does not hide it."""
+    """Give back the C library's reserve, which would hide what is taken next; torch's own on CUDA does not."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if PROCESS.exists() and not _on_cuda(on) else None
     if trim is not None:
         trim(0)
 
 
 def _start(on: Collection[torch.device]) -> int | None:
-    """Set the peak back; what is in use now, None if it cannot be measured."""
+    """Set the peak back and return the bytes in use now; None if they cannot be measured."""
     if _on_cuda(on):
         for device in on:
             torch.cuda.reset_peak_memory_stats(device)
@@ -134,7 +135,7 @@ def _on_cuda(on: Collection[torch.device]) -> bool:
 
 
 def _kib(path: Path, key: str) -> int | None:
-    """A line `key: N kB` of a file of the system, in bytes."""
+    """Return the bytes of a line `key: N kB` in a file of the system."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

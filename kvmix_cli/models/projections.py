@@ -1,4 +1,4 @@
-"""Where the K and V projection weights of every decoder layer are.
+"""K and V projections: the weights that make the keys and values of every decoder layer.
 
 Most models have a module for each. Some fuse them with Q into one weight, in one of two arrangements of its output
 features, each in blocks of `head_dim`:
@@ -6,8 +6,8 @@ features, each in blocks of `head_dim`:
     concatenated    [all query heads | all key heads | all value heads]                 Phi-3, MPT, GPT-2, ...
     grouped         one group a KV head: [its query heads | its key | its value]        GPT-NeoX, BLOOM, Falcon, ...
 
-Falcon's three variants are all grouped: a group has all query heads (multi-query), one (plain) or several. A name does
-not give an arrangement away (`query_key_value` is both, in different families), so model types are listed.
+Falcon's three variants are all grouped: a group has all query heads (multi-query), one (plain) or several. The same
+name has both arrangements in different families (`query_key_value`), so model types are listed.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ class Projection:
     axis: int = 0
 
     def part(self, gradient: Tensor) -> Tensor:
-        """Of a tensor shaped like the weight, what belongs to this projection."""
+        """Return the part of a tensor, shaped like the weight, that belongs to this projection."""
         return gradient if self.features is None else gradient.index_select(self.axis, self.features)
 
     def heads(self, gradient: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-        """The same, cut into heads."""
-        return self.part(gradient).split(head_dim, dim=self.axis)
+        """Return the same part, cut into heads."""
+        part = self.part(gradient)
+        heads: tuple[Tensor, ...] = part.tensor_split(part.shape[self.axis] // head_dim, dim=self.axis)
+        return heads
 
 
 class LayerProjections(NamedTuple):
@@ -62,7 +64,7 @@ class LayerProjections(NamedTuple):
 
 
 def find_projections(model: PreTrainedModel, info: ModelInfo) -> dict[int, LayerProjections]:
-    """The K and V projections of every layer that can be quantized.
+    """Return the K and V projections of every layer that can be quantized.
 
     Raises:
         ProjectionError: if they are not found, or their weights cannot have gradients.
@@ -77,7 +79,7 @@ def find_projections(model: PreTrainedModel, info: ModelInfo) -> dict[int, Layer
 
 
 def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> nn.ModuleList:
-    """The stack of decoder layers. Raises ProjectionError if there is none of the model's depth."""
+    """Return the stack of decoder layers. Raises ProjectionError if there is none of the model's depth."""
     for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == info.layers:
             return module
@@ -106,14 +108,14 @@ def _find(
 
 
 def _weight(module: nn.Module, child: str = "") -> nn.Parameter | None:
-    """The matrix of a module, or of its named child; None if there is none."""
+    """Return the matrix of a module, or of its named child; None if there is none."""
     owner = getattr(module, child, None) if child else module
     weight = getattr(owner, "weight", None) if isinstance(owner, nn.Module) else None
     return weight if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None
 
 
 def _split(name: str, weight: nn.Parameter, axis: int, model: PreTrainedModel, info: ModelInfo) -> LayerProjections:
-    """The parts of a fused weight. Raises ProjectionError if its arrangement is not known."""
+    """Return the parts of a fused weight. Raises ProjectionError if its arrangement is not known."""
     config = model.config.get_text_config(decoder=True)
     blocks, rest = divmod(weight.shape[axis], info.head_dim)
     kv_heads, odd = divmod(blocks - config.num_attention_heads, 2)
@@ -134,7 +136,7 @@ def _concatenated(features: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(features: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    groups = features.unflatten(0, (kv_heads, -1))
+    groups = torch.unflatten(features, 0, (kv_heads, -1))
     return groups[:, -2], groups[:, -1]
 
 
@@ -145,8 +147,10 @@ def _require_differentiable(projection: Projection, index: int, info: ModelInfo)
             f"layer {index} of {info.id} is offloaded ({projection.name}), so its gradient cannot be taken: "
             "profile where the whole model fits"
         )
-    if not weight.is_floating_point() or weight.itemsize < 2:
+    is_packed = type(weight.data) is not Tensor  # a quantizer's own class, such as torchao's
+    if is_packed or not weight.is_floating_point() or weight.itemsize < 2:
+        stored = type(weight.data).__name__ if is_packed else weight.dtype
         raise ProjectionError(
-            f"{projection.name} of {info.id} is stored as {weight.dtype}, which has no gradient: "
+            f"{projection.name} of {info.id} is stored as {stored}, which has no gradient: "
             "profile the checkpoint without weight quantization; its plan fits both"
         )

@@ -1,23 +1,24 @@
-"""Measuring how much each layer's keys and values matter. One file a probe; see docs/add-a-probe.md.
+"""Profiling: measuring how much each layer's keys and values matter. One file a probe; see docs/add-a-probe.md.
 
 run_profile(loaded, ["grad-norm"], texts=load_texts("builtin"), source="builtin") -> Profile
 """
 
-from .base import CacheProbe, ChangeProbe, Probe, WeightProbe
 from .change import Change
-from .options import Options
-from .probes import get_probe, probes
-from .run import find_probes, run_profile
+from .measure import ProbeOptions
+from .probe import CacheProbe, ChangeProbe, Probe, WeightProbe
+from .probes import PROBES
+from .run import describe_samples, find_probes, profile_lock, run_profile
 
 __all__ = [
+    "PROBES",
     "CacheProbe",
     "Change",
     "ChangeProbe",
-    "Options",
     "Probe",
+    "ProbeOptions",
     "WeightProbe",
+    "describe_samples",
     "find_probes",
-    "get_probe",
-    "probes",
+    "profile_lock",
     "run_profile",
 ]

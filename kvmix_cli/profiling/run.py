@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import numpy as np
+from pydantic import AfterValidator, TypeAdapter
 
+from .. import journal as journals
 from .._version import __version__
+from ..errors import DocumentError, ModelError
+from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
-from .base import CacheProbe, ChangeProbe, Numbers, Probe, WeightProbe
-from .calibration import cut_samples, describe
-from .choices import Grid
-from .journal import Journal, Sample
-from .options import Options
-from .probes import get_probe
-from .reading import read_back
-from .shared import shared_pass
+from ..texts.tokens import cut_samples
+from .grid import Grid
+from .measure import KINDS, ProbeOptions, measure_sample
+from .probe import CacheProbe, Probe
+from .probes import PROBES
+from .results import SampleResult, TensorResult
+
+FORMAT = "kvmix-journal/2"
+
+Sample = dict[str, SampleResult]
+"""The results of one sample by score, a record of the journal."""
 
 
 def run_profile(
@@ -31,7 +40,7 @@ def run_profile(
     samples: int = 30,
     seq_len: int = 1024,
     seed: int = 0,
-    options: Options | None = None,
+    options: ProbeOptions | None = None,
     journal: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
@@ -40,8 +49,8 @@ def run_profile(
 
     Args:
         scores: probes, by name or as they are. They are measured together where they can be.
-        texts: documents; `source` is how the profile names them.
-        samples: of at most `seq_len` tokens each. If the text gives fewer, all of it is used, and
+        texts: documents; `source` is their name in the profile.
+        samples: number of samples, of at most `seq_len` tokens each. If the text gives fewer, all of it is used, and
             `calibration.samples` of the scores says how many there were.
         journal: file of finished samples. The caller removes it once the profile is saved.
         resume: go on with the samples in the journal.
@@ -50,53 +59,91 @@ def run_profile(
     Raises:
         TextError: if there is not enough text, or the model does not take `seq_len` tokens.
         ProjectionError, ModelError, QuantizationError: if the model cannot be scored.
-        DocumentError, OutputError: for a journal that does not fit or cannot be written.
+        StateError, DocumentError, OutputError: if the journal is in use, does not fit or cannot be written.
         KvmixError: for an unknown score, or an option that no score has a use for.
     """
-    probes, options = find_probes(scores), options or Options()
+    probes, options = find_probes(scores), options or ProbeOptions()
     options.check(probes)
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     for grid in grids:
         grid.check(loaded.info.head_dim)
     shortest = max((grid.shortest for grid in grids), default=0)
-    chosen = cut_samples(loaded, texts, samples, seq_len, seed, shortest)
-    calibration = describe(chosen, source, seq_len, seed)
-    record = Journal(journal, _settings(loaded, probes, options, calibration), resume=resume)
-    on_step(len(record.samples), len(chosen))
-    for ids in chosen[len(record.samples) :]:
-        record.append(_measure(loaded, probes, ids, options))
-        on_step(len(record.samples), len(chosen))
+    chosen = cut_samples(
+        loaded.tokenizer, texts, samples, seq_len, seed, shortest=shortest, max_length=loaded.max_length
+    )
+    calibration = describe_samples(chosen, source, seq_len, seed)
+    settings = _settings(loaded, probes, options, calibration)
+    with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
+        if journal is not None and len(record.records) > len(chosen):
+            raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
+        on_step(len(record.records), len(chosen))
+        for ids in chosen[len(record.records) :]:
+            try:
+                record.append(measure_sample(loaded, probes, ids, options))
+            except ModelError:
+                if not record.records:
+                    record.remove()  # there is nothing to resume
+                raise
+            on_step(len(record.records), len(chosen))
     return Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
-        scores={probe.name: _score(probe, record.samples, calibration, options) for probe in probes},
+        scores={probe.name: _score(probe, record.records, calibration, options) for probe in probes},
     )
 
 
+@contextmanager
+def profile_lock(path: Path) -> Iterator[None]:
+    """Within this block keep others from measuring for, or writing, the same profile file.
+
+    Scores are added to the profile that is there, so it must not change between reading and saving it:
+
+        with profile_lock(path):
+            before = Profile.load(path)
+            result = run_profile(..., journal=...)
+            result.save(path)
+
+    Raises:
+        StateError: if another process holds it.
+        OutputError: if the folder cannot be written.
+    """
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    held = journals.lock(path)
+    try:
+        yield
+    finally:
+        journals.release(held)
+        with suppress(OSError):
+            for folder in made:  # the innermost first; one with a file in it stays
+                folder.rmdir()
+
+
 def find_probes(scores: Sequence[str | Probe]) -> list[Probe]:
-    """Probes by name. Raises KvmixError."""
-    return [get_probe(score) if isinstance(score, str) else score for score in scores]
+    """Return probes by name; those that are given as they are stay so. Raises KvmixError for an unknown name."""
+    return [PROBES[score]() if isinstance(score, str) else score for score in scores]
 
 
-def _measure(loaded: LoadedModel, probes: Sequence[Probe], tokens: Sequence[int], options: Options) -> Sample:
-    """One sample, measured by all probes."""
-    ids = torch.tensor([tokens], device=loaded.device)
-    sharing = [probe for probe in probes if isinstance(probe, WeightProbe | ChangeProbe)]
-    found: Sample = {}
-    if sharing:
-        grid = next(filter(None, map(options.grid, sharing)), ChangeProbe.grid)
-        found = shared_pass(loaded, sharing, ids, grid, per_head=options.per_head, checkpointing=options.checkpointing)
-    for probe in probes:
-        if isinstance(probe, CacheProbe):
-            found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid)
-    return {probe.name: found[probe.name] for probe in probes}
+def describe_samples(samples: Sequence[Sequence[int]], source: str, seq_len: int, seed: int) -> Calibration:
+    """Return the record that a profile keeps of its samples, token ids."""
+    digest = hashlib.sha256()
+    for ids in samples:
+        digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
+    return Calibration(
+        source=source,
+        sha256=digest.hexdigest(),
+        samples=len(samples),
+        seq_len=seq_len,
+        seed=seed,
+        tokens=sum(map(len, samples)),
+    )
 
 
 def _settings(
-    loaded: LoadedModel, probes: Sequence[Probe], options: Options, calibration: Calibration
+    loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions, calibration: Calibration
 ) -> dict[str, Any]:
-    """What must be the same for two parts of a run to belong together."""
+    """Return everything that must be the same for two parts of a run to belong together."""
     return {
+        "format": FORMAT,
         "model": loaded.info.id,
         "revision": loaded.info.revision,
         "config_sha256": loaded.info.config_sha256,
@@ -109,8 +156,34 @@ def _settings(
     }
 
 
-def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, options: Options) -> Score:
-    """Means over the samples."""
+def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions) -> TypeAdapter[Sample]:
+    """Return the schema of a journal's record: the scores, layers, choices and heads of this very run."""
+    info, choices = loaded.info, {}
+    for probe in probes:
+        grid = options.grid(probe)
+        choices[probe.name] = [list(grid.layouts(kind, info.head_dim)) if grid else [] for kind in KINDS]
+    heads = {
+        probe.name: info.kv_heads if options.per_head and not isinstance(probe, CacheProbe) else 0 for probe in probes
+    }
+
+    def check(sample: Sample) -> Sample:
+        if list(sample) != list(choices):
+            raise ValueError("other scores")
+        for name, result in sample.items():
+            if list(result.layers) != info.quantizable:
+                raise ValueError("other layers")
+            for layer in result.layers.values():
+                if [sorted(each.curve) for each in layer] != [sorted(each) for each in choices[name]]:
+                    raise ValueError("other choices")
+                if {len(each.heads) for each in layer} != {heads[name]}:
+                    raise ValueError("other heads")
+        return sample
+
+    return TypeAdapter(Annotated[Sample, AfterValidator(check)])
+
+
+def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, options: ProbeOptions) -> Score:
+    """Return a probe's means over the samples."""
     measured = [sample[probe.name] for sample in samples]
     grid = options.grid(probe)
     return Score(
@@ -120,8 +193,8 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
         setup=ScoreSetup() if grid is None else _setup(grid),
         layers={
             index: LayerScore(
-                k=_tensor([each.layers[index].k for each in measured]),
-                v=_tensor([each.layers[index].v for each in measured]),
+                k=_mean([each.layers[index].k for each in measured]),
+                v=_mean([each.layers[index].v for each in measured]),
             )
             for index in measured[0].layers
         },
@@ -133,12 +206,12 @@ def _setup(grid: Grid) -> ScoreSetup:
     return {"page": cache.page, "sink": cache.sink, "window": cache.window.short, "scale_dtype": cache.scale_dtype}
 
 
-def _tensor(numbers: Sequence[Numbers]) -> TensorScore:
-    values = [each.value for each in numbers]
-    curves = [each.curve for each in numbers]
+def _mean(results: Sequence[TensorResult]) -> TensorScore:
+    values = [each.value for each in results]
+    curves = [each.curve for each in results]
     return TensorScore(
         mean=statistics.fmean(values),
         std=statistics.stdev(values) if len(values) > 1 else 0.0,
         curve={choice: statistics.fmean(curve[choice] for curve in curves) for choice in curves[0]},
-        heads=[statistics.fmean(head) for head in zip(*(each.heads for each in numbers), strict=True)] or None,
+        heads=[statistics.fmean(head) for head in zip(*(each.heads for each in results), strict=True)] or None,
     )

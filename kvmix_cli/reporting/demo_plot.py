@@ -1,41 +1,41 @@
-"""The demo's picture: what was measured, what was decided, and what it cost. Importing this loads matplotlib."""
+"""Picture of the demo: what was measured, what was decided, and what it cost. Importing this loads matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from ..evaluation.results import Report
+from ..evaluation.results import Report, Row
 from ..plan import Plan
 from ..profile import Profile
-from .plots import bars, save
+from .drawing import Look, new_figure, save, styled
+from .evaluation import format_estimate
+from .plots import draw_bits, draw_scores
+from .quality_plot import Dot, draw_rows
+
+INCREASE = "perplexity_increase_percent"
+SIZE = 960, 620
+"""Width and height, in points."""
 
 
+@styled()
 def plot_demo(profile: Profile, plan: Plan, perplexity: Report, path: Path) -> Path:
-    """Scores by layer, bits by layer, and perplexity against stored bits. Raises OutputError."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1))
-    name, score = next(iter(profile.scores.items()))
+    """Draw scores by layer, bits by layer, and the perplexity of every plan. Raises OutputError."""
+    figure = new_figure(*SIZE)
+    grid = figure.add_gridspec(2, 2)
     scores, bits, quality = (figure.add_subplot(where) for where in (grid[0, 0], grid[1, 0], grid[:, 1]))
-    layers = sorted(score.layers.items())
-    bars(scores, [(index, layer.k.mean, layer.v.mean) for index, layer in layers])
-    scores.set(title=f"1. profile: {name} over {score.calibration.samples} samples", ylabel=name)
-    bars(bits, [(index, layer.k.bits, layer.v.bits) for index, layer in sorted(plan.layers.items())])
-    bits.set(title=f"2. allocate: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored", ylabel="bits")
-    _quality(quality, perplexity)
+    name, score = next(iter(profile.scores.items()))
+    draw_scores(scores, score, f"1. profile: {name}, {score.calibration.samples} samples")
+    widths = {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+    draw_bits(bits, widths, f"2. allocate: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored")
+    rows = [row for row in perplexity.plans if INCREASE in row.metrics and row.stored_bits]
+    dots = [_dot(row, index) for index, row in enumerate(rows)]
+    if dots:
+        draw_rows(quality, dots, "perplexity increase in %, lower is better", 0.0)
+        quality.set_title("3. eval: perplexity on held-out text, 95 % intervals")
     return save(figure, path)
 
 
-def _quality(axes: Axes, report: Report) -> None:
-    """Perplexity increase of every plan with its interval."""
-    rows = [row for row in report.plans if "perplexity_increase_percent" in row.metrics]
-    for position, row in enumerate(rows):
-        increase = row.metrics["perplexity_increase_percent"]
-        axes.bar(position, increase.value, 0.5, color="#2ca02c" if row.plan == "kvmix" else "#9e9e9e")
-        spread = [[increase.value - increase.low], [increase.high - increase.value]]
-        axes.errorbar(position, increase.value, yerr=spread, fmt="none", ecolor="black", capsize=4)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), [f"{row.plan}\n{row.stored_bits:.2f} stored bits" for row in rows])
-    axes.set(title="3. eval: perplexity on held-out text", ylabel="% above the unquantized cache")
+def _dot(row: Row, index: int) -> Dot:
+    stored = row.stored_bits or 0.0
+    text = format_estimate(row.metrics[INCREASE], "%").replace(" %", "")
+    return Dot(f"{row.plan}, {stored:.2f} stored bits", stored, row.metrics[INCREASE], Look(index), text)

@@ -1,115 +1,129 @@
-"""A picture of what was recalled, by where it stood. Importing this loads matplotlib."""
+"""Pictures of what was recalled, by where it stood. Importing this loads matplotlib."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
 from ..evaluation.grid import Cell, Grid, grid
-from .plots import save
-
-if TYPE_CHECKING:
-    from ..evaluation.results import Report, Row
+from ..evaluation.results import Report, Row
+from .drawing import CARD, GRID, SOFT, hint, new_figure, save, styled
+from .printable import one_line, shortened
 
 COLORS = "viridis"
 """Told apart by colour-blind readers too, and in grey: dark is lost, bright is recalled."""
-NOWHERE = "#f2f2f2"
-"""Where no value stood."""
-PANELS = 4
+PANELS = 3
 """In a row, at most."""
-LEGIBLE = 14
-"""The most columns whose cells have room for their counts."""
-SHORT, FEW = 5, 4
-"""Characters and columns; more of both, and labels are slanted."""
-CELL = 0.52, 0.34
-"""Inches, wide and high."""
-LEAST = 2.5, 2.0
-MARGINS = 0.35, 0.65
-"""Of a panel, for its title and labels."""
-SIDES = 1.9, 0.9
-"""Of the picture, for the names of the axes and the scale."""
+CELL = 44, 26
+"""Width and height of a cell with its count, in points."""
+LEAST = 200, 100
+"""Width and height of a panel, at the least."""
+MARGINS = 70, 70
+"""Room of a panel for its title and labels, in points."""
+SIDES = 110, 80
+"""Room of the picture for the names of the axes and the scale, in points."""
+WIDEST = 900
+"""A picture with more columns has narrower cells."""
+LETTER = 7.6
+"""Mean width of a character, in points."""
 
 
 def plot_heat_maps(report: Report, path: Path) -> Path | None:
-    """Write the picture of a report; None if its task has nothing of the kind. Raises OutputError."""
+    """Write the picture of a report; return None if its task has nothing of the kind. Raises OutputError."""
     figure = heat_maps(report)
     return None if figure is None else save(figure, path)
 
 
+@styled()
 def heat_maps(report: Report) -> Figure | None:
-    """One panel a row of the report; None if none of them says where its values stood."""
+    """Return a figure with a panel a row of the report; None if none of them says where its values stood."""
     grids = [(row, found) for row in report.rows if (found := grid(row.records)) is not None]
     if not grids:
         return None
     first = grids[0][1]
-    figure, panels = _panels(len(grids), len(first.columns), len(first.rows))
-    for axes, (row, found) in zip(panels, grids, strict=True):
-        image = _draw(axes, found)
-        axes.set_title(_title(row, found), fontsize=9.5, linespacing=1.4)
-    bar = figure.colorbar(image, ax=panels, label="recalled", format=PercentFormatter(1), aspect=24, pad=0.03)
+    across = min(PANELS, len(grids))
+    lines = -(-len(grids) // across)
+    cell = min(CELL[0], WIDEST / across / len(first.columns))
+    width, height = max(LEAST[0], cell * len(first.columns)), max(LEAST[1], CELL[1] * len(first.rows))
+    figure = new_figure(across * (width + MARGINS[0]) + SIDES[0], lines * (height + MARGINS[1]) + SIDES[1])
+    panels = list(figure.subplots(lines, across, squeeze=False).flat)
+    for axes in panels[len(grids) :]:
+        axes.remove()
+    for axes, (row, found) in zip(panels, grids, strict=False):
+        mesh = draw_heat_map(axes, found, width)
+        axes.set_title(_title(row, found))
+        axes.set(xlabel="", ylabel="")
+    bar = figure.colorbar(mesh, ax=panels[: len(grids)], label="recalled", format=PercentFormatter(1), pad=0.02)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=8)
-    figure.suptitle(f"{report.task}: values recalled of those asked for", fontsize=11, fontweight="bold")
-    figure.supxlabel(first.across, fontsize=9.5)
-    figure.supylabel(first.down, fontsize=9.5)
+    bar.ax.tick_params(length=0)
+    figure.suptitle(f"{one_line(report.task)}: values recalled of those asked for", fontweight="bold")
+    figure.supxlabel(first.across, color=SOFT)
+    figure.supylabel(first.down, color=SOFT)
     return figure
 
 
-def _panels(count: int, columns: int, rows: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels with room for so many cells, in as few rows of panels as there can be."""
-    lines = -(-count // PANELS)
-    across = -(-count // lines)
-    width, height = (
-        max(least, cells * cell) + margin
-        for cells, cell, least, margin in zip((columns, rows), CELL, LEAST, MARGINS, strict=True)
-    )
-    figure = Figure(figsize=(across * width + SIDES[0], lines * height + SIDES[1]), layout="constrained")
-    panels = list(figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flat)
-    for axes in panels[count:]:
-        axes.remove()
-    return figure, panels[:count]
+@styled()
+def draw_heat_map(axes: Axes, found: Grid, width: float) -> QuadMesh:
+    """Draw a grid, the beginning of the context at the top, with counts where cells have room for them.
 
-
-def _draw(axes: Axes, found: Grid) -> AxesImage:
+    Args:
+        width: about that of the axes, in points.
+    """
     shares = [[float("nan") if cell is None else cell.share for cell in row] for row in found.cells]
-    colors = matplotlib.colormaps[COLORS].with_extremes(bad=NOWHERE)
-    image = axes.imshow(shares, cmap=colors, norm=Normalize(0, 1), aspect="auto")
-    axes.set_xticks(range(len(found.columns)), found.columns, fontsize=8)
-    axes.set_yticks(range(len(found.rows)), found.rows, fontsize=8)
-    if max(map(len, found.columns)) > SHORT and len(found.columns) > FEW:
-        axes.tick_params(axis="x", rotation=45)
-    axes.set_xticks([place - 0.5 for place in range(1, len(found.columns))], minor=True)
-    axes.set_yticks([place - 0.5 for place in range(1, len(found.rows))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="both", length=0)
+    colors = matplotlib.colormaps[COLORS].with_extremes(bad=GRID)
+    axes.grid(visible=False)
+    mesh = axes.pcolormesh(shares, cmap=colors, norm=Normalize(0, 1), edgecolors=CARD, linewidth=1)
+    counts = [f"{sum(c.recalled for c in cells)} of {sum(c.count for c in cells)}" for cells in _by_row(found)]
+    hint(mesh, "\n".join(f"{found.down} {name}: {count}" for name, count in zip(found.rows, counts, strict=True)))
+    axes.invert_yaxis()
+    axes.set_yticks([row + 0.5 for row in range(len(found.rows))], found.rows)
+    _name_columns(axes, found.columns, width)
+    axes.set(xlabel=found.across, ylabel=found.down)
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if len(found.columns) <= LEGIBLE:
-        for y, row in enumerate(found.cells):
-            for x, cell in enumerate(row):
-                if cell is not None:
-                    axes.text(x, y, _label(cell), ha="center", va="center", fontsize=7.5, color=_ink(cell))
-    return image
+    labels = [(x, y, _label(cell), cell) for y, row in enumerate(found.cells) for x, cell in enumerate(row) if cell]
+    if max(len(text) for _, _, text, _ in labels) * LETTER < width / len(found.columns):
+        for x, y, text, cell in labels:
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=_ink(cell))
+    return mesh
+
+
+def _name_columns(axes: Axes, columns: Sequence[str], width: float) -> None:
+    """Name as many columns as have room."""
+    longest = max(map(len, columns)) * LETTER + LETTER
+    step = max(1, math.ceil(longest * len(columns) / width))
+    places = range(0, len(columns), step)
+    axes.set_xticks([place + 0.5 for place in places], [columns[place] for place in places])
+
+
+def _by_row(found: Grid) -> list[list[Cell]]:
+    return [[cell for cell in row if cell is not None] for row in found.cells]
+
+
+def counted(found: Grid) -> str:
+    """Return `50 of 60 recalled`."""
+    cells = [cell for row in _by_row(found) for cell in row]
+    return f"{sum(cell.recalled for cell in cells)} of {sum(cell.count for cell in cells)} recalled"
 
 
 def _title(row: Row, found: Grid) -> str:
-    cells = [cell for line in found.cells for cell in line if cell is not None]
-    recalled, count = sum(cell.recalled for cell in cells), sum(cell.count for cell in cells)
     stored = "" if row.stored_bits is None else f"{row.stored_bits:.4g} bits stored, "
-    return f"{row.plan}\n{stored}{recalled} of {count} recalled"
+    return f"{shortened(one_line(row.plan), 30)}\n{stored}{counted(found)}"
 
 
 def _label(cell: Cell) -> str:
-    """`5/6`, or a percentage where that would be long."""
+    """Return `5/6`, or a percentage where that would be long."""
     return f"{cell.recalled}/{cell.count}" if cell.count < 100 else f"{cell.share:.0%}"
 
 
 def _ink(cell: Cell) -> str:
-    """Black on bright, white on dark."""
-    return "black" if cell.share > 0.55 else "white"
+    """Return black for bright cells, white for dark ones, in every theme."""
+    return "black" if cell.share > 0.55 else "#fefefe"

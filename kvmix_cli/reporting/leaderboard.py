@@ -1,4 +1,4 @@
-"""Leaderboards as tables, as Markdown, and as plain data for `--json`."""
+"""Leaderboards as tables, and as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..evaluation.results import Table
 from ..studies.leaderboard.board import Board
 from ..studies.leaderboard.standings import Comparison, Standing
-from ..studies.measure import cell
+from .evaluation import format_estimate
 
 
 def tables(board: Board) -> list[Table]:
@@ -42,25 +42,22 @@ def _cells(each: Standing, scores: Sequence[str], recall: bool) -> list[str]:
     bits = [f"{each.plan.bits.nominal:.2f}", f"{each.plan.bits.stored:.2f}"]
     predicted = [f"{each.predicted[score]:.4f}" if score in each.predicted else "-" for score in scores]
     share = "-" if each.loss is None else f"{100 * math.expm1(each.loss.value):+.2f} %"
-    recalled = [cell(each.rows["recall"].metrics.get("recall"), "")] if recall else []
-    return [", ".join(each.names), *bits, *predicted, cell(each.loss, "nats"), share, *recalled]
+    recalled = [format_estimate(each.rows["recall"].metrics.get("recall"), "")] if recall else []
+    return [", ".join(each.names), *bits, *predicted, format_estimate(each.loss, "nats"), share, *recalled]
 
 
 def _sentence(each: Comparison) -> str:
     share = "" if each.ratio is None else f", {each.ratio:.2f} times its loss"
-    return f"{each.first} against {each.second}: {cell(each.difference, 'nats')} nats a token{share}"
+    return f"{each.first} against {each.second}: {format_estimate(each.difference, 'nats')} nats a token{share}"
 
 
-def markdown(shown: Sequence[Table], command: str) -> str:
-    """Return tables as Markdown, with the command that made them."""
-    return "\n".join([f"<!-- {command} -->", *(_section(table) for table in shown)])
-
-
-def _section(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    grid = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    notes = [f"- {line}" for line in table.footer.splitlines()]
-    return "\n".join(["", f"## {table.title}", "", *grid, "", *notes, *([""] if notes else [])])
+def plan_names(board: Board) -> dict[str, list[str]]:
+    """Return the names of every plan, each with its budget, by the name of the plan's runs."""
+    named: dict[str, list[str]] = {}
+    for each in board.standings:
+        names = [f"{name} at {each.stored_bits:g}" for name in each.names]
+        named.setdefault(each.rows["perplexity"].plan, []).extend(names)
+    return named
 
 
 def board_json(board: Board) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--baseline`: other people's caches, and plans that nobody has thought about, measured beside ours."""
+"""Baselines of `--baseline`: caches of other libraries, and plans that no score has decided."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANDOM = re.compile(r"random-plan(?:-([0-9]{1,9}))?")
 
 
 def check_baselines(names: Sequence[str]) -> None:
-    """Raise EvaluationError for a name that is no baseline, or that is there twice."""
+    """Raise EvaluationError for a name that is not a baseline, or that is there twice."""
     from ..cache.baselines.named import BASELINES
 
     for name in names:
@@ -35,7 +35,7 @@ def check_baselines(names: Sequence[str]) -> None:
 
 
 def baseline_subjects(names: Sequence[str], loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) -> list[Subject]:
-    """What `--baseline` names, as rows beside those of the plans.
+    """Return what `--baseline` names, as subjects beside those of the plans.
 
     Raises:
         EvaluationError: for a name that `check_baselines` refuses or that a plan has, or a random plan of nothing.
@@ -58,7 +58,9 @@ def baseline_subjects(names: Sequence[str], loaded: LoadedModel, plans: Mapping[
 
 
 def shuffled(plan: Plan, seed: int) -> Plan:
-    """The same widths in other layers, drawn at random: keys among keys, values among values, so bytes are equal.
+    """Return a plan with the same widths in other layers, drawn at random.
+
+    Keys are exchanged among keys and values among values, so both plans take the same bytes.
 
     Raises:
         EvaluationError: if all layers are alike, and there is no other order.
@@ -77,7 +79,7 @@ def shuffled(plan: Plan, seed: int) -> Plan:
 
 
 def _plan(name: str, loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) -> Plan | None:
-    """The plan that a name stands for; None if it is a cache."""
+    """Return the plan that a name stands for; None if it is a cache."""
     first = next(iter(plans), None)
     if bits := _widths(name):
         return Plan.uniform(loaded.info, bits, bits, plans[first].cache.plain if first is not None else None)
@@ -98,7 +100,7 @@ def _widths(name: str) -> int | None:
 
 
 def _each(names: Sequence[str]) -> list[str]:
-    """The names, with what `all` stands for."""
+    """Return the names, with those that `all` stands for."""
     from ..cache.baselines.named import BASELINES
 
     return [each for name in names for each in (BASELINES if name == ALL else (name,))]

@@ -1,206 +1,166 @@
-"""Measuring plans against the unquantized cache on the same work, and showing what came of it."""
+"""Plans measured against the unquantized cache on the same work."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
+from typing_extensions import TypedDict
 
-from .. import console, state
-from ..plan.sizes import format_bytes
+from .. import state
+from ..state import Say, unsaid
+from .baselines import baseline_subjects, check_baselines
+from .selection import Choice, check_widths, choose
 
 if TYPE_CHECKING:
-    from ..cache.subject import Subject
     from ..evaluation.base import Settings, Task
     from ..evaluation.gates import Gate, Verdict
-    from ..evaluation.results import Estimate, Metric, Report, Row
-    from ..evaluation.runs import Runs
-    from ..models.loading import LoadedModel
-    from ..plan import ModelInfo, Plan
+    from ..evaluation.results import Report, Row
+    from ..evaluation.runner import Progress
+    from ..plan import ModelInfo
 
-GATE_FAILED = 3
-ROW_FAILED = 1
-MAX_COLUMNS = 10
-"""A table with more is turned: a line a metric, a column a plan."""
+DEFAULT_TASKS = "perplexity"
+
+
+class Loading(TypedDict):
+    """Options of `load_model`."""
+
+    revision: str | None
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+
+class Results(TypedDict):
+    """Options of `RunFolders`: where records go, whether to resume, and the command that made them."""
+
+    root: Path
+    resume: bool
+    command: str
 
 
 class Setup(NamedTuple):
-    """What is measured, and with what.
+    """The work that is measured, and with what.
 
     Attributes:
-        model: None for the one that the plans or the profile are for.
+        model: None for the model of the plans or of the profile.
         tasks: their names, as one text; None for the default.
-        loading: see `load_model`.
-        results: where records go, see `Runs`.
     """
 
     model: str | None
     tasks: str | None
     settings: Settings
-    loading: dict[str, Any]
-    results: dict[str, Any]
+    loading: Loading
+    results: Results
 
 
-class Contest(NamedTuple):
-    """Who is measured: plans, presets, the same width everywhere, and other people's caches."""
+@dataclass(frozen=True)
+class Candidates:
+    """The subjects to measure, by name: plans, presets, the same width everywhere, and other libraries' caches."""
 
-    plans: Sequence[str]
-    presets: Sequence[str]
-    uniform: Sequence[int]
-    baselines: Sequence[str]
+    plans: Sequence[str] = ()
+    presets: Sequence[str] = ()
+    uniform: Sequence[int] = ()
+    baselines: Sequence[str] = ()
+
+    def choose(self, model: str | None, revision: str | None, say: Say = unsaid) -> Choice:
+        """Find the plans, or the newest if nothing is named, and their model; needs no torch. Raises KvmixError."""
+        check_widths(self.uniform)
+        need_plan = not (self.presets or self.uniform or self.baselines)
+        return choose(self.plans, self.presets, model=model, revision=revision, need_plan=need_plan, say=say)
 
 
-def measure_plans(setup: Setup, contest: Contest, options: dict[str, Any], fail_if: Sequence[str]) -> None:
-    """Measure the plans given, or the newest, and leave with the exit code that the outcome deserves.
+@dataclass(frozen=True)
+class Evaluation:
+    """All results of one `kvmix eval`: a report for each task, and a verdict for each gate of each of them."""
+
+    model: ModelInfo
+    reports: tuple[Report, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every gate has passed."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def complete(self) -> bool:
+        """Return whether every subject could be measured."""
+        return all(row.error is None for report in self.reports for row in report.rows)
+
+
+def measure_plans(
+    choice: Choice,
+    candidates: Candidates,
+    setup: Setup,
+    options: Mapping[str, Any],
+    gates: Sequence[str] = (),
+    *,
+    say: Say = unsaid,
+    progress: Progress | None = None,
+    on_report: Callable[[Task, Report, ModelInfo], None] = lambda task, report, model: None,
+) -> Evaluation:
+    """Measure the candidates and judge them by the gates.
 
     Args:
-        options: of single tasks, those that were given.
+        choice: the candidates' plans and model, from `candidates.choose`.
+        options: options of single tasks, those that were given.
+        gates: expressions such as `perplexity>+1%`.
+        say: takes the lines that say which settings plans have.
+        progress: see `run_task`.
+        on_report: called as soon as a task is done, so that a later task's failure does not take its results away.
 
     Raises:
         KvmixError: before anything is measured if it cannot be.
     """
+    from ..cache.subject import Subject
     from ..evaluation import get_tasks, split_tasks
-    from ..evaluation.runs import Runs
+    from ..evaluation.runner import no_progress, run_task
+    from ..evaluation.runs import RunFolders
     from ..models.loading import load_info, load_model
-    from .baselines import check_baselines
-    from .selection import choose
 
-    tasks = get_tasks(split_tasks("perplexity" if setup.tasks is None else setup.tasks), options)
-    gates = _gates(fail_if, tasks)
-    check_baselines(contest.baselines)
-    need_plan = not (contest.presets or contest.uniform or contest.baselines)
-    given = {"model": setup.model, "revision": setup.loading["revision"]}
-    choice = choose(contest.plans, contest.presets, need_plan=need_plan, **given)
-    loading = {**setup.loading, "revision": choice.revision}
+    check_baselines(candidates.baselines)
+    loading = setup.loading
+    tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
+    conditions = _conditions(gates, tasks)
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
-    plans = choice.plans(info, contest.uniform)
-    loaded = load_model(choice.model, **loading)
-    subjects = _subjects(plans, contest.baselines, loaded, setup.settings.seed)
-    runs = Runs(model=state.slug(choice.model), **setup.results)
-    reports = [_report(task, loaded, subjects, setup.settings, runs) for task in tasks]
-    verdicts = [
+    plans = choice.plans(info, candidates.uniform, say)
+    loaded = load_model(
+        choice.model,
+        revision=choice.revision,
+        dtype=loading["dtype"],
+        device=loading["device"],
+        trust_remote_code=loading["trust_remote_code"],
+    )
+    subjects = [Subject(name, plan) for name, plan in plans.items()]
+    subjects += baseline_subjects(candidates.baselines, loaded, plans, setup.settings.seed)
+    runs = RunFolders(model=state.slug(choice.model), **setup.results)
+    reports = []
+    for task in tasks:
+        report = run_task(task, loaded, subjects, setup.settings, runs, progress or no_progress)
+        on_report(task, report, loaded.info)
+        reports.append(report)
+    verdicts = tuple(
         gate.check(_judged(report, plans), report.reference)
-        for gate in gates
+        for gate in conditions
         for task, report in zip(tasks, reports, strict=True)
         if any(metric.name == gate.metric for metric in task.metrics)
-    ]
-    _show_gates(verdicts)
-    console.emit_json(_as_json(loaded.info, reports, verdicts))
-    leave(reports, verdicts)
+    )
+    return Evaluation(loaded.info, tuple(reports), verdicts)
 
 
 def _judged(report: Report, plans: Collection[str]) -> list[Row]:
-    """The rows that gates are about: those of the user's plans, or of the baselines if there is nothing else."""
+    """Return the rows that gates judge: those of the user's plans, or of the baselines if there is nothing else."""
     return [row for row in report.plans if row.plan in plans] or list(report.plans)
 
 
-def _gates(expressions: Sequence[str], tasks: Sequence[Task]) -> list[Gate]:
-    """Raises EvaluationError before anything is measured if a gate makes no sense."""
+def _conditions(expressions: Sequence[str], tasks: Sequence[Task]) -> list[Gate]:
+    """Return the gates. Raises EvaluationError, before anything is measured, if one makes no sense."""
     from ..evaluation.gates import parse_gate
 
     metrics = [metric for task in tasks for metric in task.metrics]
-    known, relative = [m.name for m in metrics], [m.name for m in metrics if not m.plans_only]
+    known = [metric.name for metric in metrics]
+    relative = [metric.name for metric in metrics if not metric.plans_only]
     return [parse_gate(expression, known, relative) for expression in expressions]
-
-
-def _subjects(plans: dict[str, Plan], baselines: Sequence[str], loaded: LoadedModel, seed: int) -> list[Subject]:
-    from ..cache.subject import Subject
-    from .baselines import baseline_subjects
-
-    ours = [Subject(name, plan) for name, plan in plans.items()]
-    return [*ours, *baseline_subjects(baselines, loaded, plans, seed)]
-
-
-def _report(task: Task, loaded: LoadedModel, subjects: Sequence[Subject], settings: Settings, runs: Runs) -> Report:
-    """Run one task and show it at once, so that a later task's failure does not take it away."""
-    from ..evaluation.runner import run_task
-
-    report = run_task(task, loaded, subjects, settings, runs, console.progress)
-    warn(report)
-    metrics = [metric for metric in task.metrics if any(metric.name in row.metrics for row in report.rows)]
-    columns = ("plan", "nominal", "stored", "quantized", *(metric.name.replace("_", " ") for metric in metrics))
-    table: list[Sequence[str]] = [columns, *(_cells(row, metrics) for row in report.rows)]
-    if len(columns) > max(MAX_COLUMNS, len(table)):
-        table = list(zip(*table, strict=True))
-    console.table(f"{task.name} of {loaded.info.id}", table[0], table[1:], f"{report.description}\n")
-    for each in task.details(report.rows):
-        console.table(*each)
-    _draw(report, runs)
-    return report
-
-
-def _draw(report: Report, runs: Runs) -> None:
-    """A picture beside the samples, if the task's values have a place in their contexts."""
-    from ..evaluation.runs import safe_name
-
-    if any("answers" in record for row in report.rows for record in row.records):
-        from ..reporting.heat_map import plot_heat_maps
-
-        path = runs.root / f"{safe_name(report.task)}__{runs.model}__heatmap.png"
-        if plot_heat_maps(report, path):
-            console.text(f"picture: {path}\n\n")
-
-
-def warn(report: Report) -> None:
-    """What must be said about a report, even to a quiet user."""
-    for warning in (*report.warnings, *(warning for row in report.rows for warning in row.warnings)):
-        console.alert(f"warning: {warning}")
-    for row in report.rows:
-        if row.error is not None:
-            console.alert(f"{row.plan} could not be measured: {row.error}")
-
-
-def _cells(row: Row, metrics: Sequence[Metric]) -> list[str]:
-    """A row of the table; what was not measured is a dash."""
-    stored = "-" if row.stored_bits is None else f"{row.stored_bits:.2f}"
-    cells = [row.plan, f"{row.nominal_bits:.2f}", stored, f"{row.quantized_share:.1%}"]
-    return cells + [cell(row.metrics.get(metric.name), metric.unit) for metric in metrics]
-
-
-def cell(estimate: Estimate | None, unit: str) -> str:
-    """`13.25 [12.10, 14.31]`; without an interval where there is none."""
-    if estimate is None:
-        return "-"
-    value, low, high = (_number(number, unit) for number in (estimate.value, estimate.low, estimate.high))
-    return value if estimate.low == estimate.high else f"{value} [{low}, {high}]"
-
-
-def _number(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return format_bytes(value)
-    if unit == "%":
-        return f"{round(value, 2) + 0.0:+.2f} %"
-    return f"{round(value, 4) + 0.0:+.4f}" if unit == "nats" else f"{value:.4g}" + ("x" if unit == "x" else "")
-
-
-def _show_gates(verdicts: Sequence[Verdict]) -> None:
-    for verdict in verdicts:
-        console.text(f"gate {verdict.expression}: {'passed' if verdict.passed else 'FAILED'}\n")
-        for failure in verdict.failures:
-            console.text(f"  {failure}\n")
-            if console.mode.json:
-                console.alert(f"gate {verdict.expression} failed: {failure}")
-
-
-def _as_json(info: ModelInfo, reports: Sequence[Report], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    return {
-        "command": "eval",
-        "model": info.id,
-        "task": ",".join(report.task for report in reports),
-        "tokens": sum(report.tokens for report in reports),
-        "rows": [row.as_json() for report in reports for row in report.rows],
-        "reference": reports[0].reference.plan,
-        "gates": [
-            {"expression": verdict.expression, "passed": verdict.passed, "failures": list(verdict.failures)}
-            for verdict in verdicts
-        ],
-    }
-
-
-def leave(reports: Sequence[Report], verdicts: Sequence[Verdict] = ()) -> None:
-    """With the exit code that the outcome deserves."""
-    if not all(verdict.passed for verdict in verdicts):
-        raise typer.Exit(GATE_FAILED)
-    if any(row.error is not None for report in reports for row in report.rows):
-        raise typer.Exit(ROW_FAILED)

@@ -141,22 +141,23 @@ class Bench:
     @cached_property
     def documents(self) -> list[list[int]]:
         """Return the token ids of the documents, cut like those of a profile. Raises TextError."""
-        from ..profiling.calibration import cut_samples
         from ..texts import load_texts
+        from ..texts.tokens import cut_samples
 
         texts = load_texts(self.texts, seed=self.seed)
-        return cut_samples(self.loaded, texts, self.samples, self.seq_len, self.seed)
+        limit = self.loaded.max_length
+        return cut_samples(self.loaded.tokenizer, texts, self.samples, self.seq_len, self.seed, max_length=limit)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return everything that a loss depends on beside the plan's layers, as plain data for the journal."""
-        from ..profiling.calibration import describe
+        from ..profiling import describe_samples
 
         return {
             "model": self.loaded.info.model_dump(mode="json"),
             "dtype": self.loaded.dtype,
             "cache": self.cache.model_dump(mode="json"),
-            "calibration": describe(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
+            "calibration": describe_samples(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
             "prefix": PREFIX,
             "step": STEP,
         }

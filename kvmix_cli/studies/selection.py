@@ -1,4 +1,4 @@
-"""Which model and which plans the options of `run` and `eval` mean."""
+"""The model and the plans that the options of `run` and `eval` name."""
 
 from __future__ import annotations
 
@@ -7,42 +7,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import console, state
-from ..errors import EvaluationError, StateError
+from .. import state
+from ..errors import EvaluationError, PlanError, StateError
 from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.document import read_yaml
 from ..plan.plan import is_kvtuner
+from ..plan.policies import known_width
 from ..plan.presets import KVTUNER, find_preset, plan_of, presets, put_on, split
+from ..state import Say, unsaid
 
 SHORT_FORM = re.compile(r".*:k\d+v\d+\s*")
 RESERVED = "unquantized"
+"""Name of the reference row, which no plan can have."""
 
 
-def with_presets(cache: CacheSettings, names: Sequence[str], base: str) -> CacheSettings:
-    """A cache with what presets do besides choosing widths, and a notice if they need other pages.
+def with_presets(cache: CacheSettings, names: Sequence[str], base: str, say: Say = unsaid) -> CacheSettings:
+    """Return a cache with everything that presets do besides choosing widths; say if they need other pages.
 
     Args:
-        base: what the cache is of, for errors.
+        base: the plan whose cache it is, for errors.
 
     Raises:
-        StateError, PlanError: if there is no such preset, or it does not go with what is there.
+        StateError, PlanError: if there is no such preset, or it does not fit what is there.
     """
     for name in names:
         settings = put_on(cache, name, base)
         if settings.page != cache.page:
-            console.notice(f"pages of {settings.page} tokens, as {name} needs, instead of {cache.page}")
+            say(f"pages of {settings.page} tokens, as {name} needs, instead of {cache.page}")
         cache, base = settings, f"{base} with '{name}'"
     return cache
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedPlan:
     """One `--plan` or `--preset`: a kvmix plan, or something that becomes one once the model is known.
 
     Attributes:
-        given: what stands before the presets that are put on it.
+        name: its name in tables.
+        given: its file, short form or preset, without the presets that are put on it.
         plan: None for the short form, for KVTuner's presets and for our own.
-        is_preset: whether `given` is the name of one.
+        is_preset: whether `given` is the name of a preset.
         put_on: names of presets, whose transforms and policies the plan gets as well.
     """
 
@@ -52,13 +56,13 @@ class Named:
     is_preset: bool = False
     put_on: tuple[str, ...] = ()
 
-    def resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
-        """The plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
+    def resolve(self, info: ModelInfo, cache: CacheSettings | None, say: Say = unsaid) -> Plan:
+        """Return the plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
         plan = self._resolve(info, cache)
         if not self.put_on:
             return plan
         base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
-        settings = with_presets(plan.cache, self.put_on, f"'{base}'")
+        settings = with_presets(plan.cache, self.put_on, f"'{base}'", say)
         return Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
 
     def _resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
@@ -73,27 +77,28 @@ class Named:
 
     @property
     def states_cache(self) -> bool:
-        """Whether it says more than widths."""
+        """Return whether it says more than widths."""
         return self.plan is not None or self.is_preset
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the options amount to.
+    """The model and the plans that options name.
 
     Attributes:
         model: id of the model to load, and its revision.
         named: the plans, in the order given.
-        source: the plan whose cache settings hold for plans that state widths only; None for the defaults.
+        source: the plan that was named and whose cache settings hold for plans that state widths only; None for the
+            defaults.
     """
 
     model: str
     revision: str | None
-    named: tuple[Named, ...]
-    source: Named | None
+    named: tuple[NamedPlan, ...]
+    source: NamedPlan | None
 
-    def plans(self, info: ModelInfo, uniform: Sequence[int] = ()) -> dict[str, Plan]:
-        """All plans by name, those of `--uniform` last.
+    def plans(self, info: ModelInfo, uniform: Sequence[int] = (), say: Say = unsaid) -> dict[str, Plan]:
+        """Return all plans by name, those of `--uniform` last.
 
         Raises:
             EvaluationError: if two have the same name.
@@ -101,8 +106,8 @@ class Choice:
         """
         cache = self.source.plan.cache.plain if self.source and self.source.plan else None
         if uniform or not all(each.states_cache for each in self.named):
-            console.notice(f"page, group and window: {f'as in plan {self.source.name}' if self.source else 'defaults'}")
-        found = [(each.name, each.resolve(info, cache)) for each in self.named]
+            say(f"page, group and window: {f'as in plan {self.source.name}' if self.source else 'defaults'}")
+        found = [(each.name, each.resolve(info, cache, say)) for each in self.named]
         found += [(f"uniform-{bits}", Plan.uniform(info, bits, bits, cache)) for bits in uniform]
         plans: dict[str, Plan] = {}
         for name, plan in found:
@@ -113,71 +118,89 @@ class Choice:
 
 
 def choose(
-    given: Sequence[str], presets: Sequence[str] = (), *, model: str | None, revision: str | None, need_plan: bool
+    given: Sequence[str],
+    presets: Sequence[str] = (),
+    *,
+    model: str | None,
+    revision: str | None,
+    need_plan: bool,
+    say: Say = unsaid,
 ) -> Choice:
     """Find the plans and presets that are given, or else the newest plan, and the model they are for.
 
     Args:
         given: files, names and short forms of plans, with presets that are put on them: `rank-2.3+mikv`.
         presets: names of presets, with others that are put on them: `mikv+rotate-2`.
-        need_plan: take the newest plan if none is given. If not (`--uniform`, `--baseline`), the newest one is only
-            asked for its model, when that is not named, and for its cache settings.
+        need_plan: take the newest plan if none is given. Otherwise (`--uniform`, `--baseline`) the newest plan only
+            says which model is meant, and only if none is named.
+        say: takes the lines that say which file was taken.
 
     Raises:
-        StateError: if a plan, a preset or the model cannot be told.
+        StateError: if a plan, a preset or the model cannot be determined.
         DocumentError: if a file is faulty.
     """
-    named = (*(_named(each, model) for each in given), *map(_preset, presets))
-    source = next((each for each in named if each.plan is not None), None)
-    if source is None and (model is None or (need_plan and not named)):
-        source = _newest(model)
-        named = named or ((source,) if need_plan else ())
-    if source is None or source.plan is None:
+    named = (*(_named(each, model, say) for each in given), *map(_preset, presets))
+    owner = source = next((each for each in named if each.plan is not None), None)
+    if need_plan and not named:
+        owner = source = _loaded(state.find_plan(model=model, say=say))
+        named = (owner,)
+    elif owner is None and model is None:
+        owner = _loaded(path := state.find_plan())
+        say(f"using the model of plan {path}")
+    if owner is None or owner.plan is None:
         return Choice(str(model), revision, named, None)
-    owner = source.plan.model
-    if model in (None, owner.id):
-        revision = revision or owner.revision
-    return Choice(model or owner.id, revision, named, source)
+    recorded = owner.plan.model
+    if model in (None, recorded.id):
+        revision = revision or recorded.revision
+    return Choice(model or recorded.id, revision, named, source)
 
 
-def _newest(model: str | None) -> Named:
-    path = state.find_plan(model=model)
-    return Named(path.stem, str(path), Plan.load(path))
+def check_widths(uniform: Sequence[int]) -> None:
+    """Raise PlanError for a width of `--uniform` that no plan can have."""
+    for bits in uniform:
+        try:
+            known_width(bits)
+        except ValueError as error:
+            raise PlanError(f"--uniform {bits}: {error}") from error
 
 
-def _named(given: str, model: str | None) -> Named:
-    """A plan by its file, its name or in short form, with presets that are put on it."""
+def _loaded(path: Path) -> NamedPlan:
+    return NamedPlan(path.stem, str(path), Plan.load(path))
+
+
+def _named(given: str, model: str | None, say: Say) -> NamedPlan:
+    """Return a plan by its file, its name or in short form, with presets that are put on it."""
     base, on = split(given, lambda name: _is_plan(name, model))
     if SHORT_FORM.fullmatch(base):
-        return Named(given, base, put_on=on)
-    path = _find_plan(base, model)
+        return NamedPlan(given, base, put_on=on)
+    path = _find_plan(base, model, say)
     plan = None if is_kvtuner(read_yaml(path)) else Plan.load(path)
-    return Named("+".join((path.stem, *on)), str(path), plan, put_on=on)
+    return NamedPlan("+".join((path.stem, *on)), str(path), plan, put_on=on)
 
 
 def _is_plan(name: str, model: str | None) -> bool:
-    """Whether there is a plan of this very name, or what is meant must be a file."""
+    """Return whether there is a plan of exactly this name, or the name can only be a file."""
     try:
         return state.find_plan(name, model=model) is not None
     except StateError:
         return Path(name).suffix in (".yaml", ".yml")
 
 
-def _find_plan(name: str, model: str | None) -> Path:
-    """The plan's file. Raises StateError, with advice if it is a preset's name."""
+def _find_plan(name: str, model: str | None, say: Say) -> Path:
+    """Return the plan's file. Raises StateError, with advice if it is a preset's name."""
     try:
-        return state.find_plan(name, model=model)
+        return state.find_plan(name, model=model, say=say)
     except StateError as error:
         if name in presets():
             raise StateError(f"{error}; for the preset: --preset {name}") from error
         raise
 
 
-def _preset(given: str) -> Named:
-    """A preset by its name, or KVTuner's by its file, with others that are put on it."""
+def _preset(given: str) -> NamedPlan:
+    """Return a preset by its name, or KVTuner's by its file, with others that are put on it."""
     base, on = split(given, lambda name: name.startswith(KVTUNER) and Path(name.removeprefix(KVTUNER)).is_file())
     if base.startswith(KVTUNER):
         name = KVTUNER + Path(base.removeprefix(KVTUNER)).stem
     else:
         find_preset(name := base)
-    return Named("+".join((name, *on)), base, is_preset=True, put_on=on)
+    return NamedPlan("+".join((name, *on)), base, is_preset=True, put_on=on)

@@ -1,9 +1,10 @@
-"""Documents to calibrate on and to evaluate on, as plain strings.
+"""Texts: documents to calibrate on and to evaluate on, as plain strings.
 
     builtin                     the language reference and library sources that every Python carries
     wikitext2[:PATH]            WikiText-2, its rows joined into one document; from the hub, or a file or folder of rows
     c4[:PATH]                   C4 in English, the first shard
-    FILE                        a text file is one document; .jsonl, .parquet and .arrow have one a row
+    FILE                        a text file is one document; .jsonl, .json, .csv, .tsv, .parquet and .arrow have one a
+                                record (see `records.py` for its fields)
     FOLDER                      all such files in it; a folder of `datasets.save_to_disk` is a data set
     hub:NAME[:CONFIG[:SPLIT]]   a data set from the Hugging Face hub, or a folder in its layout
 
@@ -25,7 +26,7 @@ from .builtin import (
     module_sources,
     reference_topics,
 )
-from .files import path_texts
+from .files import path_texts, read_text
 from .hub import HUB, hub_texts
 from .named import find_named
 
@@ -38,6 +39,7 @@ __all__ = [
     "is_one_document",
     "load_texts",
     "module_sources",
+    "read_text",
     "reference_topics",
 ]
 
@@ -46,7 +48,7 @@ MAX_ROWS = 4096
 
 
 def load_texts(source: str = "builtin", *, held_out: bool = False, seed: int = 0) -> list[str]:
-    """Documents of a source, in a fixed order; blank ones are left out.
+    """Return the documents of a source, in a fixed order; blank ones are left out.
 
     Args:
         source: see the head of this module.
@@ -64,13 +66,13 @@ def load_texts(source: str = "builtin", *, held_out: bool = False, seed: int = 0
 
 
 def describe_texts(source: str, *, held_out: bool = False) -> str:
-    """A source in words: what a name stands for, and anything else as it is."""
+    """Return a source in words: the data set of a name, and anything else as it is."""
     named = find_named(source)
     return source if named is None else named.describe(held_out)
 
 
 def is_one_document(source: str) -> bool:
-    """Whether it is known by name to be one long text, so that samples of it are consecutive parts."""
+    """Return whether a source is one long text by its name, so that samples of it are consecutive parts."""
     named = find_named(source)
     return named is not None and named.joined
 

@@ -1,4 +1,4 @@
-"""The text that every Python installation carries: its language reference, and the sources of its library."""
+"""The built-in text, which every Python installation carries: its language reference and sources of its library."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _CALIBRATION = (
 HELD_OUT_MODULES = frozenset(_HELD_OUT.split())
 CALIBRATION_MODULES = frozenset(_CALIBRATION.split())
 MIN_CHARACTERS = 400
-"""Library files shorter than this say little; the built-in text leaves them out."""
+"""Library files shorter than this are left out."""
 
 
 def is_held_out_topic(name: str) -> bool:
-    """Whether a topic of the language reference (`pydoc_data.topics`) is held out for evaluation."""
+    """Return whether a topic of the language reference (`pydoc_data.topics`) is held out for evaluation."""
     return zlib.crc32(name.encode()) % 4 == 0
 
 
 def builtin_texts(*, held_out: bool) -> list[str]:
-    """One side of the text that every Python installation carries: reference topics, then library modules."""
+    """Return one side of the built-in text: reference topics, then library modules."""
     modules = HELD_OUT_MODULES if held_out else CALIBRATION_MODULES
     return reference_topics(held_out=held_out) + [text for name in sorted(modules) for text in module_sources(name)]
 
 
 def reference_topics(*, held_out: bool) -> list[str]:
-    """One side of the language reference. Raises TextError if this Python lacks it.
+    """Return one side of the language reference. Raises TextError if this Python lacks it.
 
     A few topics have the same text under several names. It counts once, and what any name puts on the training
     side is not held out.
@@ -49,7 +49,7 @@ def reference_topics(*, held_out: bool) -> list[str]:
 
 
 def module_sources(name: str) -> list[str]:
-    """Sources of a standard-library module or package, one a file; empty where this Python has none."""
+    """Return the sources of a standard-library module or package, one a file; none where this Python has none."""
     library = Path(sysconfig.get_path("stdlib"))
     paths = [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]

@@ -1,25 +1,35 @@
-"""Text from files and folders: plain text, and rows in JSON lines, Parquet or Arrow."""
+"""Text from files and folders: plain text, and records in JSON, JSON lines, CSV, Parquet or Arrow."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import TextError
 from .hub import is_saved, rows_of, saved_texts
 from .records import document
 
-LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-"""A record a line. C4's shards are `.json.gz`."""
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+"""A record a line."""
+JSON = (".json", ".json.gz")
+"""A list of records, or a record a line, as in C4's shards; anything else in JSON is a text."""
+SEPARATED = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+"""A record a row, its fields named in the first one."""
 TABLES = (".parquet", ".arrow")
+MAX_FIELD = 2**31 - 1
+"""Characters of a field in a table of separated values; the csv module takes 131072 unless told."""
 _SNIFF = 8192
 
 
 def path_texts(path: Path, held_out: bool) -> list[str]:
-    """Documents of a file or folder. Raises TextError."""
+    """Return the documents of a file or folder. Raises TextError."""
     if is_saved(path):
         return saved_texts(path, None, held_out)
     if path.is_dir():
@@ -32,21 +42,61 @@ def path_texts(path: Path, held_out: bool) -> list[str]:
     return _file_texts(path)
 
 
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 text file, without a byte-order mark; one that ends in `.gz` is decompressed.
+
+    Raises:
+        TextError: if it cannot be read, is a device, or is not UTF-8 text.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise TextError(f"{path} is a device: give a text file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+    if _has(path, (".gz",)):
+        data = _decompressed(data, path)
+    elif _is_binary(data):
+        raise TextError(f"{path} is a binary file: give UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
 def _text_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder that look like text, in order of their names; hidden ones are passed over."""
+    """Yield the files below a folder that look like text, in order of their names; hidden ones are passed over."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and (_has(path, (*LINES, *TABLES)) or not _is_binary(path)):
+        has_records = _has(path, (*LINES, *JSON, *SEPARATED, *TABLES))
+        if path.is_file() and not hidden and (has_records or _looks_like_text(path)):
             yield path
+
+
+def _looks_like_text(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return not _is_binary(file.read(_SNIFF))
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_binary(data: bytes) -> bool:
+    return b"\0" in data[:_SNIFF]
 
 
 def _file_texts(path: Path) -> list[str]:
     if _has(path, TABLES):
         return [document(row, f"{path}, row {i}") for i, row in enumerate(rows_of(path))]
-    text = _read(path)
+    text = read_text(path)
     if _has(path, LINES):
-        lines = enumerate(text.split("\n"), 1)  # not `splitlines`: JSON may have other line ends inside its strings
-        return [_parse_line(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+        return _line_texts(text, path)
+    if _has(path, JSON):
+        return _json_texts(text, path)
+    for ending, separator in SEPARATED.items():
+        if _has(path, (ending,)):
+            return _separated_texts(text, path, separator)
     return [text]
 
 
@@ -54,32 +104,52 @@ def _has(path: Path, endings: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(endings)
 
 
-def _is_binary(path: Path) -> bool:
+def _decompressed(data: bytes, path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return b"\0" in file.read(_SNIFF)
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read(path: Path) -> str:
-    packed = _has(path, (".gz",))
-    if not packed and _is_binary(path):
-        raise TextError(f"{path} is a binary file: give UTF-8 text")
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if packed else data).decode("utf-8-sig")
+        return gzip.decompress(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TextError(f"{path} is no whole gzip file ({error}): get it again") from error
-    except OSError as error:
-        raise TextError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
-def _parse_line(line: str, where: str) -> str:
+def _line_texts(text: str, path: Path) -> list[str]:
+    """Return the documents of JSON lines."""
+    lines = enumerate(text.split("\n"), 1)  # not `splitlines`: JSON may have other line ends inside its strings
+    return [document(_parse(line, f"{path}, line {i}"), f"{path}, line {i}") for i, line in lines if line.strip()]
+
+
+def _json_texts(text: str, path: Path) -> list[str]:
+    """Return the documents of a list of records or of JSON lines; one value of another form is itself a text."""
+    start = text.lstrip()[:1]
+    if start == "{" and _is_record(text.lstrip().split("\n", 1)[0]):
+        return _line_texts(text, path)
+    value = _parse(text, str(path)) if start == "[" else None
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return [document(each, f"{path}, record {i}") for i, each in enumerate(value)]
+    return [text]
+
+
+def _is_record(line: str) -> bool:
+    """Return whether a line is a JSON object of its own."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _separated_texts(text: str, path: Path, separator: str) -> list[str]:
+    """Return the documents of a table of separated values."""
+    limit = csv.field_size_limit(MAX_FIELD)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True, restkey="(no name)")
+    try:
+        return [document(row, f"{path}, line {rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise TextError(f"{path}, line {rows.line_num}: no valid table of separated values ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TextError(f"{where}: not valid JSON ({error})") from error
-    return document(record, where)

@@ -1,4 +1,4 @@
-"""Data sets: of the hub, in a folder with the hub's layout, as `datasets.save_to_disk` left them, or one file."""
+"""Data sets: on the hub, in a folder with the hub's layout, as `datasets.save_to_disk` left them, or one file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 HELD_OUT_SPLITS = ("test", "validation", "train")
-"""The first that there is, for evaluation; anything else takes `train`."""
+"""Splits for evaluation, the first that there is; anything else takes `train`."""
 _SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` puts beside its data."""
+"""Files that `save_to_disk` puts beside its data."""
 
 
 def hub_texts(spec: str, held_out: bool, seed: int, most: int) -> list[str]:
-    """Documents of `NAME[:CONFIG[:SPLIT]]`; `most` of them, chosen by seed, if there are more. Raises TextError."""
+    """Return the documents of `NAME[:CONFIG[:SPLIT]]`, of many `most`, chosen by seed. Raises TextError."""
     name, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
     if not name:
@@ -37,7 +37,7 @@ def hub_texts(spec: str, held_out: bool, seed: int, most: int) -> list[str]:
 
 
 def load_rows(name: str, config: str | None, split: str | None, files: dict[str, str] | None = None) -> Any:
-    """Rows of one split; all splits by name if none is asked for. Raises TextError."""
+    """Return the rows of one split; all splits by name if none is asked for. Raises TextError."""
     import datasets
 
     options = {} if files is None else {"data_files": files}
@@ -53,12 +53,12 @@ def load_rows(name: str, config: str | None, split: str | None, files: dict[str,
 
 
 def is_saved(path: Path) -> bool:
-    """Whether it is a folder of `datasets.save_to_disk`."""
+    """Return whether a path is a folder of `datasets.save_to_disk`."""
     return any((path / name).is_file() for name in _SAVED)
 
 
 def saved_texts(path: Path, split: str | None, held_out: bool) -> list[str]:
-    """Documents of such a folder. Raises TextError, also for a split that it lacks."""
+    """Return the documents of such a folder. Raises TextError, also for a split that it lacks."""
     import datasets
 
     try:
@@ -73,7 +73,7 @@ def saved_texts(path: Path, split: str | None, held_out: bool) -> list[str]:
 
 
 def rows_of(path: Path) -> Iterable[Any]:
-    """Records of a Parquet or Arrow file, one after the other. Raises TextError."""
+    """Yield the records of a Parquet or Arrow file. Raises TextError."""
     import pyarrow.ipc
     import pyarrow.parquet
 
@@ -89,17 +89,17 @@ def rows_of(path: Path) -> Iterable[Any]:
 
 
 def some(rows: Dataset, most: int, seed: int) -> Dataset:
-    """All rows in their order, or `most` of them chosen by seed."""
+    """Return all rows in their order, or `most` of them chosen by seed."""
     return rows if len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
 
 
 def row_texts(rows: Iterable[Any], where: str) -> list[str]:
-    """The document of each row. Raises TextError if one has none."""
+    """Return the document of each row. Raises TextError if one has none."""
     return [document(row, f"{where}, row {i}") for i, row in enumerate(rows)]
 
 
 def _one_of(splits: Any, held_out: bool, where: str) -> Any:
-    """The split to take when none is named."""
+    """Return the split to take when none is named."""
     return _held_out(splits, where) if held_out else _split(splits, "train", where)
 
 

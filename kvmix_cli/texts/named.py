@@ -13,15 +13,15 @@ MOST = 50_000
 
 
 @dataclass(frozen=True)
-class Side:
-    """A split; `file` where it is only one of the data set's files."""
+class DataSplit:
+    """A split of a data set; `file` where it is only one of the data set's files."""
 
     split: str
     file: str | None = None
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedText:
     """A text on the hub, or the same rows at a path.
 
     Attributes:
@@ -33,18 +33,18 @@ class Named:
     name: str
     repository: str
     config: str | None
-    training: Side
-    held_out: Side
+    training: DataSplit
+    held_out: DataSplit
     joined: bool = False
     path: str = ""
 
     def load(self, held_out: bool, seed: int) -> list[str]:
-        """Its documents. Raises TextError."""
+        """Return its documents. Raises TextError."""
         texts = path_texts(Path(self.path).expanduser(), held_out) if self.path else self._from_hub(held_out, seed)
         return ["\n\n".join(texts)] if self.joined else texts
 
     def describe(self, held_out: bool) -> str:
-        """What the name stands for."""
+        """Return the data set, or path, that the name stands for."""
         side = self.held_out if held_out else self.training
         place = self.path or " ".join(part for part in (self.repository, self.config, f"{side.split} split") if part)
         first = ", first shard" if side.file and not self.path else ""
@@ -57,18 +57,20 @@ class Named:
         return row_texts(rows if self.joined else some(rows, MOST, seed), self.name)
 
 
-_WIKITEXT2 = Named("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", Side("train"), Side("test"), joined=True)
-_C4 = Named(
+_WIKITEXT2 = NamedText(
+    "wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", DataSplit("train"), DataSplit("test"), joined=True
+)
+_C4 = NamedText(
     "c4",
     "allenai/c4",
     None,
-    Side("train", "en/c4-train.00000-of-01024.json.gz"),
-    Side("validation", "en/c4-validation.00000-of-00008.json.gz"),
+    DataSplit("train", "en/c4-train.00000-of-01024.json.gz"),
+    DataSplit("validation", "en/c4-validation.00000-of-00008.json.gz"),
 )
 NAMED = {text.name: text for text in (_WIKITEXT2, _C4)}
 
 
-def find_named(source: str) -> Named | None:
-    """What `NAME` or `NAME:PATH` stands for; None if it is no such name."""
+def find_named(source: str) -> NamedText | None:
+    """Return the text that `NAME` or `NAME:PATH` stands for; None if it is no such name."""
     name, _, path = source.partition(":")
     return replace(NAMED[name], path=path) if name in NAMED else None

@@ -18,6 +18,8 @@ WORST = {"bf16": 0.005, "fp8": 0.04, "hf-fp8": 0.04, "hf-quanto-4": 0.13, "hf-qu
 WORST |= {"hf-hqq-8": 0.02, "hf-hqq-4": 0.15, "hf-hqq-3": 0.3, "hf-hqq-2": 0.6, "hf-hqq-1": 2.0}
 """Root mean square error on standard normal numbers, with room."""
 PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "quanto" in name else name for name in BASELINES]
+"""Of every baseline; quanto compiles an extension on first use, which takes minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def numbers(tokens=TOKENS, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_context_is_read_back_nearly_as_it_was_and_the_prompt_sees_itself_as_it_is(name, model):
     cache = make(name, model)
     keys, values = numbers()
@@ -62,7 +64,7 @@ def test_a_context_is_read_back_nearly_as_it_was_and_the_prompt_sees_itself_as_i
         assert (read[:, :, TOKENS:] - token).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("hf-")])
+@pytest.mark.parametrize("name", [name for name in NAMES if "hf-" in str(name)])
 def test_the_stock_cache_does_what_it_would_do_without_us(name, model):
     cache = make(name, model)
     settings = baseline(name, model).settings
@@ -84,7 +86,7 @@ HQQ_3_BIT = 7 * 32 / 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
     need(name)
     found = baseline(name, build("llama", dtype))
@@ -94,7 +96,7 @@ def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
     assert (found.stored_bits > found.nominal_bits) == (name not in ("bf16", "fp8"))
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_cache_are_those_of_its_codes_scales_and_residual(name, model):
     cache = make(name, model)
     stored = baseline(name, model).stored_bits
@@ -121,7 +123,7 @@ def steps(cache, model, *counts):
     return share.quantized / share.total, share.total
 
 
-@pytest.mark.parametrize("name", ["hf-quanto-4", "hf-hqq-4"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "-4" in str(name)])
 def test_the_residual_does_not_count_as_quantized(name, model):
     assert steps(make(name, model), model, 128)[0] == 0
     share, total = steps(make(name, model), model, 128, 1)
@@ -201,6 +203,7 @@ def test_settings_say_what_numbers_depend_on(model):
     assert baseline("bf16", model).settings == {"dtype": "bfloat16"}
 
 
+@pytest.mark.slow  # quanto's extension
 def test_bits_are_the_same_for_heads_of_any_shape(model):
     need("hf-quanto-4")
     odd = copy.deepcopy(model.config)

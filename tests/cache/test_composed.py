@@ -1,8 +1,9 @@
-"""Transforms, tiers and runs in whole models: exact at 16 bits, alike on every path, right when tokens go back."""
+"""Transforms, tiers and channel groups in whole models: exact at 16 bits, the same on every path."""
 
 import pytest
 import torch
 from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, implementations
+from composing import AXES, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teaching import ids, teacher_forced
@@ -11,51 +12,12 @@ from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
-from kvmix_cli.models.geometry import model_info
-from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
-from kvmix_cli.plan.windows import Recent
+from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPolicy
 
-CENTERED = Transforms(k=(Center(),), v=(Center(),))
-AXES = {
-    "rotated": {"transforms": Transforms(k=(Rotate(),), v=(Rotate(seed=1),))},
-    "balanced": {"transforms": Transforms(k=(Balance(),), v=(Balance(),))},
-    "centered": {"transforms": CENTERED},
-    "all of them": {"transforms": Transforms(k=(Center(), Balance(), Rotate()), v=(Balance(), Rotate(), Center()))},
-    "attention": {"tokens": TokenPolicy(tiers=(Tier(share=0.2, k=16, v=16),), flush=80)},
-    "normalised": {
-        "tokens": TokenPolicy(
-            score="normalised", tiers=(Tier(share=0.2, k=16, v=16), Tier(share=0.4, k=16, v=16)), flush=80
-        )
-    },
-    "recency": {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.5, k=16, v=16),), flush=32)},
-    "query-range": {"channels": ChannelPolicy(runs=(ChannelGroup(channels=16, bits=16),))},
-    "everything": {
-        "transforms": Transforms(k=(Rotate(), Balance()), v=(Rotate(),)),
-        "tokens": TokenPolicy(tiers=(Tier(share=0.2, k=16, v=16),), flush=80),
-        "channels": ChannelPolicy(score="magnitude", runs=(ChannelGroup(channels=16, bits=16),), refresh=32),
-    },
-}
 WITHOUT_QUERIES = ("rotated", "centered", "recency")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
 STEPS = [90] + [1] * 12 + [70, 5, 1]
-
-
-def plan_for(model, axes, k=16, v=16, sink=4):
-    info = model_info(model.config, "test")
-    cache = CacheSettings(page=16, sink=sink, group_size=16, window=Recent(tokens=10), **axes)
-    layer = LayerPlan(k=TensorPlan(bits=k), v=TensorPlan(bits=v))
-    return Plan.build(info, dict.fromkeys(info.quantizable, layer), cache)
-
-
-def quantized(axes):
-    """The same with fewer bits in tiers and runs."""
-    axes = dict(AXES[axes])
-    if policy := axes.get("tokens"):
-        tiers = tuple(Tier(share=tier.share, k=8, v=4) for tier in policy.tiers)
-        axes["tokens"] = policy.model_copy(update={"tiers": tiers})
-    return axes
 
 
 def left_padded(tokens, padding):
@@ -111,7 +73,7 @@ def test_attention_that_shows_no_queries_is_a_named_error(family):
     cache = MixedCache.from_plan(plan_for(model, AXES["attention"], 2, 2), model.config)
     tokens = ids(30)
     model(tokens, past_key_values=cache)
-    with pytest.raises(PolicyError, match=r"layer 0: the plan goes by attention.*attn_implementation='kvmix'"):
+    with pytest.raises(PolicyError, match=r"layer 0: the plan needs the model.s queries.*attn_implementation='kvmix'"):
         model(tokens, past_key_values=cache)
 
 
@@ -120,7 +82,7 @@ def test_beams_and_batches(axes):
     model = build("llama", wide=True)
     model.set_attn_implementation("kvmix")
     plan = plan_for(model, quantized(axes), 2, 4)
-    tokens, step = ids(200), ids(1)
+    tokens, step = ids(200), ids(2)
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     with torch.no_grad():
         model(tokens, past_key_values=one)
@@ -128,10 +90,11 @@ def test_beams_and_batches(axes):
         one.batch_select_indices(torch.tensor([0, 3]))
         one.reorder_cache(torch.tensor([1, 0]))
         model(tokens.flip(0), past_key_values=other)
-        for _ in range(100):
+        for _ in range(50):  # past a flush
             logits = [model(step, past_key_values=cache).logits for cache in (one, other)]
             torch.testing.assert_close(*logits)
-    assert model.generate(tokens, past_key_values=MixedCache.from_plan(plan, model.config), num_beams=3).shape[0] == 2
+    cache = MixedCache.from_plan(plan, model.config)
+    assert model.generate(tokens, past_key_values=cache, num_beams=3, max_new_tokens=20).shape == (2, 220)
 
 
 @given(
@@ -217,7 +180,7 @@ def test_eviction_is_a_mask_over_what_attention_said():
         model(tokens, past_key_values=cache)
         got = model(step, past_key_values=cache).logits
         model(tokens, past_key_values=full)
-        gone = cache.layers[0]._sorter.tiers.view == 255
+        gone = cache.layers[0]._tiers.tiers.view == 255
         assert gone.sum(-1).tolist() == [[48, 48]]
         mask = torch.ones(1, 2, 1, tokens.shape[1] + 1, dtype=torch.bool)
         mask[:, :, 0, :64] = ~gone
@@ -238,8 +201,7 @@ def test_a_score_of_ones_own():
     cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
     with torch.no_grad():
         model(ids(4 + 64 + 10 + ROLLBACK), past_key_values=cache)
-    assert cache.layers[0]._sorter.tiers.view[0, 0].tolist() == [0] * 16 + [1] * 48
-    del TOKEN_SCORES["test-first"]
+    assert cache.layers[0]._tiers.tiers.view[0, 0].tolist() == [0] * 16 + [1] * 48
 
 
 @pytest.mark.parametrize(

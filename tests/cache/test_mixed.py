@@ -3,15 +3,19 @@
 import pytest
 import torch
 from architectures import build
+from composing import AXES, plan_for
 from kvmix_kernels.runtime.native import library
 from kvmix_kernels.segments import Packed
+from teaching import ids
 from transformers import MistralConfig
 
+from kvmix_cli.cache.baselines.named import named_cache
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.sizes import cache_nbytes
-from kvmix_cli.errors import PlanError, QuantizationError
+from kvmix_cli.errors import CacheError, PlanError, QuantizationError
 from kvmix_cli.models.geometry import stock_layers
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
+from kvmix_cli.plan.policies import TokenPolicy
 from kvmix_cli.plan.windows import Recent, Rpc
 
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)
@@ -94,6 +98,97 @@ def test_stock_layers_are_found_and_counted():
     with torch.no_grad():
         model(torch.ones(1, 100, dtype=torch.long), past_key_values=cache)
     assert cache_nbytes(cache) == 2 * 2 * 16 * 4 * (2 * 100 + 2 * 23)
+
+
+SETTINGS = CacheSettings(page=16, sink=4, group_size=16, window=Recent(tokens=0))
+AXES_WITH_STATE = [{}, AXES["all of them"], AXES["recency"], AXES["everything"]]
+
+
+@pytest.mark.parametrize("axes", AXES_WITH_STATE, ids=["pages", "all of them", "recency", "everything"])
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_refused_update_leaves_the_cache_as_it_was(axes, tokens):
+    """Another batch size is refused before anything is counted or stored, and the cache goes on as if it never came."""
+    model = build("llama", wide=True)
+    model.set_attn_implementation("kvmix")
+    plan = plan_for(model, axes, 4, 4)
+    refused, straight = (MixedCache.from_plan(plan, model.config) for _ in range(2))
+    with torch.no_grad():
+        for cache in (refused, straight):
+            model(ids(100), past_key_values=cache)
+            model(ids(1), past_key_values=cache)
+        before = refused.nbytes, refused.attended.total
+        with pytest.raises(
+            CacheError, match=r"layer 0 holds keys of 2 sequences .* and was given 3 sequences .*; use a new"
+        ):
+            model(ids(tokens, batch=3), past_key_values=refused)
+        assert (refused.nbytes, refused.attended.total) == before
+        assert {refused.get_seq_length(layer) for layer in range(4)} == {101}
+        assert all(store.length == 101 for layer in refused.layers for store in layer.stores)
+        logits = [model(ids(120, seed=1), past_key_values=cache).logits for cache in (refused, straight)]
+        torch.testing.assert_close(*logits)
+        torch.testing.assert_close(*[model(ids(1), past_key_values=cache).logits for cache in (refused, straight)])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 16), (2, 2, 3, 32)])
+def test_other_heads_are_refused(shape):
+    config = build("llama", torch.float32).config
+    cache = MixedCache.from_plan(Plan.uniform(INFO, 4, 4, SETTINGS), config)
+    cache.update(torch.ones(2, 2, 30, 16), torch.ones(2, 2, 30, 16), 1)
+    with pytest.raises(
+        CacheError, match=f"layer 1 holds .* and was given 2 sequences x {shape[1]} KV heads x {shape[3]}"
+    ):
+        cache.update(torch.ones(shape), torch.ones(shape), 1)
+    assert cache.get_seq_length(1) == 30
+
+
+@pytest.mark.parametrize(("prompt", "bad"), [(900, "values"), (30, "values"), (900, "keys")])
+def test_numbers_that_cannot_be_quantized_leave_keys_and_values_of_one_length(prompt, bad):
+    config = build("llama", torch.float32).config
+    cache = MixedCache.from_plan(Plan.uniform(INFO, 4, 4, SETTINGS), config)
+    states = {name: torch.ones(2, 2, prompt, 16) for name in ("keys", "values")}
+    states[bad][0, 0, 10, 3] = torch.nan
+    with pytest.raises(QuantizationError, match=f"layer 0 {bad}: NaN"):
+        for _ in range(2):
+            cache.update(states["keys"], states["values"], 0)
+    assert len({store.length for store in cache.layers[0].stores}) == 1
+    assert cache.get_seq_length() in (prompt, 2 * prompt)
+
+
+def test_a_refused_crop_leaves_the_cache_as_it_was():
+    model = build("llama", wide=True)
+    model.set_attn_implementation("kvmix")
+    plan = plan_for(model, {"tokens": TokenPolicy(evict=0.5, flush=32)}, 4, 4)
+    cropped, straight = (MixedCache.from_plan(plan, model.config) for _ in range(2))
+    with torch.no_grad():
+        for cache in (cropped, straight):
+            model(ids(100), past_key_values=cache)
+            model(ids(1), past_key_values=cache)
+        with pytest.raises(PlanError, match="cannot go back"):
+            cropped.crop(-60)
+        for seed in range(40):
+            logits = [model(ids(1, seed=seed), past_key_values=cache).logits for cache in (cropped, straight)]
+            torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("name", ["plan", "composed plan", "fp8", "hf-fp8"])
+def test_a_reset_cache_has_read_nothing(name):
+    model = build("llama", torch.float32, wide=True)
+    model.set_attn_implementation("kvmix")
+    if name.endswith("plan"):
+        cache = MixedCache.from_plan(plan_for(model, AXES["everything"] if name != "plan" else {}, 4, 4), model.config)
+    else:
+        cache = named_cache(name, model.config, model.dtype, model.device).cache(model.config)
+    logits = []
+    for _ in range(2):
+        with torch.no_grad():
+            model(ids(100), past_key_values=cache)
+            logits.append(model(ids(1), past_key_values=cache).logits)
+        assert cache.attended.share > 0
+        cache.reset()
+        assert (cache.attended.total, cache.attended.quantized, cache.get_seq_length()) == (0, 0, 0)
+        if isinstance(cache, MixedCache):
+            assert (cache.nbytes, cache.allocated_bytes) == (0, 0)
+    torch.testing.assert_close(*logits)
 
 
 def test_a_plan_for_other_layers_is_refused():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.layout import PageLayout
 
-from kvmix_cli.cache.packing.pages import Pages
+from kvmix_cli.cache.packing.pages import PagePacking
 from kvmix_cli.cache.store import ROLLBACK, Store
 from kvmix_cli.errors import QuantizationError
 from kvmix_cli.plan import CacheSettings
@@ -18,7 +18,7 @@ WINDOWS = [Recent(tokens=0), Recent(tokens=20), Recent(tokens=128), Rpc(), NoWin
 def store(window=WINDOWS[1], bits=4, sink=4, page=16, reserve=0):
     layout = None if bits == 16 else PageLayout("key", bits, head_dim=16, page=page, group_size=None)
     settings = CacheSettings(page=page, sink=sink, window=window)
-    packing = layout and Pages("layer 0 keys", layout, max(0, reserve - sink) // page)
+    packing = layout and PagePacking("layer 0 keys", layout, max(0, reserve - sink) // page)
     return Store(packing, settings, bits, reserve)
 
 
@@ -83,8 +83,8 @@ def test_growth_is_amortised(monkeypatch):
     from kvmix_cli.cache.buffer import Buffer
 
     moved = []
-    move = Buffer._move
-    monkeypatch.setattr(Buffer, "_move", lambda *args, kept: moved.append(kept) or move(*args, kept=kept))
+    move = Buffer._moved
+    monkeypatch.setattr(Buffer, "_moved", lambda self, *args: moved.append(self.length) or move(self, *args))
     some = store(bits=16)
     for seed in range(2000):
         some.append(tokens(1, seed))

@@ -25,6 +25,8 @@ HEADS = [(4, 4), (4, 2), (6, 2), (8, 1)]
 CHAINS = st.lists(st.sampled_from([Rotate(seed=7), Center(), Balance()]), min_size=1, max_size=4).map(tuple)
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 """Of numbers of size 1, after scores or outputs were taken of them."""
+SAME = {"rtol": 1e-9, "atol": 1e-11}
+"""Float64 products of different batch sizes: BLAS may sum in another order, which balancing and centering then see."""
 SIGNS_OF_SEED_0 = [-1, 1, 1, -1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, -1, -1]
 MEANS = Path(__file__).parents[2] / "docs" / "examples" / "means.py"
 
@@ -134,12 +136,15 @@ def test_the_state_goes_with_the_batch(steps, kind, seed):
     together.fit(prompt, query)
     together.apply(lambda tensor: tensor.index_select(0, chosen))
     apart.fit(prompt[chosen], query[chosen])
-    assert all(torch.equal(a, b) for a, b in zip(together.tensors(), apart.tensors(), strict=True))
+    for one, other in zip(together.tensors(), apart.tensors(), strict=True):
+        torch.testing.assert_close(one, other, **SAME)
     assert all(tensor.shape == (4, 2, 1, 48) for tensor in together.tensors())
     assert len(together.tensors()) == sum(not isinstance(step, Rotate) for step in steps)
-    assert torch.equal(together.store(prompt[chosen]), apart.store(prompt[chosen]))
-    assert torch.equal(together.query(query[chosen]), apart.query(query[chosen]))
-    assert torch.equal(together.output(query[chosen]), apart.output(query[chosen]))
+    for function in ("store", "query", "output"):
+        given_states = prompt[chosen] if function == "store" else query[chosen]
+        torch.testing.assert_close(
+            getattr(together, function)(given_states), getattr(apart, function)(given_states), **SAME
+        )
 
 
 def test_no_transforms_are_an_empty_chain_that_does_nothing():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,29 @@ def test_settings_of_the_cache(kvmix, tmp_path):
     assert cache["window"] == {"kind": "recent", "tokens": 16}
     assert (cache["page"], cache["sink"], cache["group_size"], cache["scale_dtype"]) == (64, 0, "row", "bfloat16")
     assert {layer.k.bits for layer in plan.layers.values()} <= {1, 4}
+
+
+def test_a_name_depends_on_the_options_and_on_nothing_else(kvmix, tmp_path):
+    """Options that are not in the name add a hash, so that no plan replaces another one."""
+    for _ in range(2):
+        for args in ([], ["--page", 64], ["--page", 64, "--k-bits", "2,4"], ["--with", "mikv"], ["--batch", 4]):
+            assert kvmix("allocate", "--avg-bits", 3, *args).code == 0
+        found = names(tmp_path)
+        assert len(found) == 4
+        assert {"rank-3.yaml", "rank-3+mikv.yaml"} <= set(found)
+        assert all(re.fullmatch(r"rank-3(-[0-9a-f]{6}|\+mikv)?\.yaml", name) for name in found)
+
+
+@pytest.mark.parametrize("text", ["128K", "131072"])
+def test_a_context_may_be_in_thousands(kvmix, text):
+    assert kvmix("allocate", "--avg-bits", 3, "--context", text, "--json").json["bytes"]["context"] == 131072
+
+
+def test_a_family_never_becomes_the_default_plan(kvmix):
+    make_curves = kvmix("allocate", "--method", "uniform", "--avg-bits", 3)
+    assert make_curves.code == 0
+    kvmix("allocate", "--method", "pareto")
+    assert "uniform-3" in kvmix("export", "--to", "kvtuner").err
 
 
 @pytest.mark.parametrize(
@@ -253,10 +277,10 @@ def test_a_full_disk_leaves_nothing(kvmix, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("allocate", "--avg-bits", 3, "--json")
+    ran = kvmix("allocate", "--avg-bits", 3)
     assert ran.code == 1
     assert (
-        "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; nothing was changed" in ran.error
+        "cannot write profiles/org--model/plans/rank-3.yaml: No space left on device; no file was changed" in ran.error
     )
     assert ran.out == ""
     assert names(tmp_path) == []

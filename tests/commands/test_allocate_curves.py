@@ -29,8 +29,8 @@ def names(tmp_path):
 
 
 def test_an_exact_plan_says_what_it_is_predicted_to_lose(kvmix, tmp_path, predicted):
-    ran = kvmix("allocate", "--stored-bits", 3, "--method", "ilp", "--group-size", "32,64,128")
-    plan = Plan.load(tmp_path / PLANS / "ilp-stored-3.yaml")
+    ran = kvmix("allocate", "--stored-bits", 3, "--method", "ilp", "--group-size", "32,64,128", "--name", "groups")
+    plan = Plan.load(tmp_path / PLANS / "groups.yaml")
     loss = plan.provenance["predicted_loss"]
     assert loss == pytest.approx(predicted_loss(plan, predicted.score("loss")), rel=1e-5)
     assert f"{loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as loss predicts" in ran.out
@@ -135,7 +135,7 @@ def tiny(tmp_path):
 
 SEARCH = (
     *("allocate", "--stored-bits", 3.5, "--method", "search", "--trials", 4, "--samples", 2),
-    *("--page", 32, "--group-size", 32, "--window", "recent:32"),
+    *("--page", 32, "--group-size", 32, "--window", "recent:32", "--name", "search-stored-3.5-seed0"),
 )
 FOLDER = "profiles/builtin--tiny/plans"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import transformers.cache_utils
 from commandline import kvmix, kvmix_json, refused
-from evaluating import INFO, SHORT, Counting, stand_in, tiny, uniform
+from evaluating import INFO, SHORT, Counting, run_folder, stand_in, tiny, uniform
 
 from kvmix_cli import evaluation
 from kvmix_cli.cache.baselines.casting import CastCache
@@ -161,9 +161,9 @@ def test_what_a_run_was_made_with_is_kept_and_asked_for_on_resume(tmp_path):
     pytest.importorskip("hqq")
     (subject,) = subjects("hf-hqq-4")
     run_task(Counting(), stand_in(), [subject], Settings(), Runs(tmp_path, "tiny"))
-    config = (tmp_path / "counting__tiny__hf-hqq-4" / "config.yaml").read_text()
+    config = (run_folder(tmp_path, "hf-hqq-4", "counting", "tiny") / "config.yaml").read_text()
     assert "baseline: {backend: hqq, nbits: 4, axis_key: 1, axis_value: 1, transformers: " in config
     baseline = subject.baseline
     newer = Subject("hf-hqq-4", baseline=replace(baseline, settings={**baseline.settings, "hqq": "9.9"}))
-    with pytest.raises(EvaluationError, match=r"with another baseline\.hqq"):
+    with pytest.warns(UserWarning, match=r"with another baseline\.hqq"):
         run_task(Counting(), stand_in(), [newer], Settings(), Runs(tmp_path, "tiny", resume=True))

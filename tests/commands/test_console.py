@@ -78,6 +78,31 @@ def test_one_line_whatever_a_message_quotes(capsys):
     assert capsys.readouterr().err == "kvmix: a b c?[2J?d\n"
 
 
+def test_text_of_files_and_models_cannot_move_the_cursor(capsys):
+    console.text("a\x1b]0;title\x07b\tc\r\nd\re\x9b1A\n")
+    console.table("t\x1b[2J", ["\x08a"], [["\x1b[31mred"], ["ok"]], "foot\x1b[0m\nline")
+    out = capsys.readouterr().out
+    assert not set(out) & {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}
+    assert out.startswith("a?]0;title?b\tc\nd?e?1A\n")
+    assert "?[31mred" in out
+    assert "foot?[0m\nline" in out
+
+
+def test_json_holds_no_control_characters_either(capsys):
+    console.mode.json = True
+    console.emit_json({"text": "a\x1bb\x9bc\x7f\ud800"})
+    out = capsys.readouterr().out
+    assert out.isprintable() or not set(out[:-1]) & {"\x1b", "\x9b", "\x7f"}
+    assert json.loads(out) == {"text": "a\x1bb\x9bc\x7f?"}
+
+
+def test_there_is_one_object_even_if_an_error_follows(capsys):
+    console.mode.json = True
+    console.emit_json({"a": 1})
+    console.fail(KvmixError("late"), "run")
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
 def test_no_bar_without_a_terminal(capsys):
     with console.progress("work", 3) as bar:
         bar()
@@ -99,6 +124,16 @@ def test_a_bar_on_a_terminal_unless_quiet(monkeypatch, quiet):
         bar.reach(3)
     shown = console.sys.stderr.getvalue()
     assert ("work" in shown, "3/4" in shown) == (not quiet, not quiet)
+    assert "-:--:--" not in shown
+    assert (", none done yet" in shown) == (not quiet)
+
+
+def test_a_terminal_that_knows_no_unicode(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    console.table("t", ["a", "b"], [[1, 2]])
+    assert not console.is_unicode()
+    assert "=" in stream.buffer.getvalue().decode("ascii")
 
 
 def test_a_full_disk(monkeypatch):

@@ -1,11 +1,21 @@
 """`kvmix demo`: the whole pipeline, on little text."""
 
+import subprocess
+import sys
+
+import pytest
 from commandline import kvmix, kvmix_json, refused
 
+from kvmix_cli.commands.demo import DemoOptions
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Profile
+from kvmix_cli.studies import demo as steps
+
+EXTRAS = ("lm_eval", "jieba", "fuzzywuzzy", "rouge", "hqq", "optimum", "accelerate")
+"""Packages of the extras of pyproject.toml, which the core installation lacks."""
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = kvmix_json("demo", "--samples", 2, "--limit", 1)
@@ -23,6 +33,45 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
     assert rows["perplexity", "kvmix"]["quantized_share"] > 0.8
     assert rows["perplexity", "uniform-2"]["metrics"]["perplexity_increase_percent"]["value"] > 0
     assert len(result["text"]) > 20
+
+    measured = []
+    monkeypatch.setattr(steps, "make_profile", counted(steps.make_profile, measured))
+    resumed = kvmix_json("demo", "--samples", 2, "--limit", 1, "--resume")
+    assert measured == [[]], "the finished profile is read, not measured again"
+    assert resumed["rows"] == result["rows"]
+
+
+def counted(make_profile, measured):
+    """`make_profile` that notes the steps it reports."""
+
+    def make(*args, on_step, **options):
+        seen = []
+        measured.append(seen)
+        return make_profile(*args, on_step=lambda done, total: seen.append(done), **options)
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_quick_demo_with_the_core_installation_only(tmp_path):
+    script = f"""
+import sys
+for name in {EXTRAS}:
+    sys.modules[name] = None
+from kvmix_cli.main import main
+main()
+"""
+    command = [sys.executable, "-c", script, "demo", "--quick", "--samples", "1", "--limit", "1"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    plans = (tmp_path / "kvmix-demo" / "builtin--tiny" / "plans").iterdir()
+    assert sorted(path.stem for path in plans) == ["kvmix", "random-0", "uniform-2"]
+
+
+def test_quick_is_less_of_everything_that_is_not_given():
+    assert DemoOptions().effort == steps.Effort(samples=30, limit=10, random_plans=3)
+    assert DemoOptions(quick=True).effort == steps.QUICK
+    assert DemoOptions(quick=True, samples=7).effort == steps.Effort(7, steps.QUICK.limit, steps.QUICK.random_plans)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):

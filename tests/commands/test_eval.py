@@ -164,7 +164,7 @@ def test_a_run_that_read_nothing_quantized_warns_loudly(counting):
     [
         (("--task", "perplexity,recal"), "no task 'recal' (did you mean 'recall'?)"),
         (("--task", ""), "no task ''"),
-        (("--fail-if", "perplexity"), "'perplexity' is no gate"),
+        (("--fail-if", "perplexity"), "'perplexity' is not a gate"),
         (("--fail-if", "recall<0.8"), "no metric 'recall'; the tasks report perplexity"),
         (("--fail-if", "perplexity>1%"), "a percentage needs a sign"),
         (("--uniform", "7"), "must be one of 1, 2, 3, 4, 8, 16"),

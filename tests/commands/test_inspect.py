@@ -148,7 +148,7 @@ def test_faulty_files(kvmix, tmp_path, text, message):
     assert ran.code == 1
     assert "file.yaml" in ran.error
     assert message in ran.error
-    assert ran.out == ""
+    assert message in ran.json["error"]["message"]
 
 
 def test_a_file_that_is_not_there(kvmix):

@@ -1,5 +1,6 @@
 """`kvmix eval --leaderboard`: who stands where is worked out on losses that are known, and once measured for real."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
             assert words in text
     assert page.startswith("<!-- kvmix eval --leaderboard")
     assert Path("out/leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    named = json.loads(Path("out/leaderboard.json").read_text())
+    assert all(len(plan) == 12 and names for plan, names in named.items())
 
 
 def test_an_interrupted_leaderboard_is_gone_on_with(foretold):

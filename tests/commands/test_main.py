@@ -1,15 +1,19 @@
 """The frame around the commands: light to start, one line for an error, the promised exit codes."""
 
+import os
+import shlex
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 from made_up import falling
+from typer.main import get_command
 
 from kvmix_cli import __version__, allocation, errors
-from kvmix_cli.commands import options
+from kvmix_cli.main import app
 
 COMMANDS = ["profile", "allocate", "run", "eval", "report", "inspect", "export", "demo"]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "kvmix_cli.plan")
@@ -67,7 +71,8 @@ def kinds(kind):
 @pytest.mark.parametrize("kind", kinds(errors.KvmixError))
 def test_every_error_is_one_line_and_1(kvmix, monkeypatch, profiled, kind):
     message = "what\nhappened\x1b[31m"
-    error = kind("file", [message]) if kind is errors.DocumentError else kind(message)
+    arguments = {errors.DocumentError: ("file", [message]), errors.UnknownTaskError: ("x", message)}
+    error = kind(*arguments.get(kind, (message,)))
 
     def broken(*args, **options):
         raise error
@@ -90,14 +95,66 @@ def test_an_interrupt_is_130(kvmix, monkeypatch):
     assert (ran.code, ran.out, ran.err) == (130, "", "kvmix: interrupted\n")
 
 
-@pytest.mark.usefixtures("profiled")
-def test_a_bug_is_not_hidden(kvmix, monkeypatch):
-    def broken(*args, **options):
-        raise ZeroDivisionError
+@pytest.fixture
+def broken(monkeypatch, profiled):
+    """An `allocate` with a bug in it."""
 
-    monkeypatch.setattr(allocation, "allocate", broken)
-    with pytest.raises(ZeroDivisionError):
-        kvmix("allocate", "--avg-bits", 3)
+    def divide(*args, **options):
+        return 1 // 0
+
+    monkeypatch.setattr(allocation, "allocate", divide)
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_bug_is_one_line_that_says_what_to_report(kvmix):
+    ran = kvmix("allocate", "--avg-bits", 3, "-q")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("kvmix: error: this is a bug in kvmix: ZeroDivisionError: integer division or modulo by")
+    assert "commands/allocate.py:" in ran.err
+    assert "please report it with this line, the output of the same command with --traceback" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("option", ["--traceback", "-v"])
+def test_the_traceback_of_a_bug_is_an_option(kvmix, option):
+    ran = kvmix("allocate", "--avg-bits", 3, option)
+    assert ran.code == 1
+    assert "Traceback (most recent call last)" in ran.err
+    assert "return 1 // 0" in ran.err
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    ("args", "code", "kind", "said"),
+    [
+        (["--avg-bits", 3], 1, "ZeroDivisionError", "this is a bug in kvmix"),
+        (["--avg-bits", 99, "--profile", "gone.yaml"], 1, "StateError", "gone.yaml does not exist"),
+        ([], 2, "UsageError", "give exactly one budget"),
+        (["--avg-bits", "x"], 2, "UsageError", "Invalid value for '--avg-bits'"),
+        (["--frob"], 2, "UsageError", "No such option"),
+        (["--avg-bits", 3, "--dtype", "int4"], 1, "ModelError", "unknown dtype 'int4'"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_under_json_is_one_object(kvmix, args, code, kind, said, first):
+    ran = kvmix("allocate", *(["--json", *args] if first else [*args, "--json"]))
+    assert ran.code == code
+    assert ran.json["command"] == "allocate"
+    assert ran.json["error"]["type"] == kind
+    assert said in ran.json["error"]["message"]
+    assert said in ran.err
+
+
+@pytest.mark.usefixtures("profiled")
+def test_an_interrupt_under_json_is_one_object(kvmix, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(allocation, "allocate", interrupted)
+    ran = kvmix("allocate", "--avg-bits", 3, "--json")
+    assert ran.code == 130
+    assert ran.json == {"command": "allocate", "error": {"type": "Interrupted", "message": "interrupted"}}
 
 
 @pytest.mark.usefixtures("profiled")
@@ -133,15 +190,91 @@ def test_a_full_disk_under_stdout(tmp_path):
     assert ran.stderr.startswith("kvmix: error: cannot write the output: No space left on device")
 
 
-@pytest.mark.parametrize("text", ["", "x", "8i", "8iB", "-1", "1e9", "8 G B", "nan"])
-def test_what_is_no_size(text):
-    with pytest.raises(options.typer.BadParameter):
-        options.parse_bytes(text)
+def started(tmp_path, *args, **options):
+    """A command in a process of its own, in an empty folder."""
+    command = [sys.executable, "-m", "kvmix_cli", *args]
+    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_package_is_a_command():
+    ran = subprocess.run([sys.executable, "-m", "kvmix_cli", "--version"], capture_output=True, text=True, check=False)
+    assert ran.stdout == f"kvmix {__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "count"),
-    [("0", 0), ("17", 17), ("17B", 17), ("2k", 2048), ("2KB", 2000), ("2KiB", 2048), ("1.5gib", 3 * 2**29)],
+    "args",
+    [
+        ["eval", "--leaderboard", "--plan", "x"],
+        ["eval", "--scores", "kl"],
+        ["eval", "--step", "0"],
+        ["eval"],
+        ["run"],
+        ["run", "--prompt", "x", "--top-p", "2"],
+        ["run", "--prompt", "x"],
+        ["run", "--prompt-file", "/dev/zero"],
+        ["profile"],
+        ["profile", "builtin:tiny", "--granularity", "token"],
+        ["profile", "builtin:tiny", "--dtype", "int4"],
+        ["profile", "builtin:tiny", "--threads", "0"],
+        ["allocate", "--method", "pareto", "--out", "x"],
+        ["allocate", "--avg-bits", "3", "--k-bits", "x"],
+        ["allocate", "--avg-bits", "3", "--page", "7"],
+        ["export", "--to", "nowhere"],
+        ["demo", "--samples", "0"],
+    ],
 )
-def test_sizes(text, count):
-    assert options.parse_bytes(text) == count
+def test_wrong_options_are_refused_without_torch(tmp_path, args):
+    script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers")))
+    command = [sys.executable, "-c", script, *args]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"loaded {ran.stderr}"
+    assert "rror: " in ran.stderr
+
+
+def test_threads_that_wait_are_passive_unless_the_user_says_otherwise():
+    script = "import os; from kvmix_cli.main import main\ntry: main()\nfinally: print(os.environ['OMP_WAIT_POLICY'])"
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        command = [sys.executable, "-c", script, "--version"]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ran.stdout.splitlines()[-1] == policy
+
+
+@pytest.mark.slow
+def test_termination_is_an_interrupt(tmp_path):
+    with started(tmp_path, "profile", "builtin:tiny", "--samples", "200", stdout=subprocess.DEVNULL) as process:
+        journal = tmp_path / "profiles" / "builtin--tiny" / "profile.partial.jsonl"
+        deadline = time.monotonic() + 120
+        while not journal.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said == "kvmix: interrupted; continue with `kvmix profile builtin:tiny --samples 200 --resume`\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell's >&-")
+def test_a_closed_stdout_is_one_line(tmp_path):
+    command = f"{sys.executable} -m kvmix_cli inspect x >&-"
+    ran = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "kvmix: error: cannot write the output: stdout is closed\n")
+
+
+def test_an_argument_that_is_not_utf8_is_a_usage_error(kvmix):
+    ran = kvmix("run", "--prompt", "a\udcff")
+    assert ran.code == 2
+    assert "argument 3 is not valid UTF-8: b'a\\xff'" in ran.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_two_examples_that_the_command_takes(kvmix, name):
+    *_, first, second = kvmix(name, "--help").out.rstrip().splitlines()
+    for line in (first, second):
+        program, command, *args = shlex.split(line)
+        assert (program, command) == ("kvmix", name)
+        options = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
+        assert {arg for arg in args if arg.startswith("--")} <= options
+
+
+def test_completion_can_be_installed(kvmix):
+    assert "--install-completion" in kvmix("--help").out

@@ -46,7 +46,7 @@ class TestEval:
         ]
         assert [row["plan"] for row in rows] == ["unquantized", *given, "uniform-4"]
         assert bits(rows)["mikv"] == bits(rows)["mikv+rotate-2"] == (3.2, 4.2625)
-        assert sorted(path.name for path in Path("results").iterdir())[1:3] == [
+        assert sorted(path.name[:-10] for path in Path("results").iterdir())[1:3] == [
             "counting__builtin--tiny__mikv",
             "counting__builtin--tiny__mikv+rotate-2",
         ]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shlex
+from types import SimpleNamespace
 
 import pytest
 from made_up import falling
@@ -21,7 +23,7 @@ def faked(monkeypatch):
 
     def load_model(model_id, **options):
         passed.update(options, model=model_id)
-        return object()
+        return SimpleNamespace(info=passed.get("info"))
 
     def run_profile(loaded, scores, *, journal, on_step, **options):
         passed.update(options, scores=scores)
@@ -70,16 +72,17 @@ def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatc
     ran = kvmix("profile", "builtin:tiny", *SHORT)
     assert ran.code == 130
     line = "kvmix profile builtin:tiny --samples 3 --seq-len 40 --resume"
-    assert ran.err == f"kvmix: interrupted; go on with `{line}`\n"
+    assert ran.err == f"kvmix: interrupted; continue with `{line}`\n"
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.partial.jsonl"]
 
     blocked = kvmix("allocate", "--avg-bits", 2.3)
     assert blocked.code == 1
     assert "profiling was interrupted" in blocked.error
-    assert "finish it with `kvmix profile builtin:tiny --resume`" in blocked.error
+    hint = blocked.error.split("`")[1]
+    assert hint.startswith("kvmix profile builtin:tiny ")
 
     monkeypatch.setattr(profiling, "run_profile", real)
-    assert kvmix("profile", "builtin:tiny", *SHORT, "--resume").code == 0
+    assert kvmix(*shlex.split(hint)[1:]).code == 0
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["profile.yaml"]
     assert kvmix("profile", "builtin:tiny", *SHORT, "--out", "whole.yaml").code == 0
     resumed, whole = (Profile.load(tmp_path / path) for path in (f"{FOLDER}/profile.yaml", "whole.yaml"))
@@ -119,6 +122,22 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
 
 
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "replaced"), [(2, 64, False), (3, 32, False), (3, 64, True), (4, 99, True)]
+)
+def test_a_score_is_not_replaced_by_one_over_less_text(kvmix, faked, profiled, tmp_path, samples, seq_len, replaced):
+    """The score that is there has 3 samples of 64 tokens."""
+    before = profiled.read_text()
+    faked["info"] = Profile.load(profiled).model
+    args = ("profile", "org/model", "--samples", samples, "--seq-len", seq_len)
+    ran = kvmix(*args)
+    assert (ran.code, profiled.read_text() == before) == ((0, False) if replaced else (1, True))
+    if not replaced:
+        assert f"has grad-norm over 3 samples of 64 tokens, which {samples} of {seq_len} would replace" in ran.error
+        assert kvmix(*args, "--replace").code == 0
+        assert profiled.read_text() != before
+
+
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
 def test_a_damaged_profile_is_not_written_over(kvmix, tmp_path, damage):
     (tmp_path / "profile.yaml").write_text(damage)
@@ -149,7 +168,7 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     expected = {"samples": 2, "seq_len": 77, "seed": 5, "source": "text.txt", "revision": "main", "dtype": "float32"}
     expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
-    assert faked["options"] == profiling.Options(checkpointing=False)
+    assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
 
 
 @pytest.mark.usefixtures("faked")
@@ -191,7 +210,7 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    ran = kvmix("profile", "org/model", "--json")
+    ran = kvmix("profile", "org/model")
     assert ran.code == 1
     assert "No space left on device" in ran.error
     assert ran.out == ""
@@ -205,10 +224,10 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         (["empty"], "empty has no config.json"),
         (["builtin:tiyn"], "no built-in model 'tiyn' (did you mean 'tiny'?)"),
         (["org/unknown"], "cannot load org/unknown"),
-        (["builtin:tiny", "--score", "grad-nrom"], "no score 'grad-nrom' (did you mean 'grad-norm'?)"),
-        (["builtin:tiny", "--score", "grad-norm,tailor"], "no score 'tailor' (did you mean 'taylor'?)"),
+        (["builtin:tiny", "--score", "grad-nrom"], "unknown score 'grad-nrom' (did you mean 'grad-norm'?)"),
+        (["builtin:tiny", "--score", "grad-norm,tailor"], "unknown score 'tailor' (did you mean 'taylor'?)"),
         (["builtin:tiny", "--bits", "2"], "score grad-norm does not look at widths; leave out --bits"),
-        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "nothing is stored at 7 bits"),
+        (["builtin:tiny", "--score", "taylor", "--bits", "2,7"], "7 bits is no width of a cache"),
         (["builtin:tiny", "--score", "taylor", "--group-size", "2"], "must be a number of at least 8 or 'row', got 2"),
         (["builtin:tiny", "--score", "taylor", "--seq-len", "200"], "a --seq-len of 262 or more"),
         (["builtin:tiny", "--score", "loss", "--granularity", "head"], "score loss has no scores per head"),

@@ -1,9 +1,12 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
 
+from kvmix_cli.commands import run as command
+from kvmix_cli.decoding import generate
 from kvmix_cli.models import loading as models
 from kvmix_cli.plan import CacheSettings
 
@@ -31,7 +34,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def save(name, plan, folder="builtin--tiny"):
-    return plan.save(models.Path("profiles") / folder / "plans" / f"{name}.yaml")
+    return plan.save(Path("profiles") / folder / "plans" / f"{name}.yaml")
 
 
 def test_the_json_object_has_the_stable_keys():
@@ -87,6 +90,13 @@ def test_the_newest_plan_is_taken_and_names_the_model():
     assert kvmix_json(*options, "--plan", "0-3:k4v4,4-7:k2v2")["plan"] == "0-3:k4v4,4-7:k2v2"
 
 
+def test_uniform_takes_nothing_from_a_plan_that_is_not_named():
+    save("paged", uniform(4, CacheSettings(page=32)))
+    result = kvmix("run", "--device", "cpu", "--uniform", 2, "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert "using the model of plan profiles/builtin--tiny/plans/paged.yaml" in result.stderr
+    assert "page, group and window: defaults" in result.stderr
+
+
 def test_uniform_takes_its_pages_from_the_plan_that_is_given():
     path = save("paged", uniform(4, CacheSettings(page=32)))
     options = ("run", *TINY, "--uniform", 2, "--prompt", PROMPT, "--max-new-tokens", 2)
@@ -109,6 +119,54 @@ def test_a_run_that_quantized_nothing_says_so_even_if_quiet():
     assert "nothing was quantized" in result.stderr
 
 
+def test_quiet_prints_the_text_and_nothing_else():
+    options = ("run", *TINY, "--uniform", 2, "--prompt", PROMPT * 20, "--max-new-tokens", 8)
+    result = kvmix(*options, "-q")
+    assert (result.stdout, result.stderr) == (kvmix_json(*options)["text"] + "\n", "")
+
+
+def test_a_short_prompt_shows_what_the_plan_saves_at_the_full_context():
+    options = ("run", *TINY, "--uniform", 2, "--prompt", PROMPT, "--max-new-tokens", 2)
+    whole = kvmix_json(*options)["full_context"]
+    plan = uniform(2, CacheSettings())
+    assert whole["tokens"] == 4096
+    assert whole["cache_bytes"] == plan.cache_bytes(4096, element_bytes=4).total
+    assert whole["unquantized_cache_bytes"] == plan.unquantized_bytes(4096, element_bytes=4)
+    assert "at the model's full context of 4096 tokens: " in kvmix(*options).stdout
+    assert kvmix_json("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 2)["full_context"] is None
+
+
+def test_generated_text_does_not_reach_the_terminal_as_commands(monkeypatch):
+    def speak(loaded, ids, cache, *, on_text, **options):
+        on_text("a\x1b[31mb\x07\tc\n\x9b2Jd")
+        return real(loaded, ids, cache, **options)
+
+    real = generate.generate
+    monkeypatch.setattr(generate, "generate", speak)
+    result = kvmix("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert result.stdout.startswith("a?[31mb?\tc\n?2Jd")
+
+
+def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf" + PROMPT.encode())
+    options = ("run", *TINY, "--baseline", "--max-new-tokens", 2)
+    wanted = kvmix_json(*options, "--prompt", PROMPT)["prompt_tokens"]
+    assert kvmix_json(*options, "--prompt-file", "prompt.txt")["prompt_tokens"] == wanted
+    assert kvmix_json(*options, "--prompt-file", "-", stdin="\ufeff" + PROMPT)["prompt_tokens"] == wanted
+
+
+def test_a_prompt_has_a_most_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "MAX_PROMPT", 2**20)
+    (tmp_path / "long.txt").write_bytes(b"x" * (2**20 + 1))
+    for name in ("long.txt", "-"):
+        said = refused(kvmix("run", *TINY, "--baseline", "--prompt-file", name, stdin="x" * (2**20 + 1)))
+        assert "has more than 1 MiB; shorten it" in said
+    (tmp_path / "long.txt").write_bytes(b"x" * 2**20)
+    longest = max(map(len, tiny().tokenizer.get_vocab()))
+    said = refused(kvmix("run", *TINY, "--baseline", "--prompt-file", "long.txt"))
+    assert f"the model's limit of 4096 tokens holds at most {4096 * longest}: shorten it" in said
+
+
 def test_a_chat_template_is_applied(monkeypatch):
     monkeypatch.setattr(
         tiny().tokenizer, "chat_template", "<{{ messages[0].content }}>{% if add_generation_prompt %}:{% endif %}"
@@ -126,6 +184,8 @@ def test_a_chat_template_is_applied(monkeypatch):
         (("--baseline", "--prompt-file", "-"), "the prompt is empty"),
         (("--baseline", "--prompt-file", "nowhere.txt"), "cannot read the prompt from nowhere.txt: No such file"),
         (("--baseline", "--prompt-file", "."), "cannot read the prompt from .: Is a directory"),
+        (("--baseline", "--prompt-file", "/dev/zero"), "cannot read the prompt from /dev/zero: it is a device"),
+        (("--baseline", "--prompt-file", "a\0b"), "cannot read the prompt from a?b: embedded null byte"),
         (("--baseline", "--prompt", "x", "--chat"), "builtin:tiny has no chat template"),
         (("--baseline", "--prompt", "x", "--temperature", "nan"), "--temperature must be 0"),
         (("--baseline", "--prompt", "x", "--top-p", "2"), "--top-p must be more than 0"),

@@ -1,8 +1,10 @@
 """Which file a command means."""
 
 import os
+import re
 
 import pytest
+from made_up import falling, make_info
 
 from kvmix_cli import state
 from kvmix_cli.errors import StateError
@@ -31,7 +33,7 @@ def root(tmp_path):
         ("../x/y z", "y-z"),
         ("..", None),
         ("a/../../etc", "etc"),
-        ("x" * 5000, "x" * 5000),
+        ("x" * 150, "x" * 150),
         ("a\0b", "a-b"),
     ],
 )
@@ -42,16 +44,38 @@ def test_folder_names(model, folder):
     assert not name.startswith(".")
 
 
-def test_a_local_folder_goes_by_its_own_name(tmp_path):
+def test_a_long_name_is_cut_and_still_its_own():
+    names = {state.slug(text) for text in ("x" * 151, "x" * 5000, "ü" * 200, "org/" + "x" * 5000)}
+    assert len(names) == 4
+    assert all(len(name.encode()) <= state.MAX_NAME + 10 for name in names)
+
+
+def test_a_local_folder_has_its_own_name_and_a_hash_of_its_path(tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
-    assert state.slug("org/model") == "model"
-    assert state.slug(".") == tmp_path.name
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    name = state.slug("org/model")
+    assert re.fullmatch(r"model--[0-9a-f]{8}", name)
+    assert {state.slug(same) for same in ("./org/model", "org/model/", tmp_path / "org" / "model")} == {name}
+    assert state.slug("other/model") != name
+    assert state.slug(".").startswith(f"{tmp_path.name}--")
 
 
-def test_the_profile_of_the_only_model(root, capsys):
-    path = make(root / "org--model" / "profile.yaml")
-    assert state.find_profile().absolute() == path
-    assert capsys.readouterr().err == "kvmix: using profile profiles/org--model/profile.yaml\n"
+def test_files_of_a_local_folder_from_before_names_had_hashes(root, tmp_path):
+    for parent in ("one", "two"):
+        (tmp_path / parent / "model").mkdir(parents=True)
+    old = falling(2).model_copy(update={"model": make_info(2, model_id=str(tmp_path / "one" / "model"))})
+    path = old.save(root / "model" / "profile.yaml")
+    said = []
+    assert state.find_profile(model="one/model", say=said.append).absolute() == path
+    assert "profiles/model is from an earlier kvmix; new files of one/model go to profiles/model--" in said[0]
+    with pytest.raises(StateError, match="no profile in profiles/model--"):
+        state.find_profile(model="two/model")
+
+
+def test_the_profile_of_the_only_model(root):
+    path, said = make(root / "org--model" / "profile.yaml"), []
+    assert state.find_profile(say=said.append).absolute() == path
+    assert said == ["using profile profiles/org--model/profile.yaml"]
 
 
 @pytest.mark.parametrize(("find", "file"), [(state.find_profile, "profile.yaml"), (state.find_plan, "plans/a.yaml")])
@@ -80,11 +104,22 @@ def test_a_finished_profile_is_not_hidden_by_a_later_interruption(root):
     assert state.find_profile().absolute() == path
 
 
-def test_the_newest_plan(root, capsys):
+def test_the_newest_plan(root):
     make(root / "a--x" / "plans" / "old.yaml", age=60)
-    new = make(root / "a--x" / "plans" / "new.yaml", age=30)
-    assert state.find_plan().absolute() == new
-    assert "using plan profiles/a--x/plans/new.yaml" in capsys.readouterr().err
+    new, said = make(root / "a--x" / "plans" / "new.yaml", age=30), []
+    assert state.find_plan(say=said.append).absolute() == new
+    assert said == ["using plan profiles/a--x/plans/new.yaml"]
+
+
+def test_a_plan_of_a_family_is_never_the_newest(root):
+    chosen = make(root / "a--x" / "plans" / "rank-3.yaml", age=60)
+    point = make(root / "a--x" / "plans" / "pareto-4.yaml", age=30)
+    point.write_text("# kvmix allocate --method pareto\nprovenance: {kvmix: 0.1.0, method: pareto, score: kl}\n")
+    assert state.find_plan().absolute() == chosen
+    assert state.find_plan("pareto-4").absolute() == point
+    chosen.unlink()
+    with pytest.raises(StateError, match=r"only plans of a family.*name one with --plan; there are pareto-4"):
+        state.find_plan()
 
 
 def test_plans_of_the_same_age_go_by_name(root):
@@ -93,11 +128,11 @@ def test_plans_of_the_same_age_go_by_name(root):
     assert state.find_plan().stem == "a"
 
 
-def test_a_plan_by_name(root, capsys):
-    path = make(root / "a--x" / "plans" / "rank-2.3.yaml")
+def test_a_plan_by_name(root):
+    path, said = make(root / "a--x" / "plans" / "rank-2.3.yaml"), []
     make(root / "a--x" / "plans" / "paper.yaml")
-    assert state.find_plan("rank-2.3").absolute() == path
-    assert capsys.readouterr().err == ""
+    assert state.find_plan("rank-2.3", say=said.append).absolute() == path
+    assert said == ["using plan profiles/a--x/plans/rank-2.3.yaml"]
     with pytest.raises(StateError, match=r"no plan 'ppaer' in .* \(did you mean 'paper'\?\)"):
         state.find_plan("ppaer")
     with pytest.raises(StateError, match=r"there are paper, rank-2\.3"):
@@ -116,7 +151,7 @@ def test_files_that_are_named(root, tmp_path):
 
 def test_a_named_profile_that_was_never_finished(tmp_path):
     (tmp_path / "mine.partial.jsonl").write_text('{"model": "org/model"}\n')
-    with pytest.raises(StateError, match=r"kvmix profile org/model --resume --out mine\.yaml"):
+    with pytest.raises(StateError, match=r"kvmix profile org/model --out mine\.yaml --resume"):
         state.find_profile("mine.yaml")
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from kvmix_cli.evaluation.bootstrap import mean_of_means, ratio
+from kvmix_cli.evaluation.results import Estimate
 
 
 def test_the_value_is_the_ratio_of_the_sums():
@@ -35,6 +36,18 @@ def test_a_paired_interval_is_far_narrower_than_the_spread_of_the_samples():
     assert alone.high - alone.low > 10
 
 
+def test_an_interval_of_skewed_samples_reaches_further_to_their_long_side():
+    numbers = np.random.default_rng(3).lognormal(0, 1, size=30)
+    estimate = ratio(numbers, [1.0] * 30)
+    assert estimate.high - estimate.value > 1.2 * (estimate.value - estimate.low)
+
+
+@pytest.mark.parametrize("numbers", [[2.0] * 5, [0.0] * 7, [1.0, 1.0, 1.0, 0.0]])
+def test_samples_that_are_all_or_nearly_alike_have_an_interval(numbers):
+    estimate = ratio(numbers, [1.0] * len(numbers))
+    assert min(numbers) <= estimate.low <= estimate.value <= estimate.high <= max(numbers)
+
+
 def test_one_sample_has_no_interval():
     estimate = ratio([3.0], [2.0])
     assert estimate.value == estimate.low == estimate.high == 1.5
@@ -58,6 +71,13 @@ def test_a_mean_of_means_varies_by_what_varies_within_its_groups():
     estimate = mean_of_means(groups)
     error = sum(np.var(group) / group.size for group in groups) ** 0.5 / 3
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def test_groups_of_one_sample_are_weighed_and_add_no_spread():
+    assert mean_of_means([[3.0], [5.0]]) == Estimate.exact(4.0)
+    alone = mean_of_means([[10.0, 20.0, 30.0]])
+    half = mean_of_means([[10.0, 20.0, 30.0], [0.0]])
+    assert half.high - half.low == pytest.approx((alone.high - alone.low) / 2)
 
 
 @pytest.mark.parametrize("groups", [[], [[1.0], []]])

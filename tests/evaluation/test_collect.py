@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from evaluating import INFO, uniform
+from evaluating import INFO, run_folder, uniform
 from reporting import FOUR, TWO, Scripted, measured, memory, perplexity, recall, throughput
 
 from kvmix_cli.cache.subject import Subject
@@ -41,10 +41,6 @@ def results(tmp_path):
     """Perplexity of three rows, in `results`."""
     measured(tmp_path / "results", perplexity())
     return tmp_path / "results"
-
-
-def folder(results, plan="two", task="perplexity"):
-    return results / f"{task}__builtin--tiny__{plan}"
 
 
 def test_rows_come_back_as_they_were_measured(tmp_path):
@@ -190,19 +186,19 @@ def test_a_run_that_failed_keeps_its_error_and_has_no_number(tmp_path):
 
 
 def test_a_folder_given_twice_is_read_once(results):
-    collection = collect([results, results / ".", folder(results)])
+    collection = collect([results, results / ".", run_folder(results, "two")])
     assert len(only(collection.groups).runs) == 3
     assert collection.notes == ()
 
 
 def test_a_folder_may_be_that_of_one_run(results):
-    assert [line.label for line in only(collect([folder(results)]).groups).lines] == ["two"]
+    assert [line.label for line in only(collect([run_folder(results, "two")]).groups).lines] == ["two"]
 
 
 def test_copies_of_a_run_are_one_and_of_two_numbers_the_newer_is_shown_and_the_other_noted(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
     assert collect([results, tmp_path / "copy"]).notes == ()
-    path = folder(tmp_path / "copy") / "metrics.json"
+    path = run_folder(tmp_path / "copy", "two") / "metrics.json"
     row = json.loads(path.read_text())
     row["metrics"]["perplexity"]["value"] = 11.0
     row["finished"] = "2999-01-01T00:00:00+00:00"
@@ -210,12 +206,12 @@ def test_copies_of_a_run_are_one_and_of_two_numbers_the_newer_is_shown_and_the_o
     collection = collect([results, tmp_path / "copy"])
     group = only(collection.groups)
     assert only(group.measurements).estimate(line(group, "two"), "perplexity") == Estimate(11.0, 8.2, 12.4)
-    assert f"{folder(results)} has other numbers of the same work as" in only(collection.notes)
+    assert f"{run_folder(results, 'two')} has other numbers of the same work as" in only(collection.notes)
 
 
 def test_a_run_that_has_a_number_goes_before_one_that_failed(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
-    path = folder(tmp_path / "copy") / "metrics.json"
+    path = run_folder(tmp_path / "copy", "two") / "metrics.json"
     row = {**json.loads(path.read_text()), "error": "no memory", "finished": "2999-01-01T00:00:00+00:00"}
     del row["metrics"]
     path.write_text(json.dumps(row))
@@ -226,8 +222,8 @@ def test_a_run_that_has_a_number_goes_before_one_that_failed(results, tmp_path):
 
 
 def test_a_line_that_is_being_written_is_not_counted_and_not_cut_off(results):
-    (folder(results) / "metrics.json").unlink()
-    samples = folder(results) / "samples.jsonl"
+    (run_folder(results, "two") / "metrics.json").unlink()
+    samples = run_folder(results, "two") / "samples.jsonl"
     samples.write_bytes(samples.read_bytes()[:-5])
     before = samples.read_bytes()
     assert only(collect([results]).unfinished).done == 1
@@ -243,20 +239,20 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
 def test_a_damaged_run_is_named_with_its_file_and_the_others_are_there(results, name, text):
-    path = folder(results) / name
+    path = run_folder(results, "two") / name
     path.unlink()
     if text is not None:
         path.write_text(text)
     collection = collect([results])
     assert [line.label for line in only(collection.groups).lines] == ["unquantized", "four"]
-    assert str(folder(results)) in only(collection.faults)
+    assert str(run_folder(results, "two")) in only(collection.faults)
     assert collection.unfinished == ()
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"task": "recall"}, "is about recall, but config.yaml about perplexity"),
+        ({"task": "recall"}, "has the row of task recall, but config.yaml that of perplexity"),
         ({"metric_info": {}}, ""),
         ({"quantized_share": "much"}, "quantized_share"),
         ({"metrics": {"perplexity": {"value": 1}}}, "low"),
@@ -264,7 +260,7 @@ def test_a_damaged_run_is_named_with_its_file_and_the_others_are_there(results, 
     ],
 )
 def test_a_row_that_does_not_hold_together_is_a_fault_or_has_no_number(results, change, said):
-    path = folder(results) / "metrics.json"
+    path = run_folder(results, "two") / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     collection = collect([results])
     if said:
@@ -276,7 +272,7 @@ def test_a_row_that_does_not_hold_together_is_a_fault_or_has_no_number(results, 
 
 def test_no_damage_at_all_gives_a_traceback(results):
     rng = random.Random(0)
-    original = {path: path.read_bytes() for path in folder(results).iterdir() if path.name != ".lock"}
+    original = {path: path.read_bytes() for path in run_folder(results, "two").iterdir()}
     for _ in range(150):
         path = rng.choice(sorted(original))
         data = bytearray(original[path])
@@ -311,7 +307,7 @@ def test_places_without_runs_are_errors(results, tmp_path, monkeypatch, places, 
 def test_if_every_run_is_damaged_the_first_is_the_error(results):
     for path in results.glob("*/config.yaml"):
         path.write_text("{")
-    with pytest.raises(EvaluationError, match=r"four/config\.yaml: line"):
+    with pytest.raises(EvaluationError, match=r"four__[0-9a-f]{8}/config\.yaml: line"):
         collect([results])
 
 
@@ -340,4 +336,4 @@ def test_reading_needs_no_torch():
 
 
 def test_one_run_can_be_read_alone(results):
-    assert read_run(folder(results)).row.plan == "two"
+    assert read_run(run_folder(results, "two")).row.plan == "two"

@@ -56,7 +56,7 @@ def test_a_gate_states_what_fails(expression, unquantized, passes, fails):
     ],
 )
 def test_what_is_no_gate_is_an_error_that_shows_one(expression):
-    with pytest.raises(EvaluationError, match=r"is no gate: .*perplexity>"):
+    with pytest.raises(EvaluationError, match=r"is not a gate: .*perplexity>"):
         gate(expression)
 
 

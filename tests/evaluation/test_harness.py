@@ -9,37 +9,28 @@ import pytest
 import yaml
 from chatty import chatty
 from commandline import kvmix, kvmix_json, refused
-from evaluating import tiny, uniform
-from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, asked, plain, write_tasks
+from evaluating import run_folder, tiny, uniform
+from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, GROUP, NAMES, ROLL, SCORE, write_tasks
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation import get_task, tasks
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.evaluation.tasks import lm_eval as harness
-from kvmix_cli.evaluation.tasks.lm_eval import batches, replay, reports
+from kvmix_cli.evaluation.tasks.lm_eval import metrics, replay
+from kvmix_cli.evaluation.tasks.lm_eval.answers import Answerer
 
 TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
 SETTINGS = Settings(step=8)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return asked(folder, plain(batch_size=4))["results"]
 
 
 def task(folder, name, **options):
     return get_task(name, {"include_path": folder, **options})
 
 
-def metrics(found):
+def metric_names(found):
     return [metric.name for metric in found.metrics]
 
 
@@ -49,11 +40,11 @@ def test_numbers_are_lm_evals_own_and_each_has_an_interval(folder, expected, nam
     report = run_task(found, tiny(), [FULL, TWO], SETTINGS)
     reference, full, two = report.rows
     theirs = {
-        reports.metric_name(name, *key.split(",")): value
-        for key, value in expected[name].items()
+        metrics.metric_name(name, *key.split(",")): value
+        for key, value in expected["results"][name].items()
         if "," in key and "_stderr" not in key
     }
-    assert set(reference.metrics) == set(metrics(found)) == set(theirs)
+    assert set(reference.metrics) == set(metric_names(found)) == set(theirs)
     for metric, value in theirs.items():
         assert reference.value(metric) == pytest.approx(value, rel=1e-3)
         assert full.value(metric) == pytest.approx(reference.value(metric), rel=1e-4)
@@ -66,9 +57,9 @@ def test_numbers_are_lm_evals_own_and_each_has_an_interval(folder, expected, nam
 
 
 def test_a_group_and_a_tag_and_a_pattern_report_all_that_is_in_them(folder):
-    assert metrics(task(folder, "local_group"))[0] == "local_group_acc"
-    assert set(metrics(task(folder, "local_group"))) >= {"local_choose_acc_norm", "local_score_perplexity"}
-    assert set(task(folder, "local_tag")._found.tasks) == set(NAMES)
+    assert metric_names(task(folder, "local_group"))[0] == "local_group_acc"
+    assert set(metric_names(task(folder, "local_group"))) >= {"local_choose_acc_norm", "local_score_perplexity"}
+    assert set(task(folder, "local_tag")._selection.tasks) == set(NAMES)
     report = run_task(task(folder, "local_group"), tiny(), [TWO], Settings(step=8, limit=3))
     numbers = report.reference.metrics
     choose, score, both = (numbers[f"{name}_acc"].value for name in ("local_choose", "local_score", "local_group"))
@@ -83,42 +74,41 @@ def test_directions_and_filters_are_in_the_names_of_metrics(folder):
         ("local_generate_exact_match", True),
     ]
     assert [metric.higher_is_better for metric in task(folder, "local_roll").metrics] == [False] * 3
-    assert reports.metric_name("20_news-groups", "F1") == "task_20_news_groups_f1"
+    assert metrics.metric_name("20_news-groups", "F1") == "task_20_news_groups_f1"
 
 
 @pytest.mark.parametrize(("name", "call"), [("unquantized", 1), ("unquantized", 2), ("two", 2), ("full", 1)])
 def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, name, call):
     def run(place, *, resume=False):
-        runs = Runs(tmp_path / place, "builtin--tiny", resume)
+        runs = RunFolders(tmp_path / place, "builtin--tiny", resume)
         return run_task(
             task(folder, "local_choose", batch_size=3), tiny(), [TWO, FULL], Settings(step=8, limit=2), runs
         )
 
     whole = run("whole")
-    calls, score = [], batches.score
+    calls, score = [], Answerer._score
 
-    def interrupted(loaded, subject, batch, step):
-        calls.append(subject.name)
+    def interrupted(answerer, batch):
+        calls.append(answerer.subject.name)
         if calls.count(name) == call:
             raise KeyboardInterrupt
-        return score(loaded, subject, batch, step)
+        return score(answerer, batch)
 
-    monkeypatch.setattr(batches, "score", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Answerer, "_score", interrupted)
         run("cut")
-    monkeypatch.setattr(batches, "score", score)
-    left = (tmp_path / "cut" / f"local_choose__builtin--tiny__{name}" / "samples.jsonl").read_text()
+    left = (run_folder(tmp_path / "cut", name, "local_choose") / "samples.jsonl").read_text()
     assert left.count("\n") == 3 * (call - 1)
     assert run("cut", resume=True) == whole
 
 
 def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
     def run(*, resume=False, **options):
-        runs = Runs(tmp_path, "builtin--tiny", resume)
+        runs = RunFolders(tmp_path, "builtin--tiny", resume)
         return run_task(task(folder, "local_group", **options), tiny(), [TWO], SETTINGS, runs).plans[0]
 
     whole = run()
-    path = tmp_path / "local_group__builtin--tiny__two" / "samples.jsonl"
+    path = run_folder(tmp_path, "two", "local_group") / "samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]))
     resumed = run(resume=True, batch_size=3)
@@ -129,20 +119,20 @@ def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
 
 
 def test_memory_that_runs_out_in_the_middle_keeps_what_there_is(folder, tmp_path, monkeypatch):
-    score = batches.score
+    score = Answerer._score
 
-    def limited(loaded, subject, batch, step):
-        if subject.name == "two" and any(request.document == 0 for request in batch):
+    def limited(answerer, batch):
+        if answerer.subject.name == "two" and any(request.document == 0 for request in batch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return score(loaded, subject, batch, step)
+        return score(answerer, batch)
 
-    monkeypatch.setattr(batches, "score", limited)
-    runs = Runs(tmp_path, "builtin--tiny")
+    monkeypatch.setattr(Answerer, "_score", limited)
+    runs = RunFolders(tmp_path, "builtin--tiny")
     found = task(folder, "local_choose")
     _, two, full = run_task(found, tiny(), [TWO, FULL], SETTINGS, runs).rows
     assert "out of memory at local_choose/0/" in two.error
     assert full.metrics
-    kept = (tmp_path / "local_choose__builtin--tiny__two" / "samples.jsonl").read_text().splitlines()
+    kept = (run_folder(tmp_path, "two", "local_choose") / "samples.jsonl").read_text().splitlines()
     before = takewhile(lambda request: request.document != 0, found.samples(tiny(), SETTINGS))
     assert [json.loads(line)["request"] for line in kept] == [request.name for request in before] != []
 
@@ -154,7 +144,7 @@ def test_contexts_that_do_not_fit_are_counted_and_said(folder):
 
 
 def test_a_limit_is_in_documents_of_each_task_and_may_be_more_than_there_are(folder):
-    some = task(folder, "local_*").samples(tiny(), Settings(limit=2))
+    some = task(folder, "local_tag").samples(tiny(), Settings(limit=2))
     assert len({(each.task, each.document) for each in some}) == 2 * len(NAMES)
     report = run_task(task(folder, "local_score"), tiny(), [], Settings(limit=100))
     assert report.description.startswith(f"{DOCUMENTS} documents")
@@ -206,7 +196,7 @@ def test_a_task_that_makes_its_own_contexts_gets_the_tokenizer_and_the_length(tm
         " {metric: '256', aggregation: mean, higher_is_better: true}]\n"
     )
     found = task(tmp_path, "made", max_length=256)
-    assert metrics(found) == ["made_256"]
+    assert metric_names(found) == ["made_256"]
     report = run_task(found, tiny(), [TWO], SETTINGS)
     assert {name: value.value for name, value in report.reference.metrics.items()} == {"made_256": 1.0}
     assert report.plans[0].quantized_share > 0.5
@@ -239,18 +229,18 @@ def test_numbers_that_a_task_did_not_announce_are_reported_as_well(tmp_path):
     file = path / "local_score.yaml"
     file.write_text(file.read_text() + "process_results: !function more.score\n")
     found = task(path, "local_score")
-    assert metrics(found) == ["local_score_nats"]
+    assert metric_names(found) == ["local_score_nats"]
     report = run_task(found, tiny(), [], Settings(limit=2))
-    assert set(report.reference.metrics) == set(metrics(found)) == {"local_score_nats", "local_score_bits"}
+    assert set(report.reference.metrics) == set(metric_names(found)) == {"local_score_nats", "local_score_bits"}
 
 
 @pytest.mark.parametrize(
     ("aggregate", "items", "value"),
     [
-        (replay.theirs.mean, [0, 1], 0.5),
-        (replay.theirs.perplexity, [-1.0, -2.0, -3.0], replay.math.exp(2)),
-        (replay.theirs.weighted_perplexity, [(-2.0, 1), (-3.0, 4)], replay.math.exp(1)),
-        (replay.theirs.bits_per_byte, [(-2.0, 1), (-3.0, 4)], 1 / replay.math.log(2)),
+        (replay.lm_eval_metrics.mean, [0, 1], 0.5),
+        (replay.lm_eval_metrics.perplexity, [-1.0, -2.0, -3.0], replay.math.exp(2)),
+        (replay.lm_eval_metrics.weighted_perplexity, [(-2.0, 1), (-3.0, 4)], replay.math.exp(1)),
+        (replay.lm_eval_metrics.bits_per_byte, [(-2.0, 1), (-3.0, 4)], 1 / replay.math.log(2)),
         (lambda items: sum(items) / len(items), [0.2, 0.6], 0.4),
     ],
 )
@@ -284,6 +274,7 @@ def test_without_lm_eval_its_tasks_are_an_error_that_says_how_to_get_it(monkeypa
     assert get_task("recall").name == "recall"
 
 
+@pytest.mark.slow
 def test_names_that_nobody_knows_are_errors_with_the_nearest_of_both(folder):
     with pytest.raises(EvaluationError, match=r"no task 'recal' \(did you mean 'recall'\?\); there are perplexity, "):
         get_task("recal")
@@ -295,19 +286,23 @@ def test_names_that_nobody_knows_are_errors_with_the_nearest_of_both(folder):
         get_task("nothing_*")
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_known_with_what_they_report_before_any_data_is_there():
-    assert set(metrics(get_task("gsm8k"))) == {"gsm8k_exact_match_strict_match", "gsm8k_exact_match_flexible_extract"}
-    assert set(metrics(get_task("wikitext"))) >= {"wikitext_word_perplexity", "wikitext_bits_per_byte"}
-    assert "truthfulqa_gen_bleu_max" in metrics(get_task("truthfulqa_gen"))
-    assert metrics(get_task("niah_single_1")) == ["niah_single_1_4096"]
+    assert set(metric_names(get_task("gsm8k"))) == {
+        "gsm8k_exact_match_strict_match",
+        "gsm8k_exact_match_flexible_extract",
+    }
+    assert set(metric_names(get_task("wikitext"))) >= {"wikitext_word_perplexity", "wikitext_bits_per_byte"}
+    assert "truthfulqa_gen_bleu_max" in metric_names(get_task("truthfulqa_gen"))
+    assert metric_names(get_task("niah_single_1")) == ["niah_single_1_4096"]
     ruler = get_task("ruler_*", {"max_length": 8192})
-    assert set(metrics(ruler)) >= {"ruler_vt_8192", "ruler_cwe_8192"}
+    assert set(metric_names(ruler)) >= {"ruler_vt_8192", "ruler_cwe_8192"}
     whole = get_task("ruler*")
-    assert whole._found.names == ("ruler",)
-    assert len(whole._found.tasks) == 13
+    assert whole._selection.names == ("ruler",)
+    assert len(whole._selection.tasks) == 13
     mmlu = get_task("mmlu")
-    assert metrics(mmlu)[0].startswith("mmlu")
-    assert {"mmlu_acc", "mmlu_stem_acc", "mmlu_anatomy_acc"} <= set(metrics(mmlu))
+    assert metric_names(mmlu)[0].startswith("mmlu")
+    assert {"mmlu_acc", "mmlu_stem_acc", "mmlu_anatomy_acc"} <= set(metric_names(mmlu))
 
 
 @pytest.mark.parametrize(
@@ -341,10 +336,10 @@ def test_a_folder_without_tasks_is_an_error(tmp_path):
     [
         ({"test_split": "dev"}, "local_choose: its data has no split 'dev', which the task needs"),
         ({"test_split": None}, "it names no split to measure on"),
-        ({"dataset_kwargs": {"data_files": {"test": "/no/such.jsonl"}}}, "its data cannot be had: Unable to find"),
+        ({"dataset_kwargs": {"data_files": {"test": "/no/such.jsonl"}}}, "its data cannot be loaded: Unable to find"),
         (
             {"dataset_path": "no/such-data", "dataset_kwargs": {}},
-            "its data cannot be had: Couldn't reach 'no/such-data'",
+            "its data cannot be loaded: Couldn't reach 'no/such-data'",
         ),
         ({"doc_to_target": "{{answer.missing}}"}, "local_choose: lm-eval cannot set it up: UndefinedError"),
         ({"filter_list": [{"name": "x", "filter": [{"function": "nothing"}]}]}, "lm-eval cannot"),
@@ -415,7 +410,7 @@ def test_the_command_names_a_metric_that_a_gate_has_wrong_before_anything_is_loa
 
 
 def test_the_command_refuses_options_of_lm_eval_for_our_own_tasks(given):
-    assert "--include-path is of no use to recall" in refused(kvmix(*given, "--task", "recall"))
+    assert "--include-path is no option of recall" in refused(kvmix(*given, "--task", "recall"))
 
 
 def test_all_local_tasks_are_of_the_kinds_there_are():

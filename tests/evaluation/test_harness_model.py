@@ -6,39 +6,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import VOCABULARY, build
-from chatty import chatty
-from evaluating import SHORT, stand_in, tiny, uniform
+from chatty import chatty, ends_texts
+from evaluating import stand_in, tiny, uniform
+from generation_files import GENERATION_FILES
 from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, NAMES, ROLL, asked, plain, replies, write_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from transformers import GenerationConfig
 
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.decoding.feed import feed, prefill
-from kvmix_cli.errors import EvaluationError, ModelError, PlanError
-from kvmix_cli.evaluation.tasks.lm_eval import batches
-from kvmix_cli.evaluation.tasks.lm_eval.batches import Reading, rows
+from kvmix_cli.errors import EvaluationError, ModelError, PlanError, TextError
+from kvmix_cli.evaluation.tasks.lm_eval.answers import Answerer, RequestAnswer, parse_batch_size
 from kvmix_cli.evaluation.tasks.lm_eval.model import KvmixLM
 from kvmix_cli.evaluation.tasks.lm_eval.requests import GENERATE as GENERATING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import ROLL as ROLLING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import SCORE as SCORING
-from kvmix_cli.evaluation.tasks.lm_eval.requests import Request, encode
-from kvmix_cli.models.geometry import model_info
-from kvmix_cli.plan import Plan
+from kvmix_cli.evaluation.tasks.lm_eval.requests import TokenRequest, encode_requests
 
 TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
 ONE = Subject("one", uniform(1))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    """What lm-eval's own model says."""
-    return asked(folder, plain(batch_size=4))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +40,12 @@ def requests(folder):
             if sample["filter"] == "none"
             for argument in sample["arguments"]
         ]
-        found[task] = encode(lm, kind, instances)
+        found[task] = encode_requests(lm, kind, instances)
     return found
 
 
 def answers(requests, subject, **options):
-    reading = Reading(**{"loaded": tiny(), "subject": subject, "step": 8, **options})
+    reading = Answerer(**{"loaded": tiny(), "subject": subject, "step": 8, **options})
     return [answer.value for answer in reading.answers(requests)]
 
 
@@ -103,58 +89,11 @@ def test_a_batch_reads_what_each_of_its_rows_reads_alone(requests, task):
     close(answers(some, TWO, rows=1), answers(some, TWO, rows=8), 5e-3)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "falcon", "gpt_neox", "gpt_oss"])
-def test_rows_of_other_families_share_contexts_and_batches_as_well(family):
-    """With sliding windows, attention of their own, without grouped heads, with attention sinks."""
-    model = build(family, torch.float32)
-    info = model_info(model.config, family, None)
-    plan = Plan.build(info, {index: uniform(4).layers[0] for index in info.quantizable}, SHORT)
-    loaded = stand_in(model=model, info=info, tokenizer=tiny().tokenizer)
-    contexts = torch.randint(3, VOCABULARY, (2, 80), generator=torch.Generator().manual_seed(0)).tolist()
-    scored = [
-        Request(str(n), (*contexts[n // 3][:70], *range(5, 6 + n)), SCORING, n, "task", n, 64, n + 1) for n in range(6)
-    ]
-    asked = [
-        Request(str(n), tuple(contexts[n][: 66 + 9 * n]), GENERATING, n, "task", n, 64, 0, _settings()) for n in (0, 1)
-    ]
-    for subject in (Subject(), Subject("four", plan)):
-        alone, together = (answers([*scored, *asked], subject, loaded=loaded, rows=rows) for rows in (1, 8))
-        close(alone, together, 1e-4)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("subject", [TWO, FULL], ids=["two bits", "sixteen bits"])
-def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(requests, subject):
-    """Against one row alone: prefill, then steps, then the probabilities of what follows."""
-    for request, (value, _) in zip(requests["local_choose"], answers(requests["local_choose"], subject), strict=True):
-        cache = subject.cache(tiny().config, reserve=len(request.ids))
-        prefill(tiny(), cache, request.ids[: request.prefill])
-        logits = torch.cat([part for _, part in feed(tiny(), cache, request.ids[request.prefill : -1], step=8)])
-        wanted = torch.tensor(request.ids[-request.scored :])
-        expected = logits.log_softmax(-1)[-request.scored :].gather(1, wanted[:, None]).sum().item()
-        assert value == pytest.approx(expected, rel=5e-3)
-
-
-@torch.inference_mode()
-def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache(requests):
-    lm = KvmixLM(tiny(), step=8)
-    for request, text in zip(requests["local_generate"], answers(requests["local_generate"], TWO), strict=True):
-        cache = TWO.cache(tiny().config, reserve=len(request.ids) + 16)
-        prefill(tiny(), cache, request.ids[: request.prefill])
-        *_, (_, logits) = feed(tiny(), cache, request.ids[request.prefill :], step=1)
-        found = [int(logits[-1].argmax())]
-        while len(found) < 10:
-            ((_, logits),) = feed(tiny(), cache, found[-1:], step=1)
-            found.append(int(logits[-1].argmax()))
-        whole = lm.tok_decode(found)
-        assert text == whole.split(" the")[0].split("\n\n")[0]
-
-
 def test_the_very_first_token_of_an_answer_has_read_quantized_keys_and_values(requests):
     """A plain `generate` would decide it by the prefill pass, at any bits."""
     first = [dataclasses.replace(each, generation=_settings(max_gen_toks=1)) for each in requests["local_generate"]]
     assert answers(first, ONE) != answers(first, Subject())
-    for answer in Reading(tiny(), ONE, 8).answers(first):
+    for answer in Answerer(tiny(), ONE, 8).answers(first):
         assert answer.tokens == 1
         assert answer.attended["quantized"] > 0.5 * answer.attended["total"]
 
@@ -164,8 +103,8 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
     monkeypatch.setattr(KvmixLM, "encode_prompt", lambda self, text: [5] * tokens)
     monkeypatch.setattr(KvmixLM, "encode_pairs", lambda self, kind, instance: [([5] * tokens, [6, 7])])
     lm = KvmixLM(tiny(), step=8)
-    (asked,) = encode(lm, GENERATING, [Instance(GENERATING, {}, ("", {"max_gen_toks": 2}), 0, ("task", 0, 1))])
-    (scored,) = encode(lm, SCORING, [Instance(SCORING, {}, ("", ""), 0, ("task", 0, 1))])
+    (asked,) = encode_requests(lm, GENERATING, [Instance(GENERATING, {}, ("", {"max_gen_toks": 2}), 0, ("task", 0, 1))])
+    (scored,) = encode_requests(lm, SCORING, [Instance(SCORING, {}, ("", ""), 0, ("task", 0, 1))])
     assert (asked.prefill, scored.prefill) == (prompt, context)
     ((text, *_),) = [answers([asked], TWO)]
     assert isinstance(text, str)
@@ -173,7 +112,7 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
 
 def test_below_16_bits_every_kind_of_request_reads_quantized_tokens_and_says_how_many(requests):
     for task in NAMES:
-        seen = [answer.attended for answer in Reading(tiny(), TWO, 8).answers(requests[task])]
+        seen = [answer.attended for answer in Answerer(tiny(), TWO, 8).answers(requests[task])]
         assert all(each["quantized"] > 0.4 * each["total"] > 0 for each in seen), task
 
 
@@ -198,12 +137,12 @@ def test_what_does_not_fit_is_cut_on_the_left_as_lm_eval_cuts_it(folder, limit=4
         assert found["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-3)
 
 
-def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(folder):
-    text = write_tasks(folder / "long", ROLL)
+def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(tmp_path):
+    text = write_tasks(tmp_path, ROLL)
     lm = KvmixLM(tiny(), subject=TWO, max_length=64)
     asked(text, lm, ["local_roll"])
     instance = Instance(ROLLING, {}, ("one two three " * 80,), 0, ("task", 3, 1))
-    found = encode(lm, ROLLING, [instance])
+    found = encode_requests(lm, ROLLING, [instance])
     assert len(found) > 2
     assert {request.owner for request in found} == {0}
     assert sum(request.scored for request in found) == len(lm.tok_encode("one two three " * 80))
@@ -237,63 +176,40 @@ def test_sampled_answers_differ_from_each_other_and_come_again():
     assert KvmixLM(tiny(), subject=TWO, seed=6).generate_until(instances) != one
 
 
-def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(requests, monkeypatch, most=1):
-    sizes = []
-    for name in ("generate", "score"):
-        whole = getattr(batches, name)
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(requests, monkeypatch):
+    """Requests of different kinds and settings never share a batch."""
+    sizes, whole = [], Answerer._answer
 
-        def limited(loaded, subject, batch, *rest, whole=whole):
-            sizes.append(len(batch))
-            if len(batch) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return whole(loaded, subject, batch, *rest)
+    def limited(answerer, batch):
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return whole(answerer, batch)
 
-        monkeypatch.setattr(batches, name, limited)
     some = requests["local_roll"] + requests["local_generate"]
-    found = answers(some, FULL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "_answer", limited)
+        found = answers(some, FULL)
     assert sizes.count(DOCUMENTS) == 1
-    monkeypatch.undo()
     close(found, answers(some, FULL, rows=1), 1e-5)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_request_that_does_not_fit_alone_is_an_error_after_the_answers_before_it(requests, monkeypatch, error):
-    whole = batches.score
+    some, whole = requests["local_choose"], Answerer._score
 
-    def limited(loaded, subject, batch, step):
+    def limited(answerer, batch):
         if some[3] in batch:
             raise error
-        return whole(loaded, subject, batch, step)
+        return whole(answerer, batch)
 
-    some = requests["local_choose"]
-    monkeypatch.setattr(batches, "score", limited)
-    found = Reading(tiny(), FULL, 8).answers(some)
+    monkeypatch.setattr(Answerer, "_score", limited)
+    found = Answerer(tiny(), FULL, 8).answers(some)
     assert [next(found).tokens for _ in range(3)] == [each.scored for each in some[:3]]
     with pytest.raises(EvaluationError, match=rf"out of memory at {some[3].name} alone, \d+ tokens on cpu; .*--resume"):
         next(found)
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(requests, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(batches, "score", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        answers(requests["local_choose"], FULL)
-
-
-def test_a_context_that_several_requests_share_is_prefilled_once(requests, monkeypatch):
-    from kvmix_cli.evaluation.tasks.lm_eval import rows as entering
-
-    shapes = []
-    whole = entering.prefill
-    monkeypatch.setattr(
-        entering, "prefill", lambda loaded, cache, ids: shapes.append(ids.shape) or whole(loaded, cache, ids)
-    )
-    some = requests["local_choose"]
-    answers(some, TWO, rows=3)
-    assert len(some) == 3 * DOCUMENTS
-    assert [rows for rows, _ in shapes] == [1] * DOCUMENTS
 
 
 @pytest.mark.parametrize(
@@ -308,22 +224,22 @@ def test_a_context_that_several_requests_share_is_prefilled_once(requests, monke
 def test_a_batch_size_that_fits_is_found(monkeypatch, device, lengths, sizes):
     seen = []
 
-    def count(loaded, subject, batch, step):
+    def count(answerer, batch):
         seen.append(len(batch))
-        return [(0.0, True)] * len(batch), {}
+        return [RequestAnswer([0.0, True], 1, {"total": 0, "quantized": 0})] * len(batch)
 
-    monkeypatch.setattr(batches, "score", count)
-    some = [Request(str(n), (0,) * length, SCORING, n, "task", n, 0, 1) for n, length in enumerate(lengths)]
-    list(Reading(stand_in(device=torch.device(device)), FULL, 8).answers(some))
+    monkeypatch.setattr(Answerer, "_score", count)
+    some = [TokenRequest(str(n), (0,) * length, SCORING, n, "task", n, 0, 1) for n, length in enumerate(lengths)]
+    list(Answerer(stand_in(device=torch.device(device)), FULL, 8).answers(some))
     assert seen == sizes
 
 
 def test_batch_sizes_are_numbers_or_auto():
-    assert [rows(size) for size in (None, "auto", "auto:4", 3, "12")] == [None, None, None, 3, 12]
-    assert rows("auto", 16) == 16
+    assert [parse_batch_size(size) for size in (None, "auto", "auto:4", 3, "12")] == [None, None, None, 3, 12]
+    assert parse_batch_size("auto", 16) == 16
     for size in ("0", "many", -1, "1.5"):
-        with pytest.raises(EvaluationError, match="is no batch size; use a number or auto"):
-            rows(size)
+        with pytest.raises(EvaluationError, match="expected a number of at least 1, or auto"):
+            parse_batch_size(size)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +247,53 @@ def test_batch_sizes_are_numbers_or_auto():
     [
         ({"max_gen_toks": 64}, "asks for up to 64 new tokens, which leaves no room for a prompt in 64"),
         ({"num_beams": 4}, "wants num_beams 4"),
+        ({"do_sample": True, "temperature": 0.0}, "samples at temperature 0; use a temperature above 0"),
+        ({"temprature": 0.5}, r"has the generation setting 'temprature' \(did you mean 'temperature'\?\)"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_errors(settings, said):
     instance = Instance(GENERATING, {}, ("a prompt", settings), 0, ("task", 7, 1))
     with pytest.raises(EvaluationError, match=f"task/7/0 {said}"):
         KvmixLM(tiny(), max_length=64).generate_until([instance])
+
+
+def test_settings_without_effect_here_are_passed_over():
+    given = {"max_gen_toks": 4, "until": [], "num_beams": 1, "use_cache": True, "max_length": 99}
+    instance = Instance(GENERATING, {}, ("a prompt", given), 0, ("task", 7, 1))
+    (request,) = encode_requests(KvmixLM(tiny()), GENERATING, [instance])
+    assert json.loads(request.generation) == {"do_sample": False, "max_gen_toks": 4, "until": ["</s>"]}
+
+
+@pytest.mark.parametrize("file", GENERATION_FILES[::4], ids=",".join)  # all of them in decoding/test_batch.py
+def test_a_checkpoints_generation_settings_change_no_answer(requests, monkeypatch, file):
+    some = requests["local_generate"][:2]
+    plain = [answers(some, subject) for subject in (Subject(), TWO)]
+    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**file))
+    assert [answers(some, subject) for subject in (Subject(), TWO)] == plain
+
+
+def test_a_tokenizer_that_ends_every_text_ends_neither_prompts_nor_contexts():
+    """Behind an end token an answer would begin a new document."""
+    ending = ends_texts(tiny())
+    assert ending.tokenizer("a").input_ids[-1] == ending.tokenizer.eos_token_id
+    instances = {
+        GENERATING: Instance(GENERATING, {}, ("The value is", {"max_gen_toks": 4}), 0, ("task", 0, 1)),
+        SCORING: Instance(SCORING, {}, ("The value is", " a number"), 0, ("task", 0, 1)),
+        ROLLING: Instance(ROLLING, {}, ("The value is a number",), 0, ("task", 0, 1)),
+    }
+    for kind, instance in instances.items():
+        plain, ended = (encode_requests(KvmixLM(loaded), kind, [instance]) for loaded in (tiny(), ending))
+        assert ended == plain
+
+
+def test_a_chat_template_that_loses_the_question_is_an_error(folder):
+    loaded = chatty(
+        "{% for m in messages %}{% for part in m.content if part.text %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(
+        TextError, match="chat template of builtin:tiny cannot be used: it leaves out what the user says"
+    ):
+        asked(folder, KvmixLM(loaded), ["local_generate"], apply_chat_template=True)
 
 
 @pytest.mark.parametrize("continuation", ["", " word" * 100])
@@ -354,9 +311,11 @@ def test_a_model_that_has_fallen_apart_is_an_error_and_not_a_nan():
             return SimpleNamespace(logits=torch.full((*input_ids.shape, 4096), torch.nan))
 
     loaded = stand_in(model=Broken())
-    some = [Request("task/0/0", tuple(range(9)), SCORING, 0, "task", 0, 0, 4)]
-    with pytest.raises(EvaluationError, match="the log-likelihood of task/0/0 is nan; try another --dtype"):
-        list(Reading(loaded, FULL, 8).answers(some))
+    some = [TokenRequest("task/0/0", tuple(range(9)), SCORING, 0, "task", 0, 0, 4)]
+    with pytest.raises(
+        EvaluationError, match="log-likelihood of task/0/0 is nan, not a finite number; try another --dtype"
+    ):
+        list(Answerer(loaded, FULL, 8).answers(some))
 
 
 def test_lm_eval_finds_the_model_by_its_name_and_its_plan_in_a_file(folder, tmp_path):
@@ -408,7 +367,7 @@ def test_what_an_interruption_leaves_in_lm_evals_own_cache_is_no_answer(folder, 
         return replies(asked(folder, KvmixLM(tiny()), name, use_cache=str(tmp_path / "cache")), name)["local_roll"]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(batches, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Answerer, "_score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         ask()
     first = ask()
     assert max(numbers(list(first.values()))) < -10

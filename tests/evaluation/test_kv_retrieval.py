@@ -13,14 +13,14 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.tasks.facts import WORDS, as_suits
+from kvmix_cli.evaluation.tasks.facts import WORDS, as_chat_or_code
 from kvmix_cli.evaluation.tasks.kv_retrieval import exercise
 
 SETTINGS = Settings(length=300, limit=6)
 
 
 def make(length=300, depth=0.5, seed="0", loaded=None, lines=10):
-    return exercise(as_suits((loaded or tiny()).tokenizer), lines, length, seed, depth)
+    return exercise(as_chat_or_code((loaded or tiny()).tokenizer), lines, length, seed, depth)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_no_line_fits_into_is_left_blank_at_the_beginning(length):
 
 def test_where_pairs_of_words_run_out_names_have_three():
     pairs = len(WORDS.split()) * (len(WORDS.split()) - 1)
-    facts = as_suits(tiny().tokenizer).facts(random.Random(0), pairs + 1)
+    facts = as_chat_or_code(tiny().tokenizer).facts(random.Random(0), pairs + 1)
     assert {next(facts).name.count("_") for _ in range(50)} == {2}
 
 

@@ -3,25 +3,27 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from chatty import LOSES_TEXT, ends_texts
 from commandline import kvmix, kvmix_json, refused
 from evaluating import tiny, uniform
+from generation_files import GENERATION_FILES
 from longbench_files import lines, record, write
+from transformers import GenerationConfig
 
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.errors import EvaluationError
+from kvmix_cli.decoding.batch import StopRule, generate_batch
+from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task, get_tasks, split_tasks, tasks
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.evaluation.tasks import lm_eval as harness
 from kvmix_cli.evaluation.tasks.longbench import task as module
-from kvmix_cli.evaluation.tasks.longbench.answers import answer
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E, MEMBERS
-from kvmix_cli.evaluation.tasks.longbench.scores import score
+from kvmix_cli.evaluation.tasks.longbench.lm_eval_parts import score
 from kvmix_cli.models import loading as models
 
 SETTINGS = Settings()
@@ -76,6 +78,7 @@ def test_a_list_of_tasks_may_hold_data_sets():
     assert split_tasks("perplexity,longbench:qasper,trec,recall,longbench-e:lcc") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -217,41 +220,6 @@ def test_prompts_are_told_apart_by_all_that_scores_depend_on(tmp_path):
 # The cache
 
 
-def plain_generate(ids, max_new_tokens):
-    inputs = torch.tensor([list(ids)])
-    generated = tiny().model.generate(
-        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False
-    )
-    return tiny().tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
-
-
-IDS = tiny().tokenizer("def area(width, height):\n    return width * height\n\n" * 6 + "def area(").input_ids
-
-
-def test_an_unquantized_cache_gives_what_a_plain_generate_does():
-    (said,) = answer(tiny(), Subject(), [IDS], max_new_tokens=12)
-    assert said.text == plain_generate(IDS, 12)
-    assert said.tokens == 12
-    (wide,) = answer(tiny(), Subject("full", uniform(16)), [IDS], max_new_tokens=12)
-    assert wide.text == said.text
-
-
-def test_already_the_first_token_is_read_out_of_the_quantized_cache():
-    (said,) = answer(tiny(), TWO, [IDS], max_new_tokens=1)
-    assert said.tokens == 1
-    layers, page = tiny().info.layers, 16
-    assert said.attended["total"] == layers * len(IDS)
-    assert said.attended["quantized"] == layers * (len(IDS) // page * page)
-
-
-def test_prompts_of_the_same_length_are_answered_together_as_they_are_alone():
-    rows = [IDS, [*IDS[:-9], *reversed(IDS[-9:])], [IDS[0], *reversed(IDS[1:])]]
-    together = answer(tiny(), TWO, rows, max_new_tokens=8)
-    alone = [answer(tiny(), TWO, [row], max_new_tokens=8)[0] for row in rows]
-    assert [one.text for one in together] == [one.text for one in alone]
-    assert [one.tokens for one in together] == [one.tokens for one in alone]
-
-
 def test_the_batch_changes_no_score(tmp_path, brief):
     text = lines(record("qasper", 0, input=f"What is {word}?") for word in ("one", "two", "six", "it", "ten"))
     (tmp_path / "qasper.jsonl").write_text(text)
@@ -267,52 +235,15 @@ def test_the_batch_changes_no_score(tmp_path, brief):
             assert [each["prediction"] for each in one.records] == [each["prediction"] for each in other.records]
 
 
-# Stops
+# Answers
 
 
-def speaker(ids, eos, **facts):
-    """A loaded model that says the same to everybody, and remembers what it was asked."""
-    asked = {}
-
-    class Model:
-        generation_config = SimpleNamespace(eos_token_id=eos, pad_token_id=None)
-        config = tiny().model.config
-
-        def forward(self, input_ids, past_key_values, use_cache):
-            raise NotImplementedError
-
-        def __call__(self, input_ids, past_key_values, use_cache):
-            asked["prefilled"] = input_ids.shape[1]
-            return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 8))
-
-        def generate(self, input_ids, **options):
-            asked.update(options)
-            return torch.cat([input_ids, torch.tensor([list(ids)] * input_ids.shape[0])], dim=1)
-
-    facts = {"config": None, "device": torch.device("cpu"), **facts}
-    return SimpleNamespace(model=Model(), tokenizer=tiny().tokenizer, **facts), asked
-
-
-HELLO, WORLD, NEWLINE = (tiny().tokenizer(text).input_ids[-1] for text in ("one", "two", "\n"))
-
-
-@pytest.mark.parametrize(("eos", "ends"), [(1, [1]), ([1, 5], [1, 5]), (None, [1])])
-def test_an_answer_ends_at_any_of_the_models_own_ends(eos, ends):
-    loaded, asked = speaker([HELLO, NEWLINE, ends[-1], WORLD, WORLD], eos)
-    (said,) = answer(loaded, Subject(), [[3, 4, 6]], max_new_tokens=5)
-    assert asked["eos_token_id"] == ends
-    assert asked["prefilled"] == 2
-    assert (asked["do_sample"], asked["num_beams"], asked["max_new_tokens"]) == (False, 1, 5)
-    assert said.text == "one\n" + ("" if ends[-1] == 1 else tiny().tokenizer.decode([5]))
-    assert said.tokens == 3
-
-
-def test_samsum_also_ends_at_a_newline_but_not_at_once():
-    loaded, asked = speaker([HELLO, NEWLINE, WORLD], 1)
-    (said,) = answer(loaded, Subject(), [[3, 4, 6]], max_new_tokens=3, stop_at_newline=True)
-    assert asked["eos_token_id"] == [1, NEWLINE]
-    assert asked["min_new_tokens"] == 1
-    assert (said.text, said.tokens) == ("one\n", 2)
+@pytest.mark.parametrize(("eos", "ends"), [(1, (1,)), ([1, 5], (1, 5)), (None, (1,))])
+def test_an_answer_ends_at_any_end_token_and_on_samsum_at_a_newline_but_not_at_once(eos, ends, monkeypatch):
+    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(eos_token_id=eos))
+    newline = tiny().tokenizer("\n").input_ids[-1]
+    assert module.stop_rule(tiny(), DATASETS["qasper"]) == StopRule(128, ends)
+    assert module.stop_rule(tiny(), DATASETS["samsum"]) == StopRule(128, (*ends, newline), min_new_tokens=1)
 
 
 def test_the_built_in_model_stops_where_it_should(tmp_path):
@@ -323,11 +254,25 @@ def test_the_built_in_model_stops_where_it_should(tmp_path):
     assert text.endswith("\n")
     assert "\n" not in text[:-1]
     assert text.strip()
-    assert plain_generate(prompt.ids, 24).startswith("\n"), "which would have ended it at once"
+    (plain,) = generate_batch(tiny(), Subject(), [prompt.ids], len(prompt.ids) - 1, StopRule(1)).tokens
+    assert tiny().tokenizer.decode(plain) == "\n", "which would have ended it at once"
 
 
 def test_only_samsum_stops_at_a_newline():
     assert [name for name, dataset in DATASETS.items() if dataset.stop_at_newline] == ["samsum"]
+
+
+@pytest.mark.parametrize("file", GENERATION_FILES[::4], ids=",".join)  # all of them in decoding/test_batch.py
+def test_a_checkpoints_generation_settings_change_no_answer(file, tmp_path, brief, monkeypatch):
+    task = longbench("longbench:qasper", equal_prompts(tmp_path, 2), batch_size=2)
+    prompts = task.samples(tiny(), SETTINGS)
+
+    def records():
+        return [list(task.records(tiny(), subject, prompts, SETTINGS)) for subject in (Subject(), TWO)]
+
+    plain = records()
+    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**file))
+    assert records() == plain
 
 
 # The chat template, and what is said of it
@@ -343,6 +288,18 @@ def test_a_chat_template_is_put_around_all_but_few_shot_and_code(tmp_path):
     for prompt in prompts:
         text = tiny().tokenizer.decode(prompt.ids)
         assert (text.startswith("[") and text.endswith("]")) == prompt.chat
+
+
+def test_a_chat_template_that_loses_the_question_is_an_error(tmp_path):
+    write(tmp_path, "qasper", count=1)
+    with pytest.raises(TextError, match="chat template of builtin:tiny cannot be used: it leaves out"):
+        longbench("longbench:qasper", tmp_path).samples(with_tokenizer(tiny(), LOSES_TEXT), SETTINGS)
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
+    write(tmp_path, "qasper", "trec", count=1)
+    task = longbench("longbench:qasper,trec", tmp_path)
+    assert task.samples(ends_texts(tiny()), SETTINGS) == task.samples(tiny(), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -413,9 +370,9 @@ def exhausted(monkeypatch, fits):
         tried.append(len(prompts))
         if not fits(len(tried), len(prompts)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return answer(loaded, subject, prompts, *rest)
+        return generate_batch(loaded, subject, prompts, *rest)
 
-    monkeypatch.setattr(module, "answer", scarce)
+    monkeypatch.setattr(module, "generate_batch", scarce)
     return tried
 
 
@@ -436,7 +393,7 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     data = equal_prompts(tmp_path, 5)
     tried = exhausted(monkeypatch, lambda call, size: call != 2)
     task = longbench("longbench:qasper", data, batch_size=2)
-    report = run_task(task, tiny(), [], SETTINGS, Runs(tmp_path / "out", "tiny"))
+    report = run_task(task, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny"))
     (kept,) = (tmp_path / "out").glob("*/samples.jsonl")
     assert len(kept.read_text().splitlines()) == 2
     length = json.loads(kept.read_text().splitlines()[0])["prompt_tokens"]
@@ -447,19 +404,19 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     tried.clear()
     exhausted(monkeypatch, lambda call, size: True)
     smaller = longbench("longbench:qasper", data, batch_size=1)
-    report = run_task(smaller, tiny(), [], SETTINGS, Runs(tmp_path / "out", "tiny", resume=True))
+    report = run_task(smaller, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny", resume=True))
     assert report.rows[0].error is None
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
 
 def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief):
-    runs = Runs(tmp_path / "out", "tiny", resume=True)
+    runs = RunFolders(tmp_path / "out", "tiny", resume=True)
     write(tmp_path, "qasper", count=1)
     task = longbench("longbench:qasper", tmp_path)
     run_task(task, tiny(), [], SETTINGS, runs)
     run_task(task, tiny(), [], SETTINGS, runs)
     write(tmp_path, "qasper", count=2)
-    with pytest.raises(EvaluationError, match="was measured with another samples"):
+    with pytest.warns(UserWarning, match=r"was measured with another samples\.count"):
         run_task(task, tiny(), [], SETTINGS, runs)
 
 
@@ -503,7 +460,7 @@ def test_the_command_says_what_was_wrong_with_the_data(command, brief):
     assert "did you mean 'qasper'" in refused(kvmix(*command, "--task", "longbench:qaspr", "--uniform", 2))
     assert "has no musique_e.jsonl" not in refused(kvmix(*command, "--task", "longbench-e:musique", "--uniform", 2))
     assert "has no trec_e.jsonl (did you mean" in refused(kvmix(*command, "--task", "longbench-e:trec", "--uniform", 2))
-    assert "--data-dir is of no use" in refused(kvmix(*command, "--task", "recall", "--uniform", 2))
+    assert "--data-dir is no option of recall" in refused(kvmix(*command, "--task", "recall", "--uniform", 2))
 
 
 def test_all_files_of_longbench_e_have_their_names():

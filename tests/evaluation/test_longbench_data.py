@@ -14,7 +14,7 @@ QASPER = DATASETS["qasper"]
 
 
 def read(folder, dataset=QASPER, strict=False):
-    return data.read(data.find(folder), f"{dataset.name}.jsonl", dataset, strict)
+    return data.read_questions(data.open_source(folder), f"{dataset.name}.jsonl", dataset, strict)
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def plain(tmp_path):
 def test_all_data_sets_are_read_in_the_official_schema(plain):
     for dataset in DATASETS.values():
         entries = read(plain, dataset)
-        assert [entry.line for entry in entries.found] == [1, 2]
-        for number, entry in enumerate(entries.found):
+        assert [entry.line for entry in entries.questions] == [1, 2]
+        for number, entry in enumerate(entries.questions):
             wanted = record(dataset.name, number)
             assert (entry.input, entry.context) == (wanted["input"], wanted["context"])
             assert (list(entry.answers), entry.length) == (wanted["answers"], wanted["length"])
@@ -40,7 +40,7 @@ def test_a_folder_a_folder_in_it_and_an_archive_hold_the_same(plain, tmp_path):
     archived = tmp_path / "archived"
     archived.mkdir()
     archive = pack(plain, archived / "data.zip")
-    found = [read(place).found for place in (plain, nested, archived, archive)]
+    found = [read(place).questions for place in (plain, nested, archived, archive)]
     assert all(one == found[0] for one in found)
 
 
@@ -52,7 +52,7 @@ def test_the_hub_is_asked_for_the_archive_of_the_data_set(plain, tmp_path, monke
         return str(pack(plain, tmp_path / "data.zip"))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert read(None).found == read(plain).found
+    assert read(None).questions == read(plain).questions
     assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
 
 
@@ -85,7 +85,7 @@ FAULTS = [
 def test_a_malformed_line_is_counted_named_and_skipped_or_fatal(line, said, tmp_path):
     (tmp_path / "qasper.jsonl").write_text(lines([record("qasper")]) + line + "\n" + lines([record("qasper", 1)]))
     entries = read(tmp_path)
-    assert [entry.line for entry in entries.found] == [1, 3]
+    assert [entry.line for entry in entries.questions] == [1, 3]
     assert entries.notice.startswith(f"{tmp_path.name}/qasper.jsonl: skipped 1 malformed line of 3 (line 2: ")
     with pytest.raises(EvaluationError, match=rf"{tmp_path.name}/qasper\.jsonl, line 2: {said}.*--strict"):
         read(tmp_path, strict=True)
@@ -121,8 +121,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path):
     text = "\ufeff" + lines([odd]).replace("\n", "\r\n") + "  \r\n" + lines([record("qasper")])
     (tmp_path / "qasper.jsonl").write_text(text, encoding="utf-8", newline="")
     entries = read(tmp_path)
-    assert [entry.line for entry in entries.found] == [1, 3]
-    assert entries.found[0].context == odd["context"]
+    assert [entry.line for entry in entries.questions] == [1, 3]
+    assert entries.questions[0].context == odd["context"]
     assert entries.faults == ()
 
 
@@ -130,6 +130,32 @@ def test_a_missing_data_set_is_an_error_with_those_that_are_there(tmp_path):
     write(tmp_path, "qasper_e", "trec")
     with pytest.raises(EvaluationError, match=r"no qasper\.jsonl \(did you mean 'qasper_e\.jsonl'\?\); .*trec\.jsonl"):
         read(tmp_path)
+
+
+def test_all_files_that_are_missing_are_named_with_the_nearest_that_are_there(tmp_path):
+    write(tmp_path, "qasper")
+    write(tmp_path, "LongBench-trec-test", "repobench_p")
+    (tmp_path / "lcc.parquet").write_bytes(b"")
+    source = data.open_source(tmp_path)
+    data.check_names(source, ["qasper.jsonl"])
+    wanted = [f"{name}.jsonl" for name in ("qasper", "trec", "lcc", "repobench-p", "samsum", "vcsum")]
+    with pytest.raises(EvaluationError) as error:
+        data.check_names(source, wanted)
+    assert str(error.value) == (
+        f"{tmp_path} has no trec.jsonl (did you mean 'LongBench-trec-test.jsonl'?), "
+        "lcc.jsonl (did you mean 'lcc.parquet'?), repobench-p.jsonl (did you mean 'repobench_p.jsonl'?) "
+        "and 2 more of the files that it needs; it has LongBench-trec-test.jsonl, qasper.jsonl, repobench_p.jsonl; "
+        "a file is named after its data set: rename it, or choose data sets with --task longbench:NAME,..."
+    )
+
+
+def test_a_place_without_records_is_told_what_there_is(tmp_path):
+    (tmp_path / "qasper.json").write_text("{}")
+    with pytest.raises(EvaluationError, match=r"has no \*\.jsonl, .* but qasper\.json: download"):
+        data.open_source(tmp_path)
+    write(tmp_path / "LongBench", "qasper")
+    with pytest.raises(EvaluationError, match=r"has no \*\.jsonl, .* \(did you mean '.*/LongBench'\?\): download"):
+        data.open_source(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "{}\n{}\n"])
@@ -144,13 +170,13 @@ def test_a_place_without_data_is_an_error_with_advice(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, said in (("file.txt", "no folder and no zip"), ("nowhere", "no folder"), ("empty", r"no \*\.jsonl")):
         with pytest.raises(EvaluationError, match=rf"{name} .*{said}.*--data-dir"):
-            data.find(tmp_path / name)
+            data.open_source(tmp_path / name)
 
 
 def test_a_damaged_archive_is_an_error(plain, tmp_path):
     archive = pack(plain, tmp_path / "data.zip")
     archive.write_bytes(archive.read_bytes()[:-300])
-    with pytest.raises(EvaluationError, match=r"cannot read qasper\.jsonl of .*data\.zip: "):
+    with pytest.raises(EvaluationError, match=r"cannot read .*data\.zip: File is not a zip file"):
         read(tmp_path)
 
 

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 
 import lm_eval
 import pytest
-from evaluating import tiny
+from evaluating import stand_in, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.tasks.longbench import borrowed
-from kvmix_cli.evaluation.tasks.longbench.data import Entry
+from kvmix_cli.errors import EvaluationError, TextError
+from kvmix_cli.evaluation.tasks.longbench import lm_eval_parts
+from kvmix_cli.evaluation.tasks.longbench.data import LongBenchQuestion
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS, DATASETS_E
 from kvmix_cli.evaluation.tasks.longbench.prompts import MIN_TOKENS, fit, has_chat_template, render
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks" / "longbench"
-ENTRY = Entry("WHAT {{ context }}?", "CONTEXT {% raw %}\n", ("answer",), ("class",), 5, 1)
+RECORD = LongBenchQuestion("WHAT {{ context }}?", "CONTEXT {% raw %}\n", ("answer",), ("class",), 5, 1)
 BOS, OPEN, CLOSE = 0, 1, 2
 
 
@@ -26,8 +26,11 @@ class Characters:
 
     chat_template = "open, message, close"
 
-    def __call__(self, text, verbose=True):
-        return SimpleNamespace(input_ids=[BOS, *(ord(character) + 3 for character in text)])
+    bos_token_id = BOS
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        body = [ord(character) + 3 for character in text]
+        return SimpleNamespace(input_ids=[BOS, *body] if add_special_tokens else body)
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         assert skip_special_tokens and not clean_up_tokenization_spaces
@@ -35,8 +38,12 @@ class Characters:
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, return_dict):
         ((role, text),) = ((message["role"], message["content"]) for message in messages)
-        assert role == "user" and tokenize and add_generation_prompt and return_dict
-        return {"input_ids": [BOS, OPEN, *self(text).input_ids[1:], CLOSE]}
+        assert role == "user" and add_generation_prompt and not return_dict
+        return [BOS, OPEN, *self(text).input_ids[1:], CLOSE] if tokenize else f"open {text} close"
+
+
+def with_tokenizer(tokenizer):
+    return stand_in(tokenizer=tokenizer)
 
 
 def characters(ids):
@@ -51,7 +58,7 @@ sizes = st.none() | st.integers(0, 140)
 @given(texts, st.booleans(), sizes, sizes)
 def test_a_prompt_that_is_too_long_keeps_its_two_ends(text, chat, most, room):
     around = 2 if chat else 0
-    fitted = fit(Characters(), text, chat=chat, most=most, room=room)
+    fitted = fit(with_tokenizer(Characters()), text, chat=chat, most=most, room=room)
     whole = len(text) + 1
     allowed = min(size for size in (whole, most, None if room is None else room - around) if size is not None)
     if allowed < min(MIN_TOKENS, whole):
@@ -75,7 +82,7 @@ def test_with_a_real_tokenizer_it_fits_and_its_ends_stay(words):
     text = " ".join(["BEGIN", *words, "END"])
     tokenizer = tiny().tokenizer
     whole = tokenizer(text).input_ids
-    fitted = fit(tokenizer, text, chat=False, most=40, room=36)
+    fitted = fit(with_tokenizer(tokenizer), text, chat=False, most=40, room=36)
     assert len(fitted.ids) <= 36 < len(whole) or list(fitted.ids) == whole
     said = tokenizer.decode(fitted.ids)
     assert said.startswith("BEGIN")
@@ -87,13 +94,13 @@ def test_halves_that_join_into_more_tokens_than_before_are_cut_again():
     class Growing(Characters):
         """Where 'b' stands beside 'a', it takes five tokens more."""
 
-        def __call__(self, text, verbose=True):
-            return SimpleNamespace(input_ids=super().__call__(text.replace("ab", "ab.....")).input_ids)
+        def __call__(self, text, **options):
+            return super().__call__(text.replace("ab", "ab....."), **options)
 
     text = "a" * 40 + "-" * 40 + "b" * 40
-    fitted = fit(Growing(), text, chat=False, most=80, room=60)
+    fitted = fit(with_tokenizer(Growing()), text, chat=False, most=80, room=60)
     assert len(fitted.ids) <= 60
-    assert fit(Growing(), text, chat=False, most=40, room=60).cut == 121 - 40
+    assert fit(with_tokenizer(Growing()), text, chat=False, most=40, room=60).cut == 121 - 40
 
 
 def test_the_chat_template_goes_around_what_was_cut():
@@ -101,7 +108,7 @@ def test_the_chat_template_goes_around_what_was_cut():
     assert not has_chat_template(tokenizer)
     tokenizer.chat_template = "{{ bos_token }}[{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}]"
     assert has_chat_template(tokenizer)
-    fitted = fit(tokenizer, "start " + "middle " * 100 + "end", chat=True, most=50, room=45)
+    fitted = fit(with_tokenizer(tokenizer), "start " + "middle " * 100 + "end", chat=True, most=50, room=45)
     said = tokenizer.decode(fitted.ids)
     assert said.startswith("<s>[user: start middle")
     assert said.endswith("middle end]")
@@ -113,8 +120,8 @@ def test_a_chat_template_that_does_not_work_is_an_error():
         def apply_chat_template(self, *arguments, **options):
             raise TemplateError("a system message must come first")
 
-    with pytest.raises(EvaluationError, match="chat template cannot be used: a system message must come first"):
-        fit(Broken(), "text", chat=True, most=None, room=None)
+    with pytest.raises(TextError, match="builtin:tiny cannot be used: a system message must come first"):
+        fit(with_tokenizer(Broken()), "text", chat=True, most=None, room=None)
 
 
 NAMES = [*DATASETS, *(f"{name}_e" for name in DATASETS_E)]
@@ -122,12 +129,12 @@ NAMES = [*DATASETS, *(f"{name}_e" for name in DATASETS_E)]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_holds_the_record_as_it_is(name):
-    text = render(name, ENTRY)
+    text = render(name, RECORD)
     dataset = name.removesuffix("_e")
-    assert text.count(ENTRY.context) == 1
+    assert text.count(RECORD.context) == 1
     asks = dataset not in ("gov_report", "multi_news", "vcsum", "passage_count", "lcc")
-    assert text.count(ENTRY.input) == asks
-    assert len(text) > len(ENTRY.context) + len(ENTRY.input)
+    assert text.count(RECORD.input) == asks
+    assert len(text) > len(RECORD.context) + len(RECORD.input)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,6 +152,6 @@ def test_lm_eval_has_the_same_data_sets():
 
 
 def test_a_prompt_that_asks_for_other_fields_is_an_error(monkeypatch):
-    monkeypatch.setattr(borrowed, "prompt_text", lambda name: "{{ title }}")
+    monkeypatch.setattr(lm_eval_parts, "prompt_text", lambda name: "{{ title }}")
     with pytest.raises(EvaluationError, match=r"lm-eval's prompt of another asks for more: 'title' is undefined"):
-        render("another", ENTRY)
+        render("another", RECORD)

@@ -3,9 +3,9 @@ import sys
 import pytest
 
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation.tasks.longbench import borrowed
+from kvmix_cli.evaluation.tasks.longbench import lm_eval_parts
 from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS
-from kvmix_cli.evaluation.tasks.longbench.scores import score
+from kvmix_cli.evaluation.tasks.longbench.lm_eval_parts import score
 
 CLASSES = ["Reason", "Manner of an action", "Action", "Number"]
 
@@ -89,7 +89,7 @@ def test_long_sentences_are_scored_however_deep_the_stack():
 @pytest.fixture
 def fresh():
     """lm-eval is looked for again, now and afterwards."""
-    caches = (borrowed._metrics, borrowed.prompt_text)
+    caches = (lm_eval_parts._metrics, lm_eval_parts.prompt_text)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -101,12 +101,12 @@ def fresh():
 def test_a_missing_package_is_named_with_the_extra_to_install(package, monkeypatch, fresh):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(EvaluationError, match=rf"{package}.*pip install 'kvmix\[eval\]'"):
-        borrowed.metric("qa_f1_score")
+        lm_eval_parts.metric("qa_f1_score")
 
 
 def test_without_lm_eval_the_extra_to_install_is_named(monkeypatch, fresh):
-    monkeypatch.setattr(borrowed.importlib.util, "find_spec", lambda name: None)
-    for ask in (lambda: borrowed.metric("qa_f1_score"), lambda: borrowed.prompt_text("qasper")):
+    monkeypatch.setattr(lm_eval_parts.importlib.util, "find_spec", lambda name: None)
+    for ask in (lambda: lm_eval_parts.metric("qa_f1_score"), lambda: lm_eval_parts.prompt_text("qasper")):
         with pytest.raises(EvaluationError, match=r"lm-eval is not installed; .*pip install 'kvmix\[eval\]'"):
             ask()
 
@@ -114,13 +114,13 @@ def test_without_lm_eval_the_extra_to_install_is_named(monkeypatch, fresh):
 @pytest.mark.parametrize("text", ["task: x", "- a\n- b", "doc_to_text: [1]", "a: [", ""])
 def test_a_prompt_file_of_another_shape_is_an_error_that_names_the_version(text, monkeypatch, tmp_path, fresh):
     (tmp_path / "qasper.yaml").write_text(text)
-    monkeypatch.setattr(borrowed, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(lm_eval_parts, "_folder", lambda: tmp_path)
     with pytest.raises(EvaluationError, match=r"lm-eval 0\.[\d.]+ has no prompt in .*qasper\.yaml"):
-        borrowed.prompt_text("qasper")
+        lm_eval_parts.prompt_text("qasper")
     with pytest.raises(EvaluationError, match=r"has no metrics in .*metrics\.py"):
-        borrowed.metric("qa_f1_score")
+        lm_eval_parts.metric("qa_f1_score")
 
 
 def test_a_metric_of_another_name_is_an_error_that_names_the_version():
     with pytest.raises(EvaluationError, match=r"lm-eval 0\.[\d.]+ has no metric bleu"):
-        borrowed.metric("bleu")
+        lm_eval_parts.metric("bleu")

@@ -13,7 +13,7 @@ from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.grid import grid
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.tasks.facts import as_suits
+from kvmix_cli.evaluation.tasks.facts import as_chat_or_code
 from kvmix_cli.evaluation.tasks.passkey import exercise
 
 SETTINGS = Settings(length=300, limit=6)
@@ -21,7 +21,7 @@ POOL = [300, 301, 302] * 200
 
 
 def make(length=300, depth=0.5, seed="0", loaded=None):
-    return exercise(as_suits((loaded or tiny()).tokenizer), POOL, length, seed, depth)
+    return exercise(as_chat_or_code((loaded or tiny()).tokenizer), POOL, length, seed, depth)
 
 
 @pytest.mark.parametrize("loaded", [tiny(), chatty()], ids=["code", "chat"])
@@ -66,8 +66,12 @@ def test_a_chat_model_is_asked_in_a_turn_of_its_own_and_its_answer_is_begun():
     ("template", "said"),
     [
         ("nothing of the user's", "leaves out what the user says"),
-        ("{{ raise_exception('no system turn') }}", "cannot be used: no system turn"),
+        (
+            "{{ raise_exception('no system turn') }}",
+            "of the model cannot be used: no system turn.* or use --task recall",
+        ),
         ("{{ broken", "cannot be used"),
+        ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", "leaves out what the user says"),
     ],
 )
 def test_a_chat_template_that_is_of_no_use_is_an_error(template, said):

@@ -11,10 +11,10 @@ from transformers.cache_utils import DynamicCache
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
-from kvmix_cli.evaluation.base import Sample, Settings
-from kvmix_cli.evaluation.feeding import chunks, encode
+from kvmix_cli.evaluation.base import Sample, Settings, chunks
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.plan import Plan
+from kvmix_cli.texts.tokens import encode
 
 SETTINGS = Settings(length=160, prefix=64, step=16, limit=2)
 

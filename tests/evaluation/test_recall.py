@@ -10,10 +10,10 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
-from kvmix_cli.evaluation.feeding import encode
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.tasks.needles import share
 from kvmix_cli.evaluation.tasks.recall import VALUES, exercise
+from kvmix_cli.texts.tokens import encode
 
 SETTINGS = Settings(length=512, step=32, limit=2)
 POOL = list(range(1000, 1400))
@@ -102,7 +102,7 @@ class Parrot:
     def forward(self, input_ids, past_key_values, use_cache):
         raise NotImplementedError
 
-    def __call__(self, input_ids, past_key_values, use_cache):
+    def __call__(self, input_ids, past_key_values, **options):
         start, self.read = self.read, self.read + input_ids.shape[1]
         assert input_ids[0].tolist() == list(self.ids[start : self.read])
         logits = torch.zeros(1, input_ids.shape[1], 4096)

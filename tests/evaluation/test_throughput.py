@@ -1,26 +1,26 @@
-"""What is timed, how often, under which attention; and the search for the largest batch. No test asserts a speed."""
+"""Points of a sweep, their repeats and order; and the search for the largest batch. No test asserts a speed."""
 
-import gc
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from evaluating import SHORT, stand_in, tiny, uniform
+from evaluating import run_folder, stand_in, tiny, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_cli.cache.baselines.named import named_cache
 from kvmix_cli.cache.subject import Subject
+from kvmix_cli.decoding.timing import Timing
 from kvmix_cli.errors import EvaluationError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Estimate
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
-from kvmix_cli.evaluation.tasks.throughput import search, task, text, timing
+from kvmix_cli.evaluation.runs import RunFolders
+from kvmix_cli.evaluation.tasks.throughput import search, task, text
 from kvmix_cli.evaluation.tasks.throughput.search import Search, largest, time_largest
 from kvmix_cli.evaluation.tasks.throughput.summary import outcomes
-from kvmix_cli.evaluation.tasks.throughput.timing import Timing, generate
 from kvmix_cli.models import memory as peak
 
 SETTINGS = Settings(length=64)
@@ -45,7 +45,7 @@ def fake(monkeypatch):
             self.ran = []
             self.takes = lambda subject, batch: 1.0
 
-        def generate(self, loaded, subject, ids, new_tokens):
+        def time_generation(self, loaded, subject, ids, new_tokens):
             self.ran.append((subject.name, *ids.shape, new_tokens))
             seconds = self.takes(subject, len(ids))
             if seconds is None:
@@ -53,7 +53,7 @@ def fake(monkeypatch):
             return made_up(len(ids), seconds)
 
     made = Fake()
-    monkeypatch.setattr(task, "generate", made.generate)
+    monkeypatch.setattr(task, "time_generation", made.time_generation)
     monkeypatch.setattr(task, "tidy", lambda on: None)
     monkeypatch.setattr(peak, "tidy", lambda on: None)
     return made
@@ -137,106 +137,6 @@ def test_a_batch_whose_later_steps_do_not_fit_is_made_smaller_until_all_repeats_
     assert (batch, len(timings)) == (60, 3)
     assert tried == [64, 62, 61, 60, 60, 60]
     assert time_largest(lambda batch: None, 3, repeats=1) == (0, [])
-
-
-# One generation
-
-
-class Forwards:
-    """A model's forward, noted: shapes of ids, and the attention that ran."""
-
-    def __init__(self, model):
-        self.model = model
-        self.calls = []
-
-    def __enter__(self):
-        self.hook = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-    def _note(self, module, args, kwargs):
-        self.calls.append((tuple(kwargs["input_ids"].shape), module.config._attn_implementation))
-
-
-def baseline(name):
-    return named_cache(name, tiny().config, tiny().model.dtype, tiny().device)
-
-
-def everyone():
-    return [
-        Subject(),
-        TWO,
-        Subject("bf16", baseline=baseline("bf16")),
-    ]
-
-
-def test_the_work_is_the_same_for_everyone_one_forward_a_token():
-    ids = torch.arange(3 * 48).reshape(3, 48)
-    for subject in everyone():
-        with Forwards(tiny().model) as seen:
-            made = generate(tiny(), subject, ids, new_tokens=5)
-        assert [shape for shape, _ in seen.calls] == [(3, 48), *[(3, 1)] * 4]
-        assert made.prompt_seconds > 0
-        assert made.decode_seconds > 0
-
-
-def test_ours_runs_under_our_attention_and_others_under_sdpa_and_the_model_is_left_as_it_was():
-    ids = torch.arange(32).reshape(1, 32)
-    for subject, attention in zip(everyone(), ("sdpa", "kvmix", "sdpa"), strict=True):
-        with Forwards(tiny().model) as seen:
-            assert generate(tiny(), subject, ids, 2).attention == attention
-        assert {ran for _, ran in seen.calls} == {attention}
-        assert tiny().model.config._attn_implementation == "kvmix"
-
-
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("a bug"), KeyboardInterrupt])
-def test_the_attention_and_the_collector_are_put_back_after_an_error(error, monkeypatch):
-    def fail(*arguments):
-        assert tiny().model.config._attn_implementation == "sdpa"
-        assert not gc.isenabled()
-        raise error
-
-    monkeypatch.setattr(timing, "_next", fail)
-    with pytest.raises(BaseException, match=r"CUDA out|a bug|^$"):
-        generate(tiny(), Subject(), torch.ones(1, 4, dtype=torch.long), 2)
-    assert tiny().model.config._attn_implementation == "kvmix"
-    assert gc.isenabled()
-
-
-def test_prompt_and_decode_are_timed_apart(monkeypatch):
-    """A clock that only forwards move: a prompt takes 100 seconds, a decoded token 1."""
-    clock = [0.0]
-    true = timing._next
-
-    def slow(model, cache, ids, options):
-        clock[0] += 100.0 if ids.shape[1] > 1 else 1.0
-        return true(model, cache, ids, options)
-
-    monkeypatch.setattr(timing, "_next", slow)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    made = generate(tiny(), Subject(), torch.arange(32).reshape(1, 32), new_tokens=8)
-    assert (made.prompt_seconds, made.decode_seconds) == (100.0, 7.0)
-
-
-def test_tokens_are_those_of_greedy_decoding():
-    model, ids = tiny().model, torch.arange(20, 52).reshape(1, 32)
-    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 32:]
-    fed = []
-    with Forwards(model) as seen:
-        hook = model.register_forward_pre_hook(lambda *call: fed.append(call[-1]["input_ids"]), with_kwargs=True)
-        generate(tiny(), Subject(), ids, new_tokens=5)
-        hook.remove()
-    assert len(seen.calls) == 5
-    assert torch.equal(torch.cat(fed[1:], dim=1)[0], expected[:4])
-
-
-def test_only_what_decoding_reads_counts_as_attended():
-    subject = Subject("two", uniform(2, SHORT))
-    made = generate(tiny(), subject, torch.arange(64).reshape(1, 64), new_tokens=3)
-    assert made.attended["total"] == 8 * (65 + 66)
-    assert made.attended["quantized"] == 8 * 2 * 64
 
 
 # The prompts
@@ -346,12 +246,12 @@ def test_records_survive_an_end_in_the_middle_and_are_gone_on_with(fake, tmp_pat
         return None if batch == 1 and subject.plan is None else 1.0
 
     fake.takes = stop
-    sweep, runs = throughput(), Runs(tmp_path, "tiny")
+    sweep, runs = throughput(), RunFolders(tmp_path, "tiny")
     with pytest.raises(KeyboardInterrupt):
         run_task(sweep, tiny(), [TWO], SETTINGS, runs)
     lines = {name: _lines(tmp_path, name) for name in ("unquantized", "two")}
     assert [len(each) for each in lines.values()] == [3, 2]
-    assert '"out_of_memory": true' in lines["unquantized"][0]
+    assert json.loads(lines["unquantized"][0])["out_of_memory"] is True
     fake.takes = lambda subject, batch: 1.0
     fake.ran.clear()
     report = run_task(sweep, tiny(), [TWO], SETTINGS, replace(runs, resume=True))
@@ -362,7 +262,7 @@ def test_records_survive_an_end_in_the_middle_and_are_gone_on_with(fake, tmp_pat
 
 
 def _lines(folder, name):
-    return (folder / f"throughput__tiny__{name}" / "samples.jsonl").read_text().splitlines()
+    return (run_folder(folder, name, "throughput", "tiny") / "samples.jsonl").read_text().splitlines()
 
 
 def test_the_largest_batch_is_looked_for_and_timed(fake):
@@ -405,7 +305,7 @@ def test_the_table_has_every_point_of_every_row(fake):
 
 def test_a_small_sweep_runs_on_the_built_in_model():
     sweep = throughput(contexts=(32,), memory=8 * 2**20)
-    subjects = [TWO, Subject("fp8", baseline=baseline("fp8"))]
+    subjects = [TWO, Subject("fp8", baseline=named_cache("fp8", tiny().config, tiny().model.dtype, tiny().device))]
     report = run_task(sweep, tiny(), subjects, SETTINGS)
     for row in report.rows:
         assert row.error is None

@@ -6,6 +6,7 @@ from profiling_models import FAMILIES, LAYERS, build_config, load
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models.geometry import fingerprint, max_length, model_info
+from kvmix_cli.models.loading import load_info
 
 GEMMA = {
     "num_hidden_layers": 3,
@@ -20,7 +21,7 @@ def info_of(name, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_read(family):
-    """That the numbers are those of the cache is shown in tests/profiling/test_projections.py."""
+    """That the numbers are those of the cache is shown in tests/models/test_projections.py."""
     info = model_info(build_config(family), "m", "r1")
     assert (info.id, info.revision, info.layers, info.stock) == ("m", "r1", LAYERS, {})
     assert info.quantizable == list(range(LAYERS))
@@ -63,6 +64,10 @@ def test_the_text_part_of_a_multimodal_model_counts():
         ("MistralConfig", {"num_hidden_layers": 5}, "its layers are 5 sliding_attention"),
         ("RecurrentGemmaConfig", {"num_hidden_layers": 6}, "4 linear_attention, 2 sliding_attention"),
         ("RwkvConfig", {}, "no attention heads"),
+        ("BltConfig", {}, r"not one stack of decoder layers .blt."),
+        ("LlamaConfig", {"num_hidden_layers": -1}, r"-1 layers .num_hidden_layers.; expected 1 to 10000"),
+        ("LlamaConfig", {"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ("LlamaConfig", {"head_dim": -64}, "32 KV heads of -64 channels"),
         ("DeepseekV3Config", {}, "multi-head latent attention"),
         ("MiMoV2FlashConfig", {"head_dim": 64, "v_head_dim": 32}, "keys of 64 but values of 32 channels"),
         ("LlamaConfig", {"per_layer_config": {1: {"num_key_value_heads": 4}}}, "different KV heads .4 x 128, 32 x 128"),
@@ -117,6 +122,36 @@ def llama(**changes):
 )
 def test_another_shape_has_another_fingerprint(changes):
     assert llama(**changes) != llama()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10000},
+        {"rope_type": "linear", "rope_theta": 10000, "factor": 4},
+        {"full_attention": {"rope_theta": 10000, "factor": 4}, "sliding_attention": {"rope_theta": 500}},
+    ],
+)
+def test_equal_numbers_have_the_same_fingerprint(rope):
+    def real(value):
+        return {name: real(each) for name, each in value.items()} if isinstance(value, dict) else as_float(value)
+
+    def as_float(value):
+        return float(value) if isinstance(value, int) else value
+
+    config = transformers.LlamaConfig(**LLAMA)
+    digests = set()
+    for parameters in (rope, real(rope)):
+        config.rope_parameters = parameters
+        digests.add(fingerprint(config))
+    assert len(digests) == 1
+    assert llama(rope_theta=10000) == llama(rope_theta=10000.0) == llama()
+
+
+def test_checksums_of_earlier_releases_stay_valid():
+    """Stored in profiles/builtin--tiny."""
+    stored = "c2f7244b8e21c5ac7c84d38814de119da9ef345d060ec0f1ceaa9afd2a0cecda"
+    assert load_info("builtin:tiny").config_sha256 == stored
 
 
 def test_another_family_has_another_fingerprint():

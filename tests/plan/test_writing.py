@@ -44,7 +44,7 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text("old")
-    with pytest.raises(OutputError, match=r"cannot write .*file.yaml: No space left on device; nothing was changed"):
+    with pytest.raises(OutputError, match=r"cannot write .*file.yaml: No space left on device; no file was changed"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file.yaml"]
@@ -77,7 +77,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
 def test_a_read_only_folder(tmp_path, monkeypatch):
     read_only(monkeypatch)
     for attempt in (lambda path: write_text(path, "x"), check_writable):
-        with pytest.raises(OutputError, match="Read-only file system; nothing was changed"):
+        with pytest.raises(OutputError, match="Read-only file system; no file was changed"):
             attempt(tmp_path / "file.yaml")
 
 

@@ -1,5 +1,7 @@
 """The score against plain autograd, and what the probe leaves behind: nothing."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -10,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.profiling import backward
+from kvmix_cli.profiling import gradients
+from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
-from kvmix_cli.profiling.shared import shared_pass
 
 RTOL = {torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Against float64. Models compute their loss in float32; those in half precision round everything in between."""
@@ -106,7 +108,7 @@ def test_small_float16_gradients_survive(monkeypatch):
     exact = measure(weak(load("llama", torch.float64)), token_ids(60))
     loaded = weak(load("llama", torch.float16))
     assert_close(measure(loaded, token_ids(60)), exact, RTOL[torch.float16])
-    monkeypatch.setattr(backward, "FLOAT16_LOSS_SCALE", 1.0)
+    monkeypatch.setattr(gradients, "FLOAT16_LOSS_SCALE", 1.0)
     unscaled = measure(loaded, token_ids(60))
     assert unscaled[0].k != pytest.approx(exact[0].k, rel=10 * RTOL[torch.float16])
 
@@ -125,6 +127,46 @@ def test_overflow_is_an_error(dtype, advice):
     with torch.no_grad():
         loaded.model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(ModelError, match=f"overflow in {str(dtype)[6:]}.*{advice}"):
+        measure(loaded, token_ids(20))
+
+
+@dataclass
+class Quantizer:
+    """As much of one of transformers' quantizers as a probe looks at."""
+
+    is_trainable: bool
+    quantization_config: SimpleNamespace
+
+
+@pytest.mark.parametrize(
+    ("is_trainable", "dequantize", "refused"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_quantized_weights_that_pass_no_gradient_on_are_an_error(is_trainable, dequantize, refused):
+    """gpt-oss in MXFP4: attention is in bfloat16, but what comes after it passes nothing on."""
+    loaded = load("llama")
+    settings = SimpleNamespace(quant_method=SimpleNamespace(value="mxfp4"), dequantize=dequantize)
+    loaded.model.hf_quantizer = Quantizer(is_trainable, settings)
+    if refused:
+        with pytest.raises(ModelError, match=r"weights of small are quantized \(mxfp4\).*--score kl, loss or error"):
+            measure(loaded, token_ids(20))
+    else:
+        assert min(measure(loaded, token_ids(20))[0]) > 0
+
+
+class Packed(torch.Tensor):
+    """A tensor with a class of its own, as torchao's, which has no gradient."""
+
+    def requires_grad_(self, required=True):
+        if not required:
+            return self
+        raise RuntimeError("only Tensors of floating point can require gradients")
+
+
+def test_weights_in_a_class_of_their_own_are_an_error():
+    loaded = load("llama")
+    projection = loaded.model.model.layers[1].self_attn.v_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Packed), requires_grad=False)
+    with pytest.raises(ModelError, match=r"v_proj.weight of small is stored as Packed, which has no gradient"):
         measure(loaded, token_ids(20))
 
 
@@ -251,17 +293,20 @@ def test_large_models_are_checkpointed_by_default(monkeypatch):
     loaded.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     measure(loaded, token_ids(20))
     assert len(runs) == 2
-    monkeypatch.setattr(backward, "CHECKPOINTED_PARAMETERS", 1000)
+    monkeypatch.setattr(gradients, "CHECKPOINTED_PARAMETERS", 1000)
     measure(loaded, token_ids(20))
     assert len(runs) == 5, "the layer is called once, and what is in it twice"
 
 
-def test_running_out_of_memory_is_an_error():
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_is_an_error(error):
     loaded = load("llama")
 
     class Full(nn.Module):
         def forward(self, *args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     loaded.model.model.layers[1].mlp = Full()
     with pytest.raises(ModelError, match=r"no memory for a backward pass of 20 tokens.*--seq-len"):

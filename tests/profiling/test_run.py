@@ -1,6 +1,7 @@
 """`run_profile`: what is sampled, what is recorded, and going on after an interruption."""
 
 import json
+import resource
 import statistics
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ import torch
 from architectures import build
 from profiling_models import ByteTokenizer, load, wrap
 
-from kvmix_cli.errors import DocumentError, KvmixError, OutputError, TextError
+from kvmix_cli.errors import DocumentError, KvmixError, ModelError, OutputError, StateError, TextError
 from kvmix_cli.profile import Profile
-from kvmix_cli.profiling import ChangeProbe, Options, get_probe, probes, run_profile
-from kvmix_cli.profiling.calibration import MIN_TOKENS, cut_samples, describe
+from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samples, profile_lock, run_profile
+from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
-from kvmix_cli.profiling.shared import shared_pass
+from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
 RUN = {"texts": TEXTS, "source": "test", "samples": 5, "seq_len": 40, "seed": 3}
@@ -29,7 +30,7 @@ def loaded():
 
 
 def test_samples_are_whole_pieces_of_the_text(loaded):
-    samples = cut_samples(loaded, TEXTS, 10, 40, seed=0)
+    samples = cut_samples(loaded.tokenizer, TEXTS, 10, 40, seed=0)
     documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
     pieces = [ids[start : start + 40] for ids in documents for start in range(0, len(ids), 40)]
     assert len(samples) == 10
@@ -38,19 +39,19 @@ def test_samples_are_whole_pieces_of_the_text(loaded):
 
 
 def test_the_seed_chooses(loaded):
-    first, again, other = (cut_samples(loaded, TEXTS, 5, 40, seed) for seed in (0, 0, 1))
+    first, again, other = (cut_samples(loaded.tokenizer, TEXTS, 5, 40, seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_samples_come_from_all_over_the_text(loaded):
-    samples = cut_samples(loaded, TEXTS, 7, 40, seed=0)
+    samples = cut_samples(loaded.tokenizer, TEXTS, 7, 40, seed=0)
     documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
     sources = {number for number, ids in enumerate(documents) for sample in samples if str(sample)[1:-1] in str(ids)}
     assert len(sources) >= 4
 
 
 def test_a_start_token_begins_every_sample():
-    samples = cut_samples(load("llama", bos=True), TEXTS, 10, 40, seed=0)
+    samples = cut_samples(load("llama", bos=True).tokenizer, TEXTS, 10, 40, seed=0)
     assert all(len(sample) == 40 and sample[0] == 1 and 1 not in sample[1:] for sample in samples)
 
 
@@ -66,31 +67,30 @@ def test_too_little_text_is_used_up_and_counted(loaded):
 
 def test_full_length_samples_come_first(loaded):
     texts = ["x" * 35] * 50 + ["y" * 64]
-    assert [len(sample) for sample in cut_samples(loaded, texts, 3, 64, seed=0)] == [64, 35, 35]
+    assert [len(sample) for sample in cut_samples(loaded.tokenizer, texts, 3, 64, seed=0)] == [64, 35, 35]
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a few words"] * 100])
 def test_no_sample_at_all_is_an_error(loaded, texts):
     with pytest.raises(TextError, match="at least 32 tokens"):
-        cut_samples(loaded, texts, 3, 64, seed=0)
+        cut_samples(loaded.tokenizer, texts, 3, 64, seed=0)
 
 
 def test_a_sample_longer_than_the_model_is_an_error(loaded):
-    assert cut_samples(loaded, TEXTS, 1, 128, seed=0)
+    assert cut_samples(loaded.tokenizer, TEXTS, 1, 128, seed=0, max_length=128)
     with pytest.raises(TextError, match="at most 128 tokens, not 129: use a smaller --seq-len"):
-        cut_samples(loaded, TEXTS, 1, 129, seed=0)
+        cut_samples(loaded.tokenizer, TEXTS, 1, 129, seed=0, max_length=128)
 
 
 @pytest.mark.parametrize(("samples", "seq_len"), [(0, 40), (3, 1)])
 def test_no_samples_or_no_tokens_is_an_error(loaded, samples, seq_len):
     with pytest.raises(TextError, match="cannot profile"):
-        cut_samples(loaded, TEXTS, samples, seq_len, seed=0)
+        cut_samples(loaded.tokenizer, TEXTS, samples, seq_len, seed=0)
 
 
-def test_only_the_text_that_is_needed_is_tokenized(loaded):
+def test_only_the_text_that_is_needed_is_tokenized():
     tokenizer = CountingTokenizer()
-    counted = type(loaded)(loaded.model, tokenizer, loaded.info, loaded.max_length)
-    cut_samples(counted, ["z" * 400] * 1000, 2, 40, seed=0)
+    cut_samples(tokenizer, ["z" * 400] * 1000, 2, 40, seed=0)
     assert 0 < tokenizer.calls < 20
 
 
@@ -103,7 +103,7 @@ class CountingTokenizer(ByteTokenizer):
 
 
 def test_the_digest_tells_samples_apart():
-    digests = {describe(samples, "s", 4, 0).sha256 for samples in ([[5, 6], [7]], [[5], [6, 7]], [[5, 6, 7]])}
+    digests = {describe_samples(samples, "s", 4, 0).sha256 for samples in ([[5, 6], [7]], [[5], [6, 7]], [[5, 6, 7]])}
     assert len(digests) == 3
 
 
@@ -112,7 +112,7 @@ def test_the_digest_tells_samples_apart():
 
 def test_mean_and_spread_over_the_samples(loaded):
     profile = run_profile(loaded, **RUN)
-    samples = [torch.tensor([ids]) for ids in cut_samples(loaded, TEXTS, 5, 40, seed=3)]
+    samples = [torch.tensor([ids]) for ids in cut_samples(loaded.tokenizer, TEXTS, 5, 40, seed=3)]
     norms = [shared_pass(loaded, [GradNorm()], ids)["grad-norm"].layers for ids in samples]
     for index, layer in profile.score("grad-norm").layers.items():
         for kind in ("k", "v"):
@@ -148,15 +148,15 @@ def test_progress_is_told(loaded):
 
 
 def test_probes_by_name(loaded):
-    assert [get_probe(name).name for name in probes()] == list(probes())
-    with pytest.raises(KvmixError, match=r"no score 'grad_norm' \(did you mean 'grad-norm'\?\)"):
+    assert [PROBES[name].name for name in PROBES] == list(PROBES)
+    with pytest.raises(KvmixError, match=r"unknown score 'grad_norm' \(did you mean 'grad-norm'\?\)"):
         run_profile(loaded, ["grad_norm"], **RUN)
 
 
 # Several scores
 
 LONG = {**RUN, "texts": [text * 10 for text in TEXTS], "samples": 2, "seq_len": 280}
-NARROW = Options(bits=(2, 4), group_sizes=(16, 64))
+NARROW = ProbeOptions(bits=(2, 4), group_sizes=(16, 64))
 
 
 def larger():
@@ -186,8 +186,10 @@ def test_a_curve_is_the_mean_over_samples():
     loaded = larger()
     profile = run_profile(loaded, ["error"], **LONG, options=NARROW)
     grid = replace(ChangeProbe.grid, bits=(2, 4), group_sizes=(16, 64))
-    samples = [torch.tensor([ids]) for ids in cut_samples(loaded, LONG["texts"], 2, 280, 3, grid.shortest)]
-    alone = [shared_pass(loaded, [get_probe("error")], ids, grid)["error"].layers for ids in samples]
+    samples = [
+        torch.tensor([ids]) for ids in cut_samples(loaded.tokenizer, LONG["texts"], 2, 280, 3, shortest=grid.shortest)
+    ]
+    alone = [shared_pass(loaded, [PROBES["error"]()], ids, grid)["error"].layers for ids in samples]
     for index, layer in profile.score("error").layers.items():
         for choice, mean in layer.k.curve.items():
             assert mean == pytest.approx(statistics.mean(sample[index].k.curve[choice] for sample in alone))
@@ -220,8 +222,8 @@ def test_a_probe_of_ones_own(loaded):
     ("scores", "options", "message"),
     [
         (["grad-norm"], {"bits": (2,)}, "score grad-norm does not look at widths; leave out --bits and --group-size"),
-        (["taylor"], {"bits": (2, 5)}, "nothing is stored at 5 bits; choose from 1, 2, 3, 4, 8"),
-        (["taylor"], {"bits": (16,)}, "nothing is stored at 16 bits"),
+        (["taylor"], {"bits": (2, 5)}, "5 bits is no width of a cache; choose from 1, 2, 3, 4, 8"),
+        (["taylor"], {"bits": (16,)}, "16 bits is no width of a cache"),
         (["taylor"], {"group_sizes": (4,)}, "must be a number of at least 8 or 'row', got 4"),
         (["error", "loss"], {"checkpointing": True}, "score error, loss has no backward pass"),
         (["taylor", "loss"], {"per_head": True}, "score loss has no scores per head"),
@@ -229,7 +231,7 @@ def test_a_probe_of_ones_own(loaded):
 )
 def test_options_that_make_no_sense_are_errors(scores, options, message):
     with pytest.raises(KvmixError, match=message):
-        run_profile(larger(), scores, **LONG, options=Options(**options))
+        run_profile(larger(), scores, **LONG, options=ProbeOptions(**options))
 
 
 def test_samples_too_short_to_read_anything_packed():
@@ -325,7 +327,7 @@ def test_other_settings_cannot_be_resumed(loaded, tmp_path, changes):
     journal = tmp_path / "profile.partial.jsonl"
     interrupted(loaded, journal, 2)
     before = journal.read_text()
-    with pytest.raises(DocumentError, match=r"was .* and is now .*; drop --resume") as error:
+    with pytest.raises(DocumentError, match=r"was .* and is now .*; leave out --resume") as error:
         run_profile(loaded, **{**RUN, **changes}, journal=journal, resume=True)
     assert "\n" not in str(error.value)
     assert journal.read_text() == before
@@ -336,7 +338,7 @@ def test_another_model_cannot_be_resumed(loaded, tmp_path):
     interrupted(loaded, journal, 2)
     with pytest.raises(DocumentError, match="config_sha256 was"):
         run_profile(load("qwen3"), **RUN, journal=journal, resume=True)
-    with pytest.raises(DocumentError, match="dtype was 'float32' and is now 'float64'"):
+    with pytest.raises(DocumentError, match='dtype was "float32" and is now "float64"'):
         run_profile(load("llama", torch.float64), **RUN, journal=journal, resume=True)
 
 
@@ -344,7 +346,7 @@ def test_another_model_cannot_be_resumed(loaded, tmp_path):
 def test_a_foreign_journal_cannot_be_resumed(loaded, tmp_path, damage):
     journal = tmp_path / "profile.partial.jsonl"
     journal.write_bytes(damage.encode("latin-1"))
-    with pytest.raises(DocumentError, match="cannot go on from it"):
+    with pytest.raises(DocumentError, match="cannot resume from this file"):
         run_profile(loaded, **RUN, journal=journal, resume=True)
 
 
@@ -356,6 +358,11 @@ def test_a_foreign_journal_cannot_be_resumed(loaded, tmp_path, damage):
         '{"seconds": 1}',
         '{"grad-norm": {"seconds": 1, "layers": {"0": 3}}}',
         '{"loss": {"seconds": 1, "layers": {}}}',
+        '{"grad-norm": {"seconds": 1, "layers": {}}}',
+        '{"grad-norm": ' + "[" * 10_000 + "]" * 10_000 + "}",
+        '{"grad-norm": {"seconds": 1e999, "layers": {}}}',
+        "null",
+        "\xff",
     ],
 )
 def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
@@ -363,8 +370,75 @@ def test_a_damaged_journal_cannot_be_resumed(loaded, tmp_path, line):
     interrupted(loaded, journal, 2)
     header, _, second = journal.read_text().splitlines()
     journal.write_text("\n".join([header, line, second, ""]))
-    with pytest.raises(DocumentError, match="it is damaged"):
+    with pytest.raises(DocumentError, match="line 2 is damaged"):
         run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+RESULT = {"value": 1.0, "curve": {}, "heads": []}
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {**RESULT, "value": "1"},
+        {**RESULT, "value": float("nan")},
+        {**RESULT, "value": None},
+        {**RESULT, "curve": {"2g64": 1.0}},
+        {**RESULT, "heads": [1.0]},
+        {**RESULT, "heads": 1.0},
+        {**RESULT, "more": 1.0},
+        [1.0],
+        {},
+    ],
+)
+def test_a_record_of_wrong_types_cannot_be_resumed(loaded, tmp_path, tensor):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 2)
+    header, first, _ = journal.read_text().splitlines()
+    record = json.loads(first)
+    record["grad-norm"]["layers"]["1"][1] = tensor
+    journal.write_text("\n".join([header, json.dumps(record), ""]))
+    with pytest.raises(DocumentError, match="line 2 is damaged") as error:
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_be_scored_leaves_no_journal(tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    with pytest.raises(ModelError, match="computes attention on its own"):
+        run_profile(wrap(build("falcon", torch.float32)), ["error"], **LONG, options=NARROW, journal=journal)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_journal_with_too_many_samples_cannot_be_resumed(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+    interrupted(loaded, journal, 5)
+    journal.write_text(journal.read_text() + journal.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(DocumentError, match="it has 6 samples, more than 5"):
+        run_profile(loaded, **RUN, journal=journal, resume=True)
+
+
+def test_a_journal_in_use_is_refused_by_name(loaded, tmp_path):
+    journal = tmp_path / "profile.partial.jsonl"
+
+    def second(done, total):
+        with pytest.raises(StateError, match=f"another process is writing {journal}"):
+            run_profile(loaded, **RUN, journal=journal)
+
+    run_profile(loaded, **RUN, journal=journal, on_step=second)
+
+
+def test_a_profile_is_measured_for_by_one_process_at_a_time(tmp_path):
+    path = tmp_path / "deep" / "er" / "profile.yaml"
+    with profile_lock(path):
+        with pytest.raises(StateError, match=f"another process is writing {path}"), profile_lock(path):
+            pass
+        with profile_lock(tmp_path / "other.yaml"):
+            pass
+    assert not list(tmp_path.iterdir()), "no lock and no empty folder stays"
+    with profile_lock(path):
+        path.write_text("saved")
+    assert [each.name for each in path.parent.iterdir()] == ["profile.yaml"]
 
 
 def test_a_place_that_cannot_be_written_is_known_before_the_work(loaded, tmp_path):
@@ -376,16 +450,17 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(loaded, tmp_pat
 
 
 def test_a_full_disk_keeps_what_is_there(loaded, tmp_path):
-    """`/dev/full` takes no byte; the journal of the finished samples stays usable."""
+    """The journal of the finished samples stays usable."""
     journal = tmp_path / "profile.partial.jsonl"
-    kept = tmp_path / "kept"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(done, total):
         if done == 2:
-            journal.rename(kept)
-            journal.symlink_to("/dev/full")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 10, limits[1]))
 
-    with pytest.raises(OutputError, match="--resume"):
-        run_profile(loaded, **RUN, journal=journal, on_step=fill)
-    kept.replace(journal)
+    try:
+        with pytest.raises(OutputError, match="--resume"):
+            run_profile(loaded, **RUN, journal=journal, on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert measured(run_profile(loaded, **RUN, journal=journal, resume=True)) == measured(run_profile(loaded, **RUN))

@@ -1,4 +1,4 @@
-"""The architecture, checked: who may import whom, and who must not load torch."""
+"""The architecture, checked: which room may import which, in every file, wherever in the file the import stands."""
 
 import ast
 import subprocess
@@ -11,118 +11,146 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" / "kvmix_kernels"}
 
 FLOORS = [
-    {
-        "kvmix_kernels",
-        "errors",
-        "files",
-        "windows",
-        "axes",
-        "settings",
-        "forms",
-        "plan",
-        "preset",
-        "profile",
-        "budget",
-        "noise",
-    },
-    {"models", "geometry", "cache", "texts", "losses", "console", "state"},
-    {"profiling", "allocation", "generation", "evaluation", "export"},
-    {"commands"},
-    {"main"},
+    ["_version", "errors", "kvmix_kernels.layout"],
+    ["files", "quiet", "registry"],
+    ["plan"],
+    ["journal", "profile", "state", "texts"],
+    ["kvmix_kernels", "models.geometry", "models.memory"],
+    ["cache"],
+    ["models"],
+    ["decoding", "serving"],
+    ["profiling", "allocation", "export", "evaluation"],
+    ["studies"],
+    ["reporting"],
+    ["console"],
+    ["commands"],
+    ["main"],
+    ["__main__"],
 ]
-SIBLINGS_APART = FLOORS[2]
-NO_TORCH = [
-    "main",
-    "console",
-    "state",
-    "errors",
-    "files",
-    "windows",
-    "axes",
-    "settings",
-    "forms",
-    "plan",
-    "preset",
-    "profile",
-    "budget",
-    "noise",
-    "allocation",
-    "export",
-]
-ONLY = {
-    "transformers.cache_utils": "cache",
-    "optimum": "evaluation",
-}
+"""Rooms from the ground up. A file imports from its own room, and from rooms on strictly lower floors."""
+
+ONLY = {"transformers.cache_utils": ("cache", "models.geometry"), "rich": ("console",), "optimum": ()}
+"""Modules of other projects that only some rooms may import."""
+
+NO_TORCH = ["allocation", "commands", "console", "export", "main", "plan", "profile", "reporting", "state", "studies"]
+"""Rooms whose files load neither torch nor transformers when they are imported."""
 
 
-def floor_of(room: str) -> int:
+def module_files():
+    """Return every module of ours, by its dotted name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            if "assets" not in path.parts:
+                parts = (package, *path.relative_to(folder).with_suffix("").parts)
+                found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+FILES = module_files()
+MODULES = [pytest.param(module, id=module) for module in FILES if module not in PACKAGES]
+
+
+def imports(module):
+    """Yield the full name and line of everything that a module imports: inside functions and for types, too."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own_imports(module):
+    """Return the modules of ours that a module imports, each with a line."""
+    found = {}
+    for name, line in imports(module):
+        target = name if name in FILES else name.rpartition(".")[0]
+        if target in FILES and target != module and not module.startswith(f"{target}."):
+            found[target] = line
+    return found
+
+
+def room_of(module):
+    """Return the room of a module: the longest name in FLOORS that it begins with."""
+    name = module.removeprefix("kvmix_cli.")
+    rooms = [room for floor in FLOORS for room in floor if name == room or name.startswith(f"{room}.")]
+    return max(rooms, key=len, default=None)
+
+
+def floor_of(room):
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def modules():
-    for package, folder in PACKAGES.items():
-        for path in sorted(folder.rglob("*.py")):
-            if "assets" in path.parts:
-                continue
-            relative = path.relative_to(folder)
-            yield package, relative, path
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_strictly_down(module):
+    room = room_of(module)
+    assert room is not None, f"{module} is in no room"
+    wrong = [
+        f"{FILES[module].relative_to(ROOT)}:{line} ({room}, floor {floor_of(room)}) imports {target} "
+        f"({other}, floor {floor_of(other)})"
+        for target, line in own_imports(module).items()
+        if target not in PACKAGES and (other := room_of(target)) != room and floor_of(other) >= floor_of(room)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-def room_of(package: str, relative: Path) -> str:
-    return "kvmix_kernels" if package == "kvmix_kernels" else relative.parts[0].removesuffix(".py")
+def test_no_circle_between_files():
+    edges = {module: list(own_imports(module)) for module in FILES}
+    assert (circle := find_circle(edges)) is None, " -> ".join(circle)
 
 
-def imports(package: str, relative: Path, path: Path):
-    """Absolute names of everything a file imports, wherever in the file."""
-    parents = [package, *relative.parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = parents[: len(parents) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+def find_circle(edges):
+    """Return a path of modules that ends where it began, or None."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        path.append(module)
+        found = next(filter(None, map(visit, edges[module])), None)
+        path.pop()
+        done.add(module)
+        return found
+
+    return next(filter(None, map(visit, edges)), None)
 
 
-CASES = [pytest.param(*case, id=str(case[1])) for case in modules() if case[1] != Path("__init__.py")]
+def test_a_circle_is_found():
+    assert find_circle({"a": ["b"], "b": ["c"], "c": []}) is None
+    assert find_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
 
 
-@pytest.mark.parametrize(("package", "relative", "path"), CASES)
-def test_imports_only_go_down(package, relative, path):
-    room = room_of(package, relative)
-    for name in imports(package, relative, path):
-        parts = name.split(".")
-        if parts[0] not in PACKAGES or (parts[0] == "kvmix_cli" and parts[1] == "__version__"):
-            continue
-        other = "kvmix_kernels" if parts[0] == "kvmix_kernels" else parts[1]
-        if other == room:
-            continue
-        assert floor_of(other) <= floor_of(room), f"{relative} is on a lower floor than {name}"
-        assert not {room, other} <= SIBLINGS_APART, f"{relative} imports its sibling {name}"
-
-
-@pytest.mark.parametrize(("package", "relative", "path"), CASES)
-def test_one_owner_for_each_outside_thing(package, relative, path):
-    room = room_of(package, relative)
-    for name in imports(package, relative, path):
-        for prefix, owner in ONLY.items():
-            assert not name.startswith(prefix) or room == owner, f"{relative} imports {name}; only {owner}/ may"
+@pytest.mark.parametrize("module", MODULES)
+def test_one_owner_for_each_outside_thing(module):
+    room, path = room_of(module), FILES[module]
+    for name, line in imports(module):
+        for prefix, owners in ONLY.items():
+            allowed = not (name == prefix or name.startswith(f"{prefix}.")) or room in owners
+            assert allowed, f"{path.relative_to(ROOT)}:{line} imports {name}; only {owners} may"
     text = path.read_text()
-    assert "from_pretrained(" not in text or room == "models", f"{relative}: only models.py loads models"
-    assert "stdout.write" not in text or room == "console", f"{relative}: only console.py prints"
+    assert "from_pretrained(" not in text or room == "models", f"{module}: only models/ loads models"
+    assert "stdout.write" not in text or room == "console", f"{module}: only console.py prints"
 
 
-@pytest.mark.parametrize("module", [f"kvmix_cli.{name}" for name in NO_TORCH] + ["kvmix_kernels", "kvmix_cli"])
-def test_no_torch_on_the_light_floors(module):
-    script = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_no_torch_in_any_file_of_the_light_folders():
-    folders = [PACKAGES["kvmix_cli"] / name for name in ("allocation", "export", "commands")]
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for f in folders for p in sorted(f.rglob("*.py"))]
-    script = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+def test_no_torch_on_the_light_floors():
+    """One process imports every module of the light rooms; none of them may load torch or transformers."""
+    names = [module for module in FILES if room_of(module) in NO_TORCH]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} loads {heavy}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_nothing_shadows_the_kernels_of_hugging_face():
@@ -132,10 +160,3 @@ def test_nothing_shadows_the_kernels_of_hugging_face():
     assert not list((ROOT / "tests").rglob("__init__.py"))
     script = "from transformers import LlamaForCausalLM"
     assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT).returncode == 0
-
-
-def test_files_stay_small():
-    long = {
-        str(relative): lines for _, relative, path in modules() if (lines := len(path.read_text().splitlines())) > 400
-    }
-    assert not long

@@ -1,9 +1,10 @@
-"""The built-in model with a chat template, so that it is asked as an instruction model is."""
+"""The built-in model with other tokenizers: one with a chat template, and one that ends every text."""
 
 import copy
 import dataclasses
 
 from evaluating import tiny
+from tokenizers.processors import TemplateProcessing
 
 TEMPLATE = "{% for m in messages %}<user>{{ m.content | trim }}</user>{% endfor %}<model>"
 
@@ -13,3 +14,19 @@ def chatty(template=TEMPLATE):
     tokenizer = copy.deepcopy(tiny().tokenizer)
     tokenizer.chat_template = template
     return dataclasses.replace(tiny(), tokenizer=tokenizer)
+
+
+def ends_texts(loaded):
+    """The model with a tokenizer that puts its end token after every text."""
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return dataclasses.replace(loaded, tokenizer=tokenizer)
+
+
+LOSES_TEXT = (
+    "{% for m in messages %}{% for part in m.content if part.text %}{{ part.text }}{% endfor %}{% endfor %}<model>"
+)
+"""A template that expects parts of content, and leaves out a text."""

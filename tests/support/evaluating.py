@@ -1,6 +1,7 @@
 """What the evaluation tests share: the built-in model, short plans, and a task that needs no model."""
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,12 @@ def stand_in(**changes):
     facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
     model = changes.pop("model", model)
     return SimpleNamespace(**{"model": model, "config": getattr(model, "config", None), **facts, **changes})
+
+
+def run_folder(root, plan, task="perplexity", model="builtin--tiny"):
+    """The one run folder of a row."""
+    (found,) = Path(root).glob(f"{task}__{model}__{plan}__????????")
+    return found
 
 
 class Counting(Task):

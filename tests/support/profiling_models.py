@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from transformers import BatchEncoding
 
 from kvmix_cli.models.geometry import max_length, model_info
 from kvmix_cli.models.loading import LoadedModel
@@ -76,7 +77,7 @@ class ByteTokenizer:
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         start = [self.bos_token_id] if self.bos and add_special_tokens else []
-        return {"input_ids": start + [3 + byte % (VOCABULARY - 3) for byte in text.encode()]}
+        return BatchEncoding({"input_ids": start + [3 + byte % (VOCABULARY - 3) for byte in text.encode()]})
 
 
 def build_config(family):

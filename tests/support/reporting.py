@@ -6,7 +6,7 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.evaluation.base import Sample, Settings, Task
 from kvmix_cli.evaluation.results import Estimate, Metric
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 
 PERPLEXITY = (
     Metric("perplexity", higher_is_better=False),
@@ -55,9 +55,9 @@ class Scripted(Task):
 
 
 def measured(root, task, subjects=(FOUR, TWO), *, resume=False, settings=None, command="kvmix eval --some", **changes):
-    """Runs of a task in a folder, as `kvmix eval` leaves them."""
+    """RunFolders of a task in a folder, as `kvmix eval` leaves them."""
     loaded = stand_in(**changes)
-    runs = Runs(root, loaded.info.id.replace(":", "--").replace("/", "--"), resume, command)
+    runs = RunFolders(root, loaded.info.id.replace(":", "--").replace("/", "--"), resume, command)
     return run_task(task, loaded, subjects, settings or Settings(), runs)
 
 
@@ -71,18 +71,30 @@ def perplexity(numbers=None):
     return Scripted("perplexity", PERPLEXITY, lambda name: known.get(name, known["four"]))
 
 
-def recall():
-    """Six values in every exercise; `two` loses the half of them that was stated first."""
+def recall(samples=2, lost=None, context=1024):
+    """Six values in every exercise.
+
+    Args:
+        lost: how many values each subject loses, by name; by default `two` loses the half that was stated first.
+    """
+
+    def is_recalled(subject, index, place):
+        if lost is None:
+            return subject.name != "two" or place > 2
+        return index * 6 + place >= lost.get(subject.name, 0)
 
     def record(subject, index):
         answers = [
-            {"depth": place / 12, "distance": 900 - 60 * place, "recalled": subject.name != "two" or place > 2}
+            {"depth": place / 12, "distance": 900 - 60 * place, "recalled": is_recalled(subject, index, place)}
             for place in range(6)
         ]
-        return {"context": 1024, "answers": answers}
+        return {"context": context, "answers": answers}
 
-    shares = {"unquantized": 1.0, "four": 1.0, "two": 0.5}
-    return Scripted("recall", RECALL, lambda name: {"recall": shares.get(name, 1.0)}, record)
+    def numbers(name):
+        gone = {"two": 3 * samples} if lost is None else lost
+        return {"recall": 1 - gone.get(name, 0) / (6 * samples)}
+
+    return Scripted("recall", RECALL, numbers, record, samples=samples)
 
 
 def memory():

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import os
 import shutil
+import threading
 from pydoc_data.topics import topics
 
 import pytest
 
 from kvmix_cli import texts
 from kvmix_cli.errors import TextError
-from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named
+from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named, read_text
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +131,10 @@ def test_undecodable_text_is_an_error(tmp_path):
     [
         ("{not json", "not valid JSON"),
         ("[1, 2]", "expected an object with a field 'text', got list"),
+        ("[" * 10_000, "not valid JSON"),
+        ('{"instruction": "x", "input": 3}', "field 'input' is int, not text"),
+        ('{"question": "x", "context": {"title": ["y"]}}', "field 'context' has a message without text; it has title"),
+        ('{"messages": [{"role": "user"}]}', "field 'messages' has a message without text; it has role"),
         ('{"title": "x", "text": 3}', "needs a text field .* it has title, text"),
         ("{}", "it has nothing"),
     ],
@@ -138,6 +144,98 @@ def test_a_bad_line_is_named(tmp_path, line, reason):
     file.write_text(f'{{"text": "fine"}}\n\n{line}\n')
     with pytest.raises(TextError, match=f"data.jsonl, line 3: .*{reason}"):
         load_texts(str(file))
+
+
+RECORDS = [
+    ({"text": "one", "url": "u"}, "one"),
+    (
+        {"instruction": "Translate.", "input": "Good morning", "output": "Bonjour"},
+        "Translate.\n\nGood morning\n\nBonjour",
+    ),
+    ({"instruction": "Sum up.", "input": "", "output": "It grows."}, "Sum up.\n\nIt grows."),
+    ({"instruction": "a", "input": "b", "output": "c", "text": "all of it"}, "all of it"),
+    ({"instruction": "a", "context": "b", "response": "c", "category": "d"}, "a\n\nb\n\nc"),
+    ({"prompt": "a", "completion": "b"}, "a\n\nb"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a\n\nb"),
+    ({"question": "a", "answer": "b"}, "a\n\nb"),
+    ({"answer": "b", "context": "c", "question": "a"}, "c\n\na\n\nb"),
+    ({"article": "a", "highlights": "b", "id": "1"}, "a\n\nb"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a\n\nb"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a\n\nb"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "a"),
+    ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}, "a\n\nb"),
+    ({"context": "a", "input": "b", "answers": ["c"], "length": 3, "all_classes": None}, "a\n\nb"),
+    ({"instruction": "a", "input": None, "output": "b"}, "a\n\nb"),
+]
+"""One record of each format, and its document."""
+
+
+@pytest.mark.parametrize(("record", "text"), RECORDS)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_every_record_format_is_read_whole(tmp_path, name, record, text):
+    file = tmp_path / name
+    file.write_text(json.dumps(record) + "\n" + json.dumps(record))
+    assert load_texts(str(file)) == [text, text]
+
+
+@pytest.mark.parametrize("fields", [{"title": "a", "label": "b"}, {"question_id": "1"}])
+def test_a_record_of_another_format_is_refused_with_its_fields(tmp_path, fields):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(fields))
+    assert failure(file).endswith(f"it has {', '.join(fields)}")
+
+
+def test_a_json_file_of_records_is_read_as_records(tmp_path):
+    records = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+    file = tmp_path / "x.json"
+    for text in (json.dumps(records), json.dumps(records, indent=2), "\ufeff" + json.dumps(records)):
+        file.write_text(text)
+        assert load_texts(str(file)) == ["a\n\nb", "c\n\nd"]
+    file.write_text(json.dumps([{"a": 1}]))
+    assert f"{file}, record 0: needs a text field" in failure(file)
+
+
+@pytest.mark.parametrize("text", ['{\n  "a": {"b": 1}\n}', "[1, 2, 3]", '"a string"'])
+def test_json_that_is_no_record_is_a_text(tmp_path, text):
+    """Such as a configuration file in a folder of sources."""
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    assert load_texts(str(file)) == [text]
+
+
+def test_tables_of_separated_values(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_bytes('\ufeffquestion,answer\n"a, and\nmore",b\n'.encode())
+    assert load_texts(str(file)) == ["a, and\nmore\n\nb"]
+    file.write_text("text\n" + "x" * 200_000)
+    assert load_texts(str(file)) == ["x" * 200_000]
+    file.write_text("a,b\n1,2\n")
+    assert "line 2: needs a text field" in failure(file)
+    file.write_text('text\n"open')
+    assert "no valid table of separated values" in failure(file)
+    file = tmp_path / "x.tsv"
+    file.write_text("prompt\tcompletion\na\tb\n")
+    assert load_texts(str(file)) == ["a\n\nb"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.txt.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
+    file = tmp_path / name
+    data = "\ufeffHello".encode()
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read_text(file) == "Hello"
+    assert load_texts(str(file)) == ["Hello"]
+
+
+def test_a_pipe_is_read_whole_and_a_device_is_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = "some text " * 2000
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    assert load_texts(str(pipe)) == [text]
+    writer.join()
+    assert failure("/dev/zero") == "/dev/zero is a device: give a text file"
 
 
 # Data sets

@@ -204,7 +204,8 @@ class Data:
 
     def _text(self, length: int) -> list[int]:
         start = self.chance.randrange(len(self.tokens) - max(length, 0))
-        return self.tokens[start : start + max(length, 0)].tolist()
+        ids: list[int] = self.tokens[start : start + max(length, 0)].tolist()
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -276,7 +277,7 @@ def update(model: LlamaForCausalLM, chosen: Sequence[Optimizer], ids: torch.Tens
     for optimizer in chosen:
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return float(loss)
 
 
 @torch.no_grad()
@@ -285,7 +286,7 @@ def held_out_loss(model: LlamaForCausalLM, data: Data, stretches: int = 8, lengt
     losses = []
     for start in range(0, stretches * (len(data.held_out) // stretches), len(data.held_out) // stretches):
         ids = torch.tensor(data.held_out[start : start + length].astype(np.int64))[None]
-        losses.append(model(input_ids=ids, labels=ids).loss.item())
+        losses.append(float(model(input_ids=ids, labels=ids).loss))
     return sum(losses) / len(losses)
 
 

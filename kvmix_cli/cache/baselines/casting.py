@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from ...models.geometry import stock_layers
-from ..mixed import Attended, unquantized_cache
+from ..mixed import CountingCache, unquantized_cache
 
 FP8 = torch.float8_e4m3fn
 
 
 class CastLayer(DynamicLayer):
-    """Keys and values of one layer in `stored`.
+    """Keys and values of one layer in the dtype `stored`.
 
     The first `update` returns what it was given, as every cache here does: a prompt attends to itself as it is.
     """
@@ -26,7 +26,7 @@ class CastLayer(DynamicLayer):
         self.stored = stored
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add `[B, H_kv, S, D]` keys and values; returns all of them in the dtype of the new ones."""
+        """Add `[B, H_kv, S, D]` keys and values and return all of them in the dtype of the new ones."""
         first = self.get_seq_length() == 0
         keys, values = super().update(self._cast(key_states), self._cast(value_states), *args, **kwargs)
         if first:
@@ -34,14 +34,14 @@ class CastLayer(DynamicLayer):
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def _cast(self, states: Tensor) -> Tensor:
-        """In the stored dtype. What is beyond its range becomes the largest number there is, not NaN."""
+        """Return states in the stored dtype; numbers beyond its range become its largest, not NaN."""
         if self.stored == FP8:
             largest = torch.finfo(FP8).max
             states = states.clamp(-largest, largest)
         return states.to(self.stored)
 
 
-class CastCache(Cache):
+class CastCache(CountingCache):
     """All full-attention layers in one dtype; the others keep the stock layer of their kind.
 
     8-bit numbers count as quantized, 16-bit ones do not.
@@ -51,13 +51,12 @@ class CastCache(Cache):
         kept = stock_layers(config)
         layers = unquantized_cache(config).layers
         super().__init__([layer if index in kept else CastLayer(stored) for index, layer in enumerate(layers)])
-        self.attended = Attended()
         self._quantizes = stored.itemsize == 1
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values; returns all of them, `[B, H_kv, T, D]`."""
+        """Add a layer's new keys and values and return all of them, `[B, H_kv, T, D]`."""
         layer = self.layers[layer_idx]
         packed = self._quantizes and isinstance(layer, CastLayer) and layer.get_seq_length() > 0
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The baselines by name: how each is made, and what it stores."""
+"""The baselines by name: how each is made, and the bits it stores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedCache
 
-from ...errors import EvaluationError, did_you_mean
+from ...errors import EvaluationError, KvmixError, did_you_mean
 from ...models.geometry import model_info
+from ..mixed import CountingCache
 from ..sizes import layer_nbytes
 from .casting import FP8, CastCache
-from .stock import StockQuantizedCache
 
 SAMPLE_TOKENS = 1024
-"""Held by the cache whose bytes are counted: a whole number of groups, and enough that one scale does not show."""
+"""Tokens of the cache whose bytes are counted: whole groups, and enough that a single scale does not show."""
+FAILURES = (KvmixError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of other caches for a model they do not support; the row shows them when the cache is to be measured."""
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 AXES = {"quanto": 0, "hqq": 1}
 """As transformers' guide recommends. Both put 64 neighbouring channels of one token into a group."""
@@ -28,15 +31,43 @@ HQQ_3_BIT_AXIS = 0
 """HQQ 0.2.8 cannot read 3-bit codes of a cache back along axis 1: it takes the tensor for a matrix."""
 
 
+class StockQuantizedCache(CountingCache, QuantizedCache):
+    """transformers' `QuantizedCache`, unchanged but for the count of what its queries read.
+
+    At a flush it quantizes everything again, codes of earlier tokens included, and every step dequantizes everything.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values and return all of them, `[B, H_kv, T, D]`."""
+        quantized = _quantized_tokens(self.layers[layer_idx])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.attended.add(key_states, keys, quantized)
+        return keys, values
+
+
+def _quantized_tokens(layer: Any) -> int | None:
+    """Return the tokens held that the next query reads in quantized form; None if it reads itself so as well."""
+    held: int = layer.get_seq_length()
+    if held == 0:
+        return 0
+    if not hasattr(layer, "residual_length"):  # fp8 appends what is new and then reads everything back
+        return None
+    return held - (layer.keys.shape[-2] if layer.keys.dim() == 4 else 0)
+
+
 @dataclass(frozen=True)
 class NamedCache:
-    """Somebody else's cache; see `evaluation.base.Baseline`.
+    """A cache of another project; see `cache.subject.Baseline`.
 
     Attributes:
-        settings: all that its numbers depend on, with the versions of what it is made by.
-        stored_bits: bits a number, scales included, counted from the tensors of one that was filled; None if it could
-            not be made.
-        make: an empty one for a model's configuration.
+        name: as commands take it.
+        nominal_bits: bits per element, without scales.
+        settings: everything that its numbers depend on, with the versions of the packages that make it.
+        make: makes an empty one for a model's configuration.
+        stored_bits: bits per element, scales included, counted from the tensors of a filled one; None if it could not
+            be made.
     """
 
     name: str
@@ -46,7 +77,7 @@ class NamedCache:
     stored_bits: float | None = None
 
     def cache(self, config: PreTrainedConfig) -> Cache:
-        """An empty cache. Raises EvaluationError if what it needs is not installed."""
+        """Return an empty cache. Raises EvaluationError if a package that it needs is not installed."""
         try:
             return self.make(config)
         except ImportError as error:
@@ -67,7 +98,7 @@ def _stock(name: str, backend: str, bits: int, **options: int) -> NamedCache:
 
 
 def _grouped(backend: str, bits: int) -> NamedCache:
-    """A QuantizedCache of groups; what is not given here is its default, groups of 64 and a residual of 128 tokens."""
+    """Return a QuantizedCache of groups, by default of 64 elements, with a residual of 128 tokens."""
     axis = HQQ_3_BIT_AXIS if (backend, bits) == ("hqq", 3) else AXES[backend]
     return _stock(f"hf-{backend}-{bits}", backend, bits, nbits=bits, axis_key=axis, axis_value=axis)
 
@@ -87,9 +118,9 @@ BASELINES = tuple(_CACHES)
 
 
 def named_cache(name: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> NamedCache:
-    """A baseline for a model. Raises EvaluationError for an unknown name."""
+    """Return a baseline for a model. Raises EvaluationError for an unknown name."""
     if name not in _CACHES:
-        raise EvaluationError(f"no cache '{name}'{did_you_mean(name, BASELINES)}; there are {', '.join(BASELINES)}")
+        raise EvaluationError(f"no cache '{name}'{did_you_mean(name, BASELINES)}; known are {', '.join(BASELINES)}")
     found = _CACHES[name]
     settings = {**found.settings, **_versions(found.settings.get("backend"))}
     return replace(found, settings=settings, stored_bits=measured_bits(found, config, dtype, device))
@@ -98,7 +129,7 @@ def named_cache(name: str, config: PreTrainedConfig, dtype: torch.dtype, device:
 def measured_bits(
     found: NamedCache, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> float | None:
-    """Bits a number in a layer that holds random ones, from the tensors it has; None if that fails.
+    """Return bits per element of a layer that holds random numbers, from the tensors it has; None if that fails.
 
     The numbers have the model's geometry, dtype and device: in some caches the size of scales follows the dtype.
     """
@@ -110,7 +141,7 @@ def measured_bits(
     try:
         cache = found.cache(config)
         cache.update(keys, values, layer)
-    except Exception:  # noqa: BLE001  (whatever goes wrong is said by the row, when the cache is to be measured)
+    except FAILURES:
         return None
     return 8 * layer_nbytes(cache.layers[layer]) / (keys.numel() + values.numel())
 

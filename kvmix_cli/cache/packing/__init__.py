@@ -1,58 +1,73 @@
-"""How tokens that leave the window are held: as pages, in runs of channels, in tiers."""
+"""Storage of the tokens that leave the window: pages, pages with channel groups, and tiers of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmix_kernels.layout import PageLayout
+from torch import Tensor
 
 from ...plan import CacheSettings
 from ...plan.sizes import StorageForm
 from ..buffer import Buffer
 from .base import Packing
-from .channels import ChannelPages
-from .pages import Pages
-from .runs import Sort
-from .tiers import Full, TieredTokens
+from .channels import ChannelPacking
+from .pages import PagePacking
+from .tiers import FullPacking, TierPacking
 
-__all__ = ["Packing", "Sorts", "packing_of"]
-
-
-def packing_of(
-    name: str, found: tuple[StorageForm, ...], settings: CacheSettings, reserve: int, sorts: Sorts | None
-) -> Packing | None:
-    """What holds a layer's keys or values by the settings of its plan; None if all stay in full precision.
-
-    Args:
-        name: for errors, e.g. `layer 3 keys`.
-        found: their forms, see `forms.forms`.
-        reserve: tokens that the layer will hold in all, if known.
-        sorts: needed for tiers and for runs of channels.
-    """
-    room = max(0, reserve - settings.sink)
-    if settings.tokens is None:
-        return None if found[0].is_full else _pages(name, found[0], settings, room // settings.page, sorts)
-    tiers = []
-    for form in found:
-        share = int(room * form.share)
-        tiers.append(Full(share) if form.is_full else _pages(name, form, settings, share // settings.page, sorts))
-    assert sorts is not None
-    return TieredTokens(name, tiers, settings.tokens.flush, sorts.tokens, sorts.tiers)
+__all__ = ["Packing", "PolicyFunctions", "packing_of"]
 
 
 @dataclass(frozen=True)
-class Sorts:
-    """Who sorts: tokens into tiers (and where these are kept), and channels by their importance."""
+class PolicyFunctions:
+    """The decisions of a layer's policies about tokens that are packed next.
 
-    tokens: Sort
+    Attributes:
+        tiers_of: tiers `[B, H_kv, n]` uint8 of tokens `[B, H_kv, n, D]`.
+        tiers: the tiers of all tokens packed so far, shared by keys and values.
+        channel_importance: importance `[B, H_kv, D]` of the channels of tokens `[B, H_kv, n, D]`.
+    """
+
+    tiers_of: Callable[[Tensor], Tensor]
     tiers: Buffer
-    channels: Sort
+    channel_importance: Callable[[Tensor], Tensor]
 
 
-def _pages(name: str, form: StorageForm, settings: CacheSettings, reserve: int, sorts: Sorts | None) -> Packing:
+def packing_of(
+    name: str, forms: tuple[StorageForm, ...], settings: CacheSettings, reserve: int, functions: PolicyFunctions | None
+) -> Packing | None:
+    """Return the storage of a layer's keys or values by its plan's settings; None if all stay in full precision.
+
+    Args:
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        forms: one for each tier, see `plan.sizes.storage_forms`.
+        settings: of the cache.
+        reserve: tokens that the layer will hold in all, if known.
+        functions: needed for tiers and for channel groups.
+    """
+    room = max(0, reserve - settings.sink)
+    if settings.tokens is None:
+        return None if forms[0].is_full else _pages(name, forms[0], settings, room // settings.page, functions)
+    tiers: list[Packing] = []
+    for form in forms:
+        share = int(room * form.share)
+        if form.is_full:
+            tiers.append(FullPacking(share))
+        else:
+            tiers.append(_pages(name, form, settings, share // settings.page, functions))
+    if functions is None:
+        raise AssertionError("tiers need a token policy")
+    return TierPacking(name, tiers, settings.tokens.flush, functions.tiers_of, functions.tiers)
+
+
+def _pages(
+    name: str, form: StorageForm, settings: CacheSettings, reserve: int, functions: PolicyFunctions | None
+) -> Packing:
     only = form.groups[0]
     if len(form.groups) == 1 and isinstance(only, PageLayout):
-        return Pages(name, only, reserve)
-    assert sorts is not None
+        return PagePacking(name, only, reserve)
+    if functions is None:
+        raise AssertionError("channel groups need a channel policy")
     refresh = settings.channels.refresh if settings.channels else 0
-    return ChannelPages(name, form.groups, settings.page, refresh, sorts.channels, reserve)
+    return ChannelPacking(name, form.groups, settings.page, refresh, functions.channel_importance, reserve)

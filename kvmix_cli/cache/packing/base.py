@@ -1,4 +1,4 @@
-"""What a store does with the tokens that leave its window."""
+"""The storage of tokens that leave a store's window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..buffer import Buffer
 
 
 class Packing(ABC):
-    """Holds the tokens between sinks and tail, `[B, H_kv, T, D]`.
+    """Storage of the tokens between sink and tail, `[B, H_kv, T, D]`.
 
     Attributes:
         unit: tokens that are packed together; they come in multiples of it.
@@ -24,25 +24,25 @@ class Packing(ABC):
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
 
     @property
     @abstractmethod
     def view(self) -> Packed | Channels | Tiers | Tensor:
-        """What is held, without a copy; there must be something."""
+        """Return what is held, without a copy; there must be something."""
 
     @abstractmethod
     def pack(self, states: Tensor) -> None:
-        """Append tokens `[B, H_kv, n, D]`. Raises QuantizationError for what cannot be quantized."""
+        """Append tokens `[B, H_kv, n, D]`. Raises QuantizationError for numbers that cannot be quantized."""
 
     @abstractmethod
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
-        """Forget all but the first `keep` tokens, as far as whole units go; returns the rest of them in `dtype`.
+        """Forget all but the first `keep` tokens rounded down to whole units, and return the rest of `keep` in `dtype`.
 
         Raises:
-            PlanError: if some of that rest is gone for good.
+            PlanError: if some of that rest has been evicted; nothing is forgotten then.
         """
 
     @abstractmethod
     def buffers(self) -> Iterator[Buffer]:
-        """Everything that is stored."""
+        """Yield everything that is stored."""

@@ -1,8 +1,8 @@
-"""Whole pages of keys whose channels are sorted by importance and cut into runs (MixKVQ, Kitty)."""
+"""Whole pages of keys whose channels are ordered by importance and cut into channel groups (MixKVQ, Kitty)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from kvmix_kernels.layout import PageLayout
@@ -11,30 +11,31 @@ from torch import Tensor
 
 from ..buffer import Buffer
 from .base import Packing
-from .runs import PlainRun, QuantizedRun, Run, Sort
+from .groups import ChannelGroup, FullGroup, QuantizedGroup
 
 FOREVER = 2**30
 """Pages that the first order holds for, if it is never refreshed."""
 
 
-class ChannelPages(Packing):
-    """Pages in runs of channels; the order of channels is stored once, or once every so many pages.
+class ChannelPacking(Packing):
+    """Pages in channel groups; the order of channels is stored once, or once every so many pages.
 
     Args:
-        runs: layout or width of every run, the most important channels first.
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        groups: layout or, in full precision, width of every group, the most important channels first.
         page: tokens of a page.
-        refresh: packed tokens after which channels are sorted anew; 0 is never.
-        importance: of channels `[B, H_kv, D]`, given the tokens `[B, H_kv, n, D]` that are packed next.
+        refresh: packed tokens after which channels are ordered again; 0 is never.
+        importance: importance `[B, H_kv, D]` of channels, given the tokens `[B, H_kv, n, D]` that are packed next.
         reserve: pages to make room for at first.
     """
 
     def __init__(
         self,
         name: str,
-        runs: tuple[PageLayout | int, ...],
+        groups: tuple[PageLayout | int, ...],
         page: int,
         refresh: int,
-        importance: Sort,
+        importance: Callable[[Tensor], Tensor],
         reserve: int = 0,
     ) -> None:
         self.unit = page
@@ -42,8 +43,9 @@ class ChannelPages(Packing):
         self._pages_per_order = refresh // page or FOREVER
         self._importance = importance
         self._orders = Buffer()
-        self._runs: list[Run] = [
-            PlainRun(run, reserve) if isinstance(run, int) else QuantizedRun(name, run, reserve) for run in runs
+        self._groups: list[ChannelGroup] = [
+            FullGroup(group, reserve) if isinstance(group, int) else QuantizedGroup(name, group, reserve)
+            for group in groups
         ]
 
     @property
@@ -52,7 +54,7 @@ class ChannelPages(Packing):
 
     @property
     def view(self) -> Channels:
-        return Channels(self._orders.view, self._pages_per_order, tuple(run.view for run in self._runs))
+        return Channels(self._orders.view, self._pages_per_order, tuple(group.view for group in self._groups))
 
     def pack(self, states: Tensor) -> None:
         while states.shape[2]:
@@ -67,21 +69,21 @@ class ChannelPages(Packing):
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._pages = keep // self.unit
         rest = self.view.read(self.tokens, keep, dtype)
-        for run in self._runs:
-            run.truncate(self._pages)
+        for group in self._groups:
+            group.truncate(self._pages)
         self._orders.truncate(-(-self._pages // self._pages_per_order))
         return rest
 
     def buffers(self) -> Iterator[Buffer]:
         yield self._orders
-        for run in self._runs:
-            yield from run.buffers()
+        for group in self._groups:
+            yield from group.buffers()
 
     def _pack_ordered(self, states: Tensor) -> None:
-        """Append tokens to which the latest order applies."""
+        """Append tokens whose channels have the latest order."""
         order = self._orders.view[:, :, -1].long()
-        sorted_states = states.gather(-1, order[:, :, None].expand_as(states)).unflatten(2, (-1, self.unit))
-        widths = [run.width for run in self._runs]
-        for run, part in zip(self._runs, sorted_states.split(widths, dim=-1), strict=True):
-            run.pack(part)
-        self._pages += sorted_states.shape[2]
+        ordered = states.gather(-1, order[:, :, None].expand_as(states)).unflatten(2, (-1, self.unit))
+        widths = [group.width for group in self._groups]
+        for group, part in zip(self._groups, ordered.split(widths, dim=-1), strict=True):
+            group.pack(part)
+        self._pages += ordered.shape[2]

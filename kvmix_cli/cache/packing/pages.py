@@ -11,20 +11,22 @@ from torch import Tensor
 
 from ..buffer import Buffer
 from .base import Packing
-from .runs import QuantizedRun
+from .groups import QuantizedGroup
 
 
-class Pages(Packing):
-    """Pages of one codec.
+class PagePacking(Packing):
+    """Pages in one layout.
 
     Args:
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        layout: of every page.
         reserve: pages to make room for at first.
     """
 
     def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
         self.unit = layout.page
         self._pages = 0
-        self._run = QuantizedRun(name, layout, reserve)
+        self._group = QuantizedGroup(name, layout, reserve)
 
     @property
     def tokens(self) -> int:
@@ -32,18 +34,18 @@ class Pages(Packing):
 
     @property
     def view(self) -> Packed:
-        return self._run.view
+        return self._group.view
 
     def pack(self, states: Tensor) -> None:
         pages = states.unflatten(2, (-1, self.unit))
-        self._run.pack(pages)
+        self._group.pack(pages)
         self._pages += pages.shape[2]
 
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._pages = keep // self.unit
         rest = self.view.read(self.tokens, keep, dtype)
-        self._run.truncate(self._pages)
+        self._group.truncate(self._pages)
         return rest
 
     def buffers(self) -> Iterator[Buffer]:
-        yield from self._run.buffers()
+        yield from self._group.buffers()

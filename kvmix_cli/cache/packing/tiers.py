@@ -1,8 +1,8 @@
-"""Tokens sorted into tiers by importance, once, as they leave the window (MiKV, ZipCache, H2O)."""
+"""Tiers of tokens, chosen by importance, once, as the tokens leave the window (MiKV, ZipCache, H2O)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from kvmix_kernels.segments import Channels, Packed, Tiers
@@ -11,11 +11,14 @@ from torch import Tensor
 from ...errors import PlanError
 from ..buffer import Buffer
 from .base import Packing
-from .runs import Sort
 
 
-class Full(Packing):
-    """A tier in full precision, of any number of tokens."""
+class FullPacking(Packing):
+    """A tier in full precision, of any number of tokens.
+
+    Args:
+        reserve: tokens to make room for at first.
+    """
 
     unit = 1
 
@@ -41,23 +44,30 @@ class Full(Packing):
         yield self._states
 
 
-class TieredTokens(Packing):
-    """Every token in the tier that `sort` says, or in none.
+class TierPacking(Packing):
+    """Tokens in tiers of their own storage; evicted tokens are in none.
 
     Args:
-        name: for errors, e.g. `layer 3 keys`.
-        tiers: what holds each tier.
-        flush: tokens that are sorted together; each tier then gets whole units of its own.
-        sort: the tiers `[B, H_kv, n]` uint8 of the tokens `[B, H_kv, n, D]` that are packed next.
-        sorted_tokens: the tiers of all tokens so far; shared by keys and values, so no part of `buffers`.
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        tiers: storage of each tier.
+        flush: tokens that are packed together; each tier then gets whole units of its own.
+        tiers_of: the tiers `[B, H_kv, n]` uint8 of the tokens `[B, H_kv, n, D]` that are packed next.
+        tier_of_token: the tiers of all tokens so far; shared by keys and values, so no part of `buffers`.
     """
 
-    def __init__(self, name: str, tiers: Sequence[Packing], flush: int, sort: Sort, sorted_tokens: Buffer) -> None:
+    def __init__(
+        self,
+        name: str,
+        tiers: Sequence[Packing],
+        flush: int,
+        tiers_of: Callable[[Tensor], Tensor],
+        tier_of_token: Buffer,
+    ) -> None:
         self.unit = flush
         self._name = name
         self._tiers = tiers
-        self._sort = sort
-        self._sorted = sorted_tokens
+        self._tiers_of = tiers_of
+        self._tier_of_token = tier_of_token
         self._tokens = 0
 
     @property
@@ -67,21 +77,25 @@ class TieredTokens(Packing):
     @property
     def view(self) -> Tiers:
         held: list[Packed | Channels | Tensor] = [tier.view for tier in self._tiers]  # type: ignore[misc]
-        return Tiers(self._sorted.view[:, :, : self._tokens], tuple(held))
+        return Tiers(self._tier_of_token.view[:, :, : self._tokens], tuple(held))
 
     def pack(self, states: Tensor) -> None:
-        tiers = self._sort(states)
+        tiers = self._tiers_of(states)
         for index, tier in enumerate(self._tiers):
             tier.pack(states[tiers == index].view(*states.shape[:2], -1, states.shape[3]))
         self._tokens += states.shape[2]
 
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
-        """All tokens come back, since those that are kept are in every tier."""
+        """Forget every token and return the first `keep`: the kept ones are in every tier, so all have to be read.
+
+        Raises:
+            PlanError: if some tokens have been evicted.
+        """
         view = self.view
         if view.kept < view.tokens:
             raise PlanError(
                 f"{self._name}: the cache cannot go back to {keep} packed tokens, since a token policy has evicted "
-                "some of them; use a policy without `evict`"
+                f"{view.tokens - view.kept} of {view.tokens}; use a policy without `evict`"
             )
         rest = view.read(0, keep, dtype)
         for tier in self._tiers:

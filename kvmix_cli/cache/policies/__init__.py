@@ -1,4 +1,4 @@
-"""What is important: scores of tokens and of key channels, by name."""
+"""Scores of tokens and of key channels by importance, by name."""
 
 from .channels import CHANNEL_SCORES, ChannelScore, ChannelStatistics
 from .tokens import TOKEN_SCORES, Candidates, TokenScore

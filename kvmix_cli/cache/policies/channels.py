@@ -1,4 +1,4 @@
-"""How important a key channel is. One small class a method."""
+"""Scores of key channels by importance, one small class for each method."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .registry import Registry
+from ...errors import PlanError
+from ...registry import Registry
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What the channels of a KV head are sorted by.
+    """The data that the channels of a KV head are ordered by.
 
     Attributes:
         keys: `[B, H_kv, n, D]`, the tokens that are packed next, as they are stored.
         query: `[B, H_kv, D]`, mean magnitude of the queries so far, as they meet the stored keys; None for a score
-            that looks at no queries.
+            that needs no queries.
     """
 
     keys: Tensor
@@ -25,20 +26,20 @@ class ChannelStatistics:
 
 
 class ChannelScore:
-    """Subclass, and register under a name.
+    """A score of key channels: subclass it, and register the subclass in `CHANNEL_SCORES`.
 
     Attributes:
-        needs_queries: it reads `query`, so the model must attend through kvmix.
+        needs_queries: the score reads `query`, so the model must attend through kvmix.
     """
 
     needs_queries: ClassVar[bool] = False
 
     def importance(self, channels: ChannelStatistics) -> Tensor:
-        """`[B, H_kv, D]`; more is more important."""
+        """Return `[B, H_kv, D]`; more is more important."""
         raise NotImplementedError
 
 
-CHANNEL_SCORES: Registry[type[ChannelScore]] = Registry("channel score")
+CHANNEL_SCORES: Registry[type[ChannelScore]] = Registry("channel score", PlanError)
 
 
 @CHANNEL_SCORES.register("query-range")
@@ -48,14 +49,15 @@ class QueryRange(ChannelScore):
     needs_queries = True
 
     def importance(self, channels: ChannelStatistics) -> Tensor:
-        assert channels.query is not None
+        if channels.query is None:
+            raise AssertionError("the score `query-range` needs queries")
         low, high = channels.keys.float().aminmax(dim=2)
         return channels.query * (high - low)
 
 
 @CHANNEL_SCORES.register("range")
 class Range(ChannelScore):
-    """`max k_d - min k_d`: the same without queries, to tell what they add."""
+    """`max k_d - min k_d`: the same without queries, to measure what queries add."""
 
     def importance(self, channels: ChannelStatistics) -> Tensor:
         low, high = channels.keys.float().aminmax(dim=2)

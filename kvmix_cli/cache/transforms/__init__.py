@@ -1,11 +1,10 @@
-"""What happens to keys and values before they are stored: rotation, centering, balancing, in any order.
+"""Transforms of keys and values before they are stored: rotation, centering, balancing, in any order.
 
-None of it touches what is packed. Queries meet the stored keys as `query` makes them, and `output` takes back what was
-done to the values.
+None of them touches what is packed. `query` transforms queries to meet the stored keys, and `output` transforms the
+attention output over stored values back.
 """
 
 from .base import Transform
-from .build import build
-from .chain import Chain
+from .chain import Chain, build
 
 __all__ = ["Chain", "Transform", "build"]

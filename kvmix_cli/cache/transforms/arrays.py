@@ -1,4 +1,4 @@
-"""Numbers that a plan takes from a safetensors file."""
+"""Tensors that a plan takes from a safetensors file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ...errors import PlanError, first_sentence
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of a file. Two are equal if name and numbers are.
+class FileTensor:
+    """A tensor of a file. Two are equal if their files, names and numbers are.
 
     Attributes:
         source: the file, as the plan writes it.
@@ -35,25 +35,29 @@ class Stored:
         return f"'{self.name}' of {self.source}"
 
     def numbers(self, shape: Sequence[int | None]) -> Tensor:
-        """The tensor in float64.
+        """Return the tensor in float64.
 
         Args:
-            shape: what it must have; None is any number.
+            shape: the shape that it must have; None is any number.
 
         Raises:
-            PlanError: if it has another shape, or is not all finite numbers.
+            PlanError: if it has another shape, or holds NaN, Inf or complex numbers.
         """
         got = list(self.tensor.shape)
         if len(got) != len(shape) or any(want not in (None, size) for want, size in zip(shape, got, strict=True)):
             wanted = ", ".join("H_kv" if want is None else str(want) for want in shape)
             raise PlanError(f"{self} must be [{wanted}] for this model, but is {got}; give another file")
         if self.tensor.is_complex() or not torch.isfinite(numbers := self.tensor.double()).all():
-            raise PlanError(f"{self} is not all finite numbers; make the file anew")
+            raise PlanError(f"{self} is not all finite real numbers; make the file again")
         return numbers
 
 
-def find(source: str, names: Sequence[str]) -> Stored:
-    """The first of these tensors that a safetensors file has. Raises PlanError if it has none, or cannot be read."""
+def find(source: str, names: Sequence[str]) -> FileTensor:
+    """Return the first of these tensors that a safetensors file has.
+
+    Raises:
+        PlanError: if it has none of them, or cannot be read.
+    """
     try:
         with safe_open(Path(source).expanduser(), framework="pt", device="cpu") as file:
             name = next((name for name in names if name in file.keys()), None)  # noqa: SIM118  (not iterable itself)
@@ -65,4 +69,4 @@ def find(source: str, names: Sequence[str]) -> Stored:
     if name is None or tensor is None:
         wanted = " or ".join(f"'{name}'" for name in names)
         raise PlanError(f"{source} has no {wanted}; give a file that was made for this model")
-    return Stored(source, name, hashlib.sha256(save({name: tensor})).hexdigest(), tensor)
+    return FileTensor(source, name, hashlib.sha256(save({name: tensor})).hexdigest(), tensor)

@@ -1,4 +1,4 @@
-"""Channels scaled so that none is much larger than the others."""
+"""Balancing: channels are scaled so that none is much larger than the others."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ numbers of ordinary size would leave the range of float16."""
 
 
 class Balancing(Transform):
-    """`k b` is stored and `q / b` asked, channel by channel; of values `v / c`, and the output is taken times `c`.
+    """A scale for each channel: `k b` is stored and `q / b` meets it; of values `v / c`, and the output is times `c`.
 
     Keys, MiKV (arXiv 2402.18096, section 3.2): `b = sqrt(max |q| / max |k|)` over the prompt, for each layer, head and
-    channel. With grouped queries the maximum is also over the query heads of a group, of which the paper does not
-    speak. MiKV balances only the tokens it stores in few bits; here that is all of them.
+    channel. With grouped queries the maximum is also over the query heads of a group, a case the paper leaves open.
+    MiKV balances only the tokens it stores in few bits; here that is all of them.
 
     Values, ZipCache (arXiv 2405.14256, channel-separable tokenwise quantization): `c = sqrt(max |v|)`. Its code
-    (`true_channel_tokenwise_quantize`) takes the maximum over the batch and anew whenever it compresses; ours is over
-    the prompt, for every sequence its own, and stays.
+    (`true_channel_tokenwise_quantize`) takes the maximum over the batch, again at every compression; ours is
+    taken once, over the prompt of each sequence.
 
     Where a maximum is 0, NaN or Inf, the scale is 1. See `LIMIT`.
 
     Args:
-        kind: of what.
-        name: for errors, e.g. `layer 3 keys`.
+        kind: `key` or `value`.
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
     """
 
     def __init__(self, kind: Kind, name: str) -> None:
@@ -36,7 +36,7 @@ class Balancing(Transform):
         self._name = name
 
     def fit(self, states: Tensor, query: Tensor | None) -> None:
-        """Raises PolicyError if there are no queries for keys."""
+        """Take the scales from the prompt. Raises PolicyError if there are no queries for keys."""
         if not self.needs_queries:
             scale = 1 / _largest(states, states.shape[1]).sqrt()
         elif query is None:
@@ -50,15 +50,19 @@ class Balancing(Transform):
         self._state = scale.clamp(1 / LIMIT, LIMIT).where(usable, 1.0)
 
     def store(self, states: Tensor) -> Tensor:
+        """Return the states with every channel scaled."""
         return (states * self._scale).to(states.dtype)
 
     def restore(self, stored: Tensor) -> Tensor:
+        """Return the inverse of `store`."""
         return (stored / self._scale).to(stored.dtype)
 
     def query(self, query: Tensor) -> Tensor:
+        """Return the queries divided by the scales of the keys."""
         return self._undone(query)
 
     def output(self, output: Tensor) -> Tensor:
+        """Return the output divided by the scales of the values."""
         return self._undone(output)
 
     def _undone(self, given: Tensor) -> Tensor:
@@ -66,14 +70,15 @@ class Balancing(Transform):
 
     @property
     def _scale(self) -> Tensor:
-        """`[B, H_kv, 1, D]`."""
+        """Return the scales `[B, H_kv, 1, D]`."""
         if self._state is None:
             raise RuntimeError("balancing has seen no prompt yet")
         return self._state
 
 
 def _largest(states: Tensor, kv_heads: int) -> Tensor:
-    """The largest magnitude of each channel, over tokens and the heads of a group: `[B, H_kv, 1, D]`."""
+    """Return each channel's largest magnitude, over tokens and the heads of a group: `[B, H_kv, 1, D]`."""
     low, high = states.detach().aminmax(dim=2, keepdim=True)
     largest = high.maximum(-low).to(wide_dtype(states.dtype))
-    return largest.unflatten(1, (kv_heads, -1)).amax(dim=2)
+    grouped: Tensor = largest.unflatten(1, (kv_heads, -1))
+    return grouped.amax(dim=2)

@@ -1,4 +1,4 @@
-"""What a transform is: something done to keys or values before they are stored, and taken back by attention."""
+"""The base of transforms: a change of keys or values before they are stored, which attention undoes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..buffer import lasting
+
 
 class Transform(ABC):
-    """Of one layer's keys, or of its values. What it learns from the first prompt is its state, a row a sequence.
+    """A transform of one layer's keys, or of its values. It learns its state from the first prompt, a row per sequence.
 
-    Everything returned has the dtype of what was given; what happens in between is float32, or float64 for float64.
-    Query head `h` reads KV head `h // (H / H_kv)`.
+    Results have the dtype of the argument; the arithmetic is in float32, or float64 for float64. Query head `h` reads
+    KV head `h // (H / H_kv)`.
 
     Attributes:
-        needs_queries: `fit` wants the queries of the prompt.
+        needs_queries: `fit` needs the queries of the prompt.
         shifts_scores: of keys: every score of a query changes by the same number. Softmax cancels it; a soft-cap
             and sink logits do not.
         shifts_output: of values: `output` is right only where attention weights add up to 1; with sink logits they
@@ -34,33 +36,34 @@ class Transform(ABC):
 
         Args:
             states: its keys, or values, `[B, H_kv, S, D]`.
-            query: its queries `[B, H, S, D]`; None where nobody knows them.
+            query: its queries `[B, H, S, D]`; None where they are not known.
 
         Raises:
-            PlanError: if what the plan brings does not fit this model.
-            PolicyError: if this model's attention cannot go with it.
+            PlanError: if a tensor of the plan does not fit this model.
+            PolicyError: if it needs queries, and they are not known.
         """
 
     @abstractmethod
     def store(self, states: Tensor) -> Tensor:
-        """What the cache stores of `[B, H_kv, S, D]`."""
+        """Return the transformed states `[B, H_kv, S, D]`, which the cache stores."""
 
     @abstractmethod
     def restore(self, stored: Tensor) -> Tensor:
-        """The inverse of `store`."""
+        """Return the inverse of `store`."""
 
     @abstractmethod
     def query(self, query: Tensor) -> Tensor:
-        """Of keys: `[B, H, S, D]` such that `query(q) . store(k)` is `q . k`, or that plus a number for each query."""
+        """Return queries `[B, H, S, D]`, of keys: `query(q) . store(k)` is `q . k`, plus perhaps a number per query."""
 
     @abstractmethod
     def output(self, output: Tensor) -> Tensor:
-        """Of values: the attention output `[B, H, S, D]` of stored values, as it would be of the values themselves."""
+        """Return the attention output `[B, H, S, D]` over stored values as it would be over the values themselves."""
 
     def tensors(self) -> list[Tensor]:
-        """The state, `[B, ...]` each. What all sequences share, such as a matrix, is not part of it."""
+        """Return the state, `[B, ...]` each. A matrix that all sequences share is not part of it."""
         return [] if self._state is None else [self._state]
 
+    @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to another device to the state."""
         if self._state is not None:
@@ -68,10 +71,10 @@ class Transform(ABC):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to compute in: float32, or float64 for float64."""
+    """Return the dtype to compute in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def for_query_heads(state: Tensor, heads: int) -> Tensor:
-    """`[B, H_kv, 1, D]` as `[B, H, 1, D]`: each query head's own."""
+    """Return `[B, H_kv, 1, D]` repeated for each query head, `[B, H, 1, D]`."""
     return state.repeat_interleave(heads // state.shape[1], dim=1)

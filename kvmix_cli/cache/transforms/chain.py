@@ -1,18 +1,27 @@
-"""Several transforms, one after the other."""
+"""Several transforms, one after the other, and how they are made from a plan's settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+from kvmix_kernels.layout import Kind
 from torch import Tensor
 
+from ...plan import policies
+from ..buffer import lasting
+from .arrays import find
+from .balancing import Balancing
 from .base import Transform, wide_dtype
+from .centering import Centering
+from .rotation import Rotation, hadamard, loaded
 
 
 class Chain(Transform):
-    """Transforms in the order in which they are applied, perhaps none. Rounds once, not at every one of them.
+    """Transforms in the order in which they are applied, perhaps none. Numbers are rounded once, after the last.
 
     Attributes:
+        steps: the transforms.
         is_fitted: nothing is left to be learned.
     """
 
@@ -26,8 +35,9 @@ class Chain(Transform):
     def __bool__(self) -> bool:
         return bool(self.steps)
 
+    @lasting
     def fit(self, states: Tensor, query: Tensor | None) -> None:
-        """Each step learns from what the steps before it make of the prompt."""
+        """Let each step learn from the prompt as the steps before it transform it."""
         query = query if self.needs_queries else None
         for number, step in enumerate(self.steps, start=1):
             step.fit(states, query)
@@ -37,21 +47,27 @@ class Chain(Transform):
         self.is_fitted = True
 
     def store(self, states: Tensor) -> Tensor:
+        """Return the states `[B, H_kv, S, D]` after every step."""
         return _in_turn([step.store for step in self.steps], states)
 
     def restore(self, stored: Tensor) -> Tensor:
+        """Return the inverse of `store`."""
         return _in_turn([step.restore for step in reversed(self.steps)], stored)
 
     def query(self, query: Tensor) -> Tensor:
+        """Return the queries `[B, H, S, D]` after every step."""
         return _in_turn([step.query for step in self.steps], query)
 
     def output(self, output: Tensor) -> Tensor:
+        """Return the output `[B, H, S, D]` with every step of the values undone."""
         return _in_turn([step.output for step in reversed(self.steps)], output)
 
     def tensors(self) -> list[Tensor]:
+        """Return the state of every step."""
         return [tensor for step in self.steps for tensor in step.tensors()]
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch selection or a move to another device to the state of every step."""
         for step in self.steps:
             step.apply(change)
 
@@ -63,3 +79,45 @@ def _in_turn(functions: Sequence[Callable[[Tensor], Tensor]], given: Tensor) -> 
     for function in functions:
         result = function(result)
     return result.to(given.dtype)
+
+
+def build(
+    settings: policies.Transforms | None,
+    kind: Kind,
+    layer: int,
+    head_dim: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Chain:
+    """Return the transforms of one layer's keys or values by a plan's settings.
+
+    Args:
+        settings: None for no transforms.
+        kind: `key` or `value`.
+        layer: index of the layer.
+        head_dim: channels of these keys, or values.
+        device: of these keys, or values.
+        dtype: of these keys, or values.
+
+    Raises:
+        PlanError: if a file of the plan is missing, or not for this model.
+    """
+    chosen = () if settings is None else settings.k if kind == "key" else settings.v
+    wide = wide_dtype(dtype)
+    return Chain(_step(setting, kind, layer, head_dim, torch.device(device), wide) for setting in chosen)
+
+
+def _step(
+    setting: policies.Transform, kind: Kind, layer: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Transform:
+    name = f"layers.{layer}.{kind[0]}"
+    if isinstance(setting, policies.Rotate):
+        if setting.matrix is None:
+            return Rotation(hadamard(head_dim, setting.seed, device, dtype))
+        return Rotation(loaded(find(setting.matrix, (name, "rotation")), head_dim, device, dtype))
+    if isinstance(setting, policies.Center):
+        if setting.means is None:
+            return Centering(kind)
+        stored = find(setting.means, (name,))
+        return Centering(kind, stored.numbers((None, head_dim)).to(device, dtype), stored)
+    return Balancing(kind, f"layer {layer} {kind}s")

@@ -1,4 +1,4 @@
-"""Keys and values in another orthonormal basis, in which no channel stands out."""
+"""Rotation: keys and values are stored in another orthonormal basis, in which no channel is much larger."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ...errors import PlanError
-from .arrays import Stored
+from .arrays import FileTensor
 from .base import Transform
 
 ORTHOGONAL = 1e-2
-"""`max |R R^T - 1|` of a matrix that is taken for orthogonal. In 16 bits it reaches half of that by rounding alone."""
+"""Largest `max |R R^T - 1|` of a matrix that counts as orthogonal; in 16 bits, rounding alone reaches half of it."""
 
 
 class Rotation(Transform):
-    """`k R` is stored, and `q R . k R = q . k` as `R` is orthogonal; of values, `R^T` turns the output back.
+    """An orthogonal matrix `R`: `k R` is stored, and `q R . k R = q . k`; of values, `R^T` turns the output back.
 
     QuaRot (arXiv 2404.00456) rotates keys and queries after RoPE and by head, as here, with a Hadamard matrix. It
     folds the rotation of values into the weights, where it costs nothing; we change no weights. RotateKV (arXiv
@@ -31,18 +31,22 @@ class Rotation(Transform):
         self._matrix = matrix
 
     def fit(self, states: Tensor, query: Tensor | None) -> None:
-        """There is nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def store(self, states: Tensor) -> Tensor:
+        """Return the states in the other basis."""
         return self._times(states, self._matrix)
 
     def restore(self, stored: Tensor) -> Tensor:
+        """Return the inverse of `store`."""
         return self._times(stored, self._matrix.T)
 
     def query(self, query: Tensor) -> Tensor:
+        """Return the queries in the other basis."""
         return self._times(query, self._matrix)
 
     def output(self, output: Tensor) -> Tensor:
+        """Return the output in the model's own basis."""
         return self._times(output, self._matrix.T)
 
     @staticmethod
@@ -52,13 +56,13 @@ class Rotation(Transform):
 
 @lru_cache(maxsize=32)
 def hadamard(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An orthogonal matrix `[size, size]`, `size = 2^k m`, whose entries are at most `sqrt(2 / size)`. Shared.
+    """Return an orthogonal matrix `[size, size]`, `size = 2^k m`, whose entries are at most `sqrt(2 / size)`.
 
     Random signs, then the Sylvester matrix of `2^k` Kronecker the Hartley matrix of the odd `m`. Hadamard matrices of
     odd sizes do not exist; the Hartley matrix `cas(2 pi i j / m) / sqrt(m)`, `cas = cos + sin`, is orthogonal, and
     flat but for a factor of `sqrt(2)`. For a power of two every entry is `+-1 / sqrt(size)`. Signs come first
     (`diag(s) H` with rows as vectors, as in the randomized Hadamard transform of QuIP#, arXiv 2402.04396): without them
-    a mean common to all channels would end up in one.
+    a mean common to all channels would end up in one. The matrix is shared between layers.
     """
     odd = size
     while odd % 2 == 0:
@@ -72,10 +76,10 @@ def hadamard(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 @lru_cache(maxsize=512)
-def loaded(stored: Stored, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A matrix `[size, size]` from a file, or rather the orthogonal one nearest to it. Shared.
+def loaded(stored: FileTensor, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the orthogonal matrix `[size, size]` nearest to one from a file. The matrix is shared between layers.
 
-    What a file has in 16 bits is orthogonal up to rounding. `U V^T` of its singular vectors is so up to ours.
+    A matrix in 16 bits is orthogonal only up to their rounding; `U V^T` of its singular vectors is exact up to ours.
 
     Raises:
         PlanError: if it has another shape, is not finite, or not orthogonal.
@@ -89,17 +93,19 @@ def loaded(stored: Stored, size: int, device: torch.device, dtype: torch.dtype) 
                 f"{ORTHOGONAL:g} is allowed; give an orthogonal matrix, or none for a Hadamard matrix"
             )
         left, _, right = torch.linalg.svd(matrix)
-        return (left @ right).to(device, dtype)
+        nearest: Tensor = left @ right
+        return nearest.to(device, dtype)
 
 
 def _hartley(size: int) -> Tensor:
-    """`[size, size]`, orthogonal and symmetric."""
+    """Return the Hartley matrix `[size, size]`, orthogonal and symmetric."""
     index = torch.arange(size, device="cpu")
     angles = (index[:, None] * index % size).double() * (2 * math.pi / size)
-    return (angles.cos() + angles.sin()) / math.sqrt(size)
+    matrix: Tensor = (angles.cos() + angles.sin()) / math.sqrt(size)
+    return matrix
 
 
 def _signs(size: int, seed: int) -> Tensor:
-    """`[size]` of +-1; drawn on the CPU, where a seed means the same everywhere."""
+    """Return `[size]` random signs, drawn on the CPU, where a seed gives the same everywhere."""
     generator = torch.Generator(device="cpu").manual_seed(seed % 2**63)
     return torch.randint(2, (size,), generator=generator, device="cpu").double() * 2 - 1

@@ -1,7 +1,7 @@
-"""Facts that only the cache can know: names with random numbers, and the words that state them and ask for them.
+"""Facts: names with random numbers, and the text that states them and asks for them.
 
-A model with a chat template is told and asked in sentences, in a turn of its own. Any other model, such as a base model
-or `builtin:tiny`, gets what text goes on from by itself: an assignment, and later an assertion of the same name.
+A model with a chat template gets sentences, in a turn of the chat. Any other model, such as a base model or
+`builtin:tiny`, gets code to continue: an assignment, and later an assertion of the same name.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from functools import cached_property
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from ...errors import EvaluationError, first_sentence
-from ..feeding import encode, opening
+from ...errors import EvaluationError, TextError
+from ...texts.chat import chat_turn
+from ...texts.tokens import encode, opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUMBERS = 10_000
-"""Values are of four digits, so that one guess in so many is right."""
+"""Values have four digits: one guess in so many is right."""
 WORDS = (
     "alpha beta gamma delta width height depth port host limit cache batch token layer head value query score bit "
     "group scale zero page block chunk window rank seed step rate size count index offset level mode state phase "
@@ -32,13 +31,11 @@ WORDS = (
 )
 """A name is two of these; three where there are not enough pairs."""
 INTRODUCTION = "Below, a number is given for a name. Read it; at the end you will be asked for it.\n\n"
-PLACE = "kvmix was here"
-"""Stands for what a user says while a chat template is taken apart."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and its number, in text and in the pieces of tokens that a statement and a question are made of."""
+    """A name and its number as text, and the pieces of tokens of a statement and a question."""
 
     name: str
     digits: str
@@ -49,12 +46,12 @@ class Fact:
 
     @cached_property
     def stated(self) -> int:
-        """Tokens of its statement."""
+        """Return the number of tokens of its statement."""
         return len(self.assign) + len(self.value) + len(self.end)
 
     @cached_property
     def asked(self) -> int:
-        """Tokens of the question and its answer."""
+        """Return the number of tokens of the question and its answer."""
         return len(self.ask) + len(self.value) + len(self.end)
 
 
@@ -63,9 +60,9 @@ class Question:
     """One value to be read back.
 
     Attributes:
-        answer: where its tokens are in the exercise's script.
-        distance: tokens between the value's first token where it was stated and where it is asked for.
-        depth: the part of the text that comes before the statement, 0 to 1.
+        answer: place of its tokens in the exercise's script.
+        distance: tokens from the value's first token in the statement to that in the answer.
+        depth: share of the text before the statement, 0 to 1.
     """
 
     name: str
@@ -77,13 +74,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Phrasing:
-    """How facts are put to a model.
+    """The wording of facts for a model.
 
     Attributes:
         head: tokens before anything else.
-        statement: of a name, up to its number.
-        question: for a name, up to its number.
-        end: after a number.
+        statement: text that states a name's number, up to the number.
+        question: text that asks for a name's number, up to the number.
+        end: text after a number.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -93,7 +90,7 @@ class Phrasing:
     end: str
 
     def facts(self, rng: random.Random, count: int) -> Iterator[Fact]:
-        """So many facts with different names; each is put into tokens when it is reached."""
+        """Yield `count` facts with different names; each is encoded when it is reached."""
         for name in _names(rng, count):
             digits = f"{rng.randrange(NUMBERS):04}"
             pieces = (self.statement(name), self.question(name), f" {digits}", self.end)
@@ -101,28 +98,31 @@ class Phrasing:
 
     @cached_property
     def blank(self) -> int:
-        """A token that fills a place and says nothing."""
+        """Return a token that fills a place and means nothing."""
         return encode(self.tokenizer, "\n")[-1]
 
 
 def as_code(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
-    """Assignments and assertions, for a model that just goes on with a text."""
+    """Return the wording of code, for a model that continues a text: assignments and assertions."""
     head = tuple(opening(tokenizer))
     return Phrasing(tokenizer, head, lambda name: f"\n{name} =", lambda name: f"\nassert {name} ==", "\n")
 
 
-def as_suits(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
-    """Sentences in the turns of a chat if the tokenizer has a template for them, else code.
+def as_chat_or_code(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
+    """Return the wording of a chat if the tokenizer has a template, otherwise that of code.
 
-    The answer is begun for the model ("The number of x is"), so that nothing but the number remains to be said; a
-    model that likes to think aloud first is asked the same thing as any other.
+    The answer is begun for the model ("The number of x is"), so that only the number is left: a model that reasons
+    before it answers gets the same question as any other.
 
     Raises:
         EvaluationError: if the template cannot be used.
     """
     if not tokenizer.chat_template:
         return as_code(tokenizer)
-    before, after = _turns(tokenizer)
+    try:
+        before, after = chat_turn(tokenizer, "the model")
+    except TextError as error:
+        raise EvaluationError(f"{error}; or use --task recall") from error
     head = tuple(encode(tokenizer, before + INTRODUCTION))
 
     def statement(name: str) -> str:
@@ -137,10 +137,10 @@ def as_suits(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
 def ask_for(
     facts: Sequence[Fact], context: Sequence[int], at: Mapping[str, tuple[int, float]]
 ) -> tuple[tuple[int, ...], tuple[Question, ...]]:
-    """The script that asks for facts one after the other, and where in it the answers are.
+    """Return the script that asks for facts one after the other, and the questions with the places of their answers.
 
     Args:
-        at: for each name, where in the context its value begins, and the depth of its statement.
+        at: for each name, the token of the context at which its value begins, and the depth of its statement.
     """
     script: list[int] = []
     questions = []
@@ -160,18 +160,3 @@ def _names(rng: random.Random, count: int) -> list[str]:
     if count > len(names):
         names = ["_".join(three) for three in permutations(words, 3)]
     return rng.sample(names, min(count, len(names)))
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What a chat template puts before a user's turn, and between it and the answer."""
-    turn = [{"role": "user", "content": PLACE}]
-    try:
-        whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"the model's chat template cannot be used: {first_sentence(error)}; use --task recall"
-        ) from error
-    before, place, after = str(whole).rpartition(PLACE)
-    if not place:
-        raise EvaluationError("the model's chat template leaves out what the user says; use --task recall")
-    return before, after

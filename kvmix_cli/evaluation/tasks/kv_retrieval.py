@@ -1,7 +1,7 @@
 """Key-value retrieval: a context that is nothing but names and numbers, and one of the numbers is asked for.
 
-After Liu et al. 2023, "Lost in the middle" (arXiv 2307.03172). Every line looks like the one that is wanted, so a cache
-must tell keys apart that differ little: harder than a needle in other text, and sooner lost to coarse keys.
+After Liu et al. 2023, "Lost in the middle" (arXiv 2307.03172). Every line looks like the one that is asked
+for, so keys that differ little must stay apart: harder than a needle in other text, and lost earlier with coarse keys.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 from ..base import Settings
 from ..results import Metric
-from .facts import Fact, Phrasing, as_suits, ask_for
+from .facts import Fact, Phrasing, as_chat_or_code, ask_for
 from .needles import DEPTHS, TRIES, Exercise, Needles, TooShort, Writer
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
 
 FEWEST_TOKENS = 6
-"""Of a line, in any tokenizer; it bounds how many names are drawn."""
+"""Tokens of a line in any tokenizer; bounds the number of names that are drawn."""
 
 
 class KVRetrieval(Needles):
-    """One value is asked for in each exercise; the depth of its line goes through all places in turn."""
+    """One value is asked for in each exercise; the depths of its line take turns."""
 
     name = "kv_retrieval"
     metrics = (Metric("kv_retrieval", higher_is_better=True),)
@@ -33,7 +33,7 @@ class KVRetrieval(Needles):
         return TRIES * len(self.places())
 
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
-        phrasing, lines = as_suits(loaded.tokenizer), len(self.places())
+        phrasing, lines = as_chat_or_code(loaded.tokenizer), len(self.places())
         return lambda length, turn, seed: exercise(phrasing, lines, length, seed, self.place(turn, settings.seed))
 
     def content(self, settings: Settings) -> str:
@@ -41,7 +41,7 @@ class KVRetrieval(Needles):
 
 
 def exercise(phrasing: Phrasing, lines: int, length: int, seed: str, depth: float) -> Exercise:
-    """An exercise of exactly `length` tokens; the line that is asked for comes after the share `depth` of the others.
+    """Return an exercise of exactly `length` tokens, its question about the line after the share `depth` of the others.
 
     Raises:
         TooShort: if there is no room for so many lines.

@@ -1,4 +1,4 @@
-"""Memory: what the cache of a long context takes, beside what the plan predicted."""
+"""Memory: bytes of the cache of a long context, beside the prediction of the plan."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import feed, prefill
 from ...models.memory import devices, watch
 from ...texts import load_texts
-from ..base import Sample, Settings, Task
+from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
-from ..feeding import chunks
-from ..results import Estimate, Metric, Record, counted
+from ..records import MemoryRecord
+from ..results import Estimate, Metric, counted
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from ...plan import Plan
 
 TOLERANCE_PERCENT = 1.0
-"""A plan whose prediction is off by more is a bug."""
+"""A prediction that is off by more is a bug."""
 WARM_UP = 65
-"""Tokens that a fresh cache is given first, so that what is loaded or set up once counts as nobody's peak. All but one
-are prefilled: whole groups for any cache that cuts keys and values into groups of 64."""
+"""Tokens of a cache that is filled first, so that what is loaded or set up once is in no peak. All but one are
+prefilled: whole groups for any cache that cuts keys and values into groups of 64."""
 REFERENCE_ELEMENT_BYTES = 2
 """Compression is against 16 bits, also where a float32 model makes everything unquantized twice as big."""
 
 
-class Memory(Task):
+class Memory(Task[Sample, MemoryRecord]):
     """A context is prefilled and one token is decoded, by which time the window has been applied to the context.
 
     Bytes are counted from the tensors in use; `allocated_bytes` has the room to grow as well. `peak_bytes` is the most
-    that the whole work took above the model, activations of the prompt included; see `peak.watch`.
+    that the whole work took above the model, activations of the prompt included; see `models.memory.watch`.
     """
 
     name = "memory"
@@ -57,13 +57,13 @@ class Memory(Task):
         return chunks(loaded, texts, settings.text, settings.length, self.limit(settings), settings.seed)
 
     @torch.inference_mode()
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> Record:
-        """Bytes of a cache that holds the sample, and the most that was taken on the way."""
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> MemoryRecord:
+        """Return the bytes of a cache that holds the sample, and the most that was taken meanwhile."""
         _fill(loaded, subject, sample.ids[:WARM_UP])
-        with watch(devices(loaded)) as peak:
+        with watch(devices(loaded.model)) as peak:
             cache = _fill(loaded, subject, sample.ids)
         element_bytes = loaded.model.dtype.itemsize
-        record: Record = {
+        record: MemoryRecord = {
             "tokens": len(sample.ids),
             "element_bytes": element_bytes,
             "measured": cache_nbytes(cache),
@@ -80,7 +80,7 @@ class Memory(Task):
         return record
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[MemoryRecord], reference: Sequence[MemoryRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         def mean(values: Sequence[float]) -> Estimate:
             return ratio(values, [1.0] * len(values), seed)
@@ -123,13 +123,13 @@ class Memory(Task):
 
 
 def predicted_bytes(plan: Plan, context: int, element_bytes: int) -> int:
-    """Of the planned layers, for a context and one decoded token, which is in full precision."""
+    """Return the bytes predicted for the planned layers: a context, and one decoded token in full precision."""
     answer = plan.unquantized_bytes(1, element_bytes=element_bytes)
     return plan.cache_bytes(context, element_bytes=element_bytes).total + answer
 
 
 def _fill(loaded: LoadedModel, subject: Subject, ids: Sequence[int]) -> Cache:
-    """A cache into which all but the last token went at once, and then the last one."""
+    """Return a cache into which all but the last token went at once, and then the last one."""
     cache = subject.cache(loaded.config, reserve=len(ids))
     prefill(loaded, cache, ids[:-1])
     for _ in feed(loaded, cache, ids[-1:], step=1):
@@ -138,5 +138,5 @@ def _fill(loaded: LoadedModel, subject: Subject, ids: Sequence[int]) -> Cache:
 
 
 def _planned_bytes(plan: Plan, cache: Cache) -> int:
-    """Bytes in use by the layers that the plan is about."""
+    """Return the bytes in use by the planned layers."""
     return sum(cache.layers[index].nbytes for index in plan.layers)

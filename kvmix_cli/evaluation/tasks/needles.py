@@ -1,6 +1,6 @@
-"""Needles: values that are stated in a context, and must be read out of the cache again.
+"""The base of `recall`, `passkey` and `kv_retrieval`: values stated in a context must be read out of the cache again.
 
-What `recall`, `passkey` and `kv_retrieval` have in common; they differ in what a context is made of.
+The three tasks differ in the text of a context.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError, TextError
 from ...texts import load_texts
+from ...texts.tokens import encode
 from ..base import Context, Sample, Settings, Task
 from ..bootstrap import ratio
-from ..feeding import encode
-from ..results import Estimate, Record, counted
+from ..records import RecalledValue, RecallRecord
+from ..results import Estimate, counted
 from .facts import Question
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Exercise(Sample):
 
 
 Writer = Callable[[int, int, str], Exercise]
-"""Writes an exercise of so many tokens, context and script together, for its turn among those of this length."""
+"""Writes an exercise. Arguments: its tokens (context and script), its number among those of this length, its seed."""
 
 
 class TooShort(EvaluationError):
@@ -57,7 +58,7 @@ class TooShort(EvaluationError):
 
 
 @dataclass(frozen=True)
-class Needles(Task):
+class Needles(Task[Exercise, RecallRecord]):
     """The context enters the cache and is quantized; then the questions are teacher-forced through it.
 
     A value counts as recalled if each of its tokens has the highest logit, which is what greedy decoding would need.
@@ -73,29 +74,29 @@ class Needles(Task):
     @property
     @abstractmethod
     def exercises(self) -> int:
-        """Of each length, where nothing else is asked for."""
+        """Return the exercises of each length that are measured without `--limit`."""
 
     @abstractmethod
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
-        """What writes the exercises. Raises KvmixError; the writer raises TooShort."""
+        """Return the function that writes exercises. Raises KvmixError; the writer raises TooShort."""
 
     def limit(self, settings: Settings) -> int:
         return self.exercises * len(self.lengths(settings)) if settings.limit is None else settings.limit
 
     def lengths(self, settings: Settings) -> tuple[int, ...]:
-        """Of the exercises, ascending."""
+        """Return the lengths of exercises, ascending."""
         return tuple(sorted(set(self.contexts or (settings.length,))))
 
     def context(self, settings: Settings) -> Context:
         return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
 
     def places(self) -> list[float]:
-        """The depths."""
+        """Return the depths, 0 to 1."""
         count = DEPTHS if self.depths is None else self.depths
         return [0.5] if count == 1 else [number / (count - 1) for number in range(count)]
 
     def place(self, turn: int, seed: int) -> float:
-        """The depth for a turn: all of them once, in a random order, then all of them again in another."""
+        """Return the depth for a turn: all depths once, in a random order, then all of them in another order."""
         again, number = divmod(turn, len(self.places()))
         order = self.places()
         random.Random(f"{seed}/{again}").shuffle(order)
@@ -120,15 +121,15 @@ class Needles(Task):
         return written
 
     @torch.inference_mode()
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Exercise, settings: Settings) -> Record:
-        """Which values of an exercise were recalled, from where and from how far back."""
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: Exercise, settings: Settings) -> RecallRecord:
+        """Return the values of an exercise, each with its place and its distance, and whether it was recalled."""
         length = len(sample.ids) + len(sample.script)
         cache = subject.cache(loaded.config, reserve=length)
         prefill(loaded, cache, sample.ids)
         greedy = [sample.ids[-1]]  # a place holder: nothing is asked of the script's first token
         for _, logits in feed(loaded, cache, sample.script[:-1], settings.step):
             greedy += logits.argmax(-1).tolist()
-        answers = [
+        answers: list[RecalledValue] = [
             {
                 "name": question.name,
                 "value": question.value,
@@ -148,7 +149,7 @@ class Needles(Task):
         }
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[RecallRecord], reference: Sequence[RecallRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         return {self.name: share(records, seed)}
 
@@ -163,18 +164,18 @@ class Needles(Task):
         )
 
     def content(self, settings: Settings) -> str:
-        """What a context is made of, in words."""
+        """Return a description of the text in contexts."""
         return f"{settings.text} text"
 
 
-def share(records: Sequence[Record], seed: int) -> Estimate:
-    """Of the values, those recalled; exercises are drawn for the interval.
+def share(records: Sequence[RecallRecord], seed: int) -> Estimate:
+    """Return the share of values that were recalled; exercises are drawn for the interval.
 
     Where all values were recalled, or none, drawing shows no spread; then the interval is that of Wilson (1927), with
-    an exercise as one trial. Ten successes out of ten are no proof of certainty.
+    an exercise as one trial.
     """
-    recalled, values = ([record[key] for record in records] for key in ("recalled", "values"))
-    found = ratio(recalled, values, seed)
+    recalled = [record["recalled"] for record in records]
+    found = ratio(recalled, [record["values"] for record in records], seed)
     if found.value not in (0, 1):
         return found
     from scipy.stats import binomtest
@@ -184,7 +185,7 @@ def share(records: Sequence[Record], seed: int) -> Estimate:
 
 
 def filler(loaded: LoadedModel, settings: Settings, length: int) -> list[int]:
-    """Tokens of the text, in a seeded order of its documents. Raises TextError if they do not fill an exercise."""
+    """Return tokens of the text, its documents in a seeded order. Raises TextError if they do not fill an exercise."""
     texts = load_texts(settings.text, held_out=True, seed=settings.seed)
     order = list(range(len(texts)))
     random.Random(settings.seed).shuffle(order)
@@ -202,6 +203,6 @@ def filler(loaded: LoadedModel, settings: Settings, length: int) -> list[int]:
 
 
 def stretch(pool: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """A stretch of `count` tokens from anywhere in the pool."""
+    """Return `count` neighbouring tokens from a random place in the pool."""
     start = rng.randint(0, len(pool) - count)
     return list(pool[start : start + count])

@@ -1,4 +1,4 @@
-"""Passkey: one number, hidden somewhere in a long text, is asked for at its end.
+"""Passkey: one number, hidden in a long text, is asked for at its end.
 
 After Mohtashami and Jaggi 2023 (arXiv 2305.16300), who repeat a few sentences for filler. Here it is real text, as in
 the needle in a haystack, so that the cache is filled as a document fills it.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..base import Settings
 from ..results import Metric
-from .facts import Phrasing, as_suits, ask_for
+from .facts import Phrasing, as_chat_or_code, ask_for
 from .needles import DEPTHS, TRIES, Exercise, Needles, TooShort, Writer, filler, stretch
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Passkey(Needles):
-    """One value in each exercise; its depth goes through all places in turn."""
+    """One value in each exercise; depths take turns."""
 
     name = "passkey"
     metrics = (Metric("passkey", higher_is_better=True),)
@@ -32,12 +32,12 @@ class Passkey(Needles):
 
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
         pool = filler(loaded, settings, longest)
-        phrasing = as_suits(loaded.tokenizer)
+        phrasing = as_chat_or_code(loaded.tokenizer)
         return lambda length, turn, seed: exercise(phrasing, pool, length, seed, self.place(turn, settings.seed))
 
 
 def exercise(phrasing: Phrasing, pool: Sequence[int], length: int, seed: str, depth: float) -> Exercise:
-    """An exercise of exactly `length` tokens, with its one value after the share `depth` of the text.
+    """Return an exercise of exactly `length` tokens, with its one value after the share `depth` of the text.
 
     Raises:
         TooShort: if less than half of it would be text.

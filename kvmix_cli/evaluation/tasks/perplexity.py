@@ -10,19 +10,19 @@ from ...cache.subject import Subject, attended
 from ...decoding.feed import document_loss
 from ...errors import EvaluationError
 from ...texts import describe_texts, is_one_document, load_texts
-from ..base import Sample, Settings, Task
+from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
-from ..feeding import chunks
-from ..results import Estimate, Metric, Record, counted
+from ..records import PerplexityRecord
+from ..results import Estimate, Metric, counted
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
 
 MAX_LOSS = 100.0
-"""Nats a token; a loss beyond it is a model that has fallen apart, and its exponential is no use to anybody."""
+"""Nats a token. A larger loss means that the model produces nonsense, and its exponential says nothing."""
 
 
-class Perplexity(Task):
+class Perplexity(Task[Sample, PerplexityRecord]):
     """A prefix enters the cache and is quantized; then the rest is teacher-forced through the cache, step by step.
 
     A one-pass forward would attend to unquantized keys and values and measure nothing. Every scored token is predicted
@@ -49,8 +49,8 @@ class Perplexity(Task):
         texts = load_texts(settings.text, held_out=True, seed=settings.seed)
         return chunks(loaded, texts, settings.text, settings.length, self.limit(settings), settings.seed)
 
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> Record:
-        """Negative log-likelihood (nats) of a document's scored tokens."""
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: Sample, settings: Settings) -> PerplexityRecord:
+        """Return the negative log-likelihood (nats) of a document's scored tokens."""
         cache = subject.cache(loaded.config, reserve=len(sample.ids))
         loss = document_loss(loaded, cache, sample.ids, settings.prefix, settings.step)
         tokens = len(sample.ids) - settings.prefix - 1
@@ -59,7 +59,7 @@ class Perplexity(Task):
         return {"tokens": tokens, "nll": loss, "attended": attended(cache)}
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[PerplexityRecord], reference: Sequence[PerplexityRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         tokens = [record["tokens"] for record in records]
         metrics = {"perplexity": ratio([record["nll"] for record in records], tokens, seed).map(math.exp)}

@@ -4,7 +4,7 @@
     ... hundreds of tokens of other text ...
     assert depth_stone == 4821
 
-Perplexity is mostly local; this is not. The values are random, so only the cache can know them.
+Perplexity depends mostly on the nearest tokens, recall on far ones. The values are random: only the cache has them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..base import Settings
-from ..results import Estimate, Metric, Record
+from ..records import RecallRecord
+from ..results import Estimate, Metric
 from .facts import as_code, ask_for
 from .needles import Exercise, Needles, TooShort, Writer, filler, stretch
 
@@ -28,7 +29,7 @@ VALUES = 6
 
 
 class Recall(Needles):
-    """Several values in each exercise, in the first half of other text; or, if depths are asked for, at these."""
+    """Several values in each exercise, scattered in the first half of other text, or at the depths of `--depths`."""
 
     name = "recall"
     metrics = (Metric("recall", higher_is_better=True), Metric("recalled", higher_is_better=True, unit="values"))
@@ -49,7 +50,7 @@ class Recall(Needles):
         return write
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[RecallRecord], reference: Sequence[RecallRecord] | None, seed: int
     ) -> dict[str, Estimate]:
         share = super().summarise(records, reference, seed)["recall"]
         values = sum(record["values"] for record in records)
@@ -63,7 +64,7 @@ def exercise(
     seed: str,
     places: Sequence[float] | None = None,
 ) -> Exercise:
-    """An exercise of exactly `length` tokens, context and script together.
+    """Return an exercise of exactly `length` tokens, context and script together.
 
     Args:
         places: depth of each value; None scatters them in the first half.

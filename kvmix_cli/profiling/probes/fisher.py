@@ -1,4 +1,4 @@
-"""Second-order loss change of each width, by the Fisher information of the attention output:
+"""Second-order loss change of each width, by the Fisher information of the attention output.
 
     1/2 sum_t (dL/dO_t . (O'_t - O_t))^2        t: queries that read something packed
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import ChangeProbe
 from ..change import Change
+from ..probe import ChangeProbe
 
 
 class Fisher(ChangeProbe):

@@ -1,4 +1,4 @@
-"""The paper's score: how strongly the loss depends on each layer's K and V projection (arXiv 2506.08018, section 3.2).
+"""The paper's score: the loss gradient of each layer's K and V projection (arXiv 2506.08018, section 3.2).
 
     s_K = ||dL/dW_k||_2        s_V = ||dL/dW_v||_2
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import WeightProbe
+from ..probe import WeightProbe
 
 
 class GradNorm(WeightProbe):
@@ -22,4 +22,5 @@ class GradNorm(WeightProbe):
 
     def score(self, gradient: Tensor) -> Tensor:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        return torch.linalg.vector_norm(gradient, dtype=dtype)
+        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=dtype)
+        return norm

@@ -17,8 +17,8 @@ from transformers import Cache
 from ...cache.mixed import unquantized_cache
 from ...decoding.feed import feed, prefill
 from ...models.loading import LoadedModel
-from ..base import CacheProbe
-from ..choices import Grid
+from ..grid import Grid
+from ..probe import CacheProbe
 
 
 class Kl(CacheProbe):

@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ..._version import __version__
-from .figures import bits_figures, heat_figures, quality_figures, speed_figures
-from .front import main_metrics, measured_metrics
-from .look import looks
-from .markup import raw
-from .page_tables import page_table
+from ...evaluation.collect import Collection, Group, Line
+from ...evaluation.readback import LineKey, Measured
+from ..comparison import main_metrics, measured_metrics, short_name, warnings
+from ..drawing import Look
+from ..printable import printable
+from ..result_tables import Block, bits, block
+from ..verdict import answers, verdicts
+from .figures import Figures, bits_figures, heat_figures, looks, quality_figures, speed_figures
 
-if TYPE_CHECKING:
-    from ...evaluation.collect import Collection, Group, Measured
+
+class PageRow(NamedTuple):
+    """A plan's name, with what the pointer shows, and its look and bits; its cells come from the blocks."""
+
+    line: Line
+    hint: str
+    look: Look
+    bits: Sequence[tuple[str, float | None]]
+
+
+class PageTable(NamedTuple):
+    """A table of some measurements; lines that none of them has are left out."""
+
+    blocks: Sequence[Block]
+    rows: Sequence[PageRow]
+
+
+class Section(NamedTuple):
+    """All that the page says of one group."""
+
+    title: str
+    facts: list[str]
+    verdicts: list[str]
+    warnings: list[str]
+    overview: PageTable
+    measured: list[tuple[str, str]]
+    figures: list[Figures]
+    tables: list[tuple[PageTable, str]]
 
 
 def make_page(collection: Collection, wanted: str | None, command: str) -> str:
-    """The page as text. `wanted` is the metric to compare by, see `front.headline`."""
+    """Return the page as text.
+
+    Args:
+        wanted: the metric to compare by, see `comparison.headline`.
+    """
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     folder = resources.files(__package__)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["short_name"] = short_name
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     page = template.render(
         title=_title(collection),
+        answers=answers(collection),
         facts=_head_facts(collection.groups),
-        groups=[_group(group, wanted) for group in collection.groups],
+        groups=[_section(group, wanted) for group in collection.groups],
         unfinished=collection.unfinished,
         left_out=[*collection.faults, *collection.notes],
         foot=_foot(collection.groups, command),
         version=__version__,
-        style=raw((folder / "style.css").read_text(encoding="utf-8")),
-        script=raw((folder / "sort.js").read_text(encoding="utf-8")),
+        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        script=Markup((folder / "sort.js").read_text(encoding="utf-8")),
     )
-    return page.lstrip()
-
-
-def warnings(group: Group) -> Iterator[str]:
-    """What a reader must know before believing a table."""
-    for measurement in group.measurements:
-        for run in measurement.runs.values():
-            if run.row.error is not None:
-                yield f"{measurement.title}: {run.row.plan} could not be measured: {run.row.error}"
-            yield from (f"{measurement.title}: {warning}" for warning in run.row.warnings)
+    return printable(page.lstrip())
 
 
 def _title(collection: Collection) -> str:
@@ -60,7 +87,7 @@ def _head_facts(groups: Sequence[Group]) -> list[str]:
     return [f"{len(groups)} parts, across which nothing is compared" if groups else "no run is complete"]
 
 
-def _group(group: Group, wanted: str | None) -> dict[str, Any]:
+def _section(group: Group, wanted: str | None) -> Section:
     look, faults = looks(group), list[str]()
     figures = [
         *quality_figures(group, look, wanted),
@@ -68,19 +95,32 @@ def _group(group: Group, wanted: str | None) -> dict[str, Any]:
         *heat_figures(group, look, faults),
         *speed_figures(group, look, faults),
     ]
-    main = [(each, main_metrics(each, wanted)) for each in group.measurements]
-    return {
-        "title": group.title,
-        "facts": _facts(group),
-        "warnings": [*warnings(group), *faults],
-        "overview": page_table(group, look, main, wanted),
-        "measured": [(each.title, each.description) for each in group.measurements],
-        "figures": figures,
-        "tables": [
-            (page_table(group, look, [(each, measured_metrics(each))], wanted), each.description)
-            for each in group.measurements
-        ],
-    }
+    main = [block(group, each, main_metrics(each, wanted), wanted) for each in group.measurements]
+    every = [block(group, each, measured_metrics(each), wanted) for each in group.measurements]
+    return Section(
+        title=group.title,
+        facts=_facts(group),
+        verdicts=[each.text for each in verdicts(group)[1:]],
+        warnings=[*warnings(group), *faults],
+        overview=_table(group, look, main),
+        measured=[(each.title, each.description) for each in group.measurements],
+        figures=figures,
+        tables=[(_table(group, look, [each]), each.measurement.description) for each in every],
+    )
+
+
+def _table(group: Group, looks: Mapping[LineKey, Look], blocks: Sequence[Block]) -> PageTable:
+    lines = [line for line in group.lines if any(line.key in each.cells for each in blocks)]
+    rows = [
+        PageRow(
+            line,
+            line.label if line.widths in (None, line.label) else f"{line.label}: {line.widths}",
+            looks[line.key],
+            list(zip(bits(line), (line.nominal_bits, line.stored_bits), strict=True)),
+        )
+        for line in lines
+    ]
+    return PageTable(blocks, rows)
 
 
 def _facts(group: Group) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...evaluation.base import Settings
     from ...evaluation.results import Report
     from ...evaluation.runner import Progress
-    from ...evaluation.runs import Runs
+    from ...evaluation.runs import RunFolders
     from ...models.loading import LoadedModel
 
 TASKS = ("perplexity", "recall")
@@ -55,7 +55,7 @@ def hold(
     *,
     tasks: Sequence[str] = TASKS,
     settings: Settings | None = None,
-    runs: Runs | None = None,
+    runs: RunFolders | None = None,
     stored_bits: Sequence[float] = (2.5, 3, 3.5, 4),
     scores: Sequence[str] = (),
     methods: Sequence[str] = (),
@@ -122,7 +122,7 @@ def _measure(
     loaded: LoadedModel,
     names: Sequence[str],
     settings: Settings,
-    runs: Runs | None,
+    runs: RunFolders | None,
     progress: Progress | None,
 ) -> list[Report]:
     """Measure every different plan with every task, under one progress bar."""

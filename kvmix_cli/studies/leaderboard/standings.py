@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from ...evaluation.bootstrap import ratio
+from ...evaluation.records import PerplexityRecord
 from ...evaluation.results import Estimate, Row
 from ...plan import Plan
 
@@ -57,7 +59,7 @@ def compare(first: tuple[str, Standing], second: tuple[str, Standing], seed: int
     (name, one), (other_name, other) = first, second
     if one.loss is None or other.loss is None:
         return None
-    records, others = one.rows["perplexity"].records, other.rows["perplexity"].records
+    records, others = (cast("Sequence[PerplexityRecord]", each.rows["perplexity"].records) for each in (one, other))
     differences = [mine["nll"] - theirs["nll"] for mine, theirs in zip(records, others, strict=True)]
     share = one.loss.value / other.loss.value if other.loss.value > 0 else None
     tokens = [record["tokens"] for record in records]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ....errors import EvaluationError, did_you_mean
+from ....errors import UnknownTaskError
 
 if TYPE_CHECKING:
     from .task import HarnessTask
@@ -14,26 +14,17 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'kvmix[eval]'"
 
 
-class UnknownTask(EvaluationError):
-    """Neither our own nor one of lm-eval's; `near` has the nearest of these."""
-
-    def __init__(self, said: str, near: Sequence[str] = ()) -> None:
-        self.near = tuple(near)
-        super().__init__(said)
-
-
 def harness_kind(name: str, ours: Iterable[str]) -> type[HarnessTask]:
-    """The class that runs a task of lm-eval. Raises UnknownTask if lm-eval is not installed.
+    """Return the class that runs a task of lm-eval.
 
     Args:
-        ours: names of our own tasks, for the message.
+        ours: names of kvmix's own tasks, for the message.
+
+    Raises:
+        UnknownTaskError: if lm-eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        known = tuple(ours)
-        raise UnknownTask(
-            f"no task '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}, "
-            f"and those of lm-eval, which is not installed: {INSTALL}"
-        )
+        raise UnknownTaskError(name, f"those of lm-eval, which is not installed: {INSTALL}", ours=ours)
     from .task import HarnessTask
 
     return HarnessTask

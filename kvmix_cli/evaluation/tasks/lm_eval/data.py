@@ -1,4 +1,4 @@
-"""lm-eval's tasks with their data, and the prompts that they make of it."""
+"""lm-eval's tasks with their data, and the requests that they make of their documents."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from lm_eval.tasks import TaskManager
 
-from ....errors import EvaluationError, KvmixError, first_sentence
-from .names import Found, refuse
-from .quiet import quiet
+from ....errors import first_sentence
+from .boundary import named, quiet, task_errors
+from .names import TaskSelection, refuse_unsafe
 from .requests import KINDS
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group as LMEvalGroup
     from lm_eval.api.instance import Instance
-    from lm_eval.api.task import Task as HarnessedTask
+    from lm_eval.api.task import Task as LMEvalTask
 
     from ....models.loading import LoadedModel
     from .model import KvmixLM
@@ -30,14 +32,23 @@ SEED = 1234
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
+class LoadedTasks(TypedDict):
+    """Tasks and groups by name, as lm-eval's `TaskManager.load` returns and its `evaluate` takes them."""
+
+    tasks: dict[str, LMEvalTask]
+    groups: dict[str, LMEvalGroup]
+    group_map: dict[str, list[str]]
+
+
 @dataclass(frozen=True)
-class Asked:
-    """How tasks are to be set up.
+class TaskSetup:
+    """Settings of lm-eval's tasks.
 
     Attributes:
         limit: documents of each task; None for all.
         shots: examples in a prompt; None for what the task says. A task that forbids them has none.
-        length: of contexts that a task makes itself.
+        chat: put prompts into the tokenizer's chat template.
+        length: tokens of contexts that a task makes itself; None for what the task says.
     """
 
     limit: int | None = None
@@ -47,95 +58,91 @@ class Asked:
     seed: int = 0
 
 
-def load_tasks(found: Found, asked: Asked, loaded: LoadedModel | None = None) -> dict[str, Any]:
-    """Tasks with their data, as lm-eval's `TaskManager.load` gives them.
+def load_tasks(selection: TaskSelection, setup: TaskSetup, loaded: LoadedModel | None = None) -> LoadedTasks:
+    """Load tasks with their data.
 
     Args:
         loaded: the model whose tokenizer measures the contexts that a task makes itself.
 
     Raises:
-        EvaluationError: if a task cannot be set up, or its data cannot be had.
+        EvaluationError: if a task cannot be set up, or its data cannot be loaded.
     """
-    result: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    result = LoadedTasks(tasks={}, groups={}, group_map={})
     with ExitStack() as stack:
-        metadata = stack.enter_context(_metadata(loaded, asked)) if found.makes_data and loaded else None
+        metadata = stack.enter_context(_metadata(loaded, setup)) if selection.makes_data and loaded else None
         with quiet():
-            folders = [str(folder) for folder in found.folders]
+            folders = [str(folder) for folder in selection.folders]
             manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-        for name in found.names:
-            with _blamed_on(name, found), quiet(bars=True):
-                _sow(asked.seed)
-                for key, part in manager.load([name]).items():
-                    result[key] |= part
+        for name in selection.names:
+            with task_errors(partial(_set_up_fault, name, selection)), quiet(bars=True):
+                _seed_all(setup.seed)
+                found = manager.load([name])
+            result["tasks"] |= found["tasks"]
+            result["groups"] |= found["groups"]
+            result["group_map"] |= found["group_map"]
     for name, task in result["tasks"].items():
-        refuse(name, getattr(task, "UNSAFE_CODE", False), getattr(task, "MULTIMODAL", False))
-        _set_up(task, asked)
+        refuse_unsafe(name, getattr(task, "UNSAFE_CODE", False), getattr(task, "MULTIMODAL", False))
+        _set_examples(task, setup)
     return result
 
 
-def build_requests(tasks: Mapping[str, HarnessedTask], asked: Asked, lm: KvmixLM) -> dict[str, list[Instance]]:
-    """All requests by kind, in the order in which lm-eval asks for them.
+def build_requests(tasks: Mapping[str, LMEvalTask], setup: TaskSetup, lm: KvmixLM) -> dict[str, list[Instance]]:
+    """Return all requests by kind, in the order in which lm-eval sends them to a model.
 
     Raises:
-        EvaluationError: if prompts cannot be made of a task's documents.
+        KvmixError: if prompts cannot be made of a task's documents, or the chat template cannot be used.
     """
     found: dict[str, list[Instance]] = {kind: [] for kind in KINDS}
     for name, task in tasks.items():
-        try:
-            with quiet():
-                _sow(asked.seed)
-                task.build_all_requests(
-                    limit=asked.limit,
-                    apply_chat_template=asked.chat,
-                    fewshot_as_multiturn=asked.chat,
-                    chat_template=lm.apply_chat_template if asked.chat else None,
-                    tokenizer_name=lm.tokenizer_name if asked.chat else "",
-                )
-        except Exception as error:
-            raise EvaluationError(f"{name}: no prompts can be made of its documents: {_said(error)}") from error
+        with task_errors(partial(_prompt_fault, name)), quiet():
+            _seed_all(setup.seed)
+            task.build_all_requests(
+                limit=setup.limit,
+                apply_chat_template=setup.chat,
+                fewshot_as_multiturn=setup.chat,
+                chat_template=lm.apply_chat_template if setup.chat else None,
+                tokenizer_name=lm.tokenizer_name if setup.chat else "",
+            )
         for instance in task.instances:
             found[instance.request_type] += [instance] * (instance.repeats or 1)
     return found
 
 
-def _sow(seed: int) -> None:
-    """As lm-eval does before it loads anything: tasks may shuffle."""
+def _seed_all(seed: int) -> None:
+    """Seed all generators of random numbers as lm-eval does before it loads anything: tasks may shuffle."""
     random.seed(seed)
     np.random.seed(SEED + seed)
     torch.manual_seed(SEED + seed)
 
 
 @contextmanager
-def _metadata(loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
-    """What RULER and its like want to know: a tokenizer by name, which here is a copy of ours, and the length."""
+def _metadata(loaded: LoadedModel, setup: TaskSetup) -> Iterator[dict[str, Any]]:
+    """Yield what RULER and similar tasks read: a tokenizer by its name, here a copy of the model's, and the length."""
     with tempfile.TemporaryDirectory() as folder:
         loaded.tokenizer.save_pretrained(folder)
-        lengths = {"max_seq_lengths": [asked.length]} if asked.length else {}
+        lengths = {"max_seq_lengths": [setup.length]} if setup.length else {}
         yield {"tokenizer": folder, "pretrained": folder, **lengths}
 
 
-def _set_up(task: HarnessedTask, asked: Asked) -> None:
+def _set_examples(task: LMEvalTask, setup: TaskSetup) -> None:
     fixed = task.get_config("num_fewshot")
-    if asked.shots is not None and fixed != 0:
-        task.set_config("num_fewshot", asked.shots)
+    if setup.shots is not None and fixed != 0:
+        task.set_config("num_fewshot", setup.shots)
     elif fixed is None:
         task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(SEED + asked.seed)
+    task.set_fewshot_seed(SEED + setup.seed)
 
 
-@contextmanager
-def _blamed_on(name: str, found: Found) -> Iterator[None]:
-    """Whatever a task's own code raises becomes one line. Raises EvaluationError."""
-    try:
-        yield
-    except KvmixError:
-        raise
-    except Exception as error:
-        raise EvaluationError(f"{name}: {_reason(error, found)}") from error
+def _prompt_fault(name: str, error: Exception) -> str:
+    return f"{name}: no prompts can be made of its documents: {named(error)}"
 
 
-def _reason(error: Exception, found: Found) -> str:
-    splits = {config[key] for config in found.tasks.values() for key in _SPLITS if config.get(key)}
+def _set_up_fault(name: str, selection: TaskSelection, error: Exception) -> str:
+    return f"{name}: {_reason(error, selection)}"
+
+
+def _reason(error: Exception, selection: TaskSelection) -> str:
+    splits = {config[key] for config in selection.tasks.values() for key in _SPLITS if config.get(key)}
     if isinstance(error, KeyError) and error.args and error.args[0] in splits:
         return f"its data has no split '{error.args[0]}', which the task needs"
     if "must have valid or test docs" in str(error):
@@ -143,9 +150,7 @@ def _reason(error: Exception, found: Found) -> str:
     if isinstance(error, ImportError):
         return f"a package that it needs is not installed: {first_sentence(error)}"
     if isinstance(error, OSError):
-        return f"its data cannot be had: {first_sentence(error)}; check the network, HF_HOME or the task's dataset_path"
-    return f"lm-eval cannot set it up: {_said(error)}"
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_sentence(error)}"
+        return (
+            f"its data cannot be loaded: {first_sentence(error)}; check the network, HF_HOME or the task's dataset_path"
+        )
+    return f"lm-eval cannot set it up: {named(error)}"

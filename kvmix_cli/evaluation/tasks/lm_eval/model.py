@@ -1,4 +1,6 @@
-"""The model `kvmix` of lm-eval. Importing this registers it, and then lm-eval knows it by its name:
+"""The model `kvmix` of lm-eval.
+
+Importing this registers it, and then lm-eval finds it by its name:
 
     lm_eval.simple_evaluate(model="kvmix", model_args={"pretrained": MODEL, "plan": PLAN}, tasks=[...])
 
@@ -10,43 +12,59 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ....cache.subject import Subject
+from ....cache.subject import Attended, Subject
 from ....errors import EvaluationError
 from ....models.loading import LoadedModel, load_model
 from ....plan import Plan
-from .batches import Reading, rows
-from .quiet import quiet
-from .requests import GENERATE, ROLL, SCORE, encode, replies
+from ....texts.chat import chat_turn, prompt_ids
+from ....texts.tokens import encode
+from .answers import Answerer, parse_batch_size
+from .boundary import quiet
+from .requests import GENERATE, ROLL, SCORE, encode_requests, merge_replies
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 STEP = 32
-THEIR_DEVICE = "cuda:0"
-"""What lm-eval's own command asks for unless it is told otherwise; without a GPU its model `hf` takes what there is."""
+DEFAULT_DEVICE = "cuda:0"
+"""The device of lm-eval's own command if none is given; without a GPU its model `hf` uses the CPU instead."""
 
 logger = logging.getLogger("lm_eval.kvmix")
 
 
+class LMInfo(TypedDict):
+    """The model's part of `results["config"]`, which lm-eval writes beside its results."""
+
+    model_id: str
+    model_dtype: str
+    model_revision: str | None
+    plan: str | None
+    nominal_bits: float
+    stored_bits: float | None
+    quantized_share: float
+
+
 @register_model("kvmix")
 class KvmixLM(HFLM):
-    """lm-eval's Hugging Face model, whose every answer is read through a cache at the bits of a plan.
+    """lm-eval's Hugging Face model, with every answer read through a cache at the bits of a plan.
 
-    It takes prompts apart as HFLM does; only what reads the tokens is ours.
+    Prompts become tokens as in HFLM, except that no end token follows a text; the model's passes are kvmix's own.
 
     Args:
         pretrained: hub id, local folder, `builtin:tiny`, or a model that `load_model` has loaded.
         plan: a plan file, or its short form `0-3:k4v4,4-7:k2v2`; none for the unquantized cache.
-        subject: whose cache it is, instead of a plan.
+        subject: a subject whose cache is used instead of a plan's.
         step: tokens that are fed at a time where a continuation is scored; 1 is exact decoding.
         batch_size: `auto`, or the most requests in a batch.
         max_length: tokens of a prompt and its answer; the model's limit if not given.
@@ -77,7 +95,7 @@ class KvmixLM(HFLM):
         seed: int = 0,
     ) -> None:
         if isinstance(pretrained, str):
-            if device == THEIR_DEVICE and not torch.cuda.is_available():
+            if device == DEFAULT_DEVICE and not torch.cuda.is_available():
                 device = "auto"
             pretrained = load_model(
                 pretrained, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -95,31 +113,39 @@ class KvmixLM(HFLM):
             )
         if self.prefix_token_id is None:
             raise EvaluationError(f"the tokenizer of {pretrained.info.id} has no token to begin or end a text with")
-        self.reading = Reading(pretrained, self.subject, self.step, rows(batch_size, max_batch_size), int(seed))
-        self._seen = {"total": 0.0, "quantized": 0.0}
+        rows = parse_batch_size(batch_size, max_batch_size)
+        self._answerer = Answerer(pretrained, self.subject, self.step, rows, int(seed))
+        self._attended = Attended(total=0, quantized=0)
         self._pairs: list[tuple[list[int], list[int]]] = []
 
     @property
     def end_of_text(self) -> str:
-        """The text that ends every answer."""
+        """Return the text that ends every answer."""
         token = self.eot_token_id
         return "" if token is None else str(self.tok_decode(token, skip_special_tokens=False))
 
     @property
     def quantized_share(self) -> float:
-        """Of the (query, cached token) pairs that attention has seen while this answered."""
-        return self._seen["quantized"] / self._seen["total"] if self._seen["total"] else 0.0
+        """Return the share of quantized tokens among the (query, cached token) pairs that attention has read so far."""
+        return self._attended["quantized"] / self._attended["total"] if self._attended["total"] else 0.0
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """See `HFLM.tok_encode`; without the end token that a tokenizer may put after a text."""
+        ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
+        if self._adds_end and ids == self.tokenizer(string, verbose=False).input_ids:
+            return prompt_ids(self.tokenizer, string)
+        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt; an empty one is what an empty context is."""
+        """Return the token ids of a prompt; those of an empty context for an empty text."""
         if not text:
             return [self.prefix_token_id]
-        ids, _ = self.tok_batch_encode([text])
-        prompt: list[int] = ids[0].tolist()
-        return prompt
+        if self.add_bos_token is False or has_bos_prefix(text, self.tokenizer.bos_token):
+            return encode(self.tokenizer, text)
+        return prompt_ids(self.tokenizer, text)
 
     def encode_pairs(self, kind: str, instance: Instance) -> list[tuple[list[int], list[int]]]:
-        """Token ids of context and continuation for each pass that HFLM would make."""
+        """Return the token ids of context and continuation for each pass that HFLM would make."""
         self._pairs = []
         hook, self.cache_hook = self.cache_hook, CacheHook(None)  # nothing has been answered yet
         try:
@@ -127,6 +153,11 @@ class KvmixLM(HFLM):
         finally:
             self.cache_hook = hook
         return self._pairs
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """See `HFLM.apply_chat_template`. Raises TextError for a template that fails or leaves out a user's words."""
+        chat_turn(self.tokenizer, self.loaded.info.id)
+        return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See `LM.generate_until`."""
@@ -140,37 +171,40 @@ class KvmixLM(HFLM):
         """See `LM.loglikelihood_rolling`."""
         return self._replies(ROLL, requests, disable_tqdm)
 
-    def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results."""
+    def get_model_info(self) -> LMInfo:
+        """Return what lm-eval writes beside its results."""
         nominal, stored = self.subject.bits
         if self.subject != Subject() and not self.quantized_share:
             logger.warning("nothing quantized was read: the plan's sink, window and page hold every context whole")
-        return {
-            "model_id": self.loaded.info.id,
-            "model_dtype": self.loaded.dtype,
-            "model_revision": self.loaded.info.revision,
-            "plan": self.subject.plan and self.subject.plan.short,
-            "nominal_bits": nominal,
-            "stored_bits": stored,
-            "quantized_share": self.quantized_share,
-        }
+        return LMInfo(
+            model_id=self.loaded.info.id,
+            model_dtype=self.loaded.dtype,
+            model_revision=self.loaded.info.revision,
+            plan=None if self.subject.plan is None else self.subject.plan.short,
+            nominal_bits=nominal,
+            stored_bits=stored,
+            quantized_share=self.quantized_share,
+        )
+
+    @cached_property
+    def _adds_end(self) -> bool:
+        return len(prompt_ids(self.tokenizer, "a")) < len(self.tokenizer("a", verbose=False).input_ids)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Where HFLM would read: tokens are noted down here, and read through the cache later."""
+        """Record the tokens of a pass that HFLM would make here; they are fed through the cache later."""
         self._pairs += [(context, continuation) for _, context, continuation in requests]
         return [(0.0, False)] * len(requests)
 
     def _replies(self, kind: str, instances: Sequence[Instance], silent: bool) -> list[Any]:
-        requests = encode(self, kind, instances)
-        bar = tqdm(self.reading.answers(requests), f"kvmix: {kind}", len(requests), disable=silent)
-        answers = list(bar)
+        requests = encode_requests(self, kind, instances)
+        answers = list(tqdm(self._answerer.answers(requests), f"kvmix: {kind}", len(requests), disable=silent))
         for answer in answers:
-            for key, pairs in answer.attended.items():
-                self._seen[key] += pairs
+            self._attended["total"] += answer.attended["total"]
+            self._attended["quantized"] += answer.attended["quantized"]
         values = (answer.value for answer in answers)
-        return replies(kind, len(instances), zip(requests, values, strict=True))
+        return merge_replies(kind, len(instances), zip(requests, values, strict=True))
 
 
 def _subject(plan: str | Path | None, loaded: LoadedModel) -> Subject:

@@ -1,31 +1,33 @@
-"""A task of lm-eval as one of ours: its requests are the samples, answers the records, its numbers the metrics."""
+"""A task of lm-eval as a kvmix task: its requests are the samples, the answers the records, its numbers the metrics."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....cache.subject import Subject
 from ....errors import EvaluationError
 from ...base import Settings, Task
-from ...results import Estimate, Metric, Record, counted
+from ...records import HarnessRecord
+from ...results import Estimate, Metric, counted
+from .answers import Answerer, parse_batch_size
+from .data import LoadedTasks, TaskSetup, build_requests, load_tasks
+from .metrics import reported_metrics
+from .model import KvmixLM
+from .names import select_tasks
+from .replay import score_answers
+from .requests import TokenRequest, encode_requests, merge_replies
 
 if TYPE_CHECKING:
     from ....models.loading import LoadedModel
-    from .data import Asked
-    from .names import Found
-    from .requests import Request
 
 
-@dataclass(frozen=True)
-class HarnessTask(Task):
-    """What lm-eval asks goes through the cache of a plan; what lm-eval makes of the answers are the numbers.
-
-    lm-eval is imported when the first of them is made.
+@dataclass
+class HarnessTask(Task[TokenRequest, HarnessRecord]):
+    """A task of lm-eval: its prompts go through the cache of a subject, and lm-eval scores the answers.
 
     Attributes:
         given: a task of lm-eval, a group, a tag, or a pattern such as `ruler_*`.
@@ -47,113 +49,108 @@ class HarnessTask(Task):
     apply_chat_template: bool = False
 
     default_limit: ClassVar[int] = 0
-    """Of no meaning here: without a limit all documents are asked about."""
-    _prepared: ClassVar[Prepared]
+    """Of no meaning here: without a limit all documents are used."""
 
     def __post_init__(self) -> None:
-        _ = self.metrics
+        self._selection = select_tasks(self.given, self.include_path)
+        self._metrics = self._announced()
+        self._built: BuiltRequests | None = None
 
     @property
     def name(self) -> str:
+        """See `Task.name`."""
         return self.given
 
-    @cached_property
+    @property
     def metrics(self) -> tuple[Metric, ...]:
-        from .data import load_tasks
-        from .reports import metrics
-
-        objects = load_tasks(self._found, self._asked(Settings()))["tasks"] if self._found.by_class else {}
-        return metrics(self._found, objects, self.max_length)
-
-    @cached_property
-    def _found(self) -> Found:
-        from ... import tasks
-        from .names import find
-
-        return find(self.given, self.include_path, tasks())
+        """Return what the tasks say they report; after `summarise`, also what they reported without saying so."""
+        return self._metrics
 
     def options(self) -> dict[str, Any]:
-        """What the numbers depend on. Not how many requests share a batch: each reads what it would read alone."""
+        """Return all that the numbers depend on. The batch size is not part of it: a row reads the same in a batch."""
         options = {key: value for key, value in asdict(self).items() if key not in ("given", "batch_size")}
         return {**options, "lm_eval": _version()}
 
     def context(self, settings: Settings) -> None:
-        """A prompt is as long as it is."""
+        """Return None: a prompt is as long as it is."""
 
-    def samples(self, loaded: LoadedModel, settings: Settings) -> list[Request]:
-        """Everything that lm-eval asks, the longest first; `settings.limit` is in documents of each task."""
-        from .data import build_requests, load_tasks
-        from .model import KvmixLM
-        from .requests import encode
-
+    def samples(self, loaded: LoadedModel, settings: Settings) -> list[TokenRequest]:
+        """Return all requests of lm-eval, the longest first; `settings.limit` is in documents of each task."""
         self._check(loaded)
-        asked = self._asked(settings)
+        setup = self._setup(settings)
         lm = KvmixLM(loaded, step=settings.step, max_length=self.max_length)
-        tasks = load_tasks(self._found, asked, loaded)
-        instances = build_requests(tasks["tasks"], asked, lm)
-        requests = [request for kind, some in instances.items() for request in encode(lm, kind, some)]
+        tasks = load_tasks(self._selection, setup, loaded)
+        instances = build_requests(tasks["tasks"], setup, lm)
+        requests = [request for kind, some in instances.items() for request in encode_requests(lm, kind, some)]
         counts = {kind: len(some) for kind, some in instances.items()}
-        object.__setattr__(self, "_prepared", Prepared(tasks, requests, counts, asked))
+        self._built = BuiltRequests(tasks, requests, counts, setup)
         return requests
 
     def records(
-        self, loaded: LoadedModel, subject: Subject, samples: Sequence[Request], settings: Settings
-    ) -> Iterator[Record]:
-        from .batches import Reading, rows
+        self, loaded: LoadedModel, subject: Subject, samples: Sequence[TokenRequest], settings: Settings
+    ) -> Iterator[HarnessRecord]:
+        """Yield one record for each request, in their order."""
+        answerer = Answerer(loaded, subject, settings.step, parse_batch_size(self.batch_size), settings.seed)
+        for request, answer in zip(samples, answerer.answers(samples), strict=True):
+            yield HarnessRecord(
+                request=request.name, answer=answer.value, tokens=answer.tokens, attended=answer.attended
+            )
 
-        reading = Reading(loaded, subject, settings.step, rows(self.batch_size), settings.seed)
-        for request, answer in zip(samples, reading.answers(samples), strict=True):
-            yield {
-                "request": request.name,
-                "answer": answer.value,
-                "tokens": answer.tokens,
-                "attended": answer.attended,
-            }
-
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Request, settings: Settings) -> Record:
-        """The answer to one request alone."""
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: TokenRequest, settings: Settings) -> HarnessRecord:
+        """Return the record of one request alone."""
         return next(self.records(loaded, subject, [sample], settings))
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[HarnessRecord], reference: Sequence[HarnessRecord] | None, seed: int
     ) -> dict[str, Estimate]:
-        from .replay import evaluate
-
-        replies = self._prepared.replies([record["answer"] for record in records])
-        numbers = evaluate(self._prepared.tasks, replies, self._prepared.asked.limit, seed)
-        known = {metric.name for metric in self.metrics}
-        vars(self)["metrics"] = (*self.metrics, *(metric for metric in numbers if metric.name not in known))
+        """Return lm-eval's numbers by the names of their metrics."""
+        built = self._requests
+        numbers = score_answers(built.tasks, built.replies(records), built.setup.limit, seed)
+        known = {metric.name for metric in self._metrics}
+        self._metrics += tuple(metric for metric in numbers if metric.name not in known)
         return {metric.name: estimate for metric, estimate in numbers.items()}
 
-    def describe(self, samples: Sequence[Request], settings: Settings) -> str:
+    def describe(self, samples: Sequence[TokenRequest], settings: Settings) -> str:
+        """See `Task.describe`."""
         documents = len({(request.task, request.document) for request in samples})
-        shots = sorted({task.get_config("num_fewshot") or 0 for task in self._prepared.tasks["tasks"].values()})
+        tasks = self._requests.tasks["tasks"].values()
+        shots = sorted({task.get_config("num_fewshot") or 0 for task in tasks})
         return (
             f"{counted(documents, 'document')} of {self.name}, {'/'.join(map(str, shots))}-shot, "
             f"asked and scored by lm-eval {_version()} in {counted(len(samples), 'request')}, "
             "each answered through the cache"
         )
 
-    def notices(self, samples: Sequence[Request], settings: Settings) -> tuple[str, ...]:
-        said = []
+    def notices(self, samples: Sequence[TokenRequest], settings: Settings) -> tuple[str, ...]:
+        """Return what was cut off, and which tasks ignore `--num-fewshot`."""
+        found = []
         if cut := [request.cut for request in samples if request.cut]:
-            said.append(
+            found.append(
                 f"{self.name}: {len(cut)} of {len(samples)} contexts do not fit and have lost their first tokens, "
                 f"up to {max(cut)}"
             )
-        tasks = self._prepared.tasks["tasks"]
+        tasks = self._requests.tasks["tasks"]
         fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") != self.num_fewshot]
         if self.num_fewshot is not None and fixed:
-            said.append(f"{', '.join(fixed)}: always asked without examples, so --num-fewshot has no effect")
-        return tuple(said)
+            found.append(f"{', '.join(fixed)}: always asked without examples, so --num-fewshot has no effect")
+        return tuple(found)
 
-    def _asked(self, settings: Settings) -> Asked:
-        from .data import Asked
+    @property
+    def _requests(self) -> BuiltRequests:
+        if self._built is None:
+            raise RuntimeError("samples() builds the requests and must be called first")
+        return self._built
 
-        return Asked(settings.limit, self.num_fewshot, self.apply_chat_template, self.max_length, settings.seed)
+    def _announced(self) -> tuple[Metric, ...]:
+        """Return the metrics of the task files; a task that is a Python class must be loaded to tell its own."""
+        classes = load_tasks(self._selection, self._setup(Settings()))["tasks"] if self._selection.has_classes else {}
+        return reported_metrics(self._selection, classes, self.max_length)
+
+    def _setup(self, settings: Settings) -> TaskSetup:
+        return TaskSetup(settings.limit, self.num_fewshot, self.apply_chat_template, self.max_length, settings.seed)
 
     def _check(self, loaded: LoadedModel) -> None:
-        """Raise EvaluationError for an option that this model has no way to follow."""
+        """Raise EvaluationError for an option that this model cannot follow."""
         if self.apply_chat_template and not loaded.tokenizer.chat_template:
             raise EvaluationError(
                 f"the tokenizer of {loaded.info.id} has no chat template; leave out --apply-chat-template"
@@ -164,27 +161,28 @@ class HarnessTask(Task):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class BuiltRequests:
     """Tasks of lm-eval whose requests are built, and the passes that these take.
 
     Attributes:
-        tasks: see `data.load_tasks`.
         counts: requests of each kind.
     """
 
-    tasks: dict[str, Any]
-    requests: Sequence[Request]
-    counts: Mapping[str, int]
-    asked: Asked
+    tasks: LoadedTasks
+    requests: Sequence[TokenRequest]
+    counts: dict[str, int]
+    setup: TaskSetup
 
-    def replies(self, values: Sequence[Any]) -> dict[str, list[Any]]:
-        """What lm-eval is told, by kind, from the values of all passes."""
-        from .requests import replies
-
+    def replies(self, records: Sequence[HarnessRecord]) -> dict[str, list[Any]]:
+        """Return the replies to lm-eval, by kind, from the records of all passes."""
         found: dict[str, list[Any]] = {}
         for kind, count in self.counts.items():
-            some = [(each, value) for each, value in zip(self.requests, values, strict=True) if each.kind == kind]
-            found[kind] = replies(kind, count, some)
+            answered = [
+                (request, record["answer"])
+                for request, record in zip(self.requests, records, strict=True)
+                if request.kind == kind
+            ]
+            found[kind] = merge_replies(kind, count, answered)
         return found
 
 

@@ -1,4 +1,4 @@
-"""The 21 data sets: how each is asked, stopped and scored, after LongBench's own `pred.py` and `eval.py`. No torch."""
+"""The 21 data sets with their prompts, ends and metrics, after LongBench's own `pred.py` and `eval.py`. No torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ....errors import EvaluationError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Dataset:
+class LongBenchDataset:
     """One data set.
 
     Attributes:
-        metric: a function of lm-eval's LongBench metrics.
-        max_new_tokens: the most tokens of an answer.
-        extended: whether LongBench-E has it too.
-        chat: whether a chat model is asked in its chat template.
-        first_line: whether only the first line of an answer is scored.
-        stop_at_newline: whether an answer also ends at a newline.
+        metric: name of a function of lm-eval's LongBench metrics.
+        max_new_tokens: most tokens of an answer.
+        extended: LongBench-E has it too.
+        chat: a chat model gets the prompt in its chat template.
+        first_line: only the first line of an answer is scored.
+        stop_at_newline: an answer also ends at a newline.
         answer: a pattern that the metric needs to find in each reference answer.
     """
 
@@ -33,7 +33,7 @@ class Dataset:
 
     @property
     def key(self) -> str:
-        """The name as part of a metric's name."""
+        """Return the name as part of a metric's name."""
         return self.name.replace("-", "_")
 
 
@@ -42,27 +42,27 @@ _ROUGE, _ROUGE_ZH = "rouge_score", "rouge_zh_score"
 _CLASS, _CODE = "classification_score", "code_sim_score"
 
 _ALL = (
-    Dataset("narrativeqa", _QA, 128),
-    Dataset("qasper", _QA, 128, extended=True),
-    Dataset("multifieldqa_en", _QA, 64, extended=True),
-    Dataset("multifieldqa_zh", _QA_ZH, 64),
-    Dataset("hotpotqa", _QA, 32, extended=True),
-    Dataset("2wikimqa", _QA, 32, extended=True),
-    Dataset("musique", _QA, 32),
-    Dataset("dureader", _ROUGE_ZH, 128),
-    Dataset("gov_report", _ROUGE, 512, extended=True),
-    Dataset("qmsum", _ROUGE, 512),
-    Dataset("multi_news", _ROUGE, 512, extended=True),
-    Dataset("vcsum", _ROUGE_ZH, 512),
-    Dataset("trec", _CLASS, 64, extended=True, chat=False, first_line=True),
-    Dataset("triviaqa", _QA, 32, extended=True, chat=False, first_line=True),
-    Dataset("samsum", _ROUGE, 128, extended=True, chat=False, first_line=True, stop_at_newline=True),
-    Dataset("lsht", _CLASS, 64, chat=False, first_line=True),
-    Dataset("passage_count", "count_score", 32, extended=True),
-    Dataset("passage_retrieval_en", "retrieval_score", 32, extended=True, answer=r"Paragraph \d+"),
-    Dataset("passage_retrieval_zh", "retrieval_zh_score", 32, answer=r"段落\d+"),
-    Dataset("lcc", _CODE, 64, extended=True, chat=False),
-    Dataset("repobench-p", _CODE, 64, extended=True, chat=False),
+    LongBenchDataset("narrativeqa", _QA, 128),
+    LongBenchDataset("qasper", _QA, 128, extended=True),
+    LongBenchDataset("multifieldqa_en", _QA, 64, extended=True),
+    LongBenchDataset("multifieldqa_zh", _QA_ZH, 64),
+    LongBenchDataset("hotpotqa", _QA, 32, extended=True),
+    LongBenchDataset("2wikimqa", _QA, 32, extended=True),
+    LongBenchDataset("musique", _QA, 32),
+    LongBenchDataset("dureader", _ROUGE_ZH, 128),
+    LongBenchDataset("gov_report", _ROUGE, 512, extended=True),
+    LongBenchDataset("qmsum", _ROUGE, 512),
+    LongBenchDataset("multi_news", _ROUGE, 512, extended=True),
+    LongBenchDataset("vcsum", _ROUGE_ZH, 512),
+    LongBenchDataset("trec", _CLASS, 64, extended=True, chat=False, first_line=True),
+    LongBenchDataset("triviaqa", _QA, 32, extended=True, chat=False, first_line=True),
+    LongBenchDataset("samsum", _ROUGE, 128, extended=True, chat=False, first_line=True, stop_at_newline=True),
+    LongBenchDataset("lsht", _CLASS, 64, chat=False, first_line=True),
+    LongBenchDataset("passage_count", "count_score", 32, extended=True),
+    LongBenchDataset("passage_retrieval_en", "retrieval_score", 32, extended=True, answer=r"Paragraph \d+"),
+    LongBenchDataset("passage_retrieval_zh", "retrieval_zh_score", 32, answer=r"段落\d+"),
+    LongBenchDataset("lcc", _CODE, 64, extended=True, chat=False),
+    LongBenchDataset("repobench-p", _CODE, 64, extended=True, chat=False),
 )
 
 DATASETS = {dataset.name: dataset for dataset in _ALL}
@@ -83,19 +83,19 @@ SUBSETS = {
         "passage_retrieval_en",
     ),
 }
-"""Data sets under one name. `kvmix8` are those over which the KVmix paper (arXiv 2506.08018) averages."""
+"""Data sets under one name. `kvmix8` is the set over which the KVmix paper (arXiv 2506.08018) averages."""
 
 MEMBERS: Mapping[str, tuple[str, ...]] = {**{name: (name,) for name in DATASETS}, **SUBSETS}
-"""What `longbench:` takes, and the data sets it stands for."""
+"""Names that `longbench:` takes, and the data sets that each stands for."""
 MEMBERS_E: Mapping[str, tuple[str, ...]] = {name: (name,) for name in DATASETS_E}
-"""What `longbench-e:` takes."""
+"""Names that `longbench-e:` takes."""
 
 BINS = {"0_4k": range(4000), "4_8k": range(4000, 8000), "8k": range(8000, 2**63)}
 """LongBench-E's bins of lengths, in words (characters in Chinese)."""
 
 
-def select(members: Sequence[str], known: Mapping[str, tuple[str, ...]], family: str) -> tuple[Dataset, ...]:
-    """The data sets that some members stand for, each once; all of them if there are no members.
+def select(members: Sequence[str], known: Mapping[str, tuple[str, ...]], family: str) -> tuple[LongBenchDataset, ...]:
+    """Return the data sets that some members stand for, each once; all of them if there are no members.
 
     Raises:
         EvaluationError: if a member is unknown.

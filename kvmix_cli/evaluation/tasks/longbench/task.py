@@ -5,21 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from ....cache.subject import Subject
+from ....decoding.batch import StopRule, generate_batch, run_in_batches
+from ....decoding.settings import end_tokens
 from ....errors import EvaluationError
+from ....texts.tokens import encode
 from ...base import Settings, Task
 from ...bootstrap import mean_of_means
-from ...results import Estimate, Metric, Record
-from . import borrowed, data, prompts
-from .answers import answer
-from .datasets import BINS, KVMIX8, MEMBERS, MEMBERS_E, SUBSETS, Dataset, select
-from .samples import Prompt, Prompts, alike, chatted, counted
-from .scores import score
+from ...records import LongBenchRecord
+from ...results import Estimate, Metric
+from . import data, lm_eval_parts, prompts
+from .datasets import BINS, KVMIX8, MEMBERS, MEMBERS_E, SUBSETS, LongBenchDataset, select
+from .prompts import LongBenchPrompt, PromptList
 
 if TYPE_CHECKING:
     from ....models.loading import LoadedModel
@@ -32,15 +33,15 @@ Part = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class LongBench(Task):
-    """Records become prompts with lm-eval's texts; what is too long is cut in the middle.
+class LongBench(Task[LongBenchPrompt, LongBenchRecord]):
+    """LongBench: questions become prompts with lm-eval's texts, and what is too long is cut in the middle.
 
     Attributes:
         members: data sets and named subsets; none of them is all of them.
-        data_dir: see `data.find`.
+        data_dir: see `data.open_source`.
         max_length: tokens of a prompt; None is what the model's limit leaves beside the answer.
         strict: a malformed line is an error, and not skipped.
-        batch_size: prompts at a time, `auto` for as many as memory allows; only such of the same length go together.
+        batch_size: prompts at a time, `auto` for as many as memory allows; only such of the same length share a batch.
     """
 
     members: tuple[str, ...] = ()
@@ -55,89 +56,86 @@ class LongBench(Task):
     default_limit: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:
-        """Raises EvaluationError for an unknown member."""
+        """Raise EvaluationError for an unknown member."""
         select(self.members, self.known, self.family)
 
     @property
     def name(self) -> str:
+        """See `Task.name`."""
         return self.family + (f":{','.join(self.members)}" if self.members else "")
 
     @property
-    def datasets(self) -> tuple[Dataset, ...]:
-        """Those that were chosen."""
+    def datasets(self) -> tuple[LongBenchDataset, ...]:
+        """Return the data sets that were chosen."""
         return select(self.members, self.known, self.family)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Averages and single data sets, 0 to 100."""
+        """Return averages and single data sets, 0 to 100."""
         averages = [Metric(name, higher_is_better=True) for name in self.averages]
         return (*averages, Metric(f"{self._prefix}_change", higher_is_better=True, plans_only=True))
 
     @property
     def averages(self) -> dict[str, tuple[Part, ...]]:
-        """The mean over which parts each metric is; every data set counts the same."""
+        """Return the parts over which each metric is the mean; every data set counts the same."""
         names = [dataset.name for dataset in self.datasets]
         found: dict[str, tuple[Part, ...]] = {self._prefix: tuple((name, None) for name in names)}
         found |= {f"{self._prefix}_{name}": parts for name, parts in self._subsets(names).items()}
         return found | {f"{self._prefix}_{dataset.key}": ((dataset.name, None),) for dataset in self.datasets}
 
     def options(self) -> dict[str, Any]:
-        """What the numbers depend on beside the prompts themselves; neither the place of the data nor the batch."""
-        return {"members": self.members, "max_length": self.max_length, "lm_eval": borrowed.version()}
+        """Return all that the numbers depend on beside the prompts; neither the place of the data nor the batch."""
+        return {"members": self.members, "max_length": self.max_length, "lm_eval": lm_eval_parts.version()}
 
     def limit(self, settings: Settings) -> int:
-        """The most prompts: `--limit` is for each data set."""
+        """Return the most prompts: `--limit` is for each data set."""
         return super().limit(settings) * len(self.datasets)
 
     def context(self, settings: Settings) -> None:
-        """A prompt is as long as it is."""
+        """Return None: a prompt is as long as it is."""
 
-    def samples(self, loaded: LoadedModel, settings: Settings) -> Prompts:
-        """Prompts of all data sets, of each the longest first, so that memory that does not suffice shows at once.
+    def samples(self, loaded: LoadedModel, settings: Settings) -> PromptList:
+        """Return prompts of all data sets, the longest of each first, so that a lack of memory shows at once.
 
         Raises:
-            EvaluationError: if data or lm-eval are missing or damaged, or a prompt cannot be made to fit.
+            KvmixError: if data or lm-eval are missing or damaged, or a prompt cannot be made to fit.
         """
         self._check(loaded)
-        files = data.find(self.data_dir)
-        read = {
-            dataset: data.read(files, f"{dataset.name}{self.suffix}.jsonl", dataset, self.strict)
-            for dataset in self.datasets
-        }
-        found = Prompts()
-        found.skipped = tuple(entries.notice for entries in read.values() if entries.notice)
-        for dataset, entries in read.items():
-            chosen = entries.found[: super().limit(settings)]
-            made = [self._prompt(loaded, dataset, entry) for entry in chosen]
+        files = self._read()
+        found = PromptList()
+        found.skipped = tuple(file.notice for file in files.values() if file.notice)
+        for dataset, file in files.items():
+            chosen = file.questions[: super().limit(settings)]
+            made = [prompts.make_prompt(loaded, dataset, each, self.max_length, self.suffix) for each in chosen]
             found += sorted(made, key=lambda prompt: -len(prompt.ids))
         return found
 
     def records(
-        self, loaded: LoadedModel, subject: Subject, samples: Sequence[Prompt], settings: Settings
-    ) -> Iterator[Record]:
-        """One record a prompt, in their order, whatever the batch."""
+        self, loaded: LoadedModel, subject: Subject, samples: Sequence[LongBenchPrompt], settings: Settings
+    ) -> Iterator[LongBenchRecord]:
+        """Yield one record a prompt, in their order, whatever the batch."""
         auto = self.batch_size == "auto"
         size = AUTO_BATCH if auto else int(self.batch_size or 1)
-        start = 0
-        while start < len(samples):
-            batch = alike(samples[start : start + size])
-            try:
-                found = self._ask(loaded, subject, batch)
-            except torch.OutOfMemoryError as error:
-                if not auto or len(batch) == 1:
-                    raise EvaluationError(_shortage(loaded, batch)) from error
-                size = len(batch) // 2
-                continue
-            yield from found
-            start += len(batch)
+        return run_in_batches(
+            samples,
+            partial(answer_prompts, loaded, subject),
+            take=prompts.first_alike,
+            size=size,
+            least=1 if auto else size,
+            device=loaded.device,
+            too_large=partial(_too_large, loaded),
+        )
 
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Prompt, settings: Settings) -> Record:
-        """Ask one question and score the answer; `tokens` are those generated."""
-        return self._ask(loaded, subject, [sample])[0]
+    def measure(
+        self, loaded: LoadedModel, subject: Subject, sample: LongBenchPrompt, settings: Settings
+    ) -> LongBenchRecord:
+        """Return the record of one prompt; `tokens` are those generated."""
+        return answer_prompts(loaded, subject, [sample])[0]
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[LongBenchRecord], reference: Sequence[LongBenchRecord] | None, seed: int
     ) -> dict[str, Estimate]:
+        """Return the averages, and the change against the reference on the same prompts."""
         scores = [record["score"] for record in records]
         metrics = {}
         for name, parts in self.averages.items():
@@ -149,34 +147,33 @@ class LongBench(Task):
             metrics[f"{self._prefix}_change"] = mean_of_means(_groups(records, change, parts), seed)
         return metrics
 
-    def describe(self, samples: Sequence[Prompt], settings: Settings) -> str:
-        """Which protocol was used, on what."""
+    def describe(self, samples: Sequence[LongBenchPrompt], settings: Settings) -> str:
+        """Return the prompts and the protocol that was used."""
         cut = sum(prompt.cut > 0 for prompt in samples)
         most = "the model's limit" if self.max_length is None else f"--max-length {self.max_length}"
         return (
-            f"{counted(samples)}, {cut} of them cut in the middle to fit {most}; "
-            f"prompts and metrics of lm-eval {borrowed.version()}; {chatted(samples)}; "
+            f"{prompts.describe_prompts(samples)}, {cut} of them cut in the middle to fit {most}; "
+            f"prompts and metrics of lm-eval {lm_eval_parts.version()}; {prompts.describe_chat(samples)}; "
             "greedy answers, each of their tokens read out of the cache; scores 0 to 100"
         )
 
-    def notices(self, samples: Sequence[Prompt], settings: Settings) -> tuple[str, ...]:
-        """What was left out of the data."""
-        return samples.skipped if isinstance(samples, Prompts) else ()
+    def notices(self, samples: Sequence[LongBenchPrompt], settings: Settings) -> tuple[str, ...]:
+        """Return a notice for each file with lines that were skipped."""
+        return samples.skipped if isinstance(samples, PromptList) else ()
 
     @property
     def _prefix(self) -> str:
-        """Of metrics' names."""
         return self.family.replace("-", "_")
 
     def _subsets(self, names: Sequence[str]) -> dict[str, tuple[Part, ...]]:
-        """Averages over named parts of the data sets that were chosen."""
+        """Return averages over named parts of the data sets that were chosen."""
         complete = set(SUBSETS[KVMIX8]) <= set(names)
         return {KVMIX8: tuple((name, None) for name in SUBSETS[KVMIX8])} if complete else {}
 
     def _check(self, loaded: LoadedModel) -> None:
-        """Raise EvaluationError for what would go wrong later."""
+        """Raise EvaluationError for a missing package, and for a prompt length out of its range."""
         for dataset in self.datasets:
-            borrowed.metric(dataset.metric)
+            lm_eval_parts.metric(dataset.metric)
         if self.max_length is None:
             return
         if self.max_length < prompts.MIN_TOKENS:
@@ -186,47 +183,11 @@ class LongBench(Task):
                 f"--max-length {self.max_length} is more than the model's limit of {loaded.max_length} tokens"
             )
 
-    def _prompt(self, loaded: LoadedModel, dataset: Dataset, entry: data.Entry) -> Prompt:
-        """A record's prompt, which leaves room for the longest answer."""
-        text = prompts.render(f"{dataset.name}{self.suffix}", entry)
-        chat = dataset.chat and prompts.has_chat_template(loaded.tokenizer)
-        room = None if loaded.max_length is None else loaded.max_length - dataset.max_new_tokens
-        fitted = prompts.fit(loaded.tokenizer, text, chat=chat, most=self.max_length, room=room)
-        if fitted is None:
-            raise EvaluationError(
-                f"{dataset.name}, line {entry.line}: no room for the prompt: the model's limit is {loaded.max_length} "
-                f"tokens and an answer takes {dataset.max_new_tokens} of them; leave this data set out"
-            )
-        return Prompt(
-            name=f"{dataset.name} {entry.line}",
-            ids=fitted.ids,
-            dataset=dataset,
-            answers=entry.answers,
-            classes=entry.classes,
-            length=entry.length,
-            cut=fitted.cut,
-            chat=chat,
-        )
-
-    def _ask(self, loaded: LoadedModel, subject: Subject, batch: Sequence[Prompt]) -> list[Record]:
-        """Records of prompts of one data set and one length."""
-        dataset = batch[0].dataset
-        ids = [prompt.ids for prompt in batch]
-        said = answer(loaded, subject, ids, dataset.max_new_tokens, dataset.stop_at_newline)
-        return [
-            {
-                "sample": prompt.name,
-                "dataset": dataset.name,
-                "length": prompt.length,
-                "tokens": one.tokens,
-                "prompt_tokens": len(prompt.ids),
-                "cut_tokens": prompt.cut,
-                "prediction": one.text,
-                "score": score(dataset, one.text, prompt.answers, prompt.classes),
-                "attended": one.attended,
-            }
-            for prompt, one in zip(batch, said, strict=True)
-        ]
+    def _read(self) -> dict[LongBenchDataset, data.QuestionFile]:
+        source = data.open_source(self.data_dir)
+        names = {dataset: f"{dataset.name}{self.suffix}.jsonl" for dataset in self.datasets}
+        data.check_names(source, list(names.values()))
+        return {dataset: data.read_questions(source, name, dataset, self.strict) for dataset, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -239,7 +200,7 @@ class LongBenchE(LongBench):
 
     @property
     def averages(self) -> dict[str, tuple[Part, ...]]:
-        """As in LongBench, and then again for each bin."""
+        """Return the parts of LongBench's averages, and then of the same averages in each bin."""
         whole = super().averages
         binned = {
             f"{name}_{bin_name}": tuple((dataset, bin_name) for dataset, _ in parts)
@@ -252,8 +213,45 @@ class LongBenchE(LongBench):
         return {}
 
 
-def _groups(records: Sequence[Record], numbers: Sequence[float], parts: Sequence[Part]) -> list[list[float]]:
-    """The numbers of each part that has any."""
+def answer_prompts(loaded: LoadedModel, subject: Subject, batch: Sequence[LongBenchPrompt]) -> list[LongBenchRecord]:
+    """Return the records of prompts of one data set and one length, which share a cache.
+
+    All of a prompt but its last token is prefilled. In a plain `generate` the prefill itself, which reads unquantized
+    keys and values, would decide the first token of the answer; here it is decided by a query that read the cache.
+    """
+    dataset = batch[0].dataset
+    ids = [prompt.ids for prompt in batch]
+    found = generate_batch(loaded, subject, ids, len(ids[0]) - 1, stop_rule(loaded, dataset))
+    records: list[LongBenchRecord] = []
+    for prompt, tokens in zip(batch, found.tokens, strict=True):
+        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        records.append(
+            LongBenchRecord(
+                sample=prompt.name,
+                dataset=dataset.name,
+                length=prompt.length,
+                tokens=len(tokens),
+                prompt_tokens=len(prompt.ids),
+                cut_tokens=prompt.cut,
+                prediction=text,
+                score=lm_eval_parts.score(dataset, text, prompt.answers, prompt.classes),
+                attended=found.attended,
+            )
+        )
+    return records
+
+
+def stop_rule(loaded: LoadedModel, dataset: LongBenchDataset) -> StopRule:
+    """Return the end of an answer: the model's end tokens, and on samsum a newline, though not as the first token."""
+    ends = end_tokens(loaded)
+    if not dataset.stop_at_newline:
+        return StopRule(dataset.max_new_tokens, tuple(ends))
+    newline = encode(loaded.tokenizer, "\n")[-1:]
+    return StopRule(dataset.max_new_tokens, (*ends, *newline), min_new_tokens=1)
+
+
+def _groups(records: Sequence[LongBenchRecord], numbers: Sequence[float], parts: Sequence[Part]) -> list[list[float]]:
+    """Return the numbers of each part that has any."""
     found = (
         [
             number
@@ -265,9 +263,9 @@ def _groups(records: Sequence[Record], numbers: Sequence[float], parts: Sequence
     return [group for group in found if group]
 
 
-def _shortage(loaded: LoadedModel, batch: Sequence[Prompt]) -> str:
-    """What to do when memory is out. What was measured so far is kept, whatever comes of this row."""
+def _too_large(loaded: LoadedModel, batch: Sequence[LongBenchPrompt]) -> EvaluationError:
+    """Return the error for a batch that does not fit; what was measured before it is kept."""
     prompts_of = "a prompt" if len(batch) == 1 else f"{len(batch)} prompts"
     where = f"out of memory at {prompts_of} of {len(batch[0].ids)} tokens ({batch[0].name}) on {loaded.device}"
     resume = "free some" if len(batch) == 1 else "use a smaller --batch-size"
-    return f"{where}; {resume} and go on with --resume, or use a smaller --max-length"
+    return EvaluationError(f"{where}; {resume} and go on with --resume, or use a smaller --max-length")

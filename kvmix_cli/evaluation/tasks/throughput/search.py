@@ -1,4 +1,4 @@
-"""The largest batch that fits, by trying."""
+"""The search for the largest batch that fits in memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .timing import Timing
+    from ....decoding.timing import Timing
 
 MOST = 4096
-"""Sequences; nobody's largest batch is looked for beyond."""
+"""Sequences; the search goes no further."""
 STEP_DOWN = 32
 """If a whole generation does not fit a batch whose first steps do, one part in so many of the batch is left out."""
 
 
 def largest(fits: Callable[[int], bool], guess: int = 1, most: int = MOST) -> int:
-    """The largest count up to `most` that fits, 0 if not even one does; what fits must fit with less as well.
+    """Return the largest count up to `most` that fits, 0 if not even one does. If a count fits, all smaller ones must.
 
     From the guess in steps that double, up or down, until the limit lies between two counts; then by halves. From a
     guess of 1 that is 1, 2, 4, 8, ...; from a guess that fits, never more than twice what has fitted.
@@ -44,9 +44,9 @@ class Search:
     """Batches tried for one cache at one context.
 
     Attributes:
-        trial: a prompt and one decoded token of a batch; None if memory ran out.
-        memory: bytes that it may take, None for what there is.
-        tried: what each batch took; None if there was not enough.
+        trial: times a prompt and one decoded token of a batch; None if memory ran out.
+        memory: bytes that it may take, None for all there are.
+        tried: bytes that each batch took; None if there were not enough.
     """
 
     trial: Callable[[int], Timing | None]
@@ -54,17 +54,17 @@ class Search:
     tried: dict[int, int | None] = field(default_factory=dict)
 
     def run(self, room: int | None) -> int:
-        """The largest batch that fits.
+        """Return the largest batch that fits.
 
         Args:
-            room: bytes that there are; divided by what one sequence took they say where to begin.
+            room: bytes that are free; divided by those of one sequence they are the first guess.
         """
         if not self.fits(1):
             return 0
         return largest(self.fits, guess=(room or 0) // max(1, self.tried[1] or 1))
 
     def fits(self, batch: int) -> bool:
-        """Whether a trial has enough memory; each batch is tried once."""
+        """Return whether a trial has enough memory; each batch is tried once."""
         if batch not in self.tried:
             timing = self.trial(batch)
             self.tried[batch] = None if timing is None else timing.bytes
@@ -73,7 +73,7 @@ class Search:
 
 
 def time_largest(measure: Callable[[int], Timing | None], found: int, repeats: int) -> tuple[int, list[Timing]]:
-    """Repeats of a batch whose first steps fit, or of a slightly smaller one if later steps do not."""
+    """Return a batch and its timings: the batch whose first steps fit, or a smaller one if later steps do not."""
     batch = found
     while batch > 0:
         timings: list[Timing] = []

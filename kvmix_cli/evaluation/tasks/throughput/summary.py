@@ -1,4 +1,4 @@
-"""What the records of a sweep amount to: the metrics, and the table of all points."""
+"""Metrics of a throughput sweep, and the table of all its points, without torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ....cache.subject import UNQUANTIZED
 from ....errors import EvaluationError
 from ....plan.sizes import format_bytes
-from ...results import Estimate, Record, Table
+from ...records import ThroughputRecord
+from ...results import Estimate, Table
 from .search import MOST
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ NOTE = (
 
 
 class Place(NamedTuple):
-    """A context and a batch; `batch` is None for the largest that fits, whatever it turned out to be."""
+    """A context and a batch; `batch` is None for the largest that fits."""
 
     context: int
     batch: int | None
@@ -33,7 +34,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """All repeats of one place. Without speeds, memory ran out."""
+    """All repeats of one place; without speeds if memory ran out."""
 
     batch: int
     attention: str | None = None
@@ -43,16 +44,16 @@ class Outcome:
     peak_bytes: int | None = None
 
     def speedup(self, reference: Outcome | None) -> Estimate | None:
-        """A ratio of medians. Its extremes are those of any two repeats, not only of two in the same turn."""
+        """Return the ratio of medians. Its extremes are those of any two repeats, not only of two in the same turn."""
         if self.decode is None or reference is None or reference.decode is None:
             return None
         mine, theirs = self.decode, reference.decode
         return Estimate(mine.value / theirs.value, mine.low / theirs.high, mine.high / theirs.low)
 
 
-def outcomes(records: Sequence[Record]) -> dict[Place, Outcome]:
-    """A row's records by place. Raises ValueError for a context of no tokens."""
-    grouped: dict[Place, list[Record]] = {}
+def outcomes(records: Sequence[ThroughputRecord]) -> dict[Place, Outcome]:
+    """Return a row's outcomes by place. Raises ValueError for a context of no tokens."""
+    grouped: dict[Place, list[ThroughputRecord]] = {}
     for record in records:
         place = Place(record["context"], None if record.get("largest") else record["batch"])
         if place.context < 1:
@@ -61,10 +62,12 @@ def outcomes(records: Sequence[Record]) -> dict[Place, Outcome]:
     return {place: _outcome(group) for place, group in grouped.items()}
 
 
-def metrics_of(records: Sequence[Record], reference: Sequence[Record] | None) -> dict[str, Estimate]:
-    """Metrics at the largest context and batch, and at the largest batch that fits the largest context.
+def metrics_of(
+    records: Sequence[ThroughputRecord], reference: Sequence[ThroughputRecord] | None
+) -> dict[str, Estimate]:
+    """Return metrics at the largest context and batch, and at the largest batch that fits the largest context.
 
-    What ran out of memory there has no speed, even if it has one elsewhere: a metric means the same in every row.
+    A row that ran out of memory there has no speed, even if it has one elsewhere: a metric means the same in every row.
 
     Raises:
         EvaluationError: if memory ran out everywhere.
@@ -89,8 +92,8 @@ def metrics_of(records: Sequence[Record], reference: Sequence[Record] | None) ->
 
 
 def points_table(rows: Sequence[Row]) -> Table:
-    """Every place of every row, those of one place together."""
-    by_row = {row.plan: outcomes(row.records) for row in rows}
+    """Return a table of every place of every row, rows of one place together."""
+    by_row = {row.plan: outcomes(cast("Sequence[ThroughputRecord]", row.records)) for row in rows}
     places = {place for own in by_row.values() for place in own}
     reference = by_row.get(UNQUANTIZED, {})
     cells = [
@@ -102,7 +105,7 @@ def points_table(rows: Sequence[Row]) -> Table:
     return Table("throughput by context and batch", COLUMNS, cells, NOTE)
 
 
-def _outcome(group: Sequence[Record]) -> Outcome:
+def _outcome(group: Sequence[ThroughputRecord]) -> Outcome:
     last = group[-1]
     if any(record["out_of_memory"] for record in group):
         return Outcome(last["batch"])
@@ -119,7 +122,7 @@ def _outcome(group: Sequence[Record]) -> Outcome:
 
 
 def _speed(tokens: int, seconds: Sequence[float]) -> Estimate:
-    """Tokens a second: the median of the repeats, and their extremes."""
+    """Return tokens a second: the median of the repeats, and their extremes."""
     return Estimate(tokens / median(seconds), tokens / max(seconds), tokens / min(seconds))
 
 
@@ -141,7 +144,7 @@ def _cells(name: str, place: Place, own: Outcome, reference: Outcome | None) -> 
 
 
 def _spread(estimate: Estimate | None, unit: str = "") -> str:
-    """`123 [119, 130]`, in three significant digits or whole."""
+    """Return `123 [119, 130]`, in three significant digits or whole."""
     if estimate is None:
         return "-"
     numbers = (estimate.value, estimate.low, estimate.high)

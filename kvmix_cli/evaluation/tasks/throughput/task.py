@@ -1,4 +1,4 @@
-"""The task: a sweep over contexts and batches, and the largest batch that fits."""
+"""The throughput task: a sweep over contexts and batches, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....cache.subject import Subject
+from ....decoding.timing import Timing, time_generation
 from ....errors import EvaluationError
 from ....models.memory import attempt, devices, free_memory, tidy
 from ....plan.sizes import format_bytes
 from ...base import Context, Sample, Settings, Task
-from ...results import Estimate, Metric, Record, Table
+from ...records import ThroughputRecord
+from ...results import Estimate, Metric, Table
 from .search import Search, time_largest
 from .summary import metrics_of, points_table
 from .text import rows, stretch
-from .timing import Timing, generate
 
 if TYPE_CHECKING:
     from ....models.loading import LoadedModel
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 WARM_UP = 3
 """Tokens of the untimed generation before the first timed one at a point: kernels are chosen and compiled in it."""
 TRIAL = 2
-"""Tokens of a generation that only asks whether a batch fits: the prompt's and one decoded."""
+"""Tokens of a generation that only tries a batch: one after the prompt, and one decoded."""
 OVERSHOOT = 2
-"""The search on a CPU tries batches that take up to so many times the memory given."""
+"""On a CPU the search tries batches that take up to so many times the memory given."""
 SPREAD = 0.25
-"""Share of the median by which the fastest and the slowest repeat may differ without a word."""
+"""Share of the median by which the fastest and the slowest repeat may differ without a warning."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Point(Sample):
 
 
 @dataclass(frozen=True)
-class Throughput(Task):
+class Throughput(Task[Point, ThroughputRecord]):
     """Each row of a batch gets a prompt of its own and decodes greedily; prompt and decoding are timed apart.
 
     Attributes:
         contexts: tokens of a prompt; None for the settings' length alone.
-        new_tokens: of each row; the first one belongs to the prompt's time, the others are what decoding is.
-        repeats: of each point. A record is a repeat.
-        memory: bytes within which the largest batch is looked for. None for what a GPU has; on a CPU, where running
-            out of memory kills the process, nothing is then looked for.
+        new_tokens: tokens of each row's answer; the first one belongs to the prompt's time, the others to decoding.
+        repeats: repeats of each point, each of them a record.
+        memory: bytes for the search of the largest batch. None is the memory of a GPU; on a CPU, where running out of
+            memory kills the process, there is then no search.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -80,7 +81,7 @@ class Throughput(Task):
         return count if settings.limit is None else min(count, settings.limit)
 
     def lengths(self, settings: Settings) -> tuple[int, ...]:
-        """Of prompts, ascending."""
+        """Return the lengths of prompts, ascending."""
         return tuple(sorted(set(self.contexts or (settings.length,))))
 
     def context(self, settings: Settings) -> Context:
@@ -102,8 +103,8 @@ class Throughput(Task):
 
     def records(
         self, loaded: LoadedModel, subject: Subject, samples: Sequence[Point], settings: Settings
-    ) -> Iterator[Record]:
-        """Each point is warmed up once; if that runs out of memory, all its repeats have."""
+    ) -> Iterator[ThroughputRecord]:
+        """Yield a record for each point. The first repeat is preceded by a warm-up; if that fails, all repeats have."""
         fits: dict[tuple[int, int], bool] = {}
         for point in samples:
             if point.batch is not None:
@@ -115,17 +116,17 @@ class Throughput(Task):
                     continue
             yield self.measure(loaded, subject, point, settings)
 
-    def measure(self, loaded: LoadedModel, subject: Subject, sample: Point, settings: Settings) -> Record:
-        """One repeat, or the search for the largest batch and all repeats of it."""
+    def measure(self, loaded: LoadedModel, subject: Subject, sample: Point, settings: Settings) -> ThroughputRecord:
+        """Return one repeat, or all repeats of the largest batch that fits."""
         if sample.batch is None:
             return self._largest(loaded, subject, sample)
         timing = _try(loaded, subject, sample, sample.batch, self.new_tokens)
         return self._record(sample.context, sample.batch, [] if timing is None else [timing])
 
     def summarise(
-        self, records: Sequence[Record], reference: Sequence[Record] | None, seed: int
+        self, records: Sequence[ThroughputRecord], reference: Sequence[ThroughputRecord] | None, seed: int
     ) -> dict[str, Estimate]:
-        """Of the largest context and batch asked for, so that all rows say the same; medians, with the extremes."""
+        """Return medians and extremes at the largest context and batch, the same ones in every row."""
         return metrics_of(records, reference)
 
     def details(self, rows: Sequence[Row]) -> list[Table]:
@@ -167,16 +168,16 @@ class Throughput(Task):
                 f"{longest} tokens and --new-tokens {self.new_tokens} are more than the model's limit of "
                 f"{loaded.max_length}; use smaller --contexts or --length"
             )
-        free = free_memory(devices(loaded)) if self.memory and loaded.device.type == "cpu" else None
+        free = free_memory(devices(loaded.model)) if self.memory and loaded.device.type == "cpu" else None
         if free is not None and self.memory is not None and OVERSHOOT * self.memory > free:
             raise EvaluationError(
                 f"--memory {format_bytes(self.memory)}: the search tries up to twice as much, and only "
                 f"{format_bytes(free)} are free; give at most half of that"
             )
 
-    def _largest(self, loaded: LoadedModel, subject: Subject, point: Point) -> Record:
-        """Look for the largest batch, then time it."""
-        on = devices(loaded)
+    def _largest(self, loaded: LoadedModel, subject: Subject, point: Point) -> ThroughputRecord:
+        """Search for the largest batch, then time it."""
+        on = devices(loaded.model)
         tidy(on)
         room = free_memory(on) if self.memory is None else self.memory
         search = Search(lambda batch: _try(loaded, subject, point, batch, TRIAL), self.memory)
@@ -184,12 +185,14 @@ class Throughput(Task):
         batch, timings = time_largest(
             lambda batch: _try(loaded, subject, point, batch, self.new_tokens), found, self.repeats
         )
-        tried = {str(number): needed for number, needed in sorted(search.tried.items())}
-        more = {"largest": True, "first_steps_fit": found, "tried": tried}
-        return {**self._record(point.context, batch, timings), **more}
+        record = self._record(point.context, batch, timings)
+        record["largest"] = True
+        record["first_steps_fit"] = found
+        record["tried"] = {str(number): needed for number, needed in sorted(search.tried.items())}
+        return record
 
-    def _record(self, context: int, batch: int, timings: Sequence[Timing]) -> Record:
-        """Of repeats of one batch; without any, it ran out of memory."""
+    def _record(self, context: int, batch: int, timings: Sequence[Timing]) -> ThroughputRecord:
+        """Return the record of repeats of one batch; none mean that memory ran out."""
         peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
         return {
             "context": context,
@@ -202,14 +205,17 @@ class Throughput(Task):
             "cache_bytes": timings[-1].cache_bytes if timings else None,
             "peak_bytes": max(peaks, default=None),
             "attention": timings[-1].attention if timings else None,
-            "attended": {key: sum(timing.attended[key] for timing in timings) for key in ("total", "quantized")},
+            "attended": {
+                "total": sum(timing.attended["total"] for timing in timings),
+                "quantized": sum(timing.attended["quantized"] for timing in timings),
+            },
         }
 
 
 def _try(loaded: LoadedModel, subject: Subject, point: Point, batch: int, new_tokens: int) -> Timing | None:
-    """One generation; None if it ran out of memory."""
+    """Return one timed generation, None if memory ran out."""
 
     def work() -> Timing:
-        return generate(loaded, subject, rows(loaded, point.ids, point.context, batch), new_tokens)
+        return time_generation(loaded, subject, rows(loaded, point.ids, point.context, batch), new_tokens)
 
-    return attempt(work, devices(loaded))
+    return attempt(work, devices(loaded.model))

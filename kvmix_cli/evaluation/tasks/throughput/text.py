@@ -10,7 +10,7 @@ import torch
 
 from ....errors import TextError
 from ....texts import load_texts
-from ...feeding import encode, opening
+from ....texts.tokens import encode, opening
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ SPARE = 4096
 
 
 def stretch(loaded: LoadedModel, settings: Settings, length: int) -> tuple[int, ...]:
-    """Text that rows of `length` tokens are cut from, its documents in a seeded order; before it the opening token.
+    """Return text that rows of `length` tokens are cut from: the opening token, then documents in a seeded order.
 
     Raises:
         TextError: if there is not even one row.
@@ -45,7 +45,7 @@ def stretch(loaded: LoadedModel, settings: Settings, length: int) -> tuple[int, 
 
 
 def rows(loaded: LoadedModel, text: Sequence[int], length: int, batch: int) -> Tensor:
-    """`[batch, length]` ids: the opening token if there is one, then text from a different place in each row."""
+    """Return ids `[batch, length]`: the opening token if there is one, then text from a different place in each row."""
     first = torch.tensor(opening(loaded.tokenizer), dtype=torch.long)
     places = torch.tensor(text[len(first) :]).unfold(0, length - len(first), 1)
     begins = torch.arange(batch) * (len(places) - 1) // batch

@@ -1,0 +1,201 @@
+"""Attention weights that tokens receive from queries, and their sums over forwards.
+
+A policy that scores tokens by attention sees every decoded query, and a sample of a long prompt's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .buffer import lasting
+
+RECENT = SPREAD = 32
+"""Queries of a prompt in the sample: the last ones, and as many spread evenly over the rest. ZipCache takes 5 % and
+5 %, the latter at random (section 4.3); a fixed number costs little at any length."""
+ROWS_AT_ONCE = 32
+"""Queries whose weights are computed together; bounds the float32 temporaries."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function.
+
+    Attributes:
+        query: `[B, H, S, D]`, the last `S` of the `T` cached tokens.
+        scaling: factor on `q·k`.
+        mask: broadcastable to `[B, H, S, T]`, boolean or added to the scores; None is causal.
+        softcap: scores become `softcap * tanh(score / softcap)`, or None.
+        sink_logits: logits `[H]` that enter the softmax without a value, or None.
+        logarithms: of the sums of weights `[B, H, S]`; None if they are not known.
+    """
+
+    query: Tensor
+    scaling: float
+    mask: Tensor | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    logarithms: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """Attention weights that some queries give to some tokens.
+
+    Attributes:
+        weights: `[B, H_kv, R, n]`, summed over the query heads of a group: one row for each query, or one for all.
+        visible: `[B, 1, R, n]`, number of queries of a row that could see a token; None where it is not needed.
+        is_sum: True if the one row is the sum over many queries.
+    """
+
+    weights: Tensor
+    visible: Tensor | None
+    is_sum: bool
+
+    def last(self, count: int) -> WeightRows:
+        """Return the rows of the last `count` tokens only."""
+        first = self.weights.shape[3] - count
+        return WeightRows(
+            self.weights[..., first:], None if self.visible is None else self.visible[..., first:], self.is_sum
+        )
+
+
+class QuerySum:
+    """A sum over queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
+
+    `n` may grow from one forward to the next.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: Tensor | None = None
+        self._last: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor | None:
+        """Return the sum `[B, H, n]`; None before anything was added."""
+        return _plus(self._earlier, self._last)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
+
+    @lasting
+    def add(self, rows: Tensor, final: bool = False) -> None:
+        """Add a forward's rows, which can be taken back unless they are `final`; earlier ones become final."""
+        self._earlier, self._last = _plus(self._earlier, self._last), rows.detach()
+        if final:
+            self._earlier, self._last = _plus(self._earlier, rows), None
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` rows, as far as they are of the last forward."""
+        if self._last is not None:
+            self._last = self._last[:, :, : max(0, self._last.shape[2] - count)]
+
+    def narrow(self, start: int, stop: int | None = None) -> None:
+        """Keep the columns `[start, stop)`."""
+        self.apply(lambda part: part[..., start:stop])
+
+    @lasting
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held by `change` of it: a selection of the batch, another device."""
+        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
+
+
+def _plus(total: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    if rows is None:
+        return total
+    more = rows.sum(2)
+    return more if total is None else pad(total, (0, more.shape[2] - total.shape[2])) + more
+
+
+def sampled_queries(queries: int) -> tuple[list[int], list[float]]:
+    """Return the sample of a forward's queries, and the number of queries that each of them represents."""
+    rest = queries - RECENT
+    if rest <= SPREAD:
+        return list(range(queries)), [1.0] * queries
+    spread = [(2 * i + 1) * rest // (2 * SPREAD) for i in range(SPREAD)]
+    return [*spread, *range(rest, queries)], [rest / SPREAD] * SPREAD + [1.0] * RECENT
+
+
+def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool) -> WeightRows:
+    """Return the weights that a call's queries give to its last tokens; of a long prompt, a sample's in one row.
+
+    Args:
+        keys: `[B, H_kv, n, D]`, the last `n` of the `tokens` cached tokens: all of them if the logarithms are unknown.
+        extrapolate: queries that are spread over a prompt weigh as much as those they represent. Otherwise the
+            queries that could see each token are counted.
+    """
+    queries = call.query.shape[2]
+    chosen, represented = sampled_queries(queries)
+    if len(chosen) == queries:
+        weights, visible = _tile(call, keys, tokens, None, not extrapolate)
+        return WeightRows(weights.sum(2), visible, is_sum=False)
+    rows = torch.tensor(chosen, device=keys.device).split(ROWS_AT_ONCE)
+    factors = torch.tensor(represented if extrapolate else [1.0] * len(chosen), device=keys.device).split(ROWS_AT_ONCE)
+    tiles = [_tile(call, keys, tokens, part, not extrapolate) for part in rows]
+    total = torch.stack([_summed(weights, part) for (weights, _), part in zip(tiles, factors, strict=True)]).sum(0)
+    counts = [visible.sum(2, keepdim=True) for _, visible in tiles if visible is not None]
+    return WeightRows(total, torch.stack(counts).sum(0) if counts else None, is_sum=True)
+
+
+def _summed(weights: Tensor, factors: Tensor) -> Tensor:
+    """Return weights `[B, H_kv, G, R, n]` as one row `[B, H_kv, 1, n]`."""
+    every = factors.repeat(weights.shape[2]).expand(*weights.shape[:2], 1, -1)
+    return every @ weights.flatten(2, 3)
+
+
+def _tile(
+    call: AttentionCall, keys: Tensor, tokens: int, rows: Tensor | None, count: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return weights `[B, H_kv, G, R, n]` of the given queries, or all, and if `count`, visibility `[B, 1, R, n]`."""
+    batch, kv_heads, length = keys.shape[:3]
+    query = _at(call.query, rows).float() * call.scaling
+    scores = query.reshape(batch, kv_heads, -1, query.shape[-1]) @ keys.float().transpose(-1, -2)
+    scores = scores.view(*query.shape[:3], length)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    seen = _seen(call, tokens, length, rows)
+    if seen is not None:
+        scores = scores.masked_fill_(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+    if call.logarithms is not None:
+        weights = scores.sub_(_at(call.logarithms, rows).float()[..., None]).exp_()
+    elif call.sink_logits is not None:
+        logits = call.sink_logits.float().view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        weights = torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    if call.mask is not None:
+        weights = weights.nan_to_num_(0.0)  # queries that see nothing
+    return weights.unflatten(1, (kv_heads, -1)), _counted(seen, scores) if count else None
+
+
+def _at(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return rows of the third axis; all of them for None."""
+    return x if rows is None else x.index_select(2, rows)
+
+
+def _seen(call: AttentionCall, tokens: int, count: int, rows: Tensor | None) -> Tensor | None:
+    """Return the mask `[B or 1, H or 1, R or 1, n or 1]` of the last `count` tokens; None if all are seen."""
+    mask, queries = call.mask, call.query.shape[2]
+    if mask is None:
+        if queries == 1:
+            return None
+        device = call.query.device
+        last = torch.arange(tokens - queries, tokens, device=device) if rows is None else tokens - queries + rows
+        return (torch.arange(tokens - count, tokens, device=device) <= last[:, None])[None, None]
+    mask = mask if mask.shape[2] == 1 else _at(mask, rows)
+    return mask if mask.shape[3] == 1 else mask[..., tokens - count :]
+
+
+def _counted(seen: Tensor | None, scores: Tensor) -> Tensor:
+    """Return 1 where a score `[B, H, R, n]` is of a visible token, else 0: `[B, 1, R, n]`."""
+    batch, _, rows, count = scores.shape
+    if seen is None:
+        return scores.new_ones(batch, 1, rows, count)
+    visible = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min
+    return visible[:, :1].float().expand(batch, 1, rows, count)

@@ -1,0 +1,116 @@
+"""Pages of one channel group, in codes or in full precision; the group may be the whole head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.quantize import quantize_into
+from kvmix_kernels.quantize.finite import FiniteWatch
+from kvmix_kernels.segments import Packed, Plain
+from torch import Tensor
+
+from ...errors import QuantizationError
+from ..buffer import Buffer
+
+PAGES_AT_ONCE = 32
+"""Pages that are quantized together; bounds the float32 temporaries of a long prompt."""
+
+
+class QuantizedGroup:
+    """Pages of a channel group that are quantized as they arrive, once.
+
+    Args:
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        layout: of every page.
+        reserve: pages to make room for at first.
+    """
+
+    def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
+        self.name = name
+        self.layout = layout
+        self._words = Buffer(reserve)
+        self._scales = Buffer(reserve)
+        self._watch = FiniteWatch()
+
+    @property
+    def width(self) -> int:
+        """Return the number of channels."""
+        return self.layout.head_dim
+
+    @property
+    def view(self) -> Packed:
+        """Return what is held, without a copy."""
+        return Packed(self.layout, self._words.view, self._scales.view)
+
+    def pack(self, pages: Tensor) -> None:
+        """Append `[B, H_kv, n, page, width]`.
+
+        Raises:
+            QuantizationError: for numbers that cannot be quantized; nothing is appended then. On a GPU, which is not
+                waited for, the error may come some pages later.
+        """
+        before = self._words.length
+        for some in pages.split(PAGES_AT_ONCE, dim=2):
+            words = self._words.room((*some.shape[:3], *self.layout.words_shape), torch.int16, some.device)
+            shape = (*some.shape[:3], *self.layout.scales_shape)
+            scales = self._scales.room(shape, getattr(torch, self.layout.scale_dtype), some.device)
+            quantize_into(some, self.layout, words, scales)
+            with torch.inference_mode(False):  # the watch keeps a tensor of its own
+                is_bad = self._watch.watch(scales)
+            if is_bad:
+                self.truncate(before)
+                raise QuantizationError(self._complaint(some))
+
+    def truncate(self, pages: int) -> None:
+        """Forget all but the first `pages`."""
+        self._words.truncate(pages)
+        self._scales.truncate(pages)
+
+    def buffers(self) -> Iterator[Buffer]:
+        """Yield everything that is stored."""
+        yield from (self._words, self._scales)
+
+    def _complaint(self, pages: Tensor) -> str:
+        if torch.isfinite(pages).all():
+            return (
+                f"{self.name}: values up to {pages.abs().max().item():.3g} do not fit {self.layout.scale_dtype} "
+                "scales; set `scale_dtype: bfloat16` in the plan's cache section"
+            )
+        return (
+            f"{self.name}: NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
+        )
+
+
+class FullGroup:
+    """Pages of a group of key channels that stay in full precision, laid out as quantized ones are.
+
+    Args:
+        width: channels.
+        reserve: pages to make room for at first.
+    """
+
+    def __init__(self, width: int, reserve: int = 0) -> None:
+        self.width = width
+        self._states = Buffer(reserve)
+
+    @property
+    def view(self) -> Plain:
+        """Return what is held, without a copy."""
+        return Plain(self._states.view)
+
+    def pack(self, pages: Tensor) -> None:
+        """Append `[B, H_kv, n, page, width]`."""
+        self._states.append(pages.transpose(-1, -2))
+
+    def truncate(self, pages: int) -> None:
+        """Forget all but the first `pages`."""
+        self._states.truncate(pages)
+
+    def buffers(self) -> Iterator[Buffer]:
+        """Yield everything that is stored."""
+        yield self._states
+
+
+ChannelGroup = QuantizedGroup | FullGroup

@@ -1,0 +1,135 @@
+"""Settings of a generation, and the one call of a model's `generate`.
+
+transformers takes every setting that is left open from the checkpoint's generation_config.json: `use_cache: false`
+feeds the context anew for each token, `cache_implementation: static` replaces the cache, `num_beams` changes the number
+of rows. Here only the tokens that end a text and the penalties below come from that file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..quiet import hushed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+    from ..models.loading import LoadedModel
+
+NO_PENALTY: dict[str, float | None] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+"""Settings of a checkpoint that change scores of tokens and stay in force, each with the value that changes nothing."""
+RESERVED_TOKENS = 4096
+"""Tokens of an answer for which room is made at once: most answers are shorter than what is allowed."""
+
+
+def greedy_settings(
+    loaded: LoadedModel, max_new_tokens: int, *, ends: Sequence[int] | None = None, **chosen: Any
+) -> GenerationConfig:
+    """Return the settings of a greedy generation, one row of tokens for each prompt.
+
+    Args:
+        ends: ids of tokens that end an answer; None for `end_tokens`, empty for none.
+        chosen: settings of the caller, such as `min_new_tokens`, or `do_sample` and `temperature` for sampling.
+
+    Warns:
+        UserWarning: about penalties of the checkpoint that stay in force.
+    """
+    found = end_tokens(loaded) if ends is None else list(ends)
+    kept = _penalties(loaded.model.generation_config)
+    if kept := {name: value for name, value in kept.items() if name not in chosen}:
+        listed = ", ".join(
+            f"{name} {value if isinstance(value, (int, float)) else 'set'}" for name, value in kept.items()
+        )
+        warnings.warn(
+            f"generation_config.json of {loaded.info.id} changes the scores of tokens, and answers follow it: {listed}",
+            stacklevel=2,
+        )
+    ours: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "use_cache": True,
+        "return_dict_in_generate": False,
+        "eos_token_id": found or None,
+        "pad_token_id": _pad_token(loaded, found),
+    }
+    return GenerationConfig(**{**ours, **kept, **chosen})
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """Return the ids of all tokens that end a text: the checkpoint's and the tokenizer's."""
+    listed = loaded.model.generation_config.eos_token_id
+    own = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys(token for token in (*own, loaded.tokenizer.eos_token_id) if token is not None))
+
+
+@torch.inference_mode()
+def continue_tokens(
+    loaded: LoadedModel,
+    ids: Tensor,
+    cache: Cache,
+    settings: GenerationConfig,
+    *,
+    streamer: BaseStreamer | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+) -> Tensor:
+    """Return rows of ids `[B, T]` with what the model adds to them through a cache, `[B, T + new]`.
+
+    The cache may hold the first tokens of each row already; only the others are fed to it.
+    """
+    with hushed(), _without_defaults(loaded.model):
+        found: Tensor = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            generation_config=settings,
+            streamer=streamer,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+    return found
+
+
+def reserve(prompt_tokens: int, new_tokens: int) -> int:
+    """Return the tokens to make room for before a generation; a longer answer makes its cache grow."""
+    return prompt_tokens + min(new_tokens, RESERVED_TOKENS)
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the checkpoint's generation settings, which `generate` uses for everything that is left open."""
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+def _penalties(config: GenerationConfig) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in NO_PENALTY}
+    return {name: value for name, value in found.items() if value and value != NO_PENALTY[name]}
+
+
+def _pad_token(loaded: LoadedModel, ends: Sequence[int]) -> int:
+    """Return an id for the rest of a row whose answer has ended: fed to the model, read by nobody."""
+    known = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *ends)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    return next((token for token in known if token is not None and 0 <= token < rows), 0)

@@ -1,0 +1,138 @@
+"""Sources of models: a hub id, a local folder, or `builtin:tiny`, the reference model inside the package.
+
+`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as everywhere.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+from ..errors import ModelError, did_you_mean, first_sentence
+
+BUILTIN = "builtin:"
+ASSETS = Path(__file__).parents[1] / "assets"
+META_FILES = ("params.json", "consolidated.*.pth")
+"""Files of Meta's own layout, which transformers does not read."""
+META_SIBLING = "-hf"
+"""Ending of the repositories that hold Meta's models in the layout of transformers."""
+
+
+def canonical_id(model_id: str) -> str:
+    """Return one name for each model: the absolute path of a local folder, anything else as it is.
+
+    `m`, `m/`, `./m`, `/work/m` and a link to it are one model, also from another working folder.
+    """
+    if model_id.startswith(BUILTIN):
+        return model_id
+    path = Path(model_id).expanduser()
+    return str(path.resolve()) if _is_folder(path) else model_id
+
+
+def locate(model_id: str) -> str:
+    """Return what transformers should load: a folder, or the hub id as it is.
+
+    Raises:
+        ModelError: if there is no such folder, or it holds no model that transformers reads.
+    """
+    if model_id.startswith(BUILTIN):
+        return str(_builtin_folder(model_id.removeprefix(BUILTIN)))
+    if model_id.lower().endswith(".gguf"):
+        raise ModelError(
+            f"{model_id} is a GGUF file, the format of llama.cpp: give the folder or hub id of the model that it was "
+            "made from"
+        )
+    path = Path(model_id).expanduser()
+    if _is_folder(path):
+        if not (path / "config.json").is_file():
+            raise ModelError(_without_config(model_id, path))
+        return str(path)
+    if _is_there(path):
+        raise ModelError(f"{model_id} is a file: give the folder that holds the model")
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ModelError(f"no folder {model_id}: give a model folder, a hub id or builtin:tiny")
+    return model_id
+
+
+def meta_sibling(model_id: str) -> str | None:
+    """Return the hub id of the same model in transformers' layout, if this one has Meta's; None for any other model.
+
+    Called when a hub id has no readable configuration. Network errors count as None.
+    """
+    if _is_there(Path(model_id).expanduser()) or model_id.endswith(META_SIBLING):
+        return None
+    try:
+        files = huggingface_hub.list_repo_files(model_id)
+        if "config.json" in files or not _has_meta_layout(files):
+            return None
+        sibling = model_id + META_SIBLING
+        return sibling if huggingface_hub.file_exists(sibling, "config.json") else None
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
+
+
+def explain(model_id: str, error: BaseException) -> str:
+    """Return the reason why a model cannot be loaded and what to do about it, on one line."""
+    if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+        page = f"{constants.ENDPOINT}/{model_id}"
+        return f"it is gated: accept its licence at {page}, then log in with `hf auth login`"
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        advice = "read that code, then pass --trust-remote-code"
+    elif _is_folder(Path(model_id).expanduser()) or not isinstance(error, OSError):
+        advice = "its config.json must be that of a causal language model which this transformers knows"
+    else:
+        advice = (
+            "check the name and the network, log in with `hf auth login` or set HF_TOKEN if it is private, "
+            "or use a local folder or builtin:tiny"
+        )
+    return f"{first_sentence(error)}; {advice}"
+
+
+def _builtin_folder(name: str) -> Path:
+    known = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    if name not in known:
+        names = ", ".join(BUILTIN + other for other in known)
+        raise ModelError(f"no built-in model '{name}'{did_you_mean(name, known)}: there is {names}")
+    return ASSETS / name
+
+
+def _without_config(model_id: str, folder: Path) -> str:
+    files = [path.name for path in folder.iterdir()]
+    if _has_meta_layout(files):
+        return (
+            f"{model_id} has Meta's own layout (params.json, consolidated.*.pth), which transformers does not read: "
+            f"use the hub's repository of this model whose name ends in {META_SIBLING}, or convert the folder to it"
+        )
+    if any(name.lower().endswith(".gguf") for name in files):
+        return f"{model_id} holds GGUF files, the format of llama.cpp: give the folder of the model they were made from"
+    return f"{model_id} has no config.json: a model folder holds it, a tokenizer and *.safetensors"
+
+
+def _has_meta_layout(files: Iterable[str]) -> bool:
+    names = list(files)
+    return all(fnmatch.filter(names, pattern) for pattern in META_FILES)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,161 @@
+"""Backward passes through a model that stays as it was, and the gradients of its K and V projections.
+
+Weight probes see each gradient as it arrives; it is freed before the next one does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from kvmix_kernels.layout import Kind
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..models.loading import LoadedModel
+from ..models.projections import Projection, find_projections
+from .probe import WeightProbe
+from .results import PassResults, TensorResult
+
+CHECKPOINTED_PARAMETERS = 10**9
+"""From this size on layers are run again in the backward pass by default, where memory counts for more than time. For
+1024 tokens of builtin:tiny (float32, two CPU cores): 0.86 s and 140 MiB over the bare model, 0.57 s and 250 without."""
+FLOAT16_LOSS_SCALE = 2.0**12
+"""Lifts float16 gradients out of its subnormals. A power of two, so that numbers are divided by it exactly."""
+
+
+class WeightObserver:
+    """The projections of a model, whose gradients are shown to weight probes.
+
+    Raises:
+        ProjectionError: if the projections cannot be found.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, probes: Sequence[WeightProbe], results: PassResults, *, per_head: bool
+    ) -> None:
+        self._probes, self._results, self._per_head = probes, results, per_head
+        self._head_dim = loaded.info.head_dim
+        self._parts: dict[nn.Parameter, list[tuple[int, Kind, Projection]]] = defaultdict(list)
+        for layer, pair in (find_projections(loaded.model, loaded.info) if probes else {}).items():
+            self._parts[pair.k.weight].append((layer, "key", pair.k))
+            self._parts[pair.v.weight].append((layer, "value", pair.v))
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Return every parameter that needs a gradient, once."""
+        return list(self._parts)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within this block turn gradients into results as they arrive."""
+        handles: list[RemovableHandle] = []
+        try:
+            for weight in self._parts:
+                register: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
+                handles.append(register(self._measure))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _measure(self, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        for layer, kind, projection in self._parts[cast(nn.Parameter, weight)]:
+            for probe in self._probes:
+                if probe.labels == self._results.labels:
+                    with self._results.timed(probe.name):
+                        self._results.found[probe.name, layer, kind] = self._result(probe, projection, gradient)
+
+    def _result(self, probe: WeightProbe, projection: Projection, gradient: Tensor) -> TensorResult:
+        scale = self._results.scale
+        heads = projection.heads(gradient, self._head_dim) if self._per_head else ()
+        value = probe.score(projection.part(gradient)).item() / scale
+        return TensorResult(value, heads=tuple(probe.score(head).item() / scale for head in heads))
+
+
+def check_differentiable(loaded: LoadedModel) -> None:
+    """Raise ModelError for a model whose quantized weights do not pass gradients on."""
+    quantizer = getattr(loaded.model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_trainable is True:
+        return
+    settings = quantizer.quantization_config
+    if not getattr(settings, "dequantize", False):
+        method = getattr(settings.quant_method, "value", settings.quant_method)
+        raise ModelError(
+            f"the weights of {loaded.info.id} are quantized ({method}) and pass no gradient on: use --score kl, loss "
+            "or error, or profile the checkpoint without weight quantization; its plan fits both"
+        )
+
+
+def loss_scale(model: PreTrainedModel) -> float:
+    """Return the factor of the loss, by which gradients are divided again."""
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    return FLOAT16_LOSS_SCALE if half else 1.0
+
+
+def drawn_loss(logits: Tensor, seed: int) -> Tensor:
+    """Return the mean loss of predictions `[tokens, vocabulary]` on tokens drawn from these predictions themselves."""
+    logits = logits.float()
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return cross_entropy(logits, drawn[:, 0])
+
+
+@contextmanager
+def differentiable(model: PreTrainedModel, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this block give gradients to these weights, and to nothing else."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # quantized ones do not, and may refuse to be asked
+                parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True).grad = None
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def is_large(model: PreTrainedModel) -> bool:
+    """Return whether memory counts for more than time."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return bool(parameters >= CHECKPOINTED_PARAMETERS)
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this block keep only each layer's input, and run the layer again in the backward pass.
+
+    transformers' own switch works in training mode only, which would turn dropout on.
+    """
+    before = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer.forward = _recomputed(layer.forward)
+        yield
+    finally:
+        for layer, forward in before:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

@@ -1,0 +1,90 @@
+"""Choices that a curve covers, widths and group sizes, and the tokens that the cache has packed by when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from typing import NamedTuple
+
+from kvmix_kernels.layout import Kind, PageLayout
+
+from ..errors import ModelError
+from ..plan import CacheSettings, GroupSize, TensorPlan
+from ..plan.document import reason
+from ..plan.sizes import page_layout
+from ..profile import choice_key
+
+REFERENCE = (2, 64)
+"""Width and group size where plans begin: a curve's cost there, or as near as there is, counts as importance."""
+
+
+class Span(NamedTuple):
+    """Positions `[start, stop)` whose queries find the same number of packed tokens."""
+
+    start: int
+    stop: int
+    packed: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Choices of a curve, and the cache that they are choices of.
+
+    Attributes:
+        bits, group_sizes: every pair of them is a choice.
+        cache: pages, sinks, window and scale dtype of that cache.
+    """
+
+    bits: tuple[int, ...]
+    group_sizes: tuple[GroupSize, ...]
+    cache: CacheSettings = field(default_factory=CacheSettings)
+
+    def layouts(self, kind: Kind, head_dim: int) -> dict[str, PageLayout]:
+        """Return the layout of every choice by its key, narrowest first.
+
+        A group ends with its row, so several group sizes may be one choice: the key has the size that it really is.
+
+        Raises:
+            ModelError: if the heads cannot be packed so.
+        """
+        try:
+            tensors = [TensorPlan(bits=bits, group_size=size) for bits in self.bits for size in self.group_sizes]
+            layouts = [page_layout(tensor, kind, self.cache, head_dim) for tensor in tensors]
+        except ValueError as error:
+            raise ModelError(f"cannot measure what quantizing {kind}s costs: {reason(error)}") from error
+        packed = [layout for layout in layouts if layout is not None]
+        ordered = sorted(packed, key=lambda layout: (layout.bits, layout.group))
+        return {choice_key(layout.bits, layout.group): layout for layout in ordered}
+
+    def check(self, head_dim: int) -> None:
+        """Raise ModelError if heads of this size cannot be packed so."""
+        self.layouts("key", head_dim)
+        self.layouts("value", head_dim)
+
+    def spans(self, tokens: int) -> list[Span]:
+        """Return the spans of `tokens` decoded singly whose queries read packed tokens; none if there are too few."""
+        found = []
+        for packed, positions in groupby(range(tokens), self._packed):
+            start, *rest = positions
+            found += [Span(start, start + 1 + len(rest), packed)] if packed else []
+        return found
+
+    @property
+    def shortest(self) -> int:
+        """Return the tokens of the shortest text with a prediction that has read something packed."""
+        return next(position for position in count() if self._packed(position)) + 2
+
+    def _packed(self, position: int) -> int:
+        """Return the tokens after the sinks that are packed when the token at a position is decoded."""
+        return self.cache.window.due(max(0, position - self.cache.sink), REFERENCE[0], self.cache.page)
+
+
+def reference(layouts: Mapping[str, PageLayout]) -> str:
+    """Return the choice whose cost counts as importance."""
+
+    def distance(key: str) -> tuple[bool, int, int]:
+        layout = layouts[key]
+        return layout.bits != REFERENCE[0], layout.bits, abs(layout.group - REFERENCE[1])
+
+    return min(layouts, key=distance)

@@ -1,0 +1,229 @@
+"""Measuring one sample with several probes.
+
+Weight and change probes share one forward pass, and one backward pass for each kind of labels that they look at. For a
+cache probe the sample goes through the real cache once for every choice of every tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind, PageLayout
+from torch import Tensor
+
+from ..cache.mixed import MixedCache
+from ..errors import KvmixError, ModelError
+from ..models.loading import LoadedModel
+from ..models.memory import is_out_of_memory
+from ..models.projections import decoder_layers
+from ..plan import GroupSize, LayerPlan, Plan, TensorPlan
+from . import gradients
+from .grid import Grid, reference
+from .observer import ChoiceObserver, observed
+from .probe import CacheProbe, ChangeProbe, Probe, WeightProbe
+from .results import Labels, LayerResult, PassResults, SampleResult, TensorResult
+
+KINDS: tuple[Kind, Kind] = ("key", "value")
+_FULL = TensorPlan(bits=FULL_PRECISION_BITS)
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Options of probes, apart from the text.
+
+    Attributes:
+        bits, group_sizes: choices of every curve; None for each probe's own.
+        per_head: also score every KV head.
+        checkpointing: recompute activations in the backward pass to save memory; None decides by size.
+    """
+
+    bits: tuple[int, ...] | None = None
+    group_sizes: tuple[GroupSize, ...] | None = None
+    per_head: bool = False
+    checkpointing: bool | None = None
+
+    def grid(self, probe: Probe) -> Grid | None:
+        """Return the choices of a probe's curve; None for a probe that does not look at widths."""
+        if not isinstance(probe, ChangeProbe | CacheProbe):
+            return None
+        own = probe.grid
+        return replace(own, bits=self.bits or own.bits, group_sizes=self.group_sizes or own.group_sizes)
+
+    def check(self, probes: Sequence[Probe]) -> None:
+        """Raise KvmixError for an option that these probes have no use for."""
+        names = ", ".join(probe.name for probe in probes)
+        if wrong := sorted(set(self.bits or ()) - set(BITS)):
+            raise KvmixError(f"{wrong[0]} bits is no width of a cache; choose from {', '.join(map(str, BITS))}")
+        if (self.bits or self.group_sizes) and not any(map(self.grid, probes)):
+            raise KvmixError(f"score {names} does not look at widths; leave out --bits and --group-size")
+        if self.checkpointing is not None and not any(getattr(probe, "labels", None) for probe in probes):
+            raise KvmixError(f"score {names} has no backward pass; leave out --checkpointing")
+        if self.per_head and (whole := [probe.name for probe in probes if isinstance(probe, CacheProbe)]):
+            raise KvmixError(f"score {', '.join(whole)} has no scores per head; leave out --granularity head")
+
+
+def measure_sample(
+    loaded: LoadedModel, probes: Sequence[Probe], tokens: Sequence[int], options: ProbeOptions
+) -> dict[str, SampleResult]:
+    """Measure one sample with all probes; the result is in their order.
+
+    Raises:
+        ProjectionError, ModelError, QuantizationError: if the model cannot be measured so.
+    """
+    ids = torch.tensor([tokens], device=loaded.device)
+    sharing = [probe for probe in probes if isinstance(probe, WeightProbe | ChangeProbe)]
+    found: dict[str, SampleResult] = {}
+    if sharing:
+        grid = next(filter(None, map(options.grid, sharing)), ChangeProbe.grid)
+        found = shared_pass(loaded, sharing, ids, grid, per_head=options.per_head, checkpointing=options.checkpointing)
+    for probe in probes:
+        if isinstance(probe, CacheProbe):
+            found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid)
+    return {probe.name: found[probe.name] for probe in probes}
+
+
+def shared_pass(
+    loaded: LoadedModel,
+    probes: Sequence[WeightProbe | ChangeProbe],
+    ids: Tensor,
+    grid: Grid = ChangeProbe.grid,
+    *,
+    per_head: bool = False,
+    checkpointing: bool | None = None,
+) -> dict[str, SampleResult]:
+    """Measure one sample with all these probes at once; afterwards the model is as it was.
+
+    Args:
+        ids: token ids `[1, T]`, never padded.
+        grid: choices of curves.
+        per_head: also score every KV head.
+        checkpointing: recompute activations layer by layer instead of keeping them; None decides by size.
+
+    Raises:
+        ProjectionError, ModelError, QuantizationError: if the model cannot be measured so.
+    """
+    start = time.perf_counter()
+    model, info, results = loaded.model, loaded.info, PassResults()
+    labels = [each for each in get_args(Labels) if any(probe.labels == each for probe in probes)]
+    if labels:
+        gradients.check_differentiable(loaded)
+    of_changes = [probe for probe in probes if isinstance(probe, ChangeProbe)]
+    of_weights = [probe for probe in probes if isinstance(probe, WeightProbe)]
+    choices = ChoiceObserver(info, of_changes, results, grid, labels[-1] if labels else None, per_head=per_head)
+    projections = gradients.WeightObserver(loaded, of_weights, results, per_head=per_head)
+    with ExitStack() as stack:
+        stack.enter_context(gradients.differentiable(model, projections.weights))
+        stack.enter_context(projections.watched())
+        if of_changes:
+            stack.enter_context(observed(loaded, info.quantizable, choices.observe))
+        if gradients.is_large(model) if checkpointing is None else checkpointing:
+            stack.enter_context(gradients.checkpointed(decoder_layers(model, info)))
+        _run(loaded, ids, labels, results)
+    shared = time.perf_counter() - start - sum(results.seconds.values())
+    heads = info.kv_heads if per_head else 0
+    return {
+        probe.name: SampleResult(shared + results.seconds[probe.name], _layers(loaded, probe, results, heads))
+        for probe in probes
+    }
+
+
+def _run(loaded: LoadedModel, ids: Tensor, labels: Sequence[Labels], results: PassResults) -> None:
+    """Run the forward pass and its backward passes."""
+    model = loaded.model
+    results.scale = gradients.loss_scale(model)
+    try:
+        with torch.set_grad_enabled(bool(labels)):
+            output = model(input_ids=ids, labels=ids, use_cache=False)  # the model shifts the labels
+            if "model" in labels:
+                _require_probabilities(output.logits, loaded)
+            for each in labels:
+                results.labels = each
+                loss = output.loss if each == "text" else gradients.drawn_loss(output.logits[0, :-1], _seed(ids))
+                (loss * results.scale).backward(retain_graph=each != labels[-1])
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"no memory for a backward pass of {ids.shape[1]} tokens through {loaded.info.id}: "
+                "use a smaller --seq-len, or --device map on a machine with several GPUs"
+            ) from error
+        raise
+
+
+def _layers(
+    loaded: LoadedModel, probe: WeightProbe | ChangeProbe, results: PassResults, heads: int
+) -> dict[int, LayerResult]:
+    """Return a probe's results of all layers."""
+    untouched = TensorResult(0.0, heads=(0.0,) * heads)  # the loss does not depend on the weight
+    layers = {}
+    for index in loaded.info.quantizable:
+        pair = [results.found.get((probe.name, index, kind)) for kind in KINDS]
+        if None in pair and isinstance(probe, ChangeProbe):
+            raise ModelError(
+                f"the attention of layer {index} of {loaded.info.id} cannot be seen: use --score grad-norm"
+            )
+        layers[index] = LayerResult(*(result or untouched for result in pair))
+        _require_finite(layers[index], f"gradients of {loaded.info.id} overflow", index, loaded)
+    return layers
+
+
+def read_back(loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid) -> SampleResult:
+    """Measure one sample, token ids `[1, T]`, through the real cache. Raises KvmixError."""
+    start = time.perf_counter()
+    tokens = ids[0].tolist()
+
+    def result(layer: int, kind: Kind) -> TensorResult:
+        layouts = grid.layouts(kind, loaded.info.head_dim)
+        curve = {
+            choice: cost(_cache(loaded, grid, layer, kind, layout, len(tokens))) for choice, layout in layouts.items()
+        }
+        return TensorResult(curve[reference(layouts)], curve)
+
+    layers: dict[int, LayerResult] = {}
+    try:
+        cost = probe.prepared(loaded, tokens, grid)
+        for layer in loaded.info.quantizable:
+            layers[layer] = LayerResult(result(layer, "key"), result(layer, "value"))
+            _require_finite(layers[layer], f"losses of {loaded.info.id} are not finite", layer, loaded)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            what = f"read {len(tokens)} tokens back through {loaded.info.id}"
+            raise ModelError(f"no memory to {what}: use a smaller --seq-len") from error
+        raise
+    return SampleResult(time.perf_counter() - start, layers)
+
+
+def _cache(loaded: LoadedModel, grid: Grid, layer: int, kind: Kind, layout: PageLayout, tokens: int) -> MixedCache:
+    """Return an empty cache that quantizes only one layer's keys, or values."""
+    chosen = TensorPlan(bits=layout.bits, group_size=layout.group)
+    layers = {index: LayerPlan(k=_FULL, v=_FULL) for index in loaded.info.quantizable}
+    layers[layer] = LayerPlan(k=chosen, v=_FULL) if kind == "key" else LayerPlan(k=_FULL, v=chosen)
+    plan = Plan.build(loaded.info, layers, grid.cache)
+    return MixedCache.from_plan(plan, loaded.config, reserve=tokens)
+
+
+def _require_finite(pair: LayerResult, fault: str, index: int, loaded: LoadedModel) -> None:
+    numbers = [number for each in pair for number in (each.value, *each.curve.values(), *each.heads)]
+    if not all(map(math.isfinite, numbers)):
+        raise ModelError(f"{fault} in {loaded.dtype}, first in layer {index}: {_advice(loaded)}")
+
+
+def _require_probabilities(logits: Tensor, loaded: LoadedModel) -> None:
+    """Raise ModelError for predictions that no token can be drawn from."""
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"predictions of {loaded.info.id} are not finite in {loaded.dtype}: {_advice(loaded)}")
+
+
+def _advice(loaded: LoadedModel) -> str:
+    return "its weights may be damaged" if loaded.dtype == "float32" else "use --dtype float32 or bfloat16"
+
+
+def _seed(ids: Tensor) -> int:
+    """Return the seed of a sample's labels, so that a resumed run draws the same ones."""
+    return zlib.crc32(ids.cpu().numpy().tobytes())

@@ -1,0 +1,182 @@
+"""Observation of each layer's attention from within, which shows change probes every choice in it.
+
+`observed` swaps in an attention implementation for a block. It computes what `kvmix` computes, and calls back with each
+layer's query, keys and values as soon as the gradient of the layer's output is known. They travel through autograd's
+saved tensors, so they cost no memory that attention itself does not need, and a checkpointed layer recomputes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from kvmix_kernels.layout import Kind
+from kvmix_kernels.segments import Segments
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..cache.attention import kvmix_attention
+from ..cache.handle import Handle
+from ..errors import ModelError
+from ..models.loading import LoadedModel
+from ..plan import ModelInfo
+from ..quiet import hushed
+from .change import Attend, Change, LayerAttention, QuantizedStates
+from .grid import Grid, reference
+from .probe import ChangeProbe
+from .results import Labels, PassResults, TensorResult
+
+NAME = "kvmix-observed"
+
+Observe = Callable[[int, Attend, Tensor, Tensor, Tensor, Tensor | None], None]
+"""Called with a layer's index, its attention, query `[1, H, T, D]`, key and value `[1, H_kv, T, D]`, and in a backward
+pass the gradient of its output, `[1, T, H, D]`."""
+
+
+class ChoiceObserver:
+    """An observer that shows each layer's choices to change probes, and keeps their results.
+
+    Args:
+        shared_labels: labels of the backward pass in which probes without labels of their own look on; None if there
+            is no backward pass.
+
+    Raises:
+        ModelError: if the model's heads cannot be packed.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        probes: Sequence[ChangeProbe],
+        results: PassResults,
+        grid: Grid,
+        shared_labels: Labels | None,
+        *,
+        per_head: bool,
+    ) -> None:
+        self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
+        kinds: tuple[Kind, Kind] = ("key", "value")
+        self._layouts = {kind: grid.layouts(kind, info.head_dim) for kind in kinds} if probes else {}
+        self._heads = range(info.kv_heads if per_head else 0)
+
+    def observe(
+        self, index: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None
+    ) -> None:
+        """Measure a layer: query `[1, H, T, D]`, key and value `[1, H_kv, T, D]`, output gradient `[1, T, H, D]`."""
+        probes = [probe for probe in self._probes if (probe.labels or self._shared_labels) == self._results.labels]
+        if not probes:
+            return
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        if gradient is not None:
+            summed = (query.shape[2] - 1) / self._results.scale
+            gradient = gradient.transpose(1, 2).to(dtype) * summed
+        states: dict[Kind, Tensor] = {"key": key.to(dtype), "value": value.to(dtype)}
+        layer = LayerAttention(index, query.to(dtype), states, gradient, attend, self._grid)
+        for kind in self._layouts:
+            self._measure(layer, kind, probes)
+
+    def _measure(self, layer: LayerAttention, kind: Kind, probes: Sequence[ChangeProbe]) -> None:
+        """Measure all choices of keys, or values; each is computed once for all probes, and then freed."""
+        layouts = self._layouts[kind]
+        important = reference(layouts)
+        curves: dict[str, dict[str, float]] = {probe.name: {} for probe in probes}
+        heads: dict[str, tuple[float, ...]] = {}
+        for choice, layout in layouts.items():
+            change = Change(QuantizedStates(layer, kind, layout))
+            for probe in probes:
+                with self._results.timed(probe.name):
+                    curves[probe.name][choice] = probe.cost(change).item()
+                    if choice == important:
+                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in self._heads)
+        for name, curve in curves.items():
+            self._results.found[name, layer.index, kind] = TensorResult(curve[important], curve, heads[name])
+
+
+@contextmanager
+def observed(loaded: LoadedModel, layers: Collection[int], observe: Observe) -> Iterator[None]:
+    """Within this block call `observe` for these layers: in backward passes, or in forward passes without gradients.
+
+    Afterwards the model has its own attention again, and the observer is registered nowhere.
+
+    Raises:
+        ModelError: if the model computes attention on its own.
+    """
+    model = loaded.model
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, partial(_attention, frozenset(layers), observe))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        with hushed(), suppress(ValueError):
+            model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ModelError(
+                f"{type(model).__name__} computes attention on its own, where it cannot be observed: "
+                "use --score grad-norm or loss"
+            )
+        yield
+    finally:
+        with hushed():
+            model.set_attn_implementation(before)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(NAME, None)  # transformers has no opposite of `register`
+
+
+def _attention(
+    layers: frozenset[int],
+    observe: Observe,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    /,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as `kvmix` does, observed in some layers.
+
+    The first parameters are positional only, so that options of a model may have any name.
+
+    Raises:
+        ModelError: if an observed layer adds a bias of its own to its scores, which `_attend` does not know.
+    """
+    output, _ = kvmix_attention(module, query, key, value, attention_mask, **options)
+    index = getattr(module, "layer_idx", None)
+    if index not in layers:
+        return output, None
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError(
+            f"layer {index} adds a bias of its own to its attention scores ({type(module).__name__}), "
+            "which cannot be observed: use --score grad-norm, loss or kl"
+        )
+    report = partial(observe, index, partial(_attend, module, options))
+    if torch.is_grad_enabled():
+        pass_on: Callable[..., Tensor] = _Observed.apply
+        return pass_on(output.requires_grad_(), query, key, value, report), None
+    report(query, key, value, None)
+    return output, None
+
+
+def _attend(module: nn.Module, options: dict[str, Any], query: Tensor, key: Segments, value: Segments) -> Tensor:
+    """Attend as this layer does, over segments: causal, to `[1, H, S, D]`."""
+    return kvmix_attention(module, query, Handle(key), Handle(value), None, **options)[0].transpose(1, 2)
+
+
+class _Observed(torch.autograd.Function):
+    """The identity of an attention output, whose backward pass reports the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, report: Callable[..., None]
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.report = report
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.report(*ctx.saved_tensors, gradient)
+        return gradient, None, None, None, None

@@ -1,0 +1,138 @@
+"""The steps of `kvmix demo`: profile, plans, evaluation and generation of the built-in model, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import state
+from ..allocation import K_BITS, V_BITS, Budget, allocate
+from ..plan import CacheSettings, Plan
+from ..plan.windows import Recent
+from ..profile import Profile
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Report
+    from ..evaluation.runner import Progress
+    from ..models.loading import LoadedModel
+
+MODEL = "builtin:tiny"
+TASKS = ("perplexity", "recall")
+CHOSEN = "kvmix"
+"""Name of the plan that the profile decides."""
+AVG_BITS = 2.3
+CACHE = CacheSettings(page=32, group_size=32, window=Recent(tokens=32))
+"""Small pages and a short window: the contexts are short, and most of them should be quantized."""
+SCORE = "grad-norm"
+NEW_TOKENS = 60
+PROMPT = "def test_copy(self):\n        d = {'a': 1}\n"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The amount of work.
+
+    Attributes:
+        samples: calibration samples of 1024 tokens.
+        limit: held-out documents, and recall exercises.
+        random_plans: plans with as many high-bit layers as the chosen one, at random places.
+    """
+
+    samples: int = 30
+    limit: int = 10
+    random_plans: int = 3
+
+
+QUICK = Effort(samples=4, limit=3, random_plans=1)
+"""Under a minute on two cores."""
+
+
+def make_profile(
+    loaded: LoadedModel,
+    effort: Effort,
+    seed: int,
+    out: Path,
+    *,
+    resume: bool,
+    command: str,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Profile:
+    """Measure the layers' importance, or with `resume` read or finish what an earlier demo has measured."""
+    from ..profiling import run_profile
+    from ..texts import load_texts
+
+    path = profile_path(out)
+    if resume and path.is_file():
+        found = Profile.load(path)
+        text = found.score(SCORE).calibration
+        if (found.model, text.samples, text.seed) == (loaded.info, effort.samples, seed):
+            return found
+    journal = state.journal_path(path)
+    profile = run_profile(
+        loaded,
+        texts=load_texts(),
+        source="builtin",
+        samples=effort.samples,
+        seed=seed,
+        journal=journal,
+        resume=resume,
+        on_step=on_step,
+    )
+    profile.save(path, command)
+    journal.unlink(missing_ok=True)
+    return profile
+
+
+def profile_path(out: Path) -> Path:
+    """Return the file of the demo's profile."""
+    return out / state.slug(MODEL) / state.PROFILE
+
+
+def make_plans(profile: Profile, effort: Effort, seed: int, out: Path, command: str) -> dict[str, Plan]:
+    """Decide and write the ranked plan, as many high-bit layers at random places, and 2 bits everywhere."""
+
+    def plan(method: str, seed: int = 0) -> Plan:
+        budget = Budget(avg_bits=AVG_BITS)
+        return allocate(profile, budget, method=method, k_bits=K_BITS, v_bits=V_BITS, cache=CACHE, seed=seed)
+
+    plans = {CHOSEN: plan("rank")}
+    plans |= {f"random-{number}": plan("random", number) for number in range(seed, seed + effort.random_plans)}
+    plans["uniform-2"] = Plan.uniform(profile.model, 2, 2, CACHE)
+    for name, each in plans.items():
+        each.save(profile_path(out).parent / state.PLANS / f"{name}.yaml", command)
+    return plans
+
+
+def evaluate(
+    loaded: LoadedModel,
+    plans: dict[str, Plan],
+    effort: Effort,
+    seed: int,
+    out: Path,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> list[Report]:
+    """Measure perplexity and recall of every plan, and of the unquantized cache."""
+    from ..cache.subject import Subject
+    from ..evaluation import get_task
+    from ..evaluation.base import Settings
+    from ..evaluation.runner import run_task
+    from ..evaluation.runs import RunFolders
+
+    subjects = [Subject(name, plan) for name, plan in plans.items()]
+    runs = RunFolders(out / "results", state.slug(MODEL), resume=resume)
+    settings = Settings(limit=effort.limit, seed=seed)
+    return [run_task(get_task(name), loaded, subjects, settings, runs, progress) for name in TASKS]
+
+
+def generate_sample(loaded: LoadedModel, plan: Plan, on_text: Callable[[str], None]) -> str:
+    """Continue a few lines of code through a plan's cache."""
+    from ..cache.mixed import MixedCache
+    from ..decoding.generate import generate
+
+    ids = loaded.tokenizer(PROMPT).input_ids
+    cache = MixedCache.from_plan(plan, loaded.config)
+    return generate(loaded, ids, cache, max_new_tokens=NEW_TOKENS, on_text=on_text).text

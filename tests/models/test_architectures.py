@@ -1,0 +1,204 @@
+"""Classes that are listed as causal language models, small: those that cannot be used are refused in one line."""
+
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+import transformers
+from profiling_models import wrap
+
+from kvmix_cli.errors import ModelError
+from kvmix_cli.models.causality import check_causal, check_decoder, is_causal
+from kvmix_cli.models.loading import load_model
+from kvmix_cli.models.sources import ASSETS
+
+VOCABULARY = 4096
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TWO_STACKS = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 0,
+}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+REFUSED = {
+    "MiniMaxConfig": ({**SIZES, "num_key_value_heads": 2, "num_local_experts": 2}, "own"),
+    "XLNetConfig": ({"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "XLNet"),
+    "XLMConfig": ({"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4}, "transformers' cache"),
+    "ReformerConfig": (
+        {
+            "vocab_size": VOCABULARY,
+            "is_decoder": True,
+            "hidden_size": 32,
+            "axial_pos_shape": (8, 8),
+            "axial_pos_embds_dim": (16, 16),
+            "attn_layers": ["local", "lsh"],
+            "num_attention_heads": 2,
+            "attention_head_size": 16,
+            "feed_forward_size": 48,
+            "max_position_embeddings": 64,
+            "num_buckets": 2,
+        },
+        "Reformer",
+    ),
+    "OpenAIGPTConfig": (GPT, "does not keep its keys and values in transformers' cache"),
+    "BertConfig": (SIZES, "attends to later tokens, as an encoder does|is an encoder"),
+    "RobertaConfig": (SIZES, "attends to later tokens, as an encoder does|is an encoder"),
+    "WhisperConfig": ({**TWO_STACKS, "max_target_positions": 64}, r"is an encoder-decoder \(whisper\)"),
+}
+ENCODER_DECODERS = {
+    "BlenderbotConfig": TWO_STACKS,
+    "BigBirdPegasusConfig": TWO_STACKS,
+    "ProphetNetConfig": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    },
+}
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+KEEPS_ITS_OWN = {
+    "GitConfig": {**SIZES, "vision_config": {**VISION, "image_size": 32, "patch_size": 16}},
+    "BigBirdPegasusConfig": TWO_STACKS,
+}
+
+
+def saved(config, folder):
+    """A model folder of this configuration, with the built-in tokenizer."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in (ASSETS / "tiny").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+def refused(folder):
+    with warnings.catch_warnings(), pytest.raises(ModelError) as error:
+        warnings.simplefilter("ignore")
+        load_model(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_classes_that_cannot_be_used_are_refused_in_one_line(name, tmp_path):
+    options, message = REFUSED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = saved(getattr(transformers, name)(**options), tmp_path)
+    assert re.search(message, refused(folder))
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders_are_refused_by_name(name):
+    config = getattr(transformers, name)(**ENCODER_DECODERS[name])
+    with pytest.raises(ModelError, match=rf"^m is an encoder-decoder \({config.model_type}\)"):
+        check_decoder(config, "m")
+
+
+def test_an_encoder_is_refused_by_the_class_of_its_checkpoint():
+    config = transformers.BertConfig(architectures=["BertForMaskedLM"])
+    with pytest.raises(ModelError, match=r"m is an encoder \(BertForMaskedLM\)"):
+        check_decoder(config, "m")
+    check_decoder(transformers.GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"]), "m")
+    check_decoder(transformers.BertConfig(architectures=["BertLMHeadModel"], is_decoder=True), "m")
+
+
+class TestCausality:
+    @pytest.fixture
+    def model(self):
+        config = transformers.LlamaConfig(**{**SIZES, "vocab_size": 97})
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def test_a_decoder_is_causal(self, model):
+        check_causal(model, "m")
+        assert is_causal(model)
+
+    def test_attention_to_later_tokens_is_seen(self, model):
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        model.set_attn_implementation("sdpa")
+        model.model.config.is_causal = False
+        assert not is_causal(model)
+        with pytest.raises(ModelError, match="LlamaForCausalLM of m attends to later tokens"):
+            check_causal(model, "m")
+
+    def test_damaged_weights_are_left_to_whoever_measures(self, model):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.nan)
+        assert is_causal(model)
+
+    def test_running_out_of_memory_is_an_error(self, model):
+        def full(*_):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+        model.register_forward_pre_hook(full)
+        with pytest.raises(ModelError, match="no memory to run 3 tokens through m"):
+            check_causal(model, "m")
+
+
+@pytest.mark.parametrize("name", ["GitConfig", "BigBirdPegasusConfig"])
+def test_a_class_that_sees_later_tokens_with_another_attention_keeps_its_own(name, tmp_path):
+    """Both make a mask for the implementations that they know only."""
+    folder = saved(getattr(transformers, name)(**KEEPS_ITS_OWN[name]), tmp_path)
+    with pytest.warns(UserWarning, match="does not take the attention implementation 'kvmix' and keeps 'eager'"):
+        loaded = load_model(folder)
+    assert is_causal(loaded.model)
+    loaded.model.set_attn_implementation("kvmix")
+    assert not is_causal(loaded.model), "this class has come to take it: choose another for this test"
+
+
+@pytest.fixture
+def fisher():
+    """Fisher of a small model of this configuration, by layer."""
+    from kvmix_cli.plan import CacheSettings
+    from kvmix_cli.plan.windows import Recent
+    from kvmix_cli.profiling.grid import Grid
+    from kvmix_cli.profiling.measure import shared_pass
+    from kvmix_cli.profiling.probes.fisher import Fisher
+
+    sizes = {**SIZES, "hidden_size": 64, "vocab_size": 97, "num_key_value_heads": 2, "head_dim": 16}
+
+    def measure(name, **options):
+        torch.manual_seed(0)
+        config = getattr(transformers, name)(**{**sizes, **options})
+        loaded = wrap(transformers.AutoModelForCausalLM.from_config(config).eval())
+        loaded.model.set_attn_implementation("kvmix")
+        grid = Grid(bits=(2,), group_sizes=(16,), cache=CacheSettings(page=16, sink=2, window=Recent(tokens=8)))
+        return shared_pass(loaded, [Fisher()], torch.arange(3, 60)[None], grid)["fisher"].layers
+
+    return measure
+
+
+def test_a_model_that_names_its_mask_is_observed(fisher):
+    """AFMoE passes its mask by name."""
+    layers = fisher("AfmoeConfig", layer_types=["full_attention"] * 2, num_dense_layers=2)
+    assert all(pair.k.value > 0 and pair.v.value > 0 for pair in layers.values())
+
+
+def test_a_bias_that_an_observer_would_miss_is_an_error(fisher):
+    """Doge's mask depends on the values."""
+    with pytest.raises(ModelError, match=r"layer 0 adds a bias of its own .*DogeAttention.*--score grad-norm"):
+        fisher("DogeConfig")

@@ -1,0 +1,280 @@
+"""Loading: what comes back, and one clear line for everything that cannot be loaded."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+from profiling_models import load
+from safetensors.torch import load_file, save_file
+from transformers import modeling_utils
+
+import kvmix_cli
+from kvmix_cli.errors import ModelError
+from kvmix_cli.models import devices, loading
+from kvmix_cli.models.loading import load_info, load_model
+from kvmix_cli.quiet import hushed
+
+TINY = Path(kvmix_cli.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable copy of the built-in model."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def failure(model_id, **options):
+    with pytest.raises(ModelError) as error:
+        load_model(str(model_id), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What comes back
+
+
+def test_the_builtin_model():
+    loaded = load_model("builtin:tiny")
+    info = loaded.info
+    assert (info.id, info.layers, info.kv_heads, info.head_dim, info.stock) == ("builtin:tiny", 8, 2, 64, {})
+    assert loaded.max_length == 4096
+    assert loaded.device == torch.device("cpu")
+    assert loaded.model.dtype == torch.float32, "bfloat16 arithmetic is slow on CPUs"
+    assert loaded.model.config._attn_implementation == "kvmix"
+    assert not loaded.model.training
+    assert load_info("builtin:tiny") == info
+
+
+def test_the_builtin_model_is_trained():
+    loaded = load_model("builtin:tiny")
+    ids = loaded.tokenizer('def main() -> None:\n    """Run the', return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = loaded.model(input_ids=ids, labels=ids).loss
+    assert loss < 5, "an untrained model has a loss of log(4096) = 8.3"
+
+
+def test_a_folder(folder):
+    loaded = load_model(str(folder))
+    assert loaded.model.dtype == torch.bfloat16, "the checkpoint's"
+    assert loaded.info.id == str(folder)
+    assert loaded.info.config_sha256 == load_info("builtin:tiny").config_sha256
+
+
+@pytest.mark.parametrize(("name", "dtype"), devices.DTYPES.items())
+def test_dtypes(name, dtype):
+    assert load_model("builtin:tiny", dtype=name).model.dtype == dtype
+
+
+def test_a_device_map_needs_accelerate(monkeypatch):
+    pytest.importorskip("accelerate")
+    assert load_model("builtin:tiny", device="map").device == torch.device("cpu")
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    assert failure("builtin:tiny", device="map").endswith("pip install 'kvmix[multi-gpu]'")
+
+
+def test_a_class_without_the_attention_interface_keeps_its_own(tmp_path):
+    save_small("falcon", tmp_path)
+    with pytest.warns(UserWarning, match="FalconForCausalLM does not take .* 'kvmix' and keeps") as caught:
+        loaded = load_model(str(tmp_path))
+    assert len(caught) == 1
+    assert loaded.model.config._attn_implementation != "kvmix"
+
+
+def test_loading_is_silent(folder, capfd):
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": False}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_silence_ends_with_loading():
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    load_model("builtin:tiny")
+    with pytest.raises(ZeroDivisionError), hushed():
+        _ = 1 / 0
+    assert transformers.utils.logging.is_progress_bar_enabled() == bars
+    assert transformers.utils.logging.get_verbosity() == level
+
+
+# What cannot be loaded
+
+
+@pytest.mark.parametrize("model_id", ["nobody/nothing", "nothing", "no such name!"])
+def test_an_unknown_id(model_id):
+    message = failure(model_id)
+    assert message.startswith(f"cannot load {model_id}: ")
+    assert all(hint in message for hint in ("check the name", "HF_TOKEN", "local folder", "builtin:tiny"))
+
+
+def test_a_builtin_that_is_not_there():
+    assert failure("builtin:tini") == "no built-in model 'tini' (did you mean 'tiny'?): there is builtin:tiny"
+
+
+@pytest.mark.parametrize("model_id", ["./nothing", "/no/such/place", "~/nothing", "models/llama/7b"])
+def test_a_folder_that_is_not_there(model_id):
+    assert failure(model_id).startswith(f"no folder {model_id}")
+
+
+def test_a_file(folder):
+    assert "is a file: give the folder" in failure(folder / "model.safetensors")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    assert failure(tmp_path).startswith(f"{tmp_path} has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not a valid JSON file"),
+        ("[]", "Unrecognized model"),
+        ('{"hidden_size": 3}', "Unrecognized model"),
+        ('{"model_type": "zork"}', "does not recognize this architecture"),
+        ('{"model_type": "llama", "num_hidden_layers": "x"}', "num_hidden_layers"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "config.json must be"),
+        ('{"model_type": "t5"}', "no causal language model, but of type t5"),
+        ('{"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}}', "pass --trust-remote-code"),
+        ('{"model_type": "mamba"}', "nothing to quantize"),
+        ('{"model_type": "llama", "num_hidden_layers": -1}', "-1 layers"),
+        ('{"model_type": "whisper"}', "is an encoder-decoder (whisper)"),
+        ('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}', "is an encoder (BertForMaskedLM)"),
+    ],
+)
+def test_configurations_that_cannot_be_used(folder, config, message):
+    (folder / "config.json").write_text(config)
+    assert message in failure(folder)
+    with pytest.raises(ModelError):
+        load_info(str(folder))
+
+
+def test_no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in failure(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "cannot load the weights" in failure(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", (TINY / "model.safetensors").read_bytes()[:100_000]])
+def test_damaged_weights(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    assert "cannot load the weights" in failure(folder)
+
+
+def test_missing_weights_are_not_made_up(folder):
+    """transformers would fill them with random numbers and only warn."""
+    change_weights(folder, lambda name, weight: None)
+    message = failure(folder)
+    assert "lacks 1 of the weights" in message
+    assert "layers.3.self_attn.k_proj.weight" in message
+
+
+def test_weights_of_another_shape(folder):
+    change_weights(folder, lambda name, weight: weight[:64].clone())
+    assert "has in another shape 1 of the weights" in failure(folder)
+
+
+@pytest.mark.parametrize("place", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "org/kernel", "kernels-community/flash-attn", "no such"])
+def test_an_attention_in_the_configuration_is_not_asked_for(folder, monkeypatch, place, attention):
+    """It neither refuses the model nor fetches a kernel from the hub."""
+    monkeypatch.setattr(
+        modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("a kernel was fetched")
+    )
+    change_config(folder, **{place: attention})
+    assert load_model(str(folder)).config._attn_implementation == "kvmix"
+
+
+@pytest.mark.parametrize("installed", [(), ("sentencepiece",), ("sentencepiece", "google.protobuf", "tiktoken")])
+def test_advice_names_the_packages_that_are_missing(folder, monkeypatch, installed):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    monkeypatch.setattr(loading, "_is_installed", lambda module: module in installed)
+    message = failure(folder)
+    for package, module in {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}.items():
+        assert (package in message.partition("pip install")[2]) == (module not in installed)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(folder):
+    change_config(folder, vocab_size=4000)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: weight[:4000].clone() if len(weight) == 4096 else weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "gives token ids up to 4095, its embedding ends at 3999: use the tokenizer" in failure(folder)
+
+
+def test_a_padding_token_beyond_the_embedding_is_no_fault(folder):
+    """Many fine-tuned models have one; ordinary text does not contain it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<new padding>"})
+    tokenizer.save_pretrained(folder)
+    assert len(load_model(str(folder)).tokenizer) == 4097
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_short_names_of_dtypes(name, dtype):
+    assert load_model("builtin:tiny", dtype=name).dtype == dtype
+
+
+def test_an_unknown_dtype():
+    assert failure("builtin:tiny", dtype="float23") == (
+        "unknown dtype 'float23' (did you mean 'float32'?): use auto, float32, bfloat16, float16"
+    )
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_an_unknown_device(device):
+    assert failure("builtin:tiny", device=device).startswith(f"no device '{device}' here")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n lots"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_device_that_is_too_small(monkeypatch, error):
+    def full(self, device):
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", full)
+    assert "does not fit on cpu" in failure("builtin:tiny", device="cpu")
+
+
+def save_small(family, folder):
+    load(family, vocab_size=4096).model.save_pretrained(folder)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_weights(folder, change):
+    """Rewrite the model file with one weight changed, or left out."""
+    name = "model.layers.3.self_attn.k_proj.weight"
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = change(name, weights[name])
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,122 @@
+"""One name for each model, and one clear line for each place that holds none."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError
+
+from kvmix_cli.errors import ModelError
+from kvmix_cli.models import loading
+from kvmix_cli.models.loading import load_info
+from kvmix_cli.models.sources import ASSETS, canonical_id, explain, locate, meta_sibling
+
+META = ["params.json", "consolidated.00.pth", "tokenizer.model", "checklist.chk"]
+
+
+def test_a_folder_has_one_name_however_it_is_written(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert {canonical_id(name) for name in ("m", "m/", "./m", "elsewhere/../m", "link", str(folder))} == {str(folder)}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert canonical_id("../m") == str(folder)
+
+
+@pytest.mark.parametrize("model_id", ["builtin:tiny", "meta-llama/Llama-2-7b-hf", "gpt2", "x" * 300, "a\0b"])
+def test_other_names_stay_as_they_are(model_id):
+    assert canonical_id(model_id) == model_id
+
+
+def test_the_name_of_a_folder_is_that_of_its_profile(tmp_path, monkeypatch):
+    (tmp_path / "m").symlink_to(ASSETS / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert load_info("m") == load_info("./m/") == load_info(str(ASSETS / "tiny"))
+
+
+@pytest.mark.parametrize("name", ["llama.Q4_K_M.gguf", "org/repository/model.GGUF", "./no/such.gguf"])
+def test_a_gguf_file_is_named_as_such(name):
+    with pytest.raises(ModelError, match=r"is a GGUF file, the format of llama\.cpp: give the folder or hub id"):
+        locate(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (META, r"has Meta's own layout .* whose name ends in -hf, or convert"),
+        (["model.gguf"], "holds GGUF files"),
+        (["params.json"], "has no config.json"),
+    ],
+)
+def test_a_folder_in_another_layout_is_told_what_to_do(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=message) as error:
+        locate(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of repositories by name, each a list of its files; those with a config.json are builtin:tiny."""
+    repositories = {}
+
+    def list_repo_files(repository):
+        if repository not in repositories:
+            raise OSError("no such repository")
+        return repositories[repository]
+
+    def file_exists(repository, name):
+        return name in repositories.get(repository, [])
+
+    real = loading.AutoConfig.from_pretrained
+
+    def from_pretrained(source, **options):
+        if Path(source).is_dir():
+            return real(source, **options)
+        if not file_exists(source, "config.json"):
+            raise OSError(f"{source} does not appear to have a file named config.json.")
+        return real(str(ASSETS / "tiny"))
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "file_exists", file_exists)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", from_pretrained)
+    return repositories
+
+
+def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):
+    hub["meta-llama/Llama-2-7b"] = META
+    hub["meta-llama/Llama-2-7b-hf"] = ["config.json", "model.safetensors"]
+    with pytest.warns(
+        UserWarning, match=r"Llama-2-7b has Meta's own layout.*: using meta-llama/Llama-2-7b-hf"
+    ) as caught:
+        info = load_info("meta-llama/Llama-2-7b")
+    assert len(caught) == 1
+    assert info.id == "meta-llama/Llama-2-7b-hf"
+    with pytest.raises(ModelError, match="without --revision abc"):
+        load_info("meta-llama/Llama-2-7b", revision="abc")
+
+
+@pytest.mark.parametrize(
+    "repositories",
+    [
+        {"org/m": META},
+        {"org/m": ["params.json", "model.bin"], "org/m-hf": ["config.json"]},
+        {"org/m-hf": ["config.json"]},
+        {"org/m": [*META, "config.json"], "org/m-hf": ["config.json"]},
+    ],
+)
+def test_nothing_is_put_in_the_place_of_another_layout(hub, repositories):
+    hub.update(repositories)
+    assert meta_sibling("org/m") is None
+
+
+def test_a_gated_repository_has_a_licence_page():
+    denied = OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+    denied.__cause__ = GatedRepoError.__new__(GatedRepoError)
+    told = explain("meta-llama/Llama-2-7b-hf", denied)
+    assert "accept its licence at https://" in told
+    assert "/meta-llama/Llama-2-7b-hf, then log in with `hf auth login`" in told
+    assert "\n" not in told
