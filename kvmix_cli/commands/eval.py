@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..evaluation.gates import Verdict
     from ..evaluation.results import Report
     from ..plan import ModelInfo
-    from ..studies.measure import SubjectNames, Results, Setup
+    from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
