@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ..cache.subject import UNQUANTIZED
 from .records import SampleRecord
 
-Record = dict[str, Any]
-"""A record of a task that has no schema of its own in `records.py`."""
+Record = Any
+"""A record of any task, for its readers; `records.py` has the schemas."""
 
 
 @dataclass(frozen=True)
