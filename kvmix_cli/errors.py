@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 
 class KvmixError(Exception):
-    """What happened, where, and what to do about it, in one line."""
+    """A fault that a user can cause, told in one line: what happened, where, and what to do about it."""
 
 
 class ModelError(KvmixError):

@@ -35,6 +35,7 @@ Say = Callable[[str], None]
 """Takes a line that the user should read, such as which file is used."""
 
 _FAMILY = re.compile(r"^provenance: \{.*\bmethod: pareto\b", re.MULTILINE)
+_OPTIONS_HASH = re.compile(r"-[0-9a-f]{6}(?=\+|$)")
 _MODEL = re.compile(r"""^model: \{id: ("[^"\n]*"|'[^'\n]*'|[^,}\n]+)""", re.MULTILINE)
 
 _chosen: Path | None = None
@@ -142,11 +143,18 @@ def find_plan(given: str | Path | None = None, *, model: str | None = None, say:
             )
         say(f"using plan {single}")
         return single
-    if str(given) not in plans:
+    name = str(given) if str(given) in plans else _with_hash(str(given), plans)
+    if name is None:
         hint = did_you_mean(str(given), plans) or f"; there are {', '.join(sorted(plans))}"
         raise StateError(f"no plan '{given}' in {folder / PLANS}{hint}")
-    say(f"using plan {plans[str(given)]}")
-    return plans[str(given)]
+    say(f"using plan {plans[name]}")
+    return plans[name]
+
+
+def _with_hash(given: str, names: Iterable[str]) -> str | None:
+    """Return the one name that is the given name with a hash of options, `rank-3-1f3a5c`; None if it is not one."""
+    found = [name for name in names if _OPTIONS_HASH.sub("", name) == given]
+    return found[0] if len(found) == 1 else None
 
 
 def _only_model(model: str | None, what: str, patterns: list[str], say: Say) -> Path:

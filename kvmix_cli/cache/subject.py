@@ -71,14 +71,14 @@ class Subject:
         return unquantized_cache(config) if self.baseline is None else self.baseline.cache(config)
 
 
-class Attended(TypedDict):
+class AttendedPairs(TypedDict):
     """The (query, cached token) pairs that attention has read, and how many of the tokens were quantized."""
 
     total: Pairs
     quantized: Pairs
 
 
-def attended(cache: Cache) -> Attended:
+def attended(cache: Cache) -> AttendedPairs:
     """Return the pairs that attention has read through a cache; none for a cache that does not count them."""
     counted = getattr(cache, "attended", None)
     return {"total": 0, "quantized": 0} if counted is None else {"total": counted.total, "quantized": counted.quantized}

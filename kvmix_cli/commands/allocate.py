@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
 
-FAMILY, SEARCH = "pareto", "search"
-"""Methods that write several plans, and that measure plans."""
+FAMILY, SEARCH, PAPER = "pareto", "search", "rank"
+"""The method that writes several plans, the one that measures plans, and the paper's."""
 
 
 def _file_name(name: str | None) -> str | None:
@@ -213,7 +213,11 @@ def allocate(
 
     path = state.find_profile(files.profile, model=files.model, say=console.notice)
     source = Profile.load(path)
-    method = budget.method or ("rank" if budget.preset else default_method(source))
+    method = budget.method or (PAPER if budget.preset else default_method(source))
+    if budget.method is None and method != PAPER:
+        console.notice(
+            f"method {method}, since the profile has a score that knows widths; the paper's is --method rank"
+        )
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:

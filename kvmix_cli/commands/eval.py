@@ -32,10 +32,10 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..evaluation.base import Task
-    from ..evaluation.gates import Verdict
+    from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
     from ..plan import ModelInfo
-    from ..studies.measure import Candidates, Results, Setup
+    from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
@@ -47,7 +47,7 @@ GATE_FAILED = 3
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is measured, on what, and where the results go."""
+    """The subjects to measure, the text to measure them on, and the folder of the results."""
 
     task: Annotated[
         str | None,
@@ -115,7 +115,7 @@ class EvalOptions:
             raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
 
     @property
-    def candidates(self) -> dict[str, Any]:
+    def of_plans(self) -> dict[str, Any]:
         """Return the options that name what is measured, and the gates that judge it."""
         names = ("plan", "preset", "uniform", "encode", "baseline", "fail_if")
         return {name: getattr(self, name) for name in names}
@@ -234,17 +234,17 @@ def evaluate(
     """
     own = given(asdict(of_tasks))
     if board.leaderboard:
-        refuse({**work.candidates, **own}, "has no place in a leaderboard")
+        refuse({**work.of_plans, **own}, "has no place in a leaderboard")
     else:
         refuse(board.rules, "needs --leaderboard")
-    from ..studies.measure import Candidates
+    from ..studies.measure import SubjectNames
 
-    candidates = Candidates(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
+    names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
     if board.leaderboard:
         _hold_leaderboard(board, _setup(ctx, work, which, loading))
     else:
-        choice = candidates.choose(which.model, which.revision, console.notice)
-        _measure(choice, candidates, _setup(ctx, work, which, loading), own, work.fail_if or [])
+        choice = names.choose(which.model, which.revision, console.notice)
+        _measure(choice, names, _setup(ctx, work, which, loading), own, work.fail_if or [])
 
 
 def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: LoadingOptions) -> Setup:
@@ -309,16 +309,14 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     leave(found.reports)
 
 
-def _measure(
-    choice: Choice, candidates: Candidates, setup: Setup, options: dict[str, Any], gates: Sequence[str]
-) -> None:
+def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[str, Any], gates: Sequence[str]) -> None:
     """Measure, show each task's results as soon as they are there, and leave with the exit code of the outcome."""
     from ..reporting.evaluation import evaluation_json
     from ..studies.measure import measure_plans
 
     evaluation = measure_plans(
         choice,
-        candidates,
+        names,
         setup,
         options,
         gates,
@@ -368,7 +366,7 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
             console.text(f"picture: {path}\n\n")
 
 
-def _show_verdict(verdict: Verdict) -> None:
+def _show_verdict(verdict: GateOutcome) -> None:
     console.text(f"gate {verdict.expression}: {'passed' if verdict.passed else 'FAILED'}\n")
     for failure in verdict.failures:
         console.text(f"  {failure}\n")

@@ -50,7 +50,7 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-class _TimedStreamer(TextStreamer):  # type: ignore[misc]
+class _TimedStreamer(TextStreamer):  # type: ignore[misc, unused-ignore]
     """A streamer that hands on text as it forms and keeps the time of each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:

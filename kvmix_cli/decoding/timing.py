@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cache.sizes import cache_nbytes
-from ..cache.subject import Attended, attended
+from ..cache.subject import AttendedPairs, attended
 from ..models.memory import devices, synchronize, watch
 from ..quiet import hushed
 from .feed import last_logits, reset_attended
@@ -46,7 +46,7 @@ class Timing:
     cache_bytes: int
     peak_bytes: int | None
     attention: str
-    attended: Attended
+    attended: AttendedPairs
 
     @property
     def bytes(self) -> int:

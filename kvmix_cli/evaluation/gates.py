@@ -29,7 +29,7 @@ _SYNTAX = re.compile(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateOutcome:
     """The outcome of a gate; `failures` has a line for each row that failed it."""
 
     expression: str
@@ -56,11 +56,11 @@ class Gate:
             return None
         return reference + (self.number / 100 * abs(reference) if self.percent else self.number)
 
-    def check(self, rows: Sequence[Row], reference: Row) -> Verdict:
+    def check(self, rows: Sequence[Row], reference: Row) -> GateOutcome:
         """Check the plans' rows of one task. A row that could not be measured fails."""
         unquantized = reference.value(self.metric)
         failures = [failure for row in rows if (failure := self._failure(row, unquantized))]
-        return Verdict(self.expression, not failures, tuple(failures))
+        return GateOutcome(self.expression, not failures, tuple(failures))
 
     def _failure(self, row: Row, unquantized: float | None) -> str | None:
         value, limit = row.value(self.metric), self.limit(unquantized)

@@ -21,7 +21,7 @@ Labels = dict[int, str]
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecallCell:
     """The values of one place: their count, and how many of them were recalled."""
 
     recalled: int
@@ -34,7 +34,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Grid:
+class RecallGrid:
     """Recall by depth (rows, the beginning of the context first) and by length or distance (columns, ascending).
 
     Attributes:
@@ -47,11 +47,11 @@ class Grid:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     across: str
-    cells: tuple[tuple[Cell | None, ...], ...]
+    cells: tuple[tuple[RecallCell | None, ...], ...]
     down: str = "depth"
 
 
-def grid(records: Sequence[Mapping[str, Any]]) -> Grid | None:
+def grid(records: Sequence[Mapping[str, Any]]) -> RecallGrid | None:
     """Return the grid of a row's records; None if they have no depths.
 
     Columns are contexts. Where there is only one, and each exercise asks for several values, columns are distances. A
@@ -75,11 +75,11 @@ def grid(records: Sequence[Mapping[str, Any]]) -> Grid | None:
     else:
         columns, across = {context: str(context) for context in contexts}, "context (tokens)"
         keys = [(row(answer["depth"]), context) for context, answer in places]
-    tally = dict.fromkeys(product(rows, columns), Cell(0, 0))
+    tally = dict.fromkeys(product(rows, columns), RecallCell(0, 0))
     for key, (_, answer) in zip(keys, places, strict=True):
-        tally[key] = Cell(tally[key].recalled + bool(answer["recalled"]), tally[key].count + 1)
+        tally[key] = RecallCell(tally[key].recalled + bool(answer["recalled"]), tally[key].count + 1)
     cells = tuple(tuple(cell if (cell := tally[r, c]).count else None for c in columns) for r in rows)
-    return Grid(tuple(rows.values()), tuple(columns.values()), across, cells)
+    return RecallGrid(tuple(rows.values()), tuple(columns.values()), across, cells)
 
 
 def _depths(depths: Sequence[float]) -> tuple[Callable[[float], int], Labels]:

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from ..cache.subject import Attended
+from ..cache.subject import AttendedPairs
 
 MOST = 2**62
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -31,7 +31,7 @@ class SampleRecord(TypedDict):
     """
 
     tokens: Count
-    attended: Attended
+    attended: AttendedPairs
     seconds: NotRequired[Amount]
 
 

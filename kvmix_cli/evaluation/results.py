@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 from ..cache.subject import UNQUANTIZED
 from .records import SampleRecord
 
-Record = dict[str, Any]
-"""A record of a task that has no schema of its own in `records.py`."""
-
 
 @dataclass(frozen=True)
 class Estimate:

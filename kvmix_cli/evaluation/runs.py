@@ -301,10 +301,6 @@ class RunFolder:
             raise _unwritable(self.folder, error) from error
 
 
-Runs = RunFolders
-"""The name that callers still use."""
-
-
 def identity(config: Config) -> str:
     """Return the hash of all settings that a run's numbers depend on, for the name of its folder; "" for none.
 

@@ -22,6 +22,7 @@ MAX_BYTES = 4 * 2**20
 MAX_SCALAR = 2**18
 """Characters of one value. The short form of 10,000 layers, the longest, takes less than half of it."""
 MAX_DEPTH = 16
+LINE_BREAKS = "\n\r\x85\u2028\u2029"
 MAX_DIGITS, MAX_INT_BITS = 100, 64
 
 Location = tuple[Any, ...]
@@ -48,6 +49,17 @@ def strict_loader(base: Any) -> Any:
 
 _Loader: Any = strict_loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 """libyaml's parser where PyYAML was built with it: ten times faster, same rules."""
+
+
+class _OneLineDumper(yaml.SafeDumper):
+    """A writer that escapes line breaks in text. PyYAML folds them, and reads some of them back as other characters."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(character in data for character in LINE_BREAKS) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_OneLineDumper.add_representer(str, _OneLineDumper.represent_str)
 
 
 class StrictModel(BaseModel):
@@ -157,8 +169,10 @@ def reason(error: ValueError) -> str:
 
 
 def flow(value: Any) -> str:
-    """Return plain data as one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    """Return plain data as one line of YAML, which reads back as the same data."""
+    text = yaml.dump(
+        value, Dumper=_OneLineDumper, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 

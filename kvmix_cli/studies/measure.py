@@ -16,7 +16,7 @@ from .selection import Choice, check_widths, choose
 
 if TYPE_CHECKING:
     from ..evaluation.base import Settings, Task
-    from ..evaluation.gates import Gate, Verdict
+    from ..evaluation.gates import Gate, GateOutcome
     from ..evaluation.results import Report, Row
     from ..evaluation.runner import Progress
     from ..plan import ModelInfo
@@ -58,7 +58,7 @@ class Setup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Candidates:
+class SubjectNames:
     """The subjects to measure, by name: plans, presets, the same width everywhere, and other libraries' caches.
 
     `encode` is the encoder of plans with the same width everywhere.
@@ -83,7 +83,7 @@ class Evaluation:
 
     model: ModelInfo
     reports: tuple[Report, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[GateOutcome, ...]
 
     @property
     def passed(self) -> bool:
@@ -98,7 +98,7 @@ class Evaluation:
 
 def measure_plans(
     choice: Choice,
-    candidates: Candidates,
+    names: SubjectNames,
     setup: Setup,
     options: Mapping[str, Any],
     gates: Sequence[str] = (),
@@ -107,10 +107,10 @@ def measure_plans(
     progress: Progress | None = None,
     on_report: Callable[[Task, Report, ModelInfo], None] = lambda task, report, model: None,
 ) -> Evaluation:
-    """Measure the candidates and judge them by the gates.
+    """Measure the subjects and judge them by the gates.
 
     Args:
-        choice: the candidates' plans and model, from `candidates.choose`.
+        choice: plans and model of the names, from `names.choose`.
         options: options of single tasks, those that were given.
         gates: expressions such as `perplexity>+1%`.
         say: takes the lines that say which settings plans have.
@@ -126,12 +126,12 @@ def measure_plans(
     from ..evaluation.runs import RunFolders
     from ..models.loading import load_info, load_model
 
-    check_baselines(candidates.baselines)
+    check_baselines(names.baselines)
     loading = setup.loading
     tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
     conditions = _conditions(gates, tasks)
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
-    plans = choice.plans(info, candidates.uniform, say, encode=candidates.encode)
+    plans = choice.plans(info, names.uniform, say, encode=names.encode)
     loaded = load_model(
         choice.model,
         revision=choice.revision,
@@ -140,7 +140,7 @@ def measure_plans(
         trust_remote_code=loading["trust_remote_code"],
     )
     subjects = [Subject(name, plan) for name, plan in plans.items()]
-    subjects += baseline_subjects(candidates.baselines, loaded, plans, setup.settings.seed)
+    subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)
     runs = RunFolders(model=state.slug(choice.model), **setup.results)
     reports = []
     for task in tasks:

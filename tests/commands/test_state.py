@@ -139,6 +139,16 @@ def test_a_plan_by_name(root):
         state.find_plan("zzz")
 
 
+def test_a_plan_by_its_name_without_the_hash_of_its_options(root):
+    path = make(root / "a--x" / "plans" / "ilp-3-0a1b2c+mikv.yaml")
+    assert state.find_plan("ilp-3+mikv").absolute() == path
+    make(root / "a--x" / "plans" / "ilp-3-ffffff+mikv.yaml")
+    with pytest.raises(StateError, match="no plan 'ilp-3\\+mikv'"):
+        state.find_plan("ilp-3+mikv")
+    whole = make(root / "a--x" / "plans" / "ilp-3+mikv.yaml")
+    assert state.find_plan("ilp-3+mikv").absolute() == whole
+
+
 def test_files_that_are_named(root, tmp_path):
     path = make(tmp_path / "elsewhere.yaml")
     assert state.find_profile(path) == path

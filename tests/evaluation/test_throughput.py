@@ -303,6 +303,7 @@ def test_the_table_has_every_point_of_every_row(fake):
     assert all(len(row) == len(table.columns) for row in table.rows)
 
 
+@pytest.mark.slow
 def test_a_small_sweep_runs_on_the_built_in_model():
     sweep = throughput(contexts=(32,), memory=8 * 2**20)
     subjects = [TWO, Subject("fp8", baseline=named_cache("fp8", tiny().config, tiny().model.dtype, tiny().device))]

@@ -77,6 +77,14 @@ def test_equal_plans_have_equal_checksums_in_whatever_order_they_were_written(tm
     assert Plan.load(other.save(tmp_path_factory.mktemp("plans") / "plan.yaml")).sha256 == plan.sha256
 
 
+@pytest.mark.parametrize(
+    "revision", ["\x85", "a\u2028b", "\u2029", "a\nb", "a\r\nb ", "\ufeff", "\x00\x1b", "été", "1:30", "no"]
+)
+def test_text_of_every_kind_survives_a_file(tmp_path, revision):
+    plan = Plan.uniform(make_info(1).model_copy(update={"revision": revision}), 2, 2)
+    assert Plan.load(plan.save(tmp_path / "plan.yaml")).sha256 == plan.sha256
+
+
 def test_a_ratio_of_minus_zero_is_zero():
     """Equal numbers are written alike, so that equal plans have one checksum."""
     first, second = (Plan.uniform(make_info(1), 2, 2, CacheSettings(window=Rpc(ratio={2: z}))) for z in (0.0, -0.0))

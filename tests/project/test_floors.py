@@ -29,7 +29,7 @@ FLOORS = [
 ]
 """Rooms from the ground up. A file imports from its own room, and from rooms on strictly lower floors."""
 
-ONLY = {"transformers.cache_utils": ("cache", "models.geometry"), "rich": ("console",), "optimum": ()}
+ONLY = {"transformers.cache_utils": ("cache", "models", "models.geometry"), "rich": ("console",), "optimum": ()}
 """Modules of other projects that only some rooms may import."""
 
 NO_TORCH = ["allocation", "commands", "console", "export", "main", "plan", "profile", "reporting", "state", "studies"]

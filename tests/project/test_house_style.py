@@ -67,6 +67,17 @@ def test_every_noun_of_an_exported_class_is_a_term():
     assert not {name: noun for name, noun in nouns.items() if noun not in known}
 
 
+def test_structures_names_files_that_are_there_and_no_command_passes_more_than_eight():
+    text = (ROOT / "docs" / "structures.md").read_text()
+    paths = re.findall(r"`([a-z_/]+\.py|kernels/[a-z_/.]+)`", text)
+    folders = (ROOT, ROOT / "kvmix_cli", ROOT / "kvmix_cli/cache/packing", ROOT / "kernels/kvmix_kernels/attend")
+    assert not [path for path in paths if not any((folder / path).exists() for folder in folders)]
+    lists = re.split(r"^`kvmix ", text, flags=re.MULTILINE)[1:]
+    lengths = [len(re.findall(r"^\d+\. ", part, re.MULTILINE)) for part in lists]
+    assert len(lengths) == 4
+    assert max(lengths) <= 8
+
+
 def exported(tree):
     """Return the names in a module's `__all__`."""
     for node in tree.body:
@@ -82,7 +93,8 @@ def test_the_tree_in_the_readme_is_the_tree():
     named, folders = set(), []
     for line in filter(str.strip, block[1].splitlines()):
         depth = (len(line) - len(line.lstrip()) - 4) // 2
-        for entry in re.split(r"\s{2,}", line.strip())[:-1]:
+        parts = re.split(r"\s{2,}", line.strip())
+        for entry in parts[:-1] or parts:
             path = Path(*folders[:depth], entry)
             assert (ROOT / path).exists(), f"{path} is not there"
             named.add(str(path))

@@ -91,6 +91,6 @@ class AttentionProblem:
 
     @property
     def is_differentiated(self) -> bool:
-        """Whether autograd must see the arithmetic, which it cannot inside a kernel."""
+        """Return whether autograd must see the arithmetic, which it cannot inside a kernel."""
         states = (self.query, self.key.tail, self.value.tail)
         return torch.is_grad_enabled() and any(x.requires_grad for x in states)
