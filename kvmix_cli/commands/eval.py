@@ -14,6 +14,7 @@ from ..errors import EvaluationError, OutputError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
+    Encoding,
     LoadingOptions,
     ModelOptions,
     count,
@@ -72,6 +73,7 @@ class EvalOptions:
     uniform: Annotated[
         list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
     ] = None
+    encode: Encoding = None
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,11 +111,13 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EvaluationError(f"--{name} must be at least 1, got {value}")
+        if self.encode and not self.uniform:
+            raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
 
     @property
     def of_plans(self) -> dict[str, Any]:
         """Return the options that name what is measured, and the gates that judge it."""
-        names = ("plan", "preset", "uniform", "baseline", "fail_if")
+        names = ("plan", "preset", "uniform", "encode", "baseline", "fail_if")
         return {name: getattr(self, name) for name in names}
 
 
@@ -235,7 +239,7 @@ def evaluate(
         refuse(board.rules, "needs --leaderboard")
     from ..studies.measure import SubjectNames
 
-    names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [])
+    names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
     if board.leaderboard:
         _hold_leaderboard(board, _setup(ctx, work, which, loading))
     else:

@@ -171,6 +171,16 @@ def parse_groups(text: str) -> tuple[int | str, ...]:
     return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
 
 
+def parse_encode(text: str) -> str:
+    """Return the name of an encoder. Raises typer.BadParameter for another text."""
+    from ..plan.settings import ENCODES
+
+    if text not in ENCODES:
+        known = ", ".join(ENCODES)
+        raise typer.BadParameter(f"'{text}' is no encoder{did_you_mean(text, ENCODES)}; use {known}")
+    return text
+
+
 def parse_percent(text: str) -> float:
     """Return `0.5%` as 0.005. A number without the sign could mean either, so it is refused."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", text, re.ASCII)
@@ -225,6 +235,15 @@ def _use_dir(folder: Path | None) -> Path | None:
     return folder
 
 
+Encoding = Annotated[
+    Any,
+    typer.Option(
+        "--encode",
+        metavar="HOW",
+        parser=parse_encode,
+        help="Choice of scales: minmax, refit, search, or fitted: refit for keys, search for values [default: minmax].",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option("--model", metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),
