@@ -20,8 +20,8 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,6 +47,7 @@ class Mode:
 
     Attributes:
         answered: whether the one object of `--json` has been printed.
+        about: keys that every object of `--json` has: its schema, the version of kvmix, and the command's options.
     """
 
     quiet: bool = False
@@ -54,6 +55,7 @@ class Mode:
     traceback: bool = False
     json: bool = False
     answered: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 mode = Mode()
@@ -193,8 +195,8 @@ def width() -> int:
     return Console().width if sys.stdout.isatty() else PIPE_WIDTH
 
 
-def emit_json(result: Any) -> None:
-    """Print the one JSON object of `--json`; without `--json`, nothing. Paths become strings.
+def emit_json(result: Mapping[str, Any]) -> None:
+    """Print the one JSON object of `--json`, with `mode.about`; without `--json`, nothing. Paths become strings.
 
     Raises:
         KvmixError: if it holds NaN or Inf, which JSON cannot express.
@@ -202,7 +204,7 @@ def emit_json(result: Any) -> None:
     if not mode.json:
         return
     try:
-        encoded = json.dumps(result, allow_nan=False, ensure_ascii=False, default=_plain)
+        encoded = json.dumps({**result, **mode.about}, allow_nan=False, ensure_ascii=False, default=_plain)
     except ValueError as error:
         raise KvmixError("the result holds a number that is NaN or infinite; JSON cannot hold it") from error
     mode.answered = True
