@@ -45,8 +45,8 @@ def test_eval_says_where_the_picture_is():
 
 
 def test_other_settings_have_another_picture():
-    for depths in (2, 3, 2):
-        assert kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", depths).exit_code == 0
+    for length in (200, 240, 200):
+        assert kvmix("eval", *OPTIONS, "--task", "passkey", "--length", length).exit_code == 0
     assert len(list(Path("results").glob(PICTURES))) == 2
 
 
