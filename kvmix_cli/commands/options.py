@@ -59,6 +59,7 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
 
     def expanded(**values: Any) -> None:
+        console.mode.about["options"] = _stated(values)
         records = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
@@ -68,6 +69,17 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__name__, expanded.__doc__ = command.__name__, command.__doc__
     vars(expanded)["__signature__"] = inspect.Signature(parameters)
     return expanded
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as `--json` states them: without those that have no value or only change what is shown."""
+    hidden = {"ctx", *(field.name for field in fields(CommonOptions))}
+    names = {"argument": "model", "option": "model"}
+    return {
+        names.get(name, name): str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in given(values).items()
+        if name not in hidden
+    }
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:

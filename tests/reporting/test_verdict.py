@@ -46,8 +46,8 @@ def test_safe_says_its_numbers_its_margins_and_how_far_it_was_tested():
     )
     assert (found.outcome, found.text) == (
         "safe",
-        "four at 6 stored bits: +0.40 % perplexity [+0.10, +0.70], recall 230 of 240 against 231: safe at 4K, not tested "
-        "beyond (with 95 % confidence at most 1 % more perplexity and 5 % fewer values of recall)",
+        "four at 6 stored bits: +0.40 % perplexity [+0.10, +0.70], recall 230 of 240 against 231: safe at 4K, "
+        "not tested beyond (with 95 % confidence at most 1 % more perplexity and 5 % fewer values of recall)",
     )
 
 
