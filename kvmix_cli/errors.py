@@ -20,7 +20,18 @@ KvmixError                  the command line prints one line and exits 1
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "cublas_status_alloc_failed",
+    "std::bad_alloc",
+)
+"""Parts of the messages, in small letters, of runtime errors that are about memory but have no class of their own."""
 
 
 class KvmixError(Exception):
@@ -111,7 +122,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of a library's message, on one line; the error's class if it says nothing."""
+    """Return the first sentence of a library's message, on one line; the error's class if it says nothing.
+
+    A KeyError has its class before it, as its message is a mere name.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text.split(". ")[0].rstrip(".:")
+    return ("KeyError: " if isinstance(error, KeyError) and lines else "") + text.split(". ")[0].rstrip(".:")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that no memory was left: of a GPU, of the CPU's allocator or of Python.
+
+    This is the only test of it in the program. It needs no torch.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)

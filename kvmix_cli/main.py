@@ -25,13 +25,16 @@ from . import console
 from ._version import __version__
 from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
 from .commands.grouped import GroupedCommand
-from .errors import KvmixError
+from .errors import KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
 SCHEMA = "kvmix-json/1"
 """Name of the keys of `--json`, which keep their meaning; new ones may be added."""
 INTERRUPTED = 130
 FAILED = 1
+NO_MEMORY = (
+    "out of memory ({error}); use a smaller model, less text or a shorter context, or a machine with more memory"
+)
 _ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """Base of the errors that Typer shows by itself; where it is defined depends on Typer's version."""
 
@@ -67,7 +70,12 @@ class Commands(TyperGroup):
                     usage_error: Any = error
                     console.emit_error("UsageError", usage_error.format_message(), ctx.invoked_subcommand)
                     raise
-                console.fail_bug(error, ctx.invoked_subcommand)
+                if is_out_of_memory(error):
+                    shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
+                    shortage.__cause__ = error  # for --traceback
+                    console.fail(shortage, ctx.invoked_subcommand)
+                else:
+                    console.fail_bug(error, ctx.invoked_subcommand)
                 raise typer.Exit(FAILED) from error
 
 

@@ -101,7 +101,11 @@ def generate_batch(
 
     Args:
         sampling: settings such as `do_sample` and `temperature`; greedy without them.
+
+    Raises:
+        TextError: if the embedding does not have one of the ids.
     """
+    loaded.check_ids(prompts)
     longest = max(map(len, prompts))
     cache = prefill_batch(
         loaded, subject, [prompt[:prefilled] for prompt in prompts], reserve(longest, stop.max_new_tokens)
@@ -141,7 +145,11 @@ def score_batch(
         rows: ids of a context and its continuation; the very last id is only predicted.
         scored: tokens at the end of each row whose log-likelihood is summed.
         prefilled: tokens at the start of every row that enter the cache at once.
+
+    Raises:
+        TextError: if the embedding does not have one of the ids.
     """
+    loaded.check_ids(rows)
     stop = max(map(len, rows)) - 1
     cache = prefill_batch(loaded, subject, [row[:prefilled] for row in rows], reserve=stop)
     inputs, targets = (side.to(loaded.device) for side in _inputs_and_targets(rows, scored, prefilled, stop))

@@ -43,7 +43,11 @@ def document_loss(loaded: LoadedModel, cache: Cache, ids: Sequence[int], prefix:
 
     The first `prefix` tokens are prefilled, the rest is fed `step` at a time. Every scored token is predicted by a
     query that went through the cache, so `len(ids) - prefix - 1` tokens count.
+
+    Raises:
+        TextError: if the embedding does not have one of the ids.
     """
+    loaded.check_ids([ids])
     prefill(loaded, cache, ids[:prefix])
     targets, loss = ids[prefix + 1 :], 0.0
     for part, logits in feed(loaded, cache, ids[prefix:-1], step):

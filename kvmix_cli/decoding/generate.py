@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from ..errors import KvmixError
-from ..models.memory import is_out_of_memory
+from ..errors import KvmixError, is_out_of_memory
 from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
@@ -95,6 +94,7 @@ def generate(
             runs out.
     """
     _check(max_new_tokens, temperature, top_p)
+    loaded.check_ids([prompt_ids])
     allowed = min(max_new_tokens, room(len(prompt_ids), loaded.max_length))
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
@@ -107,7 +107,7 @@ def generate(
         continue_tokens(
             loaded, torch.tensor([list(prompt_ids)], device=loaded.device), cache, settings, streamer=streamer
         )
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise KvmixError(

@@ -8,13 +8,22 @@ of rows. Here only the tokens that end a text and the penalties below come from 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
+from ..errors import ModelError, first_sentence
 from ..quiet import hushed
 
 if TYPE_CHECKING:
@@ -33,6 +42,17 @@ NO_PENALTY: dict[str, float | None] = {
     "begin_suppress_tokens": None,
 }
 """Settings of a checkpoint that change scores of tokens and stay in force, each with the value that changes nothing."""
+_PROCESSORS: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+    "bad_words_ids": NoBadWordsLogitsProcessor,
+    "sequence_bias": SequenceBiasLogitsProcessor,
+    "suppress_tokens": SuppressTokensLogitsProcessor,
+    "begin_suppress_tokens": SuppressTokensLogitsProcessor,
+}
+"""The class in transformers that applies each of them."""
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of these classes for a value that they do not take."""
 RESERVED_TOKENS = 4096
 """Tokens of an answer for which room is made at once: most answers are shorter than what is allowed."""
 
@@ -46,12 +66,16 @@ def greedy_settings(
         ends: ids of tokens that end an answer; None for `end_tokens`, empty for none.
         chosen: settings of the caller, such as `min_new_tokens`, or `do_sample` and `temperature` for sampling.
 
+    Raises:
+        ModelError: if the checkpoint's end tokens or penalties have values that cannot be used.
+
     Warns:
         UserWarning: about penalties of the checkpoint that stay in force.
     """
     found = end_tokens(loaded) if ends is None else list(ends)
     kept = _penalties(loaded.model.generation_config)
     if kept := {name: value for name, value in kept.items() if name not in chosen}:
+        _check_penalties(loaded, kept)
         listed = ", ".join(
             f"{name} {value if isinstance(value, (int, float)) else 'set'}" for name, value in kept.items()
         )
@@ -73,10 +97,17 @@ def greedy_settings(
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """Return the ids of all tokens that end a text: the checkpoint's and the tokenizer's."""
+    """Return the ids of all tokens that end a text and that the model knows: the checkpoint's and the tokenizer's.
+
+    Raises:
+        ModelError: if the checkpoint's are no token ids.
+    """
     listed = loaded.model.generation_config.eos_token_id
     own = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys(token for token in (*own, loaded.tokenizer.eos_token_id) if token is not None))
+    if not all(token is None or isinstance(token, int) for token in own):
+        raise _unusable(loaded, "eos_token_id", listed, "expected a token id or a list of them")
+    found = dict.fromkeys((*own, loaded.tokenizer.eos_token_id))
+    return [token for token in found if token is not None and 0 <= token < loaded.vocabulary]
 
 
 @torch.inference_mode()
@@ -128,8 +159,25 @@ def _penalties(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value and value != NO_PENALTY[name]}
 
 
+def _check_penalties(loaded: LoadedModel, kept: Mapping[str, Any]) -> None:
+    """Apply each penalty to scores of zero. Raises ModelError for one that transformers does not take."""
+    for name, value in kept.items():
+        try:
+            _PROCESSORS[name](value)(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, loaded.vocabulary))
+        except _FAULTS as error:
+            raise _unusable(loaded, name, value, first_sentence(error)) from error
+
+
+def _unusable(loaded: LoadedModel, name: str, value: object, reason: str) -> ModelError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return ModelError(
+        f"generation_config.json of {loaded.info.id} has {name} {shown}, which cannot be used: {reason}; "
+        "correct it there, or take it out"
+    )
+
+
 def _pad_token(loaded: LoadedModel, ends: Sequence[int]) -> int:
     """Return an id for the rest of a row whose answer has ended: fed to the model, read by nobody."""
     known = (loaded.model.generation_config.pad_token_id, loaded.tokenizer.pad_token_id, *ends)
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    return next((token for token in known if token is not None and 0 <= token < rows), 0)
+    return next((token for token in known if isinstance(token, int) and 0 <= token < loaded.vocabulary), 0)

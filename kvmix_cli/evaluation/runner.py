@@ -14,8 +14,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from .._version import __version__
 from ..cache.subject import Subject
-from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, first_sentence
-from ..models.memory import is_out_of_memory
+from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, first_sentence, is_out_of_memory
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord
@@ -70,7 +69,9 @@ def run_task(
     """
     settings.check()
     task.check_context(settings, loaded.max_length)
-    work = _Work(task, loaded, settings, task.samples(loaded, settings), folders, progress)
+    samples = task.samples(loaded, settings)
+    loaded.check_ids(getattr(sample, "ids", ()) for sample in samples)
+    work = _Work(task, loaded, settings, samples, folders, progress)
     all_subjects = (Subject(), *subjects)
     if folders is not None:
         folders.check(task.name, {subject.name: work.config(subject) for subject in all_subjects}, work.samples)

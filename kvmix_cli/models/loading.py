@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,18 +24,18 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..cache.attention import register_attention
-from ..errors import ModelError, first_sentence
+from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
 from .causality import check_causal, check_decoder, is_causal
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
-from .memory import is_out_of_memory
 from .sources import BUILTIN, canonical_id, explain, locate, meta_sibling
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
 _UNREADABLE = (
+    AssertionError,
     OSError,
     ValueError,
     TypeError,
@@ -86,6 +86,22 @@ class LoadedModel:
     def dtype(self) -> str:
         """Return the name of the weights' dtype: `float32`, `bfloat16` or `float16`."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of tokens that the embedding has."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raise TextError for a token id that the embedding does not have, such as that of an added padding token."""
+        last = self.vocabulary - 1
+        for row in rows:
+            if row and (largest := max(row)) > last:
+                raise TextError(
+                    f"the text has token {largest} ({self.tokenizer.decode([largest])!r}), and the embedding of "
+                    f"{self.info.id} ends at {last}: leave that token out, or use the tokenizer that the model was "
+                    "trained with"
+                )
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,9 @@ def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
     check_decoder(config, checkpoint.id)
     # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
     config._attn_implementation = None
+    for each in (config, config.get_text_config(decoder=True)):
+        each.return_dict = True  # what a forward returns is decided here, whatever the checkpoint asks for
+        each.output_attentions = each.output_hidden_states = False
     return config
 
 

@@ -1,4 +1,4 @@
-"""Memory: the one test of having run out of it, and the peak that a piece of work takes."""
+"""Memory: work that may run out of it, and the peak that a piece of work takes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..errors import is_out_of_memory
+
 T = TypeVar("T")
 
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"
 """Text that is written to `clear_refs` to set a Linux process's peak back to what it takes now."""
-SAID = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
-)
-"""Parts of the messages of errors that are about memory but have no class of their own."""
 
 
 @dataclass
@@ -61,21 +54,11 @@ def attempt(work: Callable[[], T], on: Collection[torch.device]) -> T | None:
     """Return the result of some work; None if it ran out of memory, all of which is then given back."""
     try:
         return work()
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
     tidy(on)
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that no memory was left: of a GPU, of the CPU's allocator or of Python.
-
-    This is the only test of it in the program.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words.lower() in str(error).lower() for words in SAID)
 
 
 def tidy(on: Collection[torch.device]) -> None:

@@ -103,6 +103,14 @@ def loss_scale(model: PreTrainedModel) -> float:
     return FLOAT16_LOSS_SCALE if half else 1.0
 
 
+def text_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """Return the mean loss of predictions `[tokens, vocabulary]` on the tokens that follow in the text.
+
+    Not the model's own loss of labels: some classes do not shift them, cut them, or add a loss of their router.
+    """
+    return cross_entropy(logits.float(), following.to(logits.device))
+
+
 def drawn_loss(logits: Tensor, seed: int) -> Tensor:
     """Return the mean loss of predictions `[tokens, vocabulary]` on tokens drawn from these predictions themselves."""
     logits = logits.float()

@@ -19,9 +19,8 @@ from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind, PageLayout
 from torch import Tensor
 
 from ..cache.mixed import MixedCache
-from ..errors import KvmixError, ModelError
+from ..errors import KvmixError, ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
-from ..models.memory import is_out_of_memory
 from ..models.projections import decoder_layers
 from ..plan import GroupSize, LayerPlan, Plan, TensorPlan
 from ..plan.settings import Encode
@@ -144,12 +143,13 @@ def _run(loaded: LoadedModel, ids: Tensor, labels: Sequence[Labels], results: Pa
     results.scale = gradients.loss_scale(model)
     try:
         with torch.set_grad_enabled(bool(labels)):
-            output = model(input_ids=ids, labels=ids, use_cache=False)  # the model shifts the labels
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             if "model" in labels:
-                _require_probabilities(output.logits, loaded)
+                _require_probabilities(logits, loaded)
             for each in labels:
                 results.labels = each
-                loss = output.loss if each == "text" else gradients.drawn_loss(output.logits[0, :-1], _seed(ids))
+                text = each == "text"
+                loss = gradients.text_loss(logits, ids[0, 1:]) if text else gradients.drawn_loss(logits, _seed(ids))
                 (loss * results.scale).backward(retain_graph=each != labels[-1])
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

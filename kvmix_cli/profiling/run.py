@@ -57,7 +57,7 @@ def run_profile(
         on_step: called with the number of finished samples and of all, first at the start.
 
     Raises:
-        TextError: if there is not enough text, or the model does not take `seq_len` tokens.
+        TextError: if there is not enough text, or the model does not take `seq_len` tokens or one of the tokens.
         ProjectionError, ModelError, QuantizationError: if the model cannot be scored.
         StateError, DocumentError, OutputError: if the journal is in use, does not fit or cannot be written.
         KvmixError: for an unknown score, or an option that no score has a use for.
@@ -71,6 +71,7 @@ def run_profile(
     chosen = cut_samples(
         loaded.tokenizer, texts, samples, seq_len, seed, shortest=shortest, max_length=loaded.max_length
     )
+    loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
     settings = _settings(loaded, probes, options, calibration)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:

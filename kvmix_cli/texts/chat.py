@@ -43,9 +43,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, model_id: str) -> li
     """Return the token ids of a text as a user's turn, up to where the answer begins.
 
     Raises:
-        TextError: if the tokenizer has no chat template, or its template fails or leaves out the text.
+        TextError: if the tokenizer has no chat template, or its template fails or leaves out any of the text.
     """
-    chat_turn(tokenizer, model_id)
+    around = sum(map(len, chat_turn(tokenizer, model_id)))
+    if len(_apply(tokenizer, text, model_id, tokenize=False)) < around + len(text.strip()):
+        raise _unusable(model_id, "it leaves out part of what the user says")
     ids: list[int] = _apply(tokenizer, text, model_id, tokenize=True)
     return list(ids)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..errors import TextError
 from .hub import is_saved, rows_of, saved_texts
-from .records import document
+from .records import document, has_text
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 """A record a line."""
 JSON = (".json", ".json.gz")
-"""A list of records, or a record a line, as in C4's shards; anything else in JSON is a text."""
+"""A record, a list of records or texts, or a record a line, as in C4's shards; anything else in JSON is a text."""
 SEPARATED = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 """A record a row, its fields named in the first one."""
 TABLES = (".parquet", ".arrow")
@@ -118,14 +118,26 @@ def _line_texts(text: str, path: Path) -> list[str]:
 
 
 def _json_texts(text: str, path: Path) -> list[str]:
-    """Return the documents of a list of records or of JSON lines; one value of another form is itself a text."""
+    """Return the documents of a record, a list of records or texts, or JSON lines; other JSON is itself a text.
+
+    Raises:
+        TextError: for JSON that is damaged, or holds records in a form that is not read.
+    """
     start = text.lstrip()[:1]
     if start == "{" and _is_record(text.lstrip().split("\n", 1)[0]):
         return _line_texts(text, path)
-    value = _parse(text, str(path)) if start == "[" else None
-    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+    value = _parse(text, str(path)) if start and start in "[{" else None
+    if isinstance(value, dict) and (has_text(value) or any(map(_has_records, value.values()))):
+        return [document(value, str(path))]
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value
+    if _has_records(value):
         return [document(each, f"{path}, record {i}") for i, each in enumerate(value)]
     return [text]
+
+
+def _has_records(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 
 def _is_record(line: str) -> bool:
@@ -141,6 +153,9 @@ def _separated_texts(text: str, path: Path, separator: str) -> list[str]:
     limit = csv.field_size_limit(MAX_FIELD)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True, restkey="(no name)")
     try:
+        names = rows.fieldnames or []
+        if len(set(names)) < len(names):
+            raise TextError(f"{path}, line 1: two columns have the same name; it has {', '.join(names)}")
         return [document(row, f"{path}, line {rows.line_num}") for row in rows]
     except csv.Error as error:
         raise TextError(f"{path}, line {rows.line_num}: no valid table of separated values ({error})") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 HUB = "hub:"
 HELD_OUT_SPLITS = ("test", "validation", "train")
 """Splits for evaluation, the first that there is; anything else takes `train`."""
+ARROW = b"ARROW1"
+"""First bytes of an Arrow file with random access."""
 _SAVED = ("state.json", "dataset_dict.json")
 """Files that `save_to_disk` puts beside its data."""
 
@@ -81,11 +83,24 @@ def rows_of(path: Path) -> Iterable[Any]:
         if path.suffix.lower() == ".parquet":
             yield from (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
         else:
-            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-                yield from (row for batch in stream for row in batch.to_pylist())
+            yield from _arrow_rows(path)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).strip().split("\n")[0]
         raise TextError(f"cannot read {path} as {path.suffix.lstrip('.')}: {reason}") from error
+
+
+def _arrow_rows(path: Path) -> Iterator[Any]:
+    """Yield the records of an Arrow file in either of its formats: with random access, or a stream as of `datasets`."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as file:
+        if file.read(len(ARROW)) == ARROW:
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            batches = pyarrow.ipc.open_stream(file)
+        yield from (row for batch in batches for row in batch.to_pylist())
 
 
 def some(rows: Dataset, most: int, seed: int) -> Dataset:

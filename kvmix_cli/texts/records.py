@@ -63,6 +63,11 @@ def document(record: Any, where: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def has_text(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has a field that is read."""
+    return any(name in record for name in (*WHOLE, *CONVERSATION, *PARTS))
+
+
 def _said(value: Any, where: str) -> str:
     """Return the text of a field: a string, or a list of strings or messages. Raises TextError for anything else."""
     if isinstance(value, str):

@@ -1,5 +1,6 @@
 """The frame around the commands: light to start, one line for an error, the promised exit codes."""
 
+import errno
 import os
 import shlex
 import subprocess
@@ -122,6 +123,26 @@ def test_the_traceback_of_a_bug_is_an_option(kvmix, option):
     assert ran.code == 1
     assert "Traceback (most recent call last)" in ran.err
     assert "return 1 // 0" in ran.err
+
+
+@pytest.mark.usefixtures("profiled")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_no_memory_is_one_line_and_no_bug(kvmix, monkeypatch, error):
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(allocation, "allocate", full)
+    ran = kvmix("allocate", "--avg-bits", 3, "--json", "-q")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert ran.err.startswith("kvmix: error: out of memory (")
+    assert "use a smaller model" in ran.json["error"]["message"]
 
 
 @pytest.mark.usefixtures("broken")

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.decoding.generate import generate
 from kvmix_cli.decoding.settings import RESERVED_TOKENS, continue_tokens, end_tokens, greedy_settings, reserve
+from kvmix_cli.errors import ModelError
 
 IDS = list(range(100, 124))
 NEW = 12
@@ -115,6 +116,34 @@ def test_a_penalty_that_changes_nothing_is_not_mentioned(settings, checkpoint):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         greedy_settings(loaded, NEW)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", "x"),
+        ("no_repeat_ngram_size", "x"),
+        ("no_repeat_ngram_size", 2.5),
+        ("bad_words_ids", [[10**6]]),
+        ("bad_words_ids", "x"),
+        ("sequence_bias", [[[10**6], 1.0]]),
+        ("sequence_bias", {"x": 1.0}),
+        ("suppress_tokens", ["x"]),
+        ("eos_token_id", "x"),
+        ("eos_token_id", [[3]]),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(name, value, checkpoint):
+    loaded = checkpoint()
+    setattr(loaded.model.generation_config, name, value)
+    with pytest.raises(ModelError, match=f"generation_config.json of builtin:tiny has {name} .*: .*; correct it there"):
+        greedy_settings(loaded, NEW)
+
+
+def test_an_end_token_that_the_model_does_not_know_ends_nothing(checkpoint):
+    tokenizer = SimpleNamespace(eos_token_id=4097)
+    assert end_tokens(replace(checkpoint(eos_token_id=[7, 10**6]), tokenizer=tokenizer)) == [7]
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])

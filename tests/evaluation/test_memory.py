@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 import torch
 from architectures import build
@@ -5,6 +7,7 @@ from evaluating import SHORT, stand_in, tiny, uniform
 
 from kvmix_cli.cache.baselines.named import named_cache
 from kvmix_cli.cache.subject import Subject
+from kvmix_cli.errors import is_out_of_memory
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
@@ -107,6 +110,8 @@ def test_memory_that_is_taken_and_given_back_is_seen(mib):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (ValueError("out of memory of names"), False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
     ],
 )
 def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
@@ -114,7 +119,7 @@ def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
         raise error
 
     cpu = {torch.device("cpu")}
-    assert peak.is_out_of_memory(error) == is_memory
+    assert is_out_of_memory(error) == is_memory
     if is_memory:
         assert peak.attempt(work, cpu) is None
     else:

@@ -125,6 +125,24 @@ def test_an_encoder_is_refused_by_the_class_of_its_checkpoint():
     check_decoder(transformers.BertConfig(architectures=["BertLMHeadModel"], is_decoder=True), "m")
 
 
+def test_a_class_that_reads_one_token_at_a_time_is_refused(tmp_path):
+    """ProphetNet's decoder alone; evaluations read several tokens at a time."""
+    config = transformers.ProphetNetConfig(**ENCODER_DECODERS["ProphetNetConfig"])
+    assert "does not run with transformers' key-value cache" in refused(saved(config, tmp_path))
+
+
+def test_the_loss_is_that_of_the_next_token_whatever_the_class_makes_of_labels(tmp_path):
+    """GIT cuts labels as if an image came first."""
+    from kvmix_cli.profiling.run import run_profile
+
+    config = transformers.GitConfig(**{**KEEPS_ITS_OWN["GitConfig"], "max_position_embeddings": 512})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = load_model(saved(config, tmp_path))
+    found = run_profile(loaded, ["grad-norm"], texts=["one two three " * 90], source="text", samples=1, seq_len=64)
+    assert all(layer.k.mean > 0 for layer in found.scores["grad-norm"].layers.values())
+
+
 class TestCausality:
     @pytest.fixture
     def model(self):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,10 +15,20 @@ from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
 import kvmix_cli
-from kvmix_cli.errors import ModelError
+from kvmix_cli.cache.mixed import unquantized_cache
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.decoding.batch import StopRule, generate_batch, score_batch
+from kvmix_cli.decoding.feed import document_loss
+from kvmix_cli.decoding.generate import generate
+from kvmix_cli.errors import ModelError, TextError
+from kvmix_cli.evaluation import get_task
+from kvmix_cli.evaluation.base import Settings
+from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.models import devices, loading
 from kvmix_cli.models.loading import load_info, load_model
+from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.quiet import hushed
+from kvmix_cli.texts.tokens import encode
 
 TINY = Path(kvmix_cli.__file__).parent / "assets" / "tiny"
 
@@ -226,6 +237,53 @@ def test_a_padding_token_beyond_the_embedding_is_no_fault(folder):
     tokenizer.add_special_tokens({"pad_token": "<new padding>"})
     tokenizer.save_pretrained(folder)
     assert len(load_model(str(folder)).tokenizer) == 4097
+
+
+def test_a_token_beyond_the_embedding_is_refused_wherever_text_is_read(folder, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<new padding>"})
+    tokenizer.save_pretrained(folder)
+    loaded, text = load_model(str(folder), dtype="float32"), "one two <new padding> three " * 200
+    ids = tuple(encode(loaded.tokenizer, text))
+    (tmp_path / "text.txt").write_text(text)
+    settings = Settings(length=160, prefix=64, limit=1, text=str(tmp_path / "text.txt"))
+    plain = unquantized_cache(loaded.config)
+    for act in (
+        lambda: generate(loaded, ids, plain),
+        lambda: document_loss(loaded, plain, ids, 64, 8),
+        lambda: generate_batch(loaded, Subject(), [ids], 64, StopRule(4)),
+        lambda: score_batch(loaded, Subject(), [ids], [8], 64, 8),
+        lambda: run_profile(loaded, ["error"], texts=[text], source="text", samples=1, seq_len=300),
+        *(partial(run_task, get_task(name), loaded, [], settings) for name in ("perplexity", "memory", "throughput")),
+    ):
+        with pytest.raises(
+            TextError, match=r"token 4096 \('<new padding>'\), and the embedding .* ends at 4095: leave"
+        ):
+            act()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}, {"use_cache": False}],
+)
+def test_what_a_forward_returns_is_not_the_checkpoints_choice(folder, changes):
+    change_config(folder, **changes)
+    output = load_model(str(folder)).model(torch.tensor([[1, 2, 3]]), use_cache=True)
+    assert sorted(output) == ["logits", "past_key_values"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pad_token_id": 99999}, "Padding_idx must be within"),
+        ({"hidden_act": "zork"}, "KeyError: 'zork'"),
+        ({"dtype": "zork"}, "has no attribute 'zork'"),
+        ({"rope_scaling": {"type": "zork"}}, "zork"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(folder, changes, said):
+    change_config(folder, **changes)
+    assert said in failure(folder)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])

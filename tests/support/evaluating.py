@@ -32,6 +32,9 @@ def stand_in(**changes):
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))
     facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
     model = changes.pop("model", model)
+    has_weights = hasattr(model, "get_input_embeddings")
+    facts["vocabulary"] = model.get_input_embeddings().weight.shape[0] if has_weights else 4096
+    facts["check_ids"] = lambda rows: None
     return SimpleNamespace(**{"model": model, "config": getattr(model, "config", None), **facts, **changes})
 
 

@@ -54,12 +54,18 @@ def test_a_chat_prompt_is_what_the_template_makes_of_it(tokenizer):
     assert chat_turn(tokenizer, "org/model") == ("<", ">:")
 
 
+def test_a_template_may_escape_what_the_user_says(tokenizer):
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    assert chat_ids(tokenizer, 'say "<b>"', "org/model")
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
         (None, "org/model has no chat template"),
         (PARTS, "the chat template of org/model cannot be used: it leaves out what the user says"),
         ("{{ raise_exception('no system turn') }}", "the chat template of org/model cannot be used: no system turn"),
+        ("{{ messages[0].content[:15] }}:", "it leaves out part of what the user says"),
         ("{{ broken", "cannot be used"),
         ("{{ messages[0].content.missing.thing }}", "cannot be used"),
         ("{{ 1 / 0 }}", "cannot be used: division by zero"),

@@ -203,6 +203,44 @@ def test_json_that_is_no_record_is_a_text(tmp_path, text):
     assert load_texts(str(file)) == [text]
 
 
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ('{\n "text": "a",\n "id": 1\n}', ["a"]),
+        ('["a", "b"]', ["a", "b"]),
+        ('[{"text": "a"}, "b"]', "record 1: expected an object"),
+        ('{\n "data": [{"text": "a"}]\n}', "it has data"),
+        ('{\n "text": ["a", "b"]\n}', "it has text"),
+        ('{"text": "a"}{"text": "b"}', "not valid JSON"),
+        ('{"text": "a"},\n{"text": "b"}', "not valid JSON"),
+        ('{"text": "a"', "not valid JSON"),
+    ],
+)
+def test_records_in_json_are_read_or_refused_and_never_a_text(tmp_path, text, documents):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    if isinstance(documents, list):
+        assert load_texts(str(file)) == documents
+    else:
+        assert documents in failure(file)
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("text,text\na,b\n")
+    assert "two columns have the same name; it has text, text" in failure(file)
+
+
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+def test_both_formats_of_arrow(tmp_path, form):
+    pa = pytest.importorskip("pyarrow")
+    ipc = pytest.importorskip("pyarrow.ipc")
+    table = pa.table({"text": ["a", "b"]})
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, getattr(ipc, form)(file, table.schema) as writer:
+        writer.write_table(table)
+    assert load_texts(str(tmp_path / "x.arrow")) == ["a", "b"]
+
+
 def test_tables_of_separated_values(tmp_path):
     file = tmp_path / "x.csv"
     file.write_bytes('\ufeffquestion,answer\n"a, and\nmore",b\n'.encode())

@@ -11,6 +11,7 @@ from ...cache.mixed import MixedCache
 from ...cache.sizes import cache_nbytes
 from ...cache.subject import Subject, attended
 from ...decoding.feed import feed, prefill
+from ...errors import EvaluationError
 from ...models.memory import devices, watch
 from ...texts import load_texts
 from ..base import Sample, Settings, Task, chunks
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 TOLERANCE_PERCENT = 1.0
 """A prediction that is off by more is a bug."""
+SHORTEST = 2
+"""Tokens of a context: all but the last are prefilled, and the last one is decoded."""
 WARM_UP = 65
 """Tokens of a cache that is filled first, so that what is loaded or set up once is in no peak. All but one are
 prefilled: whole groups for any cache that cuts keys and values into groups of 64."""
@@ -53,6 +56,8 @@ class Memory(Task[Sample, MemoryRecord]):
     default_limit = 1
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Sample]:
+        if settings.length < SHORTEST:
+            raise EvaluationError(f"--length must be at least {SHORTEST} for memory, got {settings.length}")
         texts = load_texts(settings.text, held_out=True, seed=settings.seed)
         return chunks(loaded, texts, settings.text, settings.length, self.limit(settings), settings.seed)
 

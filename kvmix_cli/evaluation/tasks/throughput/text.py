@@ -26,7 +26,7 @@ def stretch(loaded: LoadedModel, settings: Settings, length: int) -> tuple[int, 
     """Return text that rows of `length` tokens are cut from: the opening token, then documents in a seeded order.
 
     Raises:
-        TextError: if there is not even one row.
+        TextError: if there is not even one row, or the embedding does not have one of the tokens.
     """
     first = opening(loaded.tokenizer)
     wanted = length + max(length, SPARE)
@@ -41,6 +41,7 @@ def stretch(loaded: LoadedModel, settings: Settings, length: int) -> tuple[int, 
             f"{settings.text}: {len(found)} tokens of text in all are no prompt of {length}; "
             "give more with --text or a smaller --length or --contexts"
         )
+    loaded.check_ids([found])
     return (*first, *found[:wanted])
 
 
