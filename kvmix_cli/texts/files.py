@@ -10,7 +10,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import TextError
 from .hub import is_saved, rows_of, saved_texts
@@ -136,7 +136,7 @@ def _json_texts(text: str, path: Path) -> list[str]:
     return [text]
 
 
-def _has_records(value: Any) -> bool:
+def _has_records(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 

@@ -7,6 +7,7 @@ import pytest
 from commandline import kvmix, kvmix_json
 from evaluating import tiny
 
+from kvmix_cli.errors import OutputError
 from kvmix_cli.evaluation.results import Report, Row
 from kvmix_cli.models import loading as models
 from kvmix_cli.reporting.heat_map import heat_maps
@@ -34,6 +35,17 @@ def report(count, contexts=(512, 1024), depths=(0.0, 0.5, 1.0), error=None):
 
 def panels(figure):
     return [axes for axes in figure.axes if axes.get_title("left")]
+
+
+def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monkeypatch):
+    def full(*_):
+        raise OutputError(f"cannot write {PICTURE}: No space left on device")
+
+    monkeypatch.setattr("kvmix_cli.reporting.heat_map.plot_heat_maps", full)
+    result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("all samples and rows are saved: --resume draws the picture\n")
+    assert len(list(Path("results").glob("*/metrics.json"))) == 2
 
 
 def test_eval_says_where_the_picture_is():
