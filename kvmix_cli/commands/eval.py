@@ -260,6 +260,7 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
             dtype=loading.dtype,
             device=loading.device,
             trust_remote_code=loading.trust_remote_code,
+            allow_pickle=loading.allow_pickle,
         ),
         Results(root=work.output_dir, resume=work.resume, command=ctx.meta[COMMAND_LINE]),
     )

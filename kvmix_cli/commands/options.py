@@ -315,6 +315,9 @@ class LoadingOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Take pickled weights (*.bin) where there are no safetensors.")
+    ] = False
     threads: Threads = None
     profiles_dir: ProfilesDir = None
 
@@ -328,6 +331,7 @@ class LoadingOptions:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
         )
 
 

@@ -192,9 +192,9 @@ def _show(name: str, generation: Generation, footprint: Footprint, whole: FullCo
     """Show speed and bytes; for a context that is shorter than the model's limit, also the bytes at that limit."""
     decode = generation.decode_tokens_per_s
     lines = [
-        f"cache {footprint.bytes / MIB:.2f} MiB; unquantized {footprint.unquantized_bytes / MIB:.2f} MiB, "
-        f"in bf16 {footprint.bf16_bytes / MIB:.2f} MiB: compression {footprint.compression:.2f}x",
-        f"{footprint.quantized_share:.1%} of what attention read was quantized",
+        f"cache {footprint.bytes / MIB:.2f} MiB instead of {footprint.unquantized_bytes / MIB:.2f} MiB in the model's "
+        f"dtype: {footprint.compression_same_dtype:.2f}x smaller ({footprint.compression:.2f}x against bf16)",
+        f"{footprint.quantized_share:.1%} of what attention read was quantized (a prompt reads itself before it is)",
     ]
     if whole is not None and generation.prompt_tokens + generation.new_tokens < whole.tokens:
         lines.append(
@@ -229,6 +229,7 @@ def _as_json(
         "unquantized_cache_bytes": footprint.unquantized_bytes,
         "bf16_cache_bytes": footprint.bf16_bytes,
         "compression": footprint.compression,
+        "compression_same_dtype": footprint.compression_same_dtype,
         "quantized_share": footprint.quantized_share,
         "full_context": None
         if whole is None

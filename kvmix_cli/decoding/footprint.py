@@ -37,6 +37,11 @@ class Footprint:
         """Return how many times smaller the cache is than one of 16 bits."""
         return self.bf16_bytes / self.bytes
 
+    @property
+    def compression_same_dtype(self) -> float:
+        """Return how many times smaller the cache is than the unquantized one in the model's dtype."""
+        return self.unquantized_bytes / self.bytes
+
 
 def measure_footprint(cache: Cache, plan: Plan | None, element_bytes: int) -> Footprint:
     """Return the footprint of a filled cache.

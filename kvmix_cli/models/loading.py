@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from ..quiet import hushed, verbose
 from .causality import check_causal, check_decoder, is_causal
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
-from .sources import BUILTIN, canonical_id, explain, locate, meta_sibling
+from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
@@ -53,6 +54,9 @@ _UNREADABLE = (
 """Errors of the libraries for a checkpoint that is missing, damaged or of an unknown kind."""
 _TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
 """Packages that read older tokenizer formats, and the module of each."""
+
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
+"""Environment variable of transformers."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     attention: str = "kvmix",
 ) -> LoadedModel:
     """Load a model with its tokenizer.
@@ -138,6 +143,8 @@ def load_model(
         model_id: hub id, local folder or `builtin:tiny`.
         dtype: `auto` (the checkpoint's; float32 for a builtin model on the CPU), float32, bfloat16 or float16.
         device: `auto` (CUDA if there is any), `map` (spread over all devices by accelerate), or a torch device.
+        trust_remote_code: run code that comes with the model.
+        allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
         attention: attention implementation; a class that rejects it keeps its own, with a warning.
 
     Raises:
@@ -151,7 +158,7 @@ def load_model(
         wanted = torch.float32
     tokenizer = _load_tokenizer(checkpoint)
     placement = {"device_map": "auto"} if device == SPREAD else {}
-    model = _load_weights(checkpoint, config, dtype=wanted, **placement)
+    model = _load_weights(checkpoint, config, use_safetensors=not allow_pickle or None, dtype=wanted, **placement)
     if device != SPREAD:
         model = _move(model, checkpoint.id, device)
     model.eval()
@@ -231,7 +238,7 @@ def _is_installed(module: str) -> bool:
 
 def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     try:
-        with _quiet():
+        with _quiet(), _without_conversion():
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -244,6 +251,11 @@ def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: 
         if is_out_of_memory(error):
             raise ModelError(
                 f"{checkpoint.id} does not fit on the device: use a smaller model or --device map"
+            ) from error
+        if options["use_safetensors"] and isinstance(error, OSError) and has_pickles(checkpoint.source):
+            raise ModelError(
+                f"{checkpoint.id} has pickled weights (*.bin) and no safetensors, and a pickle can hold code: take a "
+                "version with *.safetensors, or add --allow-pickle if you trust its author"
             ) from error
         raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
     _require_complete(checkpoint.id, report)
@@ -300,6 +312,20 @@ def _use_attention(model: PreTrainedModel, name: str, *, is_known: bool) -> None
             f"'{model.config._attn_implementation}': results are right, decoding is slower",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _without_conversion() -> Iterator[None]:
+    """Keep transformers from asking the hub's conversion service for safetensors of a model that has none."""
+    before = os.environ.get(_NO_CONVERSION)
+    os.environ[_NO_CONVERSION] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_CONVERSION]
+        else:
+            os.environ[_NO_CONVERSION] = before
 
 
 @contextmanager

@@ -71,9 +71,19 @@ def meta_sibling(model_id: str) -> str | None:
         if "config.json" in files or not _has_meta_layout(files):
             return None
         sibling = model_id + META_SIBLING
-        return sibling if huggingface_hub.file_exists(sibling, "config.json") else None
+        return sibling if "config.json" in huggingface_hub.list_repo_files(sibling) else None
     except (OSError, HfHubHTTPError, HFValidationError):
         return None
+
+
+def has_pickles(source: str) -> bool:
+    """Return whether a folder or hub id holds pickled weights and no safetensors. Network errors count as no."""
+    try:
+        files = [path.name for path in Path(source).iterdir()] if _is_folder(Path(source)) else None
+        files = huggingface_hub.list_repo_files(source) if files is None else files
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return False
+    return bool(fnmatch.filter(files, "*.bin")) and not fnmatch.filter(files, "*.safetensors")
 
 
 def explain(model_id: str, error: BaseException) -> str:

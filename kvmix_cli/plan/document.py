@@ -153,7 +153,7 @@ def validate(document: Document, model: type[ModelT], also: Sequence[Fault] = ()
         DocumentError: if there is any fault.
     """
     try:
-        checked = model.model_validate(document.data)
+        checked = model.model_validate(document.data, context={"folder": Path(document.source).parent})
     except ValidationError as error:
         raise document.error([*_faults(error, document), *also]) from error
     if also:

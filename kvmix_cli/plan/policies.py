@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
 from pydantic import (
     BeforeValidator,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -33,6 +36,9 @@ MOST_TOKENS = 2**20
 """Tokens of one setting, such as a window or a flush: the longest context that a plan can describe."""
 MOST_ENTRIES = 16
 """Transforms, tiers or channel groups in one list."""
+
+FOLDER = "folder"
+"""Key of a validation's context: the folder of the file that is validated."""
 
 T = TypeVar("T")
 Several = Annotated[
@@ -51,7 +57,39 @@ class _Setting(StrictModel):
         return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
-class Rotate(_Setting):
+class _FromFile(_Setting):
+    """A setting with a tensor file, whose path in a plan file is relative to that file's folder and stays inside it.
+
+    In Python any path will do; a relative one is relative to the working folder.
+    """
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("matrix", "means", check_fields=False)
+    @classmethod
+    def _inside(cls, file: str | None, info: ValidationInfo) -> str | None:
+        folder = (info.context or {}).get(FOLDER)
+        if file is None or folder is None:
+            return file
+        root = folder.resolve()
+        if file.startswith("~") or "\0" in file or not (root / file).resolve().is_relative_to(root):
+            raise ValueError(f"{file!r} leads out of {folder}, the folder of this file: put the tensors inside it")
+        return file
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Keep the folder of the file that the setting comes from."""
+        self._folder = (context or {}).get(FOLDER)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what files state; a plan is the same in another folder."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
+
+    def located(self, file: str) -> str:
+        """Return the path of a file of this setting."""
+        return file if self._folder is None else str(self._folder / file)
+
+
+class Rotate(_FromFile):
     """A rotation of the channels: a Hadamard matrix with random signs, or an orthogonal matrix from a file.
 
     Attributes:
@@ -64,7 +102,7 @@ class Rotate(_Setting):
     matrix: str | None = None
 
 
-class Center(_Setting):
+class Center(_FromFile):
     """A subtraction of every channel's mean, over the prompt or from a file.
 
     Attributes:

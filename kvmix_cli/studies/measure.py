@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from .. import state
 from ..state import Say, unsaid
@@ -32,6 +32,7 @@ class Loading(TypedDict):
     dtype: str
     device: str
     trust_remote_code: bool
+    allow_pickle: NotRequired[bool]
 
 
 class Results(TypedDict):
@@ -138,6 +139,7 @@ def measure_plans(
         dtype=loading["dtype"],
         device=loading["device"],
         trust_remote_code=loading["trust_remote_code"],
+        allow_pickle=loading.get("allow_pickle", False),
     )
     subjects = [Subject(name, plan) for name, plan in plans.items()]
     subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)

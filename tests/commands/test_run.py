@@ -43,6 +43,7 @@ def test_the_json_object_has_the_stable_keys():
     assert (result["command"], result["model"], result["plan"]) == ("run", "builtin:tiny", "uniform-2")
     assert result["new_tokens"] == 8
     assert result["compression"] == result["bf16_cache_bytes"] / result["cache_bytes"]
+    assert result["compression_same_dtype"] == result["unquantized_cache_bytes"] / result["cache_bytes"]
     assert result["quantized_share"] > 0
     tokens = result["prompt_tokens"] + result["new_tokens"] - 1
     assert result["bf16_cache_bytes"] == 2 * 2 * 8 * 2 * 64 * tokens
@@ -54,7 +55,7 @@ def test_text_comes_on_stdout_then_a_table():
     result = kvmix("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 20)
     assert result.exit_code == 0
     assert result.stdout.startswith(wanted["text"])
-    for word in ("run with unquantized", "prompt", "decode", "tokens/s", "bf16", "compression"):
+    for word in ("run with unquantized", "prompt", "decode", "tokens/s", "against bf16", "smaller"):
         assert word in result.stdout
     assert result.stderr == ""
 

@@ -1,6 +1,7 @@
 """Loading: what comes back, and one clear line for everything that cannot be loaded."""
 
 import json
+import os
 import shutil
 import warnings
 from functools import partial
@@ -186,6 +187,53 @@ def test_no_weights(folder):
 def test_damaged_weights(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     assert "cannot load the weights" in failure(folder)
+
+
+def test_pickled_weights_are_taken_only_if_allowed(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "a version with *.safetensors, or add --allow-pickle if you trust its author" in failure(folder)
+    assert load_model(str(folder), allow_pickle=True).info.layers == 8
+
+
+class Marker:
+    """An object whose pickle writes a file when it is read."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("was-run"),)
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_pickle": True}])
+def test_no_code_of_a_model_folder_is_run(folder, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nraise SystemExit\n")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, **own}))
+    change_config(folder, auto_map=names)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Marker()}, folder / "pytorch_model.bin")
+    failure(folder, **options)
+    change_config(folder, model_type="zork")
+    assert "pass --trust-remote-code" in failure(folder, **options)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_no_conversion_is_asked_of_the_hub(folder, monkeypatch):
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    seen = []
+    real = loading.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **options):
+        seen.append((os.environ.get("DISABLE_SAFETENSORS_CONVERSION"), options["use_safetensors"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_model(str(folder))
+    assert seen == [("1", True)]
+    assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
 
 
 def test_missing_weights_are_not_made_up(folder):

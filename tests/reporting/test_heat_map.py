@@ -39,7 +39,7 @@ def panels(figure):
 
 def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monkeypatch):
     def full(*_):
-        raise OutputError(f"cannot write {PICTURE}: No space left on device")
+        raise OutputError("cannot write heatmap.png: No space left on device")
 
     monkeypatch.setattr("kvmix_cli.reporting.heat_map.plot_heat_maps", full)
     result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)

@@ -114,10 +114,10 @@ def _step(
     if isinstance(setting, policies.Rotate):
         if setting.matrix is None:
             return Rotation(hadamard(head_dim, setting.seed, device, dtype))
-        return Rotation(loaded(find(setting.matrix, (name, "rotation")), head_dim, device, dtype))
+        return Rotation(loaded(find(setting.located(setting.matrix), (name, "rotation")), head_dim, device, dtype))
     if isinstance(setting, policies.Center):
         if setting.means is None:
             return Centering(kind)
-        stored = find(setting.means, (name,))
+        stored = find(setting.located(setting.means), (name,))
         return Centering(kind, stored.numbers((None, head_dim)).to(device, dtype), stored)
     return Balancing(kind, f"layer {layer} {kind}s")
