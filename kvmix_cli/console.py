@@ -20,8 +20,8 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -29,9 +29,12 @@ from .errors import KvmixError, OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
 PIPE_WIDTH = 160
 """Columns of a table when stdout is not a terminal: wide enough that paths and plans are not cut."""
+BETWEEN = 3
+"""Columns of a terminal between two columns of a table."""
 PACKAGE = "kvmix_"
 """Start of the names of our own packages' folders."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -44,6 +47,7 @@ class Mode:
 
     Attributes:
         answered: whether the one object of `--json` has been printed.
+        about: keys that every object of `--json` has: its schema, the version of kvmix, and the command's options.
     """
 
     quiet: bool = False
@@ -51,6 +55,7 @@ class Mode:
     traceback: bool = False
     json: bool = False
     answered: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 mode = Mode()
@@ -118,26 +123,69 @@ def text(chunk: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], footer: str = "") -> None:
-    """Show a table, with numbers to the right; `footer` is printed below it as it is."""
+    """Show a table, with numbers to the right; `footer` is printed below it as it is.
+
+    A table that is wider than the terminal is turned if that fits, or else broken between columns. A cell is wrapped
+    only if it does not fit beside the row's name, and a name only if it has more than half of the line.
+    """
     if mode.json:
         return
-    from rich import box
     from rich.console import Console
+    from rich.text import Text
+
+    grid = [[harmless(str(cell)) for cell in line] for line in (columns, *rows)]
+    buffer = io.StringIO()
+    console = Console(file=buffer, force_terminal=sys.stdout.isatty(), width=width())
+    console.print(Text(harmless(title), style="bold"), soft_wrap=True)
+    for piece in _pieces(grid, width()):
+        console.print(Text(), _grid(piece, width()), sep="\n")
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    _write(sys.stdout, "\n".join([*lines, "", *([harmless(footer)] if footer else [])]) + "\n")
+
+
+def _pieces(grid: list[list[str]], limit: int) -> list[list[list[str]]]:
+    """Return a grid of cells whole, turned, or in pieces that each begin with its first column."""
+    columns = [list(column) for column in zip(*grid, strict=True)]
+    if _grid_width(columns) <= limit:
+        return [grid]
+    if _grid_width(grid) <= limit:
+        return [columns]
+    pieces = [columns[:2]]
+    for column in columns[2:]:
+        if _grid_width([*pieces[-1], column]) <= limit:
+            pieces[-1].append(column)
+        else:
+            pieces.append([columns[0], column])
+    return [[list(row) for row in zip(*piece, strict=True)] for piece in pieces]
+
+
+def _grid_width(columns: Sequence[Sequence[str]]) -> int:
+    from rich.cells import cell_len
+
+    return sum(max(map(cell_len, column)) for column in columns) + BETWEEN * (len(columns) - 1)
+
+
+def _grid(grid: list[list[str]], limit: int) -> Table:
+    """Return a table for rich. Only a column that is too wide for the line beside the first one is wrapped."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     style = box.SIMPLE_HEAD if is_unicode() else box.ASCII_DOUBLE_HEAD
-    grid = Table(box=style, pad_edge=False, show_edge=False)
-    for position, name in enumerate(columns):
-        numeric = all(_is_number(row[position]) for row in rows)
-        grid.add_column(Text(harmless(name)), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(harmless(str(cell))) for cell in row))
-    buffer = io.StringIO()
-    console = Console(file=buffer, force_terminal=sys.stdout.isatty(), width=width())
-    console.print(Text(harmless(title), style="bold"), Text(), grid, sep="\n", soft_wrap=False)
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-    _write(sys.stdout, "\n".join([*lines, "", *([harmless(footer)] if footer else [])]) + "\n")
+    shown = Table(box=style, pad_edge=False, show_edge=False)
+    columns = [list(column) for column in zip(*grid, strict=True)]
+    is_too_wide = _grid_width(columns) > limit
+    for position, (name, *cells) in enumerate(columns):
+        shown.add_column(
+            Text(name),
+            justify="right" if all(map(_is_number, cells)) else "left",
+            overflow="fold",
+            no_wrap=not is_too_wide,
+            max_width=limit // 2 if is_too_wide and position == 0 else None,
+        )
+    for row in grid[1:]:
+        shown.add_row(*map(Text, row))
+    return shown
 
 
 def width() -> int:
@@ -147,8 +195,8 @@ def width() -> int:
     return Console().width if sys.stdout.isatty() else PIPE_WIDTH
 
 
-def emit_json(result: Any) -> None:
-    """Print the one JSON object of `--json`; without `--json`, nothing. Paths become strings.
+def emit_json(result: Mapping[str, Any]) -> None:
+    """Print the one JSON object of `--json`, with `mode.about`; without `--json`, nothing. Paths become strings.
 
     Raises:
         KvmixError: if it holds NaN or Inf, which JSON cannot express.
@@ -156,7 +204,7 @@ def emit_json(result: Any) -> None:
     if not mode.json:
         return
     try:
-        encoded = json.dumps(result, allow_nan=False, ensure_ascii=False, default=_plain)
+        encoded = json.dumps({**result, **mode.about}, allow_nan=False, ensure_ascii=False, default=_plain)
     except ValueError as error:
         raise KvmixError("the result holds a number that is NaN or infinite; JSON cannot hold it") from error
     mode.answered = True

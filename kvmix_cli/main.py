@@ -28,6 +28,8 @@ from .commands.grouped import GroupedCommand
 from .errors import KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
+SCHEMA = "kvmix-json/1"
+"""Name of the keys of `--json`, which keep their meaning; new ones may be added."""
 INTERRUPTED = 130
 FAILED = 1
 NO_MEMORY = (
@@ -45,7 +47,7 @@ class Commands(TyperGroup):
         for number, argument in enumerate(args, start=1):
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 ctx.fail(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}")
-        console.mode = console.Mode(json="--json" in args)
+        console.mode = console.Mode(json="--json" in args, about={"schema": SCHEMA, "kvmix": __version__})
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 

@@ -36,7 +36,10 @@ Count = Annotated[int, Field(ge=1, lt=2**48)]
 
 
 class ScoreSetup(TypedDict, total=False):
-    """Cache settings that a score's curves were measured with; `window` is in the command line's form."""
+    """Cache settings that a score's curves were measured with; `window` is in the command line's form.
+
+    Without `encode` it was minmax.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
 
@@ -44,6 +47,7 @@ class ScoreSetup(TypedDict, total=False):
     sink: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
     window: str
     scale_dtype: str
+    encode: str
 
 
 class TensorScore(StrictModel):

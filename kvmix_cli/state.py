@@ -229,6 +229,7 @@ def _options(settings: dict[str, Any]) -> list[str]:
         "scores": "--score",
         "bits": "--bits",
         "group_sizes": "--group-size",
+        "encode": "--encode",
         "source": "--calibration",
         "samples": "--samples",
         "seq_len": "--seq-len",

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["key", "value"]
+Encoder = Literal["minmax", "refit", "search"]
+"""How the scale and zero of a group are chosen (`quantize/grids.py`). Layout, bytes and decoding are the same."""
+ENCODERS: Final[tuple[Encoder, ...]] = ("minmax", "refit", "search")
 
 BITS: Final = (1, 2, 3, 4, 8)
 """Bit widths that are stored as codes; 16 means full precision."""

@@ -101,7 +101,9 @@ def predicted_loss(plan: Plan, score: Score) -> float | None:
 
 def other_settings(score: Score, cache: CacheSettings) -> list[str]:
     """Return how a cache differs from the one that curves were measured with, e.g. `page 128 instead of 32`."""
-    measured = {name: value for name, value in score.setup.items() if name in ("page", "scale_dtype")}
+    measured = {name: value for name, value in score.setup.items() if name in ("page", "scale_dtype", "encode")}
+    if measured:
+        measured.setdefault("encode", "minmax")
     changed = [
         f"{name} {getattr(cache, name)} instead of {value}"
         for name, value in measured.items()

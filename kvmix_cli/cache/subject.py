@@ -78,10 +78,6 @@ class AttendedPairs(TypedDict):
     quantized: Pairs
 
 
-Attended = AttendedPairs
-"""The name that callers still use."""
-
-
 def attended(cache: Cache) -> AttendedPairs:
     """Return the pairs that attention has read through a cache; none for a cache that does not count them."""
     counted = getattr(cache, "attended", None)

@@ -16,6 +16,7 @@ from .. import console, state
 from .options import (
     COMMAND_LINE,
     CommonOptions,
+    Encoding,
     LoadingOptions,
     Model,
     count,
@@ -135,6 +136,7 @@ class StorageOptions:
         str | None,
         typer.Option(metavar="DTYPE", parser=parse_dtype, help="Of scales: float16 or bfloat16 [default: float16]."),
     ] = None
+    encode: Encoding = None
     put_on: Annotated[
         list[str] | None,
         typer.Option("--with", metavar="PRESET", help="Also its transforms, tiers and runs, e.g. mikv; repeatable."),
@@ -146,7 +148,7 @@ class StorageOptions:
         from ..plan.document import reason
         from ..plan.windows import parse_window
 
-        names = ("page", "sink", "scale_dtype", "window")
+        names = ("page", "sink", "scale_dtype", "window", "encode")
         settings = {
             **base.model_dump(),
             **{name: value for name in names if (value := getattr(self, name)) is not None},

@@ -14,6 +14,7 @@ from ..errors import EvaluationError, OutputError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
+    Encoding,
     LoadingOptions,
     ModelOptions,
     count,
@@ -72,6 +73,7 @@ class EvalOptions:
     uniform: Annotated[
         list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
     ] = None
+    encode: Encoding = None
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,11 +111,13 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EvaluationError(f"--{name} must be at least 1, got {value}")
+        if self.encode and not self.uniform:
+            raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
 
     @property
     def of_plans(self) -> dict[str, Any]:
         """Return the options that name what is measured, and the gates that judge it."""
-        names = ("plan", "preset", "uniform", "baseline", "fail_if")
+        names = ("plan", "preset", "uniform", "encode", "baseline", "fail_if")
         return {name: getattr(self, name) for name in names}
 
 
@@ -235,7 +239,7 @@ def evaluate(
         refuse(board.rules, "needs --leaderboard")
     from ..studies.measure import SubjectNames
 
-    names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [])
+    names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
     if board.leaderboard:
         _hold_leaderboard(board, _setup(ctx, work, which, loading))
     else:
@@ -264,14 +268,14 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
 def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from ..evaluation import split_tasks
-    from ..evaluation.runs import RunFolders
+    from ..evaluation.runs import RunFolders, short_checksum
     from ..files import write_text
     from ..models.loading import load_model
     from ..profile import Profile
     from ..reporting.leaderboard import board_json, plan_names, tables
     from ..reporting.leaderboard_plot import plot_board
     from ..reporting.markdown import markdown_document
-    from ..reporting.plan_names import NAMES, names_text
+    from ..reporting.plan_names import NAMES, names_text, read_names
     from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
 
@@ -279,8 +283,8 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     path = state.find_profile(rules.pop("profile", None), model=setup.model, say=console.notice)
     profile = Profile.load(path)
     tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
-    page, picture = (setup.results["root"] / f"leaderboard{suffix}" for suffix in (".md", ".png"))
-    check_plot(picture)
+    root = setup.results["root"]
+    check_plot(root / "leaderboard.png")
     found = hold(
         profile,
         lambda: load_model(profile.model.id, **setup.loading),
@@ -296,8 +300,10 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     shown = tables(found)
     for table in shown:
         console.table(*table)
+    page = root / f"leaderboard__{short_checksum(shown)}.md"
+    picture = page.with_suffix(".png")
     write_text(page, markdown_document(shown, setup.results["command"]))
-    write_text(page.with_name(NAMES), names_text(plan_names(found)))
+    write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
     plot_board(found, picture)
     console.text(f"tables:  {page}\npicture: {picture}\n")
     head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
@@ -353,7 +359,9 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
     if any("answers" in record for row in report.rows for record in row.records):
         from ..reporting.heat_map import plot_heat_maps
 
-        path = RunFolders(model=state.slug(model.id), **results).picture(report.task)
+        path = RunFolders(model=state.slug(model.id), **results).picture(
+            report.task, [(row.plan, row.records) for row in report.rows]
+        )
         try:
             is_drawn = plot_heat_maps(report, path)
         except OutputError as error:

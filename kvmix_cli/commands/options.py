@@ -59,6 +59,7 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
 
     def expanded(**values: Any) -> None:
+        console.mode.about["options"] = _stated(values)
         records = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
@@ -68,6 +69,17 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__name__, expanded.__doc__ = command.__name__, command.__doc__
     vars(expanded)["__signature__"] = inspect.Signature(parameters)
     return expanded
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as `--json` states them: without those that have no value or only change what is shown."""
+    hidden = {"ctx", *(field.name for field in fields(CommonOptions))}
+    names = {"argument": "model", "option": "model"}
+    return {
+        names.get(name, name): str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in given(values).items()
+        if name not in hidden
+    }
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:
@@ -171,6 +183,16 @@ def parse_groups(text: str) -> tuple[int | str, ...]:
     return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
 
 
+def parse_encode(text: str) -> str:
+    """Return the name of an encoder. Raises typer.BadParameter for another text."""
+    from ..plan.settings import ENCODES
+
+    if text not in ENCODES:
+        known = ", ".join(ENCODES)
+        raise typer.BadParameter(f"'{text}' is no encoder{did_you_mean(text, ENCODES)}; use {known}")
+    return text
+
+
 def parse_percent(text: str) -> float:
     """Return `0.5%` as 0.005. A number without the sign could mean either, so it is refused."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", text, re.ASCII)
@@ -225,6 +247,15 @@ def _use_dir(folder: Path | None) -> Path | None:
     return folder
 
 
+Encoding = Annotated[
+    Any,
+    typer.Option(
+        "--encode",
+        metavar="HOW",
+        parser=parse_encode,
+        help="Choice of scales: minmax, refit, search, or fitted: refit for keys, search for values [default: minmax].",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option("--model", metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),

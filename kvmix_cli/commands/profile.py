@@ -15,6 +15,7 @@ from ..errors import KvmixError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
+    Encoding,
     LoadingOptions,
     ModelOptions,
     count,
@@ -51,6 +52,7 @@ class ProfileOptions:
     group_size: Annotated[
         Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
     ] = None
+    encode: Encoding = None
     granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer"
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
@@ -94,7 +96,7 @@ def profile(
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
-    how = ProbeOptions(what.bits, what.group_size, per_head=per_head, checkpointing=what.checkpointing)
+    how = ProbeOptions(what.bits, what.group_size, what.encode, per_head=per_head, checkpointing=what.checkpointing)
     how.check(find_probes(what.score))
     ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = _existing(path)

@@ -13,7 +13,7 @@ import typer
 
 from .. import console
 from ..errors import KvmixError, TextError
-from .options import CommonOptions, LoadingOptions, ModelOptions, count, expand
+from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count, expand
 
 if TYPE_CHECKING:
     from ..decoding.footprint import Footprint, FullContext
@@ -70,12 +70,15 @@ class CacheOptions:
         str | None, typer.Option(metavar="NAME", help="A published method instead, such as mikv or kvtuner:FILE.")
     ] = None
     uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None
+    encode: Encoding = None
     baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False
 
     def __post_init__(self) -> None:
         """Raise typer.BadParameter for two caches at once."""
         if self.baseline and self.uniform is not None:
             raise typer.BadParameter("choose one of --baseline and --uniform")
+        if self.encode and self.uniform is None:
+            raise typer.BadParameter("--encode is for --uniform; a plan file has `encode` in its cache section")
         if self.preset and self.plan:
             raise typer.BadParameter("choose one of --plan and --preset, or put them together: --plan PLAN+PRESET")
         if self.preset and (self.baseline or self.uniform is not None):
@@ -115,7 +118,7 @@ def run(
     subject = Subject()
     if not storage.baseline:
         info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
-        name, plan = list(choice.plans(info, uniform, console.notice).items())[-1]
+        name, plan = list(choice.plans(info, uniform, console.notice, encode=storage.encode).items())[-1]
         subject = Subject(name, plan)
     loaded = loading.load(choice.model, choice.revision)
     _check_length(loaded, text)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..cache.subject import Attended, attended
+from ..cache.subject import AttendedPairs, attended
 from ..models.memory import attempt
 from ..texts.tokens import encode
 from .feed import prefill
@@ -67,7 +67,7 @@ class BatchAnswers:
     """
 
     tokens: list[list[int]]
-    attended: Attended
+    attended: AttendedPairs
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class BatchScores:
 
     log_likelihoods: list[float]
     greedy: list[bool]
-    attended: Attended
+    attended: AttendedPairs
 
 
 def generate_batch(
@@ -285,6 +285,6 @@ def _inputs_and_targets(
     return inputs, targets
 
 
-def _attended_by_row(cache: Cache, rows: int) -> Attended:
+def _attended_by_row(cache: Cache, rows: int) -> AttendedPairs:
     found = attended(cache)
-    return Attended(total=found["total"] / rows, quantized=found["quantized"] / rows)
+    return AttendedPairs(total=found["total"] / rows, quantized=found["quantized"] / rows)

@@ -51,11 +51,6 @@ class RecallGrid:
     down: str = "depth"
 
 
-Cell = RecallCell
-Grid = RecallGrid
-"""The names that callers still use."""
-
-
 def grid(records: Sequence[Mapping[str, Any]]) -> RecallGrid | None:
     """Return the grid of a row's records; None if they have no depths.
 

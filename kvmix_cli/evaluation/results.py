@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 from ..cache.subject import UNQUANTIZED
 from .records import SampleRecord
 
-Record = Any
-"""A record of any task, for its readers; `records.py` has the schemas."""
-
 
 @dataclass(frozen=True)
 class Estimate:

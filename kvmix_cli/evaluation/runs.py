@@ -111,9 +111,9 @@ class RunFolders:
         run.open(self.resume, self._earlier_records(task, plan, config, samples) if self.resume else [])
         return run
 
-    def picture(self, task: str) -> Path:
-        """Return the path of a task's picture, beside its run folders."""
-        return self.root / f"{safe_name(task)}__{safe_name(self.model)}__heatmap.png"
+    def picture(self, task: str, results: Sequence[Any]) -> Path:
+        """Return the path of a picture of a task's results, beside its run folders; other results have another one."""
+        return self.root / f"{safe_name(task)}__{safe_name(self.model)}__heatmap__{short_checksum(results)}.png"
 
     def _folder(self, task: str, plan: str, config: Config) -> Path:
         """Return the folder of a run; with `resume` it may have the name of an older version, without a hash."""
@@ -301,10 +301,6 @@ class RunFolder:
             raise _unwritable(self.folder, error) from error
 
 
-Runs = RunFolders
-"""The name that callers still use."""
-
-
 def identity(config: Config) -> str:
     """Return the hash of all settings that a run's numbers depend on, for the name of its folder; "" for none.
 
@@ -324,6 +320,11 @@ def plan_of(folder: Path, config: Config) -> str:
 def checksum(samples: Sequence[Any]) -> str:
     """Return the SHA-256 of samples, by their content."""
     return hashlib.sha256(repr(samples).encode()).hexdigest()
+
+
+def short_checksum(results: Sequence[Any]) -> str:
+    """Return the digits of results in the name of a file that shows them."""
+    return checksum(results)[:HASH_DIGITS]
 
 
 def safe_name(name: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from kvmix_kernels.layout import Kind
-from pydantic import field_validator
+from kvmix_kernels.layout import Encoder, Kind
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from .document import StrictModel
 from .geometry import format_ranges
@@ -20,12 +21,19 @@ class TensorPlan(StrictModel):
     Attributes:
         bits: width of a code; 16 keeps full precision.
         group_size: elements that share a scale and a zero; None for the cache's own.
+        encode: how scales and zeros are chosen; None for the cache's own.
     """
 
     bits: int
     group_size: GroupSize | None = None
+    encode: Encoder | None = None
 
     _known = field_validator("bits")(known_width)
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what files state; without an encoder, a plan has the checksum that it had before there were any."""
+        return {name: value for name, value in write(self).items() if name != "encode" or value is not None}
 
 
 class LayerPlan(StrictModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
+from kvmix_kernels.layout import ENCODERS, Encoder, Kind
 from pydantic import (
     BeforeValidator,
     Field,
@@ -19,6 +20,11 @@ from .windows import Recent, Window
 
 AXES: Final = ("transforms", "tokens", "channels")
 """Settings that change the data or sort it; see `CacheSettings.axes`."""
+Encode = Literal["minmax", "refit", "search", "fitted"]
+"""Encoder of all tensors; `fitted` is refit for keys and search for values."""
+ENCODES: Final[tuple[Encode, ...]] = (*ENCODERS, "fitted")
+FITTED: Final[dict[Kind, Encoder]] = {"key": "refit", "value": "search"}
+"""Least squared error is what values need; of keys it clips those that are attended to most."""
 MOST_ELEMENTS = 2**16
 """Tokens of a page, and elements of a group."""
 
@@ -42,6 +48,7 @@ class CacheSettings(StrictModel):
         sink: first tokens that stay in full precision.
         group_size: elements that share a scale and a zero; `"row"` for a whole page row or head.
         scale_dtype: type of scales and zeros.
+        encode: how scales and zeros are chosen, if a tensor does not say.
         window: rule for the recent tokens that stay in full precision.
         transforms, tokens, channels: changes of the data, and sorting of tokens and of key channels; None for none.
     """
@@ -50,6 +57,7 @@ class CacheSettings(StrictModel):
     sink: int = Field(default=4, ge=0, le=MOST_TOKENS)
     group_size: GroupSize = 64
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
+    encode: Encode = "minmax"
     window: Window = Field(default_factory=Recent)
     transforms: Transforms | None = None
     tokens: TokenPolicy | None = None
@@ -62,8 +70,16 @@ class CacheSettings(StrictModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_unused_axes(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in write(self).items() if name not in AXES or value is not None}
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what files state: axes that are set, and another encoder than that of plans without the setting."""
+        unused = {name for name in AXES if getattr(self, name) is None}
+        if self.encode == "minmax":
+            unused.add("encode")
+        return {name: value for name, value in write(self).items() if name not in unused}
+
+    def encoder(self, kind: Kind) -> Encoder:
+        """Return the encoder of keys, or values, that do not have one of their own."""
+        return FITTED[kind] if self.encode == "fitted" else self.encode
 
     @property
     def axes(self) -> dict[str, Transforms | TokenPolicy | ChannelPolicy]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
+from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
 
 from .geometry import ModelInfo
 from .layers import LayerPlan, TensorPlan
@@ -41,10 +41,12 @@ class StorageForm:
     Attributes:
         share: share of those tokens.
         groups: channel groups in order; one, except for keys that a channel policy sorts.
+        encoder: how their scales and zeros are chosen.
     """
 
     share: Fraction
     groups: tuple[ChannelStorage, ...]
+    encoder: Encoder = "minmax"
 
     @property
     def is_sorted(self) -> bool:
@@ -74,13 +76,14 @@ def storage_forms(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim
     Raises:
         ValueError: if the head, or a channel group, is no multiple of 16 channels.
     """
+    encoder = tensor.encode or cache.encoder(kind)
     if cache.tokens is None:
-        return (StorageForm(Fraction(1), _channel_groups(tensor, kind, cache, head_dim)),)
+        return (StorageForm(Fraction(1), _channel_groups(tensor, kind, cache, head_dim), encoder),)
     widths = [tier.k if kind == "key" else tier.v for tier in cache.tokens.tiers]
     tensors = [tensor.model_copy(update={"bits": max(bits, tensor.bits)}) for bits in widths]
     shares = cache.tokens.shares[:-1]
     return tuple(
-        StorageForm(share, _channel_groups(each, kind, cache, head_dim))
+        StorageForm(share, _channel_groups(each, kind, cache, head_dim), encoder)
         for share, each in zip(shares, (*tensors, tensor), strict=True)
     )
 

@@ -138,7 +138,8 @@ class QuantizedStates:
     @cached_property
     def pages(self) -> Packed:
         """Return the packed states. Raises QuantizationError."""
-        words, scales = quantize(torch.unflatten(self.states, 2, (-1, self.layout.page)), self.layout)
+        encoder = self.layer.grid.cache.encoder(self.kind)
+        words, scales = quantize(torch.unflatten(self.states, 2, (-1, self.layout.page)), self.layout, encoder)
         if not torch.isfinite(scales).all():
             raise QuantizationError(
                 f"layer {self.layer.index} {self.kind}s reach {self.states.abs().max().item():.3g}, "

@@ -23,6 +23,7 @@ from ..errors import KvmixError, ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
 from ..models.projections import decoder_layers
 from ..plan import GroupSize, LayerPlan, Plan, TensorPlan
+from ..plan.settings import Encode
 from . import gradients
 from .grid import Grid, reference
 from .observer import ChoiceObserver, observed
@@ -39,12 +40,14 @@ class ProbeOptions:
 
     Attributes:
         bits, group_sizes: choices of every curve; None for each probe's own.
+        encode: encoder that curves are measured with.
         per_head: also score every KV head.
         checkpointing: recompute activations in the backward pass to save memory; None decides by size.
     """
 
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[GroupSize, ...] | None = None
+    encode: Encode | None = None
     per_head: bool = False
     checkpointing: bool | None = None
 
@@ -53,15 +56,16 @@ class ProbeOptions:
         if not isinstance(probe, ChangeProbe | CacheProbe):
             return None
         own = probe.grid
-        return replace(own, bits=self.bits or own.bits, group_sizes=self.group_sizes or own.group_sizes)
+        cache = own.cache if self.encode is None else own.cache.model_copy(update={"encode": self.encode})
+        return replace(own, bits=self.bits or own.bits, group_sizes=self.group_sizes or own.group_sizes, cache=cache)
 
     def check(self, probes: Sequence[Probe]) -> None:
         """Raise KvmixError for an option that these probes have no use for."""
         names = ", ".join(probe.name for probe in probes)
         if wrong := sorted(set(self.bits or ()) - set(BITS)):
             raise KvmixError(f"{wrong[0]} bits is no width of a cache; choose from {', '.join(map(str, BITS))}")
-        if (self.bits or self.group_sizes) and not any(map(self.grid, probes)):
-            raise KvmixError(f"score {names} does not look at widths; leave out --bits and --group-size")
+        if (self.bits or self.group_sizes or self.encode) and not any(map(self.grid, probes)):
+            raise KvmixError(f"score {names} does not look at widths; leave out --bits, --group-size and --encode")
         if self.checkpointing is not None and not any(getattr(probe, "labels", None) for probe in probes):
             raise KvmixError(f"score {names} has no backward pass; leave out --checkpointing")
         if self.per_head and (whole := [probe.name for probe in probes if isinstance(probe, CacheProbe)]):

@@ -153,6 +153,7 @@ def _settings(
         "bits": options.bits,
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
+        **({} if options.encode is None else {"encode": options.encode}),
         **calibration.model_dump(),
     }
 
@@ -204,7 +205,15 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
 
 def _setup(grid: Grid) -> ScoreSetup:
     cache = grid.cache
-    return {"page": cache.page, "sink": cache.sink, "window": cache.window.short, "scale_dtype": cache.scale_dtype}
+    setup: ScoreSetup = {
+        "page": cache.page,
+        "sink": cache.sink,
+        "window": cache.window.short,
+        "scale_dtype": cache.scale_dtype,
+    }
+    if cache.encode != "minmax":
+        setup["encode"] = cache.encode
+    return setup
 
 
 def _mean(results: Sequence[TensorResult]) -> TensorScore:

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..evaluation.grid import Cell, Grid, grid
+from ..evaluation.grid import RecallCell, RecallGrid, grid
 from ..evaluation.results import Report, Row
 from .drawing import CARD, GRID, SOFT, hint, new_figure, save, styled
 from .printable import one_line, shortened
@@ -71,7 +71,7 @@ def heat_maps(report: Report) -> Figure | None:
 
 
 @styled()
-def draw_heat_map(axes: Axes, found: Grid, width: float) -> QuadMesh:
+def draw_heat_map(axes: Axes, found: RecallGrid, width: float) -> QuadMesh:
     """Draw a grid, the beginning of the context at the top, with counts where cells have room for them.
 
     Args:
@@ -104,26 +104,26 @@ def _name_columns(axes: Axes, columns: Sequence[str], width: float) -> None:
     axes.set_xticks([place + 0.5 for place in places], [columns[place] for place in places])
 
 
-def _by_row(found: Grid) -> list[list[Cell]]:
+def _by_row(found: RecallGrid) -> list[list[RecallCell]]:
     return [[cell for cell in row if cell is not None] for row in found.cells]
 
 
-def counted(found: Grid) -> str:
+def counted(found: RecallGrid) -> str:
     """Return `50 of 60 recalled`."""
     cells = [cell for row in _by_row(found) for cell in row]
     return f"{sum(cell.recalled for cell in cells)} of {sum(cell.count for cell in cells)} recalled"
 
 
-def _title(row: Row, found: Grid) -> str:
+def _title(row: Row, found: RecallGrid) -> str:
     stored = "" if row.stored_bits is None else f"{row.stored_bits:.4g} bits stored, "
     return f"{shortened(one_line(row.plan), 30)}\n{stored}{counted(found)}"
 
 
-def _label(cell: Cell) -> str:
+def _label(cell: RecallCell) -> str:
     """Return `5/6`, or a percentage where that would be long."""
     return f"{cell.recalled}/{cell.count}" if cell.count < 100 else f"{cell.share:.0%}"
 
 
-def _ink(cell: Cell) -> str:
+def _ink(cell: RecallCell) -> str:
     """Return black for bright cells, white for dark ones, in every theme."""
     return "black" if cell.share > 0.55 else "#fefefe"

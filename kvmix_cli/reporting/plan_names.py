@@ -24,7 +24,8 @@ def with_names(collection: Collection, places: Sequence[Path]) -> Collection:
     known: dict[str, str] = {}
     for place in places:
         for path in (place / NAMES, place.parent / NAMES):
-            known = {**_read(path), **known}
+            labels = {plan: one_line(", ".join(names)) for plan, names in read_names(path).items() if names}
+            known = {**labels, **known}
     groups = [
         replace(group, lines=tuple(replace(line, label=_label(line, known)) for line in group.lines))
         for group in collection.groups
@@ -39,10 +40,10 @@ def _label(line: Line, known: Mapping[str, str]) -> str:
     return known.get(name, f"{line.widths} ({name})")
 
 
-def _read(path: Path) -> dict[str, str]:
+def read_names(path: Path) -> dict[str, list[str]]:
     """Return the names in a file; nothing if it is missing or holds anything else: it only makes tables readable."""
     try:
         found = json.loads(path.read_bytes())
-        return {str(plan): one_line(", ".join(names)) for plan, names in found.items() if names}
+        return {str(plan): [str(name) for name in names] for plan, names in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -19,7 +19,7 @@ from .printable import one_line
 COLUMNS = ["plan", "nominal", "stored"]
 MARK = " *"
 MARKED = "* of the plans with as few stored bits, none is better"
-BETWEEN = 2
+BETWEEN = 3
 """Columns of a terminal between two columns of a table."""
 CSV_COLUMNS = (
     "model",

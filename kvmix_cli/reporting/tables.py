@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from ..evaluation.results import Table
 from ..plan import CacheSettings, Plan, TensorPlan
+from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
 from .words import axes_lines, blocks
@@ -131,12 +132,17 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
         f"bits:    nominal {nominal}, stored {plan.bits.stored:.4g}",
         f"bytes:   {size}, at {context} tokens{sequences}",
         f"cache:   page {cache.page}, sink {cache.sink}, group {cache.group_size}, {cache.scale_dtype} scales, "
-        f"window {cache.window.short}",
+        f"window {cache.window.short}" + ("" if cache.encode == "minmax" else f", {encode_text(cache.encode)}"),
         *axes_lines(cache),
     ]
     if stock := len(plan.model.stock):
         lines.append(f"stock:   {stock} layers without full attention keep their own cache and are not counted")
     return "\n".join([*lines, f"plan:    {path}"])
+
+
+def encode_text(encode: Encode) -> str:
+    """Return a cache's encoder in words."""
+    return "encode fitted (K refit, V search)" if encode == "fitted" else f"encode {encode}"
 
 
 def loss_text(loss: float, score: str) -> str:
@@ -145,8 +151,10 @@ def loss_text(loss: float, score: str) -> str:
 
 
 def tensor_text(tensor: TensorPlan) -> str:
-    """Return `4`, or `4 (group 32)` for a tensor with its own group size."""
-    return f"{tensor.bits}" if tensor.group_size is None else f"{tensor.bits} (group {tensor.group_size})"
+    """Return `4`, or `4 (group 32, refit)` for a tensor with its own group size or encoder."""
+    own = [] if tensor.group_size is None else [f"group {tensor.group_size}"]
+    own += [] if tensor.encode is None else [tensor.encode]
+    return f"{tensor.bits} ({', '.join(own)})" if own else f"{tensor.bits}"
 
 
 def _tensor_score_json(kind: str, tensor: TensorScore) -> dict[str, Any]:

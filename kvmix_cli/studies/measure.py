@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluation.results import Report, Row
     from ..evaluation.runner import Progress
     from ..plan import ModelInfo
+    from ..plan.settings import Encode
 
 DEFAULT_TASKS = "perplexity"
 
@@ -58,12 +59,16 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class SubjectNames:
-    """The subjects to measure, by name: plans, presets, the same width everywhere, and other libraries' caches."""
+    """The subjects to measure, by name: plans, presets, the same width everywhere, and other libraries' caches.
+
+    `encode` is the encoder of plans with the same width everywhere.
+    """
 
     plans: Sequence[str] = ()
     presets: Sequence[str] = ()
     uniform: Sequence[int] = ()
     baselines: Sequence[str] = ()
+    encode: Encode | None = None
 
     def choose(self, model: str | None, revision: str | None, say: Say = unsaid) -> Choice:
         """Find the plans, or the newest if nothing is named, and their model; needs no torch. Raises KvmixError."""
@@ -126,7 +131,7 @@ def measure_plans(
     tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
     conditions = _conditions(gates, tasks)
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
-    plans = choice.plans(info, names.uniform, say)
+    plans = choice.plans(info, names.uniform, say, encode=names.encode)
     loaded = load_model(
         choice.model,
         revision=choice.revision,

@@ -14,6 +14,7 @@ from ..plan.document import read_yaml
 from ..plan.plan import is_kvtuner
 from ..plan.policies import known_width
 from ..plan.presets import KVTUNER, find_preset, plan_of, presets, put_on, split
+from ..plan.settings import Encode
 from ..state import Say, unsaid
 
 SHORT_FORM = re.compile(r".*:k\d+v\d+\s*")
@@ -97,8 +98,10 @@ class Choice:
     named: tuple[NamedPlan, ...]
     source: NamedPlan | None
 
-    def plans(self, info: ModelInfo, uniform: Sequence[int] = (), say: Say = unsaid) -> dict[str, Plan]:
-        """Return all plans by name, those of `--uniform` last.
+    def plans(
+        self, info: ModelInfo, uniform: Sequence[int] = (), say: Say = unsaid, *, encode: Encode | None = None
+    ) -> dict[str, Plan]:
+        """Return all plans by name, those of `--uniform` last: `uniform-2`, or `uniform-2-refit` with an encoder.
 
         Raises:
             EvaluationError: if two have the same name.
@@ -108,7 +111,9 @@ class Choice:
         if uniform or not all(each.states_cache for each in self.named):
             say(f"page, group and window: {f'as in plan {self.source.name}' if self.source else 'defaults'}")
         found = [(each.name, each.resolve(info, cache, say)) for each in self.named]
-        found += [(f"uniform-{bits}", Plan.uniform(info, bits, bits, cache)) for bits in uniform]
+        alike = cache if encode is None else (cache or CacheSettings()).model_copy(update={"encode": encode})
+        suffix = "" if encode is None else f"-{encode}"
+        found += [(f"uniform-{bits}{suffix}", Plan.uniform(info, bits, bits, alike)) for bits in uniform]
         plans: dict[str, Plan] = {}
         for name, plan in found:
             if name in plans or name == RESERVED:

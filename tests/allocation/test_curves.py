@@ -108,4 +108,8 @@ def test_settings_that_differ_are_named():
         "page 128 instead of 32",
         "scale_dtype float16 instead of bfloat16",
     ]
-    assert other_settings(score, CacheSettings(page=32, scale_dtype="bfloat16")) == []
+    measured = CacheSettings(page=32, scale_dtype="bfloat16")
+    assert other_settings(score, measured) == []
+    fitted = measured.model_copy(update={"encode": "fitted"})
+    assert other_settings(score, fitted) == ["encode fitted instead of minmax"]
+    assert other_settings(curved(1, setup={"encode": "fitted"}).score("loss"), fitted) == []

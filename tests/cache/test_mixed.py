@@ -10,12 +10,15 @@ from teaching import ids
 from transformers import MistralConfig
 
 from kvmix_cli.cache.baselines.named import named_cache
+from kvmix_cli.cache.buffer import Buffer
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.cache.packing import PolicyFunctions, packing_of
 from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.errors import CacheError, PlanError, QuantizationError
 from kvmix_cli.models.geometry import stock_layers
-from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
-from kvmix_cli.plan.policies import TokenPolicy
+from kvmix_cli.plan import CacheSettings, ModelInfo, Plan, TensorPlan
+from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, TokenPolicy
+from kvmix_cli.plan.sizes import storage_forms
 from kvmix_cli.plan.windows import Recent, Rpc
 
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)
@@ -210,3 +213,20 @@ def test_heads_that_cannot_be_packed_are_named():
     cache = MixedCache.from_plan(Plan.uniform(ModelInfo(id="t", layers=1, kv_heads=2, head_dim=32), 2, 2), model.config)
     with pytest.raises(PlanError, match="layer 0 cannot be quantized: head_dim must be a positive multiple of 16"):
         model(torch.ones(1, 300, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_the_encoders_of_a_plan_make_the_scales(in_groups):
+    states, scales = torch.randn(1, 2, 64, 32), {}
+    channels = ChannelPolicy(runs=(ChannelGroup(channels=16, bits=4),)) if in_groups else None
+    functions = PolicyFunctions(lambda tokens: tokens, Buffer(), lambda tokens: tokens.abs().sum(2))
+    for encode in ("minmax", "refit", "search", "fitted"):
+        settings = CacheSettings(page=32, group_size=32, encode=encode, channels=channels)
+        for kind in ("key", "value"):
+            forms = storage_forms(TensorPlan(bits=2), kind, settings, 32)
+            packing = packing_of("test", forms, settings, 0, functions)
+            packing.pack(states)
+            scales[encode, kind] = list(packing.buffers())[-1].view
+    for kind, name in (("key", "refit"), ("value", "search")):
+        assert torch.equal(scales["fitted", kind], scales[name, kind])
+        assert not torch.equal(scales["minmax", kind], scales[name, kind])

@@ -118,13 +118,26 @@ def test_names_of_plans(kvmix, tmp_path, args, name):
 def test_settings_of_the_cache(kvmix, tmp_path):
     ran = kvmix(
         *("allocate", "--avg-bits", 3, "--group-size", "row", "--page", 64, "--sink", 0, "--window", "recent:16"),
-        *("--scale-dtype", "bfloat16", "--k-bits", "4,1", "--v-bits", "2", "--out", "there/plan.yaml"),
+        *(
+            "--scale-dtype",
+            "bfloat16",
+            "--encode",
+            "fitted",
+            "--k-bits",
+            "4,1",
+            "--v-bits",
+            "2",
+            "--out",
+            "there/plan.yaml",
+        ),
     )
     assert ran.code == 0
     plan = Plan.load(tmp_path / "there" / "plan.yaml")
     cache = plan.cache.model_dump()
     assert cache["window"] == {"kind": "recent", "tokens": 16}
     assert (cache["page"], cache["sink"], cache["group_size"], cache["scale_dtype"]) == (64, 0, "row", "bfloat16")
+    assert cache["encode"] == "fitted"
+    assert "encode fitted (K refit, V search)" in ran.out
     assert {layer.k.bits for layer in plan.layers.values()} <= {1, 4}
 
 

@@ -16,7 +16,7 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import Runs
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.models import loading as models
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
 from kvmix_cli.studies.baselines import baseline_subjects, check_baselines, shuffled
@@ -160,10 +160,10 @@ def test_a_baseline_may_not_have_a_plans_name():
 def test_what_a_run_was_made_with_is_kept_and_asked_for_on_resume(tmp_path):
     pytest.importorskip("hqq")
     (subject,) = subjects("hf-hqq-4")
-    run_task(Counting(), stand_in(), [subject], Settings(), Runs(tmp_path, "tiny"))
+    run_task(Counting(), stand_in(), [subject], Settings(), RunFolders(tmp_path, "tiny"))
     config = (run_folder(tmp_path, "hf-hqq-4", "counting", "tiny") / "config.yaml").read_text()
     assert "baseline: {backend: hqq, nbits: 4, axis_key: 1, axis_value: 1, transformers: " in config
     baseline = subject.baseline
     newer = Subject("hf-hqq-4", baseline=replace(baseline, settings={**baseline.settings, "hqq": "9.9"}))
     with pytest.warns(UserWarning, match=r"with another baseline\.hqq"):
-        run_task(Counting(), stand_in(), [newer], Settings(), Runs(tmp_path, "tiny", resume=True))
+        run_task(Counting(), stand_in(), [newer], Settings(), RunFolders(tmp_path, "tiny", resume=True))

@@ -59,6 +59,43 @@ def test_an_empty_table(capsys):
     assert capsys.readouterr().out.startswith("nothing\n")
 
 
+ESTIMATES = ["28.72 [12.29, 67.12]", "+0.0036 [-0.0002, +0.0074]", "+0.36 % [-0.02 %, +0.74 %] *"]
+
+
+def in_columns(monkeypatch, capsys, columns, rows, width):
+    monkeypatch.setattr(console, "width", lambda: width)
+    console.table("title", columns, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width, lines
+    return lines
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 100])
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_no_number_is_wrapped_in_a_narrow_terminal(monkeypatch, capsys, width, count):
+    columns = ["plan", "nominal", "stored", "perplexity", "loss increase", "perplexity increase percent"]
+    names = [f"rank-2.3+mikv-{index}" for index in range(count)]
+    lines = in_columns(monkeypatch, capsys, columns, [[name, "2.19", "2.69", *ESTIMATES] for name in names], width)
+    for cell in (*ESTIMATES[:2], ESTIMATES[2], *names):
+        assert any(cell in line for line in lines), (cell, lines)
+
+
+def test_a_wide_table_is_turned_where_that_fits_and_else_broken_between_columns(monkeypatch, capsys):
+    columns = ["layer", *(f"K {bits} (group 64)" for bits in (1, 2, 3, 4, 8))]
+    turned = in_columns(monkeypatch, capsys, columns, [[0, *[0.1] * 5]], 60)
+    assert [line.split()[0] for line in turned[2:] if line] == ["layer", turned[3], "K", "K", "K", "K", "K"]
+    broken = in_columns(monkeypatch, capsys, columns, [[layer, *[0.123456789] * 5] for layer in range(32)], 60)
+    assert sum(line.startswith("layer") for line in broken) == 2
+    assert sum(line.split()[:2] == ["31", "0.123456789"] for line in broken) == 2
+
+
+def test_only_a_name_of_more_than_half_the_line_is_wrapped(monkeypatch, capsys):
+    name = "a-very-long-name-of-a-plan" * 3
+    lines = in_columns(monkeypatch, capsys, ["plan", "perplexity"], [[name, ESTIMATES[0]]] * 4, 60)
+    assert sum(ESTIMATES[0] in line for line in lines) == 4
+    assert "".join(line.split()[0] for line in lines[4:] if line).count(name) == 4
+
+
 def test_a_path_is_not_cut_when_stdout_is_no_terminal(capsys):
     path = "/".join(["folder"] * 20)
     console.table("t", ["path"], [[path]])

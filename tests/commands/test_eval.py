@@ -122,7 +122,8 @@ def test_an_interrupted_evaluation_is_gone_on_with(counting):
     counting.measured.clear()
     resumed = kvmix_json("eval", *TINY, "--uniform", 2, "--output-dir", "out", "--resume")
     assert counting.measured == [("uniform-2", "2"), ("uniform-2", "3")]
-    assert resumed == kvmix_json("eval", *TINY, "--uniform", 2, "--output-dir", "afresh")
+    afresh = kvmix_json("eval", *TINY, "--uniform", 2, "--output-dir", "afresh")
+    assert {**resumed, "options": None} == {**afresh, "options": None}  # which say what was asked
     assert "with another settings.step" in refused(
         kvmix("eval", *TINY, "--uniform", 2, "--output-dir", "out", "--resume", "--step", 1)
     )
@@ -196,3 +197,15 @@ def test_without_any_plan_there_is_nothing_to_evaluate():
 def test_a_plan_may_not_pass_for_the_unquantized_row():
     path = uniform(2).save(Path("unquantized.yaml"))
     assert "two rows would be called 'unquantized'" in refused(kvmix("eval", "--plan", path))
+
+
+def test_uniform_plans_can_have_an_encoder(counting):
+    rows = kvmix_json("eval", *TINY, "--uniform", 2, "--encode", "fitted")["rows"]
+    assert [row["plan"] for row in rows] == ["unquantized", "uniform-2-fitted"]
+    assert "--encode is for --uniform" in refused(kvmix("eval", *TINY, "--encode", "fitted"))
+
+
+def test_an_unknown_encoder_is_a_mistake_of_usage():
+    result = kvmix("eval", *TINY, "--uniform", 2, "--encode", "fited")
+    assert result.exit_code == 2
+    assert "'fited' is no encoder (did you mean 'fitted'?)" in " ".join(result.stderr.split())

@@ -99,7 +99,8 @@ def test_a_plan_that_several_would_choose_is_measured_once(foretold):
 def test_tables_and_a_picture_are_left_beside_the_records(foretold):
     ran = kvmix(*BOARD, *QUICK, "--output-dir", "out")
     assert ran.exit_code == 0
-    page = Path("out/leaderboard.md").read_text()
+    (page_path,) = Path("out").glob("leaderboard__*.md")
+    page = page_path.read_text()
     for text in (ran.stdout, page):
         for words in (
             "at most 3 stored bits",
@@ -110,9 +111,19 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
         ):
             assert words in text
     assert page.startswith("<!-- kvmix eval --leaderboard")
-    assert Path("out/leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    assert page_path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     named = json.loads(Path("out/leaderboard.json").read_text())
     assert all(len(plan) == 12 and names for plan, names in named.items())
+
+
+def test_another_leaderboard_replaces_neither_tables_nor_names(foretold):
+    names = []
+    for budget in (2.75, 3, 3):
+        assert kvmix(*BOARD, "--stored-bits", budget, *QUICK[2:], "--output-dir", "out").exit_code == 0
+        names.append(json.loads(Path("out/leaderboard.json").read_text()))
+    assert len(list(Path("out").glob("leaderboard__*.md"))) == 2
+    assert set(names[0]) < set(names[1])
+    assert names[1] == names[2]
 
 
 def test_an_interrupted_leaderboard_is_gone_on_with(foretold):

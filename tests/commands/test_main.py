@@ -175,7 +175,30 @@ def test_an_interrupt_under_json_is_one_object(kvmix, monkeypatch):
     monkeypatch.setattr(allocation, "allocate", interrupted)
     ran = kvmix("allocate", "--avg-bits", 3, "--json")
     assert ran.code == 130
-    assert ran.json == {"command": "allocate", "error": {"type": "Interrupted", "message": "interrupted"}}
+    assert ran.json["command"] == "allocate"
+    assert ran.json["error"] == {"type": "Interrupted", "message": "interrupted"}
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (["allocate", "--avg-bits", 3, "--k-bits", "2,4", "-q"], {"avg_bits": 3, "k_bits": [2, 4], "context": 32768}),
+        (["inspect", "profiles/org--model/profile.yaml"], {"file": "profiles/org--model/profile.yaml"}),
+        (["export", "--to", "vllm", "--traceback"], {"to": "vllm"}),
+        (["report", "nowhere"], {"folders": ["nowhere"]}),
+        (["profile", "org/model", "--granularity", "row"], {"model": "org/model", "granularity": "row"}),
+        (["run", "--model", "org/model", "--prompt", "x", "--temperature", "nan"], {"model": "org/model"}),
+        (["eval", "--length", "0"], {"length": 0, "output_dir": "results"}),
+        (["demo", "--out", "/dev/null/demo", "--quick"], {"out": "/dev/null/demo", "quick": True}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_json_says_its_schema_its_version_and_the_options(kvmix, profiled, args, options):
+    found = kvmix(*args, "--json").json
+    assert found["command"] == args[0]
+    assert (found["schema"], found["kvmix"]) == ("kvmix-json/1", __version__)
+    assert {name: found["options"].get(name) for name in options} == options
+    assert not {"ctx", "json", "quiet", "traceback"} & set(found["options"])
 
 
 @pytest.mark.usefixtures("profiled")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from kvmix_cli.evaluation.grid import Cell, grid
+from kvmix_cli.evaluation.grid import RecallCell, grid
 
 
 def record(context, *answers):
@@ -26,14 +26,14 @@ def test_rows_are_the_depths_and_columns_the_contexts_and_every_value_is_counted
     assert found.rows == ("0%", "50%", "100%")
     assert found.columns == ("512", "1024")
     assert (found.down, found.across) == ("depth", "context (tokens)")
-    assert found.cells == ((None, Cell(2, 2)), (Cell(1, 2), None), (Cell(1, 1), None))
+    assert found.cells == ((None, RecallCell(2, 2)), (RecallCell(1, 2), None), (RecallCell(1, 1), None))
     assert found.cells[1][0].share == 0.5
 
 
 def test_depths_that_are_not_evenly_spaced_are_put_into_tenths():
     found = grid([record(512, (0.13, 400, True)), record(1024, (0.39, 600, False)), record(512, (0.1999, 390, True))])
     assert found.rows == ("10-20%", "20-30%", "30-40%"), "also the empty one between two others"
-    assert found.cells == ((Cell(2, 2), None), (None, None), (None, Cell(0, 1)))
+    assert found.cells == ((RecallCell(2, 2), None), (None, None), (None, RecallCell(0, 1)))
 
 
 def test_the_very_end_belongs_to_the_last_tenth():
@@ -56,7 +56,7 @@ def test_with_one_context_and_several_questions_columns_are_distances():
     assert len(found.columns) <= 10
     assert sum(cell.count for row in found.cells for cell in row if cell) == len(answers)
     assert sum(cell.recalled for row in found.cells for cell in row if cell) == 15
-    assert found.cells[0][-1] == Cell(3, 3), "the first tenth, 960 to 1000 tokens away"
+    assert found.cells[0][-1] == RecallCell(3, 3), "the first tenth, 960 to 1000 tokens away"
 
 
 def test_a_distance_stands_in_the_column_that_names_it():
@@ -69,7 +69,7 @@ def test_a_distance_stands_in_the_column_that_names_it():
 def test_with_one_context_and_one_question_there_is_one_column():
     found = grid([record(512, (0.0, 500, True)), record(512, (1.0, 12, False))])
     assert found.columns == ("512",)
-    assert found.cells == ((Cell(1, 1),), (Cell(0, 1),))
+    assert found.cells == ((RecallCell(1, 1),), (RecallCell(0, 1),))
 
 
 def test_without_places_there_is_no_grid():

@@ -465,7 +465,7 @@ def test_no_name_of_a_folder_is_too_long(tmp_path, long):
     folders = RunFolders(tmp_path, long)
     with folders.open(long, long, {"a": 1}, ()) as opened:
         assert len(opened.folder.name.encode()) <= 255
-    assert len(folders.picture(long).name.encode()) <= 255
+    assert len(folders.picture(long, []).name.encode()) <= 255
 
 
 @pytest.mark.slow

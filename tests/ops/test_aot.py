@@ -71,6 +71,16 @@ def test_quantizing_divides_as_exactly_as_the_reference():
     assert ".ftz" not in kernel.ptx
 
 
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("encoder", ["refit", "search"])
+def test_fitting_contracts_no_multiply_adds(kind, encoder):
+    kernel = compile_quantize(90, kind, 2, group=64, encoder=encoder)
+    assert kernel.shared <= SHARED_MEMORY[90]
+    assert "fma.rn.f32" not in kernel.ptx
+    assert "div.full" not in kernel.ptx
+    assert ".ftz" not in kernel.ptx
+
+
 def test_no_length_or_mask_makes_it_compile_again():
     with aot.ahead_of_time(90) as compiled:
         for pages, tail in ((1, 1), (2, 16), (16, 17), (31, 128)):

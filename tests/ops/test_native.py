@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend, cpu, naive
+from kvmix_kernels.layout import ENCODERS
 from kvmix_kernels.quantize import cpu as quantize_cpu
 from kvmix_kernels.quantize import naive as quantize_naive
 from kvmix_kernels.quantize import quantize
@@ -33,30 +34,36 @@ pytestmark = pytest.mark.skipif(library() is None, reason="there is no native li
 @given(
     layout=layouts,
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    encoder=st.sampled_from(ENCODERS),
     spread=st.sampled_from([1e-42, 1e-7, 1e-3, 1.0, 1e4]),
     constant=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=80, deadline=None)
-def test_quantizes_bit_for_bit_like_the_reference(layout, dtype, spread, constant, seed):
+@settings(max_examples=120, deadline=None)
+def test_quantizes_bit_for_bit_like_the_reference(layout, dtype, encoder, spread, constant, seed):
     torch.manual_seed(seed)
     pages = (torch.randn(2, 2, 3, layout.page, layout.head_dim) * spread).clamp(-3e4, 3e4).to(dtype)
     if constant:
         pages[0, 0, 0] = spread
-    expected = quantize_naive.quantize(pages, layout)
+    expected = quantize_naive.quantize(pages, layout, encoder)
     for name in instruction_sets():
-        words, scales = quantize_cpu.quantize(library(), pages, layout)
+        words, scales = quantize_cpu.quantize(library(), pages, layout, encoder)
         assert torch.equal(words, expected[0]), name
         assert same_bits(scales, expected[1]), name
 
 
-@given(layout=layouts, bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), at=st.integers(0, 2**10))
-@settings(max_examples=30, deadline=None)
-def test_nan_and_inf_reach_the_scales(layout, bad, at):
+@given(
+    layout=layouts,
+    encoder=st.sampled_from(ENCODERS),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    at=st.integers(0, 2**10),
+)
+@settings(max_examples=40, deadline=None)
+def test_nan_and_inf_reach_the_scales(layout, encoder, bad, at):
     pages = torch.randn(1, 1, 1, layout.page, layout.head_dim)
     pages.view(-1)[at % pages.numel()] = bad
     for name in instruction_sets():
-        assert not torch.isfinite(quantize_cpu.quantize(library(), pages, layout)[1]).all(), name
+        assert not torch.isfinite(quantize_cpu.quantize(library(), pages, layout, encoder)[1]).all(), name
 
 
 @given(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kvmix_kernels import BITS, PageLayout
+from kvmix_kernels.layout import ENCODERS
 from kvmix_kernels.quantize import quantize, quantize_into
 
 
@@ -16,14 +17,15 @@ def room_for(layout, before, pages, after, lead=(2, 3)):
 @pytest.mark.parametrize("native", ["0", "1"])
 @pytest.mark.parametrize("kind", ["key", "value"])
 @pytest.mark.parametrize("bits", BITS)
-def test_same_words_and_scales_and_nothing_else(monkeypatch, kind, bits, native):
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_same_words_and_scales_and_nothing_else(monkeypatch, encoder, kind, bits, native):
     if native == "0":
         monkeypatch.setattr("kvmix_kernels.quantize.library", lambda: None)
     layout = PageLayout(kind, bits, 32, 16, 16)
     pages = torch.randn(2, 3, 2, 16, 32)
     buffers = room_for(layout, 4, 2, 1)
-    quantize_into(pages, layout, *(buffer[:, :, 4:6] for buffer in buffers))
-    for buffer, expected in zip(buffers, quantize(pages, layout), strict=True):
+    quantize_into(pages, layout, *(buffer[:, :, 4:6] for buffer in buffers), encoder)
+    for buffer, expected in zip(buffers, quantize(pages, layout, encoder), strict=True):
         assert torch.equal(buffer[:, :, 4:6], expected)
         assert (buffer[:, :, [0, 1, 2, 3, 6]] == 77).all()
 
@@ -48,10 +50,10 @@ def test_a_gpu_writes_them_itself(monkeypatch):
     assert len(written) == 1, "pages that are not contiguous are copied"
 
 
-def quantize_anywhere(pages, layout):
+def quantize_anywhere(pages, layout, encoder):
     from kvmix_kernels.quantize import naive
 
-    return naive.quantize(pages, layout)
+    return naive.quantize(pages, layout, encoder)
 
 
 def test_misfits_are_refused():

@@ -71,8 +71,8 @@ def breaks(*args):
     raise RuntimeError("no such instruction\nin a long log")
 
 
-def one_bit_off(pages, layout):
-    words, scales = codec.quantize(pages, layout)
+def one_bit_off(pages, layout, encoder):
+    words, scales = codec.quantize(pages, layout, encoder)
     words.view(-1)[7] ^= 1
     return words, scales
 

@@ -1,5 +1,7 @@
 """Plan files: what is written is read back, and every fault is reported with its line, all of them at once."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from kvmix_cli.plan.sizes import storage_forms
 from kvmix_cli.plan.windows import Rpc
 
 GOOD = """\
@@ -316,3 +319,49 @@ def test_a_plan_for_the_same_shape_and_another_configuration():
     ours, theirs = (make_info(4).model_copy(update={"config_sha256": digest}) for digest in ("aa", "bb"))
     with pytest.raises(PlanError, match="same layers, but another configuration"):
         Plan.uniform(ours, 2, 2).check_model(theirs)
+
+
+ENCODED = """\
+format: kvmix-plan/1
+model: {id: org/model, layers: 2, kv_heads: 2, head_dim: 64}
+cache: {encode: fitted}
+bits: {nominal: 2, stored: 2.5}
+layers:
+  0: {k: {bits: 2}, v: {bits: 2}}
+  1: {k: {bits: 2, encode: minmax}, v: {bits: 2, encode: refit}}
+"""
+
+
+def test_encoders_are_those_of_the_tensor_or_else_of_the_cache(load):
+    plan = load(ENCODED)
+    forms = {
+        (index, kind): storage_forms(tensor, kind, plan.cache, 64)[0]
+        for index, layer in plan.layers.items()
+        for tensor, kind in layer.tensors
+    }
+    encoders = {place: form.encoder for place, form in forms.items()}
+    assert encoders == {(0, "key"): "refit", (0, "value"): "search", (1, "key"): "minmax", (1, "value"): "refit"}
+    assert load(plan.to_yaml()) == plan
+    assert "encode: fitted" in plan.to_yaml()
+
+
+def test_a_plan_without_encoders_is_as_it_was_before_there_were_any(load):
+    plan = load(GOOD)
+    assert plan.sha256 == "69273a60f1729b76bb254da624f591ac1254696f6ef39a7dfb4743df2a1274ee"
+    assert "encode" not in plan.to_yaml()
+    assert load(changed("float16,", "float16, encode: minmax,")).sha256 == plan.sha256
+    others = [load(changed("float16,", f"float16, encode: {name},")).sha256 for name in ("refit", "search", "fitted")]
+    others.append(load(changed("0: {k: {bits: 3}", "0: {k: {bits: 3, encode: refit}")).sha256)
+    assert len({plan.sha256, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("float16,", "float16, encode: best,", r"line 6: .*encode: .*'minmax', 'refit', 'search' or 'fitted'"),
+        ("0: {k: {bits: 3}", "0: {k: {bits: 3, encode: fitted}", r"line 8: .*encode: .*'minmax', 'refit' or 'search'"),
+    ],
+)
+def test_unknown_encoders_are_refused_with_their_line(load, old, new, fault):
+    (found,) = faults(load, changed(old, new))
+    assert re.search(fault, found), found

@@ -1,6 +1,7 @@
 """Taylor, Fisher and error against decoding token by token, written out densely in float64."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling import gradients
 from kvmix_cli.profiling.grid import Grid
-from kvmix_cli.profiling.measure import shared_pass
+from kvmix_cli.profiling.measure import ProbeOptions, shared_pass
 from kvmix_cli.profiling.probes.error import Error
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
@@ -280,3 +281,13 @@ def test_groups_that_are_one_choice_are_measured_once():
     grid = Grid(bits=(4, 2), group_sizes=(32, 8, 64, "row"), cache=CACHE)
     assert list(grid.layouts("key", 16)) == ["2g8", "2g16", "4g8", "4g16"]
     assert list(grid.layouts("value", 48)) == ["2g8", "2g32", "2g48", "4g8", "4g32", "4g48"]
+
+
+def test_curves_are_measured_with_the_encoder_that_was_asked_for():
+    loaded, costs = wrap(build("llama")), {}
+    for encode in ("minmax", "fitted"):
+        assert ProbeOptions(encode=encode).grid(Error()).cache.encode == encode
+        grid = replace(GRID, cache=CACHE.model_copy(update={"encode": encode}))
+        measured = shared_pass(loaded, [Error()], sample(), grid)["error"]
+        costs[encode] = [layer.v.curve["2g16"] for layer in measured.layers.values()]
+    assert all(after < before for before, after in zip(costs["minmax"], costs["fitted"], strict=True))

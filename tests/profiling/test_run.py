@@ -221,7 +221,11 @@ def test_a_probe_of_ones_own(loaded):
 @pytest.mark.parametrize(
     ("scores", "options", "message"),
     [
-        (["grad-norm"], {"bits": (2,)}, "score grad-norm does not look at widths; leave out --bits and --group-size"),
+        (
+            ["grad-norm"],
+            {"bits": (2,)},
+            "score grad-norm does not look at widths; leave out --bits, --group-size and --encode",
+        ),
         (["taylor"], {"bits": (2, 5)}, "5 bits is no width of a cache; choose from 1, 2, 3, 4, 8"),
         (["taylor"], {"bits": (16,)}, "16 bits is no width of a cache"),
         (["taylor"], {"group_sizes": (4,)}, "must be a number of at least 8 or 'row', got 4"),

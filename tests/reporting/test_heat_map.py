@@ -12,7 +12,7 @@ from kvmix_cli.evaluation.results import Report, Row
 from kvmix_cli.models import loading as models
 from kvmix_cli.reporting.heat_map import heat_maps
 
-PICTURE = Path("results") / "passkey__builtin--tiny__heatmap.png"
+PICTURES = "passkey__builtin--tiny__heatmap__*.png"
 OPTIONS = ("--model", "builtin:tiny", "--device", "cpu", "--uniform", 2, "--length", 200, "--limit", 2, "--prefix", 100)
 
 
@@ -51,13 +51,20 @@ def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monke
 def test_eval_says_where_the_picture_is():
     result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
     assert result.exit_code == 0, result.stderr
-    assert f"picture: {PICTURE}\n" in result.stdout
-    assert PICTURE.read_bytes().startswith(b"\x89PNG")
+    (picture,) = Path("results").glob(PICTURES)
+    assert f"picture: {picture}\n" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_settings_have_another_picture():
+    for length in (200, 240, 200):
+        assert kvmix("eval", *OPTIONS, "--task", "passkey", "--length", length).exit_code == 0
+    assert len(list(Path("results").glob(PICTURES))) == 2
 
 
 def test_with_json_it_is_drawn_and_not_mentioned():
     kvmix_json("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
-    assert PICTURE.exists()
+    assert len(list(Path("results").glob(PICTURES))) == 1
 
 
 def test_a_task_without_places_has_no_picture():

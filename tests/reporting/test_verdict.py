@@ -42,12 +42,12 @@ def told(*tasks, subjects=(FOUR,), **options):
 
 def test_safe_says_its_numbers_its_margins_and_how_far_it_was_tested():
     (found,) = told(
-        increase(0.4, 0.1, 0.7), recall(10, {"unquantized": 9, "four": 10}, 4096), settings=Settings(length=4096)
+        increase(0.4, 0.1, 0.7), recall(40, {"unquantized": 9, "four": 10}, 4096), settings=Settings(length=4096)
     )
     assert (found.outcome, found.text) == (
         "safe",
-        "four at 6 stored bits: +0.40 % perplexity [+0.10, +0.70], recall 50 of 60 against 51: safe at 4K, not tested "
-        "beyond (with 95 % confidence at most 1 % more perplexity and 5 % fewer values of recall)",
+        "four at 6 stored bits: +0.40 % perplexity [+0.10, +0.70], recall 230 of 240 against 231: safe at 4K, "
+        "not tested beyond (with 95 % confidence at most 1 % more perplexity and 5 % fewer values of recall)",
     )
 
 

@@ -47,11 +47,11 @@ def compile_attend(capability, k_bits, v_bits, *, group=None, head_dim=128, quer
     return compiled
 
 
-def compile_quantize(capability, kind, bits, *, head_dim=128, group=None):
+def compile_quantize(capability, kind, bits, *, head_dim=128, group=None, encoder="minmax"):
     """The quantizing kernel, compiled."""
     with ahead_of_time(capability) as compiled:
         pages = torch.zeros(1, 1, PAGES, PAGE, head_dim, dtype=torch.bfloat16)
-        quantizing.quantize(pages, PageLayout(kind, bits, head_dim, PAGE, group))
+        quantizing.quantize(pages, PageLayout(kind, bits, head_dim, PAGE, group), encoder)
     return compiled[0]
 
 

@@ -2,9 +2,11 @@
 
 from hypothesis import settings
 from hypothesis import strategies as st
+from kvmix_kernels.layout import ENCODERS
 
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.settings import ENCODES
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 
@@ -65,9 +67,11 @@ settings_ = st.builds(
     sink=st.integers(0, 64),
     group_size=group_sizes,
     scale_dtype=st.sampled_from(["float16", "bfloat16"]),
+    encode=st.sampled_from(ENCODES),
     window=windows,
 )
-tensors = st.builds(TensorPlan, bits=st.sampled_from(WIDTHS), group_size=st.none() | group_sizes)
+encoders = st.none() | st.sampled_from(ENCODERS)
+tensors = st.builds(TensorPlan, bits=st.sampled_from(WIDTHS), group_size=st.none() | group_sizes, encode=encoders)
 layer_plans = st.builds(LayerPlan, k=tensors, v=tensors)
 
 

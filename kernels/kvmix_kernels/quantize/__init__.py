@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import PageLayout
+from ..layout import Encoder, PageLayout
 from ..runtime import gpu
 from ..runtime.fallback import warn_once
 from ..runtime.native import library
@@ -19,22 +19,24 @@ from .naive import decode, dequantize, encode, pack, unpack
 __all__ = ["decode", "dequantize", "encode", "pack", "quantize", "quantize_into", "unpack"]
 
 
-def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def quantize(pages: Tensor, layout: PageLayout, encoder: Encoder = "minmax") -> tuple[Tensor, Tensor]:
     """Quantize and pack whole pages; see `naive.quantize` for arguments, result and errors."""
     if pages.device.type == "cpu" and cpu.is_batch(pages, layout):
         native = library()
-        if native is not None and cpu.supports(layout):
-            return cpu.quantize(native, pages, layout)
+        if native is not None and cpu.supports(layout, encoder):
+            return cpu.quantize(native, pages, layout, encoder)
         if native is not None:
             warn_once(f"quantizing groups of {layout.group} has no CPU kernel; falling back to slow PyTorch")
-    if _has_gpu_kernel(pages, layout):
+    if _has_gpu_kernel(pages, layout, encoder):
         from . import triton
 
-        return triton.quantize(pages, layout)
-    return _naive.quantize(pages, layout)
+        return triton.quantize(pages, layout, encoder)
+    return _naive.quantize(pages, layout, encoder)
 
 
-def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
+def quantize_into(
+    pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor, encoder: Encoder = "minmax"
+) -> None:
     """Quantize and pack whole pages to where they stay, on a GPU without memory or copies in between.
 
     Args:
@@ -42,18 +44,19 @@ def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tens
         layout: shape and codec of a page.
         words: `[..., *layout.words_shape]` int16, a view of something longer.
         scales: `[..., *layout.scales_shape]` in the scale dtype, a view of something longer.
+        encoder: how scale and zero are chosen, see `naive.quantize`.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit together.
+        ValueError: if shapes or dtypes do not fit together, or for an unknown encoder.
     """
     _check_room(pages, layout, words, scales)
-    if _has_gpu_kernel(pages, layout):
+    if _has_gpu_kernel(pages, layout, encoder):
         from . import triton
 
         if triton.has_whole_pages(words, scales, layout):
-            triton.quantize_into(pages, layout, words, scales)
+            triton.quantize_into(pages, layout, words, scales, encoder)
             return
-    for room, made in zip((words, scales), quantize(pages, layout), strict=True):
+    for room, made in zip((words, scales), quantize(pages, layout, encoder), strict=True):
         room.copy_(made)
 
 
@@ -68,12 +71,12 @@ def _check_room(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor
             raise ValueError(f"expected {name} {expected} {dtype}, got {list(room.shape)} {room.dtype}")
 
 
-def _has_gpu_kernel(pages: Tensor, layout: PageLayout) -> bool:
+def _has_gpu_kernel(pages: Tensor, layout: PageLayout, encoder: Encoder) -> bool:
     if not gpu.is_usable(pages.device):
         return False
     from . import triton
 
     if triton.supports(pages, layout):
-        return triton.is_trusted(pages.device, layout, pages.dtype)
+        return triton.is_trusted(pages.device, layout, pages.dtype, encoder)
     warn_once(f"quantizing {triton.describe(pages, layout)} has no GPU kernel; falling back to slow PyTorch")
     return False

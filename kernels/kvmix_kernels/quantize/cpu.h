@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 
+// How scale and zero are chosen (grids.py); the same numbers in structs.py.
+enum Encoder { MINMAX = 0, REFIT = 1, SEARCH = 2 };
+
 // Whole pages of keys or values. Strides are in elements; the last axis of every array is contiguous.
 struct Quantization {
   const void* pages;         // [B, H_kv, pages, page, dim]
@@ -14,5 +17,6 @@ struct Quantization {
   int64_t batch, heads, count, page, dim;
   int64_t is_key, bits, group, groups;
   int64_t dtype, scale_dtype;
+  int64_t encoder;
   int64_t threads;
 };

@@ -7,8 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..layout import PageLayout
-from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CQuantization
+from ..layout import Encoder, PageLayout
+from ..runtime.native.structs import DTYPES, ENCODER_NUMBERS, WIDEST_VECTOR, CQuantization
+
+WIDEST_FITTED_GROUP = 2**15
+"""Elements whose squared 8-bit codes still have a sum of 31 bits."""
 
 
 def is_batch(pages: Tensor, layout: PageLayout) -> bool:
@@ -17,12 +20,14 @@ def is_batch(pages: Tensor, layout: PageLayout) -> bool:
     return fits and pages.ndim == 5 and pages.stride(4) == 1 and pages.dtype in DTYPES
 
 
-def supports(layout: PageLayout) -> bool:
-    """Return whether groups are whole vectors."""
-    return layout.group % WIDEST_VECTOR == 0
+def supports(layout: PageLayout, encoder: Encoder = "minmax") -> bool:
+    """Return whether groups are whole vectors, and not too long for sums of their codes."""
+    return layout.group % WIDEST_VECTOR == 0 and (encoder == "minmax" or layout.group <= WIDEST_FITTED_GROUP)
 
 
-def quantize(library: ctypes.CDLL, pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def quantize(
+    library: ctypes.CDLL, pages: Tensor, layout: PageLayout, encoder: Encoder = "minmax"
+) -> tuple[Tensor, Tensor]:
     """Quantize `[B, H_kv, pages, page, head_dim]` to the words and scales of `naive`, bit for bit."""
     scale_dtype = getattr(torch, layout.scale_dtype)
     words = torch.empty(*pages.shape[:3], *layout.words_shape, dtype=torch.int16)
@@ -45,6 +50,7 @@ def quantize(library: ctypes.CDLL, pages: Tensor, layout: PageLayout) -> tuple[T
         groups=layout.groups,
         dtype=DTYPES[pages.dtype],
         scale_dtype=DTYPES[scale_dtype],
+        encoder=ENCODER_NUMBERS[encoder],
         threads=torch.get_num_threads(),
     )
     library.kvmix_quantize(ctypes.byref(call))

@@ -7,6 +7,7 @@ Asymmetric round-to-nearest in groups (KVmix, arXiv 2506.08018, section 3.3; the
 
 Codes are computed against the scale and zero *as stored*, so that `|x - x'| <= scale / 2` up to their rounding.
 A scale too small for float16 is stored as 0 and the group decodes to its minimum. NaN and Inf reach the scales.
+The other encoders of `grids.py` choose scale and zero for a small squared error instead, and promise no such bound.
 """
 
 from __future__ import annotations
@@ -14,28 +15,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import WORD_BITS, PageLayout
-
-TINY_SCALE = 2.0**-24
-"""The smallest positive float16. Below it a reciprocal may overflow, and the group is constant for all purposes."""
+from ..layout import WORD_BITS, Encoder, PageLayout
+from .grids import grid_of
 
 
-def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def quantize(pages: Tensor, layout: PageLayout, encoder: Encoder = "minmax") -> tuple[Tensor, Tensor]:
     """Quantize and pack whole pages.
 
     Args:
         pages: `[..., page, head_dim]`, any floating dtype; arithmetic is in float32.
         layout: shape and codec of a page.
+        encoder: how scale and zero are chosen: `"minmax"`, `"refit"` or `"search"`, see `grids.py`.
 
     Returns:
         words `[..., *layout.words_shape]` int16 and scales `[..., *layout.scales_shape]` in the scale dtype.
 
     Raises:
-        ValueError: if the last two axes are not `[page, head_dim]`.
+        ValueError: if the last two axes are not `[page, head_dim]`, or for an unknown encoder.
     """
     if tuple(pages.shape[-2:]) != (layout.page, layout.head_dim):
         raise ValueError(f"expected pages [..., {layout.page}, {layout.head_dim}], got {list(pages.shape)}")
-    codes, scales = encode(_orient(pages, layout), layout)
+    codes, scales = encode(_orient(pages, layout), layout, encoder)
     return pack(codes, layout), scales
 
 
@@ -44,17 +44,14 @@ def dequantize(words: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.d
     return _orient(decode(unpack(words, layout), scales, layout), layout).to(dtype)
 
 
-def encode(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def encode(matrix: Tensor, layout: PageLayout, encoder: Encoder = "minmax") -> tuple[Tensor, Tensor]:
     """Return codes (uint8, `[..., rows, columns]`) and scales (`[..., 2, groups, rows]`) of `[..., rows, columns]`."""
-    matrix = matrix.float()
-    low, high = _group_range(matrix, layout)
-    scale = (high - low) / layout.levels
-    scale = torch.where(scale < TINY_SCALE, 0.0, scale)
-    scales = torch.stack([scale, low], dim=-3).to(getattr(torch, layout.scale_dtype))
-    scale, zero = (_per_column(part, layout) for part in scales.float().unbind(-3))
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    codes = ((matrix - zero) * inverse).round().clamp(0, layout.levels)
-    return codes.to(torch.uint8), scales
+    scale_dtype = getattr(torch, layout.scale_dtype)
+    parts = matrix.float().split(layout.group, dim=-1)
+    grids = [grid_of(part, layout.levels, scale_dtype, encoder) for part in parts]
+    codes = [grid.codes(part, layout.levels).to(torch.uint8) for part, grid in zip(parts, grids, strict=True)]
+    scale, zero = (torch.cat(each, dim=-1) for each in zip(*((grid.scale, grid.zero) for grid in grids), strict=True))
+    return torch.cat(codes, dim=-1), torch.stack([scale.mT, zero.mT], dim=-3).to(scale_dtype)
 
 
 def decode(codes: Tensor, scales: Tensor, layout: PageLayout) -> Tensor:
@@ -88,13 +85,6 @@ def unpack(words: Tensor, layout: PageLayout) -> Tensor:
 def _orient(x: Tensor, layout: PageLayout) -> Tensor:
     """Swap between `[page, head_dim]` and the stored `[rows, columns]`."""
     return x.transpose(-1, -2) if layout.kind == "key" else x
-
-
-def _group_range(matrix: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Return minimum and maximum of every group, each `[..., groups, rows]`."""
-    parts = torch.split(matrix, layout.group, dim=-1)
-    low, high = zip(*(part.aminmax(dim=-1) for part in parts), strict=True)
-    return torch.stack(low, -2) + 0.0, torch.stack(high, -2)  # of 0 and -0 either may be the minimum: make it 0
 
 
 def _per_column(per_group: Tensor, layout: PageLayout) -> Tensor:

@@ -3,6 +3,7 @@
 Pages are read once, and words and scales are written where they stay. A program takes one group of columns and all
 sixteen *sixteenths* of some rows: row `j * rows / 16 + c` for every `j`. Whatever the bits, those are the rows that
 share words: with `E = 16 / bits` fields, `j = e * bits + d` is field `e` of word row `d * rows / 16 + c`.
+The encoders that fit a grid to its codes are in `triton_grids.py`.
 """
 
 import functools
@@ -12,14 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import WORD_BITS, PageLayout
+from ..layout import WORD_BITS, Encoder, PageLayout
 from ..runtime import trial
 from ..runtime.triton_numbers import round_to, to_float32
-from . import naive
+from . import grids, naive
+from .triton_grids import codes_of, fitted, stored
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ELEMENTS = 8192
 """Elements in one program's tile; more would not fit the registers."""
+MOST_FITTED_ELEMENTS = 4096
+"""The same for encoders that fit a grid, which keep more of each element."""
 WIDEST_GROUP = 1024
 
 
@@ -40,16 +44,18 @@ def describe(pages: Tensor, layout: PageLayout) -> str:
     return f"{pages.dtype} pages {list(pages.shape)} in groups of {layout.group}".replace("torch.", "")
 
 
-def quantize(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def quantize(pages: Tensor, layout: PageLayout, encoder: Encoder = "minmax") -> tuple[Tensor, Tensor]:
     """Quantize `[B, H_kv, pages, page, head_dim]` of any strides to the words and scales of `naive`, bit for bit."""
     scale_dtype = getattr(torch, layout.scale_dtype)
     words = torch.empty(*pages.shape[:3], *layout.words_shape, dtype=torch.int16, device=pages.device)
     scales = torch.empty(*pages.shape[:3], *layout.scales_shape, dtype=scale_dtype, device=pages.device)
-    quantize_into(pages, layout, words, scales)
+    quantize_into(pages, layout, words, scales, encoder)
     return words, scales
 
 
-def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor) -> None:
+def quantize_into(
+    pages: Tensor, layout: PageLayout, words: Tensor, scales: Tensor, encoder: Encoder = "minmax"
+) -> None:
     """Quantize pages to where they stay: `words` and `scales` may be slices of a longer cache along their third axis.
 
     Args:
@@ -60,7 +66,8 @@ def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tens
     batch, heads, count = pages.shape[:3]
     block_columns = triton.next_power_of_2(layout.group)
     block_rows = triton.next_power_of_2(layout.rows // WORD_BITS)
-    block_rows = max(1, min(block_rows, MOST_ELEMENTS // (WORD_BITS * block_columns)))
+    most = MOST_ELEMENTS if encoder == "minmax" else MOST_FITTED_ELEMENTS
+    block_rows = max(1, min(block_rows, most // (WORD_BITS * block_columns)))
     token, channel = pages.stride()[3:]
     grid = (batch * heads * count, layout.groups, triton.cdiv(layout.rows // WORD_BITS, block_rows))
     if 0 in grid:
@@ -80,25 +87,27 @@ def quantize_into(pages: Tensor, layout: PageLayout, words: Tensor, scales: Tens
             COLUMNS=layout.columns,
             BITS=layout.bits,
             GROUP=layout.group,
-            TINY_SCALE=naive.TINY_SCALE,
+            TINY_SCALE=grids.TINY_SCALE,
+            ENCODER=encoder,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
-            num_warps=8 if WORD_BITS * block_rows * block_columns > MOST_ELEMENTS // 2 else 4,
+            enable_fp_fusion=False,
+            num_warps=8 if WORD_BITS * block_rows * block_columns > most // 2 else 4,
         )
 
 
-def is_trusted(device: torch.device, layout: PageLayout, dtype: torch.dtype) -> bool:
+def is_trusted(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder = "minmax") -> bool:
     """Return whether the kernel packs this layout right, as far as trials can tell; if not, one warning names it.
 
     The first call on a device tries a handful of layouts before this one. If one of them fails, the kernel is not
     used on that device at all.
     """
-    return not trial.is_due() or (passes_first(device) and passes(device, layout, dtype))
+    return not trial.is_due() or (passes_first(device) and passes(device, layout, dtype, encoder))
 
 
 def passes_first(device: torch.device) -> bool:
     """Return whether a handful of layouts come out right, which are tried before anything else on a device."""
-    return all(passes(device, layout, torch.float32) for layout in first_layouts())
+    return all(passes(device, layout, torch.float32, "minmax") for layout in first_layouts())
 
 
 def first_layouts() -> list[PageLayout]:
@@ -107,18 +116,19 @@ def first_layouts() -> list[PageLayout]:
 
 
 @functools.cache
-def passes(device: torch.device, layout: PageLayout, dtype: torch.dtype) -> bool:
+def passes(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder) -> bool:
     """Return whether random pages are packed bit for bit as `naive` packs them; if not, one warning names it."""
     name = f"quantizing {layout.kind}s to {layout.bits} bits in groups of {layout.group} from {dtype}"
-    return trial.passes(name.replace("torch.", ""), functools.partial(_failure, device, layout, dtype))
+    name = name.replace("torch.", "") + ("" if encoder == "minmax" else f" by {encoder}")
+    return trial.passes(name, functools.partial(_failure, device, layout, dtype, encoder))
 
 
-def _failure(device: torch.device, layout: PageLayout, dtype: torch.dtype) -> str | None:
+def _failure(device: torch.device, layout: PageLayout, dtype: torch.dtype, encoder: Encoder) -> str | None:
     generator = torch.Generator().manual_seed(trial.SEED)
     pages = torch.randn(1, 2, 2, layout.page, layout.head_dim, generator=generator)
     pages = pages.mul(torch.tensor([1e-7, 1.0]).view(1, 2, 1, 1, 1)).to(dtype)  # scales that are subnormal, and not
-    expected = naive.quantize(pages, layout)
-    got = quantize(pages.to(device), layout)
+    expected = naive.quantize(pages, layout, encoder)
+    got = quantize(pages.to(device), layout, encoder)
     for name, one, other in zip(("words", "scales"), got, expected, strict=True):
         if not torch.equal(one.cpu().view(torch.int16), other.view(torch.int16)):
             return f"its {name} differ from those of the definition"
@@ -148,6 +158,7 @@ def quantize_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TINY_SCALE: tl.constexpr,
+    ENCODER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -174,16 +185,14 @@ def quantize_kernel(
     low = tl.min(tl.where(is_column[None, None, :], x, float("inf")), 2)
     low = tl.where(is_nan, float("nan"), low + 0.0)  # of 0 and -0 either may be the minimum: make it 0
     high = tl.max(tl.where(is_column[None, None, :], x, float("-inf")), 2)
-    scale = tl.div_rn(high - low, LEVELS * 1.0)
-    scale = round_to(tl.where(scale < TINY_SCALE, 0.0, scale), scales.dtype.element_ty)
-    zero = round_to(low, scales.dtype.element_ty)
-    tl.store(scales + group * ROWS + row, scale, mask=is_row[None, :])
-    tl.store(scales + (GROUPS + group) * ROWS + row, zero, mask=is_row[None, :])
-
-    scale, zero = to_float32(scale), to_float32(zero)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
-    code = (x - zero[:, :, None]) * inverse[:, :, None]
-    code = _rounded(tl.minimum(tl.maximum(code, 0.0), LEVELS * 1.0)) & LEVELS
+    scale, zero = stored(tl.div_rn(high - low, LEVELS * 1.0), low, scales.dtype.element_ty, TINY_SCALE)
+    if ENCODER != "minmax":
+        scale, zero = fitted(
+            x, is_column[None, None, :], low, high, scale, zero, LEVELS, scales.dtype.element_ty, TINY_SCALE, ENCODER
+        )
+    tl.store(scales + group * ROWS + row, round_to(scale, scales.dtype.element_ty), mask=is_row[None, :])
+    tl.store(scales + (GROUPS + group) * ROWS + row, round_to(zero, scales.dtype.element_ty), mask=is_row[None, :])
+    code = codes_of(x, scale, zero, LEVELS)
 
     to = words + within[None, :, None] * COLUMNS + column[None, None, :]
     if BITS == 3:
@@ -210,9 +219,3 @@ def _store_plane(
     field = tl.reshape(code, [FIELDS, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS])
     word = tl.sum(field << (tl.arange(0, FIELDS) * WIDTH)[:, None, None, None], 0).to(tl.int16)
     tl.store(to + (tl.arange(0, WIDTH) * SIXTEENTH * COLUMNS)[:, None, None], word, mask=inside)
-
-
-@triton.jit
-def _rounded(x):
-    """Round `0 <= x < 2**22` to the nearest integer, ties to even: at 2**23 a float32 has no fraction left."""
-    return (x + 8388608.0).to(tl.int32, bitcast=True) & 0x3FFFFF

@@ -292,7 +292,7 @@ def held_out_loss(model: LlamaForCausalLM, data: Data, stretches: int = 8, lengt
 
 @torch.no_grad()
 def recalled(model: LlamaForCausalLM, data: Data, exercises: int = 12, length: int = 768) -> tuple[int, int]:
-    """How many of the values checked in the later part of some exercises are right in every digit, and of how many."""
+    """Count values in the later part of some exercises that are right in every digit, and all asked for."""
     equals, right, total = data.tokenizer.token_to_id("Ġ=="), 0, 0
     watched = Data(data.tokenizer, data.tokens, data.held_out, random.Random(123))
     for _ in range(exercises):

@@ -66,8 +66,10 @@ def _pages(
 ) -> Packing:
     only = form.groups[0]
     if len(form.groups) == 1 and isinstance(only, PageLayout):
-        return PagePacking(name, only, reserve)
+        return PagePacking(name, only, reserve, form.encoder)
     if functions is None:
         raise AssertionError("channel groups need a channel policy")
     refresh = settings.channels.refresh if settings.channels else 0
-    return ChannelPacking(name, form.groups, settings.page, refresh, functions.channel_importance, reserve)
+    return ChannelPacking(
+        name, form.groups, settings.page, refresh, functions.channel_importance, reserve, form.encoder
+    )

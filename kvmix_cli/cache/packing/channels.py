@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.layout import Encoder, PageLayout
 from kvmix_kernels.segments import Channels
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class ChannelPacking(Packing):
         refresh: packed tokens after which channels are ordered again; 0 is never.
         importance: importance `[B, H_kv, D]` of channels, given the tokens `[B, H_kv, n, D]` that are packed next.
         reserve: pages to make room for at first.
+        encoder: how scales and zeros are chosen.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ChannelPacking(Packing):
         refresh: int,
         importance: Callable[[Tensor], Tensor],
         reserve: int = 0,
+        encoder: Encoder = "minmax",
     ) -> None:
         self.unit = page
         self._pages = 0
@@ -44,7 +46,7 @@ class ChannelPacking(Packing):
         self._importance = importance
         self._orders = Buffer()
         self._groups: list[ChannelGroup] = [
-            FullGroup(group, reserve) if isinstance(group, int) else QuantizedGroup(name, group, reserve)
+            FullGroup(group, reserve) if isinstance(group, int) else QuantizedGroup(name, group, reserve, encoder)
             for group in groups
         ]
 

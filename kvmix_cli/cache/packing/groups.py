@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.layout import Encoder, PageLayout
 from kvmix_kernels.quantize import quantize_into
 from kvmix_kernels.quantize.finite import FiniteWatch
 from kvmix_kernels.segments import Packed, Plain
@@ -25,11 +25,13 @@ class QuantizedGroup:
         name: of the tensor, for errors, e.g. `layer 3 keys`.
         layout: of every page.
         reserve: pages to make room for at first.
+        encoder: how scales and zeros are chosen.
     """
 
-    def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
+    def __init__(self, name: str, layout: PageLayout, reserve: int = 0, encoder: Encoder = "minmax") -> None:
         self.name = name
         self.layout = layout
+        self.encoder = encoder
         self._words = Buffer(reserve)
         self._scales = Buffer(reserve)
         self._watch = FiniteWatch()
@@ -56,7 +58,7 @@ class QuantizedGroup:
             words = self._words.room((*some.shape[:3], *self.layout.words_shape), torch.int16, some.device)
             shape = (*some.shape[:3], *self.layout.scales_shape)
             scales = self._scales.room(shape, getattr(torch, self.layout.scale_dtype), some.device)
-            quantize_into(some, self.layout, words, scales)
+            quantize_into(some, self.layout, words, scales, self.encoder)
             with torch.inference_mode(False):  # the watch keeps a tensor of its own
                 is_bad = self._watch.watch(scales)
             if is_bad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.layout import Encoder, PageLayout
 from kvmix_kernels.segments import Packed
 from torch import Tensor
 
@@ -21,12 +21,13 @@ class PagePacking(Packing):
         name: of the tensor, for errors, e.g. `layer 3 keys`.
         layout: of every page.
         reserve: pages to make room for at first.
+        encoder: how scales and zeros are chosen.
     """
 
-    def __init__(self, name: str, layout: PageLayout, reserve: int = 0) -> None:
+    def __init__(self, name: str, layout: PageLayout, reserve: int = 0, encoder: Encoder = "minmax") -> None:
         self.unit = layout.page
         self._pages = 0
-        self._group = QuantizedGroup(name, layout, reserve)
+        self._group = QuantizedGroup(name, layout, reserve, encoder)
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from matplotlib.axes import Axes
 
 from ...evaluation.collect import Group, Line, Measurement
-from ...evaluation.grid import Grid, grid
+from ...evaluation.grid import RecallGrid, grid
 from ...evaluation.readback import LineKey
 from ...evaluation.results import Estimate, Metric
 from ...evaluation.tasks.throughput.summary import outcomes
@@ -160,7 +160,7 @@ def heat_figures(group: Group, looks: Looks, faults: list[str]) -> Iterator[Figu
             yield Figures(title, panels)
 
 
-def _heat_panel(measurement: Measurement, line: Line, found: Grid, look: Look) -> Panel:
+def _heat_panel(measurement: Measurement, line: Line, found: RecallGrid, look: Look) -> Panel:
     axes = page_axes(HEAT_ROW * len(found.rows) + FOOT)
     draw_heat_map(axes, found, HEAT_WIDTH)
     label = f"{measurement.title} of {line.label} by {found.down} and {found.across}"

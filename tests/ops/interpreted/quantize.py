@@ -6,6 +6,7 @@ from attending import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
+from kvmix_kernels.layout import ENCODERS
 from kvmix_kernels.quantize import naive, triton
 
 layouts = st.builds(
@@ -22,32 +23,38 @@ layouts = st.builds(
 @given(
     layout=layouts,
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    encoder=st.sampled_from(ENCODERS),
     spread=st.sampled_from([1e-42, 1e-7, 1e-3, 1.0, 1e4]),
     by_channel=st.booleans(),
     constant=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=18, deadline=None)
-def test_same_words_and_scales(layout, dtype, spread, by_channel, constant, seed):
+@settings(max_examples=24, deadline=None)
+def test_same_words_and_scales(layout, dtype, encoder, spread, by_channel, constant, seed):
     torch.manual_seed(seed)
     pages = (torch.randn(2, 1, 2, layout.page, layout.head_dim) * spread).clamp(-3e4, 3e4).to(dtype)
     if constant:
         pages[0, 0, 0] = spread
     if by_channel:
         pages = pages.mT.contiguous().mT
-    words, scales = triton.quantize(pages, layout)
-    expected = naive.quantize(pages, layout)
+    words, scales = triton.quantize(pages, layout, encoder)
+    expected = naive.quantize(pages, layout, encoder)
     assert same_bits(words, expected[0])
     assert same_bits(scales, expected[1])
 
 
-@given(layout=layouts, bad=st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e38]), at=st.integers(0, 2**10))
-@settings(max_examples=6, deadline=None)
-def test_what_cannot_be_stored_shows_in_the_same_scales(layout, bad, at):
+@given(
+    layout=layouts,
+    encoder=st.sampled_from(ENCODERS),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e38]),
+    at=st.integers(0, 2**10),
+)
+@settings(max_examples=9, deadline=None)
+def test_what_cannot_be_stored_shows_in_the_same_scales(layout, encoder, bad, at):
     pages = torch.randn(1, 1, 1, layout.page, layout.head_dim)
     pages.view(-1)[at % pages.numel()] = bad
-    words, scales = triton.quantize(pages, layout)
-    expected = naive.quantize(pages, layout)
+    words, scales = triton.quantize(pages, layout, encoder)
+    expected = naive.quantize(pages, layout, encoder)
     torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
     finite = torch.isfinite(scales.float()).all(dim=-3).all(dim=-2)  # rows of the matrix that lost nothing
     codes, meant = (naive.unpack(each, layout)[finite] for each in (words, expected[0]))

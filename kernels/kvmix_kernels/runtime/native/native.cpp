@@ -79,7 +79,8 @@ std::string describe_structs() {
   FIELD(Quantization, batch); FIELD(Quantization, heads); FIELD(Quantization, count); FIELD(Quantization, page);
   FIELD(Quantization, dim);
   FIELD(Quantization, is_key); FIELD(Quantization, bits); FIELD(Quantization, group); FIELD(Quantization, groups);
-  FIELD(Quantization, dtype); FIELD(Quantization, scale_dtype); FIELD(Quantization, threads);
+  FIELD(Quantization, dtype); FIELD(Quantization, scale_dtype); FIELD(Quantization, encoder);
+  FIELD(Quantization, threads);
 #undef FIELD
 #undef STRUCT
   return out.substr(1);

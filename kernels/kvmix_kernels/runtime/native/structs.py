@@ -11,10 +11,14 @@ from typing import Final
 
 import torch
 
+from ...layout import Encoder
+
 WIDEST_VECTOR: Final = 16
 """Lanes of the widest instruction set: rows and groups must be a multiple of it."""
 DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """`enum Dtype` of simd.h."""
+ENCODER_NUMBERS: Final[dict[Encoder, int]] = {"minmax": 0, "refit": 1, "search": 2}
+"""`enum Encoder` of quantize/cpu.h."""
 
 _Strides = ctypes.c_int64 * 3
 
@@ -111,6 +115,7 @@ class CQuantization(ctypes.Structure):
         ("groups", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
         ("scale_dtype", ctypes.c_int64),
+        ("encoder", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
 

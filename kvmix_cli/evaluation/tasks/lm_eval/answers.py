@@ -19,7 +19,7 @@ from ....errors import EvaluationError
 from .requests import GENERATE, TokenRequest
 
 if TYPE_CHECKING:
-    from ....cache.subject import Attended, Subject
+    from ....cache.subject import AttendedPairs, Subject
     from ....models.loading import LoadedModel
 
 CPU_ROWS, CPU_TOKENS = 8, 16384
@@ -40,7 +40,7 @@ class RequestAnswer:
 
     value: str | list[float | bool]
     tokens: int
-    attended: Attended
+    attended: AttendedPairs
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ....cache.subject import Attended, Subject
+from ....cache.subject import AttendedPairs, Subject
 from ....errors import EvaluationError
 from ....models.loading import LoadedModel, load_model
 from ....plan import Plan
@@ -115,7 +115,7 @@ class KvmixLM(HFLM):
             raise EvaluationError(f"the tokenizer of {pretrained.info.id} has no token to begin or end a text with")
         rows = parse_batch_size(batch_size, max_batch_size)
         self._answerer = Answerer(pretrained, self.subject, self.step, rows, int(seed))
-        self._attended = Attended(total=0, quantized=0)
+        self._attended = AttendedPairs(total=0, quantized=0)
         self._pairs: list[tuple[list[int], list[int]]] = []
 
     @property

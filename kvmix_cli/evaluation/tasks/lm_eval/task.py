@@ -49,7 +49,7 @@ class HarnessTask(Task[TokenRequest, HarnessRecord]):
     apply_chat_template: bool = False
 
     default_limit: ClassVar[int] = 0
-    """Of no meaning here: without a limit all documents are used."""
+    """Unused: without a limit all documents are measured."""
 
     def __post_init__(self) -> None:
         self._selection = select_tasks(self.given, self.include_path)
