@@ -7,7 +7,7 @@ from evaluating import SHORT, stand_in, tiny, uniform
 
 from kvmix_cli.cache.baselines.named import named_cache
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.errors import is_out_of_memory
+from kvmix_cli.errors import EvaluationError, is_out_of_memory
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
@@ -138,3 +138,8 @@ def test_a_baseline_is_not_compared_with_itself_where_the_unquantized_cache_does
     assert "compression" not in task.summarise([record], None, seed=0)
     own = task.measure(loaded, Subject(), Sample("context", tuple(range(10, 330))), SETTINGS)
     assert task.summarise([own], None, seed=0)["compression"].value == 2 * 320 / (4 * 320)
+
+
+def test_one_token_is_too_short():
+    with pytest.raises(EvaluationError, match="--length must be at least 2 for memory, got 1"):
+        get_task("memory").samples(tiny(), Settings(length=1))
