@@ -1,7 +1,6 @@
 """One name for each model, and one clear line for each place that holds none."""
 
-from pathlib from functools import partial
-import Path
+from pathlib import Path
 
 import huggingface_hub
 import pytest
