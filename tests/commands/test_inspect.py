@@ -95,6 +95,10 @@ def test_two_plans(kvmix, plan, tmp_path):
     assert result["same"] is False
 
 
+def test_a_context_may_be_in_thousands(kvmix, plan):
+    assert kvmix("inspect", plan, "--context", "128K", "--json").json["bytes"]["context"] == 131072
+
+
 def test_a_plan_and_itself(kvmix, plan):
     assert kvmix("inspect", plan, plan, "--json").json["same"] is True
     assert "0 of 8 layers differ" in kvmix("inspect", plan, plan).out

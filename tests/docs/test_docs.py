@@ -62,6 +62,7 @@ def test_file_examples_load(page, text, tmp_path):
 def test_command_examples_run(page, tmp_path, monkeypatch):
     """In order, in one empty folder. A hub model is replaced by the built-in one, and there is less text."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("A prompt of the user's own.\n")
     lines = re.findall(r"^\$ (kvmix .*)$", page.read_text(), re.MULTILINE)
     for line in lines:
         arguments = shlex.split(line.replace(HUB, "builtin:tiny"), comments=True)[1:]

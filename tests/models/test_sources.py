@@ -4,12 +4,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from commandline import kvmix
 from huggingface_hub.errors import GatedRepoError
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models import loading
 from kvmix_cli.models.loading import load_info
-from kvmix_cli.models.sources import ASSETS, canonical_id, explain, locate, meta_sibling
+from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, locate, meta_sibling
 
 META = ["params.json", "consolidated.00.pth", "tokenizer.model", "checklist.chk"]
 
@@ -97,6 +98,28 @@ def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):
     assert info.id == "meta-llama/Llama-2-7b-hf"
     with pytest.raises(ModelError, match="without --revision abc"):
         load_info("meta-llama/Llama-2-7b", revision="abc")
+
+
+def test_a_model_is_profiled_by_the_name_that_users_type(hub, monkeypatch, tmp_path):
+    hub["meta-llama/Llama-2-7b"] = META
+    hub["meta-llama/Llama-2-7b-hf"] = ["config.json", "model.safetensors"]
+    for auto in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
+        real = auto.from_pretrained
+        monkeypatch.setattr(
+            auto, "from_pretrained", lambda _, real=real, **options: real(str(ASSETS / "tiny"), **options)
+        )
+    monkeypatch.chdir(tmp_path)
+    ran = kvmix("profile", "meta-llama/Llama-2-7b", "--samples", 1, "--seq-len", 64, "--device", "cpu")
+    assert ran.exit_code == 0, ran.stderr
+    assert "using meta-llama/Llama-2-7b-hf" in ran.stderr
+    assert kvmix("allocate", "--avg-bits", 2.3).exit_code == 0
+    plan = kvmix("inspect", "rank-2.3", "--json")
+    assert '"model": "meta-llama/Llama-2-7b-hf"' in plan.stdout
+
+
+def test_pickles_on_the_hub_are_found(hub):
+    hub.update({"org/m": ["config.json", "pytorch_model.bin"], "org/both": ["a.bin", "model.safetensors"]})
+    assert [has_pickles(name) for name in ("org/m", "org/both", "org/none")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
