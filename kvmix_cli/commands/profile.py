@@ -66,7 +66,7 @@ class ProfileOptions:
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the scores by layer.")] = None
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile stopped.")] = False
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a score even if it was measured on more text than this one.")
+        bool, typer.Option("--replace", help="Replace a score even if it was measured on more text, or on other text.")
     ] = False
     checkpointing: Annotated[
         bool | None,
@@ -104,7 +104,7 @@ def profile(
     loaded = loading.load(model, which.revision)
     if before is not None:
         _require_same_model(before, loaded.info, path)
-    _check_replaced(before, what, path)
+    _check_replaced(before, what, loading.seed, path)
     started = time.perf_counter()
     result = _measure(loaded, model, texts, what, how, path, loading.seed)
     _save(result, before, path, ctx.meta[COMMAND_LINE])
@@ -145,15 +145,18 @@ def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
         )
 
 
-def _check_replaced(before: Profile | None, what: ProfileOptions, path: Path) -> None:
-    """Raise KvmixError if a score would be replaced by one that was measured on less text."""
+def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, path: Path) -> None:
+    """Raise KvmixError if a score would be replaced by one that was measured on less text, or on other text."""
     scores = {} if before is None or what.replace else before.scores
     for name, score in scores.items():
         text = score.calibration
-        if name in what.score and (what.samples < text.samples or what.seq_len < text.seq_len):
+        is_less = what.samples < text.samples or what.seq_len < text.seq_len
+        is_other = (what.calibration, seed) != (text.source, text.seed)
+        if name in what.score and (is_less or is_other):
             raise KvmixError(
-                f"{path} has {name} over {text.samples} samples of {text.seq_len} tokens, which {what.samples} of "
-                f"{what.seq_len} would replace: add --replace, or name another file with --out"
+                f"{path} has {name} over {text.samples} samples of {text.seq_len} tokens of {text.source} (seed "
+                f"{text.seed}), which {what.samples} of {what.seq_len} of {what.calibration} (seed {seed}) would "
+                "replace: add --replace, or name another file with --out"
             )
 
 

@@ -133,9 +133,20 @@ def test_a_score_is_not_replaced_by_one_over_less_text(kvmix, faked, profiled, t
     ran = kvmix(*args)
     assert (ran.code, profiled.read_text() == before) == ((0, False) if replaced else (1, True))
     if not replaced:
-        assert f"has grad-norm over 3 samples of 64 tokens, which {samples} of {seq_len} would replace" in ran.error
+        assert (
+            f"has grad-norm over 3 samples of 64 tokens of builtin (seed 0), which {samples} of {seq_len} of builtin (seed 0)"
+            in ran.error
+        )
         assert kvmix(*args, "--replace").code == 0
         assert profiled.read_text() != before
+
+
+def test_a_score_is_not_replaced_by_one_over_other_text(kvmix, faked, profiled):
+    before = profiled.read_text()
+    faked["info"] = Profile.load(profiled).model
+    ran = kvmix("profile", "org/model", "--samples", 3, "--seq-len", 64, "--seed", 1)
+    assert (ran.code, profiled.read_text()) == (1, before)
+    assert "of builtin (seed 0), which 3 of 64 of builtin (seed 1) would replace" in ran.error
 
 
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
