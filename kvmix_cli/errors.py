@@ -131,6 +131,11 @@ def first_sentence(error: BaseException) -> str:
     return ("KeyError: " if isinstance(error, KeyError) and lines else "") + text.split(". ")[0].rstrip(".:")
 
 
+def class_and_sentence(error: BaseException) -> str:
+    """Return an error's class and the first sentence of its message, `ValueError: no such thing`."""
+    return f"{type(error).__name__}: {first_sentence(error).removeprefix('KeyError: ')}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that no memory was left: of a GPU, of the CPU's allocator or of Python.
 

@@ -178,6 +178,17 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
+def canonical(data: Any) -> str:
+    """Return plain data as text that is the same for the same data; keys of any kind are text in it."""
+    return json.dumps(_with_text_keys(data), sort_keys=True, default=str)
+
+
+def _with_text_keys(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _with_text_keys(value) for key, value in data.items()}
+    return [_with_text_keys(each) for each in data] if isinstance(data, (list, tuple)) else data
+
+
 def lock(path: Path) -> FileLock:
     """Return the held lock of a file that this process is going to write; `release` gives it back.
 

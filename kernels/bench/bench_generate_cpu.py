@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
+from kvmix_cli.cache import register
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.models.loading import load_model
@@ -133,6 +134,7 @@ def measure(
 
 
 def main() -> None:
+    register()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--contexts", default="4096,16384")
     parser.add_argument("--model")

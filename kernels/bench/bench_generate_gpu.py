@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvmix_cli.cache import register
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.plan import ModelInfo, Plan
@@ -152,6 +153,7 @@ def measure(llama: PreTrainedModel, prompt: int, new: int, steps: int) -> list[d
 
 
 def main() -> None:
+    register()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--settings", default="688+1024,8192+512")
     parser.add_argument("--steps", type=int, default=64)

@@ -15,9 +15,10 @@ from typing import Any
 
 from ..cache.subject import UNQUANTIZED
 from ..errors import EvaluationError, KvmixError
+from ..journal import canonical
 from ..plan import ModelInfo
 from . import tasks
-from .readback import LineKey, Measured, Unfinished, canonical, read_run, run_folders
+from .readback import LineKey, Measured, Unfinished, read_run, run_folders
 from .results import Estimate, Metric, Row
 
 __all__ = ["Collection", "Group", "Line", "LineKey", "Measured", "Measurement", "Unfinished", "collect"]

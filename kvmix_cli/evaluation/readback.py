@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import DocumentError, EvaluationError, KvmixError
-from ..journal import read_records, refuse_constant
+from ..journal import canonical, read_records, refuse_constant
 from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.document import read_yaml, reason, validate
 from .records import SampleRecord, record_form
@@ -237,8 +237,3 @@ def _layers(path: Path, config: _Config) -> dict[int, tuple[int, int]] | None:
     except KvmixError as error:
         raise DocumentError(str(path), [f"plan: {error}"]) from error
     return {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
-
-
-def canonical(data: Any) -> str:
-    """Return plain data as text that is the same for the same data."""
-    return json.dumps(data, sort_keys=True, default=str)

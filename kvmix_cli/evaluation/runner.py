@@ -14,7 +14,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from .._version import __version__
 from ..cache.subject import Subject
-from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, first_sentence, is_out_of_memory
+from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, class_and_sentence, is_out_of_memory
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord
@@ -208,7 +208,7 @@ class _Work:
             if is_out_of_memory(error):
                 row.error = _shortage(self.task.context(self.settings), str(self.loaded.device))
             elif row.subject.baseline is not None:
-                row.error = f"{type(error).__name__}: {first_sentence(error)}"
+                row.error = class_and_sentence(error)
             else:
                 raise
 

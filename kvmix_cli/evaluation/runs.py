@@ -25,7 +25,7 @@ from typing import Any
 from ..cache.subject import UNQUANTIZED
 from ..errors import DocumentError, EvaluationError, OutputError
 from ..files import write_text
-from ..journal import Journal, check_same_settings, lock, plain, read_records, refuse_constant, release
+from ..journal import Journal, canonical, check_same_settings, lock, plain, read_records, refuse_constant, release
 from ..plan.document import flow, head_comment, read_yaml
 from .records import SampleRecord, record_form
 
@@ -308,7 +308,7 @@ def identity(config: Config) -> str:
     """
     if not config:
         return ""
-    text = json.dumps(_compared(config), sort_keys=True)
+    text = canonical(_compared(config))
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ....errors import EvaluationError, KvmixError, first_sentence
+from ....errors import EvaluationError, KvmixError, class_and_sentence
 from ....quiet import hushed, verbose
 
 _LOGGERS = ("lm_eval", "nltk", "evaluate")
@@ -60,4 +60,4 @@ def task_errors(explain: Callable[[Exception], str]) -> Iterator[None]:
 
 def named(error: Exception) -> str:
     """Return an error's class and its first sentence."""
-    return f"{type(error).__name__}: {first_sentence(error)}"
+    return class_and_sentence(error)
