@@ -4,6 +4,7 @@
       Packed            whole pages of codes, all in one layout
       Channels          whole pages of keys, their channels sorted and cut into runs of one width each
         Packed, Plain   one run of channels: codes, or full precision
+      Coded             whole pages of transform codes, a few of their tokens exact
       Tiers             tokens sorted by importance into tiers of one width each, or evicted
         Packed, Channels, Tensor   the tokens of one tier
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from .layout import PageLayout
 from .quantize.naive import dequantize
+from .transform import TransformBasis
+from .transform.naive import decode
 
 EVICTED: Final = 255
 """The tier of evicted tokens: they keep their position, and nothing attends to them."""
@@ -169,6 +172,51 @@ class Channels(TokenPages):
         return torch.empty_like(places).scatter_(-1, order, places)
 
 
+@dataclass(frozen=True, eq=False)
+class Coded(TokenPages):
+    """Pages of transform codes, of which a few tokens are exact: kept as the model gave them.
+
+    Attributes:
+        basis: directions, widths and frames of this layer's keys, or values.
+        codes: `[B, 1, pages, page_bytes]` uint8, see `transform_layout`; those of exact tokens count for nothing.
+        scales: `[B, H_kv, pages, page]` float16, of values; None for keys.
+        slots: `[B, H_kv, pages, exact]` int16, places of the exact tokens in their page, shared by keys and values;
+            None if there are none.
+        exact: `[B, H_kv, pages, exact, D]` in the model's dtype.
+    """
+
+    basis: TransformBasis
+    codes: Tensor
+    scales: Tensor | None = None
+    slots: Tensor | None = None
+    exact: Tensor | None = None
+
+    @property
+    def page(self) -> int:
+        return self.basis.layout.page
+
+    @property
+    def pages(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.basis.layout.head_dim
+
+    @property
+    def quantized(self) -> int:
+        """Tokens that are read in quantized form: all but the exact ones."""
+        return self.pages * (self.page - self.basis.layout.exact)
+
+    def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        scales = None if self.scales is None else self.scales[:, :, first:last]
+        states = decode(self.codes[:, :, first:last], scales, self.basis, first, dtype)
+        if self.slots is None or self.exact is None:
+            return states
+        exact = self.exact[:, :, first:last].to(dtype)
+        return states.scatter(3, self.slots[:, :, first:last].long()[..., None].expand_as(exact), exact)
+
+
 @dataclass(frozen=True)
 class Tiers:
     """Tokens sorted by importance into tiers. Every KV head has as many tokens in a tier as every other.
@@ -236,7 +284,7 @@ class Segments:
     """
 
     sink: Tensor | None
-    packed: Packed | Channels | Tiers | None
+    packed: Packed | Channels | Coded | Tiers | None
     tail: Tensor
 
     @property
@@ -275,10 +323,10 @@ class Segments:
         """Runs of channels in which the pages are stored, none where there is no page.
 
         Raises:
-            AssertionError: for tiers, which are attended to one by one.
+            AssertionError: for tiers, which are attended to one by one, and for transform codes, which have none.
         """
-        if isinstance(self.packed, Tiers):
-            raise AssertionError("tiers have no common runs of channels; split the tokens into parts first")
+        if isinstance(self.packed, (Tiers, Coded)):
+            raise AssertionError(f"{type(self.packed).__name__} have no runs of channels that all tokens share")
         return () if self.packed is None or self.packed.pages == 0 else self.packed.runs
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

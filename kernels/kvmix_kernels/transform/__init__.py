@@ -1,0 +1,19 @@
+"""The transform codec: tokens in the directions of the loss's own metric, each at its own width.
+
+`naive` is the definition of encoding and decoding; see docs/transform-coding.md for the mathematics.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import naive
+from .basis import Frames, TransformBasis
+from .naive import EncodedPages, decode
+
+__all__ = ["EncodedPages", "Frames", "TransformBasis", "decode", "encode"]
+
+
+def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> EncodedPages:
+    """Encode and pack whole pages; see `naive.encode` for arguments, result and errors."""
+    return naive.encode(pages, basis, first_page)
