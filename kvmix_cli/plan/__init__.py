@@ -1,13 +1,15 @@
 """Plans: model geometry, layers, cache settings, windows, policies, presets, pins, sizes in bytes, YAML. No torch."""
 
+from .codec import TransformSettings, TransformTensor
 from .geometry import HeadGeometry, ModelInfo
-from .layers import LayerPlan, TensorPlan
+from .layers import AnyTensor, LayerPlan, TensorPlan
 from .plan import Bits, Plan
 from .policies import WIDTHS
 from .settings import CacheSettings, GroupSize
 
 __all__ = [
     "WIDTHS",
+    "AnyTensor",
     "Bits",
     "CacheSettings",
     "GroupSize",
@@ -16,4 +18,6 @@ __all__ = [
     "ModelInfo",
     "Plan",
     "TensorPlan",
+    "TransformSettings",
+    "TransformTensor",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from kvmix_kernels.layout import Encoder, Kind
-from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, field_validator, model_serializer
 
+from .codec import TransformTensor, codec_of
 from .document import StrictModel
 from .geometry import format_ranges
 from .policies import known_width
@@ -16,7 +17,7 @@ from .settings import GroupSize
 
 
 class TensorPlan(StrictModel):
-    """Storage of one layer's keys, or values.
+    """Storage of one layer's keys, or values, in groups with a scale and a zero, or in full precision.
 
     Attributes:
         bits: width of a code; 16 keeps full precision.
@@ -35,12 +36,33 @@ class TensorPlan(StrictModel):
         """Return what files state; without an encoder, a plan has the checksum that it had before there were any."""
         return {name: value for name, value in write(self).items() if name != "encode" or value is not None}
 
+    @property
+    def mean_width(self) -> float:
+        """Return the bits of a code."""
+        return self.bits
+
+    @property
+    def window_bits(self) -> int:
+        """Return the width whose window applies: its own."""
+        return self.bits
+
+    @property
+    def short(self) -> str:
+        """Return the width as text, `4`."""
+        return f"{self.bits}"
+
+
+AnyTensor = Annotated[
+    Annotated[TensorPlan, Tag("affine")] | Annotated[TransformTensor, Tag("transform")], Discriminator(codec_of)
+]
+"""Storage of one layer's keys, or values, in any codec."""
+
 
 class LayerPlan(StrictModel):
     """Storage of one layer's keys and values."""
 
-    k: TensorPlan
-    v: TensorPlan
+    k: AnyTensor
+    v: AnyTensor
 
     @classmethod
     def of_bits(cls, k_bits: int, v_bits: int) -> LayerPlan:
@@ -48,14 +70,14 @@ class LayerPlan(StrictModel):
         return cls(k=TensorPlan(bits=k_bits), v=TensorPlan(bits=v_bits))
 
     @property
-    def tensors(self) -> tuple[tuple[TensorPlan, Kind], tuple[TensorPlan, Kind]]:
+    def tensors(self) -> tuple[tuple[AnyTensor, Kind], tuple[AnyTensor, Kind]]:
         """Return keys and values, each with its kind."""
         return (self.k, "key"), (self.v, "value")
 
     @property
     def short(self) -> str:
-        """Return the widths as text, `k4v2`."""
-        return f"k{self.k.bits}v{self.v.bits}"
+        """Return the widths as text, `k4v2`; of transform codes their mean, `kt2.25vt1.75`."""
+        return f"k{self.k.short}v{self.v.short}"
 
 
 LayerSpan = tuple[int, int, LayerPlan]

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
+from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
@@ -93,6 +94,7 @@ class Plan(StrictModel):
     def _complete(self) -> Plan:
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
+        faults += _codec_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -263,6 +265,19 @@ def _channel_faults(channels: ChannelPolicy | None, model: ModelInfo) -> Iterato
             channels.widths(model.head_dim)
     except ValueError as error:
         yield ("cache", "channels"), f"cache.channels: {error}"
+
+
+def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
+    """Yield a fault for transform codes that do not fit their layer, or whose basis is not stated."""
+    for index in sorted(layers.keys() & set(model.quantizable)):
+        heads = model.heads(index)
+        for tensor, kind in layers[index].tensors:
+            if isinstance(tensor, TransformTensor):
+                at = ("layers", index, kind[0])
+                for fault in tensor.faults(heads.kv_heads, heads.dim(kind)):
+                    yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
+                if cache.transform is None:
+                    yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
 
 
 def _early_faults(data: Any) -> list[Fault]:

@@ -57,7 +57,7 @@ class _Setting(StrictModel):
         return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
-class _FromFile(_Setting):
+class FileSetting(_Setting):
     """A setting with a tensor file, whose path in a plan file is relative to that file's folder and stays inside it.
 
     In Python any path will do; a relative one is relative to the working folder.
@@ -65,7 +65,7 @@ class _FromFile(_Setting):
 
     _folder: Path | None = PrivateAttr(default=None)
 
-    @field_validator("matrix", "means", check_fields=False)
+    @field_validator("matrix", "means", "basis", check_fields=False)
     @classmethod
     def _inside(cls, file: str | None, info: ValidationInfo) -> str | None:
         folder = (info.context or {}).get(FOLDER)
@@ -89,7 +89,7 @@ class _FromFile(_Setting):
         return file if self._folder is None else str(self._folder / file)
 
 
-class Rotate(_FromFile):
+class Rotate(FileSetting):
     """A rotation of the channels: a Hadamard matrix with random signs, or an orthogonal matrix from a file.
 
     Attributes:
@@ -102,7 +102,7 @@ class Rotate(_FromFile):
     matrix: str | None = None
 
 
-class Center(_FromFile):
+class Center(FileSetting):
     """A subtraction of every channel's mean, over the prompt or from a file.
 
     Attributes:

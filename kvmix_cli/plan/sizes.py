@@ -17,9 +17,11 @@ from fractions import Fraction
 from typing import Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
+from kvmix_kernels.transform_layout import SLOT_BYTES, TransformLayout
 
-from .geometry import ModelInfo
-from .layers import LayerPlan, TensorPlan
+from .codec import TransformTensor
+from .geometry import HeadGeometry, ModelInfo
+from .layers import AnyTensor, LayerPlan, TensorPlan
 from .settings import CacheSettings
 
 BitCount = Literal["nominal", "stored"]
@@ -127,12 +129,21 @@ def page_bytes(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: i
     return cache.page * head_dim * FULL_PRECISION_BITS // 8 if layout is None else layout.nbytes
 
 
-def tensor_bits(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
+def transform_layout(tensor: TransformTensor, kind: Kind, cache: CacheSettings, head_dim: int) -> TransformLayout:
+    """Return the page layout of a layer's keys or values in transform codes. Raises ValueError if they do not fit."""
+    exact = 0 if cache.transform is None else cache.transform.exact
+    return TransformLayout(kind, tensor.runs, head_dim, cache.page, exact)
+
+
+def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
     """Return bits per element of a layer's keys or values, over all tokens that have left the window.
 
     Raises:
         ValueError: if the head, or a channel group, cannot be packed.
     """
+    if isinstance(tensor, TransformTensor):
+        layout = transform_layout(tensor, kind, cache, head_dim)
+        return layout.nominal_bits if count == "nominal" else layout.stored_bits
     forms = storage_forms(tensor, kind, cache, head_dim)
     bits = sum(float(form.share) * form.bits_per_element(cache, head_dim, count) for form in forms)
     half_a_map = 8 * INDEX_BYTES / (2 * head_dim)
