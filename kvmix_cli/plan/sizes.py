@@ -157,14 +157,18 @@ def mean_bits(
     count: BitCount,
     kind: Kind | None = None,
 ) -> float:
-    """Return mean bits per element over layers, of keys, of values, or (by default) of both."""
-    bits = [
-        tensor_bits(tensor, of, cache, model.head_dim, count)
-        for layer in layers.values()
-        for tensor, of in layer.tensors
-        if kind in (None, of)
-    ]
-    return sum(bits) / len(bits) if bits else 0.0
+    """Return mean bits per element over layers, of keys, of values, or (by default) of both.
+
+    Layers that hold more elements a token count for more.
+    """
+    bits, elements = 0.0, 0
+    for index, layer in layers.items():
+        heads = model.heads(index)
+        for tensor, of in layer.tensors:
+            if kind in (None, of):
+                bits += tensor_bits(tensor, of, cache, heads.dim(of), count) * heads.elements(of)
+                elements += heads.elements(of)
+    return bits / elements if elements else 0.0
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def tensor_bytes(
     tensor: TensorPlan,
     kind: Kind,
     cache: CacheSettings,
-    model: ModelInfo,
+    heads: HeadGeometry,
     context: int,
     batch: int = 1,
     element_bytes: int = 2,
@@ -217,6 +221,7 @@ def tensor_bytes(
     """Return the bytes of one layer's keys or values after a prompt, with half of what the layer keeps for both.
 
     Args:
+        heads: KV heads of the layer.
         context: tokens of the prompt.
         batch: number of sequences.
         element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
@@ -224,12 +229,12 @@ def tensor_bytes(
     """
     tokens = packed_tokens(context, tensor.bits if window_bits is None else window_bits, cache)
     counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
-    one = CacheBytes(0, (context - tokens) * model.head_dim * element_bytes)
-    for form, count in zip(storage_forms(tensor, kind, cache, model.head_dim), counts, strict=True):
+    one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
+    for form, count in zip(storage_forms(tensor, kind, cache, heads.dim(kind)), counts, strict=True):
         one += _form_bytes(form, count, cache, element_bytes)
-    kept = _policy_bytes(cache, model, tokens, context)
+    kept = _policy_bytes(cache, heads, tokens, context)
     half = kept // 2 if kind == "value" else kept - kept // 2
-    return (one * model.kv_heads + CacheBytes(0, 0, half)) * batch
+    return (one * heads.kv_heads + CacheBytes(0, 0, half)) * batch
 
 
 def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:
@@ -243,24 +248,27 @@ def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_by
     return CacheBytes(packed, full, orders * width * INDEX_BYTES)
 
 
-def _policy_bytes(cache: CacheSettings, model: ModelInfo, tokens: int, context: int) -> int:
+def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, context: int) -> int:
     """Return the bytes of tier maps and statistics of one sequence, of which `tokens` are sorted."""
-    of_channels = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
-    of_channels += 0 if cache.transforms is None else cache.transforms.kept
-    kept = of_channels * model.kv_heads * model.head_dim * STATISTIC_BYTES
+    of_keys = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
+    of_values = 0
+    if cache.transforms is not None:
+        of_keys += cache.transforms.kept("key")
+        of_values = cache.transforms.kept("value")
+    kept = (of_keys * heads.elements("key") + of_values * heads.elements("value")) * STATISTIC_BYTES
     if cache.tokens is None:
         return kept
-    tier_map = tokens * model.kv_heads * INDEX_BYTES
-    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
+    tier_map = tokens * heads.kv_heads * INDEX_BYTES
+    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * heads.kv_heads + cache.tokens.counts_queries)
     return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
 
 
 def layer_bytes(
-    layer: LayerPlan, cache: CacheSettings, model: ModelInfo, context: int, batch: int = 1, element_bytes: int = 2
+    layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
-    """Return the bytes of one layer after a prompt of `context` tokens."""
+    """Return the bytes of one layer with these KV heads after a prompt of `context` tokens."""
     together = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
-    sizes = (cache, model, context, batch, element_bytes, together)
+    sizes = (cache, heads, context, batch, element_bytes, together)
     return tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
 
 

@@ -62,11 +62,9 @@ class LayerObserver:
         sums: MomentSums,
     ) -> None:
         self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
-        kinds: tuple[Kind, Kind] = ("key", "value")
-        changing = any(isinstance(probe, ChangeProbe) for probe in probes)
-        self._layouts = {kind: grid.layouts(kind, info.head_dim) for kind in kinds} if changing else {}
-        self._heads = range(info.kv_heads if per_head else 0)
-        self._sums = sums
+        self._info, self._per_head, self._sums = info, per_head, sums
+        if any(isinstance(probe, ChangeProbe) for probe in probes):
+            grid.check(info)
 
     def observe(
         self, index: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None
@@ -79,18 +77,29 @@ class LayerObserver:
         if gradient is not None:
             summed = (query.shape[2] - 1) / self._results.scale
             gradient = gradient.transpose(1, 2).to(dtype) * summed
+        self._require_cached(index, key, value)
         states: dict[Kind, Tensor] = {"key": key.to(dtype), "value": value.to(dtype)}
         layer = LayerAttention(index, query.to(dtype), states, gradient, attend, self._grid)
         changing = [probe for probe in probes if isinstance(probe, ChangeProbe)]
-        for kind in self._layouts if changing else ():
+        for kind in layer.states if changing else ():
             self._measure(layer, kind, changing)
         metrics = [probe for probe in probes if isinstance(probe, MetricProbe)]
         if metrics:
             self._measure_moments(layer, metrics)
 
+    def _require_cached(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Raise ModelError if attention reads other keys and values than the cache holds."""
+        heads = self._info.heads(index)
+        if (key.shape[1], key.shape[3], value.shape[3]) != (heads.kv_heads, heads.key_dim, heads.value_dim):
+            raise ModelError(
+                f"layer {index} of {self._info.id} caches heads of {heads} and expands them before it attends "
+                "(multi-head latent attention), which cannot be observed: use --score grad-norm, loss or kl"
+            )
+
     def _measure(self, layer: LayerAttention, kind: Kind, probes: Sequence[ChangeProbe]) -> None:
         """Measure all choices of keys, or values; each is computed once for all probes, and then freed."""
-        layouts = self._layouts[kind]
+        states = layer.states[kind]
+        layouts = self._grid.layouts(kind, states.shape[3])
         important = reference(layouts)
         curves: dict[str, dict[str, float]] = {probe.name: {} for probe in probes}
         heads: dict[str, tuple[float, ...]] = {}
@@ -100,7 +109,8 @@ class LayerObserver:
                 with self._results.timed(probe.name):
                     curves[probe.name][choice] = probe.cost(change).item()
                     if choice == important:
-                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in self._heads)
+                        each = range(states.shape[1] if self._per_head else 0)
+                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in each)
         for name, curve in curves.items():
             self._results.found[name, layer.index, kind] = TensorResult(curve[important], curve, heads[name])
 
@@ -112,7 +122,7 @@ class LayerObserver:
             with self._results.timed(probe.name):
                 for kind, each in zip(layer.states, (moments.k, moments.v), strict=True):
                     heads = probe.score(each)
-                    result = TensorResult(sum(heads), heads=tuple(heads) if self._heads else ())
+                    result = TensorResult(sum(heads), heads=tuple(heads) if self._per_head else ())
                     self._results.found[probe.name, layer.index, kind] = result
 
 
