@@ -208,12 +208,16 @@ def _head(path: Path) -> str:
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
     from ..reporting.tables import profile_tables, score_json
+    from ..studies.spectrum import measure_spectra
 
     samples = next(iter(result.scores.values())).calibration.samples
     if samples < what.samples:
         console.notice(f"the text gave {samples} samples, not {what.samples}")
     for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
         console.table(*table)
+    for spectrum in measure_spectra(result, path.parent):
+        for sentence in spectrum.notices:
+            console.notice(sentence)
     if what.plot is not None:
         from ..reporting.plots import plot_profiles
 

@@ -74,6 +74,13 @@ def basis_of(
     )
 
 
+def carrying(eigenvalues: ArrayLike, share: float) -> int:
+    """Return the fewest directions that carry a share of the loss; none if there is no loss."""
+    falling = np.sort(np.asarray(eigenvalues, np.float64), axis=None)[::-1]
+    carried = np.cumsum(falling)
+    return int(np.searchsorted(carried, share * carried[-1])) + 1 if carried[-1] > 0 else 0
+
+
 def needs_shrinkage(tokens: int, directions: int) -> bool:
     """Return whether statistics over so few tokens cannot tell all directions apart."""
     return tokens < directions

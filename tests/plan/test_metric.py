@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmix_cli.plan.metric import basis_of, needs_shrinkage, spectrum
+from kvmix_cli.plan.metric import basis_of, carrying, needs_shrinkage, spectrum
 
 HEADS, DIM = 3, 8
 
@@ -50,6 +50,15 @@ def test_the_spectrum_sums_to_the_loss_of_keeping_nothing_but_the_mean():
     metric, covariance = random_metric(0), random_metric(1)
     whole = np.trace(metric @ covariance, axis1=1, axis2=2)
     np.testing.assert_allclose(spectrum(metric, covariance, floor=0.0).sum(-1), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.6, 2), (0.89, 2), (0.99, 3), (1.0, 4)])
+def test_directions_are_counted_over_all_heads(share, count):
+    assert carrying([[5.0, 1.0], [3.0, 1.0]], share) == count
+
+
+def test_no_loss_is_carried_by_no_direction():
+    assert carrying(np.zeros((2, 3)), 0.99) == 0
 
 
 def test_a_head_nobody_attends_to_has_the_identity_and_carries_no_loss():
