@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BudgetError
-from ..plan.basis import BasisFile, Floats, LayerBasis, TensorName
+from ..plan.basis import BasisFile, Floats, LayerBasis, Rope, TensorName
 from ..plan.metric import basis_of
 from ..plan.moments import LayerMoments, TensorMoments
 from ..profile import Profile
@@ -38,7 +39,11 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFi
             layers[index] = {name: _basis(getattr(moments[index], name), tokens) for name in ("k", "v")}
         except ValueError as error:
             raise BudgetError(f"layer {index} has no basis: {error}; measure it again with --score {SCORE}") from error
-    rope = {index: each.rope for index, each in moments.items() if each.rope is not None}
+    rope = {
+        index: Rope(each.rope.frequencies, each.rope.start, each.rope.layout == "interleaved")
+        for index, each in moments.items()
+        if each.rope is not None
+    }
     frame = record.frame if record is not None and rope else None
     return BasisFile(profile.model.id, layers, frame, rope)
 
@@ -49,5 +54,5 @@ def _basis(moments: TensorMoments, tokens: int | None) -> LayerBasis:
     return LayerBasis(*map(_floats, (encode, decode, moments.mean, deviation)))
 
 
-def _floats(array: np.ndarray) -> Floats:
+def _floats(array: NDArray[np.float64]) -> Floats:
     return np.ascontiguousarray(array, np.float32)

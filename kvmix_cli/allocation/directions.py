@@ -8,7 +8,7 @@ loss takes bits in the order of their worth until the budget is spent (Cover and
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,6 +19,12 @@ from numpy.typing import NDArray
 Tensor = TypeVar("Tensor", bound=Hashable)
 Widths = NDArray[np.int64]
 _KEPT = np.array([LEFT[width] for width in range(MAX_WIDTH + 1)])
+
+
+def expected_loss(variances: NDArray[np.float64], widths: Sequence[Sequence[int]]) -> float:
+    """Return the loss of coding directions of variances `[H_kv, D]` at these widths of runs, in nats a token."""
+    kept = np.repeat(_KEPT[np.array(widths)], RUN, axis=1)[:, : variances.shape[1]]
+    return float((variances * kept).sum()) / 2
 
 
 @dataclass(frozen=True)

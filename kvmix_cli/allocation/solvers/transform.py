@@ -10,7 +10,6 @@ from bisect import bisect_right
 from ...errors import BudgetError
 from ...plan import LayerPlan, TransformTensor
 from ...plan.basis import TensorName
-from ..bases import SCORE
 from ..directions import Filling
 from ..problem import Decision, Method, Problem
 
@@ -18,11 +17,12 @@ from ..problem import Decision, Method, Problem
 def solve(problem: Problem) -> Decision:
     """Give bits to directions in the order of what they are worth, as far as the budget allows. Raises BudgetError."""
     if problem.basis is None:
-        raise BudgetError(f"method transform needs the directions of a profile's moments: measure --score {SCORE}")
+        raise AssertionError("options without a basis are refused before")
+    if not problem.layers:
+        return {}
     if problem.budget.limit is None:
         raise BudgetError("method transform has no levels for a share of the layers: give bits, bytes or a loss")
-    variances = problem.basis.variances(problem.layers)
-    filling: Filling[tuple[int, TensorName]] = Filling.of(variances)
+    filling: Filling[tuple[int, TensorName]] = Filling.of(problem.basis.variances(problem.layers))
 
     def decision(count: int) -> Decision:
         widths = {
