@@ -78,7 +78,7 @@ class BudgetOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="transform (bits of directions), ilp (exact), rank (the paper), cut, uniform, random, search, or pareto "
+            help="transform (bits of directions), ilp (exact), rank (the paper), cut, uniform, random, search, pareto "
             "(no budget) [default: transform if the profile has directions, ilp if a score knows widths, else rank].",
         ),
     ] = None
