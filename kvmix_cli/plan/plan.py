@@ -221,8 +221,10 @@ class Plan(StrictModel):
             batch: number of sequences.
             element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
         """
-        sizes = (self.cache, self.model, context, batch, element_bytes)
-        return sum((layer_bytes(layer, *sizes) for layer in self.layers.values()), CacheBytes(0, 0))
+        sizes = (context, batch, element_bytes)
+        layers = self.layers.items()
+        found = (layer_bytes(layer, self.cache, self.model.heads(index), *sizes) for index, layer in layers)
+        return sum(found, CacheBytes(0, 0))
 
     def unquantized_bytes(self, context: int, batch: int = 1, element_bytes: int = 2) -> int:
         """Return the bytes that the planned layers would take unquantized; arguments as in `cache_bytes`."""
