@@ -12,7 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PlanError
 from ..models.geometry import stock_layers
-from ..plan import Plan
+from ..plan import CacheSettings, LayerPlan, Plan
+from ..plan.sizes import exact_tokens
+from .bases import check_bases
+from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
@@ -101,7 +104,7 @@ class MixedCache(CountingCache):
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
-            PlanError: if the plan does not fit the model's layers.
+            PlanError: if the plan does not fit the model's layers, or its basis file cannot be used.
         """
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
@@ -109,8 +112,9 @@ class MixedCache(CountingCache):
         if wrong := sorted(set(plan.layers) & set(stock)):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
-        kind = ComposedLayer if is_composed(plan.cache) else MixedLayer
+        check_bases(plan)
         for index, layer in plan.layers.items():
+            kind = _kind(layer, plan.cache)
             layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
         return cls(layers)
 
@@ -137,6 +141,13 @@ class MixedCache(CountingCache):
             layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
+
+
+def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:
+    """Return the kind of layer that does what a plan asks of it."""
+    if is_composed(settings):
+        return ComposedLayer
+    return CodedLayer if exact_tokens(layer, settings) else MixedLayer
 
 
 def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -16,6 +16,8 @@ from .document import StrictModel
 from .geometry import MAX_DIM
 from .policies import MOST_TOKENS, FileSetting
 
+CODED = "t"
+"""Mark of a mean width of transform codes in the short form of plans."""
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -63,7 +65,7 @@ class TransformTensor(StrictModel):
     @property
     def short(self) -> str:
         """Return the mean width as text, `t2.25`."""
-        return f"t{self.mean_width:.4g}"
+        return f"{CODED}{round(self.mean_width, 3):g}"
 
     def faults(self, kv_heads: int, dim: int) -> Iterator[str]:
         """Yield why the widths do not fit a layer of `kv_heads` heads of `dim` channels."""

@@ -209,7 +209,7 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
 
 
 def tensor_bytes(
-    tensor: TensorPlan,
+    tensor: AnyTensor,
     kind: Kind,
     cache: CacheSettings,
     heads: HeadGeometry,
@@ -227,7 +227,11 @@ def tensor_bytes(
         element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
         window_bits: the width whose window applies, see `packed_tokens`; by default the tensor's own.
     """
-    tokens = packed_tokens(context, tensor.bits if window_bits is None else window_bits, cache)
+    tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
+    if isinstance(tensor, TransformTensor):
+        full = (context - tokens) * heads.elements(kind) * element_bytes
+        pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
+        return CacheBytes(pages * layout.packed_bytes, full + pages * layout.exact_bytes(element_bytes)) * batch
     counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
     one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
     for form, count in zip(storage_forms(tensor, kind, cache, heads.dim(kind)), counts, strict=True):
@@ -263,13 +267,49 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
     return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
 
 
+def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
+    """Return the tokens of each page and KV head that a layer of transform codes keeps exact; 0 for other layers."""
+    is_coded = any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
+    return cache.transform.exact if is_coded and cache.transform is not None else 0
+
+
+def window_widths(layer: LayerPlan, cache: CacheSettings) -> tuple[int, int]:
+    """Return the widths whose windows apply to a layer's keys and to its values.
+
+    Keys and values that are sorted together, or that share exact tokens, leave the window together.
+    """
+    widths = layer.k.window_bits, layer.v.window_bits
+    if cache.tokens is not None:
+        return max(widths), max(widths)
+    if exact_tokens(layer, cache):
+        together = max(bits for bits in widths if bits != FULL_PRECISION_BITS)
+        keys, values = (bits if bits == FULL_PRECISION_BITS else together for bits in widths)
+        return keys, values
+    return widths
+
+
 def layer_bytes(
     layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
     """Return the bytes of one layer with these KV heads after a prompt of `context` tokens."""
-    together = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
-    sizes = (cache, heads, context, batch, element_bytes, together)
-    return tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
+    total = CacheBytes(0, 0)
+    for (tensor, kind), bits in zip(layer.tensors, window_widths(layer, cache), strict=True):
+        total += tensor_bytes(tensor, kind, cache, heads, context, batch, element_bytes, bits)
+    if exact := exact_tokens(layer, cache):
+        total += _slot_bytes(layer, cache, heads, context, exact) * batch
+    return total
+
+
+def _slot_bytes(layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, exact: int) -> CacheBytes:
+    """Return what a layer's exact tokens take beside themselves: the attention of tokens that wait to be packed.
+
+    Slots are counted with the keys; here are those of a layer that codes its values alone.
+    """
+    tokens = max(packed_tokens(context, bits, cache) for bits in window_widths(layer, cache))
+    lone = not isinstance(layer.k, TransformTensor)
+    slots = tokens // cache.page * heads.kv_heads * exact * SLOT_BYTES if lone else 0
+    waiting = max(0, context - cache.sink - tokens)
+    return CacheBytes(slots, 0, QUERY_SUMS * heads.kv_heads * waiting * STATISTIC_BYTES)
 
 
 def format_bytes(count: float) -> str:
