@@ -240,7 +240,8 @@ class _Work:
             raise
         except _FAILURES as error:
             if is_out_of_memory(error):
-                row.error = _shortage(self.task.context(self.settings), str(self.loaded.device))
+                fewer = ", or fewer plans at a time" if self.task.side_by_side else ""
+                row.error = _shortage(self.task.context(self.settings), str(self.loaded.device)) + fewer
             elif row.subject.baseline is not None:
                 row.error = class_and_sentence(error)
             else:
