@@ -76,10 +76,12 @@ class Task(ABC, Generic[SampleT, RecordT]):
 
     Attributes:
         timed: the numbers are times, which another machine would not give again.
+        side_by_side: rows measure a sample together, part by part, and compare their parts.
     """
 
     default_limit: ClassVar[int]
     timed: ClassVar[bool] = False
+    side_by_side: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -120,8 +122,11 @@ class Task(ABC, Generic[SampleT, RecordT]):
 
     def records(
         self, loaded: LoadedModel, subject: Subject, samples: Sequence[SampleT], settings: Settings
-    ) -> Iterator[RecordT]:
-        """Yield one record for each sample, in their order. Raises KvmixError."""
+    ) -> Iterator[RecordT | None]:
+        """Yield one record for each sample, in their order, and None where other rows should go on first.
+
+        Raises KvmixError.
+        """
         for sample in samples:
             yield self.measure(loaded, subject, sample, settings)
 

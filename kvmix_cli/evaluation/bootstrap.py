@@ -17,6 +17,8 @@ from .results import Estimate
 
 RESAMPLES = 4000
 COVERAGE = 0.95
+FEWER = 1000
+"""The same for a quantile, each of which takes all numbers of all samples."""
 BATCH = 256
 """Resamples drawn at a time, which bounds the memory for thousands of samples."""
 
@@ -67,8 +69,42 @@ def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     return _estimate(value, varying, statistic, seed, paired=False)
 
 
+def pooled_quantile(groups: Sequence[Sequence[float]], share: float, seed: int = 0) -> Estimate:
+    """Return a quantile of the numbers of all samples together, with its 95 % interval.
+
+    Whole samples are drawn, as in `ratio`. One sample shows no spread; its interval is the number itself.
+
+    Args:
+        groups: each sample's numbers.
+        share: share of the numbers that lie below, 0 to 1.
+
+    Raises:
+        ValueError: if there is no sample, or one without a number.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError("needs at least one sample, and a number in each")
+    arrays = [np.asarray(group, float) for group in groups]
+    value = float(np.quantile(np.concatenate(arrays), share))
+    if len(arrays) == 1:
+        return Estimate.exact(value)
+
+    def of_one(drawn: _Array) -> float:
+        return float(np.quantile(np.concatenate([arrays[int(index)] for index in drawn]), share))
+
+    def statistic(drawn: _Array, axis: int) -> Any:
+        return np.apply_along_axis(of_one, axis, drawn)
+
+    return _estimate(value, [np.arange(len(arrays), dtype=float)], statistic, seed, paired=False, resamples=FEWER)
+
+
 def _estimate(
-    value: float, samples: Sequence[_Array], statistic: Callable[..., Any], seed: int, *, paired: bool
+    value: float,
+    samples: Sequence[_Array],
+    statistic: Callable[..., Any],
+    seed: int,
+    *,
+    paired: bool,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     from scipy.stats import bootstrap
 
@@ -81,7 +117,7 @@ def _estimate(
                 statistic,
                 paired=paired,
                 vectorized=True,
-                n_resamples=RESAMPLES,
+                n_resamples=resamples,
                 batch=BATCH,
                 confidence_level=COVERAGE,
                 method=method,

@@ -36,9 +36,20 @@ class SampleRecord(TypedDict):
 
 
 class PerplexityRecord(SampleRecord):
-    """One document: the negative log-likelihood of its scored tokens, in nats."""
+    """One document: the negative log-likelihood of its scored tokens, in nats.
+
+    The unquantized cache's record, and those of older versions, lack what compares with it.
+
+    Attributes:
+        first: position of the first scored token in its document, counted from 0.
+        kl: KL(unquantized || subject) of each scored token's prediction, in nats.
+        changed: the scored tokens, counted from 0, whose most likely token is not the unquantized cache's.
+    """
 
     nll: float
+    first: NotRequired[Count]
+    kl: NotRequired[list[Amount]]
+    changed: NotRequired[list[Count]]
 
 
 class RecalledValue(TypedDict):

@@ -42,6 +42,10 @@ _FAILURES = (
 """Errors that a baseline, which is code of another library, may raise instead of measuring."""
 
 
+TOGETHER = 8
+"""Plans whose caches are in memory together where rows are measured side by side, beside the unquantized one."""
+
+
 @contextmanager
 def no_progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     """Show no progress."""
@@ -56,7 +60,7 @@ def run_task(
     folders: RunFolders | None = None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Measure the unquantized cache and then each subject; for a task that takes times, all of them sample by sample.
+    """Measure the unquantized cache and then each subject; for some tasks several of them together, sample by sample.
 
     A subject that cannot be measured (its plan does not fit, its numbers cannot be quantized, no memory is left) gets a
     row with an error; the others are measured all the same.
@@ -76,7 +80,7 @@ def run_task(
     if folders is not None:
         folders.check(task.name, {subject.name: work.config(subject) for subject in all_subjects}, work.samples)
     rows: list[Row] = []
-    for group in [all_subjects] if task.timed else [(subject,) for subject in all_subjects]:
+    for group in _groups(task, all_subjects):
         with ExitStack() as opened:
             unfinished = [work.begin(subject, opened) for subject in group]
             work.measure(unfinished)
@@ -87,36 +91,58 @@ def run_task(
     return Report(task.name, tokens, described, tuple(rows), task.notices(work.samples, settings))
 
 
+def _groups(task: Task, subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
+    """Yield the subjects that are measured together: slow moments come to all of them, or their parts are compared."""
+    size = len(subjects) if task.timed else TOGETHER if task.side_by_side else 1
+    first = size + 1 if task.side_by_side else size  # the unquantized cache and as many others
+    yield subjects[:first]
+    for start in range(first, len(subjects), size):
+        yield subjects[start : start + size]
+
+
 @dataclass
 class _UnfinishedRow:
     """One subject's records so far.
 
     Attributes:
         folder: where its records are kept, if anywhere.
-        source: yields the records that are not there yet.
+        source: yields the records that are not there yet, and None between their parts.
         records: one for each sample so far.
         seconds: time that they took.
         error: the reason why it cannot be measured to its end.
+        in_hand: time that the sample in hand has taken.
+        is_exhausted: the source has no more.
     """
 
     subject: Subject
     folder: RunFolder | None
-    source: Iterator[SampleRecord]
+    source: Iterator[SampleRecord | None]
     records: list[SampleRecord] = field(default_factory=list)
     seconds: float = 0.0
     error: str | None = None
+    in_hand: float = 0.0
+    is_exhausted: bool = False
 
-    def measure_sample(self) -> None:
-        """Add one more record, if there is one. Raises whatever measuring raises."""
+    def lacks(self, number: int) -> bool:
+        """Return whether the record of a sample is still to be measured."""
+        return self.error is None and not self.is_exhausted and len(self.records) == number
+
+    def measure_part(self) -> None:
+        """Measure on to the end of the sample in hand, or of its next part. Raises whatever measuring raises."""
         start = time.perf_counter()
-        record = next(self.source, None)
+        try:
+            record = next(self.source)
+        except StopIteration:
+            self.is_exhausted = True
+            return
+        self.in_hand += time.perf_counter() - start
         if record is None:
             return
-        seconds = time.perf_counter() - start
         self.records.append(record)
-        self.seconds += seconds
+        self.seconds += self.in_hand
         if self.folder is not None:
-            self.folder.append(record, seconds)
+            self.folder.append(record, self.in_hand)
+        self.in_hand = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,15 +173,23 @@ class _Work:
         return row
 
     def measure(self, rows: Sequence[_UnfinishedRow]) -> None:
-        """Measure all samples, each of them in every row before the next, so that slow moments come to all rows."""
+        """Measure all samples, each of them in every row before the next."""
         name = rows[0].subject.name if len(rows) == 1 else f"{len(rows)} rows in turns"
         with self.progress(f"{self.task.name}: {name}", len(rows) * len(self.samples)) as advance:
             for number in range(len(self.samples)):
-                for row in rows:
-                    if row.error is None and len(row.records) == number:
-                        with self._failures(row):
-                            row.measure_sample()
-                    advance()
+                waiting = list(rows)
+                while waiting:
+                    waiting = [row for row in waiting if not self._is_measured(row, number, advance)]
+
+    def _is_measured(self, row: _UnfinishedRow, number: int, advance: Callable[[], Any]) -> bool:
+        """Measure a row on, and return whether that is all of a sample."""
+        if row.lacks(number):
+            with self._failures(row):
+                row.measure_part()
+        if row.lacks(number):
+            return False
+        advance()
+        return True
 
     def finish(self, unfinished: _UnfinishedRow, reference: Sequence[SampleRecord] | None) -> Row:
         """Return a subject's row, one with an error if it could not be measured, and keep it in its folder."""
@@ -206,7 +240,8 @@ class _Work:
             raise
         except _FAILURES as error:
             if is_out_of_memory(error):
-                row.error = _shortage(self.task.context(self.settings), str(self.loaded.device))
+                fewer = ", or fewer plans at a time" if self.task.side_by_side else ""
+                row.error = _shortage(self.task.context(self.settings), str(self.loaded.device)) + fewer
             elif row.subject.baseline is not None:
                 row.error = class_and_sentence(error)
             else:

@@ -11,8 +11,18 @@ from ..evaluation.results import Estimate, Metric
 
 PREFERRED = ("perplexity_increase_percent", "perplexity")
 """An increase has a paired interval: how hard the texts are, which moves every plan alike, is not in it."""
-OVERVIEW = ("perplexity", "measured_bytes", "decode_tokens_per_s", "decode_speedup", "largest_batch")
+OVERVIEW = (
+    "perplexity",
+    "kl",
+    "same_token",
+    "measured_bytes",
+    "decode_tokens_per_s",
+    "decode_speedup",
+    "largest_batch",
+)
 """Further metrics in a table of the main numbers."""
+ITSELF = {"kl": 0.0, "kl_p99": 0.0, "same_token": 1.0}
+"""The unquantized cache's predictions, compared with themselves."""
 NO_QUALITY = ("bytes", "x")
 """Units of bytes and factors: what a cache takes, not what its model still can."""
 
@@ -44,9 +54,10 @@ def measured_metrics(measurement: Measurement) -> list[Metric]:
 
 
 def reference_number(group: Group, measurement: Measurement, metric: Metric) -> float | None:
-    """Return the unquantized cache's number, None if it is not known; an increase over it is zero by definition."""
+    """Return the unquantized cache's number, None if it is not known; compared with itself it has not changed."""
     if metric.plans_only:
-        return 0.0 if "increase" in metric.name or metric.name.endswith("_change") else None
+        is_difference = "increase" in metric.name or metric.name.endswith("_change")
+        return 0.0 if is_difference else ITSELF.get(metric.name)
     estimates = [measurement.estimate(line, metric.name) for line in group.lines if line.is_reference]
     return next((estimate.value for estimate in estimates if estimate is not None), None)
 

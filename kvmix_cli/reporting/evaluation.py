@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.positions import PositionBucket, by_position
 from ..evaluation.results import Estimate, Metric, Report, Row, Table
 from ..plan.sizes import format_bytes
 from .words import layers_json, layers_text
@@ -63,7 +65,17 @@ def report_warnings(report: Report) -> list[str]:
 
 def rows_json(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """Return all rows of all reports as plain data."""
-    return [row.as_json() for report in reports for row in report.rows]
+    return [row_json(row) for report in reports for row in report.rows]
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """Return a row as plain data, with its divergence by position if its records have one."""
+    buckets = by_position(row.records)
+    return {**row.as_json(), **({"by_position": [_bucket_json(bucket) for bucket in buckets]} if buckets else {})}
+
+
+def _bucket_json(bucket: PositionBucket) -> dict[str, Any]:
+    return {**bucket, "kl": asdict(bucket["kl"]), "same_token": asdict(bucket["same_token"])}
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:

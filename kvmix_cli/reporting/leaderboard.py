@@ -10,7 +10,10 @@ from typing import Any
 from ..evaluation.results import Table
 from ..studies.leaderboard.board import Board
 from ..studies.leaderboard.standings import Comparison, Standing
-from .evaluation import format_estimate
+from .evaluation import format_estimate, rows_json
+
+DIVERGENCES = (("KL", "kl"), ("same token", "same_token"))
+"""Columns of the comparison with the unquantized cache's predictions, and their metrics."""
 
 
 def tables(board: Board) -> list[Table]:
@@ -29,7 +32,8 @@ def _correlation_table(board: Board) -> Table:
 def _budget_table(board: Board, stored_bits: float) -> Table:
     standings = [each for each in board.standings if each.stored_bits == stored_bits]
     scores, recall = list(board.correlations), any(report.task == "recall" for report in board.reports)
-    columns = ["plan", "nominal", "stored", *scores, "measured", "perplexity", *(["recall"] if recall else [])]
+    measured = ["measured", "perplexity", *(name for name, _ in DIVERGENCES), *(["recall"] if recall else [])]
+    columns = ["plan", "nominal", "stored", *scores, *measured]
     title = f"at most {stored_bits:g} stored bits: loss in nats a token, as scores predict it and as measured"
     said = [_sentence(each) for each in board.comparisons if each.stored_bits == stored_bits]
     said += [f"left out: {each.name}, {each.reason}" for each in board.left_out if each.stored_bits == stored_bits]
@@ -43,7 +47,9 @@ def _cells(each: Standing, scores: Sequence[str], recall: bool) -> list[str]:
     predicted = [f"{each.predicted[score]:.4f}" if score in each.predicted else "-" for score in scores]
     share = "-" if each.loss is None else f"{100 * math.expm1(each.loss.value):+.2f} %"
     recalled = [format_estimate(each.rows["recall"].metrics.get("recall"), "")] if recall else []
-    return [", ".join(each.names), *bits, *predicted, format_estimate(each.loss, "nats"), share, *recalled]
+    metrics = each.rows["perplexity"].metrics
+    diverged = [format_estimate(metrics.get(metric), "") for _, metric in DIVERGENCES]
+    return [", ".join(each.names), *bits, *predicted, format_estimate(each.loss, "nats"), share, *diverged, *recalled]
 
 
 def _sentence(each: Comparison) -> str:
@@ -64,7 +70,7 @@ def board_json(board: Board) -> dict[str, Any]:
     """Return all rows, each plan once by the name of its runs, and the standings with these names."""
     return {
         "tokens": sum(report.tokens for report in board.reports),
-        "rows": [row.as_json() for report in board.reports for row in report.rows],
+        "rows": rows_json(board.reports),
         "reference": board.reports[0].reference.plan,
         "gates": [],
         "leaderboard": {

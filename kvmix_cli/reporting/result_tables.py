@@ -13,7 +13,7 @@ from ..evaluation.collect import Collection, Group, Line, Measurement
 from ..evaluation.readback import LineKey
 from ..evaluation.results import Metric, Table
 from .comparison import best_for_their_bits, column_name, headline, measured_metrics
-from .evaluation import format_estimate
+from .evaluation import format_estimate, row_json
 from .printable import one_line
 
 COLUMNS = ["plan", "nominal", "stored"]
@@ -247,7 +247,7 @@ def _measurement_json(group: Group, measurement: Measurement, wanted: str | None
         "description": measurement.description,
         "compared_by": main and main.name,
         "rows": [
-            {**run.row.as_json(), "plan": line.label, "best_for_its_bits": line.key in best, "folder": run.folder}
+            {**row_json(run.row), "plan": line.label, "best_for_its_bits": line.key in best, "folder": run.folder}
             for line, run in runs
         ],
     }

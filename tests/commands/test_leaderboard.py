@@ -12,6 +12,7 @@ from made_up import falling
 
 from kvmix_cli import evaluation
 from kvmix_cli.errors import EvaluationError
+from kvmix_cli.evaluation.base import Task
 from kvmix_cli.evaluation.tasks.perplexity import Perplexity
 from kvmix_cli.models import loading as models
 from kvmix_cli.profile import Profile
@@ -28,6 +29,8 @@ class Foretold(Perplexity):
         self.profile = profile
         self.measured = []
         self.before = lambda subject, sample: None
+
+    records = Task.records  # by `measure`
 
     def measure(self, loaded, subject, sample, settings):
         self.before(subject, sample)
@@ -107,6 +110,8 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
             "ilp loss",
             "ilp loss against paper: ",
             "Spearman",
+            "KL",
+            "same token",
             "2 documents of 1024",
         ):
             assert words in text
@@ -220,6 +225,8 @@ def test_measured_for_real_and_not_twice(monkeypatch):
     result = kvmix_json(*BOARD, *options)
     assert {row["task"] for row in result["rows"]} == {"perplexity", "recall"}
     assert all("metrics" in row for row in result["rows"])
+    compared = [row for row in result["rows"] if row["task"] == "perplexity" and row["plan"] != "unquantized"]
+    assert all({"kl", "kl_p99", "same_token"} < set(row["metrics"]) and row["by_position"] for row in compared)
     assert all(row["quantized_share"] > 0 for row in result["rows"] if row["plan"] != "unquantized")
-    monkeypatch.setattr(Perplexity, "measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(Perplexity, "_read", lambda *arguments: pytest.fail("measured again"))
     assert kvmix_json(*BOARD, *options, "--resume")["leaderboard"] == result["leaderboard"]
