@@ -6,7 +6,6 @@ finds its methods and attributes on the quantized layer.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,14 +101,19 @@ def layer_beside(
     """
     if type(state) is DynamicLayer:
         return kind(index, plan, settings, reserve)
-    layer = _class_beside(kind, type(state))(index, plan, settings, reserve)
+    made = _CLASSES.get((kind, type(state))) or _class_beside(kind, type(state))
+    layer = made(index, plan, settings, reserve)
     layer.state = state
     return layer
 
 
-@lru_cache(maxsize=None)
 def _class_beside(kind: type[MixedLayer], stock: type[CacheLayerMixin]) -> type[StatefulLayer]:
     """Return the class for states of a stock class; transformers takes its layers for ones of the stock class."""
     made = type(f"{kind.__name__}Beside{stock.__name__}", (StatefulLayer, kind), {})
     stock.register(made)
+    _CLASSES[kind, stock] = made
     return made
+
+
+_CLASSES: dict[tuple[type[MixedLayer], type[CacheLayerMixin]], type[StatefulLayer]] = {}
+"""Classes that were made, by the kind of layer and the class of its state."""

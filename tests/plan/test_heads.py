@@ -84,12 +84,12 @@ def test_larger_layers_count_for_more(info):
 
 
 @pytest.mark.parametrize("method", ["rank", "ilp", "cut", "uniform", "random"])
-@pytest.mark.parametrize("budget", [{"avg_bits": 3.2}, {"stored_bits": 3.9}, {"memory": 2e6, "context": 4096}])
+@pytest.mark.parametrize("budget", [{"avg_bits": 3.2}, {"stored_bits": 3.9}, {"memory": 2.5e6, "context": 4096}])
 def test_every_method_keeps_to_a_budget(info, method, budget):
     profile = profile_of(info, {0: 1.0, 1: 2.0, 3: 3.0})
     plan = allocate(profile, Budget(**budget), method=method, k_bits=[2, 3, 4], v_bits=[2, 3, 4])
     if "memory" in budget:
-        assert plan.cache_bytes(4096).total <= 2e6
+        assert plan.cache_bytes(4096).total <= 2.5e6
     else:
         (limit,) = budget.values()
         assert getattr(plan.bits, "nominal" if "avg_bits" in budget else "stored") <= limit + 1e-6

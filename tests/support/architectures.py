@@ -86,18 +86,8 @@ GEOMETRIES = {
         },
     ),
     "heads by layer": (
-        "Gemma4TextConfig",
-        {
-            **_GQA,
-            **_SLIDING,
-            "per_layer_config": {
-                1: {"num_key_value_heads": 1, "head_dim": 32},
-                3: {"num_key_value_heads": 4, "head_dim": 32},
-            },
-            "global_head_dim": 32,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": VOCABULARY,
-        },
+        "LlamaConfig",
+        {**_GQA, "per_layer_config": {1: {"num_key_value_heads": 4}}, "allow_global_per_layer_attribute_access": True},
     ),
     "hybrid": ("FalconH1Config", {**_GQA, **_MAMBA, "mamba_chunk_size": 16}),
     "linear and full": ("Qwen3NextConfig", {**_GQA, **_LINEAR, **_MOE}),
@@ -118,6 +108,8 @@ def build(
     config = getattr(transformers, class_name)(**options)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if name == "heads by layer":
+        _as_many_kv_heads_as_queries(model.model.layers[1].self_attn)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -153,6 +145,12 @@ def _dense64(module, query, key, value, attention_mask, scaling=None, softcap=No
 
 transformers.AttentionInterface.register("dense64", _dense64)
 transformers.AttentionMaskInterface.register("dense64", sdpa_mask)
+
+
+def _as_many_kv_heads_as_queries(attention: torch.nn.Module) -> None:
+    """Llama's class builds layers that are alike, but runs others."""
+    attention.num_key_value_groups = 1
+    attention.k_proj, attention.v_proj = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
 
 
 def _spike_key_biases(model: transformers.PreTrainedModel) -> None:
