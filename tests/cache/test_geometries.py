@@ -15,6 +15,7 @@ from kvmix_cli.models.causality import check_causal
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.models.loading import LoadedModel
 from kvmix_cli.plan import CacheSettings, HeadGeometry, Plan
+from kvmix_cli.plan.policies import Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.reporting.words import layers_json, layers_text
@@ -151,9 +152,7 @@ def test_from_a_profile_to_a_plan_that_runs(name, models):
     model = models(name)
     info = model_info(model.config, "m")
     loaded = LoadedModel(model, ByteTokenizer(), info, None)
-    profile = run_profile(
-        loaded, ["grad-norm"], texts=["one two three " * 40], source="text", samples=1, seq_len=64
-    )
+    profile = run_profile(loaded, ["grad-norm"], texts=["one two three " * 40], source="text", samples=1, seq_len=64)
     plan = allocate(profile, Budget(avg_bits=3), cache=SETTINGS)
     assert plan.bits.nominal <= 3 + 1e-6
     again = Plan.model_validate(plan.model_dump())
@@ -188,3 +187,24 @@ def test_layers_that_are_not_quantized_are_listed(models):
     assert layers_text(info, mixed) == "quantized 1 of 4 layers; 2 sliding, 1 at 16 bits, not quantized"
     assert layers_text(model_info(models("latent").config, "m")) == ""
     assert str(HeadGeometry(kv_heads=1, key_dim=32, value_dim=16)) == "1 x 32 (values 16)"
+
+
+AXES = {
+    "rotated": {"transforms": Transforms(k=(Rotate(),), v=(Rotate(),))},
+    "centered": {"transforms": Transforms(k=(Center(),), v=(Center(),))},
+    "in tiers": {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.5, k=8, v=8),), flush=32)},
+}
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("name", ["latent", "wider values", "heads by layer", "hybrid"])
+def test_transforms_and_tiers_of_such_layers(name, axes, models):
+    model = models(name)
+    plan = plan_of(model, 8, SETTINGS.model_copy(update=AXES[axes]))
+    cache = MixedCache.from_plan(plan, model.config)
+    tokens, steps = ids(71), [70, 1]
+    got = teacher_forced(model, cache, tokens, steps)
+    expected = teacher_forced(model, unquantized_cache(model.config), tokens, steps)
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+    held = sum(cache.layers[index].nbytes for index in plan.layers)
+    assert held == plan.cache_bytes(70, 2, 4).total + plan.unquantized_bytes(1, 2, 4)
