@@ -6,7 +6,6 @@ finds its methods and attributes on the quantized layer.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from ..plan import CacheSettings, LayerPlan
 from .layer import MixedLayer
 from .sizes import stock_nbytes
+
+OWN = ("dtype", "device")
+"""Attributes of both that differ: a state may have another dtype than keys and values."""
 
 
 class StatefulLayer(MixedLayer):
@@ -80,7 +82,8 @@ class StatefulLayer(MixedLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what only the state has on the state: models write some of it."""
-        is_own = name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.state, name)
+        known = name in self.__dict__ or name in OWN or hasattr(type(self), name)
+        is_own = known or not hasattr(self.state, name)
         if is_own:
             super().__setattr__(name, value)
         else:
@@ -98,15 +101,19 @@ def layer_beside(
     """
     if type(state) is DynamicLayer:
         return kind(index, plan, settings, reserve)
-    layer = _class_beside(kind, type(state))(index, plan, settings, reserve)
-    layer.dtype = layer.device = None
+    made = _CLASSES.get((kind, type(state))) or _class_beside(kind, type(state))
+    layer = made(index, plan, settings, reserve)
     layer.state = state
     return layer
 
 
-@cache
 def _class_beside(kind: type[MixedLayer], stock: type[CacheLayerMixin]) -> type[StatefulLayer]:
     """Return the class for states of a stock class; transformers takes its layers for ones of the stock class."""
     made = type(f"{kind.__name__}Beside{stock.__name__}", (StatefulLayer, kind), {})
     stock.register(made)
+    _CLASSES[kind, stock] = made
     return made
+
+
+_CLASSES: dict[tuple[type[MixedLayer], type[CacheLayerMixin]], type[StatefulLayer]] = {}
+"""Classes that were made, by the kind of layer and the class of its state."""

@@ -92,11 +92,19 @@ def fingerprint(config: PreTrainedConfig) -> str:
     """
     text = config.get_text_config(decoder=True)
     stock = stock_layers(config)
-    shape: dict[str, Any] = {name: _number(getattr(text, name, None), int) for name in _SHAPE}
+    shape: dict[str, Any] = {name: _number(_of_all(text, name), int) for name in _SHAPE}
     shape["heads"] = sorted({_shape_of(*_heads(layer)) for layer in _attention_layers(text, stock).values()})
     shape["rope"] = _rope(getattr(text, "rope_parameters", None))
     shape["stock"] = sorted(stock.items())
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def _of_all(text: PreTrainedConfig, name: str) -> Any:
+    """Return a setting of all layers; where a configuration has it by layer only, its values in order."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # transformers refuses to read a setting that layers have of their own
+        return sorted({getattr(layer, name, None) for layer in text.per_layer_config})
 
 
 def _require_layers(text: PreTrainedConfig, model_id: str) -> None:

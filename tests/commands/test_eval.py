@@ -39,6 +39,7 @@ def test_the_json_object_has_the_stable_keys():
     assert (result["command"], result["model"], result["task"]) == ("eval", "builtin:tiny", "perplexity")
     assert result["tokens"] == 2 * 31
     assert result["reference"] == "unquantized"
+    assert result["layers"] == {"quantized": 8, "total": 8, "full_precision": 0, "stock": {}}
     assert [row["plan"] for row in result["rows"]] == ["unquantized", "uniform-2", "uniform-16"]
     for row in result["rows"]:
         assert {"plan", "nominal_bits", "stored_bits", "quantized_share", "metrics"} <= set(row)

@@ -8,7 +8,7 @@ from evaluating import tiny, uniform
 from kvmix_cli.commands import run as command
 from kvmix_cli.decoding import generate
 from kvmix_cli.models import loading as models
-from kvmix_cli.plan import CacheSettings
+from kvmix_cli.plan import CacheSettings, Plan
 
 KEYS = {
     "command": str,
@@ -42,12 +42,19 @@ def test_the_json_object_has_the_stable_keys():
     assert {name: type(result[name]) for name in KEYS} == KEYS
     assert (result["command"], result["model"], result["plan"]) == ("run", "builtin:tiny", "uniform-2")
     assert result["new_tokens"] == 8
+    assert result["layers"] == {"quantized": 8, "total": 8, "full_precision": 0, "stock": {}}
     assert result["compression"] == result["bf16_cache_bytes"] / result["cache_bytes"]
     assert result["compression_same_dtype"] == result["unquantized_cache_bytes"] / result["cache_bytes"]
     assert result["quantized_share"] > 0
     tokens = result["prompt_tokens"] + result["new_tokens"] - 1
     assert result["bf16_cache_bytes"] == 2 * 2 * 8 * 2 * 64 * tokens
     assert result["unquantized_cache_bytes"] == 2 * result["bf16_cache_bytes"]
+
+
+def test_layers_that_are_not_quantized_are_listed():
+    save("mixed", Plan.from_short("0-5:k2v2,6-7:k16v16", tiny().info))
+    result = kvmix("run", "--plan", "mixed", "--prompt", PROMPT, "--max-new-tokens", 2)
+    assert "quantized 6 of 8 layers; 2 at 16 bits, not quantized" in result.stderr
 
 
 def test_text_comes_on_stdout_then_a_table():

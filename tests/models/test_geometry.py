@@ -45,6 +45,33 @@ def test_heads(name, options, heads):
     assert (info.kv_heads, info.head_dim) == heads
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "heads"),
+    [
+        ("DeepseekV3Config", {}, "1 x 512 (values 64)"),
+        ("MiMoV2FlashConfig", {"head_dim": 64, "v_head_dim": 32, "num_key_value_heads": 4}, "4 x 64 (values 32)"),
+        ("CpmAntConfig", {"num_attention_heads": 4, "dim_head": 48}, "4 x 48"),
+    ],
+)
+def test_heads_of_keys_and_values_that_differ_or_of_a_size_of_their_own(name, options, heads):
+    assert [str(each) for each in info_of(name, **options).geometries] == [heads]
+
+
+def test_heads_may_differ_by_layer():
+    info = info_of("LlamaConfig", num_hidden_layers=4, per_layer_config={1: {"num_key_value_heads": 4}})
+    assert {str(heads): layers for heads, layers in info.geometries.items()} == {"32 x 128": [0, 2, 3], "4 x 128": [1]}
+    assert fingerprint(transformers.LlamaConfig(num_hidden_layers=4)) != info.config_sha256
+
+
+def test_layers_whose_cache_only_appends_are_planned_whatever_else_they_keep():
+    assert info_of("DeepseekV32Config", num_hidden_layers=2).stock == {}
+    assert info_of("FalconH1Config", num_hidden_layers=2).stock == {}
+    kinds = ["hybrid", "hybrid_sliding"]
+    assert info_of("InklingTextConfig", num_hidden_layers=2, layer_types=kinds).stock == {1: "hybrid_sliding"}
+    with pytest.raises(ModelError, match="compressed_sparse_attention"):
+        info_of("DeepseekV4Config")
+
+
 def test_layers_without_full_attention_are_named():
     assert info_of("Gemma3TextConfig", **GEMMA).stock == {0: "sliding_attention", 2: "sliding_attention"}
     kinds = ["linear_attention", "full_attention"]
@@ -68,9 +95,6 @@ def test_the_text_part_of_a_multimodal_model_counts():
         ("LlamaConfig", {"num_hidden_layers": -1}, r"-1 layers .num_hidden_layers.; expected 1 to 10000"),
         ("LlamaConfig", {"num_hidden_layers": 10**9}, "1000000000 layers"),
         ("LlamaConfig", {"head_dim": -64}, "32 KV heads of -64 channels"),
-        ("DeepseekV3Config", {}, "multi-head latent attention"),
-        ("MiMoV2FlashConfig", {"head_dim": 64, "v_head_dim": 32}, "keys of 64 but values of 32 channels"),
-        ("LlamaConfig", {"per_layer_config": {1: {"num_key_value_heads": 4}}}, "different KV heads .4 x 128, 32 x 128"),
     ],
 )
 def test_models_with_nothing_to_quantize(name, options, message):

@@ -21,7 +21,7 @@ layouts = st.builds(
     PageLayout,
     kind=st.sampled_from(["key", "value"]),
     bits=st.sampled_from(BITS),
-    head_dim=st.sampled_from([16, 64, 80, 96, 128]),
+    head_dim=st.sampled_from([16, 64, 80, 96, 128, 576, 640]),
     page=st.sampled_from([16, 32, 128]),
     group_size=st.sampled_from([16, 32, 64, 128, None]),
     scale_dtype=st.sampled_from(["float16", "bfloat16"]),
@@ -80,6 +80,22 @@ def test_attends_to_every_shape_of_page(bits, head_dim, page, group, dtype, seed
     shape = {"head_dim": head_dim, "page": page, "group": group, "dtype": dtype}
     key, value = (segments(kind, width, 4, 6, 9, **shape) for kind, width in zip(("key", "value"), bits, strict=True))
     problem = AttentionProblem(torch.randn(2, 6, 2, head_dim), key, value, scaling=head_dim**-0.5)
+    expected, _ = naive.attend(replace(problem, query=problem.query.double()))
+    for name in instruction_sets():
+        got, _ = cpu.attend(library(), problem)
+        assert relative_rms(got, expected) < 1e-3, name
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 48), (192, 128), (256, 80), (512, 64), (576, 512), (640, 640)])
+@pytest.mark.parametrize("bits", [(2, 4), (16, 3), (8, 1)])
+def test_attends_to_keys_and_values_of_any_size_that_16_divides(key_dim, value_dim, bits):
+    torch.manual_seed(0)
+    dims = {"key": key_dim, "value": value_dim}
+    key, value = (
+        segments(kind, width, 4, 2, 9, head_dim=dims[kind], page=32) for kind, width in zip(dims, bits, strict=True)
+    )
+    problem = AttentionProblem(torch.randn(2, 4, 2, key_dim), key, value, scaling=key_dim**-0.5)
+    assert cpu.supports(problem)
     expected, _ = naive.attend(replace(problem, query=problem.query.double()))
     for name in instruction_sets():
         got, _ = cpu.attend(library(), problem)

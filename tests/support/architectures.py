@@ -33,6 +33,66 @@ CONFIGS = {
     "falcon": ("FalconConfig", {**_COMMON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_oss": ("GptOssConfig", {**_GQA, **_SLIDING, **_EXPERTS}),
 }
+_LATENT = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+_INDEXED = {**_LATENT, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 24}
+_MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MOE = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2}
+GEOMETRIES = {
+    "latent": ("DeepseekV3Config", _LATENT),
+    "latent, indexed": ("DeepseekV32Config", _INDEXED),
+    "wider values": (
+        "MiMoV2FlashConfig",
+        {
+            **_GQA,
+            **_SLIDING,
+            "v_head_dim": 32,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "topk_group": 1,
+        },
+    ),
+    "values from keys": (
+        "Gemma4TextConfig",
+        {
+            **_GQA,
+            **_SLIDING,
+            "attention_k_eq_v": True,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    "heads by layer": (
+        "LlamaConfig",
+        {**_GQA, "per_layer_config": {1: {"num_key_value_heads": 4}}, "allow_global_per_layer_attribute_access": True},
+    ),
+    "hybrid": ("FalconH1Config", {**_GQA, **_MAMBA, "mamba_chunk_size": 16}),
+    "linear and full": ("Qwen3NextConfig", {**_GQA, **_LINEAR, **_MOE}),
+}
+"""Models whose layers differ in their heads, or keep more than keys and values."""
 NO_KVMIX_ATTENTION = {"falcon"}
 """Families that do not go through transformers' attention interface: handles carry them."""
 NO_SDPA = {"gemma2", "gpt_oss"}
@@ -42,12 +102,14 @@ def build(
     name: str, dtype: torch.dtype = torch.float64, seed: int = 0, wide: bool = False
 ) -> transformers.PreTrainedModel:
     """A model with weights large enough for attention to be far from uniform; `wide` has half as many heads, of 32."""
-    class_name, options = CONFIGS[name]
+    class_name, options = {**CONFIGS, **GEOMETRIES}[name]
     if wide:
         options = {**options, "num_attention_heads": 2} | ({"head_dim": 32} if "head_dim" in options else {})
     config = getattr(transformers, class_name)(**options)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if name == "heads by layer":
+        _as_many_kv_heads_as_queries(model.model.layers[1].self_attn)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -83,6 +145,12 @@ def _dense64(module, query, key, value, attention_mask, scaling=None, softcap=No
 
 transformers.AttentionInterface.register("dense64", _dense64)
 transformers.AttentionMaskInterface.register("dense64", sdpa_mask)
+
+
+def _as_many_kv_heads_as_queries(attention: torch.nn.Module) -> None:
+    """Llama's class builds layers that are alike, but runs others."""
+    attention.num_key_value_groups = 1
+    attention.k_proj, attention.v_proj = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
 
 
 def _spike_key_biases(model: transformers.PreTrainedModel) -> None:
