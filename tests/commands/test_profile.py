@@ -122,6 +122,45 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
 
 
+def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added(kvmix, tmp_path):
+    metric = ("profile", "builtin:tiny", "--score", "fisher-metric", "--samples", 1, "--seq-len", 300)
+    ran = kvmix(*metric)
+    assert (ran.code, ran.err) == (0, "")
+    folder = tmp_path / FOLDER
+    assert sorted(path.name for path in folder.iterdir()) == ["profile.safetensors", "profile.yaml"]
+    tensors = (folder / "profile.safetensors").read_bytes()
+    assert kvmix("profile", "builtin:tiny", *SHORT).code == 0
+    assert Profile.load(folder / "profile.yaml").scores.keys() == {"fisher-metric", "grad-norm"}
+    assert (folder / "profile.safetensors").read_bytes() == tensors
+
+    shown = kvmix("inspect", folder / "profile.yaml")
+    assert (shown.code, shown.err) == (0, "")
+    assert "directions of builtin:tiny that carry 99% of the loss, by fisher-metric" in shown.out
+    assert "over 1 documents, 128 packed tokens and 39 predictions" in shown.out
+    found = kvmix("inspect", folder / "profile.yaml", "--json").json["scores"]["fisher-metric"]
+    assert (found["moments"]["documents"], found["moments"]["predictions"], found["moments"]["tokens"]) == (1, 39, 128)
+    for layer, score in zip(found["moments"]["spectrum"], found["layers"], strict=True):
+        assert layer["rope"] == {"layout": "half", "start": 0, "channels": 64}
+        for kind in "kv":
+            assert 0 < layer[kind]["carrying"] <= layer[kind]["directions"] == 128
+            # the metric's smallest eigenvalues are raised to 1e-4 of its largest, which adds to the loss
+            assert score[kind] * (1 - 1e-3) <= layer[kind]["loss"]
+
+    (folder / "profile.safetensors").write_bytes(tensors[:5000])
+    assert (
+        "it is not the file that the profile was written with, or was cut short"
+        in kvmix("inspect", FOLDER + "/profile.yaml").error
+    )
+    assert kvmix(*metric, "--replace").code == 0
+    assert (folder / "profile.safetensors").read_bytes() == tensors
+
+
+def test_ten_documents_by_default_for_the_loss_metric_alone(kvmix, faked):
+    for score, samples in (("fisher-metric", 10), ("fisher-metric,fisher", 30), ("grad-norm", 30)):
+        assert kvmix("profile", "org/model", "--score", score, "--out", f"{score}.yaml").code == 0
+        assert faked["samples"] == samples
+
+
 @pytest.mark.parametrize(
     ("samples", "seq_len", "replaced"), [(2, 64, False), (3, 32, False), (3, 64, True), (4, 99, True)]
 )
