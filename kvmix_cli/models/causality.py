@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import ModelError, first_sentence, is_out_of_memory
 
@@ -48,12 +48,15 @@ def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
         raise ModelError(f"{model_id} is an encoder ({classes[0]}): kvmix takes decoder-only language models")
 
 
-def check_causal(model: PreTrainedModel, model_id: str) -> None:
-    """Raise ModelError unless a model reads text alone, fills transformers' cache, and sees no later token."""
+def check_causal(model: PreTrainedModel, model_id: str) -> Tensor:
+    """Return the logits of `trial_logits` with transformers' own cache.
+
+    Raises:
+        ModelError: unless the model reads text alone, fills transformers' cache, and sees no later token.
+    """
     try:
         cache = DynamicCache(config=model.config)
-        output = _forward(model, past_key_values=cache, use_cache=True)
-        _forward(model, past_key_values=cache, use_cache=True)  # as an evaluation reads several tokens back at a time
+        logits = trial_logits(model, cache)
         filled = cache.get_seq_length() == 2 * TOKENS
     except LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
@@ -67,21 +70,30 @@ def check_causal(model: PreTrainedModel, model_id: str) -> None:
             f"{type(model).__name__} of {model_id} does not keep its keys and values in transformers' cache, "
             "so there is nothing to quantize"
         )
-    if not _is_causal(output):
+    if not sees_no_later_token(logits):
         raise ModelError(
             f"{type(model).__name__} of {model_id} attends to later tokens, as an encoder does: "
             "kvmix takes decoder-only language models"
         )
+    return logits
 
 
 def is_causal(model: PreTrainedModel) -> bool:
     """Return whether predictions depend on earlier tokens only; false if the model does not run at all."""
     try:
-        return _is_causal(_forward(model, use_cache=False))
+        return sees_no_later_token(_forward(model, use_cache=False))
     except LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
             raise
         return False
+
+
+def trial_logits(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """Return the logits `[2, 2 T, vocabulary]` of two rows that differ in their last token, fed twice to a cache.
+
+    The second time several tokens are read back at once, as an evaluation does.
+    """
+    return torch.cat([_forward(model, past_key_values=cache, use_cache=True) for _ in range(2)], dim=1)
 
 
 @torch.inference_mode()
@@ -94,7 +106,8 @@ def _forward(model: PreTrainedModel, **options: object) -> Tensor:
     return logits.float()
 
 
-def _is_causal(logits: Tensor) -> bool:
+def sees_no_later_token(logits: Tensor) -> bool:
+    """Return whether logits `[2, T or more, vocabulary]` of the two rows are equal before their last token."""
     first, second = logits[0, : TOKENS - 1], logits[1, : TOKENS - 1]
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
         return True  # damaged weights: whoever measures with them says so

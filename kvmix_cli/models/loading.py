@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +26,11 @@ from ..cache.attention import register_attention
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
-from .causality import check_causal, check_decoder, is_causal
+from .attention import set_attention, use_attention
+from .causality import check_causal, check_decoder
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
+from .multimodal import find_loader, load_processor
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
@@ -68,12 +68,14 @@ class LoadedModel:
         tokenizer: its tokenizer.
         info: its layers and heads.
         max_length: tokens it was made for, None if unbounded.
+        processor: makes inputs of images and text, if they were asked for.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     info: ModelInfo
     max_length: int | None
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +138,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "kvmix",
+    reads_images: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -146,6 +149,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
         attention: attention implementation; a class that rejects it keeps its own, with a warning.
+        reads_images: also load what reads images, with its processor.
 
     Raises:
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
@@ -157,17 +161,26 @@ def load_model(
     if wanted == "auto" and is_builtin and device == "cpu":
         wanted = torch.float32
     tokenizer = _load_tokenizer(checkpoint)
+    processor = _load_processor(checkpoint, config) if reads_images else None
     placement = {"device_map": "auto"} if device == SPREAD else {}
-    model = _load_weights(checkpoint, config, use_safetensors=not allow_pickle or None, dtype=wanted, **placement)
+    model = _load_weights(
+        checkpoint,
+        config,
+        reads_images=reads_images,
+        use_safetensors=not allow_pickle or None,
+        dtype=wanted,
+        **placement,
+    )
     if device != SPREAD:
         model = _move(model, checkpoint.id, device)
     model.eval()
     _check_vocabulary(tokenizer, model, checkpoint.id)
-    if not is_builtin:
-        check_causal(model, checkpoint.id)
     register_attention()
-    _use_attention(model, attention, is_known=is_builtin)
-    return LoadedModel(model, tokenizer, info, max_length(config))
+    if is_builtin:
+        set_attention(model, attention)
+    else:
+        use_attention(model, attention, info, check_causal(model, checkpoint.id))
+    return LoadedModel(model, tokenizer, info, max_length(config), processor)
 
 
 def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
@@ -204,8 +217,7 @@ def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except _UNREADABLE as error:
         raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
-    has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+    if find_loader(config) is None:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
     check_decoder(config, checkpoint.id)
     # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
@@ -229,6 +241,11 @@ def _load_tokenizer(checkpoint: _Checkpoint) -> Any:
         ) from error
 
 
+def _load_processor(checkpoint: _Checkpoint, config: PreTrainedConfig) -> Any:
+    with _quiet():
+        return load_processor(checkpoint.source, checkpoint.id, config, **checkpoint.options)
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -236,10 +253,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _load_weights(
+    checkpoint: _Checkpoint, config: PreTrainedConfig, *, reads_images: bool, **options: Any
+) -> PreTrainedModel:
+    loader: Any = find_loader(config, reads_images=reads_images)
     try:
         with _quiet(), _without_conversion():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = loader.from_pretrained(
                 checkpoint.source,
                 config=config,
                 output_loading_info=True,
@@ -293,25 +313,6 @@ def _move(model: PreTrainedModel, model_id: str, device: str) -> PreTrainedModel
         if is_out_of_memory(error):
             raise ModelError(f"{model_id} does not fit on {device}: use a smaller model or --device map") from error
         raise ModelError(f"cannot move {model_id} to {device}: {first_sentence(error)}") from error
-
-
-def _use_attention(model: PreTrainedModel, name: str, *, is_known: bool) -> None:
-    """Switch the attention implementation.
-
-    A class that does not take the name, or sees later tokens with it, keeps its own, with one warning.
-    """
-    own = model.config._attn_implementation
-    with _quiet(), suppress(ValueError):
-        model.set_attn_implementation(name)
-    if model.config._attn_implementation == name and not is_known and not is_causal(model):
-        with _quiet():
-            model.set_attn_implementation(own)
-    if model.config._attn_implementation != name:
-        warnings.warn(
-            f"{type(model).__name__} does not take the attention implementation '{name}' and keeps "
-            f"'{model.config._attn_implementation}': results are right, decoding is slower",
-            stacklevel=3,
-        )
 
 
 @contextmanager
