@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from kvmix_kernels.layout import FULL_PRECISION_BITS
+from kvmix_kernels.runtime.fallback import warn_once
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -62,31 +63,30 @@ def use_attention(model: PreTrainedModel, name: str, info: ModelInfo, before: Te
     """
     own = text_attention(model)
     is_taken = set_attention(model, name)
-    if is_taken and name == NAME and (reason := _fault(model, info, before)):
+    fault = None if is_taken else "does not take"
+    if is_taken and name == NAME and (fault := _fault(model, info, before)):
         set_attention(model, own)
         _require_cache(model, info)
-        _warn(f"{reason}, so it keeps '{own}': results are right, decoding is slower")
-    elif not is_taken:
+    if fault:
         _warn(
-            f"{type(model).__name__} does not take the attention implementation '{name}' and keeps "
-            f"'{text_attention(model)}': results are right, decoding is slower"
+            f"{type(model).__name__} {fault} the attention implementation '{name}' and keeps '{own}': "
+            "results are right, decoding is slower"
         )
 
 
 def _fault(model: PreTrainedModel, info: ModelInfo, before: Tensor) -> str | None:
-    """Return the reason why our attention cannot be used; None if it can."""
-    kind = f"with the attention implementation '{NAME}' {type(model).__name__}"
+    """Return what the model does wrong with our attention; None if nothing."""
     try:
-        with _called_layers() as called:
+        with _called_layers() as called, _unwarned():
             ours = trial_logits(model, _cache(model, info))
     except (*LIBRARY_ERRORS, KvmixError) as error:
         if is_out_of_memory(error):
             raise ModelError(f"no memory to run {TOKENS} tokens through {info.id}: use a smaller model") from error
-        return f"{kind} does not run ({first_sentence(error)})"
+        return f"does not run ({first_sentence(error)}) with"
     if not sees_no_later_token(ours):
-        return f"{kind} attends to later tokens"
+        return "attends to later tokens with"
     if not are_equal(before, ours, model.dtype) and not are_equal(_eager_logits(model), ours, model.dtype):
-        return f"{kind} predicts other tokens than with its own"
+        return "predicts something else with"
     missing = [index for index in info.quantizable if index not in called]
     if missing and None not in called:
         layers = f"layer {missing[0]}" if len(missing) == 1 else f"layers {format_ranges(missing)}"
@@ -128,7 +128,8 @@ def _eager_logits(model: PreTrainedModel) -> Tensor:
 def _require_cache(model: PreTrainedModel, info: ModelInfo) -> None:
     """Raise ModelError if a model with its own attention does not run with a kvmix cache."""
     try:
-        trial_logits(model, _cache(model, info))
+        with _unwarned():
+            trial_logits(model, _cache(model, info))
     except (*LIBRARY_ERRORS, KvmixError) as error:
         raise ModelError(
             f"{type(model).__name__} of {info.id} does not run with a kvmix cache: {first_sentence(error)}"
@@ -156,6 +157,17 @@ def _called_layers() -> Iterator[set[Any]]:
         yield called
     finally:
         AttentionInterface.register(NAME, ours)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Within this block say nothing of kernels that are missing: some of these calls are not those of a run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            warn_once.cache_clear()  # so that a run says it
 
 
 def _text_only(config: PreTrainedConfig, name: str) -> str | dict[str, Any]:

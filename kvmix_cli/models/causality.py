@@ -78,16 +78,6 @@ def check_causal(model: PreTrainedModel, model_id: str) -> Tensor:
     return logits
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Return whether predictions depend on earlier tokens only; false if the model does not run at all."""
-    try:
-        return sees_no_later_token(_forward(model, use_cache=False))
-    except LIBRARY_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-
-
 def trial_logits(model: PreTrainedModel, cache: Cache) -> Tensor:
     """Return the logits `[2, 2 T, vocabulary]` of two rows that differ in their last token, fed twice to a cache.
 

@@ -73,6 +73,6 @@ def _read(path: Path) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:
-        is_system = isinstance(error, OSError) and error.strerror
-        reason = error.strerror if is_system else f"it is no image that Pillow reads ({first_sentence(error)})"
+        system = getattr(error, "strerror", None)
+        reason = system or f"it is no image that Pillow reads ({first_sentence(error)})"
         raise TextError(f"cannot read the image {path}: {reason}; give a PNG or JPEG file") from error

@@ -25,7 +25,7 @@ from kvmix_cli.errors import ModelError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.models import devices, loading
+from kvmix_cli.models import devices, loading, multimodal
 from kvmix_cli.models.loading import load_info, load_model
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.quiet import hushed
@@ -224,13 +224,13 @@ def test_no_code_of_a_model_folder_is_run(folder, tmp_path, monkeypatch, options
 def test_no_conversion_is_asked_of_the_hub(folder, monkeypatch):
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     seen = []
-    real = loading.AutoModelForCausalLM.from_pretrained
+    real = multimodal.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(*args, **options):
         seen.append((os.environ.get("DISABLE_SAFETENSORS_CONVERSION"), options["use_safetensors"]))
         return real(*args, **options)
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(multimodal.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_model(str(folder))
     assert seen == [("1", True)]
     assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ

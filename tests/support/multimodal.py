@@ -45,10 +45,8 @@ def tokenizer_of(name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": IMAGE_TOKENS[name]})
     if name == "gemma3":
-        start, soft, end = IMAGE_TOKENS[name]
-        for attribute, token in (("boi_token", start), ("image_token", soft), ("eoi_token", end)):
-            setattr(tokenizer, attribute, token)
-            setattr(tokenizer, f"{attribute}_id", tokenizer.convert_tokens_to_ids(token))
+        named = dict(zip(("boi_token", "image_token", "eoi_token"), IMAGE_TOKENS[name], strict=True))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny", extra_special_tokens=named)
     return tokenizer
 
 
@@ -132,9 +130,7 @@ class QwenProcessor:
         found = self.image_processor(images=images, return_tensors="pt")
         parts = text[0].split(self.image_token)
         counts = found["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        written = "".join(
-            part + self.image_token * int(count) for part, count in zip(parts, [*counts, 0], strict=True)
-        )
+        written = "".join(part + self.image_token * int(count) for part, count in zip(parts, [*counts, 0], strict=True))
         ids = self.tokenizer(written, return_tensors="pt", add_special_tokens=add_special_tokens)
         kinds = (ids.input_ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).int()
         return BatchFeature({**ids, **found, "mm_token_type_ids": kinds})
