@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ from ..cache.attention import register_attention
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
+from .adapters import Adapter, find_adapter, merge_adapter
 from .attention import set_attention, use_attention
 from .causality import check_causal, check_decoder
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
+from .gguf import SUFFIX, check_gguf, drop_quantizer
 from .multimodal import find_loader, load_processor
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
 
@@ -117,16 +121,21 @@ class _Checkpoint:
     Attributes:
         id: canonical id of the model.
         source: folder or hub id.
+        gguf: name of the GGUF file in the folder that has everything; None for the layout of transformers.
+        adapter: LoRA adapter that is merged into the model.
     """
 
     id: str
     source: str
     revision: str | None
     trust_remote_code: bool
+    gguf: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        file = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **file}
 
 
 def load_model(
@@ -171,6 +180,8 @@ def load_model(
         dtype=wanted,
         **placement,
     )
+    if checkpoint.adapter is not None:
+        model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
     if device != SPREAD:
         model = _move(model, checkpoint.id, device)
     model.eval()
@@ -191,7 +202,13 @@ def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: 
 
 def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
     """Find a model and read its configuration; of one in Meta's layout, that of the repository beside it."""
-    checkpoint = _Checkpoint(canonical_id(model_id), locate(model_id), revision, trust_remote_code)
+    source = locate(model_id)
+    if (adapter := find_adapter(source, revision)) is not None:
+        return _find_base(canonical_id(model_id), adapter, trust_remote_code)
+    checkpoint = _Checkpoint(canonical_id(model_id), source, revision, trust_remote_code)
+    if source.lower().endswith(SUFFIX):
+        check_gguf(Path(source))
+        checkpoint = replace(checkpoint, source=str(Path(source).parent), gguf=Path(source).name)
     try:
         return checkpoint, _load_config(checkpoint)
     except ModelError:
@@ -211,11 +228,24 @@ def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple
     return checkpoint, _load_config(checkpoint)
 
 
+def _find_base(model_id: str, adapter: Adapter, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
+    """Find the model that an adapter was trained on; as that of the adapter it has the adapter's id."""
+    if find_adapter(locate(adapter.base), adapter.revision) is not None:
+        raise ModelError(f"{model_id} is an adapter of {adapter.base}, which is an adapter itself: merge that one first")
+    checkpoint, config = _find(adapter.base, adapter.revision, trust_remote_code)
+    return replace(checkpoint, id=model_id, adapter=adapter), config
+
+
 def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except _UNREADABLE as error:
+        if checkpoint.gguf is not None:
+            raise ModelError(
+                f"cannot load {checkpoint.id}: {first_sentence(error)}; transformers does not read every GGUF file: "
+                "give the folder or hub id of the model that it was made from"
+            ) from error
         raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
     if find_loader(config) is None:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
@@ -258,7 +288,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     loader: Any = find_loader(config, reads_images=reads_images)
     try:
-        with _quiet(), _without_conversion():
+        with _quiet(without_bars=checkpoint.gguf is not None), _without_conversion():
             model, report = loader.from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -279,6 +309,8 @@ def _load_weights(
             ) from error
         raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
     _require_complete(checkpoint.id, report)
+    if checkpoint.gguf is not None:
+        drop_quantizer(model)
     return model
 
 
@@ -330,10 +362,15 @@ def _without_conversion() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs."""
+def _quiet(*, without_bars: bool = False) -> Iterator[None]:
+    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs.
+
+    Args:
+        without_bars: silence bars that no setting turns off, too, as that over the weights of a GGUF file.
+    """
     bars = transformers_logging.is_progress_bar_enabled()
-    with hushed():
+    nowhere = nullcontext() if verbose() or not without_bars else redirect_stderr(io.StringIO())
+    with hushed(), nowhere:
         if not verbose():
             transformers_logging.disable_progress_bar()
         try:

@@ -27,6 +27,7 @@ from ..plan.settings import Encode
 from . import gradients
 from .grid import Grid, reference
 from .observer import ChoiceObserver, observed
+from .packed import check_differentiable
 from .probe import CacheProbe, ChangeProbe, Probe, WeightProbe
 from .results import Labels, LayerResult, PassResults, SampleResult, TensorResult
 
@@ -116,7 +117,7 @@ def shared_pass(
     model, info, results = loaded.model, loaded.info, PassResults()
     labels = [each for each in get_args(Labels) if any(probe.labels == each for probe in probes)]
     if labels:
-        gradients.check_differentiable(loaded)
+        check_differentiable(loaded)
     of_changes = [probe for probe in probes if isinstance(probe, ChangeProbe)]
     of_weights = [probe for probe in probes if isinstance(probe, WeightProbe)]
     choices = ChoiceObserver(info, of_changes, results, grid, labels[-1] if labels else None, per_head=per_head)
