@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -17,8 +18,19 @@ from ..quiet import hushed
 from .sources import ADAPTER
 
 WEIGHTS = "adapter_model.safetensors"
-_FAULTS = (AssertionError, AttributeError, ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError)
-"""Errors of peft for an adapter that does not fit or is damaged, with ValueError."""
+_FAULTS = (
+    AssertionError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""Errors of peft for an adapter that does not fit or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,12 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, model_id: str) -> Pr
             report = wrapped.load_adapter(str(adapter.folder), "default", is_trainable=False, use_safetensors=True)
             left_out = [name for name in (*report.missing_keys, *report.unexpected_keys) if "lora_" in name]
             merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
-    except (*_FAULTS, ValueError) as error:
+    except _FAULTS as error:
         raise ModelError(_unfit(model_id, adapter, first_sentence(error))) from error
     if left_out:
-        raise ModelError(_unfit(model_id, adapter, f"{len(left_out)} of its weights do not match, such as {left_out[0]}"))
+        raise ModelError(
+            _unfit(model_id, adapter, f"{len(left_out)} of its weights do not match, such as {left_out[0]}")
+        )
     return merged
 
 

@@ -200,11 +200,17 @@ def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: 
     return model_info(config, checkpoint.id, checkpoint.revision)
 
 
-def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
-    """Find a model and read its configuration; of one in Meta's layout, that of the repository beside it."""
+def _find(
+    model_id: str, revision: str | None, trust_remote_code: bool, adapted_by: str | None = None
+) -> tuple[_Checkpoint, PreTrainedConfig]:
+    """Find a model and read its configuration.
+
+    Of one in Meta's layout it is that of the repository beside it, of an adapter that of the model it was trained on.
+
+    Args:
+        adapted_by: adapter that the model is wanted for.
+    """
     source = locate(model_id)
-    if (adapter := find_adapter(source, revision)) is not None:
-        return _find_base(canonical_id(model_id), adapter, trust_remote_code)
     checkpoint = _Checkpoint(canonical_id(model_id), source, revision, trust_remote_code)
     if source.lower().endswith(SUFFIX):
         check_gguf(Path(source))
@@ -212,8 +218,13 @@ def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple
     try:
         return checkpoint, _load_config(checkpoint)
     except ModelError:
-        sibling = meta_sibling(model_id)
-        if sibling is None:
+        if (adapter := find_adapter(source, revision)) is not None:
+            if adapted_by is not None:
+                reason = f"an adapter of {model_id}, which is an adapter itself"
+                raise ModelError(f"{adapted_by} is {reason}: merge that one first") from None
+            base, config = _find(adapter.base, adapter.revision, trust_remote_code, adapted_by=model_id)
+            return replace(base, id=checkpoint.id, adapter=adapter), config
+        if (sibling := meta_sibling(model_id)) is None:
             raise
     if revision is not None:
         raise ModelError(
@@ -226,14 +237,6 @@ def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple
     )
     checkpoint = _Checkpoint(sibling, sibling, None, trust_remote_code)
     return checkpoint, _load_config(checkpoint)
-
-
-def _find_base(model_id: str, adapter: Adapter, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
-    """Find the model that an adapter was trained on; as that of the adapter it has the adapter's id."""
-    if find_adapter(locate(adapter.base), adapter.revision) is not None:
-        raise ModelError(f"{model_id} is an adapter of {adapter.base}, which is an adapter itself: merge that one first")
-    checkpoint, config = _find(adapter.base, adapter.revision, trust_remote_code)
-    return replace(checkpoint, id=model_id, adapter=adapter), config
 
 
 def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:

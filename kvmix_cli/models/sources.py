@@ -50,7 +50,9 @@ def locate(model_id: str) -> str:
     if model_id.lower().endswith(SUFFIX):
         return str(find_gguf(model_id, path))
     if _is_folder(path):
-        if not any((path / name).is_file() for name in ("config.json", ADAPTER)) and (file := find_gguf(model_id, path)):
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER)) and (
+            file := find_gguf(model_id, path)
+        ):
             return str(file)
         if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
             raise ModelError(_without_config(model_id, path))
