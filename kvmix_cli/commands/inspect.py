@@ -154,15 +154,18 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
 
 
 def _show_profile(path: Path, profile: Profile) -> None:
-    from ..reporting.tables import profile_tables, score_json
+    from ..reporting.outliers import outlier_table
+    from ..reporting.tables import outliers_json, profile_tables, score_json
 
     for table in profile_tables(profile, path, ascii_only=not console.is_unicode()):
         console.table(*table)
+    if (outliers := outlier_table(profile)) is not None:
+        console.table(*outliers)
     scores = {
         name: {"seconds": score.seconds, "calibration": score.calibration.model_dump(), "layers": score_json(score)}
         for name, score in profile.scores.items()
     }
-    console.emit_json({**_head(path, profile), "kind": "profile", "scores": scores})
+    console.emit_json({**_head(path, profile), "kind": "profile", "scores": scores, **outliers_json(profile)})
 
 
 def _head(path: Path, found: Plan | Profile) -> dict[str, Any]:

@@ -199,13 +199,16 @@ def _head(path: Path) -> str:
 
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
-    from ..reporting.tables import profile_tables, score_json
+    from ..reporting.outliers import outlier_notices
+    from ..reporting.tables import outliers_json, profile_tables, score_json
 
     samples = next(iter(result.scores.values())).calibration.samples
     if samples < what.samples:
         console.notice(f"the text gave {samples} samples, not {what.samples}")
     for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
         console.table(*table)
+    for notice in outlier_notices(result):
+        console.notice(notice)
     if what.plot is not None:
         from ..reporting.plots import plot_profiles
 
@@ -213,4 +216,6 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
     scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}
     first = next(iter(scores))
     head = {"command": "profile", "model": result.model.id, "profile": path, "score": first, "samples": samples}
-    console.emit_json({**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores})
+    console.emit_json(
+        {**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores, **outliers_json(result)}
+    )

@@ -216,16 +216,19 @@ def _cache(loaded: LoadedModel, grid: Grid, layer: int, kind: Kind, layout: Page
 def _require_finite(pair: LayerResult, fault: str, index: int, loaded: LoadedModel) -> None:
     numbers = [number for each in pair for number in (each.value, *each.curve.values(), *each.heads)]
     if not all(map(math.isfinite, numbers)):
-        raise ModelError(f"{fault} in {loaded.dtype}, first in layer {index}: {_advice(loaded)}")
+        raise ModelError(f"{fault} in {loaded.dtype}, first in layer {index}: {precision_advice(loaded)}")
 
 
 def _require_probabilities(logits: Tensor, loaded: LoadedModel) -> None:
     """Raise ModelError for predictions that no token can be drawn from."""
     if not torch.isfinite(logits).all():
-        raise ModelError(f"predictions of {loaded.info.id} are not finite in {loaded.dtype}: {_advice(loaded)}")
+        raise ModelError(
+            f"predictions of {loaded.info.id} are not finite in {loaded.dtype}: {precision_advice(loaded)}"
+        )
 
 
-def _advice(loaded: LoadedModel) -> str:
+def precision_advice(loaded: LoadedModel) -> str:
+    """Return what to do about numbers that are not finite."""
     return "its weights may be damaged" if loaded.dtype == "float32" else "use --dtype float32 or bfloat16"
 
 

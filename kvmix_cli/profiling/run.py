@@ -21,6 +21,7 @@ from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, Tenso
 from ..texts.tokens import cut_samples
 from .grid import Grid
 from .measure import KINDS, ProbeOptions, measure_sample
+from .outliers import measure_outliers
 from .probe import CacheProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
@@ -73,6 +74,7 @@ def run_profile(
     )
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
+    outliers = measure_outliers(loaded, chosen[0])
     settings = _settings(loaded, probes, options, calibration)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
@@ -90,6 +92,7 @@ def run_profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={probe.name: _score(probe, record.records, calibration, options) for probe in probes},
+        outliers=outliers,
     )
 
 
