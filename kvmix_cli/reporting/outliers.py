@@ -9,9 +9,9 @@ from ..plan.geometry import format_ranges
 from ..profile import Profile
 
 CHANNEL = 16.0
-"""Ratio of key channels from which on a layer is named. With one channel 8, 16 or 32 times the others, the
-squared error of scores at 2 bits is 2, 5 or 17 times as large in heads of 64 channels; 4 bits divide it by 25 (normal keys of 4096
-tokens, groups of 64, normal queries). Layers of builtin:tiny have 1.8 to 3.7, those of SmolLM2-135M up to 13.4."""
+"""Ratio of key channels from which on a layer is named. With one channel 8, 16 or 32 times the others, the squared
+error of scores at 2 bits is 2, 5 or 17 times as large in heads of 64 channels; 4 bits divide it by 25 (normal keys of
+4096 tokens, groups of 64, normal queries). Layers of builtin:tiny have 1.8 to 3.7, those of SmolLM2-135M up to 13.4."""
 TOKEN = 5.0
 """Ratio of tokens from which on a layer is named. With one token 4.8 times the others in each group of 64, the squared
 error of the others at 2 bits is 1.9 times as large. Layers of builtin:tiny have 1.2 to 2.3,
