@@ -384,3 +384,16 @@ def change_weights(folder, change):
     weights[name] = change(name, weights[name])
     weights = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_in_several_files(folder):
+    """A sharded checkpoint is one model; without one of its files it is one line."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="2MB")
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    one, other = load_model(str(folder)).model, load_model("builtin:tiny", dtype="bfloat16").model
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    shards[0].unlink()
+    assert "\n" not in failure(folder)
