@@ -397,3 +397,30 @@ def test_weights_in_several_files(folder):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     shards[0].unlink()
     assert "\n" not in failure(folder)
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
+    """Without a GPU transformers unpacks them, and gradients are those of dense weights."""
+    sizes = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_key_value_heads": 2}
+    experts = {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "eos_token_id": 2}
+    config = transformers.GptOssConfig(**sizes, **kinds, **experts, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    packed = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            count, inner, outer = weight.shape
+            packed[f"{name}_blocks"] = torch.randint(0, 256, (count, outer, inner // 32, 16), dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.full((count, outer, inner // 32), 120, dtype=torch.uint8)
+        else:
+            packed[name] = weight
+    save_file(packed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    texts = ["one two three " * 90]
+    found = run_profile(loaded, ["grad-norm"], texts=texts, source="text", samples=1, seq_len=64).scores["grad-norm"]
+    assert list(found.layers) == [1]
+    assert found.layers[1].k.mean > 0
