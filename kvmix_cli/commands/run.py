@@ -103,9 +103,7 @@ def run(
 ) -> None:
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
     text = prompt.text
-    from ..texts.images import read_images
-
-    images = read_images(prompt.image or ())
+    images = _images(prompt.image or [])
     from ..studies.selection import check_widths, choose
 
     uniform = [] if storage.uniform is None else [storage.uniform]
@@ -155,6 +153,15 @@ def run(
     if footprint.quantized_share == 0 and subject.plan is not None:
         console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
     console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole))
+
+
+def _images(paths: Sequence[Path]) -> list[Any]:
+    """Return the images of a prompt, read before any model is. Raises TextError."""
+    if not paths:
+        return []
+    from ..texts.images import read_images  # which loads torch
+
+    return read_images(paths)
 
 
 def _prompt(
