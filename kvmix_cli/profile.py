@@ -83,6 +83,19 @@ class LayerScore(StrictModel):
     v: TensorScore
 
 
+class LayerOutliers(StrictModel):
+    """Largest over median sizes of one layer's keys and values, in the head where that is most.
+
+    Attributes:
+        key_channel: of the root mean squares of key channels.
+        key_token, value_token: of the norms of keys and values of tokens, without the first ones.
+    """
+
+    key_channel: MeasuredFloat = Field(ge=0)
+    key_token: MeasuredFloat = Field(ge=0)
+    value_token: MeasuredFloat = Field(ge=0)
+
+
 class Calibration(StrictModel):
     """The text that was profiled.
 
@@ -153,12 +166,14 @@ class Profile(StrictModel):
     Attributes:
         provenance: how the scores were measured: the version of kvmix and the model's dtype; a file may have anything.
         scores: scores by name.
+        outliers: how far channels and tokens stand out, by layer; None in profiles of earlier versions.
     """
 
     format: Literal["kvmix-profile/1"] = FORMAT
     model: ModelInfo
     provenance: dict[str, Any] = Field(default_factory=dict)
     scores: dict[str, Score] = Field(min_length=1)
+    outliers: dict[int, LayerOutliers] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Profile:
@@ -191,11 +206,16 @@ class Profile(StrictModel):
 
     def to_yaml(self, command: str = "") -> str:
         """Return the profile as it is written to files."""
-        data = self.model_dump(exclude_none=True, exclude={"scores"})
+        data = self.model_dump(exclude_none=True, exclude={"scores", "outliers"})
         if not self.model.stock:
             data["model"].pop("stock")
         lines = head_comment(command)
         lines += [f"{key}: {flow(value)}" for key, value in data.items()]
+        if self.outliers is not None:
+            lines.append("outliers:")
+            lines += [
+                f"  {index}: {flow(_digits(each.model_dump(), 3))}" for index, each in sorted(self.outliers.items())
+            ]
         lines.append("scores:")
         for name, score in self.scores.items():
             lines += [f"  {name}:", f"    seconds: {score.seconds:.2f}", f"    unit: {flow(score.unit)}"]
@@ -233,9 +253,10 @@ def _rounded(layer: LayerScore) -> dict[str, Any]:
     }
 
 
-def _digits(value: Any) -> Any:
+def _digits(value: Any, count: int = 7) -> Any:
     if isinstance(value, dict):
-        return {key: _digits(each) for key, each in value.items()}
+        return {key: _digits(each, count) for key, each in value.items()}
     if isinstance(value, list):
-        return [_digits(each) for each in value]
-    return value if value == 0 or not math.isfinite(value) else round(value, 6 - math.floor(math.log10(abs(value))))
+        return [_digits(each, count) for each in value]
+    is_plain = value == 0 or not math.isfinite(value)
+    return value if is_plain else round(value, count - 1 - math.floor(math.log10(abs(value))))

@@ -59,7 +59,7 @@ def profiles_dir() -> Path:
 
 def slug(model: str) -> str:
     """Return the folder name of a model: `meta-llama--Llama-2-7b`, `builtin--tiny`, `checkpoint-500--1f3a5c7e`."""
-    if _holds(Path.is_dir, model):
+    if _holds(Path.is_dir, model) or (model.lower().endswith(".gguf") and _holds(Path.is_file, model)):
         path = Path(model).expanduser().resolve()
         return _short(f"{_plain_name(path.name)}--{_hash(str(path))}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):

@@ -94,9 +94,7 @@ def _basis(
 
 @lru_cache(maxsize=TENSORS)
 @lasting
-def _directions(
-    file: BasisFile, index: int, kind: TensorName, device: torch.device, dtype: torch.dtype
-) -> _Directions:
+def _directions(file: BasisFile, index: int, kind: TensorName, device: torch.device, dtype: torch.dtype) -> _Directions:
     found = file.layers[index][kind]
     arrays = (found.encode, found.decode, found.mean, found.deviation)
     return _Directions(*(torch.from_numpy(array).to(device, dtype) for array in arrays))

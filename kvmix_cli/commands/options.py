@@ -321,8 +321,8 @@ class LoadingOptions:
     threads: Threads = None
     profiles_dir: ProfilesDir = None
 
-    def load(self, model: str, revision: str | None) -> LoadedModel:
-        """Load a model as the options say. Raises ModelError."""
+    def load(self, model: str, revision: str | None, *, reads_images: bool = False) -> LoadedModel:
+        """Load a model as the options say, with what reads images if asked for. Raises ModelError."""
         from ..models.loading import load_model
 
         return load_model(
@@ -332,6 +332,7 @@ class LoadingOptions:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
+            reads_images=reads_images,
         )
 
 

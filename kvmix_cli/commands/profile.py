@@ -207,7 +207,8 @@ def _head(path: Path) -> str:
 
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
-    from ..reporting.tables import profile_tables, score_json
+    from ..reporting.outliers import outlier_notices
+    from ..reporting.tables import outliers_json, profile_tables, score_json
     from ..studies.spectrum import measure_spectra
 
     samples = next(iter(result.scores.values())).calibration.samples
@@ -218,6 +219,8 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
     for spectrum in measure_spectra(result, path.parent):
         for sentence in spectrum.notices:
             console.notice(sentence)
+    for notice in outlier_notices(result):
+        console.notice(notice)
     if what.plot is not None:
         from ..reporting.plots import plot_profiles
 
@@ -225,4 +228,6 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
     scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}
     first = next(iter(scores))
     head = {"command": "profile", "model": result.model.id, "profile": path, "score": first, "samples": samples}
-    console.emit_json({**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores})
+    console.emit_json(
+        {**head, "seconds": seconds, "layers": scores[first]["layers"], "scores": scores, **outliers_json(result)}
+    )

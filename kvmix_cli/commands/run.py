@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import stat
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -16,6 +17,8 @@ from ..errors import KvmixError, TextError
 from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count, expand
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..decoding.footprint import Footprint, FullContext
     from ..decoding.generate import Generation
     from ..models.loading import LoadedModel
@@ -32,6 +35,10 @@ class PromptOptions:
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Read the prompt from a file, or from stdin with '-'.")
+    ] = None
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", metavar="FILE", help="An image before the prompt, in a chat template; repeatable."),
     ] = None
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
     max_new_tokens: Annotated[
@@ -96,6 +103,7 @@ def run(
 ) -> None:
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
     text = prompt.text
+    images = _images(prompt.image or [])
     from ..studies.selection import check_widths, choose
 
     uniform = [] if storage.uniform is None else [storage.uniform]
@@ -114,17 +122,15 @@ def run(
     from ..decoding.settings import reserve
     from ..models.loading import load_info
     from ..reporting.words import layers_json, layers_text
-    from ..texts.chat import chat_ids, prompt_ids
 
     subject = Subject()
     if not storage.baseline:
         info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
         name, plan = list(choice.plans(info, uniform, console.notice, encode=storage.encode).items())[-1]
         subject = Subject(name, plan)
-    loaded = loading.load(choice.model, choice.revision)
+    loaded = loading.load(choice.model, choice.revision, reads_images=bool(images))
     _check_length(loaded, text)
-    tokenizer = loaded.tokenizer
-    ids = chat_ids(tokenizer, text, loaded.info.id) if prompt.chat else prompt_ids(tokenizer, text)
+    ids, inputs = _prompt(loaded, text, images, chat=prompt.chat)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < prompt.max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
@@ -138,6 +144,7 @@ def run(
         top_p=prompt.top_p,
         seed=loading.seed,
         on_text=console.text,
+        inputs=inputs,
     )
     console.text("\n" if common.quiet else "\n\n")
     footprint = measure_footprint(cache, subject.plan, loaded.model.dtype.itemsize)
@@ -150,6 +157,27 @@ def run(
         console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
     facts = None if subject.plan is None else layers_json(loaded.info, subject.plan)
     console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole) | {"layers": facts})
+
+
+def _images(paths: Sequence[Path]) -> list[Any]:
+    """Return the images of a prompt, read before any model is. Raises TextError."""
+    if not paths:
+        return []
+    from ..texts.images import read_images  # which loads torch
+
+    return read_images(paths)
+
+
+def _prompt(
+    loaded: LoadedModel, text: str, images: Sequence[Any], *, chat: bool
+) -> tuple[list[int], Mapping[str, Tensor]]:
+    """Return the prompt's ids, and what the model reads of images beside them. Raises TextError."""
+    from ..texts.chat import chat_ids, prompt_ids
+    from ..texts.images import image_prompt
+
+    if images:
+        return image_prompt(loaded.processor, text, images, loaded.info.id)
+    return chat_ids(loaded.tokenizer, text, loaded.info.id) if chat else prompt_ids(loaded.tokenizer, text), {}
 
 
 def _read(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..errors import KvmixError, is_out_of_memory
 from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Cache, PreTrainedTokenizerBase
 
     from ..models.loading import LoadedModel
@@ -79,6 +80,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Generation:
     """Continue one prompt through a cache, an empty one.
 
@@ -88,6 +90,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: share of the probability to sample from, in (0, 1].
         on_text: called with each piece of text as soon as it is final.
+        inputs: what the model reads beside the ids, such as the pixels of images.
 
     Raises:
         KvmixError: if the prompt is empty or leaves no room for an answer, a setting is out of its range, or memory
@@ -104,9 +107,8 @@ def generate(
     if sampling:
         torch.manual_seed(seed)
     try:
-        continue_tokens(
-            loaded, torch.tensor([list(prompt_ids)], device=loaded.device), cache, settings, streamer=streamer
-        )
+        ids = torch.tensor([list(prompt_ids)], device=loaded.device)
+        continue_tokens(loaded, ids, cache, settings, streamer=streamer, inputs=inputs)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise

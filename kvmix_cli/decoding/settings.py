@@ -120,11 +120,14 @@ def continue_tokens(
     streamer: BaseStreamer | None = None,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return rows of ids `[B, T]` with what the model adds to them through a cache, `[B, T + new]`.
 
-    The cache may hold the first tokens of each row already; only the others are fed to it.
+    The cache may hold the first tokens of each row already; only the others are fed to it. `inputs` is what the model
+    reads beside the ids, such as the pixels of images.
     """
+    more = {name: _placed(value, loaded.model.dtype, loaded.device) for name, value in (inputs or {}).items()}
     with hushed(), _without_defaults(loaded.model):
         found: Tensor = loaded.model.generate(
             input_ids=ids,
@@ -134,8 +137,13 @@ def continue_tokens(
             streamer=streamer,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
+            **more,
         )
     return found
+
+
+def _placed(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
 def reserve(prompt_tokens: int, new_tokens: int) -> int:

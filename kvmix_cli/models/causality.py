@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import ModelError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
@@ -49,15 +49,16 @@ def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
         raise ModelError(f"{model_id} is an encoder ({classes[0]}): kvmix takes decoder-only language models")
 
 
-def check_causal(model: PreTrainedModel, model_id: str, info: ModelInfo | None = None) -> None:
-    """Raise ModelError unless a model reads text alone, fills transformers' cache, and sees no later token.
+def check_causal(model: PreTrainedModel, model_id: str, info: ModelInfo | None = None) -> Tensor:
+    """Return the logits of `trial_logits` with transformers' own cache.
 
-    With `info` also if it caches other KV heads than its configuration tells.
+    Raises:
+        ModelError: unless the model reads text alone, fills transformers' cache, and sees no later token; with `info`
+            also if it caches other KV heads than its configuration tells.
     """
     try:
         cache = DynamicCache(config=model.config)
-        output = _forward(model, past_key_values=cache, use_cache=True)
-        _forward(model, past_key_values=cache, use_cache=True)  # as an evaluation reads several tokens back at a time
+        logits = trial_logits(model, cache)
         filled = cache.get_seq_length() == 2 * TOKENS
     except LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
@@ -73,11 +74,12 @@ def check_causal(model: PreTrainedModel, model_id: str, info: ModelInfo | None =
         )
     if info is not None:
         _check_heads(cache, info)
-    if not _is_causal(output):
+    if not sees_no_later_token(logits):
         raise ModelError(
             f"{type(model).__name__} of {model_id} attends to later tokens, as an encoder does: "
             "kvmix takes decoder-only language models"
         )
+    return logits
 
 
 def _check_heads(cache: DynamicCache, info: ModelInfo) -> None:
@@ -98,14 +100,12 @@ def _check_heads(cache: DynamicCache, info: ModelInfo) -> None:
             )
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Return whether predictions depend on earlier tokens only; false if the model does not run at all."""
-    try:
-        return _is_causal(_forward(model, use_cache=False))
-    except LIBRARY_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        return False
+def trial_logits(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """Return the logits `[2, 2 T, vocabulary]` of two rows that differ in their last token, fed twice to a cache.
+
+    The second time several tokens are read back at once, as an evaluation does.
+    """
+    return torch.cat([_forward(model, past_key_values=cache, use_cache=True) for _ in range(2)], dim=1)
 
 
 @torch.inference_mode()
@@ -118,7 +118,8 @@ def _forward(model: PreTrainedModel, **options: object) -> Tensor:
     return logits.float()
 
 
-def _is_causal(logits: Tensor) -> bool:
+def sees_no_later_token(logits: Tensor) -> bool:
+    """Return whether logits `[2, T or more, vocabulary]` of the two rows are equal before their last token."""
     first, second = logits[0, : TOKENS - 1], logits[1, : TOKENS - 1]
     if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
         return True  # damaged weights: whoever measures with them says so

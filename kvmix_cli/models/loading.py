@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +28,13 @@ from ..cache.attention import register_attention
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
-from .causality import check_causal, check_decoder, is_causal
+from .adapters import Adapter, find_adapter, merge_adapter
+from .attention import set_attention, use_attention
+from .causality import check_causal, check_decoder
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
+from .gguf import SUFFIX, check_gguf, drop_quantizer
+from .multimodal import find_loader, load_processor
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
@@ -68,12 +72,14 @@ class LoadedModel:
         tokenizer: its tokenizer.
         info: its layers and heads.
         max_length: tokens it was made for, None if unbounded.
+        processor: makes inputs of images and text, if they were asked for.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     info: ModelInfo
     max_length: int | None
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -115,16 +121,21 @@ class _Checkpoint:
     Attributes:
         id: canonical id of the model.
         source: folder or hub id.
+        gguf: name of the GGUF file in the folder that has everything; None for the layout of transformers.
+        adapter: LoRA adapter that is merged into the model.
     """
 
     id: str
     source: str
     revision: str | None
     trust_remote_code: bool
+    gguf: str | None = None
+    adapter: Adapter | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        file = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **file}
 
 
 def load_model(
@@ -136,6 +147,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "kvmix",
+    reads_images: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -146,6 +158,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
         attention: attention implementation; a class that rejects it keeps its own, with a warning.
+        reads_images: also load what reads images, with its processor.
 
     Raises:
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
@@ -157,17 +170,28 @@ def load_model(
     if wanted == "auto" and is_builtin and device == "cpu":
         wanted = torch.float32
     tokenizer = _load_tokenizer(checkpoint)
+    processor = _load_processor(checkpoint, config) if reads_images else None
     placement = {"device_map": "auto"} if device == SPREAD else {}
-    model = _load_weights(checkpoint, config, use_safetensors=not allow_pickle or None, dtype=wanted, **placement)
+    model = _load_weights(
+        checkpoint,
+        config,
+        reads_images=reads_images,
+        use_safetensors=not allow_pickle or None,
+        dtype=wanted,
+        **placement,
+    )
+    if checkpoint.adapter is not None:
+        model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
     if device != SPREAD:
         model = _move(model, checkpoint.id, device)
     model.eval()
     _check_vocabulary(tokenizer, model, checkpoint.id)
-    if not is_builtin:
-        check_causal(model, checkpoint.id, info)
     register_attention()
-    _use_attention(model, attention, is_known=is_builtin)
-    return LoadedModel(model, tokenizer, info, max_length(config))
+    if is_builtin:
+        set_attention(model, attention)
+    else:
+        use_attention(model, attention, info, check_causal(model, checkpoint.id, info))
+    return LoadedModel(model, tokenizer, info, max_length(config), processor)
 
 
 def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
@@ -176,14 +200,31 @@ def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: 
     return model_info(config, checkpoint.id, checkpoint.revision)
 
 
-def _find(model_id: str, revision: str | None, trust_remote_code: bool) -> tuple[_Checkpoint, PreTrainedConfig]:
-    """Find a model and read its configuration; of one in Meta's layout, that of the repository beside it."""
-    checkpoint = _Checkpoint(canonical_id(model_id), locate(model_id), revision, trust_remote_code)
+def _find(
+    model_id: str, revision: str | None, trust_remote_code: bool, adapted_by: str | None = None
+) -> tuple[_Checkpoint, PreTrainedConfig]:
+    """Find a model and read its configuration.
+
+    Of one in Meta's layout it is that of the repository beside it, of an adapter that of the model it was trained on.
+
+    Args:
+        adapted_by: adapter that the model is wanted for.
+    """
+    source = locate(model_id)
+    checkpoint = _Checkpoint(canonical_id(model_id), source, revision, trust_remote_code)
+    if source.lower().endswith(SUFFIX):
+        check_gguf(Path(source))
+        checkpoint = replace(checkpoint, source=str(Path(source).parent), gguf=Path(source).name)
     try:
         return checkpoint, _load_config(checkpoint)
     except ModelError:
-        sibling = meta_sibling(model_id)
-        if sibling is None:
+        if (adapter := find_adapter(source, revision)) is not None:
+            if adapted_by is not None:
+                reason = f"an adapter of {model_id}, which is an adapter itself"
+                raise ModelError(f"{adapted_by} is {reason}: merge that one first") from None
+            base, config = _find(adapter.base, adapter.revision, trust_remote_code, adapted_by=model_id)
+            return replace(base, id=checkpoint.id, adapter=adapter), config
+        if (sibling := meta_sibling(model_id)) is None:
             raise
     if revision is not None:
         raise ModelError(
@@ -203,9 +244,13 @@ def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
         with _quiet():
             config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except _UNREADABLE as error:
+        if checkpoint.gguf is not None:
+            raise ModelError(
+                f"cannot load {checkpoint.id}: {first_sentence(error)}; transformers does not read every GGUF file: "
+                "give the folder or hub id of the model that it was made from"
+            ) from error
         raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
-    has_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+    if find_loader(config) is None:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
     check_decoder(config, checkpoint.id)
     # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
@@ -229,6 +274,11 @@ def _load_tokenizer(checkpoint: _Checkpoint) -> Any:
         ) from error
 
 
+def _load_processor(checkpoint: _Checkpoint, config: PreTrainedConfig) -> Any:
+    with _quiet():
+        return load_processor(checkpoint.source, checkpoint.id, config, **checkpoint.options)
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -236,10 +286,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _load_weights(
+    checkpoint: _Checkpoint, config: PreTrainedConfig, *, reads_images: bool, **options: Any
+) -> PreTrainedModel:
+    loader: Any = find_loader(config, reads_images=reads_images)
     try:
-        with _quiet(), _without_conversion():
-            model, report = AutoModelForCausalLM.from_pretrained(
+        with _quiet(without_bars=checkpoint.gguf is not None), _without_conversion():
+            model, report = loader.from_pretrained(
                 checkpoint.source,
                 config=config,
                 output_loading_info=True,
@@ -259,6 +312,8 @@ def _load_weights(checkpoint: _Checkpoint, config: PreTrainedConfig, **options: 
             ) from error
         raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
     _require_complete(checkpoint.id, report)
+    if checkpoint.gguf is not None:
+        drop_quantizer(model)
     return model
 
 
@@ -295,25 +350,6 @@ def _move(model: PreTrainedModel, model_id: str, device: str) -> PreTrainedModel
         raise ModelError(f"cannot move {model_id} to {device}: {first_sentence(error)}") from error
 
 
-def _use_attention(model: PreTrainedModel, name: str, *, is_known: bool) -> None:
-    """Switch the attention implementation.
-
-    A class that does not take the name, or sees later tokens with it, keeps its own, with one warning.
-    """
-    own = model.config._attn_implementation
-    with _quiet(), suppress(ValueError):
-        model.set_attn_implementation(name)
-    if model.config._attn_implementation == name and not is_known and not is_causal(model):
-        with _quiet():
-            model.set_attn_implementation(own)
-    if model.config._attn_implementation != name:
-        warnings.warn(
-            f"{type(model).__name__} does not take the attention implementation '{name}' and keeps "
-            f"'{model.config._attn_implementation}': results are right, decoding is slower",
-            stacklevel=3,
-        )
-
-
 @contextmanager
 def _without_conversion() -> Iterator[None]:
     """Keep transformers from asking the hub's conversion service for safetensors of a model that has none."""
@@ -329,10 +365,15 @@ def _without_conversion() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs."""
+def _quiet(*, without_bars: bool = False) -> Iterator[None]:
+    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs.
+
+    Args:
+        without_bars: silence bars that no setting turns off, too, as that over the weights of a GGUF file.
+    """
     bars = transformers_logging.is_progress_bar_enabled()
-    with hushed():
+    nowhere = nullcontext() if verbose() or not without_bars else redirect_stderr(io.StringIO())
+    with hushed(), nowhere:
         if not verbose():
             transformers_logging.disable_progress_bar()
         try:

@@ -10,12 +10,15 @@ Multi-head latent attention has one weight for what it caches, `[latent | rotary
 
 Falcon's three variants are all grouped: a group has all query heads (multi-query), one (plain) or several. The same
 name has both arrangements in different families (`query_key_value`), so model types are listed.
+
+A weight may be packed into 4 or 8 bits by one of many libraries. All of them keep it in a module with `in_features` and
+`out_features`; what the packed tensors are called, and whether there is a `weight`, differs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ProjectionError
-from ..plan import ModelInfo
+from ..plan import HeadGeometry, ModelInfo
 
 PAIRS = (("k_proj", "v_proj"), ("key_proj", "value_proj"), ("key", "value"), ("wk", "wv"), ("Wk", "Wv"))
 FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "W_pack", "wqkv", "qkv")
@@ -37,14 +40,16 @@ class Projection:
     """The weight, or the part of a fused weight, that makes one layer's keys or values.
 
     Attributes:
-        name: of the parameter in the model.
-        weight: the whole parameter, `[out, in]`, or `[in, out]` in a `Conv1D`.
+        name: of the weight in the model.
+        module: the module that has the weight.
+        weight: the whole parameter, `[out, in]`, or `[in, out]` in a `Conv1D`; None for a packed one.
         features: indices of its output features, None for all.
-        axis: the output axis of the weight.
+        axis: the output axis of the weight; 0 for a packed one.
     """
 
     name: str
-    weight: nn.Parameter
+    module: nn.Module
+    weight: nn.Parameter | None
     features: Tensor | None = None
     axis: int = 0
 
@@ -70,15 +75,24 @@ def find_projections(model: PreTrainedModel, info: ModelInfo) -> dict[int, Layer
     """Return the K and V projections of every layer that can be quantized.
 
     Raises:
-        ProjectionError: if they are not found, or their weights cannot have gradients.
+        ProjectionError: if they are not found, or are offloaded to where no gradient is computed.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(module): name for name, module in model.named_modules()}
     layers = decoder_layers(model, info)
     found = {index: _find(layers[index], index, model, info, names) for index in info.quantizable}
     for index, pair in found.items():
         for projection in pair:
-            _require_differentiable(projection, index, info)
+            if any(weight.is_meta for weight in projection.module.parameters()):
+                raise ProjectionError(
+                    f"layer {index} of {info.id} is offloaded ({projection.name}), so its gradient cannot be taken: "
+                    "profile where the whole model fits"
+                )
     return found
+
+
+def packed_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the linear modules whose weights are packed, so that no gradient of theirs exists."""
+    return [module for module in model.modules() if _is_linear(module) and _dense(module) is None]
 
 
 def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> nn.ModuleList:
@@ -94,52 +108,85 @@ def _find(
 ) -> LayerProjections:
     for module in layer.modules():
         for k_name, v_name in PAIRS:
-            k, v = _weight(module, k_name), _weight(module, v_name)
+            k, v = _child(module, k_name), _child(module, v_name)
             if k is not None and v is None and getattr(module, v_name, k) is None:
                 v = k  # Gemma 4: values are made of the keys' projection
             if k is not None and v is not None:
-                return LayerProjections(Projection(names[id(k)], k), Projection(names[id(v)], v))
+                return LayerProjections(_projection(k, names), _projection(v, names))
         for name in LATENT:
-            latent = _weight(module, name)
-            heads = info.heads(index)
-            if latent is not None and latent.shape[0] == heads.token_elements:
-                parts = torch.arange(latent.shape[0], device=latent.device).split((heads.key_dim, heads.value_dim))
-                return LayerProjections(*(Projection(names[id(latent)], latent, part) for part in parts))
+            latent = _child(module, name)
+            if latent is not None and _features(latent) == info.heads(index).token_elements:
+                return _latent(_projection(latent, names), info.heads(index))
         for name in FUSED:
-            fused = _weight(module, name)
+            fused = _child(module, name)
             if fused is not None:
-                axis = 1 if isinstance(getattr(module, name), Conv1D) else 0
-                return _split(names[id(fused)], fused, axis, model, info)
+                return _split(_projection(fused, names), model, info)
     pairs = ", ".join("/".join(pair) for pair in PAIRS)
-    linear = sorted({name.split(".")[-1] for name, module in layer.named_modules() if _weight(module) is not None})
+    linear = sorted({name.split(".")[-1] for name, module in layer.named_modules() if _is_linear(module)})
     raise ProjectionError(
         f"cannot find the K and V projections of {info.id} in layer {index} ({type(layer).__name__}): looked for "
         f"{pairs} or a fused {', '.join(FUSED)}; it has {', '.join(linear) or 'no matrices'}"
     )
 
 
-def _weight(module: nn.Module, child: str = "") -> nn.Parameter | None:
-    """Return the matrix of a module, or of its named child; None if there is none."""
-    owner = getattr(module, child, None) if child else module
-    weight = getattr(owner, "weight", None) if isinstance(owner, nn.Module) else None
-    return weight if isinstance(weight, nn.Parameter) and weight.ndim == 2 else None
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    child = getattr(module, name, None)
+    return child if isinstance(child, nn.Module) and _is_linear(child) else None
 
 
-def _split(name: str, weight: nn.Parameter, axis: int, model: PreTrainedModel, info: ModelInfo) -> LayerProjections:
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module has a matrix, packed or not."""
+    has_sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    return has_sizes or _dense(module) is not None
+
+
+def _dense(module: nn.Module) -> nn.Parameter | None:
+    """Return the matrix of a module; None if it has none, or it is packed."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return None
+    # A quantizer has a class of its own for packed tensors, or packs several numbers into an integer.
+    is_packed = type(weight.data) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2
+    return None if is_packed else weight
+
+
+def _projection(module: nn.Module, names: dict[int, str]) -> Projection:
+    return Projection(f"{names[id(module)]}.weight", module, _dense(module), axis=int(isinstance(module, Conv1D)))
+
+
+def _features(module: nn.Module) -> int:
+    """Return the number of output features of a linear module."""
+    weight, sizes = _dense(module), cast(Any, module)
+    return int(sizes.out_features if weight is None else weight.shape[int(isinstance(module, Conv1D))])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(iter((*module.parameters(), *module.buffers()))).device
+
+
+def _latent(whole: Projection, heads: HeadGeometry) -> LayerProjections:
+    """Return the latent, which is cached as a key, and the rotary part, cached as a value."""
+    features = torch.arange(heads.token_elements, device=_device(whole.module))
+    key, value = features.split((heads.key_dim, heads.value_dim))
+    return LayerProjections(replace(whole, features=key), replace(whole, features=value))
+
+
+def _split(whole: Projection, model: PreTrainedModel, info: ModelInfo) -> LayerProjections:
     """Return the parts of a fused weight. Raises ProjectionError if its arrangement is not known."""
     config = model.config.get_text_config(decoder=True)
-    blocks, rest = divmod(weight.shape[axis], info.head_dim)
+    size = _features(whole.module)
+    blocks, rest = divmod(size, info.head_dim)
     kv_heads, odd = divmod(blocks - config.num_attention_heads, 2)
     known = config.model_type in CONCATENATED | GROUPED
     if not known or rest or odd or kv_heads < 1 or config.num_attention_heads % kv_heads:
         raise ProjectionError(
-            f"cannot tell K and V apart in {name} {list(weight.shape)} of {info.id}: the arrangement is known for "
+            f"cannot tell K and V apart in {whole.name} of {size} features of {info.id}: the arrangement is known for "
             f"{', '.join(sorted(CONCATENATED | GROUPED))}, and this is {config.model_type}"
         )
     split = _concatenated if config.model_type in CONCATENATED else _grouped
-    features = torch.arange(weight.shape[axis], device=weight.device).view(blocks, info.head_dim)
+    features = torch.arange(size, device=_device(whole.module)).view(blocks, info.head_dim)
     k, v = split(features, kv_heads)
-    return LayerProjections(*(Projection(name, weight, part.flatten(), axis) for part in (k, v)))
+    return LayerProjections(*(replace(whole, features=part.flatten()) for part in (k, v)))
 
 
 def _concatenated(features: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -149,19 +196,3 @@ def _concatenated(features: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
 def _grouped(features: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     groups = torch.unflatten(features, 0, (kv_heads, -1))
     return groups[:, -2], groups[:, -1]
-
-
-def _require_differentiable(projection: Projection, index: int, info: ModelInfo) -> None:
-    weight = projection.weight
-    if weight.is_meta:
-        raise ProjectionError(
-            f"layer {index} of {info.id} is offloaded ({projection.name}), so its gradient cannot be taken: "
-            "profile where the whole model fits"
-        )
-    is_packed = type(weight.data) is not Tensor  # a quantizer's own class, such as torchao's
-    if is_packed or not weight.is_floating_point() or weight.itemsize < 2:
-        stored = type(weight.data).__name__ if is_packed else weight.dtype
-        raise ProjectionError(
-            f"{projection.name} of {info.id} is stored as {stored}, which has no gradient: "
-            "profile the checkpoint without weight quantization; its plan fits both"
-        )

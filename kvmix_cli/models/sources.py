@@ -1,4 +1,4 @@
-"""Sources of models: a hub id, a local folder, or `builtin:tiny`, the reference model inside the package.
+"""Sources of models: a hub id, a local folder, a GGUF file, or `builtin:tiny`, the reference model inside the package.
 
 `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as everywhere.
 """
@@ -14,9 +14,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
 from ..errors import ModelError, did_you_mean, first_sentence
+from .gguf import SUFFIX, find_gguf
 
 BUILTIN = "builtin:"
 ASSETS = Path(__file__).parents[1] / "assets"
+ADAPTER = "adapter_config.json"
+"""The file that a folder with a LoRA adapter has in the place of config.json."""
 META_FILES = ("params.json", "consolidated.*.pth")
 """Files of Meta's own layout, which transformers does not read."""
 META_SIBLING = "-hf"
@@ -24,32 +27,34 @@ META_SIBLING = "-hf"
 
 
 def canonical_id(model_id: str) -> str:
-    """Return one name for each model: the absolute path of a local folder, anything else as it is.
+    """Return one name for each model: the absolute path of a local folder or GGUF file, anything else as it is.
 
     `m`, `m/`, `./m`, `/work/m` and a link to it are one model, also from another working folder.
     """
     if model_id.startswith(BUILTIN):
         return model_id
     path = Path(model_id).expanduser()
-    return str(path.resolve()) if _is_folder(path) else model_id
+    is_file = model_id.lower().endswith(SUFFIX) and _is_there(path)
+    return str(path.resolve()) if is_file or _is_folder(path) else model_id
 
 
 def locate(model_id: str) -> str:
-    """Return what transformers should load: a folder, or the hub id as it is.
+    """Return what transformers should load: a folder, a GGUF file, or the hub id as it is.
 
     Raises:
         ModelError: if there is no such folder, or it holds no model that transformers reads.
     """
     if model_id.startswith(BUILTIN):
         return str(_builtin_folder(model_id.removeprefix(BUILTIN)))
-    if model_id.lower().endswith(".gguf"):
-        raise ModelError(
-            f"{model_id} is a GGUF file, the format of llama.cpp: give the folder or hub id of the model that it was "
-            "made from"
-        )
     path = Path(model_id).expanduser()
+    if model_id.lower().endswith(SUFFIX):
+        return str(find_gguf(model_id, path))
     if _is_folder(path):
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER)) and (
+            file := find_gguf(model_id, path)
+        ):
+            return str(file)
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER)):
             raise ModelError(_without_config(model_id, path))
         return str(path)
     if _is_there(path):
@@ -118,8 +123,6 @@ def _without_config(model_id: str, folder: Path) -> str:
             f"{model_id} has Meta's own layout (params.json, consolidated.*.pth), which transformers does not read: "
             f"use the hub's repository of this model whose name ends in {META_SIBLING}, or convert the folder to it"
         )
-    if any(name.lower().endswith(".gguf") for name in files):
-        return f"{model_id} holds GGUF files, the format of llama.cpp: give the folder of the model they were made from"
     return f"{model_id} has no config.json: a model folder holds it, a tokenizer and *.safetensors"
 
 

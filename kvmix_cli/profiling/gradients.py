@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from kvmix_kernels.layout import Kind
@@ -18,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
 from ..models.loading import LoadedModel
 from ..models.projections import Projection, find_projections
+from .packed import watch_outputs
 from .probe import WeightProbe
 from .results import PassResults, TensorResult
 
@@ -43,34 +44,37 @@ class WeightObserver:
     ) -> None:
         self._probes, self._results, self._per_head = probes, results, per_head
         self._info = loaded.info
-        self._parts: dict[nn.Parameter, list[tuple[int, Kind, Projection]]] = defaultdict(list)
+        self._parts: dict[nn.Module, list[tuple[int, Kind, Projection]]] = defaultdict(list)
         for layer, pair in (find_projections(loaded.model, loaded.info) if probes else {}).items():
-            self._parts[pair.k.weight].append((layer, "key", pair.k))
-            self._parts[pair.v.weight].append((layer, "value", pair.v))
+            self._parts[pair.k.module].append((layer, "key", pair.k))
+            self._parts[pair.v.module].append((layer, "value", pair.v))
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """Return every parameter that needs a gradient, once."""
-        return list(self._parts)
+        """Return every parameter that needs a gradient, once; a packed weight can have none."""
+        found = [parts[0][2].weight for parts in self._parts.values()]
+        return [weight for weight in found if weight is not None]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within this block turn gradients into results as they arrive."""
         handles: list[RemovableHandle] = []
         try:
-            for weight in self._parts:
-                register: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
-                handles.append(register(self._measure))
+            for module, parts in self._parts.items():
+                measure = partial(self._measure, module)
+                weight = parts[0][2].weight
+                if weight is None:
+                    handles.append(watch_outputs(module, measure))
+                else:
+                    register: Callable[..., RemovableHandle] = weight.register_post_accumulate_grad_hook
+                    handles.append(register(partial(_take, measure)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _measure(self, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        if gradient is None:
-            return
-        for layer, kind, projection in self._parts[cast(nn.Parameter, weight)]:
+    def _measure(self, module: nn.Module, gradient: Tensor) -> None:
+        for layer, kind, projection in self._parts[module]:
             for probe in self._probes:
                 if probe.labels == self._results.labels:
                     with self._results.timed(probe.name):
@@ -88,18 +92,11 @@ class WeightObserver:
         return TensorResult(value, heads=tuple(probe.score(head).item() / scale for head in heads))
 
 
-def check_differentiable(loaded: LoadedModel) -> None:
-    """Raise ModelError for a model whose quantized weights do not pass gradients on."""
-    quantizer = getattr(loaded.model, "hf_quantizer", None)
-    if quantizer is None or quantizer.is_trainable is True:
-        return
-    settings = quantizer.quantization_config
-    if not getattr(settings, "dequantize", False):
-        method = getattr(settings.quant_method, "value", settings.quant_method)
-        raise ModelError(
-            f"the weights of {loaded.info.id} are quantized ({method}) and pass no gradient on: use --score kl, loss "
-            "or error, or profile the checkpoint without weight quantization; its plan fits both"
-        )
+def _take(measure: Callable[[Tensor], None], weight: Tensor) -> None:
+    """Measure the gradient that a weight has got, and free it."""
+    gradient, weight.grad = weight.grad, None
+    if gradient is not None:
+        measure(gradient)
 
 
 def loss_scale(model: PreTrainedModel) -> float:

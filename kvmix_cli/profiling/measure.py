@@ -28,6 +28,7 @@ from . import gradients
 from .grid import Grid, reference
 from .moments import MomentSums
 from .observer import LayerObserver, observed
+from .packed import check_differentiable
 from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .results import Labels, LayerResult, PassResults, SampleResult, TensorResult
 
@@ -131,7 +132,7 @@ def shared_pass(
     model, info, results = loaded.model, loaded.info, PassResults()
     labels = [each for each in get_args(Labels) if any(probe.labels == each for probe in probes)]
     if labels:
-        gradients.check_differentiable(loaded)
+        check_differentiable(loaded)
     of_layers = [probe for probe in probes if isinstance(probe, ChangeProbe | MetricProbe)]
     of_weights = [probe for probe in probes if isinstance(probe, WeightProbe)]
     sums = MomentSums(dict.fromkeys(info.quantizable)) if sums is None else sums
@@ -232,16 +233,19 @@ def _cache(loaded: LoadedModel, grid: Grid, layer: int, kind: Kind, layout: Page
 def _require_finite(pair: LayerResult, fault: str, index: int, loaded: LoadedModel) -> None:
     numbers = [number for each in pair for number in (each.value, *each.curve.values(), *each.heads)]
     if not all(map(math.isfinite, numbers)):
-        raise ModelError(f"{fault} in {loaded.dtype}, first in layer {index}: {_advice(loaded)}")
+        raise ModelError(f"{fault} in {loaded.dtype}, first in layer {index}: {precision_advice(loaded)}")
 
 
 def _require_probabilities(logits: Tensor, loaded: LoadedModel) -> None:
     """Raise ModelError for predictions that no token can be drawn from."""
     if not torch.isfinite(logits).all():
-        raise ModelError(f"predictions of {loaded.info.id} are not finite in {loaded.dtype}: {_advice(loaded)}")
+        raise ModelError(
+            f"predictions of {loaded.info.id} are not finite in {loaded.dtype}: {precision_advice(loaded)}"
+        )
 
 
-def _advice(loaded: LoadedModel) -> str:
+def precision_advice(loaded: LoadedModel) -> str:
+    """Return what to do about numbers that are not finite."""
     return "its weights may be damaged" if loaded.dtype == "float32" else "use --dtype float32 or bfloat16"
 
 

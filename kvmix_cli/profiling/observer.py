@@ -8,7 +8,7 @@ saved tensors, so they cost no memory that attention itself does not need, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from transformers.masking_utils import sdpa_mask
 from ..cache.attention import kvmix_attention
 from ..cache.handle import Handle
 from ..errors import ModelError
+from ..models.attention import set_attention, text_attention
 from ..models.loading import LoadedModel
 from ..plan import ModelInfo
-from ..quiet import hushed
 from .change import Attend, Change, LayerAttention, QuantizedStates
 from .grid import Grid, reference
 from .moments import MomentSums
@@ -136,21 +136,18 @@ def observed(loaded: LoadedModel, layers: Collection[int], observe: Observe) -> 
         ModelError: if the model computes attention on its own.
     """
     model = loaded.model
-    before = model.config._attn_implementation
+    before = text_attention(model)
     AttentionInterface.register(NAME, partial(_attention, frozenset(layers), observe))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
-        with hushed(), suppress(ValueError):
-            model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
+        if not set_attention(model, NAME):
             raise ModelError(
                 f"{type(model).__name__} computes attention on its own, where it cannot be observed: "
                 "use --score grad-norm or loss"
             )
         yield
     finally:
-        with hushed():
-            model.set_attn_implementation(before)
+        set_attention(model, before)
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(NAME, None)  # transformers has no opposite of `register`
 

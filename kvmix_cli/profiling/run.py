@@ -23,6 +23,7 @@ from ..texts.tokens import cut_samples
 from .grid import Grid
 from .measure import KINDS, ProbeOptions, measure_sample
 from .moments import MomentParts, MomentSums, remove_parts
+from .outliers import measure_outliers
 from .probe import CacheProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
@@ -88,6 +89,7 @@ def run_profile(
     )
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
+    outliers = measure_outliers(loaded, chosen[0])
     settings = _settings(loaded, probes, options, calibration)
     ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
@@ -112,6 +114,7 @@ def run_profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={probe.name: _score(probe, record.records, calibration, options, file) for probe in probes},
+        outliers=outliers,
     )
 
 

@@ -52,6 +52,12 @@ def score_json(score: Score) -> list[dict[str, Any]]:
     ]
 
 
+def outliers_json(profile: Profile) -> dict[str, list[dict[str, float]]]:
+    """Return how far channels and tokens stand out by layer, under `outliers`; empty if it was not measured."""
+    found = sorted((profile.outliers or {}).items())
+    return {"outliers": [{"index": index, **each.model_dump()} for index, each in found]} if found else {}
+
+
 def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
     """Return the bits and layers of a plan, and its bytes at a context and batch."""
     packed, full = _bytes(plan, context, batch)

@@ -12,7 +12,7 @@ from .tokens import encode, opening
 
 _PLACE = "kvmix was here"
 """Stands for a user's words while a chat template is taken apart."""
-_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+TEMPLATE_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a template's own code: a checkpoint may bring any template."""
 
 
@@ -70,7 +70,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, text: str, model_id: str, *, toke
     turn = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(turn, tokenize=tokenize, add_generation_prompt=True, return_dict=False)
-    except _FAILURES as error:
+    except TEMPLATE_FAILURES as error:
         raise _unusable(model_id, first_sentence(error)) from error
 
 

@@ -25,7 +25,7 @@ from kvmix_cli.errors import ModelError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.models import devices, loading
+from kvmix_cli.models import devices, loading, multimodal
 from kvmix_cli.models.loading import load_info, load_model
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.quiet import hushed
@@ -224,13 +224,13 @@ def test_no_code_of_a_model_folder_is_run(folder, tmp_path, monkeypatch, options
 def test_no_conversion_is_asked_of_the_hub(folder, monkeypatch):
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     seen = []
-    real = loading.AutoModelForCausalLM.from_pretrained
+    real = multimodal.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(*args, **options):
         seen.append((os.environ.get("DISABLE_SAFETENSORS_CONVERSION"), options["use_safetensors"]))
         return real(*args, **options)
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(multimodal.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_model(str(folder))
     assert seen == [("1", True)]
     assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
@@ -384,3 +384,43 @@ def change_weights(folder, change):
     weights[name] = change(name, weights[name])
     weights = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_in_several_files(folder):
+    """A sharded checkpoint is one model; without one of its files it is one line."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="2MB")
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    one, other = load_model(str(folder)).model, load_model("builtin:tiny", dtype="bfloat16").model
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    shards[0].unlink()
+    assert "\n" not in failure(folder)
+
+
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
+    """Without a GPU transformers unpacks them, and gradients are those of dense weights."""
+    sizes = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_key_value_heads": 2}
+    experts = {"intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "eos_token_id": 2}
+    config = transformers.GptOssConfig(**sizes, **kinds, **experts, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    packed = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            count, inner, outer = weight.shape
+            packed[f"{name}_blocks"] = torch.randint(0, 256, (count, outer, inner // 32, 16), dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.full((count, outer, inner // 32), 120, dtype=torch.uint8)
+        else:
+            packed[name] = weight
+    save_file(packed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    texts = ["one two three " * 90]
+    found = run_profile(loaded, ["grad-norm"], texts=texts, source="text", samples=1, seq_len=64).scores["grad-norm"]
+    assert list(found.layers) == [1]
+    assert found.layers[1].k.mean > 0

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CodeGenConfig
 
 from kvmix_cli.cache.mixed import unquantized_cache
 from kvmix_cli.errors import ProjectionError
-from kvmix_cli.models.projections import find_projections
+from kvmix_cli.models.projections import find_projections, packed_modules
 
 
 @torch.no_grad()
@@ -103,15 +103,30 @@ def test_another_depth_is_an_error():
         find_projections(loaded.model, loaded.info.model_copy(update={"layers": 7}))
 
 
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (torch.empty(16, 32, device="meta"), "offloaded"),
-        (torch.zeros(16, 32, dtype=torch.int8), "stored as torch.int8"),
-    ],
-)
-def test_weights_without_gradients_are_an_error(weight, message):
+def test_an_offloaded_weight_is_an_error():
     loaded = load("llama")
-    loaded.model.model.layers[2].self_attn.v_proj.weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(ProjectionError, match=message):
+    weight = nn.Parameter(torch.empty(16, 32, device="meta"), requires_grad=False)
+    loaded.model.model.layers[2].self_attn.v_proj.weight = weight
+    with pytest.raises(ProjectionError, match=r"layer 2 of small is offloaded .*v_proj\.weight"):
         find_projections(loaded.model, loaded.info)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_packed_weights_are_found_by_their_modules(family):
+    """Whatever a library calls its tensors, and whether there is a `weight`."""
+    loaded = load(family)
+    dense = find_projections(loaded.model, loaded.info)
+    for pair in dense.values():
+        module = pair.k.module
+        if getattr(module, "weight", None) is not None:
+            del module.weight
+            module.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
+    packed = find_projections(loaded.model, loaded.info)
+    for one, other in zip(dense.values(), packed.values(), strict=True):
+        assert (one.k.name, one.k.module) == (other.k.name, other.k.module)
+        assert other.k.weight is None
+        if one.k.features is not None:
+            assert torch.equal(one.k.features, other.k.features)
+            assert torch.equal(one.v.features, other.v.features)
+    kinds = {type(module) for module in packed_modules(loaded.model)}
+    assert kinds == {nn.Linear}

@@ -8,7 +8,7 @@ from commandline import kvmix
 from huggingface_hub.errors import GatedRepoError
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.models import loading
+from kvmix_cli.models import loading, multimodal
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, locate, meta_sibling
 
@@ -38,8 +38,8 @@ def test_the_name_of_a_folder_is_that_of_its_profile(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama.Q4_K_M.gguf", "org/repository/model.GGUF", "./no/such.gguf"])
-def test_a_gguf_file_is_named_as_such(name):
-    with pytest.raises(ModelError, match=r"is a GGUF file, the format of llama\.cpp: give the folder or hub id"):
+def test_a_gguf_file_that_is_not_there_is_named_as_such(name):
+    with pytest.raises(ModelError, match=r"no file .*GGUF file that is on this machine, its folder, or the hub id"):
         locate(name)
 
 
@@ -47,7 +47,7 @@ def test_a_gguf_file_is_named_as_such(name):
     ("files", "message"),
     [
         (META, r"has Meta's own layout .* whose name ends in -hf, or convert"),
-        (["model.gguf"], "holds GGUF files"),
+        (["a.gguf", "b.gguf"], r"holds 2 GGUF files \(a.gguf, b.gguf\): give one of them"),
         (["params.json"], "has no config.json"),
     ],
 )
@@ -103,7 +103,7 @@ def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):
 def test_a_model_is_profiled_by_the_name_that_users_type(hub, monkeypatch, tmp_path):
     hub["meta-llama/Llama-2-7b"] = META
     hub["meta-llama/Llama-2-7b-hf"] = ["config.json", "model.safetensors"]
-    for auto in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
+    for auto in (loading.AutoTokenizer, multimodal.AutoModelForCausalLM):
         real = auto.from_pretrained
         monkeypatch.setattr(
             auto, "from_pretrained", lambda _, real=real, **options: real(str(ASSETS / "tiny"), **options)
