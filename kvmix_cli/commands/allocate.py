@@ -19,7 +19,7 @@ from .options import (
     Encoding,
     LoadingOptions,
     Model,
-    count,
+    count_option,
     expand,
     given,
     parse_bits,
@@ -27,6 +27,7 @@ from .options import (
     parse_dtype,
     parse_groups,
     parse_percent,
+    parse_window,
 )
 
 if TYPE_CHECKING:
@@ -68,10 +69,8 @@ class BudgetOptions:
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2.")
     ] = None
-    context: Annotated[
-        int, typer.Option(min=1, metavar="N", parser=count(1), help="Tokens that bytes are counted at.")
-    ] = 32768
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1
+    context: Annotated[int, count_option("Tokens that bytes are counted at.")] = 32768
+    batch: Annotated[int, count_option("Sequences that bytes are counted at.")] = 1
     method: Annotated[
         str | None,
         typer.Option(
@@ -126,11 +125,15 @@ class StorageOptions:
             help="Elements that share a scale, or row for all; several for methods that choose [default: 64].",
         ),
     ] = None
-    page: Annotated[int | None, typer.Option(metavar="N", help="Tokens quantized together [default: 128].")] = None
-    sink: Annotated[int | None, typer.Option(metavar="N", help="First tokens kept exact [default: 4].")] = None
+    page: Annotated[int | None, count_option("Tokens quantized together [default: 128].")] = None
+    sink: Annotated[int | None, count_option("First tokens kept exact [default: 4].", least=0)] = None
     window: Annotated[
         str | None,
-        typer.Option(metavar="W", help="Last tokens kept exact: recent:N, rpc or none [default: recent:128]."),
+        typer.Option(
+            metavar="W",
+            parser=parse_window,
+            help="Last tokens kept exact: recent:N, rpc or none [default: recent:128].",
+        ),
     ] = None
     scale_dtype: Annotated[
         str | None,
@@ -144,9 +147,8 @@ class StorageOptions:
 
     def caches(self, base: CacheSettings) -> list[CacheSettings]:
         """Return cache settings with these options, one for each group size. Raises typer.BadParameter."""
-        from ..plan import CacheSettings
+        from ..plan import CacheSettings, windows
         from ..plan.document import reason
-        from ..plan.windows import parse_window
 
         names = ("page", "sink", "scale_dtype", "window", "encode")
         settings = {
@@ -154,7 +156,7 @@ class StorageOptions:
             **{name: value for name in names if (value := getattr(self, name)) is not None},
         }
         if self.window is not None:
-            settings["window"] = parse_window(self.window)
+            settings["window"] = windows.parse_window(self.window)
         try:
             return [
                 CacheSettings.model_validate({**settings, "group_size": size})
@@ -171,9 +173,9 @@ class SearchOptions:
     score: Annotated[
         str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
     ] = None
-    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Plans that search measures.")] = 40
+    trials: Annotated[int, count_option("Plans that search measures.")] = 40
     calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin"
-    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Documents of it.")] = 4
+    samples: Annotated[int, count_option("Documents of it.")] = 4
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")] = (
         False
     )

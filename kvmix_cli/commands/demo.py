@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count, expand
+from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count_option, expand
 
 if TYPE_CHECKING:
     from ..evaluation.results import Report, Row
@@ -24,13 +24,8 @@ class DemoOptions:
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where profile, plans, samples and picture go.")] = Path(
         "kvmix-demo"
     )
-    samples: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", parser=count(1), help="Calibration samples of 1024 tokens [default: 30]."),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Held-out documents, and recall exercises [default: 10].")
-    ] = None
+    samples: Annotated[int | None, count_option("Calibration samples of 1024 tokens [default: 30].")] = None
+    limit: Annotated[int | None, count_option("Held-out documents, and recall exercises [default: 10].")] = None
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything: under a minute.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False
     seed: Seed = 0

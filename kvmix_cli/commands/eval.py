@@ -17,13 +17,12 @@ from .options import (
     Encoding,
     LoadingOptions,
     ModelOptions,
-    count,
+    count_option,
     expand,
     given,
     parse_batch,
     parse_budgets,
     parse_bytes,
-    parse_count,
     parse_counts,
     parse_groups,
     parse_names,
@@ -82,22 +81,14 @@ class EvalOptions:
             "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
     ] = None
-    length: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Tokens of a document, exercise or context.")
-    ] = 1024
-    prefix: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Of these, prefilled before scoring (perplexity).")
-    ] = 256
-    step: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Tokens fed at a time; 1 is exact decoding.")
-    ] = 32
+    length: Annotated[int, count_option("Tokens of a document, exercise or context.", least=None)] = 1024
+    prefix: Annotated[int, count_option("Of these, prefilled before scoring (perplexity).", least=None)] = 256
+    step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.", least=None)] = 32
     text: Annotated[
         str,
         typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
     ] = "builtin"
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", parser=parse_count, help="Most samples [default: the task's].")
-    ] = None
+    limit: Annotated[int | None, count_option("Most samples [default: the task's].", least=None)] = None
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
     fail_if: Annotated[
@@ -130,14 +121,7 @@ class TaskOptions:
         typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="LongBench's JSONL files [default: from the hub]."),
     ] = None
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            parser=count(1),
-            rich_help_panel=PROMPTS,
-            help="Most tokens of a prompt [default: the model's limit].",
-        ),
+        int | None, count_option("Most tokens of a prompt [default: the model's limit].", rich_help_panel=PROMPTS)
     ] = None
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=PROMPTS, help="A malformed line is an error, not skipped.")
@@ -150,7 +134,7 @@ class TaskOptions:
         Path | None, typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="Task files of your own, for lm-eval.")
     ] = None
     num_fewshot: Annotated[
-        int | None, typer.Option(metavar="N", min=0, rich_help_panel=PROMPTS, help="Examples in a prompt of lm-eval.")
+        int | None, count_option("Examples in a prompt of lm-eval.", least=0, rich_help_panel=PROMPTS)
     ] = None
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", rich_help_panel=PROMPTS, help="Also for tasks of lm-eval.")
@@ -163,23 +147,16 @@ class TaskOptions:
         Any, typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8.")
     ] = None
     new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=2, parser=count(2), rich_help_panel=SWEEPS, help="Tokens to decode (throughput)."
-        ),
+        int | None, count_option("Tokens to decode (throughput).", least=2, rich_help_panel=SWEEPS)
     ] = None
-    repeats: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Times each point is measured.")
-    ] = None
+    repeats: Annotated[int | None, count_option("Times each point is measured.", rich_help_panel=SWEEPS)] = None
     memory: Annotated[
         Any,
         typer.Option(
             metavar="SIZE", parser=parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
         ),
     ] = None
-    depths: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Places of a needle in its context.")
-    ] = None
+    depths: Annotated[int | None, count_option("Places of a needle in its context.", rich_help_panel=SWEEPS)] = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +181,7 @@ class BoardOptions:
         typer.Option(metavar="LIST", parser=parse_groups, rich_help_panel=BOARD, help="To choose from, e.g. 64,32."),
     ] = None
     random_plans: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=BOARD, help="Random plans a budget [default: 8]."),
+        int | None, count_option("Random plans a budget [default: 8].", least=0, rich_help_panel=BOARD)
     ] = None
     profile: Annotated[
         Path | None,

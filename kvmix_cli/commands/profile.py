@@ -18,7 +18,7 @@ from .options import (
     Encoding,
     LoadingOptions,
     ModelOptions,
-    count,
+    count_option,
     expand,
     parse_bits,
     parse_groups,
@@ -57,8 +57,8 @@ class ProfileOptions:
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
     ] = "builtin"
-    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Samples of text.")] = 30
-    seq_len: Annotated[int, typer.Option(min=2, metavar="N", parser=count(2), help="Tokens of a sample.")] = 1024
+    samples: Annotated[int, count_option("Samples of text.")] = 30
+    seq_len: Annotated[int, count_option("Tokens of a sample.", least=2)] = 1024
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write [default: profiles/<org>--<model>/profile.yaml]."),
