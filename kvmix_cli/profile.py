@@ -108,12 +108,14 @@ class Score(StrictModel):
         unit: unit of the numbers. `"nats"` is a predicted increase of the mean loss per token, a sum over tensors.
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
+        identity: hash of the settings that another score of this name must have to replace it; "" in older files.
     """
 
     seconds: MeasuredFloat = Field(ge=0)
     unit: str = "gradient norm"
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
+    identity: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     layers: dict[int, LayerScore]
 
     @property
@@ -189,6 +191,7 @@ class Profile(StrictModel):
             lines += [f"  {name}:", f"    seconds: {score.seconds:.2f}", f"    unit: {flow(score.unit)}"]
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
+            lines += [f"    identity: {flow(score.identity)}"] if score.identity else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]
         return "\n".join(lines) + "\n"

@@ -106,7 +106,7 @@ def profile(
         _require_same_model(before, loaded.info, path)
     _check_replaced(before, what, loading.seed, path)
     started = time.perf_counter()
-    result = _measure(loaded, model, texts, what, how, path, loading.seed)
+    result = _measure(loaded, model, texts, what, how, path, loading.seed, before)
     _save(result, before, path, ctx.meta[COMMAND_LINE])
     _show(result, what, path, time.perf_counter() - started)
 
@@ -161,10 +161,20 @@ def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, pat
 
 
 def _measure(
-    loaded: LoadedModel, model: str, texts: list[str], what: ProfileOptions, how: ProbeOptions, path: Path, seed: int
+    loaded: LoadedModel,
+    model: str,
+    texts: list[str],
+    what: ProfileOptions,
+    how: ProbeOptions,
+    path: Path,
+    seed: int,
+    before: Profile | None,
 ) -> Profile:
     from ..profiling import run_profile
 
+    journal = state.journal_path(path)
+    if journal.exists() and not what.resume:
+        console.notice(f"{journal} is of an unfinished profile, which is started over; --resume goes on with one")
     with console.progress(f"profile {model}", what.samples) as bar:
         return run_profile(
             loaded,
@@ -175,8 +185,9 @@ def _measure(
             seq_len=what.seq_len,
             seed=seed,
             options=how,
-            journal=state.journal_path(path),
+            journal=journal,
             resume=what.resume,
+            before=None if before is None or what.replace else before.scores,
             on_step=bar.reach,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +17,11 @@ from .._version import __version__
 from ..errors import DocumentError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
+from ..plan import ModelInfo
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from ..texts.tokens import cut_samples
 from .grid import Grid
+from .identity import ScoreSettings, check_not_lost
 from .measure import KINDS, ProbeOptions, measure_sample
 from .probe import CacheProbe, Probe
 from .probes import PROBES
@@ -43,6 +45,7 @@ def run_profile(
     options: ProbeOptions | None = None,
     journal: Path | None = None,
     resume: bool = False,
+    before: Mapping[str, Score] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Score every layer that can be quantized on calibration text.
@@ -54,13 +57,15 @@ def run_profile(
             `calibration.samples` of the scores says how many there were.
         journal: file of finished samples. The caller removes it once the profile is saved.
         resume: go on with the samples in the journal.
+        before: scores that must not be replaced by ones of other settings, or of less.
         on_step: called with the number of finished samples and of all, first at the start.
 
     Raises:
         TextError: if there is not enough text, or the model does not take `seq_len` tokens or one of the tokens.
         ProjectionError, ModelError, QuantizationError: if the model cannot be scored.
         StateError, DocumentError, OutputError: if the journal is in use, does not fit or cannot be written.
-        KvmixError: for an unknown score, or an option that no score has a use for.
+        KvmixError: for an unknown score, an option that no score has a use for, or a score in `before` that would be
+            lost.
     """
     probes, options = find_probes(scores), options or ProbeOptions()
     options.check(probes)
@@ -73,8 +78,10 @@ def run_profile(
     )
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
+    identities = [_identify(loaded, probe, options, calibration) for probe in probes]
+    check_not_lost(before or {}, identities)
     settings = _settings(loaded, probes, options, calibration)
-    with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
+    with Journal(journal, settings, _record_form(loaded.info, identities), resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
         on_step(len(record.records), len(chosen))
@@ -89,7 +96,9 @@ def run_profile(
     return Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
-        scores={probe.name: _score(probe, record.records, calibration, options) for probe in probes},
+        scores={
+            probe.name: _score(probe, record.records, each) for probe, each in zip(probes, identities, strict=True)
+        },
     )
 
 
@@ -158,15 +167,22 @@ def _settings(
     }
 
 
-def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions) -> TypeAdapter[Sample]:
+def _identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibration: Calibration) -> ScoreSettings:
+    grid, info = options.grid(probe), loaded.info
+    return ScoreSettings(
+        score=probe.name,
+        weights=(info.revision, info.config_sha256, loaded.dtype),
+        choices=[list(grid.layouts(kind, info.head_dim)) if grid else [] for kind in KINDS],
+        setup=ScoreSetup() if grid is None else _setup(grid),
+        per_head=options.per_head and not isinstance(probe, CacheProbe),
+        calibration=calibration,
+    )
+
+
+def _record_form(info: ModelInfo, settings: Sequence[ScoreSettings]) -> TypeAdapter[Sample]:
     """Return the schema of a journal's record: the scores, layers, choices and heads of this very run."""
-    info, choices = loaded.info, {}
-    for probe in probes:
-        grid = options.grid(probe)
-        choices[probe.name] = [list(grid.layouts(kind, info.head_dim)) if grid else [] for kind in KINDS]
-    heads = {
-        probe.name: info.kv_heads if options.per_head and not isinstance(probe, CacheProbe) else 0 for probe in probes
-    }
+    choices = {each.score: each.choices for each in settings}
+    heads = {each.score: info.kv_heads if each.per_head else 0 for each in settings}
 
     def check(sample: Sample) -> Sample:
         if list(sample) != list(choices):
@@ -184,15 +200,15 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     return TypeAdapter(Annotated[Sample, AfterValidator(check)])
 
 
-def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, options: ProbeOptions) -> Score:
+def _score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings) -> Score:
     """Return a probe's means over the samples."""
     measured = [sample[probe.name] for sample in samples]
-    grid = options.grid(probe)
     return Score(
         seconds=sum(each.seconds for each in measured),
         unit=probe.unit,
-        calibration=calibration,
-        setup=ScoreSetup() if grid is None else _setup(grid),
+        calibration=settings.calibration,
+        setup=settings.setup,
+        identity=settings.identity,
         layers={
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),

@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,7 +110,10 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     commands = [line for line in saved.read_text().splitlines() if line.startswith("# ")]
     assert [command.split(" --")[1:2] for command in commands] == [["samples 3"], ["samples 1"]]
 
-    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--json").json
+    ran = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error")
+    assert ran.code == 1
+    assert "the profile has error by KV head, which would be replaced: add --replace" in ran.error
+    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--replace", "--json").json
     assert list(result["scores"]) == ["error"]
     assert set(result["layers"][0]["k_curve"]) == {"2g64", "4g64"}
     assert "k_heads" not in result["layers"][0]
@@ -145,6 +149,43 @@ def test_a_score_is_not_replaced_by_one_over_other_text(kvmix, faked, profiled):
     ran = kvmix("profile", "org/model", "--samples", 3, "--seq-len", 64, "--seed", 1)
     assert (ran.code, profiled.read_text()) == (1, before)
     assert "of builtin (seed 0), which 3 of 64 of builtin (seed 1) would replace" in ran.error
+
+
+def test_a_score_is_replaced_by_one_of_the_same_settings_only(kvmix, tmp_path):
+    """Whatever changes the numbers counts: text behind a name, choices, encoder, dtype. More of the same may come."""
+    Path("text.txt").write_text("one two three four five six seven " * 400)
+    args = ("profile", "builtin:tiny", *CURVES, "--score", "error", "--calibration", "text.txt")
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix(*args).code == 0
+    before = saved.read_text()
+    for more, lost in [
+        (("--bits", "2"), "error at 4g64"),
+        (("--encode", "refit"), "error with encode minmax"),
+        (("--dtype", "bf16"), "error of another dtype, revision or text"),
+    ]:
+        ran = kvmix(*args, *more)
+        assert (ran.code, saved.read_text()) == (1, before)
+        assert f"the profile has {lost}, which would be replaced: add --replace" in ran.error
+    assert kvmix(*args, "--bits", "2,3,4").code == 0
+    Path("text.txt").write_text("seven six five four three two one " * 400)
+    ran = kvmix(*args, "--bits", "2,3,4")
+    assert ran.code == 1
+    assert "the profile has error over other text of text.txt (" in ran.error
+    assert kvmix(*args, "--replace").code == 0
+
+
+def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, tmp_path):
+    """Files without `identity` are read, keep their checksum, and their choices are not lost either."""
+    args = ("profile", "builtin:tiny", *CURVES, "--score", "error")
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix(*args).code == 0
+    text = saved.read_text()
+    older = "".join(line for line in text.splitlines(True) if "identity:" not in line)
+    assert len(older) < len(text)
+    saved.write_text(older)
+    assert Profile.load(saved).to_yaml() == older.split("\n", 1)[1]
+    assert "error at 4g64" in kvmix(*args, "--bits", "2").error
+    assert kvmix(*args).code == 0
 
 
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
