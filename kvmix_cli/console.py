@@ -47,6 +47,7 @@ class Mode:
 
     Attributes:
         answered: whether the one object of `--json` has been printed.
+        begun: whether measuring has begun, so that there is something to resume.
         about: keys that every object of `--json` has: its schema, the version of kvmix, and the command's options.
     """
 
@@ -55,6 +56,7 @@ class Mode:
     traceback: bool = False
     json: bool = False
     answered: bool = False
+    begun: bool = False
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +85,7 @@ class Bar:
 @contextlib.contextmanager
 def progress(description: str, total: int | None) -> Iterator[Bar]:
     """Show a bar with the time left on stderr within this block; nothing if stderr is not a terminal."""
+    mode.begun = True
     if mode.quiet or not sys.stderr.isatty():
         yield Bar()
         return

@@ -201,6 +201,8 @@ def _interrupted(ctx: Any) -> str:
     is_search = ctx.invoked_subcommand == "allocate" and "--method search" in line
     if ctx.invoked_subcommand not in RESUMABLE and not is_search:
         return "interrupted"
+    if ctx.invoked_subcommand == "eval" and not console.mode.begun:
+        return "interrupted before anything was measured; start again with the same command"
     return f"interrupted; continue with `{line if '--resume' in line else line + ' --resume'}`"
 
 

@@ -218,7 +218,8 @@ def _read_row(path: Path) -> _RowFile:
         raise DocumentError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (ValueError, RecursionError) as error:
         why = reason(error) if isinstance(error, ValueError) else "it is nested too deep"
-        raise DocumentError(str(path), [f"damaged ({why}); `kvmix eval --resume` writes it anew"]) from error
+        command = _command(path.with_name(CONFIG)).removesuffix(" --resume") or "kvmix eval ..."
+        raise DocumentError(str(path), [f"damaged ({why}); `{command} --resume` writes it anew"]) from error
     return row
 
 

@@ -178,7 +178,9 @@ def unfinished_table(collection: Collection) -> Table:
         [*map(one_line, (run.task, run.model, run.plan)), f"{run.done} of {run.samples}"]
         for run in collection.unfinished
     ]
-    return Table("unfinished", ["task", "model", "plan", "samples"], rows, "`kvmix eval ... --resume` goes on\n")
+    commands = dict.fromkeys(run.command for run in collection.unfinished if run.command)
+    lines = [f"go on with `{each}{'' if '--resume' in each else ' --resume'}`" for each in map(one_line, commands)]
+    return Table("unfinished", ["task", "model", "plan", "samples"], rows, "\n".join([*lines, ""]))
 
 
 def as_csv(collection: Collection) -> str:
