@@ -39,7 +39,7 @@ def plot_profiles(profiles: Sequence[tuple[str, Profile]], path: Path) -> Path:
     scores = [(f"{name}: {each}", score) for name, profile in profiles for each, score in profile.scores.items()]
     figure, panels = _panels(len(scores))
     for axes, (name, score) in zip(panels, scores, strict=True):
-        draw_scores(axes, score, _title(name, f", mean and spread over {score.calibration.samples} samples"))
+        draw_scores(axes, score, _title(name, _samples_text(score.calibration.samples)))
     return save(figure, path)
 
 
@@ -64,8 +64,9 @@ def draw_scores(axes: Axes, score: Score, title: str) -> None:
         statistics = [getattr(layer, kind) for _, layer in layers]
         at = [index + side for index, _ in layers]
         axes.bar(at, [each.mean for each in statistics], 2 * SIDE, color=color, label=label)
-        spreads = [each.std for each in statistics]
-        axes.errorbar(at, [each.mean for each in statistics], yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.8)
+        if score.calibration.samples > 1:  # one sample has no spread
+            spreads = [each.std for each in statistics]
+            axes.errorbar(at, [each.mean for each in statistics], yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.8)
     describe(axes, x="layer", y=one_line(score.unit), title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log" if any(score.choices) else "linear")
@@ -111,6 +112,10 @@ def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
     describe(axes, x="stored bits", y="nats a token", title=title)
     fit_axis(axes.yaxis, [loss for _, loss in (*frontier.best, frontier.plan)])
     name_points(axes, [frontier.plan], ["this plan"])
+
+
+def _samples_text(samples: int) -> str:
+    return f", mean and spread over {samples} samples" if samples > 1 else ", one sample"
 
 
 def _title(name: str, numbers: str) -> str:

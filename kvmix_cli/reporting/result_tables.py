@@ -18,7 +18,7 @@ from .printable import one_line
 
 COLUMNS = ["plan", "nominal", "stored"]
 MARK = " *"
-MARKED = "* of the plans with as few stored bits, none is better"
+MARKED = "* by its value: of the plans with as few stored bits, none has a better one; brackets are 95 % intervals"
 BETWEEN = 3
 """Columns of a terminal between two columns of a table."""
 CSV_COLUMNS = (

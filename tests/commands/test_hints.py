@@ -185,7 +185,21 @@ def test_an_interrupted_search_and_demo(kvmix, monkeypatch):
     values = [curve(0.01, groups=(64,))] * 8
     scores = {"loss": make_score(values, values)}
     Profile(model=tiny().info, scores=scores).save(Path("profiles/builtin--tiny/profile.yaml"))
-    args = ("allocate", "--stored-bits", 3, "--method", "search", "--trials", 3, "--samples", 1)
+    args = (
+        "allocate",
+        "--stored-bits",
+        3,
+        "--method",
+        "search",
+        "--trials",
+        3,
+        "--samples",
+        1,
+        "--page",
+        16,
+        "--window",
+        "recent:16",
+    )
     interrupt_once(monkeypatch, search.Bench, "increase")
     (line,) = hints(kvmix(*args).err)
     assert kvmix(*line).code == 0

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,17 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
     assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
+
+
+def test_one_sample_has_no_spread(kvmix):
+    """Neither 0 in the table, nor bars of no length in the picture."""
+    ran = kvmix("profile", "builtin:tiny", "--samples", 1, "--seq-len", 40, "--plot", "scores.svg")
+    assert ran.code == 0
+    rows = [line.split() for line in ran.out.splitlines() if re.match(r"\s*\d+ ", line)]
+    assert len(rows) == 8
+    assert all(row[2] == "-" for row in rows)
+    said = Path("scores.svg").read_text()
+    assert "LineCollection" not in said
 
 
 @pytest.mark.usefixtures("faked")
