@@ -9,6 +9,7 @@ are checked.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import signal
@@ -25,7 +26,7 @@ from . import console
 from ._version import __version__
 from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
 from .commands.grouped import GroupedCommand
-from .errors import KvmixError, first_sentence, is_out_of_memory
+from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
 SCHEMA = "kvmix-json/1"
@@ -208,5 +209,9 @@ def _interrupted(ctx: Any) -> str:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Show a warning in one line; those meant for programmers only if verbose."""
-    if console.mode.verbose or not issubclass(category, (DeprecationWarning, FutureWarning)):
+    if isinstance(message, FieldsLeftOut):
+        console.notice(str(message))
+        console.mode.about.setdefault("texts", {})[message.source] = message.as_json()
+        logging.getLogger("kvmix").info("%s", message)
+    elif console.mode.verbose or not issubclass(category, (DeprecationWarning, FutureWarning)):
         console.alert(f"warning: {message}")

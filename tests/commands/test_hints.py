@@ -188,7 +188,7 @@ def test_an_interrupted_search_and_demo(kvmix, monkeypatch):
     args = (
         "allocate",
         "--stored-bits",
-        3,
+        4,
         "--method",
         "search",
         "--trials",
@@ -201,7 +201,9 @@ def test_an_interrupted_search_and_demo(kvmix, monkeypatch):
         "recent:16",
     )
     interrupt_once(monkeypatch, search.Bench, "increase")
-    (line,) = hints(kvmix(*args).err)
+    ran = kvmix(*args)
+    assert ran.code == 130, ran.err
+    (line,) = hints(ran.err)
     assert kvmix(*line).code == 0
     interrupt_once(monkeypatch, demo, "evaluate")
     (line,) = hints(kvmix("demo", "--quick", "--samples", 1, "--limit", 1).err)

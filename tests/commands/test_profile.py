@@ -1,6 +1,7 @@
 """`kvmix profile`: on the built-in model with two short samples, and what happens when it cannot go on."""
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -187,6 +188,19 @@ def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, 
     assert Profile.load(saved).to_yaml() == older.split("\n", 1)[1]
     assert "error at 4g64" in kvmix(*args, "--bits", "2").error
     assert kvmix(*args).code == 0
+
+
+def test_fields_of_records_that_are_left_out_are_said_once_and_in_json(kvmix):
+    record = {"question": "one two three four five " * 30, "answer": "six", "choices": ["six", "seven"]}
+    Path("rows.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    args = ("profile", "builtin:tiny", *SHORT, "--calibration", "rows.jsonl", "--replace")
+    ran = kvmix(*args)
+    said = "rows.jsonl: fields read from its records: question, answer; left out: choices"
+    assert ran.err.splitlines().count(f"kvmix: {said}") == 1
+    assert kvmix(*args, "-q").err == ""
+    assert kvmix(*args, "--json").json["texts"] == {
+        "rows.jsonl": {"read": ["question", "answer"], "left_out": ["choices"]}
+    }
 
 
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
