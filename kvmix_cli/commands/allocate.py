@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console, state
+from ..files import after_saving
 from .allocate_options import (
     FAMILY,
     PAPER,
@@ -73,7 +74,8 @@ def allocate(
                 f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
             )
     _save(plan, path, command)
-    _show(plan, source, path, budget.context, budget.batch)
+    with after_saving(f"the plan is saved in {path}"):
+        _show(plan, source, path, budget.context, budget.batch)
 
 
 def _base(budget: BudgetOptions) -> Start:
@@ -191,9 +193,13 @@ def _show_family(
     """Write the plans, each whole or not at all, and show them. Raises OutputError."""
     from ..reporting.family import family_json, family_table, member_name
 
-    named = [(_save(plan, folder / f"{member_name(plan, family, options)}.yaml", command), plan) for plan in plans]
-    console.table(*family_table(named))
-    console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
+    named: list[tuple[Path, Plan]] = []
+    for plan in plans:
+        with after_saving(f"{len(named)} of {len(plans)} plans are saved in {folder}"):
+            named.append((_save(plan, folder / f"{member_name(plan, family, options)}.yaml", command), plan))
+    with after_saving(f"all {len(plans)} plans are saved in {folder}"):
+        console.table(*family_table(named))
+        console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:

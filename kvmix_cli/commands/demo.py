@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
+from ..files import after_saving
 from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count_option, expand
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     plans = steps.make_plans(profile, effort, seed, what.out, command)
     console.text("\n" + "".join(f"{name}: {plan.short}\n" for name, plan in plans.items()) + "\n")
     reports = steps.evaluate(loaded, plans, effort, seed, what.out, resume=what.resume, progress=console.progress)
-    _show(reports, steps.MODEL)
-    plot_demo(profile, plans[steps.CHOSEN], reports[0], picture)
+    with after_saving(f"profile, plans and all samples are saved in {what.out}: --resume goes on from there"):
+        _show(reports, steps.MODEL)
+        plot_demo(profile, plans[steps.CHOSEN], reports[0], picture)
     console.text(f"generated through the kvmix plan:\n\n{steps.PROMPT}")
     sample = steps.generate_sample(loaded, plans[steps.CHOSEN], console.text)
     console.text(f"\n\npicture: {picture}\nfiles:   {what.out}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from ..errors import EvaluationError, OutputError
+from ..errors import EvaluationError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
@@ -275,16 +276,17 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     for report in found.reports:
         warn(report)
     shown = tables(found)
-    for table in shown:
-        console.table(*table)
     page = root / f"leaderboard__{short_checksum(shown)}.md"
     picture = page.with_suffix(".png")
-    write_text(page, markdown_document(shown, setup.results["command"]))
-    write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
-    plot_board(found, picture)
-    console.text(f"tables:  {page}\npicture: {picture}\n")
-    head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
-    console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
+    with _saved(root):
+        for table in shown:
+            console.table(*table)
+        write_text(page, markdown_document(shown, setup.results["command"]))
+        write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
+        plot_board(found, picture)
+        console.text(f"tables:  {page}\npicture: {picture}\n")
+        head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
+        console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
     leave(found.reports)
 
 
@@ -303,12 +305,19 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
         progress=console.progress,
         on_report=lambda task, report, model: _show(task, report, model, setup.results),
     )
-    for verdict in evaluation.verdicts:
-        _show_verdict(verdict)
-    console.emit_json(evaluation_json(evaluation))
+    with _saved(setup.results["root"]):
+        for verdict in evaluation.verdicts:
+            _show_verdict(verdict)
+        console.emit_json(evaluation_json(evaluation))
     if not evaluation.passed:
         raise typer.Exit(GATE_FAILED)
     leave(evaluation.reports)
+
+
+def _saved(root: Path) -> AbstractContextManager[None]:
+    from ..files import after_saving
+
+    return after_saving(f"all samples and rows are saved in {root}: the same command with --resume writes the rest")
 
 
 def leave(reports: Sequence[Report]) -> None:
@@ -331,18 +340,17 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
     from ..reporting.evaluation import report_tables
 
     warn(report)
-    for table in report_tables(task, report, model):
-        console.table(*table)
+    with _saved(results["root"]):
+        for table in report_tables(task, report, model):
+            console.table(*table)
     if any("answers" in record for row in report.rows for record in row.records):
         from ..reporting.heat_map import plot_heat_maps
 
         path = RunFolders(model=state.slug(model.id), **results).picture(
             report.task, [(row.plan, row.records) for row in report.rows]
         )
-        try:
+        with _saved(results["root"]):
             is_drawn = plot_heat_maps(report, path)
-        except OutputError as error:
-            raise OutputError(f"{error}; all samples and rows are saved: --resume draws the picture") from error
         if is_drawn:
             console.text(f"picture: {path}\n\n")
 

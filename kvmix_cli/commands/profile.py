@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,6 +13,7 @@ import typer
 
 from .. import console, state
 from ..errors import KvmixError
+from ..files import after_saving
 from .options import (
     COMMAND_LINE,
     CommonOptions,
@@ -108,7 +110,10 @@ def profile(
     started = time.perf_counter()
     result = _measure(loaded, model, texts, what, how, path, loading.seed, before)
     _save(result, before, path, ctx.meta[COMMAND_LINE])
-    _show(result, what, path, time.perf_counter() - started)
+    with after_saving(
+        f"the profile is saved: `{shlex.join(['kvmix', 'inspect', str(path)])}` shows it, --plot draws it"
+    ):
+        _show(result, what, path, time.perf_counter() - started)
 
 
 def _check_outputs(path: Path, plot: Path | None) -> None:

@@ -21,13 +21,14 @@ SHORT = ("--samples", 2, "--seq-len", 40)
 FILES = {
     "allocation/options.py",
     "allocation/problem.py",
+    "commands/profile.py",
     "evaluation/readback.py",
     "main.py",
     "plan/plan.py",
     "reporting/result_tables.py",
     "state.py",
 }
-"""Files that print a command line; each has a test below."""
+"""Files that print a command line; each has a test below (that of a full disk is in `test_full_disk.py`)."""
 
 
 def hints(said):

@@ -8,6 +8,7 @@ import pytest
 from commandline import kvmix, kvmix_json, refused
 from curves import curve, make_score, naive_loss
 from evaluating import tiny
+from full_disk import fill_disk
 from made_up import falling
 
 from kvmix_cli import evaluation
@@ -114,6 +115,22 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
     assert page_path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     named = json.loads(Path("out/leaderboard.json").read_text())
     assert all(len(plan) == 12 and names for plan, names in named.items())
+
+
+@pytest.mark.parametrize("ending", [".md", ".json", ".png"])
+def test_a_full_disk_says_what_is_saved(foretold, monkeypatch, ending):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "leaderboard.json" if ending == ".json" else ending)
+        said = refused_after_results(kvmix(*BOARD, *QUICK, "--output-dir", "out"))
+    assert "all samples and rows are saved in out: the same command with --resume writes the rest" in said
+    foretold.measured.clear()
+    assert kvmix(*BOARD, *QUICK, "--output-dir", "out", "--resume").exit_code == 0
+    assert foretold.measured == []
+
+
+def refused_after_results(ran):
+    assert ran.exit_code == 1
+    return ran.stderr.splitlines()[-1]
 
 
 def test_another_leaderboard_replaces_neither_tables_nor_names(foretold):
