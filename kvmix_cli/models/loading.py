@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .causality import check_causal, check_decoder, is_causal
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
+from .weights import check_files
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
@@ -156,6 +158,8 @@ def load_model(
     is_builtin = checkpoint.id.startswith(BUILTIN)
     if wanted == "auto" and is_builtin and device == "cpu":
         wanted = torch.float32
+    if (folder := Path(checkpoint.source)).is_dir():
+        check_files(folder, checkpoint.id)
     tokenizer = _load_tokenizer(checkpoint)
     placement = {"device_map": "auto"} if device == SPREAD else {}
     model = _load_weights(checkpoint, config, use_safetensors=not allow_pickle or None, dtype=wanted, **placement)
