@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from ..evaluation.base import Task
     from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
+    from ..models.loading import LoadedModel
     from ..plan import ModelInfo
+    from ..profile import Profile
     from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
@@ -247,14 +249,11 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from ..evaluation import split_tasks
     from ..evaluation.runs import RunFolders, short_checksum
-    from ..files import write_text
-    from ..models.loading import load_model
+    from ..files import check_writable, write_text
     from ..profile import Profile
     from ..reporting.leaderboard import board_json, plan_names, tables
-    from ..reporting.leaderboard_plot import plot_board
     from ..reporting.markdown import markdown_document
     from ..reporting.plan_names import NAMES, names_text, read_names
-    from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
 
     rules = board.rules
@@ -262,10 +261,10 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     profile = Profile.load(path)
     tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
     root = setup.results["root"]
-    check_plot(root / "leaderboard.png")
+    check_writable(root / "leaderboard.png")
     found = hold(
         profile,
-        lambda: load_model(profile.model.id, **setup.loading),
+        lambda: _load(profile, setup),
         tasks=tasks,
         settings=setup.settings,
         runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
@@ -276,6 +275,8 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     for report in found.reports:
         warn(report)
     shown = tables(found)
+    from ..reporting.leaderboard_plot import plot_board
+
     page = root / f"leaderboard__{short_checksum(shown)}.md"
     picture = page.with_suffix(".png")
     with _saved(root):
@@ -288,6 +289,12 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
         head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
         console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
     leave(found.reports)
+
+
+def _load(profile: Profile, setup: Setup) -> LoadedModel:
+    from ..models.loading import load_model  # torch, after all options are checked
+
+    return load_model(profile.model.id, **setup.loading)
 
 
 def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[str, Any], gates: Sequence[str]) -> None:
