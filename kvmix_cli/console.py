@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 """Columns of a table when stdout is not a terminal: wide enough that paths and plans are not cut."""
+RATE_SECONDS = 24 * 60 * 60
+"""Seconds that the rate of a bar is taken over; rich takes 30, and says nothing where one step takes longer."""
 BETWEEN = 3
 """Columns of a terminal between two columns of a table."""
 PACKAGE = "kvmix_"
@@ -47,6 +49,7 @@ class Mode:
 
     Attributes:
         answered: whether the one object of `--json` has been printed.
+        begun: whether measuring has begun, so that there is something to resume.
         about: keys that every object of `--json` has: its schema, the version of kvmix, and the command's options.
     """
 
@@ -55,6 +58,7 @@ class Mode:
     traceback: bool = False
     json: bool = False
     answered: bool = False
+    begun: bool = False
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +87,7 @@ class Bar:
 @contextlib.contextmanager
 def progress(description: str, total: int | None) -> Iterator[Bar]:
     """Show a bar with the time left on stderr within this block; nothing if stderr is not a terminal."""
+    mode.begun = True
     if mode.quiet or not sys.stderr.isatty():
         yield Bar()
         return
@@ -96,12 +101,13 @@ def progress(description: str, total: int | None) -> Iterator[Bar]:
         max_refresh = 0.5
 
         def render(self, task: Task) -> Text:
-            if task.time_remaining is None or not task.completed:
-                return Text(f"{_duration(task.elapsed or 0)}, none done yet")
-            return Text(f"{_duration(task.time_remaining)} left")
+            if task.time_remaining is not None and task.completed:
+                return Text(f"{_duration(task.time_remaining)} left")
+            return Text(f"{_duration(task.elapsed or 0)}{' so far' if task.completed else ', none done yet'}")
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, speed_estimate_period=RATE_SECONDS) as bars:
         yield Bar(bars, one_line(description), total)
 
 

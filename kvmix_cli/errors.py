@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 NO_MEMORY = (
     "out of memory",
@@ -113,6 +113,23 @@ class UnknownTaskError(EvaluationError):
 
 class OutputError(KvmixError):
     """A file or folder that cannot be written."""
+
+
+class FieldsLeftOut(UserWarning):
+    """A notice, and no error: records of a text have fields that are in none of the documents.
+
+    Attributes:
+        source: the text as it was named.
+        read, left_out: names of fields.
+    """
+
+    def __init__(self, source: str, read: Sequence[str], left_out: Sequence[str]) -> None:
+        self.source, self.read, self.left_out = source, list(read), list(left_out)
+        super().__init__(f"{source}: fields read from its records: {', '.join(read)}; left out: {', '.join(left_out)}")
+
+    def as_json(self) -> dict[str, list[str]]:
+        """Return the fields as plain data."""
+        return {"read": self.read, "left_out": self.left_out}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from .errors import OutputError
 
+UNCHANGED = "; no file was changed"
+
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file whole or not at all, with its folders. Raises OutputError."""
@@ -59,6 +61,19 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
+def after_saving(saved: str) -> Iterator[None]:
+    """Within this block, an output that cannot be written says what is saved already. Raises OutputError.
+
+    Args:
+        saved: results and their place, and how to get the rest, such as `the profile is saved in profile.yaml`.
+    """
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{str(error).removesuffix(UNCHANGED)}; {saved}") from error
+
+
+@contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """Open a new file beside a path; it is removed unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -70,7 +85,7 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}; no file was changed")
+    return OutputError(f"cannot write {path}: {error.strerror or error}{UNCHANGED}")
 
 
 def _umask() -> int:

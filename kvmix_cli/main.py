@@ -9,6 +9,7 @@ are checked.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import signal
@@ -25,7 +26,7 @@ from . import console
 from ._version import __version__
 from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
 from .commands.grouped import GroupedCommand
-from .errors import KvmixError, first_sentence, is_out_of_memory
+from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
 SCHEMA = "kvmix-json/1"
@@ -201,10 +202,16 @@ def _interrupted(ctx: Any) -> str:
     is_search = ctx.invoked_subcommand == "allocate" and "--method search" in line
     if ctx.invoked_subcommand not in RESUMABLE and not is_search:
         return "interrupted"
+    if ctx.invoked_subcommand == "eval" and not console.mode.begun:
+        return "interrupted before anything was measured; start again with the same command"
     return f"interrupted; continue with `{line if '--resume' in line else line + ' --resume'}`"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Show a warning in one line; those meant for programmers only if verbose."""
-    if console.mode.verbose or not issubclass(category, (DeprecationWarning, FutureWarning)):
+    if isinstance(message, FieldsLeftOut):
+        console.notice(str(message))
+        console.mode.about.setdefault("texts", {})[message.source] = message.as_json()
+        logging.getLogger("kvmix").info("%s", message)
+    elif console.mode.verbose or not issubclass(category, (DeprecationWarning, FutureWarning)):
         console.alert(f"warning: {message}")

@@ -124,6 +124,7 @@ class Score(StrictModel):
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
         moments: the file of moments of keys and values, for a score that measures them.
+        identity: hash of the settings that another score of this name must have to replace it; "" in older files.
     """
 
     seconds: MeasuredFloat = Field(ge=0)
@@ -131,6 +132,7 @@ class Score(StrictModel):
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
     moments: MomentsFile | None = None
+    identity: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     layers: dict[int, LayerScore]
 
     @property
@@ -222,6 +224,7 @@ class Profile(StrictModel):
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
             lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
+            lines += [f"    identity: {flow(score.identity)}"] if score.identity else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]
         return "\n".join(lines) + "\n"

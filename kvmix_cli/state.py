@@ -165,7 +165,9 @@ def _with_hash(given: str, names: Iterable[str]) -> str | None:
 
 def _only_model(model: str | None, what: str, patterns: list[str], say: Say) -> Path:
     """Return the folder of the model named, or of the only one that has files of these patterns."""
-    command = "kvmix profile MODEL" if what == "profile" else "kvmix allocate"
+    words = ["kvmix", "profile", model or "MODEL"] if what == "profile" else ["kvmix", "allocate", "--avg-bits", "3"]
+    words += ["--model", model] if model and what == "plan" else []
+    command = shlex.join([*words, *_folder_option()])
     candidates = sorted({_owner(path) for pattern in patterns for path in profiles_dir().glob(f"*/{pattern}")})
     if model is not None:
         candidates = [folder for folder in candidates if folder == model_dir(model)] or [
@@ -222,9 +224,13 @@ def _resume_command(journal: Path, *more: str) -> str:
     except (OSError, ValueError, RecursionError):
         settings = {}
     settings = settings if isinstance(settings, dict) else {}
-    folder = [] if _chosen is None or more else ["--profiles-dir", str(_chosen)]
-    words = ["kvmix", "profile", str(settings.get("model", "MODEL")), *_options(settings), *folder, *more, "--resume"]
-    return shlex.join(words)
+    words = ["kvmix", "profile", str(settings.get("model", "MODEL")), *_options(settings)]
+    return shlex.join([*words, *([] if more else _folder_option()), *more, "--resume"])
+
+
+def _folder_option() -> list[str]:
+    """Return the option that leads another command to the same folder, if one was given."""
+    return [] if _chosen is None else ["--profiles-dir", str(_chosen)]
 
 
 def _options(settings: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Final
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
 from ..plan import WIDTHS, HeadGeometry, Plan, TensorPlan
+from ..plan.codec import TransformTensor
 from ..plan.sizes import page_layout, tensor_bits
 from ..profile import Score
 from .curves import Curves
@@ -77,7 +78,7 @@ def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curve
     tensor, score = (getattr(of.layers[layer], kind[0]) for of in (plan, importance))
     loss = curves.at(layer, kind, tensor) if curves else None
     reason = Reason(layer, kind, tensor, score.mean, loss)
-    if curves is None or loss is None:
+    if curves is None or loss is None or isinstance(tensor, TransformTensor):
         return reason
     best = max(_upgrades(plan, reason, loss, curves, elements), key=lambda upgrade: upgrade.worth, default=None)
     return replace(reason, upgrade=best)
@@ -95,7 +96,8 @@ def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves, elements:
 
 def _choices(plan: Plan, heads: HeadGeometry, kind: Kind) -> list[TensorPlan]:
     """Return every width in the plan's group sizes, without sizes that are the same for a row of this kind."""
-    sizes = {tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.tensors}
+    tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
+    sizes = {tensor.group_size for tensor in tensors if isinstance(tensor, TensorPlan)}
     found: dict[tuple[int, int | None], TensorPlan] = {}
     for size in sorted(sizes, key=lambda size: (size is not None, str(size))):
         for bits in WIDTHS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -186,6 +187,6 @@ def _with_basis(cache: CacheSettings, basis: BasisFile, exact: int) -> CacheSett
 
 def _no_prediction(profile: Profile, score: str) -> BudgetError:
     able = [name for name, each in profile.scores.items() if each.predicts_loss]
-    measure = f"measure one that does with `kvmix profile {profile.model.id} --score fisher`"
+    measure = f"measure one that does with `{shlex.join(['kvmix', 'profile', profile.model.id])} --score fisher`"
     advice = f"use --score {' or '.join(able)}" if able else measure
     return BudgetError(f"score '{score}' does not predict a loss, so it cannot keep to --max-loss: {advice}")

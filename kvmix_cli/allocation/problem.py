@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -16,7 +17,7 @@ from ..plan.basis import BasisFile
 from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, layer_bytes, page_layout
-from ..profile import Profile, Score, choice_key
+from ..profile import Profile, Score, choice_key, parse_choice
 from .budgets import TOLERANCE, Budget
 from .curves import Curves
 from .levels import Levels
@@ -218,8 +219,25 @@ class Problem:
         return BudgetError(
             f"score '{self.score_name}' was not measured for {kind}s at {wanted}, only at "
             f"{', '.join(curves[self.score_name])}: leave that choice out, {other}or measure it with "
-            "`kvmix profile --bits ... --group-size ...`"
+            f"`{self._measuring(wanted)}`"
         )
+
+    def _measuring(self, wanted: str) -> str:
+        """Return the command that measures the score on the same text with one more choice."""
+        choices = [parse_choice(key) for key in (*self.score.choices[0], *self.score.choices[1], wanted)]
+        text = self.score.calibration
+        options = {
+            "score": self.score_name,
+            "bits": ",".join(map(str, sorted({bits for bits, _ in choices}))),
+            "group-size": ",".join(sorted({str(group) for _, group in choices}, key=lambda size: (len(size), size))),
+            "encode": self.score.setup.get("encode"),
+            "calibration": text.source,
+            "samples": text.samples,
+            "seq-len": text.seq_len,
+            "seed": text.seed,
+        }
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+        return " ".join(["kvmix profile", shlex.quote(self.profile.model.id), *words])
 
     def _unreachable(self, lowest: int, highest: int) -> str:
         budget = self.budget

@@ -2,203 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from .. import console, state
 from ..errors import DocumentError
-from .options import (
-    COMMAND_LINE,
-    CommonOptions,
-    Encoding,
-    LoadingOptions,
-    Model,
-    count,
-    expand,
-    given,
-    parse_bits,
-    parse_bytes,
-    parse_dtype,
-    parse_groups,
-    parse_percent,
+from ..files import after_saving
+from .allocate_options import (
+    FAMILY,
+    PAPER,
+    SEARCH,
+    TRANSFORM,
+    BudgetOptions,
+    PlanFileOptions,
+    SearchOptions,
+    StorageOptions,
+    default_name,
+    options_hash,
 )
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given
 
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
     from ..plan.basis import BasisFile
     from ..profile import Profile
-
-FAMILY, SEARCH, PAPER, TRANSFORM = "pareto", "search", "rank", "transform"
-"""The methods that write several plans, that measure plans, of the paper, and that code directions."""
-
-
-def _file_name(name: str | None) -> str | None:
-    """Raise typer.BadParameter for a name that is not a plain file name."""
-    if name is not None and not re.fullmatch(r"[\w][\w.+-]*", name):
-        raise typer.BadParameter(f"'{name}' cannot be the name of a plan; use --out to write to another folder")
-    return name
-
-
-@dataclass(frozen=True)
-class BudgetOptions:
-    """The budget, of which there is exactly one, and the method that spends it."""
-
-    avg_bits: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Budget: mean nominal bits of keys and values, e.g. 2.3.")
-    ] = None
-    stored_bits: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Budget: the same with scales and zeros, e.g. 3.0.")
-    ] = None
-    memory: Annotated[
-        int | None,
-        typer.Option(metavar="SIZE", parser=parse_bytes, help="Budget: bytes of the cache, e.g. 8GiB."),
-    ] = None
-    max_loss: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PERCENT", parser=parse_percent, help="Budget: predicted rise of the perplexity, e.g. 0.5%."
-        ),
-    ] = None
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2.")
-    ] = None
-    context: Annotated[
-        int, typer.Option(min=1, metavar="N", parser=count(1), help="Tokens that bytes are counted at.")
-    ] = 32768
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1
-    method: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="transform (bits of directions), ilp (exact), rank (the paper), cut, uniform, random, search, pareto "
-            "(no budget) [default: transform if the profile has directions, ilp if a score knows widths, else rank].",
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        """Raise typer.BadParameter unless there is exactly one budget, or none for the method that takes none."""
-        budgets = len(given(self.limits)) + (self.preset is not None)
-        if self.method == FAMILY and budgets:
-            raise typer.BadParameter("pareto takes no budget: it makes plans along the whole range; for one use ilp")
-        if self.method != FAMILY and budgets != 1:
-            raise typer.BadParameter(
-                "give exactly one budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset"
-            )
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """Return the limits by the names that `Budget` has for them."""
-        return {name: getattr(self, name) for name in ("avg_bits", "stored_bits", "memory", "max_loss")}
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """The widths to choose from, and the settings of the cache."""
-
-    k_bits: Annotated[
-        Any, typer.Option(metavar="LIST", parser=parse_bits, help="Widths for keys [default: 2,3,4,8].")
-    ] = None
-    v_bits: Annotated[
-        Any,
-        typer.Option(
-            metavar="LIST",
-            parser=parse_bits,
-            help="Widths for values [default: 2,4,8; to ilp, pareto, search also 3].",
-        ),
-    ] = None
-    min_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no narrower width.")] = None
-    max_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no wider width.")] = None
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PINS", help="Layers decided by hand, e.g. '0,-1:k8v8;2-4:k4v2'; repeatable."),
-    ] = None
-    group_size: Annotated[
-        Any,
-        typer.Option(
-            metavar="LIST",
-            parser=parse_groups,
-            help="Elements that share a scale, or row for all; several for methods that choose [default: 64].",
-        ),
-    ] = None
-    page: Annotated[int | None, typer.Option(metavar="N", help="Tokens quantized together [default: 128].")] = None
-    sink: Annotated[int | None, typer.Option(metavar="N", help="First tokens kept exact [default: 4].")] = None
-    window: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="Last tokens kept exact: recent:N, rpc or none [default: recent:128]."),
-    ] = None
-    scale_dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", parser=parse_dtype, help="Of scales: float16 or bfloat16 [default: float16]."),
-    ] = None
-    encode: Encoding = None
-    exact: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=count(0), help="Tokens of each page that transform codes keep exact [default: 1]."
-        ),
-    ] = None
-    put_on: Annotated[
-        list[str] | None,
-        typer.Option("--with", metavar="PRESET", help="Also its transforms, tiers and runs, e.g. mikv; repeatable."),
-    ] = None
-
-    def caches(self, base: CacheSettings) -> list[CacheSettings]:
-        """Return cache settings with these options, one for each group size. Raises typer.BadParameter."""
-        from ..plan import CacheSettings
-        from ..plan.document import reason
-        from ..plan.windows import parse_window
-
-        names = ("page", "sink", "scale_dtype", "window", "encode")
-        settings = {
-            **base.model_dump(),
-            **{name: value for name in names if (value := getattr(self, name)) is not None},
-        }
-        if self.window is not None:
-            settings["window"] = parse_window(self.window)
-        try:
-            return [
-                CacheSettings.model_validate({**settings, "group_size": size})
-                for size in self.group_size or [base.group_size]
-            ]
-        except ValueError as error:
-            raise typer.BadParameter(reason(error)) from error
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """The score, and the work that `--method search` does."""
-
-    score: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
-    ] = None
-    trials: Annotated[int, typer.Option(min=1, metavar="N", help="Plans that search measures.")] = 40
-    calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin"
-    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Documents of it.")] = 4
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")] = (
-        False
-    )
-
-
-@dataclass(frozen=True)
-class PlanFileOptions:
-    """The profile that is read, and the plan file that is written."""
-
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", callback=_file_name, help="Of the plan [default: e.g. rank-2.3].")
-    ] = None
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write [default: plans/NAME.yaml beside the profile].")
-    ] = None
-    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None
-    model: Model = None
 
 
 @expand
@@ -233,10 +64,11 @@ def allocate(
         from ..allocation import frontier
 
         family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
+        options = "" if files.name else options_hash(method, storage, effort, source if files.profile else None)
         folder = _plans_folder(path, files.profile, source)
-        _show_family(frontier(source, **chosen), family, folder, command, budget)
+        _show_family(frontier(source, **chosen), family, options, folder, command, budget)
         return
-    name = files.name or _default_name(method, budget, storage, effort, loading.seed)
+    name = files.name or default_name(method, budget, storage, effort, loading.seed, source if files.profile else None)
     path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
     plan = _decide(source, method, base.budget, chosen, path, effort, loading)
     if storage.put_on:
@@ -247,8 +79,9 @@ def allocate(
             )
     if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
         basis.save(path.parent / plan.cache.transform.basis)
-    plan.save(path, command)
-    _show(plan, source, path, budget.context, budget.batch)
+    _save(plan, path, command)
+    with after_saving(f"the plan is saved in {path}"):
+        _show(plan, source, path, budget.context, budget.batch)
 
 
 def _base(budget: BudgetOptions) -> Start:
@@ -358,41 +191,34 @@ def _plans_folder(profile: Path, named: Path | None, source: Profile) -> Path:
     return (profile.parent if named is None else state.model_dir(source.model.id)) / state.PLANS
 
 
-def _default_name(method: str, budget: BudgetOptions, storage: StorageOptions, effort: SearchOptions, seed: int) -> str:
-    """Return a name that depends on the options alone: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`.
+def _save(plan: Plan, path: Path, command: str) -> Path:
+    """Write a plan, and say so if another plan was there. Raises OutputError."""
+    from ..errors import DocumentError
+    from ..plan import Plan
 
-    Options that change the plan and are not in the name add a short hash, so that no plan replaces another one.
-    """
-    from ..allocation import METHODS
-    from ..plan.sizes import format_bytes
-
-    if budget.preset is not None:
-        parts = [budget.preset] if method == "rank" else [budget.preset, method]
-    elif budget.memory is not None:
-        parts = [method, format_bytes(budget.memory).replace(" ", ""), f"{budget.context}x{budget.batch}"]
-    elif budget.max_loss is not None:
-        parts = [method, f"max-loss-{100 * budget.max_loss:g}pct"]
-    elif budget.stored_bits is not None:
-        parts = [method, f"stored-{budget.stored_bits:g}"]
-    else:
-        parts = [method, f"{budget.avg_bits:g}"]
-    if "seed" in METHODS[method].uses:
-        parts.append(f"seed{seed}")
-    others = {**asdict(storage), "put_on": None, "score": effort.score}
-    if method == SEARCH and (effort.calibration, effort.samples) != (SearchOptions.calibration, SearchOptions.samples):
-        others |= {"calibration": effort.calibration, "samples": effort.samples}
-    if others := given(others):
-        parts.append(hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6])
-    return "+".join(["-".join(parts), *(storage.put_on or [])])
+    try:
+        is_other = path.is_file() and Plan.load(path).sha256 != plan.sha256
+    except DocumentError:
+        is_other = True
+    plan.save(path, command)
+    if is_other:
+        console.notice(f"{path} was another plan, and is replaced")
+    return path
 
 
-def _show_family(plans: Sequence[Plan], family: str, folder: Path, command: str, budget: BudgetOptions) -> None:
-    """Write the plans as `<family>-<stored bits>.yaml`, each whole or not at all, and show them. Raises OutputError."""
+def _show_family(
+    plans: Sequence[Plan], family: str, options: str, folder: Path, command: str, budget: BudgetOptions
+) -> None:
+    """Write the plans, each whole or not at all, and show them. Raises OutputError."""
     from ..reporting.family import family_json, family_table, member_name
 
-    named = [(plan.save(folder / f"{member_name(plan, family)}.yaml", command), plan) for plan in plans]
-    console.table(*family_table(named))
-    console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
+    named: list[tuple[Path, Plan]] = []
+    for plan in plans:
+        with after_saving(f"{len(named)} of {len(plans)} plans are saved in {folder}"):
+            named.append((_save(plan, folder / f"{member_name(plan, family, options)}.yaml", command), plan))
+    with after_saving(f"all {len(plans)} plans are saved in {folder}"):
+        console.table(*family_table(named))
+        console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:

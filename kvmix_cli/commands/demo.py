@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count, expand
+from ..files import after_saving
+from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count_option, expand
 
 if TYPE_CHECKING:
     from ..evaluation.results import Report, Row
@@ -24,13 +25,8 @@ class DemoOptions:
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where profile, plans, samples and picture go.")] = Path(
         "kvmix-demo"
     )
-    samples: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", parser=count(1), help="Calibration samples of 1024 tokens [default: 30]."),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Held-out documents, and recall exercises [default: 10].")
-    ] = None
+    samples: Annotated[int | None, count_option("Calibration samples of 1024 tokens [default: 30].")] = None
+    limit: Annotated[int | None, count_option("Held-out documents, and recall exercises [default: 10].")] = None
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything: under a minute.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False
     seed: Seed = 0
@@ -69,8 +65,9 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     plans = steps.make_plans(profile, effort, seed, what.out, command)
     console.text("\n" + "".join(f"{name}: {plan.short}\n" for name, plan in plans.items()) + "\n")
     reports = steps.evaluate(loaded, plans, effort, seed, what.out, resume=what.resume, progress=console.progress)
-    _show(reports, steps.MODEL)
-    plot_demo(profile, plans[steps.CHOSEN], reports[0], picture)
+    with after_saving(f"profile, plans and all samples are saved in {what.out}: --resume goes on from there"):
+        _show(reports, steps.MODEL)
+        plot_demo(profile, plans[steps.CHOSEN], reports[0], picture)
     console.text(f"generated through the kvmix plan:\n\n{steps.PROMPT}")
     sample = steps.generate_sample(loaded, plans[steps.CHOSEN], console.text)
     console.text(f"\n\npicture: {picture}\nfiles:   {what.out}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,20 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from ..errors import EvaluationError, OutputError
+from ..errors import EvaluationError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
     Encoding,
     LoadingOptions,
     ModelOptions,
-    count,
+    count_option,
     expand,
     given,
     parse_batch,
     parse_budgets,
     parse_bytes,
-    parse_count,
     parse_counts,
     parse_groups,
     parse_names,
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from ..evaluation.base import Task
     from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
+    from ..models.loading import LoadedModel
     from ..plan import ModelInfo
+    from ..profile import Profile
     from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
@@ -82,22 +84,14 @@ class EvalOptions:
             "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
     ] = None
-    length: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Tokens of a document, exercise or context.")
-    ] = 1024
-    prefix: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Of these, prefilled before scoring (perplexity).")
-    ] = 256
-    step: Annotated[
-        int, typer.Option(metavar="N", parser=parse_count, help="Tokens fed at a time; 1 is exact decoding.")
-    ] = 32
+    length: Annotated[int, count_option("Tokens of a document, exercise or context.", least=None)] = 1024
+    prefix: Annotated[int, count_option("Of these, prefilled before scoring (perplexity).", least=None)] = 256
+    step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.", least=None)] = 32
     text: Annotated[
         str,
         typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
     ] = "builtin"
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", parser=parse_count, help="Most samples [default: the task's].")
-    ] = None
+    limit: Annotated[int | None, count_option("Most samples [default: the task's].", least=None)] = None
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
     fail_if: Annotated[
@@ -130,14 +124,7 @@ class TaskOptions:
         typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="LongBench's JSONL files [default: from the hub]."),
     ] = None
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            parser=count(1),
-            rich_help_panel=PROMPTS,
-            help="Most tokens of a prompt [default: the model's limit].",
-        ),
+        int | None, count_option("Most tokens of a prompt [default: the model's limit].", rich_help_panel=PROMPTS)
     ] = None
     strict: Annotated[
         bool, typer.Option("--strict", rich_help_panel=PROMPTS, help="A malformed line is an error, not skipped.")
@@ -150,7 +137,7 @@ class TaskOptions:
         Path | None, typer.Option(metavar="DIR", rich_help_panel=PROMPTS, help="Task files of your own, for lm-eval.")
     ] = None
     num_fewshot: Annotated[
-        int | None, typer.Option(metavar="N", min=0, rich_help_panel=PROMPTS, help="Examples in a prompt of lm-eval.")
+        int | None, count_option("Examples in a prompt of lm-eval.", least=0, rich_help_panel=PROMPTS)
     ] = None
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", rich_help_panel=PROMPTS, help="Also for tasks of lm-eval.")
@@ -163,23 +150,16 @@ class TaskOptions:
         Any, typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8.")
     ] = None
     new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=2, parser=count(2), rich_help_panel=SWEEPS, help="Tokens to decode (throughput)."
-        ),
+        int | None, count_option("Tokens to decode (throughput).", least=2, rich_help_panel=SWEEPS)
     ] = None
-    repeats: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Times each point is measured.")
-    ] = None
+    repeats: Annotated[int | None, count_option("Times each point is measured.", rich_help_panel=SWEEPS)] = None
     memory: Annotated[
         Any,
         typer.Option(
             metavar="SIZE", parser=parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
         ),
     ] = None
-    depths: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=SWEEPS, help="Places of a needle in its context.")
-    ] = None
+    depths: Annotated[int | None, count_option("Places of a needle in its context.", rich_help_panel=SWEEPS)] = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +184,7 @@ class BoardOptions:
         typer.Option(metavar="LIST", parser=parse_groups, rich_help_panel=BOARD, help="To choose from, e.g. 64,32."),
     ] = None
     random_plans: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=BOARD, help="Random plans a budget [default: 8]."),
+        int | None, count_option("Random plans a budget [default: 8].", least=0, rich_help_panel=BOARD)
     ] = None
     profile: Annotated[
         Path | None,
@@ -270,14 +249,11 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from ..evaluation import split_tasks
     from ..evaluation.runs import RunFolders, short_checksum
-    from ..files import write_text
-    from ..models.loading import load_model
+    from ..files import check_writable, write_text
     from ..profile import Profile
     from ..reporting.leaderboard import board_json, plan_names, tables
-    from ..reporting.leaderboard_plot import plot_board
     from ..reporting.markdown import markdown_document
     from ..reporting.plan_names import NAMES, names_text, read_names
-    from ..reporting.plots import check_plot
     from ..studies.leaderboard import hold
 
     rules = board.rules
@@ -285,10 +261,10 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     profile = Profile.load(path)
     tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
     root = setup.results["root"]
-    check_plot(root / "leaderboard.png")
+    check_writable(root / "leaderboard.png")
     found = hold(
         profile,
-        lambda: load_model(profile.model.id, **setup.loading),
+        lambda: _load(profile, setup),
         tasks=tasks,
         settings=setup.settings,
         runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
@@ -299,17 +275,26 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     for report in found.reports:
         warn(report)
     shown = tables(found)
-    for table in shown:
-        console.table(*table)
+    from ..reporting.leaderboard_plot import plot_board
+
     page = root / f"leaderboard__{short_checksum(shown)}.md"
     picture = page.with_suffix(".png")
-    write_text(page, markdown_document(shown, setup.results["command"]))
-    write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
-    plot_board(found, picture)
-    console.text(f"tables:  {page}\npicture: {picture}\n")
-    head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
-    console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
+    with _saved(root):
+        for table in shown:
+            console.table(*table)
+        write_text(page, markdown_document(shown, setup.results["command"]))
+        write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
+        plot_board(found, picture)
+        console.text(f"tables:  {page}\npicture: {picture}\n")
+        head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
+        console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
     leave(found.reports)
+
+
+def _load(profile: Profile, setup: Setup) -> LoadedModel:
+    from ..models.loading import load_model  # torch, after all options are checked
+
+    return load_model(profile.model.id, **setup.loading)
 
 
 def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[str, Any], gates: Sequence[str]) -> None:
@@ -327,12 +312,19 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
         progress=console.progress,
         on_report=lambda task, report, model: _show(task, report, model, setup.results),
     )
-    for verdict in evaluation.verdicts:
-        _show_verdict(verdict)
-    console.emit_json(evaluation_json(evaluation))
+    with _saved(setup.results["root"]):
+        for verdict in evaluation.verdicts:
+            _show_verdict(verdict)
+        console.emit_json(evaluation_json(evaluation))
     if not evaluation.passed:
         raise typer.Exit(GATE_FAILED)
     leave(evaluation.reports)
+
+
+def _saved(root: Path) -> AbstractContextManager[None]:
+    from ..files import after_saving
+
+    return after_saving(f"all samples and rows are saved in {root}: the same command with --resume writes the rest")
 
 
 def leave(reports: Sequence[Report]) -> None:
@@ -355,18 +347,17 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
     from ..reporting.evaluation import report_tables
 
     warn(report)
-    for table in report_tables(task, report, model):
-        console.table(*table)
+    with _saved(results["root"]):
+        for table in report_tables(task, report, model):
+            console.table(*table)
     if any("answers" in record for row in report.rows for record in row.records):
         from ..reporting.heat_map import plot_heat_maps
 
         path = RunFolders(model=state.slug(model.id), **results).picture(
             report.task, [(row.plan, row.records) for row in report.rows]
         )
-        try:
+        with _saved(results["root"]):
             is_drawn = plot_heat_maps(report, path)
-        except OutputError as error:
-            raise OutputError(f"{error}; all samples and rows are saved: --resume draws the picture") from error
         if is_drawn:
             console.text(f"picture: {path}\n\n")
 

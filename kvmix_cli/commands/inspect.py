@@ -23,10 +23,8 @@ def inspect(
         Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
     ],
     other: Annotated[Path | None, typer.Argument(metavar="[FILE2]", help="Another of its kind, to compare.")] = None,
-    context: Annotated[
-        int, typer.Option(min=1, metavar="N", parser=options.count(1), help="Tokens that bytes are counted at.")
-    ] = 32768,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that bytes are counted at.")] = 1,
+    context: Annotated[int, options.count_option("Tokens that bytes are counted at.")] = 32768,
+    batch: Annotated[int, options.count_option("Sequences that bytes are counted at.")] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw what is in the files.")] = None,
     profile: Annotated[
         Path | None,

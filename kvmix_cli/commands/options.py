@@ -106,12 +106,17 @@ def refuse(options: Mapping[str, Any], reason: str) -> None:
         raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
 
 
+def _joined(text: str) -> str:
+    """Return text without the underscores between digits, as Python writes long numbers."""
+    return re.sub(r"(?<=\d)_(?=\d)", "", text)
+
+
 def parse_bytes(text: str) -> int:
     """Return the bytes of a size: `8GiB`, `8G` (the same), `500MB` (decimal) or plain bytes.
 
     Pydantic's ByteSize is not used: it reads `8G` as a decimal size and ignores what follows a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", _joined(text), re.IGNORECASE | re.ASCII)
     if not match or (match[3].lower() == "i") or (match[3].lower() == "ib" and not match[2]):
         raise typer.BadParameter(f"'{text}' is not a size; write it like 8GiB, 500MB or 1000000")
     units = DECIMAL if match[3].lower() == "b" and match[2] else UNITS
@@ -119,8 +124,8 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_count(text: str | int) -> int:
-    """Return a number of tokens, samples or sequences: `4096`, or `128K` for 128 x 1024."""
-    match = re.fullmatch(r"\s*(-?\d{1,12}(?:\.\d{1,6})?)\s*([kmg]?)i?\s*", str(text), re.IGNORECASE | re.ASCII)
+    """Return a number of tokens, samples or sequences: `4096`, `4_096`, or `128K` for 128 x 1024."""
+    match = re.fullmatch(r"\s*(-?\d{1,12}(?:\.\d{1,6})?)\s*([kmg]?)i?\s*", _joined(str(text)), re.IGNORECASE | re.ASCII)
     count = float(match[1]) * UNITS[match[2].lower()] if match else math.nan
     if not count.is_integer() or abs(count) > MAX_COUNT:
         raise typer.BadParameter(f"'{text}' is not a count; write it like 4096 or 128K")
@@ -137,6 +142,15 @@ def count(least: int) -> Callable[[str | int], int]:
         return number
 
     return parse
+
+
+def count_option(help: str, *, least: int | None = 1, **more: Any) -> Any:
+    """Return an option that takes a count, in any of its spellings.
+
+    Args:
+        least: smallest number that is a correct use of the command line; None if something else judges it.
+    """
+    return typer.Option(metavar="N", parser=parse_count if least is None else count(least), help=help, **more)
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -159,9 +173,10 @@ def parse_batch(text: str) -> int | str:
     """Return a batch size, or `auto`."""
     if text == "auto":
         return text
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise typer.BadParameter(f"'{text}' is not a batch size; write a number or auto")
-    return int(text)
+    try:
+        return count(1)(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"'{text}' is not a batch size; write a number or auto") from error
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -179,8 +194,20 @@ def parse_budgets(text: str) -> tuple[float, ...]:
 
 def parse_groups(text: str) -> tuple[int | str, ...]:
     """Return group sizes, `32,64` or `row`; the cache's settings decide which are possible."""
-    parts = [part.strip() for part in text.split(",")]
-    return tuple(int(part) if re.fullmatch(r"[0-9]{1,6}", part) else part for part in parts)
+    return tuple(_count_or_text(part.strip()) for part in text.split(","))
+
+
+def parse_window(text: str) -> str:
+    """Return a window with its count as a plain number, `recent:4096` for `recent:4K`; the plan judges the rest."""
+    kind, colon, tokens = text.partition(":")
+    return f"{kind}:{_count_or_text(tokens)}" if colon else text
+
+
+def _count_or_text(text: str) -> int | str:
+    try:
+        return count(0)(text)
+    except typer.BadParameter:
+        return text
 
 
 def parse_encode(text: str) -> str:
@@ -262,8 +289,7 @@ Model = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn at random.")]
 Threads = Annotated[
-    int | None,
-    typer.Option(metavar="N", callback=_use_threads, help="Threads on the CPU [default: torch's own choice]."),
+    int | None, count_option("Threads on the CPU [default: torch's own choice].", least=None, callback=_use_threads)
 ]
 ProfilesDir = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -12,13 +13,14 @@ import typer
 
 from .. import console, state
 from ..errors import KvmixError
+from ..files import after_saving
 from .options import (
     COMMAND_LINE,
     CommonOptions,
     Encoding,
     LoadingOptions,
     ModelOptions,
-    count,
+    count_option,
     expand,
     parse_bits,
     parse_groups,
@@ -59,9 +61,9 @@ class ProfileOptions:
     ] = "builtin"
     samples: Annotated[
         Any,
-        typer.Option(metavar="N", parser=count(1), help="Samples of text [default: 30; 10 for fisher-metric alone]."),
+        count_option("Samples of text [default: 30; 10 for fisher-metric alone]."),
     ] = None
-    seq_len: Annotated[int, typer.Option(min=2, metavar="N", parser=count(2), help="Tokens of a sample.")] = 1024
+    seq_len: Annotated[int, count_option("Tokens of a sample.", least=2)] = 1024
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write [default: profiles/<org>--<model>/profile.yaml]."),
@@ -111,9 +113,12 @@ def profile(
         _require_same_model(before, loaded.info, path)
     _check_replaced(before, what, loading.seed, path)
     started = time.perf_counter()
-    result = _measure(loaded, model, texts, what, how, path, loading.seed)
+    result = _measure(loaded, model, texts, what, how, path, loading.seed, before)
     _save(result, before, path, ctx.meta[COMMAND_LINE])
-    _show(result, what, path, time.perf_counter() - started)
+    with after_saving(
+        f"the profile is saved: `{shlex.join(['kvmix', 'inspect', str(path)])}` shows it, --plot draws it"
+    ):
+        _show(result, what, path, time.perf_counter() - started)
 
 
 def _check_outputs(path: Path, plot: Path | None) -> None:
@@ -166,10 +171,20 @@ def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, pat
 
 
 def _measure(
-    loaded: LoadedModel, model: str, texts: list[str], what: ProfileOptions, how: ProbeOptions, path: Path, seed: int
+    loaded: LoadedModel,
+    model: str,
+    texts: list[str],
+    what: ProfileOptions,
+    how: ProbeOptions,
+    path: Path,
+    seed: int,
+    before: Profile | None,
 ) -> Profile:
     from ..profiling import run_profile
 
+    journal = state.journal_path(path)
+    if journal.exists() and not what.resume:
+        console.notice(f"{journal} is of an unfinished profile, which is started over; --resume goes on with one")
     with console.progress(f"profile {model}", what.samples) as bar:
         return run_profile(
             loaded,
@@ -180,9 +195,10 @@ def _measure(
             seq_len=what.seq_len,
             seed=seed,
             options=how,
-            journal=state.journal_path(path),
+            journal=journal,
             moments=state.moments_path(path),
             resume=what.resume,
+            before=None if before is None or what.replace else before.scores,
             on_step=bar.reach,
         )
 

@@ -40,7 +40,7 @@ def report(
 ) -> None:
     """Say in words which plans are safe; merge runs into tables and one page with plots."""
     from ..evaluation.collect import collect
-    from ..files import check_writable, write_text
+    from ..files import after_saving, check_writable, write_text
     from ..reporting.comparison import check_metric
     from ..reporting.markdown import markdown_document
     from ..reporting.page.page import make_page
@@ -65,8 +65,10 @@ def report(
         files[markdown] = markdown_document(tables, command, answers(collection))
     if csv:
         files[csv] = as_csv(collection)
+    written: list[str] = []
     for path, text in files.items():
-        write_text(path, printable(text))
+        with after_saving(f"all runs are as they were{', and saved is ' + ', '.join(written) if written else ''}"):
+            written.append(str(write_text(path, printable(text))))
         console.notice(f"wrote {path}")
     answered = {"answers": answers(collection)}
     console.emit_json({"command": "report", **as_json(collection, metric), **answered, "html": page})

@@ -14,7 +14,7 @@ import typer
 
 from .. import console
 from ..errors import KvmixError, TextError
-from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count, expand
+from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count_option, expand
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,7 @@ class PromptOptions:
         typer.Option("--image", metavar="FILE", help="An image before the prompt, in a chat template; repeatable."),
     ] = None
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, parser=count(1), help="Most tokens to generate.")
-    ] = 256
+    max_new_tokens: Annotated[int, count_option("Most tokens to generate.")] = 256
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0
 

@@ -59,6 +59,13 @@ def split_tasks(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise EvaluationError for a name that no task has; tasks of our own are not imported for it."""
+    for name in names:
+        if name not in _TASKS:
+            get_task(name)
+
+
 def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Return a task by name, ours or lm-eval's, with those of the options that are its own. Raises EvaluationError."""
     family, colon, members = name.partition(":")

@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..errors import DocumentError, EvaluationError, KvmixError
+from ..errors import DocumentError, EvaluationError
 from ..journal import canonical, read_records, refuse_constant
-from ..plan import CacheSettings, ModelInfo, Plan
+from ..plan import ModelInfo
 from ..plan.document import read_yaml, reason, validate
+from ..plan.geometry import coverage_faults
+from ..plan.layers import parse_mean_widths
 from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
 from .runs import CONFIG, FORMAT, METRICS, SAMPLES, plan_of
@@ -49,7 +51,7 @@ class Measured:
     config: Mapping[str, Any]
     model: ModelInfo
     key: LineKey
-    layers: Mapping[int, tuple[int, int]] | None
+    layers: Mapping[int, tuple[float, float]] | None
     row: Row
     metrics: tuple[Metric, ...]
     tokens: int
@@ -221,7 +223,8 @@ def _read_row(path: Path) -> _RowFile:
         raise DocumentError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (ValueError, RecursionError) as error:
         why = reason(error) if isinstance(error, ValueError) else "it is nested too deep"
-        raise DocumentError(str(path), [f"damaged ({why}); `kvmix eval --resume` writes it anew"]) from error
+        command = _command(path.with_name(CONFIG)).removesuffix(" --resume") or "kvmix eval ..."
+        raise DocumentError(str(path), [f"damaged ({why}); `{command} --resume` writes it anew"]) from error
     return row
 
 
@@ -232,11 +235,14 @@ def _command(path: Path) -> str:
     return line.removeprefix("# ").strip() if line.startswith("# ") else ""
 
 
-def _layers(path: Path, config: _Config) -> dict[int, tuple[int, int]] | None:
+def _layers(path: Path, config: _Config) -> dict[int, tuple[float, float]] | None:
+    """Return the mean widths of keys and of values, by layer; None for a subject that is no plan."""
     if config.plan is None:
         return None
     try:
-        plan = Plan.from_short(config.plan.short, config.model, CacheSettings(group_size="row"))
-    except KvmixError as error:
-        raise DocumentError(str(path), [f"plan: {error}"]) from error
-    return {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+        widths = parse_mean_widths(config.plan.short)
+        if faults := [message for _, message in coverage_faults(config.model, widths)]:
+            raise ValueError("; ".join(faults))
+    except ValueError as error:
+        raise DocumentError(str(path), [f"plan: {reason(error)}"]) from error
+    return widths

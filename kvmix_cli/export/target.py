@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ExportError
-from ..plan import Plan
+from ..plan import LayerPlan, Plan
+from ..plan.codec import TransformTensor
 from ..plan.geometry import format_ranges
 
 FP8_CAUTION = (
@@ -36,7 +37,18 @@ class Target:
                 f"{self.name} cannot express this plan: it knows widths, but not {' and '.join(axes)} of the plan's "
                 "cache; allocate without --with"
             )
+        coded = {
+            index: layer.short
+            for index, layer in plan.layers.items()
+            if any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
+        }
+        refuse(self.name, "it stores codes in groups with a scale", coded, "--method ilp")
         return self.express(plan)
+
+
+def widths(layer: LayerPlan) -> tuple[int, int]:
+    """Return the widths of a layer's keys and values, none of which are transform codes."""
+    return int(layer.k.mean_width), int(layer.v.mean_width)
 
 
 def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> None:
@@ -62,4 +74,4 @@ def fp8_layers(plan: Plan, engine: str) -> list[int]:
     rule = "it stores the keys and values of a layer both in fp8 (k8v8) or both in full precision (k16v16)"
     wrong = {index: layer.short for index, layer in plan.layers.items() if layer.short not in ("k8v8", "k16v16")}
     refuse(engine, rule, wrong, "--k-bits 8 --v-bits 8 and --pin LAYERS:k16v16")
-    return [index for index, layer in sorted(plan.layers.items()) if layer.k.bits == 8]
+    return [index for index, layer in sorted(plan.layers.items()) if widths(layer)[0] == 8]

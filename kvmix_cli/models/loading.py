@@ -36,6 +36,7 @@ from .geometry import max_length, model_info
 from .gguf import SUFFIX, check_gguf, drop_quantizer
 from .multimodal import find_loader, load_processor
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
+from .weights import check_files
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
@@ -169,6 +170,8 @@ def load_model(
     is_builtin = checkpoint.id.startswith(BUILTIN)
     if wanted == "auto" and is_builtin and device == "cpu":
         wanted = torch.float32
+    if (folder := Path(checkpoint.source)).is_dir():
+        check_files(folder, checkpoint.id)
     tokenizer = _load_tokenizer(checkpoint)
     processor = _load_processor(checkpoint, config) if reads_images else None
     placement = {"device_map": "auto"} if device == SPREAD else {}

@@ -124,7 +124,7 @@ def parse_short(text: str, stock: Iterable[int] = ()) -> dict[int, LayerPlan]:
     for indices, k, v in _parts(text, layers):
         if CODED in k + v:
             raise ValueError(
-                f"'k{k}v{v}' is of transform codes, of which the short form has only the mean width; use the plan's file"
+                f"'k{k}v{v}' is of transform codes, of which the short form has only the mean; use the plan's file"
             )
         layers.update(dict.fromkeys(indices, LayerPlan.of_bits(int(k), int(v))))
     kept = set(stock)

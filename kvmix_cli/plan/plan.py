@@ -8,6 +8,7 @@ from KVTuner's preset YAML.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, TypeGuard
@@ -252,7 +253,8 @@ class Plan(StrictModel):
         if wrong:
             raise PlanError(
                 f"the plan was made for {self.model.id}, not for {model.id}: {', '.join(wrong)}; "
-                f"make one with `kvmix profile {model.id}` and `kvmix allocate`"
+                f"make one with `{shlex.join(['kvmix', 'profile', model.id])}` and "
+                f"`{shlex.join(['kvmix', 'allocate', '--avg-bits', '3', '--model', model.id])}`"
             )
 
 

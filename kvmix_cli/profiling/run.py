@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +17,12 @@ from .._version import __version__
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
+from ..plan import HeadGeometry
 from ..plan.moments import FRAME, MomentsFile, write_moments
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from ..texts.tokens import cut_samples
 from .grid import Grid
+from .identity import ScoreSettings, check_not_lost
 from .measure import KINDS, ProbeOptions, measure_sample
 from .moments import MomentParts, MomentSums, remove_parts
 from .outliers import measure_outliers
@@ -48,6 +50,7 @@ def run_profile(
     journal: Path | None = None,
     moments: Path | None = None,
     resume: bool = False,
+    before: Mapping[str, Score] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Score every layer that can be quantized on calibration text.
@@ -61,13 +64,15 @@ def run_profile(
         moments: file that moments of keys and values are written to, in the folder where the profile will be; for
             `fisher-metric` only.
         resume: go on with the samples in the journal.
+        before: scores that must not be replaced by ones of other settings, or of less.
         on_step: called with the number of finished samples and of all, first at the start.
 
     Raises:
         TextError: if there is not enough text, or the model does not take `seq_len` tokens or one of the tokens.
         ProjectionError, ModelError, QuantizationError: if the model cannot be scored.
         StateError, DocumentError, OutputError: if the journal is in use, does not fit or cannot be written.
-        KvmixError: for an unknown score, or an option that no score has a use for.
+        KvmixError: for an unknown score, an option that no score has a use for, or a score in `before` that would be
+            lost.
     """
     probes, options = find_probes(scores), options or ProbeOptions()
     options.check(probes)
@@ -90,6 +95,8 @@ def run_profile(
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
     outliers = measure_outliers(loaded, chosen[0])
+    identities = [_identify(loaded, probe, options, calibration) for probe in probes]
+    check_not_lost(before or {}, identities)
     settings = _settings(loaded, probes, options, calibration)
     ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
@@ -113,7 +120,10 @@ def run_profile(
     return Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
-        scores={probe.name: _score(probe, record.records, calibration, options, file) for probe in probes},
+        scores={
+            probe.name: _score(probe, record.records, each, file)
+            for probe, each in zip(probes, identities, strict=True)
+        },
         outliers=outliers,
     )
 
@@ -195,15 +205,31 @@ def _settings(
     }
 
 
+def _identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibration: Calibration) -> ScoreSettings:
+    grid, info = options.grid(probe), loaded.info
+    by_heads = [] if grid is None else [_choices(grid, heads) for heads in info.geometries]
+    return ScoreSettings(
+        score=probe.name,
+        weights=(info.revision, info.config_sha256, loaded.dtype),
+        choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
+        setup=ScoreSetup() if grid is None else _setup(grid),
+        per_head=options.per_head and not isinstance(probe, CacheProbe),
+        calibration=calibration,
+    )
+
+
+def _choices(grid: Grid, heads: HeadGeometry) -> list[list[str]]:
+    """Return the choices of the curves of keys and of values in a layer with these heads."""
+    return [sorted(grid.layouts(kind, heads.dim(kind))) for kind in KINDS]
+
+
 def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions) -> TypeAdapter[Sample]:
     """Return the schema of a journal's record: the scores, layers, choices and heads of this very run."""
-    info, choices = loaded.info, {}
+    info = loaded.info
+    choices: dict[str, dict[HeadGeometry, list[list[str]]]] = {}
     for probe in probes:
         grid = options.grid(probe)
-        choices[probe.name] = {
-            heads: [sorted(grid.layouts(kind, heads.dim(kind))) if grid else [] for kind in KINDS]
-            for heads in info.geometries
-        }
+        choices[probe.name] = {heads: [[], []] if grid is None else _choices(grid, heads) for heads in info.geometries}
     has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
 
     def check(sample: Sample) -> Sample:
@@ -229,22 +255,16 @@ def _write_moments(path: Path, sums: MomentSums, documents: int) -> MomentsFile:
     return MomentsFile(file=path.name, sha256=digest, documents=documents, predictions=predictions, tokens=tokens)
 
 
-def _score(
-    probe: Probe,
-    samples: Sequence[Sample],
-    calibration: Calibration,
-    options: ProbeOptions,
-    moments: MomentsFile | None,
-) -> Score:
+def _score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings, moments: MomentsFile | None) -> Score:
     """Return a probe's means over the samples."""
     measured = [sample[probe.name] for sample in samples]
-    grid = options.grid(probe)
     return Score(
         seconds=sum(each.seconds for each in measured),
         unit=probe.unit,
-        calibration=calibration,
-        setup=ScoreSetup() if grid is None else _setup(grid),
+        calibration=settings.calibration,
+        setup=settings.setup,
         moments=moments if isinstance(probe, MetricProbe) else None,
+        identity=settings.identity,
         layers={
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),

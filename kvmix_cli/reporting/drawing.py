@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
@@ -282,7 +283,11 @@ def _tree(figure: Figure, salt: str) -> ElementTree.Element:
     """Return a figure as a parsed SVG: no date, ids that follow from its content and the salt, hints as titles."""
     buffer = io.StringIO()
     with styled(), matplotlib.rc_context({"svg.hashsalt": printable(salt)}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()
+        figure.set(facecolor="none", edgecolor="none")
+        # Not `savefig`, which draws every figure twice.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(printable(buffer.getvalue()))
     space = "{http://www.w3.org/2000/svg}"
     for metadata in root.findall(f"{space}metadata"):

@@ -12,9 +12,13 @@ from ..plan import Plan
 from .tables import plan_json
 
 
-def member_name(plan: Plan, family: str) -> str:
-    """Return the name of a plan of a family, `pareto-2.5`: the family's name and the budget in stored bits."""
-    return f"{family}-{plan.provenance['budget']['stored_bits']:g}"
+def member_name(plan: Plan, family: str, options: str = "") -> str:
+    """Return the name of a plan of a family, `pareto-2.5`: the family's name and the budget in stored bits.
+
+    Args:
+        options: hash of the options that set the family apart, which the name then ends in: `pareto-2.5-1f3a5c`.
+    """
+    return "-".join(filter(None, (family, f"{plan.provenance['budget']['stored_bits']:g}", options)))
 
 
 def family_table(named: Sequence[tuple[Path, Plan]]) -> Table:

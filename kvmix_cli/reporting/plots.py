@@ -39,7 +39,7 @@ def plot_profiles(profiles: Sequence[tuple[str, Profile]], path: Path) -> Path:
     scores = [(f"{name}: {each}", score) for name, profile in profiles for each, score in profile.scores.items()]
     figure, panels = _panels(len(scores))
     for axes, (name, score) in zip(panels, scores, strict=True):
-        draw_scores(axes, score, _title(name, f", mean and spread over {score.calibration.samples} samples"))
+        draw_scores(axes, score, _title(name, _samples_text(score.calibration.samples)))
     return save(figure, path)
 
 
@@ -64,8 +64,9 @@ def draw_scores(axes: Axes, score: Score, title: str) -> None:
         statistics = [getattr(layer, kind) for _, layer in layers]
         at = [index + side for index, _ in layers]
         axes.bar(at, [each.mean for each in statistics], 2 * SIDE, color=color, label=label)
-        spreads = [each.std for each in statistics]
-        axes.errorbar(at, [each.mean for each in statistics], yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.8)
+        if score.calibration.samples > 1:  # one sample has no spread
+            spreads = [each.std for each in statistics]
+            axes.errorbar(at, [each.mean for each in statistics], yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.8)
     describe(axes, x="layer", y=one_line(score.unit), title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log" if any(score.choices) else "linear")
@@ -73,7 +74,7 @@ def draw_scores(axes: Axes, score: Score, title: str) -> None:
 
 
 @styled()
-def draw_bits(axes: Axes, layers: Mapping[int, tuple[int, int]], title: str = "") -> None:
+def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str = "") -> None:
     """Draw the bits of every layer, keys upwards and values downwards; a layer that the plan leaves alone has none.
 
     Args:
@@ -89,19 +90,20 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[int, int]], title: str = ""
     axes.axhline(0, color=SOFT, linewidth=0.8)
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(-HEADROOM * most, HEADROOM * most)
-    axes.set_yticks([-most, 0, most], [f"{most}", "0", f"{most}"])
+    axes.set_yticks([-most, 0, most], [f"{most:.3g}", "0", f"{most:.3g}"])
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 4, 5, 10], min_n_ticks=1))
     describe(axes, x="layer", y="bits", title=title)
 
 
-def _name_widths(axes: Axes, heights: Sequence[int], color: str) -> None:
+def _name_widths(axes: Axes, heights: Sequence[float], color: str) -> None:
     """Write every width beyond the end of its bar, if the layers of that width beside each other are wide enough."""
     layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(heights)
     for height, run in groupby(range(len(heights)), key=lambda index: heights[index]):
         layers = list(run)
-        if height and layer * len(layers) > DIGIT * len(str(abs(height))):
+        name = f"{abs(height):.3g}"
+        if height and layer * len(layers) > DIGIT * len(name):
             middle, up = (layers[0] + layers[-1]) / 2, "bottom" if height > 0 else "top"
-            axes.text(middle, height, str(abs(height)), ha="center", va=up, color=color)
+            axes.text(middle, height, name, ha="center", va=up, color=color)
 
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
@@ -111,6 +113,10 @@ def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
     describe(axes, x="stored bits", y="nats a token", title=title)
     fit_axis(axes.yaxis, [loss for _, loss in (*frontier.best, frontier.plan)])
     name_points(axes, [frontier.plan], ["this plan"])
+
+
+def _samples_text(samples: int) -> str:
+    return f", mean and spread over {samples} samples" if samples > 1 else ", one sample"
 
 
 def _title(name: str, numbers: str) -> str:

@@ -18,7 +18,7 @@ from .printable import one_line
 
 COLUMNS = ["plan", "nominal", "stored"]
 MARK = " *"
-MARKED = "* of the plans with as few stored bits, none is better"
+MARKED = "* by its value: of the plans with as few stored bits, none has a better one; brackets are 95 % intervals"
 BETWEEN = 3
 """Columns of a terminal between two columns of a table."""
 CSV_COLUMNS = (
@@ -178,7 +178,9 @@ def unfinished_table(collection: Collection) -> Table:
         [*map(one_line, (run.task, run.model, run.plan)), f"{run.done} of {run.samples}"]
         for run in collection.unfinished
     ]
-    return Table("unfinished", ["task", "model", "plan", "samples"], rows, "`kvmix eval ... --resume` goes on\n")
+    commands = dict.fromkeys(run.command for run in collection.unfinished if run.command)
+    lines = [f"go on with `{each}{'' if '--resume' in each else ' --resume'}`" for each in map(one_line, commands)]
+    return Table("unfinished", ["task", "model", "plan", "samples"], rows, "\n".join([*lines, ""]))
 
 
 def as_csv(collection: Collection) -> str:

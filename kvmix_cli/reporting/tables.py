@@ -10,7 +10,9 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from ..evaluation.results import Table
-from ..plan import CacheSettings, Plan, TensorPlan
+from ..plan import CacheSettings, Plan
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
@@ -69,13 +71,7 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
             "stored": plan.bits.stored,
         },
         "layers": [
-            {
-                "index": index,
-                "k_bits": layer.k.bits,
-                "k_group_size": layer.k.group_size or plan.cache.group_size,
-                "v_bits": layer.v.bits,
-                "v_group_size": layer.v.group_size or plan.cache.group_size,
-            }
+            {"index": index, **_tensor_json("k", layer.k, plan), **_tensor_json("v", layer.v, plan)}
             for index, layer in sorted(plan.layers.items())
         ],
         "bytes": {"context": context, "batch": batch, "cache": packed, "bf16": full, "compression": full / packed},
@@ -148,6 +144,13 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
     return "\n".join([*lines, f"plan:    {path}"])
 
 
+def _tensor_json(name: str, tensor: AnyTensor, plan: Plan) -> dict[str, Any]:
+    """Return the storage of one layer's keys or values; transform codes have their widths, and no groups."""
+    if isinstance(tensor, TransformTensor):
+        return {f"{name}_bits": tensor.mean_width, f"{name}_codec": tensor.codec, f"{name}_widths": tensor.widths}
+    return {f"{name}_bits": tensor.bits, f"{name}_group_size": tensor.group_size or plan.cache.group_size}
+
+
 def encode_text(encode: Encode) -> str:
     """Return a cache's encoder in words."""
     return "encode fitted (K refit, V search)" if encode == "fitted" else f"encode {encode}"
@@ -158,8 +161,10 @@ def loss_text(loss: float, score: str) -> str:
     return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
 
 
-def tensor_text(tensor: TensorPlan) -> str:
-    """Return `4`, or `4 (group 32, refit)` for a tensor with its own group size or encoder."""
+def tensor_text(tensor: AnyTensor) -> str:
+    """Return `4`, or `4 (group 32, refit)` for a tensor with its own group size or encoder; `t2.25` for transforms."""
+    if isinstance(tensor, TransformTensor):
+        return tensor.short
     own = [] if tensor.group_size is None else [f"group {tensor.group_size}"]
     own += [] if tensor.encode is None else [tensor.encode]
     return f"{tensor.bits} ({', '.join(own)})" if own else f"{tensor.bits}"

@@ -5,6 +5,7 @@ Every sentence states its numbers and the margin within which a plan counts as s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -76,6 +77,7 @@ def answer(group: Group) -> str:
     return found[0].text if found else "no plan was measured, only the unquantized cache"
 
 
+@functools.lru_cache(maxsize=64)  # a report shows them on the terminal, on the page and in JSON
 def verdicts(group: Group) -> list[Verdict]:
     """Return the verdict of every plan: safe ones first, the smallest before the others, then by what they lose."""
     found = [verdict(group, line) for line in group.lines if not line.is_reference]

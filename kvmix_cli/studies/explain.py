@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..allocation import default_score, frontier, other_settings, predicted_loss
 from ..allocation.explain import Reason, explain
-from ..plan import CacheSettings, Plan
+from ..plan import CacheSettings, Plan, TensorPlan
 from ..profile import Profile, Score
 
 Point = tuple[float, float]
@@ -72,8 +72,9 @@ class Explanation:
         if self.prediction is None or self.loss is None:
             return None
         plan = self.plan
-        own = dict.fromkeys(tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.tensors)
-        sizes = [plan.cache.group_size, *(size for size in own if size is not None)]
+        tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
+        own = [tensor.group_size for tensor in tensors if isinstance(tensor, TensorPlan)]
+        sizes = [plan.cache.group_size, *(size for size in dict.fromkeys(own) if size is not None)]
         family = frontier(self.profile, score=self.prediction, cache=plan.cache, group_sizes=sizes)
         score = self.profile.score(self.prediction)
         best = [(each.bits.stored, loss) for each in family if (loss := predicted_loss(each, score)) is not None]

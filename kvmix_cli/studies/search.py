@@ -16,6 +16,7 @@ from ..allocation import TRIALS, AllocationOptions, Budget, allocate, refine
 from ..errors import EvaluationError
 from ..journal import Journal
 from ..plan import CacheSettings, LayerPlan, Plan, TensorPlan
+from ..plan.layers import AnyTensor
 from ..profile import Profile
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ def remembered(
 def layers_key(layers: Mapping[int, LayerPlan]) -> str:
     """Return everything that a plan decides about its layers as one word: `0:k3v4,1:k2g128v2`."""
 
-    def tensor(plan: TensorPlan) -> str:
-        return f"{plan.bits}" if plan.group_size is None else f"{plan.bits}g{plan.group_size}"
+    def tensor(plan: AnyTensor) -> str:
+        groups = plan.group_size if isinstance(plan, TensorPlan) else None
+        return plan.short if groups is None else f"{plan.short}g{groups}"
 
     return ",".join(f"{layer}:k{tensor(plan.k)}v{tensor(plan.v)}" for layer, plan in sorted(layers.items()))
 

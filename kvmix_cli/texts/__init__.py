@@ -4,7 +4,7 @@
     wikitext2[:PATH]            WikiText-2, its rows joined into one document; from the hub, or a file or folder of rows
     c4[:PATH]                   C4 in English, the first shard
     FILE                        a text file is one document; .jsonl, .json, .csv, .tsv, .parquet and .arrow have one a
-                                record (see `records.py` for its fields)
+                                record (see `records.py` for its fields; others are left out, and said)
     FOLDER                      all such files in it; a folder of `datasets.save_to_disk` is a data set
     hub:NAME[:CONFIG[:SPLIT]]   a data set from the Hugging Face hub, or a folder in its layout
 
@@ -15,9 +15,10 @@ evaluation. A data set's are its splits, unless one is named. Those of the built
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from ..errors import TextError
+from ..errors import FieldsLeftOut, TextError
 from .builtin import (
     CALIBRATION_MODULES,
     HELD_OUT_MODULES,
@@ -29,6 +30,7 @@ from .builtin import (
 from .files import path_texts, read_text
 from .hub import HUB, hub_texts
 from .named import find_named
+from .records import collected_fields
 
 __all__ = [
     "CALIBRATION_MODULES",
@@ -58,8 +60,14 @@ def load_texts(source: str = "builtin", *, held_out: bool = False, seed: int = 0
 
     Raises:
         TextError: if there is no text, or it cannot be read.
+
+    Warns:
+        FieldsLeftOut: if records have fields that are not read.
     """
-    texts = [text for text in _load(source, held_out, seed) if text.strip()]
+    with collected_fields() as fields:
+        texts = [text for text in _load(source, held_out, seed) if text.strip()]
+    if fields.left_out:
+        warnings.warn(FieldsLeftOut(source, list(fields.read), list(fields.left_out)), stacklevel=2)
     if not texts:
         raise TextError(f"no text in {source}: give a text file, a folder of them, a .jsonl file or hub:NAME")
     return texts

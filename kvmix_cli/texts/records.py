@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TextError
@@ -39,6 +42,33 @@ SAID = ("content", "value", "text")
 """Fields of a message with its text: OpenAI's, ShareGPT's and that of a part of a message."""
 
 
+@dataclass
+class RecordFields:
+    """Fields of the records of one source, in the order in which they were met.
+
+    Attributes:
+        read: fields that are in the documents.
+        left_out: fields that hold something and are in none.
+    """
+
+    read: dict[str, None] = field(default_factory=dict)
+    left_out: dict[str, None] = field(default_factory=dict)
+
+
+_fields: ContextVar[RecordFields | None] = ContextVar("fields", default=None)
+
+
+@contextmanager
+def collected_fields() -> Iterator[RecordFields]:
+    """Collect the fields of all records that become documents within this block."""
+    fields = RecordFields()
+    token = _fields.set(fields)
+    try:
+        yield fields
+    finally:
+        _fields.reset(token)
+
+
 def document(record: Any, where: str) -> str:
     """Return the text of one record: its `text` or `content`, its messages, or all of its `PARTS`.
 
@@ -51,6 +81,7 @@ def document(record: Any, where: str) -> str:
         raise TextError(f"{where}: expected an object with a field 'text', got {type(record).__name__}")
     for name in WHOLE:
         if isinstance(record.get(name), str):
+            _collect(record, [name])
             return str(record[name])
     fields = next(([name] for name in CONVERSATION if record.get(name)), [name for name in PARTS if name in record])
     parts = [_said(record[name], f"{where}: field '{name}'") for name in fields if record[name] is not None]
@@ -60,7 +91,16 @@ def document(record: Any, where: str) -> str:
             f"{where}: needs a text field ({', '.join(WHOLE)}), {CONVERSATION[0]}, or fields such as instruction, "
             f"input and output, prompt and completion, question and answer; it has {found}"
         )
+    _collect(record, fields)
     return "\n\n".join(part for part in parts if part)
+
+
+def _collect(record: Mapping[str, Any], read: list[str]) -> None:
+    fields = _fields.get()
+    if fields is not None:
+        fields.read.update(dict.fromkeys(read))
+        others = [name for name in record if name not in read and record[name] not in (None, "", [], {})]
+        fields.left_out.update(dict.fromkeys(map(str, others)))
 
 
 def has_text(record: Mapping[str, Any]) -> bool:

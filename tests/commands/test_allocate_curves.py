@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from curves import curve, curved, make_score
@@ -94,15 +95,43 @@ def test_a_method_that_does_not_choose_groups_says_so(kvmix, predicted):
 
 
 def test_a_family(kvmix, tmp_path, predicted):
-    ran = kvmix("allocate", "--method", "pareto", "--group-size", "64,128")
+    ran = kvmix("allocate", "--method", "pareto")
     found = names(tmp_path)
-    assert "pareto-2.25.yaml" in found
+    assert "pareto-2.5.yaml" in found
     assert len(found) > 12
     for name in found:
         plan = Plan.load(tmp_path / PLANS / name)
         assert f"pareto-{plan.provenance['budget']['stored_bits']:g}.yaml" == name
         assert f"{plan.provenance['predicted_loss']:.5f}" in ran.out
-    assert (tmp_path / PLANS / "pareto-3.yaml").read_text().startswith("# kvmix allocate --method pareto")
+    assert (tmp_path / PLANS / "pareto-2.5.yaml").read_text().startswith("# kvmix allocate --method pareto")
+
+
+def test_a_family_of_other_options_replaces_nothing(kvmix, tmp_path, predicted):
+    """Members end in a hash of the options, as single plans do; a name of the user's own is kept as it is."""
+    assert kvmix("allocate", "--method", "pareto").err.count("replaced") == 0
+    first = {name: (tmp_path / PLANS / name).read_bytes() for name in names(tmp_path)}
+    ran = kvmix("allocate", "--method", "pareto", "--group-size", "64,128")
+    others = set(names(tmp_path)) - set(first)
+    assert all(re.fullmatch(r"pareto-[\d.]+-[0-9a-f]{6}\.yaml", name) for name in others)
+    assert len(others) > 12
+    assert {name: (tmp_path / PLANS / name).read_bytes() for name in first} == first
+    assert "replaced" not in ran.err + kvmix("allocate", "--method", "pareto", "--group-size", "64,128").err
+    assert set(names(tmp_path)) == others | set(first)
+
+    kvmix("allocate", "--method", "pareto", "--name", "mine")
+    ran = kvmix("allocate", "--method", "pareto", "--name", "mine", "--group-size", "128")
+    assert "mine-2.5.yaml was another plan, and is replaced" in ran.err
+
+
+def test_plans_of_two_named_profiles_replace_nothing(kvmix, tmp_path):
+    for count in (4, 5):
+        falling(count).save(tmp_path / f"{count}.yaml")
+        assert kvmix("allocate", "--avg-bits", 2.5, "--method", "rank", "--profile", f"{count}.yaml").code == 0
+        assert kvmix("allocate", "--method", "pareto", "--profile", f"{count}.yaml").code == 0
+    singles = [name for name in names(tmp_path) if name.startswith("rank")]
+    assert len(singles) == len({name.split("-")[-1] for name in singles}) == 2
+    found = [Plan.load(tmp_path / PLANS / name) for name in names(tmp_path)]
+    assert len({plan.provenance["profile_sha256"] for plan in found}) == 2
 
 
 def test_a_family_as_json(kvmix, tmp_path, predicted):

@@ -165,6 +165,34 @@ def test_a_bar_on_a_terminal_unless_quiet(monkeypatch, quiet):
     assert (", none done yet" in shown) == (not quiet)
 
 
+def test_a_bar_always_says_a_time(monkeypatch):
+    """The time so far while nothing, or only one step, is done: no rate is known then. Later the time left."""
+    clock = [0.0]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("rich.console.monotonic", lambda: clock[0])
+    found = []
+    with console.progress("work", 4) as bar:
+        for step in range(4):
+            clock[0] += 90.0
+            if step:
+                bar()
+            bar._progress.refresh()
+            found.append(console.sys.stderr.getvalue())
+            clock[0] += 1.0
+    shown = [after.removeprefix(before) for before, after in zip(["", *found], found, strict=False)]
+    assert "1:30, none done yet" in shown[0]
+    assert " so far" in shown[1]
+    assert " left" in shown[2]
+    assert " left" in shown[3]
+    assert not any("-:--:--" in each or "none done" in each for each in shown[1:])
+
+
 def test_a_terminal_that_knows_no_unicode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)

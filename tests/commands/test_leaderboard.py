@@ -8,6 +8,7 @@ import pytest
 from commandline import kvmix, kvmix_json, refused
 from curves import curve, make_score, naive_loss
 from evaluating import tiny
+from full_disk import fill_disk
 from made_up import falling
 
 from kvmix_cli import evaluation
@@ -16,6 +17,7 @@ from kvmix_cli.evaluation.base import Task
 from kvmix_cli.evaluation.tasks.perplexity import Perplexity
 from kvmix_cli.models import loading as models
 from kvmix_cli.profile import Profile
+from kvmix_cli.reporting import leaderboard_plot
 
 BOARD = ("eval", "--leaderboard", "--device", "cpu")
 SHORT = ("--length", 450, "--prefix", 400, "--limit", 2)
@@ -119,6 +121,22 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
     assert page_path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     named = json.loads(Path("out/leaderboard.json").read_text())
     assert all(len(plan) == 12 and names for plan, names in named.items())
+
+
+@pytest.mark.parametrize("ending", [".md", ".json", ".png"])
+def test_a_full_disk_says_what_is_saved(foretold, monkeypatch, ending):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "leaderboard.json" if ending == ".json" else ending)
+        said = refused_after_results(kvmix(*BOARD, *QUICK, "--output-dir", "out"))
+    assert "all samples and rows are saved in out: the same command with --resume writes the rest" in said
+    foretold.measured.clear()
+    assert kvmix(*BOARD, *QUICK, "--output-dir", "out", "--resume").exit_code == 0
+    assert foretold.measured == []
+
+
+def refused_after_results(ran):
+    assert ran.exit_code == 1
+    return ran.stderr.splitlines()[-1]
 
 
 def test_another_leaderboard_replaces_neither_tables_nor_names(foretold):
@@ -230,3 +248,23 @@ def test_measured_for_real_and_not_twice(monkeypatch):
     assert all(row["quantized_share"] > 0 for row in result["rows"] if row["plan"] != "unquantized")
     monkeypatch.setattr(Perplexity, "_read", lambda *arguments: pytest.fail("measured again"))
     assert kvmix_json(*BOARD, *options, "--resume")["leaderboard"] == result["leaderboard"]
+
+
+def test_the_picture_has_a_panel_a_budget_with_names_intervals_and_units(foretold, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(leaderboard_plot, "save", lambda figure, path: drawn.append(figure) or path)
+    board = kvmix_json(*BOARD, "--stored-bits", "3,4", *QUICK[2:])["leaderboard"]
+    (figure,) = drawn
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title("left") for axes in panels] == ["at most 3 stored bits", "at most 4 stored bits"]
+    assert figure.get_suptitle()
+    figure.draw_without_rendering()
+    for axes, budget in zip(panels, (3, 4), strict=True):
+        assert "nats a token with its 95 % interval" in axes.get_xlabel()
+        names = [each["names"][0] for each in board["standings"] if each["stored_bits"] == budget]
+        shown = [text for text in axes.texts if text.get_text()]
+        assert all(any(text.get_text().startswith(name) for text in shown) for name in names)
+        intervals = [line for line in axes.lines if line.get_marker() == "|"]
+        assert len(intervals) == len(names)
+        boxes = [text.get_window_extent() for text in shown]
+        assert not any(a.overlaps(b) for at, a in enumerate(boxes) for b in boxes[at + 1 :])

@@ -245,6 +245,18 @@ def test_the_package_is_a_command():
     assert ran.stdout == f"kvmix {__version__}\n"
 
 
+BOARD_FAULTS = [
+    ["--scores", "losss"],
+    ["--methods", "ilpp"],
+    ["--methods", "uniform"],
+    ["--stored-bits", "99"],
+    ["--task", "recall"],
+    ["--group-size", "7"],
+    ["--output-dir", "ranked.yaml"],
+]
+"""Options of a leaderboard that do not fit the profile, or name what is not there."""
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -265,10 +277,12 @@ def test_the_package_is_a_command():
         ["allocate", "--avg-bits", "3", "--page", "7"],
         ["export", "--to", "nowhere"],
         ["demo", "--samples", "0"],
+        *(["eval", "--leaderboard", *args, "--profile", "ranked.yaml"] for args in BOARD_FAULTS),
     ],
 )
 def test_wrong_options_are_refused_without_torch(tmp_path, args):
-    script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers")))
+    script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers", "matplotlib")))
+    falling(4).save(tmp_path / "ranked.yaml")
     command = [sys.executable, "-c", script, *args]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"loaded {ran.stderr}"

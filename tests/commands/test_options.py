@@ -10,6 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from kvmix_cli import main
 from kvmix_cli.commands import options
 
 
@@ -88,7 +89,39 @@ def test_counts(text, count):
     assert options.count(1)(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "x", "1.5", "0.3K", "128KB", "-1", "0", "1e3", "nan", "9" * 30, "4G"])
+@pytest.mark.parametrize("text", ["1_000", "1000", " 1_0_0_0 "])
+def test_counts_and_sizes_may_have_underscores(text):
+    assert options.parse_count(text) == options.parse_bytes(text) == 1000
+    assert options.parse_bytes("1_0GiB") == 10 * 2**30
+
+
+def test_every_count_of_every_command_has_all_spellings():
+    """Only a seed is a number without units; widths are in bits."""
+    seen = set()
+    for command in main.app.registered_commands:
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            option = getattr(parameter.annotation, "__metadata__", (None,))[0]
+            if not isinstance(option, typer.models.OptionInfo):
+                continue
+            is_number = parameter.annotation.__origin__ in (int, int | None)
+            assert option.parser or not is_number or name == "seed" or option.metavar == "BITS", (command.name, name)
+            if option.metavar == "N" and name != "seed":
+                assert option.parser("2k") == option.parser("2_048") == 2048, (command.name, name)
+                seen.add(name)
+    assert seen >= {"batch", "page", "sink", "limit", "trials", "repeats", "num_fewshot", "batch_size", "random_plans"}
+
+
+def test_counts_inside_other_options():
+    assert options.parse_groups("1_28,row,1K") == (128, "row", 1024)
+    assert [options.parse_window(text) for text in ("recent:4K", "recent", "rpc", "recent:x")] == [
+        *("recent:4096", "recent", "rpc", "recent:x")
+    ]
+    assert options.parse_batch("1k") == 1024
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1.5", "0.3K", "128KB", "-1", "0", "1e3", "nan", "9" * 30, "4G", "_1", "1__0"]
+)
 def test_what_is_not_a_count(text):
     with pytest.raises(typer.BadParameter):
         options.count(1)(text)

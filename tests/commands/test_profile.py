@@ -1,8 +1,11 @@
 """`kvmix profile`: on the built-in model with two short samples, and what happens when it cannot go on."""
 
 import errno
+import json
 import os
+import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,7 +112,10 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     commands = [line for line in saved.read_text().splitlines() if line.startswith("# ")]
     assert [command.split(" --")[1:2] for command in commands] == [["samples 3"], ["samples 1"]]
 
-    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--json").json
+    ran = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error")
+    assert ran.code == 1
+    assert "the profile has error by KV head, which would be replaced: add --replace" in ran.error
+    result = kvmix("profile", "builtin:tiny", *CURVES, "--score", "error", "--replace", "--json").json
     assert list(result["scores"]) == ["error"]
     assert set(result["layers"][0]["k_curve"]) == {"2g64", "4g64"}
     assert "k_heads" not in result["layers"][0]
@@ -186,6 +192,56 @@ def test_a_score_is_not_replaced_by_one_over_other_text(kvmix, faked, profiled):
     assert "of builtin (seed 0), which 3 of 64 of builtin (seed 1) would replace" in ran.error
 
 
+def test_a_score_is_replaced_by_one_of_the_same_settings_only(kvmix, tmp_path):
+    """Whatever changes the numbers counts: text behind a name, choices, encoder, dtype. More of the same may come."""
+    Path("text.txt").write_text("one two three four five six seven " * 400)
+    args = ("profile", "builtin:tiny", *CURVES, "--score", "error", "--calibration", "text.txt")
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix(*args).code == 0
+    before = saved.read_text()
+    for more, lost in [
+        (("--bits", "2"), "error at 4g64"),
+        (("--encode", "refit"), "error with encode minmax"),
+        (("--dtype", "bf16"), "error of another dtype, revision or text"),
+    ]:
+        ran = kvmix(*args, *more)
+        assert (ran.code, saved.read_text()) == (1, before)
+        assert f"the profile has {lost}, which would be replaced: add --replace" in ran.error
+    assert kvmix(*args, "--bits", "2,3,4").code == 0
+    Path("text.txt").write_text("seven six five four three two one " * 400)
+    ran = kvmix(*args, "--bits", "2,3,4")
+    assert ran.code == 1
+    assert "the profile has error over other text of text.txt (" in ran.error
+    assert kvmix(*args, "--replace").code == 0
+
+
+def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, tmp_path):
+    """Files without `identity` are read, keep their checksum, and their choices are not lost either."""
+    args = ("profile", "builtin:tiny", *CURVES, "--score", "error")
+    saved = tmp_path / FOLDER / "profile.yaml"
+    assert kvmix(*args).code == 0
+    text = saved.read_text()
+    older = "".join(line for line in text.splitlines(True) if "identity:" not in line)
+    assert len(older) < len(text)
+    saved.write_text(older)
+    assert Profile.load(saved).to_yaml() == older.split("\n", 1)[1]
+    assert "error at 4g64" in kvmix(*args, "--bits", "2").error
+    assert kvmix(*args).code == 0
+
+
+def test_fields_of_records_that_are_left_out_are_said_once_and_in_json(kvmix):
+    record = {"question": "one two three four five " * 30, "answer": "six", "choices": ["six", "seven"]}
+    Path("rows.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    args = ("profile", "builtin:tiny", *SHORT, "--calibration", "rows.jsonl", "--replace")
+    ran = kvmix(*args)
+    said = "rows.jsonl: fields read from its records: question, answer; left out: choices"
+    assert ran.err.splitlines().count(f"kvmix: {said}") == 1
+    assert kvmix(*args, "-q").err == ""
+    assert kvmix(*args, "--json").json["texts"] == {
+        "rows.jsonl": {"read": ["question", "answer"], "left_out": ["choices"]}
+    }
+
+
 @pytest.mark.parametrize("damage", ["", "format: kvmix-profile/1\n"])
 def test_a_damaged_profile_is_not_written_over(kvmix, tmp_path, damage):
     (tmp_path / "profile.yaml").write_text(damage)
@@ -217,6 +273,17 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
     assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
+
+
+def test_one_sample_has_no_spread(kvmix):
+    """Neither 0 in the table, nor bars of no length in the picture."""
+    ran = kvmix("profile", "builtin:tiny", "--samples", 1, "--seq-len", 40, "--plot", "scores.svg")
+    assert ran.code == 0
+    rows = [line.split() for line in ran.out.splitlines() if re.match(r"\s*\d+ ", line)]
+    assert len(rows) == 8
+    assert all(row[2] == "-" for row in rows)
+    said = Path("scores.svg").read_text()
+    assert "LineCollection" not in said
 
 
 @pytest.mark.usefixtures("faked")

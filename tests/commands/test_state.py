@@ -166,7 +166,8 @@ def test_a_named_profile_that_was_never_finished(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("find", "command"), [(state.find_profile, "`kvmix profile MODEL`"), (state.find_plan, "`kvmix allocate`")]
+    ("find", "command"),
+    [(state.find_profile, "`kvmix profile MODEL`"), (state.find_plan, "`kvmix allocate --avg-bits 3`")],
 )
 def test_an_empty_folder_says_what_to_do(find, command):
     with pytest.raises(StateError) as error:

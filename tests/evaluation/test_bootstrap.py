@@ -1,6 +1,10 @@
+import warnings
+
 import numpy as np
 import pytest
+import scipy.stats
 
+from kvmix_cli.evaluation import bootstrap
 from kvmix_cli.evaluation.bootstrap import mean_of_means, ratio
 from kvmix_cli.evaluation.results import Estimate
 
@@ -84,3 +88,30 @@ def test_groups_of_one_sample_are_weighed_and_add_no_spread():
 def test_a_mean_of_nothing_is_refused(groups):
     with pytest.raises(ValueError, match="a sample in each"):
         mean_of_means(groups)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [2, 3, 10, 40, 300])
+def test_intervals_are_those_of_scipy(seed, count):
+    """From the same seed, to the last digits: of paired samples, and of groups of different sizes."""
+    rng = np.random.default_rng(seed)
+    above, below = rng.gamma(0.7, 1.0, count), rng.integers(1, 50, count).astype(float)
+
+    def reference(samples, statistic, paired):
+        options = {"paired": paired, "vectorized": True, "n_resamples": bootstrap.RESAMPLES, "batch": bootstrap.BATCH}
+        for method in ("BCa", "percentile"):
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                rng = np.random.default_rng(seed)
+                found = scipy.stats.bootstrap(samples, statistic, method=method, rng=rng, **options).confidence_interval
+            if np.isfinite([found.low, found.high]).all():
+                return found
+        raise AssertionError
+
+    found = ratio(above, below, seed)
+    wanted = reference((above, below), lambda x, y, axis: x.sum(axis) / y.sum(axis), True)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+    groups = [above, rng.normal(size=count + 3), rng.normal(size=2)]
+    found = mean_of_means(groups, seed)
+    wanted = reference(groups, lambda *drawn, axis: sum(each.mean(axis) for each in drawn) / len(drawn), False)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)

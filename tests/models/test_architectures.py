@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from commandline import kvmix
 from profiling_models import wrap
 from transformers.cache_utils import DynamicCache
 
@@ -114,6 +115,53 @@ def test_classes_that_cannot_be_used_are_refused_in_one_line(name, tmp_path):
         warnings.simplefilter("ignore")
         folder = saved(getattr(transformers, name)(**options), tmp_path)
     assert re.search(message, refused(folder))
+
+
+BLT = {
+    "vocab_size": 260,
+    "patch_in_forward": False,
+    "patcher_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 260},
+    "encoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 260},
+    "decoder_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 260},
+    "global_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+}
+BY_COMMAND = {
+    **REFUSED,
+    **{name: (options, "is an encoder-decoder") for name, options in ENCODER_DECODERS.items()},
+    "BltConfig": (BLT, "has not one stack of decoder layers|no causal language model"),
+}
+
+
+@pytest.mark.parametrize("name", BY_COMMAND)
+def test_every_command_refuses_them_in_one_line_and_leaves_nothing(name, tmp_path, monkeypatch):
+    options, message = BY_COMMAND[name]
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(transformers, name)(**options)
+        if name in REFUSED:
+            saved(config, "model")
+        else:  # refused by the configuration alone
+            config.save_pretrained("model")
+    for line in (
+        ("profile", "./model", "--samples", 1, "--seq-len", 32),
+        ("run", "./model", "--baseline", "--prompt", "x", "--max-new-tokens", 2),
+        ("eval", "./model", "--baseline", "bf16", "--length", 48, "--prefix", 8, "--limit", 1),
+    ):
+        assert re.search(message, said_last(kvmix(*line))), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def said_last(ran):
+    """The error of a command, its only one, after notices and warnings."""
+    assert ran.exit_code == 1, ran.output
+    assert ran.stdout == ""
+    assert "Traceback" not in ran.stderr
+    assert "bug in kvmix" not in ran.stderr
+    *notices, error = ran.stderr.splitlines()
+    assert error.startswith("kvmix: error: ")
+    assert all(line.startswith("kvmix: ") for line in notices)
+    return error
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)

@@ -189,6 +189,60 @@ def test_damaged_weights(folder, content):
     assert "cannot load the weights" in failure(folder)
 
 
+def shard(folder, place="model-00002-of-00002.safetensors"):
+    """Split the weights into two shards, of which the second is at a place of its own."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    halves = {"model-00001-of-00002.safetensors": names[::2], place: names[1::2]}
+    for path, half in halves.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weights[name] for name in half}, folder / path, metadata={"format": "pt"})
+    found = {name: path for path, half in halves.items() for name in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": found}))
+    return folder / place
+
+
+def test_shards_are_loaded_unless_one_is_missing_or_cut_short(folder):
+    second = shard(folder)
+    assert load_model(str(folder)).info.layers == 8
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-1])
+    assert f"{second.name} has {len(whole) - 1} of {len(whole)} bytes; get the file again" in failure(folder)
+    second.unlink()
+    assert f"1 of 2 files that model.safetensors.index.json names are missing: {second.name}" in failure(folder)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "{}/outside.safetensors", "a/../../outside.safetensors"])
+def test_a_shard_outside_the_folder_is_refused_and_not_read(folder, tmp_path, monkeypatch, place):
+    """The file is there, and would load."""
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    shard(folder, place.format(outside))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    message = failure(folder)
+    assert f"names {place.format(outside)}, which is not inside the folder: do not trust it" in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 100_000])
+def test_a_damaged_index_of_shards_is_one_line(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json of" in failure(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model-00002-of-00002.safetensors"])
+def test_files_that_git_lfs_has_not_fetched_are_said(folder, name):
+    """A clone without git-lfs has small text files in their place."""
+    if "-of-" in name:
+        shard(folder)
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12\n"
+    )
+    (folder / name).write_text(pointer)
+    assert f"has {name} only as git-LFS pointers, not the contents: run `git lfs pull`" in failure(folder)
+
+
 def test_pickled_weights_are_taken_only_if_allowed(folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -44,4 +44,8 @@ def test_an_installed_archive_runs_outside_the_checkout(kind, archives, tmp_path
         python("-m", "kvmix_cli", "run", *model, "--prompt", "def f():", "--max-new-tokens", "4", "--json")
     )
     assert answer["new_tokens"] == 4
+    less = [] if kind == "wheel" else ["--samples", "1", "--limit", "1"]
+    shown = json.loads(python("-m", "kvmix_cli", "demo", "--quick", *less, "--json"))
+    assert {row["plan"] for row in shown["rows"]} >= {"unquantized", "kvmix", "uniform-2"}
+    assert (work / shown["plot"]).read_bytes().startswith(b"\x89PNG")
     assert (site / "kvmix_cli" / "py.typed").is_file()

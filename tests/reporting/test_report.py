@@ -116,6 +116,9 @@ def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_
     }
     shown = kvmix("report")
     assert shown.stdout.count(" *\n") == 2
+    assert (
+        "* by its value: of the plans with as few stored bits, none has a better one; brackets are 95 %" in shown.stdout
+    )
     assert "warning: perplexity: idle: NOTHING QUANTIZED WAS READ" in shown.stderr
     assert "NOTHING QUANTIZED WAS READ" in page().text
 

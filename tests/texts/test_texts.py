@@ -1,16 +1,19 @@
 """Documents from every kind of source, and what happens where there are none."""
 
+import csv
 import gzip
 import json
 import os
 import shutil
 import threading
+import warnings
 from pydoc_data.topics import topics
 
+import pyarrow.parquet
 import pytest
 
 from kvmix_cli import texts
-from kvmix_cli.errors import TextError
+from kvmix_cli.errors import FieldsLeftOut, TextError
 from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named, read_text
 
 
@@ -176,6 +179,40 @@ def test_every_record_format_is_read_whole(tmp_path, name, record, text):
     file = tmp_path / name
     file.write_text(json.dumps(record) + "\n" + json.dumps(record))
     assert load_texts(str(file)) == [text, text]
+
+
+LEFT_OUT = [
+    ({"question": "What?", "choices": ["a", "b"], "answer": "a"}, ["question", "answer"], ["choices"]),
+    ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, ["context", "question"], ["answers"]),
+    ({"text": "t", "url": "u", "meta": {}, "label": None}, ["text"], ["url"]),
+    ({"messages": [{"role": "user", "content": "x"}], "id": 3}, ["messages"], ["id"]),
+]
+
+
+@pytest.mark.parametrize(("record", "read", "left_out"), LEFT_OUT)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_fields_that_are_not_read_are_said(tmp_path, ending, record, read, left_out):
+    """Once for a source, in every format; a field that holds nothing in any record is not missed."""
+    path = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        record = {name: value if isinstance(value, str) else "" for name, value in record.items()}
+        if "messages" in record:
+            return
+        left_out = [name for name in left_out if record[name]]
+        with path.open("w", newline="") as file:
+            lines = csv.DictWriter(file, list(record))
+            lines.writeheader()
+            lines.writerows([record] * 3)
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**record, "meta": 0}] * 3), path)
+        left_out = [*left_out, "meta"]
+    else:
+        path.write_text(json.dumps([record] * 3) if ending == "json" else (json.dumps(record) + "\n") * 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(load_texts(str(path))) == 3
+    said = [each.message for each in caught if isinstance(each.message, FieldsLeftOut)]
+    assert [(each.read, each.left_out) for each in said] == ([(read, left_out)] if left_out else [])
 
 
 @pytest.mark.parametrize("fields", [{"title": "a", "label": "b"}, {"question_id": "1"}])

@@ -81,6 +81,7 @@ def hold(
             fit the profile or that no candidate can meet.
         KvmixError: if the model cannot be loaded or measured.
     """
+    from ...evaluation import check_names
     from ...evaluation.base import Settings
 
     settings = settings or Settings()
@@ -88,6 +89,7 @@ def hold(
     plans, left_out = make_plans(profile, entrants, stored_bits, measured_settings(profile), group_sizes)
     if "perplexity" not in tasks:
         raise EvaluationError(f"a leaderboard is in the order of perplexity, got {','.join(tasks)}: add it to --task")
+    check_names(tasks)
     loaded = load()
     plans[0].plan.check_model(loaded.info)
     reports = _measure(plans, loaded, tasks, settings, runs, progress)

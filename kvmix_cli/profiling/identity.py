@@ -1,0 +1,79 @@
+"""Identity of a score: everything that its numbers depend on, so that no score is replaced by another kind of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import KvmixError
+from ..journal import canonical
+from ..profile import Calibration, Score, ScoreSetup
+
+HASH_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Settings that the numbers of one score depend on.
+
+    Attributes:
+        score: its name.
+        weights: revision of the model, checksum of its configuration, and dtype.
+        choices: choices of the curves of keys and of values, by key; empty without curves.
+        setup: cache settings of the curves.
+        per_head: whether KV heads are scored, too.
+        calibration: the text, with the checksum of its tokens.
+    """
+
+    score: str
+    weights: tuple[str | None, str | None, str]
+    choices: list[list[str]]
+    setup: ScoreSetup
+    per_head: bool
+    calibration: Calibration
+
+    @property
+    def identity(self) -> str:
+        """Return the hash of what must be equal for one score to replace another, for the score's `identity`.
+
+        The amount of text, the choices and the heads are left out: there may be more of them.
+        """
+        data = (self.score, self.weights, self.setup, self.calibration.source, self.calibration.seed)
+        return hashlib.sha256(canonical(data).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def check_not_lost(before: Mapping[str, Score], now: Sequence[ScoreSettings]) -> None:
+    """Raise KvmixError if scores that are there would be replaced by scores that say less, or something else.
+
+    A score of the same settings may be measured again, also on more of the same text. Scores of earlier versions,
+    which have no identity, are compared by what their file says.
+    """
+    for settings in now:
+        old = before.get(settings.score)
+        lost = [] if old is None else list(_lost(old, settings))
+        if old is not None and old.identity not in ("", settings.identity) and not lost:
+            lost = ["of another dtype, revision or text"]
+        if lost:
+            raise KvmixError(
+                f"the profile has {settings.score} {' and '.join(lost)}, which would be replaced: add --replace, or "
+                "name another file with --out"
+            )
+
+
+def _lost(old: Score, now: ScoreSettings) -> Iterator[str]:
+    """Yield what a score has that a new one would not have."""
+    was, text = old.calibration, now.calibration
+    is_same_size = (was.samples, was.seq_len) == (text.samples, text.seq_len)
+    if is_same_size and was.sha256 != text.sha256:
+        yield f"over other text of {was.source} ({was.sha256[:HASH_DIGITS]}, now {text.sha256[:HASH_DIGITS]})"
+    missing = sorted({*old.choices[0], *old.choices[1]} - {*now.choices[0], *now.choices[1]})
+    if missing:
+        yield f"at {', '.join(missing)}"
+    if not now.per_head and any(layer.k.heads is not None for layer in old.layers.values()):
+        yield "by KV head"
+    changed = [f"{name} {value}" for name, value in old.setup.items() if now.setup.get(name) != value]
+    if old.setup and "encode" in now.setup and "encode" not in old.setup:
+        changed.append("encode minmax")
+    if changed:
+        yield f"with {', '.join(changed)}"
