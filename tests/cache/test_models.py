@@ -1,5 +1,7 @@
 """MixedCache inside real models of ten families, against the reference cache in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 from architectures import CONFIGS, build, implementations, reference_implementation
@@ -28,28 +30,38 @@ def plan_for(model, settings="recent", widths=None) -> Plan:
     return Plan.build(info, layers, SETTINGS[settings])
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_equals_the_reference(family, settings):
+def cases():
+    """Families, settings and pieces: all of them for one family, all pairs of two for the others."""
+    for row, (family, (column, settings)) in enumerate(product(CONFIGS, enumerate(SETTINGS))):
+        for place, pieces in enumerate(PIECES):
+            if family == "llama" or place == (row // len(SETTINGS) + column) % len(PIECES):
+                yield family, settings, pieces
+
+
+@pytest.mark.parametrize(("family", "settings", "pieces"), cases())
+def test_every_family_equals_the_reference(family, settings, pieces):
     model = build(family)
     plan = plan_for(model, settings)
-    for steps in PIECES.values():
-        tokens = ids(sum(steps))
-        for implementation in implementations(family):
-            model.set_attn_implementation(reference_implementation(family, implementation))
-            expected = teacher_forced(model, reference_cache(plan, model.config), tokens, steps)
-            model.set_attn_implementation(implementation)
-            cache = MixedCache.from_plan(plan, model.config)
-            got = teacher_forced(model, cache, tokens, steps)
-            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-            assert cache.attended.share > 0
+    steps = PIECES[pieces]
+    tokens = ids(sum(steps))
+    expected = {}
+    for implementation in implementations(family):
+        reference = reference_implementation(family, implementation)
+        if reference not in expected:
+            model.set_attn_implementation(reference)
+            expected[reference] = teacher_forced(model, reference_cache(plan, model.config), tokens, steps)
+        model.set_attn_implementation(implementation)
+        cache = MixedCache.from_plan(plan, model.config)
+        got = teacher_forced(model, cache, tokens, steps)
+        torch.testing.assert_close(got, expected[reference], rtol=1e-6, atol=1e-6)
+        assert cache.attended.share > 0
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_left_padding(family):
     model = build(family)
     plan = plan_for(model)
-    steps = [60] + [1] * 20
+    steps = [60] + [1] * 8  # of which the third packs a page
     tokens = ids(sum(steps))
     mask = torch.ones_like(tokens)
     mask[0, :25] = 0

@@ -8,6 +8,7 @@ import pytest
 import transformers.cache_utils
 from commandline import kvmix, kvmix_json, refused
 from evaluating import INFO, SHORT, Counting, run_folder, stand_in, tiny, uniform
+from others import need_quanto
 
 from kvmix_cli import evaluation
 from kvmix_cli.cache.baselines.casting import CastCache
@@ -41,7 +42,7 @@ def subjects(*names, plans=None, seed=0):
 
 
 def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     names = ("bf16", "fp8", "hf-fp8", "hf-quanto-4")
     options = [option for name in names for option in ("--baseline", name)]
     result = kvmix_json("eval", *TINY, *QUICK, *options)
@@ -57,7 +58,7 @@ def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
 
 
 def test_memory_of_a_cache_of_others_is_that_of_its_codes():
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     names = ("bf16", "hf-fp8", "hf-quanto-2")
     options = [option for name in names for option in ("--baseline", name)]
     result = kvmix_json("eval", *TINY, "--task", "memory", "--length", 513, *options)

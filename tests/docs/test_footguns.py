@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commandline import kvmix
+from others import need_quanto
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "footguns.py"
 
@@ -73,7 +74,7 @@ def test_padding_changes_a_quantized_cache_and_no_other(footguns):
 
 
 def test_quantizing_again_what_was_quantized_adds_up_in_one_backend_alone(footguns):
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     pytest.importorskip("hqq")
     growth = {(cache, bits): times for cache, bits, _, _, times in footguns.requantizing().rows}
     assert all(times == pytest.approx(1, abs=0.01) for (cache, _), times in growth.items() if cache != "HQQ, axis 0")
