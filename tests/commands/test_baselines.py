@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import transformers.cache_utils
-from commandline import kvmix, kvmix_json, refused
+from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import INFO, SHORT, Counting, run_folder, stand_in, tiny, uniform
 from others import need_quanto
 
@@ -18,19 +18,14 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import RunFolders
-from kvmix_cli.models import loading as models
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
 from kvmix_cli.studies.baselines import baseline_subjects, check_baselines, shuffled
 
-TINY = ("--model", "builtin:tiny", "--device", "cpu")
 QUICK = ("--length", 332, "--prefix", 300, "--limit", 1)
 MIXED = "0-2:k3v4,3-7:k2v2"
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def mixed():

@@ -13,7 +13,6 @@ from made_up import falling
 from kvmix_cli import evaluation
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.tasks.perplexity import Perplexity
-from kvmix_cli.models import loading as models
 from kvmix_cli.profile import Profile
 
 BOARD = ("eval", "--leaderboard", "--device", "cpu")
@@ -38,10 +37,8 @@ class Foretold(Perplexity):
 
 
 @pytest.fixture(autouse=True)
-def profile(tmp_path, monkeypatch):
+def profile(loaded_once):
     """The saved profile of the built-in model, with a score that has curves and the paper's, which has none."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
     k_sizes, v_sizes = np.exp(np.random.default_rng(0).normal(-2, 2, (2, 8)))
     k, v = [curve(size, groups=(64, 128)) for size in k_sizes], [curve(size, groups=(64,)) for size in v_sizes]
     scores = {"grad-norm": falling(8).scores["grad-norm"], "loss": make_score(k, v)}

@@ -21,7 +21,7 @@ from kvmix_cli.texts import load_texts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "profiles" / "builtin--tiny"
-CASES = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+CASES = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 SCALARS = st.one_of(
     st.none(),
@@ -111,6 +111,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("whole", "load"), FILES)
 def test_plan_profile_and_preset_files(whole, load, folder):
     @CASES
@@ -231,7 +232,7 @@ def test_run_folders(folder):
         "samples.jsonl": damaged(samples + "\n", parse_lines, json_lines),
     }
 
-    @settings(CASES, max_examples=200)
+    @CASES
     @given(st.sampled_from(sorted(forms)).flatmap(lambda name: st.tuples(st.just(name), forms[name])))
     def run(case):
         for name, text in whole.items():

@@ -1,8 +1,10 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,25 +73,56 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def results():
-    """Four tasks of one model."""
+@pytest.fixture(scope="module")
+def four_tasks(tmp_path_factory):
+    """The run folders of four tasks of one model; tests must not write to them."""
+    folder = tmp_path_factory.mktemp("measured") / "results"
     for task in (perplexity(), recall(), memory(), throughput()):
-        measured(Path("results"), task)
+        measured(folder, task)
+    return folder
 
 
-def test_without_arguments_it_reads_results_and_writes_the_page_there(results):
-    result = kvmix("report")
+@pytest.fixture
+def results(four_tasks):
+    """The same, to be written to."""
+    shutil.copytree(four_tasks, "results")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a report without arguments but its files printed and wrote."""
+
+    stdout: str
+    stderr: str
+    html: str
+    page: Page
+    markdown: str
+    csv: str
+
+
+@pytest.fixture(scope="module")
+def reported(four_tasks, tmp_path_factory):
+    """The report of four tasks of one model."""
+    folder = tmp_path_factory.mktemp("reported")
+    shutil.copytree(four_tasks, folder / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = kvmix("report", "--markdown", "report.md", "--csv", "out/numbers.csv")
     assert result.exit_code == 0, result.stderr
-    assert "wrote results/report.html" in result.stderr
+    html, markdown, csv = (folder / name for name in ("results/report.html", "report.md", "out/numbers.csv"))
+    html_text = html.read_text(encoding="utf-8")
+    return Reported(result.stdout, result.stderr, html_text, Page(html_text), markdown.read_text(), csv.read_text())
+
+
+def test_without_arguments_it_reads_results_and_writes_the_page_there(reported):
+    assert "wrote results/report.html" in reported.stderr
     for word in ("perplexity", "recall", "measured bytes", "10.3 [8.2, 12.4]", "3 MiB", "80.0%", "2 samples of 1024"):
-        assert word in result.stdout
-    assert page().text.count("builtin:tiny") > 1
+        assert word in reported.stdout
+    assert reported.page.text.count("builtin:tiny") > 1
 
 
-def test_the_table_has_the_unquantized_cache_first_and_then_plans_by_stored_bits(results):
-    kvmix("report")
-    overview = page().tables[0]
+def test_the_table_has_the_unquantized_cache_first_and_then_plans_by_stored_bits(reported):
+    overview = reported.page.tables[0]
     assert [row[0] for row in overview] == ["unquantized", "two", "four"]
     assert overview[1][1:6] == ["2.00", "4.00", "80.0%", "10.3 [8.2, 12.4]", "+3.00 [+2.00, +4.00]"]
 
@@ -131,10 +164,8 @@ def test_json_has_everything_that_was_measured(results):
     assert (data["unfinished"], data["faults"], data["notes"]) == ([], [], [])
 
 
-def test_csv_has_a_line_for_every_number(results):
-    kvmix("report", "--csv", "out/numbers.csv")
-    with Path("out/numbers.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_csv_has_a_line_for_every_number(reported):
+    rows = list(csv.DictReader(reported.csv.splitlines()))
     assert len(rows) == 3 + 2 + 3 + 3 + 3 * 2
     (row,) = (row for row in rows if row["plan"] == "two" and row["metric"] == "perplexity_increase_percent")
     assert [float(row[name]) for name in ("value", "low", "high", "stored_bits", "quantized_share")] == [
@@ -147,18 +178,16 @@ def test_csv_has_a_line_for_every_number(results):
     assert (row["model"], row["task"], row["unit"]) == ("builtin:tiny", "perplexity", "%")
 
 
-def test_markdown_has_one_table_a_group(results):
-    kvmix("report", "--markdown", "report.md")
-    lines = Path("report.md").read_text().splitlines()
+def test_markdown_has_one_table_a_group(reported):
+    lines = reported.markdown.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 3
     assert len({line.count("|") for line in table}) == 1
-    assert lines[0] == "<!-- kvmix report --markdown report.md -->"
+    assert lines[0] == "<!-- kvmix report --markdown report.md --csv out/numbers.csv -->"
 
 
-def test_every_plot_is_there_if_there_is_something_in_it(results):
-    kvmix("report")
-    found = page()
+def test_every_plot_is_there_if_there_is_something_in_it(reported):
+    found = reported.page
     labels = [
         attributes["aria-label"] for tag, attributes in found.elements if tag == "svg" and attributes["aria-label"]
     ]
@@ -182,7 +211,7 @@ def test_every_plot_is_there_if_there_is_something_in_it(results):
         "two\nperplexity increase in % +3.00 [+2.00, +4.00]\nstored bits 4",
         "the best for every size",
     ):
-        assert text in found.text or text in Path("results/report.html").read_text()
+        assert text in found.text or text in reported.html
 
 
 def test_ticks_of_an_increase_have_a_sign_and_are_written_out():
@@ -219,10 +248,8 @@ def test_one_context_is_drawn_as_bars_and_a_search_for_the_largest_batch_has_a_p
     assert "tokens a second: decoding, batch 1" in labels
 
 
-def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(results):
-    kvmix("report")
-    text = Path("results/report.html").read_text()
-    found = Page(text)
+def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(reported):
+    text, found = reported.html, reported.page
     for word in ("http:", "https:", "//cdn", "@import", "src="):
         assert word not in text
     references = [attributes["href"] for _, attributes in found.elements if "href" in attributes]
@@ -304,9 +331,8 @@ def test_control_characters_from_files_reach_no_output():
         ElementTree.fromstring(drawn)
 
 
-def test_the_first_line_is_the_answer_everywhere(results):
-    result = kvmix("report", "--markdown", "report.md")
-    (first, second, third) = (result.stdout, Path("report.md").read_text(), page().text)
+def test_the_first_line_is_the_answer_everywhere(reported, results):
+    (first, second, third) = (reported.stdout, reported.markdown, reported.page.text)
     said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
     assert first.startswith(said)
     assert second.splitlines()[2].startswith("- four at 6 stored bits: +0.50 % perplexity")

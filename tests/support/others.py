@@ -7,7 +7,7 @@ import torch
 
 
 def need_quanto():
-    """Skip the test without optimum-quanto; unpack its codes in PyTorch, because its extension takes long to compile."""
+    """Skip the test without optimum-quanto; unpack its codes in PyTorch: its extension takes long to compile."""
     pytest.importorskip("optimum.quanto")
     from optimum.quanto.library.extensions.extension import get_extension
 
