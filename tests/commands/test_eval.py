@@ -30,7 +30,7 @@ def test_the_json_object_has_the_stable_keys():
     shares = [row["quantized_share"] for row in result["rows"]]
     assert shares[0] == shares[2] == 0 < shares[1]
     full, reference = result["rows"][2]["metrics"], result["rows"][0]["metrics"]
-    assert full["perplexity"] == reference["perplexity"]
+    assert full["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-6)  # tensors with other strides
     assert [(gate["expression"], gate["passed"]) for gate in result["gates"]] == [("perplexity>+900%", True)]
 
 

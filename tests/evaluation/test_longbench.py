@@ -409,15 +409,19 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
 
-def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief):
+def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief, monkeypatch):
     runs = RunFolders(tmp_path / "out", "tiny", resume=True)
+    answered = exhausted(monkeypatch, lambda call, size: True)
     write(tmp_path, "qasper", count=1)
     task = longbench("longbench:qasper", tmp_path)
-    run_task(task, tiny(), [], SETTINGS, runs)
-    run_task(task, tiny(), [], SETTINGS, runs)
+    first = run_task(task, tiny(), [], SETTINGS, runs)
+    assert run_task(task, tiny(), [], SETTINGS, runs) == first
+    assert answered == [1], "the second time it is only read"
     write(tmp_path, "qasper", count=2)
     with pytest.warns(UserWarning, match=r"was measured with another samples\.count"):
-        run_task(task, tiny(), [], SETTINGS, runs)
+        changed = run_task(task, tiny(), [], SETTINGS, runs)
+    assert sum(answered) == 1 + 2
+    assert len(changed.rows[0].records) == 2
 
 
 # The command

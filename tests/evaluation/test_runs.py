@@ -218,8 +218,10 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, changed, named)
 def test_another_plan_of_a_name_is_measured_from_the_beginning(tmp_path):
     run(tmp_path)
     changed, named = OTHER[3]
+    task = Counting()
     with pytest.warns(UserWarning, match=f"nothing to resume .* was measured with another {named}; measured from"):
-        run(tmp_path, resume=True, **changed)
+        run(tmp_path, task, resume=True, **changed)
+    assert task.measured == [("two", str(sample)) for sample in range(4)]
 
 
 def test_a_command_that_was_interrupted_is_resumed_beside_an_older_one_with_other_settings(tmp_path):
@@ -355,7 +357,11 @@ def test_times_are_not_gone_on_with_on_another_machine(tmp_path, monkeypatch):
 def test_a_command_with_control_characters_makes_a_config_that_can_be_read(tmp_path):
     for resume in (False, True):
         folders = RunFolders(tmp_path, "tiny", resume, "kvmix eval --plan '\x07\x1b[31m'")
-        folders.open("task", "plan", {"a": 1}, ()).close()
+        with folders.open("task", "plan", {"a": 1}, ()) as opened:
+            text = (opened.folder / "config.yaml").read_text()
+        assert yaml.safe_load(text)["a"] == 1
+        assert text.startswith("# kvmix eval --plan ")
+        assert not {"\x07", "\x1b"} & set(text)
 
 
 def test_a_folder_that_another_process_measures_into_is_refused_and_left_alone(tmp_path):
