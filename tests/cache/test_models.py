@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from architectures import CONFIGS, build, implementations, reference_implementation
+from architectures import CONFIGS, build, case, implementations, reference_implementation
 from reference import reference_cache
 from teaching import PIECES, ids, teacher_forced
 
@@ -35,10 +35,10 @@ def cases():
     for row, (family, (column, settings)) in enumerate(product(CONFIGS, enumerate(SETTINGS))):
         for place, pieces in enumerate(PIECES):
             if family == "llama" or place == (row // len(SETTINGS) + column) % len(PIECES):
-                yield family, settings, pieces
+                yield case(family, settings, pieces)
 
 
-@pytest.mark.parametrize(("family", "settings", "pieces"), cases())
+@pytest.mark.parametrize(("family", "settings", "pieces"), list(cases()))
 def test_every_family_equals_the_reference(family, settings, pieces):
     model = build(family)
     plan = plan_for(model, settings)
@@ -57,7 +57,7 @@ def test_every_family_equals_the_reference(family, settings, pieces):
         assert cache.attended.share > 0
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [case(family) for family in CONFIGS])
 def test_left_padding(family):
     model = build(family)
     plan = plan_for(model)
@@ -104,6 +104,7 @@ def test_generation_at_16_bits_is_the_stock_cache(family, options):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
 def test_generation_through_packed_pages_equals_the_reference(family, options):
@@ -117,6 +118,7 @@ def test_generation_through_packed_pages_equals_the_reference(family, options):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assisted", ["prompt lookup", "assistant"])
 def test_speculative_decoding_at_16_bits_is_the_stock_cache_and_runs_quantized(assisted):
     model = build("llama")  # float64: products of one and of several tokens differ by rounding, which must not decide
@@ -133,6 +135,7 @@ def test_speculative_decoding_at_16_bits_is_the_stock_cache_and_runs_quantized(a
     assert cache.is_croppable
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_in_the_same_cache():
     model = build("llama")
     model.set_attn_implementation("kvmix")

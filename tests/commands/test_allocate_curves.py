@@ -105,6 +105,7 @@ def test_a_family(kvmix, tmp_path, predicted):
     assert (tmp_path / PLANS / "pareto-3.yaml").read_text().startswith("# kvmix allocate --method pareto")
 
 
+@pytest.mark.slow
 def test_a_family_as_json(kvmix, tmp_path, predicted):
     result = kvmix("allocate", "--method", "pareto", "--name", "mine", "--json").json
     assert (result["command"], result["method"], result["score"]) == ("allocate", "pareto", "loss")
@@ -115,6 +116,7 @@ def test_a_family_as_json(kvmix, tmp_path, predicted):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_family_without_curves(kvmix, tmp_path, profiled):
     ran = kvmix("allocate", "--method", "pareto")
     assert f"{len(names(tmp_path))} plans for org/model by grad-norm" in ran.out
@@ -140,6 +142,7 @@ SEARCH = (
 FOLDER = "profiles/builtin--tiny/plans"
 
 
+@pytest.mark.slow
 def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     result = kvmix(*SEARCH, "--json").json
     plan = Plan.load(tmp_path / FOLDER / "search-stored-3.5-seed0.yaml")
@@ -155,6 +158,7 @@ def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     assert trials[0]["plan"] == searching.layers_key(start.layers)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(kvmix, tmp_path, tiny, monkeypatch):
     increase, measured = searching.Bench.increase, []
 

@@ -36,6 +36,7 @@ def subjects(*names, plans=None, seed=0):
     return baseline_subjects(names, tiny(), plans or {}, seed)
 
 
+@pytest.mark.slow
 def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
     need_quanto()
     names = ("bf16", "fp8", "hf-fp8", "hf-quanto-4")
@@ -52,6 +53,7 @@ def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
     assert 0 < losses["hf-quanto-4"] < 0.5
 
 
+@pytest.mark.slow
 def test_memory_of_a_cache_of_others_is_that_of_its_codes():
     need_quanto()
     names = ("bf16", "hf-fp8", "hf-quanto-2")
@@ -63,6 +65,7 @@ def test_memory_of_a_cache_of_others_is_that_of_its_codes():
     assert all("predicted_bytes" not in rows[name] for name in names)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(transformers.cache_utils, "is_hqq_available", lambda: False)
     result = kvmix("eval", *TINY, *QUICK, "--baseline", "hf-hqq-4", "--baseline", "bf16", "--json")
@@ -153,6 +156,7 @@ def test_a_baseline_may_not_have_a_plans_name():
     assert message == "two rows would be called 'uniform-2'; leave one out"
 
 
+@pytest.mark.slow
 def test_what_a_run_was_made_with_is_kept_and_asked_for_on_resume(tmp_path):
     pytest.importorskip("hqq")
     (subject,) = subjects("hf-hqq-4")

@@ -15,6 +15,7 @@ SHORT = ("--length", 332, "--prefix", 300, "--limit", 2)
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
+@pytest.mark.slow
 def test_the_json_object_has_the_stable_keys():
     result = kvmix_json("eval", *TINY, *SHORT, "--uniform", 2, "--uniform", 16, "--fail-if", "perplexity>+900%")
     assert {"command", "model", "task", "tokens", "rows", "reference", "gates"} <= set(result)
@@ -34,6 +35,7 @@ def test_the_json_object_has_the_stable_keys():
     assert [(gate["expression"], gate["passed"]) for gate in result["gates"]] == [("perplexity>+900%", True)]
 
 
+@pytest.mark.slow
 def test_every_task_runs_on_the_built_in_model():
     options = ("--task", "perplexity,recall,memory", "--length", 450, "--prefix", 400, "--limit", 1, "--uniform", 4)
     result = kvmix_json("eval", *TINY, *options)

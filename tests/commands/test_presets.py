@@ -123,6 +123,7 @@ class TestEval:
 class TestMeasured:
     """Through the cache itself, on the built-in model."""
 
+    @pytest.mark.slow
     def test_what_presets_take_is_what_was_predicted(self):
         names = (*preset.presets(), "mikv+rotate-2", "zipcache+mixkvq")
         options = ("--task", "memory", "--length", 700, "--limit", 1)

@@ -29,10 +29,12 @@ def test_one_pass_sees_nothing_of_a_cache_that_reading_back_shows_to_be_ruined(f
     assert one[1] < one[2] < one[3], "the smaller the steps, the more is read back"
 
 
+@pytest.mark.slow
 def test_the_first_token_never_depends_on_the_cache_and_the_second_does(footguns):
     assert footguns.first_token(2).rows == [["first", 2, 2], ["second", 2, 0]]
 
 
+@pytest.mark.slow
 def test_a_short_text_is_not_quantized_at_all(footguns):
     short, *others = footguns.windows(1).rows
     assert short[1] == 0
@@ -64,6 +66,7 @@ def test_differences_on_the_same_samples_are_far_better_known_than_the_numbers_t
         assert difference.high - difference.low < (full.high - full.low) / 4
 
 
+@pytest.mark.slow
 def test_counting_the_prompt_makes_any_speed(footguns):
     everything, _, decoding = (speed for _, speed in footguns.tokens_per_second().rows)
     assert everything > 3 * decoding

@@ -38,6 +38,7 @@ def in_this_process(command, **_):
     return SimpleNamespace(returncode=kvmix(*command[1:]).exit_code)
 
 
+@pytest.mark.slow
 def test_layers_get_the_most_that_fits(tmp_path, monkeypatch):
     monkeypatch.setenv("KVMIX_PROFILES_DIR", str(ROOT / "profiles"))
     monkeypatch.setattr(methods.subprocess, "run", in_this_process)

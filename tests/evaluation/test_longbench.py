@@ -170,6 +170,7 @@ def test_longbench_e_is_averaged_in_each_bin_of_lengths():
 # From files to rows
 
 
+@pytest.mark.slow
 def test_all_data_sets_run_from_end_to_end(tmp_path, brief):
     write(tmp_path, *DATASETS, count=1)
     report = run_task(longbench("longbench", tmp_path), tiny(), [TWO], SETTINGS)
@@ -220,6 +221,7 @@ def test_prompts_are_told_apart_by_all_that_scores_depend_on(tmp_path):
 # The cache
 
 
+@pytest.mark.slow
 def test_the_batch_changes_no_score(tmp_path, brief):
     text = lines(record("qasper", 0, input=f"What is {word}?") for word in ("one", "two", "six", "it", "ten"))
     (tmp_path / "qasper.jsonl").write_text(text)
@@ -381,6 +383,7 @@ def equal_prompts(folder, count):
     return folder
 
 
+@pytest.mark.slow
 def test_an_automatic_batch_shrinks_until_it_fits(tmp_path, brief, monkeypatch):
     tried = exhausted(monkeypatch, lambda call, size: size <= 2)
     task = longbench("longbench:qasper", equal_prompts(tmp_path, 5), batch_size="auto")
@@ -389,6 +392,7 @@ def test_an_automatic_batch_shrinks_until_it_fits(tmp_path, brief, monkeypatch):
     assert len(report.rows[0].records) == 5
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path, brief, monkeypatch):
     data = equal_prompts(tmp_path, 5)
     tried = exhausted(monkeypatch, lambda call, size: call != 2)
@@ -445,6 +449,7 @@ def test_the_command_measures_data_sets_and_their_average(command, brief):
     assert result["gates"][0]["passed"]
 
 
+@pytest.mark.slow
 def test_many_data_sets_are_the_lines_of_a_table(command, brief):
     result = kvmix(*command, "--task", "longbench:kvmix8", "--uniform", 2, "--limit", 1)
     table = [line.split() for line in result.stdout.splitlines() if line.startswith(("plan ", "longbench "))]
@@ -454,6 +459,7 @@ def test_many_data_sets_are_the_lines_of_a_table(command, brief):
     assert "8 prompts (triviaqa 1, qasper 1, " in result.stdout
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_wrong_with_the_data(command, brief):
     Path("data/qasper.jsonl").write_text("{\n" + lines([record("qasper")]))
     options = ("--task", "longbench:qasper", "--uniform", 16)

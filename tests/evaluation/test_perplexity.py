@@ -36,6 +36,7 @@ def one_pass_nll(sample, first):
     return -logits.log_softmax(-1).gather(1, ids[0, first:, None]).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 16, 64, 1000])
 def test_at_16_bits_it_is_the_loss_of_a_plain_forward(samples, step):
     record = measure(Subject("full", uniform(16)), samples[0], step=step)
@@ -66,6 +67,7 @@ def test_the_share_counts_what_the_scored_tokens_attended_to_and_no_more():
     assert seen["quantized"] / tiny().info.layers == 16 * 64 + 16 * 80
 
 
+@pytest.mark.slow
 def test_a_report_puts_every_plan_beside_the_unquantized_cache_on_the_same_tokens(samples):
     subjects = [Subject("eight", uniform(8)), Subject("one", uniform(1)), Subject("full", uniform(16))]
     report = run_task(get_task("perplexity"), tiny(), subjects, SETTINGS)

@@ -377,6 +377,7 @@ def test_a_folder_that_another_process_measures_into_is_refused_and_left_alone(t
     folders.open("counting", "eight", {"a": 1}, ()).close()
 
 
+@pytest.mark.slow
 def test_of_two_processes_on_one_output_folder_one_measures_and_the_other_says_why_not(tmp_path):
     run(tmp_path)
     folder = place(tmp_path, "two")
@@ -476,6 +477,7 @@ def test_no_name_of_a_folder_is_too_long(tmp_path, long):
     assert len(folders.picture(long, []).name.encode()) <= 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timed", [False, True])
 def test_a_kill_before_any_access_to_a_file_loses_at_most_the_sample_in_hand(tmp_path, monkeypatch, timed):
     """Resume from what is on the disk before the first, second, third, ... access, and after the last.
@@ -495,6 +497,7 @@ def test_a_kill_before_any_access_to_a_file_loses_at_most_the_sample_in_hand(tmp
     assert second.measured == []
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_finished_run_is_measured_anew_loses_nothing_finished(tmp_path):
     """At every moment each folder has a finished row, or all samples of one; resuming then gives the same row."""
     whole = run(tmp_path / "out", settings=FEW)

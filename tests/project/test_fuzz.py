@@ -137,6 +137,7 @@ def parse_lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_records_of_text(name, folder):
     @CASES
@@ -147,6 +148,7 @@ def test_records_of_text(name, folder):
     run()
 
 
+@pytest.mark.slow
 def test_journals(folder):
     settings_now = {"format": "example/1", "seed": 0}
     form = TypeAdapter(dict[str, float])
@@ -163,6 +165,7 @@ def test_journals(folder):
     run()
 
 
+@pytest.mark.slow
 def test_options(folder, monkeypatch):
     """Commands that load no model, with any values for their options: exit code 0, 1 or 2, and never a traceback."""
     monkeypatch.chdir(folder)
@@ -192,6 +195,7 @@ def test_options(folder, monkeypatch):
     run()
 
 
+@pytest.mark.slow
 def test_run_folders(folder):
     """Everything that `kvmix report` reads of a run, damaged file by file."""
     config = yaml.safe_dump(

@@ -114,6 +114,7 @@ def reported(four_tasks, tmp_path_factory):
     return Reported(result.stdout, result.stderr, html_text, Page(html_text), markdown.read_text(), csv.read_text())
 
 
+@pytest.mark.slow
 def test_without_arguments_it_reads_results_and_writes_the_page_there(reported):
     assert "wrote results/report.html" in reported.stderr
     for word in ("perplexity", "recall", "measured bytes", "10.3 [8.2, 12.4]", "3 MiB", "80.0%", "2 samples of 1024"):
@@ -127,6 +128,7 @@ def test_the_table_has_the_unquantized_cache_first_and_then_plans_by_stored_bits
     assert overview[1][1:6] == ["2.00", "4.00", "80.0%", "10.3 [8.2, 12.4]", "+3.00 [+2.00, +4.00]"]
 
 
+@pytest.mark.slow
 def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_not():
     idle = Subject("idle", uniform(1, info=INFO))
     task = perplexity()
@@ -153,6 +155,7 @@ def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_
     assert "NOTHING QUANTIZED WAS READ" in page().text
 
 
+@pytest.mark.slow
 def test_json_has_everything_that_was_measured(results):
     data = kvmix_json("report", "results")
     assert (data["command"], data["html"]) == ("report", "results/report.html")
@@ -296,6 +299,7 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
         assert HOSTILE in {row["plan"] for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_plans_that_were_measured_under_a_checksum_have_their_names():
     plan = uniform(2, info=INFO)
     name = plan.sha256[:12]
@@ -331,6 +335,7 @@ def test_control_characters_from_files_reach_no_output():
         ElementTree.fromstring(drawn)
 
 
+@pytest.mark.slow
 def test_the_first_line_is_the_answer_everywhere(reported, results):
     (first, second, third) = (reported.stdout, reported.markdown, reported.page.text)
     said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
@@ -340,6 +345,7 @@ def test_the_first_line_is_the_answer_everywhere(reported, results):
     assert kvmix_json("report")["answers"][0] == first.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_every_one_of_many_plans_is_named_in_a_figure():
     plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
     measured(Path("results"), perplexity(), plans)
@@ -362,6 +368,7 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
     assert f"{folder.name}?" in page("report.html").text
 
 
+@pytest.mark.slow
 def test_other_settings_and_other_models_stand_apart():
     measured(Path("one"), perplexity())
     measured(Path("two"), perplexity(), settings=Settings(length=2048))
@@ -376,6 +383,7 @@ def test_other_settings_and_other_models_stand_apart():
     assert "3 parts, across which nothing is compared" in page("one/report.html").text
 
 
+@pytest.mark.slow
 def test_what_is_unfinished_damaged_or_failed_is_said():
     def record(subject, index):
         if subject is FOUR:
@@ -435,6 +443,7 @@ def test_runs_that_are_all_unfinished_are_listed():
     assert "no metric 'perplexity'; no run is complete" in refused(kvmix("report", "--metric", "perplexity"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
 def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
     path = run_folder("results", "two") / "metrics.json"
@@ -445,6 +454,7 @@ def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(result
     assert [row[0] for row in page().tables[0]] == ["unquantized", "two", "four"]
 
 
+@pytest.mark.slow
 def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
     path = run_folder("results", "two", "throughput") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -453,6 +463,7 @@ def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
     assert f"{path.parent.name}: its samples are not what throughput writes" in page().text
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
     path = run_folder("results", "two", "recall") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -484,6 +495,7 @@ def test_bad_input_is_one_line_and_writes_nothing(results, arguments, said):
     assert list(Path("empty").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_metric_that_is_asked_for_is_the_one_that_is_compared(results):
     assert kvmix("report", "--metric", "perplexity").exit_code == 0
     text = Path("results/report.html").read_text()
@@ -491,6 +503,7 @@ def test_the_metric_that_is_asked_for_is_the_one_that_is_compared(results):
     assert ">perplexity, lower is better<" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypatch, results, width):
     names = [f"score_{index}" for index in range(12)]
@@ -505,6 +518,7 @@ def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypat
     assert any(line.startswith("score 11  ") and line.count("[1.25, 1.75]") == 3 for line in numbers)
 
 
+@pytest.mark.slow
 def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
     plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
     names = [f"score_{index}" for index in range(12)]
@@ -517,6 +531,7 @@ def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
     assert not any(line.startswith("score") for line in lines)
 
 
+@pytest.mark.slow
 def test_reporting_needs_no_torch(results):
     script = "import sys; from kvmix_cli.main import app; app(['report', '-q'], standalone_mode=False); "
     script += "sys.exit('torch' in sys.modules)"

@@ -1,5 +1,6 @@
 """Small, randomly initialised models of many families, built from their configurations."""
 
+import pytest
 import torch
 import transformers
 from reference import dense_attention
@@ -33,6 +34,8 @@ CONFIGS = {
     "falcon": ("FalconConfig", {**_COMMON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_oss": ("GptOssConfig", {**_GQA, **_SLIDING, **_EXPERTS}),
 }
+QUICK = ("llama", "gemma3")
+"""Families that `make test-quick` builds: without and with sliding windows."""
 NO_KVMIX_ATTENTION = {"falcon"}
 """Families that do not go through transformers' attention interface: handles carry them."""
 NO_SDPA = {"gemma2", "gpt_oss"}
@@ -59,6 +62,11 @@ def build(
     if name == "gpt_oss":
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
+
+
+def case(family: str, *others: object) -> object:
+    """The arguments of a test of one family, which is slow unless the family is a quick one."""
+    return pytest.param(family, *others, marks=() if family in QUICK else pytest.mark.slow)
 
 
 def implementations(name: str) -> list[str]:
