@@ -15,7 +15,7 @@ TEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nump
 test: lint
 	$(TEST)
 
-# For the inner loop: what takes no more than a few seconds each.
+# For the inner loop: what takes no more than about half a second each.
 test-quick: $(STAMP)
 	$(TEST) -m "not slow and not network"
 

@@ -19,6 +19,7 @@ def counts(plan):
     return sorted(k for k, _ in widths), sorted(v for _, v in widths)
 
 
+@pytest.mark.slow
 @patient
 @given(scored(40), ladders, ladders, st.floats(1, 16), settings_, st.integers(0, 2**32))
 def test_random_takes_exactly_the_bytes_of_rank(profile, k_bits, v_bits, asked, cache, seed):

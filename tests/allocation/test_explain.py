@@ -52,6 +52,7 @@ def test_an_upgrade_saves_and_costs_what_the_plan_with_it_does(case):
             assert min(reason.upgrade.saves, reason.upgrade.costs) > 0
 
 
+@pytest.mark.slow
 @patient
 @given(planned())
 def test_no_other_choice_for_one_tensor_is_worth_more_than_the_next_upgrade(case):

@@ -34,6 +34,7 @@ def every(profile):
     return [(plan, naive_loss(profile, plan)) for plan in all_plans(profile, (2, 3, 4), (2, 4), (64, 32))]
 
 
+@pytest.mark.slow
 @quick
 @given(small(max_layers=2), st.floats(2.2, 5.2))
 def test_no_plan_within_the_stored_bits_loses_less(profile, asked):
@@ -48,6 +49,7 @@ def test_no_plan_within_the_stored_bits_loses_less(profile, asked):
     assert naive_loss(profile, plan.layers) == pytest.approx(min(within), abs=1e-9)
 
 
+@pytest.mark.slow
 @quick
 @given(small(max_layers=2), st.floats(0, 0.25))
 def test_no_smaller_plan_keeps_to_the_loss(profile, asked):
@@ -62,6 +64,7 @@ def test_no_smaller_plan_keeps_to_the_loss(profile, asked):
     assert plan.bits.stored <= min(within) + 1e-6
 
 
+@pytest.mark.slow
 @quick
 @given(small(max_layers=2), st.integers(200, 3000), st.integers(1, 3), st.floats(0.1, 0.6))
 def test_no_plan_within_the_memory_loses_less(profile, context, batch, share):

@@ -112,6 +112,7 @@ def test_average_is_the_largest_step_within_the_budget(profile, k_bits, v_bits, 
     assert widths_of(plan) == expected
 
 
+@pytest.mark.slow
 @patient
 @given(scored(60), ladders, ladders, st.data())
 def test_a_budget_that_a_step_meets_exactly_gives_that_step(profile, k_bits, v_bits, data):

@@ -20,6 +20,7 @@ def watched(measure):
     return seen, lambda layers: seen.append(dict(layers)) or measure(layers)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 99), st.floats(2.6, 4), st.integers(1, 30))
 def test_never_worse_than_ilp_and_never_over_the_budget(seed, asked, trials):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers.cache_utils
 from architectures import build
+from others import need_quanto
 from transformers.cache_utils import QuantizedCache
 
 from kvmix_cli.cache.baselines.casting import FP8, CastCache, CastLayer
@@ -17,9 +18,6 @@ LAYERS, BATCH, HEADS, TOKENS, SIZE = 4, 2, 2, 192, 16
 WORST = {"bf16": 0.005, "fp8": 0.04, "hf-fp8": 0.04, "hf-quanto-4": 0.13, "hf-quanto-2": 0.6}
 WORST |= {"hf-hqq-8": 0.02, "hf-hqq-4": 0.15, "hf-hqq-3": 0.3, "hf-hqq-2": 0.6, "hf-hqq-1": 2.0}
 """Root mean square error on standard normal numbers, with room."""
-PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "quanto" in name else name for name in BASELINES]
-"""Of every baseline; quanto compiles an extension on first use, which takes minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,10 @@ def baseline(name, model):
 
 
 def need(name):
-    for backend, package in PACKAGES.items():
-        if backend in name:
-            pytest.importorskip(package)
+    if "quanto" in name:
+        need_quanto()
+    elif "hqq" in name:
+        pytest.importorskip("hqq")
 
 
 def make(name, model):
@@ -48,7 +47,7 @@ def numbers(tokens=TOKENS, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_context_is_read_back_nearly_as_it_was_and_the_prompt_sees_itself_as_it_is(name, model):
     cache = make(name, model)
     keys, values = numbers()
@@ -64,7 +63,7 @@ def test_a_context_is_read_back_nearly_as_it_was_and_the_prompt_sees_itself_as_i
         assert (read[:, :, TOKENS:] - token).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "hf-" in str(name)])
+@pytest.mark.parametrize("name", [name for name in BASELINES if "hf-" in name])
 def test_the_stock_cache_does_what_it_would_do_without_us(name, model):
     cache = make(name, model)
     settings = baseline(name, model).settings
@@ -86,7 +85,7 @@ HQQ_3_BIT = 7 * 32 / 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
     need(name)
     found = baseline(name, build("llama", dtype))
@@ -96,7 +95,7 @@ def test_stored_bits_are_those_of_the_tensors_with_their_scales(name, dtype):
     assert (found.stored_bits > found.nominal_bits) == (name not in ("bf16", "fp8"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_bytes_of_a_cache_are_those_of_its_codes_scales_and_residual(name, model):
     cache = make(name, model)
     stored = baseline(name, model).stored_bits
@@ -123,7 +122,7 @@ def steps(cache, model, *counts):
     return share.quantized / share.total, share.total
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "-4" in str(name)])
+@pytest.mark.parametrize("name", [name for name in BASELINES if "-4" in name])
 def test_the_residual_does_not_count_as_quantized(name, model):
     assert steps(make(name, model), model, 128)[0] == 0
     share, total = steps(make(name, model), model, 128, 1)
@@ -203,7 +202,6 @@ def test_settings_say_what_numbers_depend_on(model):
     assert baseline("bf16", model).settings == {"dtype": "bfloat16"}
 
 
-@pytest.mark.slow  # quanto's extension
 def test_bits_are_the_same_for_heads_of_any_shape(model):
     need("hf-quanto-4")
     odd = copy.deepcopy(model.config)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, implementations
+from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, case, implementations
 from composing import AXES, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,10 +27,10 @@ def left_padded(tokens, padding):
 
 
 CASES = [(family, axes) for family in CONFIGS for axes in AXES]
-CASES = [case for case in CASES if case[0] not in NO_KVMIX_ATTENTION or case[1] in WITHOUT_QUERIES]
+CASES = [each for each in CASES if each[0] not in NO_KVMIX_ATTENTION or each[1] in WITHOUT_QUERIES]
 
 
-@pytest.mark.parametrize(("family", "axes"), CASES)
+@pytest.mark.parametrize(("family", "axes"), [case(*each) for each in CASES])
 def test_at_16_bits_nothing_changes(family, axes):
     model = build(family, wide=True)
     model.set_attn_implementation(implementations(family)[-1])
@@ -77,6 +77,7 @@ def test_attention_that_shows_no_queries_is_a_named_error(family):
         model(tokens, past_key_values=cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["attention", "normalised", "query-range", "everything"])
 def test_beams_and_batches(axes):
     model = build("llama", wide=True)
@@ -97,6 +98,7 @@ def test_beams_and_batches(axes):
     assert model.generate(tokens, past_key_values=cache, num_beams=3, max_new_tokens=20).shape == (2, 220)
 
 
+@pytest.mark.slow
 @given(
     axes=st.sampled_from(["attention", "normalised", "recency", "query-range", "everything"]),
     steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=6),

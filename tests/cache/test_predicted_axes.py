@@ -25,6 +25,7 @@ def needs_file(step):
     return bool(getattr(step, "matrix", None) or getattr(step, "means", None))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:kvmix. .*falling back")
 @settings(deadline=None, max_examples=25)
 @given(st.data())

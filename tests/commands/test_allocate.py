@@ -157,6 +157,7 @@ def test_a_context_may_be_in_thousands(kvmix, text):
     assert kvmix("allocate", "--avg-bits", 3, "--context", text, "--json").json["bytes"]["context"] == 131072
 
 
+@pytest.mark.slow
 def test_a_family_never_becomes_the_default_plan(kvmix):
     make_curves = kvmix("allocate", "--method", "uniform", "--avg-bits", 3)
     assert make_curves.code == 0

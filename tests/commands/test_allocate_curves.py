@@ -134,6 +134,7 @@ def test_plans_of_two_named_profiles_replace_nothing(kvmix, tmp_path):
     assert len({plan.provenance["profile_sha256"] for plan in found}) == 2
 
 
+@pytest.mark.slow
 def test_a_family_as_json(kvmix, tmp_path, predicted):
     result = kvmix("allocate", "--method", "pareto", "--name", "mine", "--json").json
     assert (result["command"], result["method"], result["score"]) == ("allocate", "pareto", "loss")
@@ -144,6 +145,7 @@ def test_a_family_as_json(kvmix, tmp_path, predicted):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_family_without_curves(kvmix, tmp_path, profiled):
     ran = kvmix("allocate", "--method", "pareto")
     assert f"{len(names(tmp_path))} plans for org/model by grad-norm" in ran.out
@@ -169,6 +171,7 @@ SEARCH = (
 FOLDER = "profiles/builtin--tiny/plans"
 
 
+@pytest.mark.slow
 def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     result = kvmix(*SEARCH, "--json").json
     plan = Plan.load(tmp_path / FOLDER / "search-stored-3.5-seed0.yaml")
@@ -184,6 +187,7 @@ def test_a_search_measures_and_never_gets_worse(kvmix, tmp_path, tiny):
     assert trials[0]["plan"] == searching.layers_key(start.layers)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(kvmix, tmp_path, tiny, monkeypatch):
     increase, measured = searching.Bench.increase, []
 

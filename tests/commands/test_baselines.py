@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import transformers.cache_utils
-from commandline import kvmix, kvmix_json, refused
+from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import INFO, SHORT, Counting, run_folder, stand_in, tiny, uniform
+from others import need_quanto
 
 from kvmix_cli import evaluation
 from kvmix_cli.cache.baselines.casting import CastCache
@@ -17,19 +18,14 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import RunFolders
-from kvmix_cli.models import loading as models
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
 from kvmix_cli.studies.baselines import baseline_subjects, check_baselines, shuffled
 
-TINY = ("--model", "builtin:tiny", "--device", "cpu")
 QUICK = ("--length", 332, "--prefix", 300, "--limit", 1)
 MIXED = "0-2:k3v4,3-7:k2v2"
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def mixed():
@@ -40,8 +36,9 @@ def subjects(*names, plans=None, seed=0):
     return baseline_subjects(names, tiny(), plans or {}, seed)
 
 
+@pytest.mark.slow
 def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     names = ("bf16", "fp8", "hf-fp8", "hf-quanto-4")
     options = [option for name in names for option in ("--baseline", name)]
     result = kvmix_json("eval", *TINY, *QUICK, *options)
@@ -56,8 +53,9 @@ def test_caches_of_others_are_rows_with_bits_and_a_share_that_is_theirs():
     assert 0 < losses["hf-quanto-4"] < 0.5
 
 
+@pytest.mark.slow
 def test_memory_of_a_cache_of_others_is_that_of_its_codes():
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     names = ("bf16", "hf-fp8", "hf-quanto-2")
     options = [option for name in names for option in ("--baseline", name)]
     result = kvmix_json("eval", *TINY, "--task", "memory", "--length", 513, *options)
@@ -67,6 +65,7 @@ def test_memory_of_a_cache_of_others_is_that_of_its_codes():
     assert all("predicted_bytes" not in rows[name] for name in names)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(transformers.cache_utils, "is_hqq_available", lambda: False)
     result = kvmix("eval", *TINY, *QUICK, "--baseline", "hf-hqq-4", "--baseline", "bf16", "--json")
@@ -157,6 +156,7 @@ def test_a_baseline_may_not_have_a_plans_name():
     assert message == "two rows would be called 'uniform-2'; leave one out"
 
 
+@pytest.mark.slow
 def test_what_a_run_was_made_with_is_kept_and_asked_for_on_resume(tmp_path):
     pytest.importorskip("hqq")
     (subject,) = subjects("hf-hqq-4")

@@ -240,6 +240,7 @@ def test_a_profile_that_does_not_explain_leaves_the_plan_as_it_is(kvmix, plan, t
     assert said in given.error
 
 
+@pytest.mark.slow
 def test_the_picture_of_an_explained_plan_has_the_frontier(kvmix, explained, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "_draw_frontier", lambda axes, frontier: drawn.update(vars(frontier)))

@@ -15,7 +15,6 @@ from kvmix_cli import evaluation
 from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Task
 from kvmix_cli.evaluation.tasks.perplexity import Perplexity
-from kvmix_cli.models import loading as models
 from kvmix_cli.profile import Profile
 from kvmix_cli.reporting import leaderboard_plot
 
@@ -43,10 +42,8 @@ class Foretold(Perplexity):
 
 
 @pytest.fixture(autouse=True)
-def profile(tmp_path, monkeypatch):
+def profile(loaded_once):
     """The saved profile of the built-in model, with a score that has curves and the paper's, which has none."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
     k_sizes, v_sizes = np.exp(np.random.default_rng(0).normal(-2, 2, (2, 8)))
     k, v = [curve(size, groups=(64, 128)) for size in k_sizes], [curve(size, groups=(64,)) for size in v_sizes]
     scores = {"grad-norm": falling(8).scores["grad-norm"], "loss": make_score(k, v)}
@@ -63,6 +60,7 @@ def foretold(profile, monkeypatch):
     return task
 
 
+@pytest.mark.slow
 def test_on_losses_that_are_as_predicted_the_exact_solver_wins(foretold):
     board = kvmix_json(*BOARD, *QUICK, "--stored-bits", "3,3.5,4", "--random-plans", 3)["leaderboard"]
     assert board["champion"] == "ilp loss"
@@ -93,6 +91,7 @@ def test_rows_have_the_stable_keys_and_standings_name_their_row(foretold):
         assert row["metrics"]["loss_increase"]["value"] == pytest.approx(each["predicted"]["loss"])
 
 
+@pytest.mark.slow
 def test_a_plan_that_several_would_choose_is_measured_once(foretold):
     board = kvmix_json(*BOARD, *QUICK, "--stored-bits", "2.5,2.6")["leaderboard"]
     lowest = board["standings"][0]
@@ -101,6 +100,7 @@ def test_a_plan_that_several_would_choose_is_measured_once(foretold):
     assert {name for name, _ in foretold.measured} == {"unquantized"} | {each["plan"] for each in board["standings"]}
 
 
+@pytest.mark.slow
 def test_tables_and_a_picture_are_left_beside_the_records(foretold):
     ran = kvmix(*BOARD, *QUICK, "--output-dir", "out")
     assert ran.exit_code == 0
@@ -123,6 +123,7 @@ def test_tables_and_a_picture_are_left_beside_the_records(foretold):
     assert all(len(plan) == 12 and names for plan, names in named.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".md", ".json", ".png"])
 def test_a_full_disk_says_what_is_saved(foretold, monkeypatch, ending):
     with monkeypatch.context() as patch:
@@ -139,6 +140,7 @@ def refused_after_results(ran):
     return ran.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_another_leaderboard_replaces_neither_tables_nor_names(foretold):
     names = []
     for budget in (2.75, 3, 3):
@@ -149,6 +151,7 @@ def test_another_leaderboard_replaces_neither_tables_nor_names(foretold):
     assert names[1] == names[2]
 
 
+@pytest.mark.slow
 def test_an_interrupted_leaderboard_is_gone_on_with(foretold):
     def stop(subject, sample):
         if len(foretold.measured) == 5:
@@ -170,12 +173,14 @@ def test_an_interrupted_leaderboard_is_gone_on_with(foretold):
     assert resumed["leaderboard"] == afresh["leaderboard"]
 
 
+@pytest.mark.slow
 def test_more_budgets_later_measure_only_what_is_new(foretold):
     kvmix_json(*BOARD, *QUICK, "--stored-bits", 3)
     kvmix_json(*BOARD, *QUICK, "--stored-bits", "3,3.5", "--resume")
     assert len(foretold.measured) == len(set(foretold.measured))
 
 
+@pytest.mark.slow
 def test_who_has_no_plan_at_a_budget_is_left_out_and_named(foretold):
     ran = kvmix(*BOARD, *QUICK, "--stored-bits", "2.25,3", "--group-size", "64,128")
     assert ran.exit_code == 0
@@ -195,6 +200,7 @@ def test_scores_and_methods_can_be_chosen(foretold):
     assert board["champion"] == "rank loss"
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(foretold):
     def fail(subject, sample):
         if subject.plan is not None and len(set(subject.plan.layers.values())) == 1:
@@ -238,6 +244,7 @@ def test_options_that_do_not_go_together(arguments):
     assert kvmix("eval", *arguments).exit_code == 2
 
 
+@pytest.mark.slow
 def test_measured_for_real_and_not_twice(monkeypatch):
     options = ("--stored-bits", "3", "--scores", "loss", "--methods", "ilp", "--random-plans", 1, *SHORT)
     result = kvmix_json(*BOARD, *options)

@@ -215,6 +215,7 @@ def test_warnings_are_one_line_each(kvmix, monkeypatch):
     assert ran.err == "kvmix: warning: slow path\nkvmix: error: stop\n"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     path = falling(2000).save(tmp_path / "profile.yaml")
     script = "from kvmix_cli.main import main; main()"

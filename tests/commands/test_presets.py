@@ -3,35 +3,17 @@
 from pathlib import Path
 
 import pytest
-from commandline import kvmix, kvmix_json, refused
-from evaluating import Counting, tiny, uniform
+from commandline import TINY, kvmix, kvmix_json, refused
+from evaluating import save_plan, tiny, uniform
 from made_up import falling
 
-from kvmix_cli import evaluation
-from kvmix_cli.models import loading as models
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan import presets as preset
 
-TINY = ("--model", "builtin:tiny", "--device", "cpu")
 PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
-
-
-@pytest.fixture
-def counting(monkeypatch):
-    """A task that takes no time, in the place of perplexity."""
-    task = Counting()
-    monkeypatch.setattr(evaluation, "get_task", lambda name, options=None: task)
-    return task
-
-
-def save(name, plan):
-    return plan.save(Path("profiles") / "builtin--tiny" / "plans" / f"{name}.yaml")
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def bits(rows):
@@ -61,25 +43,25 @@ class TestEval:
         assert [row["plan"] for row in rows] == ["unquantized", *names]
 
     def test_a_preset_is_put_on_a_plan(self, counting):
-        save("named", uniform(4, CacheSettings(page=32, group_size=32)))
+        save_plan("named", uniform(4, CacheSettings(page=32, group_size=32)))
         rows = kvmix_json("eval", *TINY, "--plan", "named+mikv", "--plan", "0-7:k2v2+h2o")["rows"]
         assert list(bits(rows)) == ["unquantized", "named+mikv", "0-7:k2v2+h2o"]
         assert bits(rows)["named+mikv"] == (4.8, pytest.approx(0.2 * 9 + 0.8 * 5 + 1 / 16))
         assert bits(rows)["0-7:k2v2+h2o"] == (0.5, pytest.approx(0.25 * 3 + 1 / 16))
 
     def test_other_pages_are_announced(self, counting):
-        save("named", uniform(4, CacheSettings()))
+        save_plan("named", uniform(4, CacheSettings()))
         assert "pages of 32 tokens, as mikv needs, instead of 128" in kvmix("eval", "--plan", "named+mikv").stderr
 
     def test_a_plan_with_a_plus_in_its_name_is_that_plan(self, counting):
-        save("a+mikv", uniform(4))
-        save("a", uniform(8))
+        save_plan("a+mikv", uniform(4))
+        save_plan("a", uniform(8))
         assert bits(kvmix_json("eval", *TINY, "--plan", "a+mikv")["rows"])["a+mikv"][0] == 4
         assert bits(kvmix_json("eval", *TINY, "--plan", "a+mikv+h2o")["rows"])["a+mikv+h2o"][0] == 1
 
     def test_widths_that_others_state_have_no_axes(self, counting):
         """`uniform-2` beside a plan with tiers has its pages and groups, not its tiers."""
-        save("tiered", Plan.uniform(tiny().info, 2, 2, preset.find_preset("mikv").cache))
+        save_plan("tiered", Plan.uniform(tiny().info, 2, 2, preset.find_preset("mikv").cache))
         options = ("--plan", "tiered", "--plan", "0-7:k4v4", "--uniform", 2, "--baseline", "uniform-8")
         rows = bits(kvmix_json("eval", *TINY, *options)["rows"])
         assert (rows["0-7:k4v4"], rows["uniform-2"], rows["uniform-8"]) == ((4, 5), (2, 3), (8, 9))
@@ -98,7 +80,7 @@ class TestEval:
         assert rows["kvtuner:tuned+h2o"][0] == 1.5
 
     def test_the_newest_plan_says_which_model(self, counting):
-        save("newest", uniform(4))
+        save_plan("newest", uniform(4))
         result = kvmix("eval", "--preset", "kivi-2", "--json")
         assert "newest.yaml" in result.stderr
         assert '"newest"' not in result.stdout
@@ -141,6 +123,7 @@ class TestEval:
 class TestMeasured:
     """Through the cache itself, on the built-in model."""
 
+    @pytest.mark.slow
     def test_what_presets_take_is_what_was_predicted(self):
         names = (*preset.presets(), "mikv+rotate-2", "zipcache+mixkvq")
         options = ("--task", "memory", "--length", 700, "--limit", 1)

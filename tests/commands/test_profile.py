@@ -60,6 +60,7 @@ def test_from_nothing_on_the_built_in_model(kvmix, tmp_path):
     assert kvmix("allocate", "--avg-bits", 2.3).code == 0
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatch):
     real = profiling.run_profile
 
@@ -96,6 +97,7 @@ def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatc
 CURVES = ("--samples", 1, "--seq-len", 300, "--bits", "2,4", "--group-size", 64)
 
 
+@pytest.mark.slow
 def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     saved = tmp_path / FOLDER / "profile.yaml"
     assert kvmix("profile", "builtin:tiny", *SHORT).code == 0

@@ -1,9 +1,8 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
-from commandline import kvmix, kvmix_json, refused
-from evaluating import tiny, uniform
+from commandline import TINY, kvmix, kvmix_json, refused
+from evaluating import save_plan, tiny, uniform
 
 from kvmix_cli.commands import run as command
 from kvmix_cli.decoding import generate
@@ -24,17 +23,9 @@ KEYS = {
     "compression": float,
 }
 PROMPT = "import os\n\ndef walk(folder):\n"
-TINY = ("--model", "builtin:tiny", "--device", "cpu")
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_model", lambda *arguments, **options: tiny())
-
-
-def save(name, plan, folder="builtin--tiny"):
-    return plan.save(Path("profiles") / folder / "plans" / f"{name}.yaml")
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def test_the_json_object_has_the_stable_keys():
@@ -88,7 +79,7 @@ def test_the_prompt_may_come_from_a_file_or_from_stdin(tmp_path):
 
 
 def test_the_newest_plan_is_taken_and_names_the_model():
-    save("first", uniform(4))
+    save_plan("first", uniform(4))
     options = ("run", "--prompt", PROMPT, "--max-new-tokens", 3)
     result = kvmix(*options)
     assert "profiles/builtin--tiny/plans/first.yaml" in result.stderr
@@ -99,14 +90,14 @@ def test_the_newest_plan_is_taken_and_names_the_model():
 
 
 def test_uniform_takes_nothing_from_a_plan_that_is_not_named():
-    save("paged", uniform(4, CacheSettings(page=32)))
+    save_plan("paged", uniform(4, CacheSettings(page=32)))
     result = kvmix("run", "--device", "cpu", "--uniform", 2, "--prompt", PROMPT, "--max-new-tokens", 2)
     assert "using the model of plan profiles/builtin--tiny/plans/paged.yaml" in result.stderr
     assert "page, group and window: defaults" in result.stderr
 
 
 def test_uniform_takes_its_pages_from_the_plan_that_is_given():
-    path = save("paged", uniform(4, CacheSettings(page=32)))
+    path = save_plan("paged", uniform(4, CacheSettings(page=32)))
     options = ("run", *TINY, "--uniform", 2, "--prompt", PROMPT, "--max-new-tokens", 2)
     assert "page, group and window: as in plan paged" in kvmix(*options, "--plan", path).stderr
     assert "page, group and window: defaults" in kvmix(*options).stderr
@@ -212,7 +203,7 @@ def test_bad_input_is_one_line(options, said):
 
 def test_a_plan_for_another_model_is_refused():
     other = tiny().info.model_copy(update={"id": "other/model", "layers": 4})
-    path = save("other", uniform(2, info=other), "other--model")
+    path = save_plan("other", uniform(2, info=other), "other--model")
     message = refused(kvmix("run", *TINY, "--prompt", "x", "--plan", path))
     assert "the plan was made for other/model, not for builtin:tiny: layers 4 against 8" in message
 

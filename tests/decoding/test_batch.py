@@ -38,6 +38,7 @@ def decode_alone(subject, ids, prefilled, count):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "falcon", "gpt_neox", "gpt_oss"])
 def test_rows_of_every_family_share_contexts_and_batches(family):
     """With sliding windows, attention of their own, without grouped heads, with attention sinks."""
@@ -73,12 +74,14 @@ def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(subject
         assert greedy == bool((logits.argmax(-1) == wanted).all())
 
 
+@pytest.mark.slow
 def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache():
     prompts = [IDS[:72], IDS[:69], IDS[:65]]
     found = generate_batch(tiny(), TWO, prompts, 64, StopRule(10)).tokens
     assert found == [decode_alone(TWO, prompt, 64, 10) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_an_unquantized_cache_gives_what_a_plain_generate_does():
     prompt = IDS[:40]
     inputs = torch.tensor([prompt])
@@ -173,12 +176,14 @@ def test_an_answer_ends_where_its_rule_says(scripted, stop, wanted):
     assert generate_batch(loaded, Subject(), [IDS[:20], IDS[1:21]], 19, stop).tokens == [wanted, wanted]
 
 
+@pytest.mark.slow
 def test_an_end_token_inside_a_prompt_ends_nothing():
     prompt = [*IDS[:70], END, *IDS[70:80]]
     (answer,) = generate_batch(tiny(), TWO, [prompt], 64, StopRule(6, (END,))).tokens
     assert answer == decode_alone(TWO, prompt, 64, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", GENERATION_FILES, ids=",".join)
 def test_a_checkpoints_generation_settings_change_no_answer(file, monkeypatch):
     prompts, stop = [IDS[:70], IDS[:67]], StopRule(8, (END,))
@@ -213,6 +218,7 @@ def run(items, fits, *, size, least=1, error=None):
     return found, tried
 
 
+@pytest.mark.slow
 def test_a_batch_is_halved_until_it_fits_and_nothing_is_lost():
     found, tried = run([1] * 7, lambda batch: len(batch) <= 2, size=8)
     assert list(found) == [10] * 7
@@ -225,6 +231,7 @@ def test_items_that_cannot_share_a_batch_are_worked_on_apart_and_in_order():
     assert tried == [2, 1, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [None, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )

@@ -23,6 +23,7 @@ def test_a_documents_loss_is_that_of_one_pass_if_nothing_is_quantized():
     assert found == pytest.approx(expected, rel=1e-4), "float32, summed in another order"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 64])
 def test_every_token_is_fed_once_and_in_order(step):
     cache = mixed()

@@ -66,6 +66,7 @@ def test_greedy_is_the_default_whatever_the_model_came_with(monkeypatch):
     assert generate(tiny(), ids(), stock(), max_new_tokens=16, seed=1).text == plain
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed():
     def sample(seed, **settings):
         return generate(tiny(), ids(), stock(), max_new_tokens=16, temperature=1.5, seed=seed, **settings).text
@@ -111,6 +112,7 @@ def test_an_empty_prompt_is_an_error():
         generate(tiny(), [], stock())
 
 
+@pytest.mark.slow
 def test_an_answer_longer_than_what_was_reserved_makes_the_cache_grow():
     texts = []
     for reserved in (0, len(ids()) + 40):

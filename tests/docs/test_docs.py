@@ -58,6 +58,7 @@ def test_file_examples_load(page, text, tmp_path):
         assert Plan.load(path).layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_examples_run(page, tmp_path, monkeypatch):
     """In order, in one empty folder. A hub model is replaced by the built-in one, and there is less text."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commandline import kvmix
+from others import need_quanto
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "footguns.py"
 
@@ -18,6 +19,7 @@ def footguns():
     return module
 
 
+@pytest.mark.slow
 def test_one_pass_sees_nothing_of_a_cache_that_reading_back_shows_to_be_ruined(footguns):
     (_, *full), (_, *two), (_, *one) = footguns.one_pass(1).rows
     assert full[0] == two[0] == one[0], "to the last digit, even at 1 bit"
@@ -27,10 +29,12 @@ def test_one_pass_sees_nothing_of_a_cache_that_reading_back_shows_to_be_ruined(f
     assert one[1] < one[2] < one[3], "the smaller the steps, the more is read back"
 
 
+@pytest.mark.slow
 def test_the_first_token_never_depends_on_the_cache_and_the_second_does(footguns):
     assert footguns.first_token(2).rows == [["first", 2, 2], ["second", 2, 0]]
 
 
+@pytest.mark.slow
 def test_a_short_text_is_not_quantized_at_all(footguns):
     short, *others = footguns.windows(1).rows
     assert short[1] == 0
@@ -45,6 +49,7 @@ def test_that_is_said_aloud(tmp_path, monkeypatch):
     assert "NOTHING QUANTIZED WAS READ" in result.stderr
 
 
+@pytest.mark.slow
 def test_small_groups_are_bits_too_and_wider_codes_spend_them_better(footguns):
     full, large, medium, small, wider = footguns.unequal_bytes(2).rows
     assert [row[1] for row in (large, medium, small, wider)] == [2, 2, 2, 3]
@@ -55,16 +60,19 @@ def test_small_groups_are_bits_too_and_wider_codes_spend_them_better(footguns):
     assert lost > 2 * large[3].value / 100, "recall loses more than perplexity shows"
 
 
+@pytest.mark.slow
 def test_differences_on_the_same_samples_are_far_better_known_than_the_numbers_themselves(footguns):
     for _, full, _, difference in footguns.pairing(2).rows[:1]:
         assert difference.high - difference.low < (full.high - full.low) / 4
 
 
+@pytest.mark.slow
 def test_counting_the_prompt_makes_any_speed(footguns):
     everything, _, decoding = (speed for _, speed in footguns.tokens_per_second().rows)
     assert everything > 3 * decoding
 
 
+@pytest.mark.slow
 def test_padding_changes_a_quantized_cache_and_no_other(footguns):
     sixteen, _, two = footguns.left_padding(1).rows
     assert sixteen[1] == pytest.approx(0, abs=1e-5)
@@ -72,8 +80,9 @@ def test_padding_changes_a_quantized_cache_and_no_other(footguns):
     assert two[2] > two[1] / 10 > 1e-4
 
 
+@pytest.mark.slow
 def test_quantizing_again_what_was_quantized_adds_up_in_one_backend_alone(footguns):
-    pytest.importorskip("optimum.quanto")
+    need_quanto()
     pytest.importorskip("hqq")
     growth = {(cache, bits): times for cache, bits, _, _, times in footguns.requantizing().rows}
     assert all(times == pytest.approx(1, abs=0.01) for (cache, _), times in growth.items() if cache != "HQQ, axis 0")

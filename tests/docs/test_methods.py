@@ -3,8 +3,10 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from commandline import kvmix
 
 from kvmix_cli.models.loading import load_info
 
@@ -31,8 +33,15 @@ def test_every_method_has_a_plan_within_every_budget(name, budget):
     assert page in (ROOT / "docs" / "methods.md").read_text()
 
 
+def in_this_process(command, **_):
+    """Run `kvmix` as a subprocess would be, without starting one."""
+    return SimpleNamespace(returncode=kvmix(*command[1:]).exit_code)
+
+
+@pytest.mark.slow
 def test_layers_get_the_most_that_fits(tmp_path, monkeypatch):
     monkeypatch.setenv("KVMIX_PROFILES_DIR", str(ROOT / "profiles"))
+    monkeypatch.setattr(methods.subprocess, "run", in_this_process)
     plain, mixed = (methods.layered(INFO, 3.0, methods.LAYERED[name], tmp_path) for name in ("layers", "layers-mixkvq"))
     assert 2.95 < mixed.bits.stored <= plain.bits.stored <= 3.005
     assert len({layer.short for layer in plain.layers.values()}) > 1

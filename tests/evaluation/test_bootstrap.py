@@ -21,6 +21,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not():
     assert ratio(numbers, [1] * 20, seed=3) != ratio(numbers, [1] * 20, seed=4)
 
 
+@pytest.mark.slow
 def test_95_percent_intervals_cover_the_truth_about_that_often():
     rng = np.random.default_rng(0)
     covered = 0

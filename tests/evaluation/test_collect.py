@@ -270,6 +270,7 @@ def test_a_row_that_does_not_hold_together_is_a_fault_or_has_no_number(results, 
         assert only(group.measurements).estimate(line(group, "two"), "perplexity") is None
 
 
+@pytest.mark.slow
 def test_no_damage_at_all_gives_a_traceback(results):
     rng = random.Random(0)
     original = {path: path.read_bytes() for path in run_folder(results, "two").iterdir()}
@@ -330,6 +331,7 @@ def test_plans_of_unusual_models_come_back(tmp_path):
     assert line(only(collection.groups), "odd").layers == {0: (4, 16), 2: (4, 4)}
 
 
+@pytest.mark.slow
 def test_reading_needs_no_torch():
     script = "import sys, kvmix_cli.evaluation.collect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

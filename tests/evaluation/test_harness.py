@@ -34,6 +34,7 @@ def metric_names(found):
     return [metric.name for metric in found.metrics]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_lm_evals_own_and_each_has_an_interval(folder, expected, name):
     found = task(folder, name)
@@ -77,6 +78,7 @@ def test_directions_and_filters_are_in_the_names_of_metrics(folder):
     assert metrics.metric_name("20_news-groups", "F1") == "task_20_news_groups_f1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "call"), [("unquantized", 1), ("unquantized", 2), ("two", 2), ("full", 1)])
 def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, name, call):
     def run(place, *, resume=False):
@@ -102,6 +104,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, tmp_path, monkeypatch, 
     assert run("cut", resume=True) == whole
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
     def run(*, resume=False, **options):
         runs = RunFolders(tmp_path, "builtin--tiny", resume)
@@ -118,6 +121,7 @@ def test_a_run_resumes_in_the_middle_of_a_batch(folder, tmp_path):
     assert [each["request"] for each in resumed.records] == [each["request"] for each in whole.records]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_middle_keeps_what_there_is(folder, tmp_path, monkeypatch):
     score = Answerer._score
 
@@ -257,6 +261,7 @@ def test_where_documents_cannot_be_drawn_lm_evals_standard_error_is_taken():
     assert replay._estimate(0.5, [("a", 1)], max, "N/A", seed=0) == replay.Estimate.exact(0.5)
 
 
+@pytest.mark.slow
 def test_lm_eval_is_not_imported_for_our_own_tasks():
     script = (
         "import sys\nfrom kvmix_cli.evaluation import get_tasks\n"
@@ -394,6 +399,7 @@ def given(folder, tmp_path, monkeypatch):
     return ["eval", "--model", "builtin:tiny", "--device", "cpu", "--uniform", "2", "--include-path", folder]
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_local_task_and_checks_a_gate(given):
     found = kvmix_json(*given, "--task", "local_choose", "--limit", "2", "--fail-if", "local_choose_acc<-101%")
     assert [row["plan"] for row in found["rows"]] == ["unquantized", "uniform-2"]

@@ -65,6 +65,7 @@ def close(one, other, tolerance):
             assert mine[1] == theirs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("subject", "size"), [(Subject(), "auto"), (FULL, 1)], ids=["unquantized", "sixteen bits"])
 def test_at_16_bits_every_reply_and_every_number_is_lm_evals_own(folder, expected, subject, size):
     found = asked(folder, KvmixLM(tiny(), subject=subject, batch_size=size))
@@ -81,6 +82,7 @@ def test_at_16_bits_every_reply_and_every_number_is_lm_evals_own(folder, expecte
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", NAMES)
 def test_a_batch_reads_what_each_of_its_rows_reads_alone(requests, task):
     some = requests[task]
@@ -89,6 +91,7 @@ def test_a_batch_reads_what_each_of_its_rows_reads_alone(requests, task):
     close(answers(some, TWO, rows=1), answers(some, TWO, rows=8), 5e-3)
 
 
+@pytest.mark.slow
 def test_the_very_first_token_of_an_answer_has_read_quantized_keys_and_values(requests):
     """A plain `generate` would decide it by the prefill pass, at any bits."""
     first = [dataclasses.replace(each, generation=_settings(max_gen_toks=1)) for each in requests["local_generate"]]
@@ -110,6 +113,7 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
     assert isinstance(text, str)
 
 
+@pytest.mark.slow
 def test_below_16_bits_every_kind_of_request_reads_quantized_tokens_and_says_how_many(requests):
     for task in NAMES:
         seen = [answer.attended for answer in Answerer(tiny(), TWO, 8).answers(requests[task])]
@@ -124,6 +128,7 @@ def test_text_without_a_context_reads_nothing_quantized_and_the_share_shows_it()
     assert lm.quantized_share == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_cut_on_the_left_as_lm_eval_cuts_it(folder, limit=48):
     expected = asked(folder, plain(max_length=limit, batch_size=1))
     found = asked(folder, KvmixLM(tiny(), max_length=limit))
@@ -137,6 +142,7 @@ def test_what_does_not_fit_is_cut_on_the_left_as_lm_eval_cuts_it(folder, limit=4
         assert found["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(tmp_path):
     text = write_tasks(tmp_path, ROLL)
     lm = KvmixLM(tiny(), subject=TWO, max_length=64)
@@ -150,6 +156,7 @@ def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(t
     assert whole == pytest.approx(sum(value for value, _ in answers(found, TWO, step=32)), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_an_end_of_text_inside_a_prompt_does_not_end_the_answer(folder):
     loaded = chatty("{% for m in messages %}<user>{{ m.content }}</s>\n{% endfor %}<model>")
     options = {"apply_chat_template": True, "fewshot_as_multiturn": True}
@@ -159,6 +166,7 @@ def test_an_end_of_text_inside_a_prompt_does_not_end_the_answer(folder):
     assert any(text for ((text,),) in found["local_generate"].values())
 
 
+@pytest.mark.slow
 def test_prompts_with_examples_are_lm_evals_own(folder, tmp_path):
     some = write_tasks(tmp_path, GENERATE, CHOOSE, training_split="train", fewshot_split="train")
     names = ("local_generate", "local_choose")
@@ -176,6 +184,7 @@ def test_sampled_answers_differ_from_each_other_and_come_again():
     assert KvmixLM(tiny(), subject=TWO, seed=6).generate_until(instances) != one
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(requests, monkeypatch):
     """Requests of different kinds and settings never share a batch."""
     sizes, whole = [], Answerer._answer
@@ -194,6 +203,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(requests, monke
     close(found, answers(some, FULL, rows=1), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
@@ -264,6 +274,7 @@ def test_settings_without_effect_here_are_passed_over():
     assert json.loads(request.generation) == {"do_sample": False, "max_gen_toks": 4, "until": ["</s>"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", GENERATION_FILES[::4], ids=",".join)  # all of them in decoding/test_batch.py
 def test_a_checkpoints_generation_settings_change_no_answer(requests, monkeypatch, file):
     some = requests["local_generate"][:2]
@@ -318,6 +329,7 @@ def test_a_model_that_has_fallen_apart_is_an_error_and_not_a_nan():
         list(Answerer(loaded, FULL, 8).answers(some))
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_the_model_by_its_name_and_its_plan_in_a_file(folder, tmp_path):
     assert get_model("kvmix") is KvmixLM
     path = tmp_path / "two.yaml"
@@ -340,6 +352,7 @@ def test_the_device_that_lm_evals_command_asks_for_by_itself_is_taken_if_it_is_t
         KvmixLM("builtin:tiny", device="cuda:1")
 
 
+@pytest.mark.slow
 def test_lm_eval_is_told_if_nothing_quantized_was_read(folder, caplog):
     results = asked(folder, "kvmix", ["local_choose"], model_args="pretrained=builtin:tiny,plan=0-7:k2v2,device=cpu")
     assert results["config"]["quantized_share"] == 0
@@ -359,6 +372,7 @@ def test_models_and_plans_that_are_not_there_are_errors(given, error, said):
         KvmixLM(**{"pretrained": "builtin:tiny", "device": "cpu", **given})
 
 
+@pytest.mark.slow
 def test_what_an_interruption_leaves_in_lm_evals_own_cache_is_no_answer(folder, tmp_path, monkeypatch):
     """HFLM notes down replies as it goes, and ours are not known yet when it takes texts apart."""
 

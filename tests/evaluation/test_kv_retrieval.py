@@ -87,6 +87,7 @@ def test_depths_and_contexts_are_those_asked_for():
     assert "6 values in 6 exercises of 256 and 300 tokens of names and numbers" in task.describe(samples, SETTINGS)
 
 
+@pytest.mark.slow
 def test_the_model_retrieves_through_its_own_cache_and_not_through_one_bit():
     subjects = [Subject("full", uniform(16)), Subject("one", uniform(1))]
     report = run_task(get_task("kv_retrieval"), tiny(), subjects, SETTINGS)

@@ -170,6 +170,7 @@ def test_longbench_e_is_averaged_in_each_bin_of_lengths():
 # From files to rows
 
 
+@pytest.mark.slow
 def test_all_data_sets_run_from_end_to_end(tmp_path, brief):
     write(tmp_path, *DATASETS, count=1)
     report = run_task(longbench("longbench", tmp_path), tiny(), [TWO], SETTINGS)
@@ -220,6 +221,7 @@ def test_prompts_are_told_apart_by_all_that_scores_depend_on(tmp_path):
 # The cache
 
 
+@pytest.mark.slow
 def test_the_batch_changes_no_score(tmp_path, brief):
     text = lines(record("qasper", 0, input=f"What is {word}?") for word in ("one", "two", "six", "it", "ten"))
     (tmp_path / "qasper.jsonl").write_text(text)
@@ -381,6 +383,7 @@ def equal_prompts(folder, count):
     return folder
 
 
+@pytest.mark.slow
 def test_an_automatic_batch_shrinks_until_it_fits(tmp_path, brief, monkeypatch):
     tried = exhausted(monkeypatch, lambda call, size: size <= 2)
     task = longbench("longbench:qasper", equal_prompts(tmp_path, 5), batch_size="auto")
@@ -389,6 +392,7 @@ def test_an_automatic_batch_shrinks_until_it_fits(tmp_path, brief, monkeypatch):
     assert len(report.rows[0].records) == 5
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path, brief, monkeypatch):
     data = equal_prompts(tmp_path, 5)
     tried = exhausted(monkeypatch, lambda call, size: call != 2)
@@ -409,15 +413,19 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
 
-def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief):
+def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief, monkeypatch):
     runs = RunFolders(tmp_path / "out", "tiny", resume=True)
+    answered = exhausted(monkeypatch, lambda call, size: True)
     write(tmp_path, "qasper", count=1)
     task = longbench("longbench:qasper", tmp_path)
-    run_task(task, tiny(), [], SETTINGS, runs)
-    run_task(task, tiny(), [], SETTINGS, runs)
+    first = run_task(task, tiny(), [], SETTINGS, runs)
+    assert run_task(task, tiny(), [], SETTINGS, runs) == first
+    assert answered == [1], "the second time it is only read"
     write(tmp_path, "qasper", count=2)
     with pytest.warns(UserWarning, match=r"was measured with another samples\.count"):
-        run_task(task, tiny(), [], SETTINGS, runs)
+        changed = run_task(task, tiny(), [], SETTINGS, runs)
+    assert sum(answered) == 1 + 2
+    assert len(changed.rows[0].records) == 2
 
 
 # The command
@@ -441,6 +449,7 @@ def test_the_command_measures_data_sets_and_their_average(command, brief):
     assert result["gates"][0]["passed"]
 
 
+@pytest.mark.slow
 def test_many_data_sets_are_the_lines_of_a_table(command, brief):
     result = kvmix(*command, "--task", "longbench:kvmix8", "--uniform", 2, "--limit", 1)
     table = [line.split() for line in result.stdout.splitlines() if line.startswith(("plan ", "longbench "))]
@@ -450,6 +459,7 @@ def test_many_data_sets_are_the_lines_of_a_table(command, brief):
     assert "8 prompts (triviaqa 1, qasper 1, " in result.stdout
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_wrong_with_the_data(command, brief):
     Path("data/qasper.jsonl").write_text("{\n" + lines([record("qasper")]))
     options = ("--task", "longbench:qasper", "--uniform", 16)

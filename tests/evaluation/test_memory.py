@@ -97,6 +97,7 @@ def test_memory_that_is_taken_and_given_back_is_seen(mib):
     assert abs(seen.bytes - size) < size / 16, "the system counts pages in batches"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "is_memory"),
     [
@@ -127,6 +128,7 @@ def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
             peak.attempt(work, cpu)
 
 
+@pytest.mark.slow
 def test_a_real_allocation_that_is_too_large_is_out_of_memory():
     assert peak.attempt(lambda: torch.empty(2**60, dtype=torch.uint8), {torch.device("cpu")}) is None
 

@@ -120,6 +120,7 @@ def test_text_that_does_not_fill_it_and_a_length_beyond_the_model_are_errors(tmp
         get_task("passkey", {"contexts": (5000,)}).samples(tiny(), SETTINGS)
 
 
+@pytest.mark.slow
 def test_the_model_finds_it_through_its_own_cache_and_not_through_one_bit():
     subjects = [Subject("full", uniform(16)), Subject("one", uniform(1))]
     report = run_task(get_task("passkey", {"depths": 3}), tiny(), subjects, SETTINGS)

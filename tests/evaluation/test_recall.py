@@ -137,6 +137,7 @@ def test_a_value_counts_if_every_one_of_its_tokens_does(step):
     assert task.measure(stand_in(model=beside), Anything(), made, settings)["recalled"] == VALUES
 
 
+@pytest.mark.slow
 def test_the_model_recalls_through_its_own_cache_and_not_through_one_bit():
     subjects = [Subject("full", uniform(16)), Subject("eight", uniform(8)), Subject("one", uniform(1))]
     report = run_task(get_task("recall"), tiny(), subjects, SETTINGS)
@@ -150,6 +151,7 @@ def test_the_model_recalls_through_its_own_cache_and_not_through_one_bit():
     assert "12 values in 2 exercises" in report.description
 
 
+@pytest.mark.slow
 def test_recall_does_not_depend_on_the_step_without_quantization():
     task = get_task("recall")
     sample = task.samples(tiny(), SETTINGS)[0]

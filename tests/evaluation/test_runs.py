@@ -2,12 +2,14 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -216,8 +218,10 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path, changed, named)
 def test_another_plan_of_a_name_is_measured_from_the_beginning(tmp_path):
     run(tmp_path)
     changed, named = OTHER[3]
+    task = Counting()
     with pytest.warns(UserWarning, match=f"nothing to resume .* was measured with another {named}; measured from"):
-        run(tmp_path, resume=True, **changed)
+        run(tmp_path, task, resume=True, **changed)
+    assert task.measured == [("two", str(sample)) for sample in range(4)]
 
 
 def test_a_command_that_was_interrupted_is_resumed_beside_an_older_one_with_other_settings(tmp_path):
@@ -353,7 +357,11 @@ def test_times_are_not_gone_on_with_on_another_machine(tmp_path, monkeypatch):
 def test_a_command_with_control_characters_makes_a_config_that_can_be_read(tmp_path):
     for resume in (False, True):
         folders = RunFolders(tmp_path, "tiny", resume, "kvmix eval --plan '\x07\x1b[31m'")
-        folders.open("task", "plan", {"a": 1}, ()).close()
+        with folders.open("task", "plan", {"a": 1}, ()) as opened:
+            text = (opened.folder / "config.yaml").read_text()
+        assert yaml.safe_load(text)["a"] == 1
+        assert text.startswith("# kvmix eval --plan ")
+        assert not {"\x07", "\x1b"} & set(text)
 
 
 def test_a_folder_that_another_process_measures_into_is_refused_and_left_alone(tmp_path):
@@ -369,6 +377,7 @@ def test_a_folder_that_another_process_measures_into_is_refused_and_left_alone(t
     folders.open("counting", "eight", {"a": 1}, ()).close()
 
 
+@pytest.mark.slow
 def test_of_two_processes_on_one_output_folder_one_measures_and_the_other_says_why_not(tmp_path):
     run(tmp_path)
     folder = place(tmp_path, "two")
@@ -471,79 +480,75 @@ def test_no_name_of_a_folder_is_too_long(tmp_path, long):
 @pytest.mark.slow
 @pytest.mark.parametrize("timed", [False, True])
 def test_a_kill_before_any_access_to_a_file_loses_at_most_the_sample_in_hand(tmp_path, monkeypatch, timed):
-    """A process is killed with SIGKILL before its first, second, third, ... access, until one gets to its end.
+    """Resume from what is on the disk before the first, second, third, ... access, and after the last.
 
     Rows take turns where times are taken.
     """
     monkeypatch.setattr(Counting, "timed", timed)
     whole = run(tmp_path / "whole", settings=FEW)
-    for accesses in range(1, 1000):
-        folder = tmp_path / str(accesses)
-        killed, first = measured_until(folder, accesses)
+    moments = list(kills_of(tmp_path / "out"))
+    for left, first in moments:
         second = Counting()
-        assert run(folder, second, resume=True, settings=FEW) == whole
+        assert run(left, second, resume=True, settings=FEW) == whole
         again = set(first) & set(second.measured)
         assert len(again) <= 1, "more than the sample in hand was measured twice"
         assert len(first) + len(second.measured) == 6 + len(again)
-        if not killed:
-            break
-    assert accesses > 30
+    assert len(moments) > 30
     assert second.measured == []
 
 
 @pytest.mark.slow
 def test_a_kill_while_a_finished_run_is_measured_anew_loses_nothing_finished(tmp_path):
     """At every moment each folder has a finished row, or all samples of one; resuming then gives the same row."""
-    whole = run(tmp_path / "whole", settings=FEW)
-    for accesses in range(1, 1000):
-        folder = tmp_path / str(accesses)
-        run(folder, settings=FEW)
-        killed, _ = measured_until(folder, accesses)
+    whole = run(tmp_path / "out", settings=FEW)
+    moments = list(kills_of(tmp_path / "out"))
+    for left, _ in moments:
         for name in ("unquantized", "two", "eight"):
-            left = place(folder, name)
-            assert finished(left) or (left / "samples.jsonl").read_text().count("\n") == 2
-        assert run(folder, resume=True, settings=FEW) == whole
-        if not killed:
-            break
-    assert accesses > 30
+            folder = place(left, name)
+            assert finished(folder) or (folder / "samples.jsonl").read_text().count("\n") == 2
+        assert run(left, resume=True, settings=FEW) == whole
+    assert len(moments) > 30
 
 
-def measured_until(folder, accesses):
-    """Whether a process that is killed after so many accesses to files in a folder was, and what it had measured."""
-    reading, writing = os.pipe()
+def kills_of(folder):
+    """Yield what SIGKILL would leave of a run at every access to a file, and what had been measured by then.
+
+    A process that is killed leaves what it has handed to the operating system, and none of its buffers: a copy of the
+    folder at that moment. One process is enough to take all of them; it is another because an audit hook stays.
+    """
+    copies = folder.with_name(f"{folder.name}-killed")
+    copies.mkdir()
     child = os.fork()
     if not child:
-        _run_to_the_kill(folder, accesses, writing)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        measured = [tuple(line.split()) for line in pipe]
-    status = os.waitpid(child, 0)[1]
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
-    return status != 0, measured
+        _run_and_copy(folder, copies)
+    assert os.waitpid(child, 0)[1] == 0
+    for note in sorted(copies.glob("*.txt")):
+        yield note.with_suffix(""), [tuple(line.split()) for line in note.read_text().splitlines()]
 
 
-def _run_to_the_kill(folder, accesses, writing):
-    """What the process does; it never returns."""
-    left = accesses
+def _run_and_copy(folder, copies):
+    """Run the task with a copy of the folder before each access; never return."""
+    measured, numbers = [], count()
+    is_copying = False
 
-    def count(event, arguments):
-        nonlocal left
-        if event in ("open", "os.mkdir", "os.remove", "os.rename") and str(arguments[0]).startswith(str(folder)):
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def copy():
+        nonlocal is_copying
+        is_copying = True
+        place = copies / f"{next(numbers):04}"
+        shutil.copytree(folder, place, symlinks=True) if folder.exists() else place.mkdir()
+        place.with_suffix(".txt").write_text("".join(f"{plan} {sample}\n" for plan, sample in measured))
+        is_copying = False
 
-    sys.addaudithook(count)
-    task = Counting()
-    measure = task.measure
+    def audit(event, arguments):
+        changes = event in ("open", "os.mkdir", "os.remove", "os.rename")
+        if changes and not is_copying and str(arguments[0]).startswith(f"{folder}{os.sep}"):
+            copy()
 
-    def tell(loaded, subject, sample, settings):
-        os.write(writing, f"{subject.name} {sample.name}\n".encode())
-        return measure(loaded, subject, sample, settings)
-
-    task.measure = tell
+    task = Counting(before=lambda subject, sample: measured.append((subject.name, sample.name)))
     try:
+        sys.addaudithook(audit)
         run(folder, task, settings=FEW)
+        copy()
         os._exit(0)
     finally:
         os._exit(1)

@@ -305,7 +305,7 @@ def test_the_table_has_every_point_of_every_row(fake):
 
 @pytest.mark.slow
 def test_a_small_sweep_runs_on_the_built_in_model():
-    sweep = throughput(contexts=(32,), memory=8 * 2**20)
+    sweep = throughput(contexts=(32,), memory=2 * 2**20)
     subjects = [TWO, Subject("fp8", baseline=named_cache("fp8", tiny().config, tiny().model.dtype, tiny().device))]
     report = run_task(sweep, tiny(), subjects, SETTINGS)
     for row in report.rows:

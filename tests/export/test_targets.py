@@ -108,6 +108,7 @@ def test_a_preset_of_kvtuner_comes_back_as_the_same_widths(tmp_path_factory, wid
     assert Plan.from_kvtuner(path, plan.model, plan.cache).layers == plan.layers
 
 
+@pytest.mark.slow
 @patient
 @given(plans())
 def test_every_plan_is_expressed_or_refused(plan):

@@ -31,6 +31,7 @@ layouts = st.builds(
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no native library")
 
 
+@pytest.mark.slow
 @given(
     layout=layouts,
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),

@@ -66,6 +66,7 @@ def assert_dense(key, value, *, queries, ratio, masking, softcap, logits):
         assert torch.allclose(log.double(), expected_log, rtol=bound, atol=bound), name
 
 
+@pytest.mark.slow
 @given(
     runs=runs,
     v_bits=any_bits,
@@ -100,6 +101,7 @@ tiers = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     tiers=tiers,
     sizes=st.lists(st.integers(0, 3), min_size=4, max_size=4),

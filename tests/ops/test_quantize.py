@@ -65,6 +65,7 @@ def test_fields_lie_where_the_layout_draws_them(kind, bits):
         row_of_word, shift = row_of_word + words_of_plane, shift + width
 
 
+@pytest.mark.slow
 @given(layout=layouts, seed=st.integers(0, 2**16), spread=st.sampled_from([1e-42, 1e-6, 1.0, 100.0, 1e4]))
 @settings(max_examples=120, deadline=None)
 def test_error_is_at_most_half_a_scale(layout, seed, spread):

@@ -39,6 +39,7 @@ def loaded(request):
     return wrap(build(request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [Loss(), Kl()])
 def test_equals_decoding_token_by_token(loaded, probe):
     ids = torch.randint(3, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))

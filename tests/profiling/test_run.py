@@ -164,6 +164,7 @@ def larger():
     return wrap(build("llama", torch.float32))
 
 
+@pytest.mark.slow
 def test_several_scores_in_one_profile(tmp_path):
     profile = run_profile(larger(), ["fisher", "grad-norm", "error", "kl"], **LONG, options=NARROW)
     assert list(profile.scores) == ["fisher", "grad-norm", "error", "kl"]
@@ -284,6 +285,7 @@ def test_resuming_equals_an_uninterrupted_run(loaded, tmp_path, after):
     assert steps == list(range(after, 6)), "a finished sample was measured again"
 
 
+@pytest.mark.slow
 def test_several_scores_resume_together(tmp_path):
     scores, journal = ["taylor", "fisher", "loss"], tmp_path / "profile.partial.jsonl"
     expected = run_profile(larger(), scores, **LONG, options=NARROW)

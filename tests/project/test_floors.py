@@ -139,6 +139,7 @@ def test_one_owner_for_each_outside_thing(module):
     assert "stdout.write" not in text or room == "console", f"{module}: only console.py prints"
 
 
+@pytest.mark.slow
 def test_no_torch_on_the_light_floors():
     """One process imports every module of the light rooms; none of them may load torch or transformers."""
     names = [module for module in FILES if room_of(module) in NO_TORCH]
@@ -153,6 +154,7 @@ def test_no_torch_on_the_light_floors():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_shadows_the_kernels_of_hugging_face():
     """A package called `kernels` would be what transformers probes for, and its models would not import."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -21,7 +21,7 @@ from kvmix_cli.texts import load_texts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "profiles" / "builtin--tiny"
-CASES = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+CASES = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 SCALARS = st.one_of(
     st.none(),
@@ -111,6 +111,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("whole", "load"), FILES)
 def test_plan_profile_and_preset_files(whole, load, folder):
     @CASES
@@ -136,6 +137,7 @@ def parse_lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_records_of_text(name, folder):
     @CASES
@@ -146,6 +148,7 @@ def test_records_of_text(name, folder):
     run()
 
 
+@pytest.mark.slow
 def test_journals(folder):
     settings_now = {"format": "example/1", "seed": 0}
     form = TypeAdapter(dict[str, float])
@@ -162,6 +165,7 @@ def test_journals(folder):
     run()
 
 
+@pytest.mark.slow
 def test_options(folder, monkeypatch):
     """Commands that load no model, with any values for their options: exit code 0, 1 or 2, and never a traceback."""
     monkeypatch.chdir(folder)
@@ -191,6 +195,7 @@ def test_options(folder, monkeypatch):
     run()
 
 
+@pytest.mark.slow
 def test_run_folders(folder):
     """Everything that `kvmix report` reads of a run, damaged file by file."""
     config = yaml.safe_dump(
@@ -231,7 +236,7 @@ def test_run_folders(folder):
         "samples.jsonl": damaged(samples + "\n", parse_lines, json_lines),
     }
 
-    @settings(CASES, max_examples=200)
+    @CASES
     @given(st.sampled_from(sorted(forms)).flatmap(lambda name: st.tuples(st.just(name), forms[name])))
     def run(case):
         for name, text in whole.items():

@@ -132,6 +132,7 @@ def test_a_name_without_room_is_told():
     assert 50 < len(left_out) < 60
 
 
+@pytest.mark.slow
 def test_of_many_plans_the_best_are_named_beside_their_points_and_rows_name_all():
     many = dots([20.0 - index for index in range(20)], costs=[4.0] * 20)
     axes = page_axes(270)

@@ -37,6 +37,7 @@ def panels(figure):
     return [axes for axes in figure.axes if axes.get_title("left")]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monkeypatch):
     def full(*_):
         raise OutputError("cannot write heatmap.png: No space left on device")
@@ -56,6 +57,7 @@ def test_eval_says_where_the_picture_is():
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_other_settings_have_another_picture():
     for length in (200, 240, 200):
         assert kvmix("eval", *OPTIONS, "--task", "passkey", "--length", length).exit_code == 0
@@ -87,6 +89,7 @@ def test_a_row_that_could_not_be_measured_has_none():
     assert heat_maps(report(0, error="out of memory")) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4, 5, 9])
 def test_any_number_of_rows_has_room(count):
     figure = heat_maps(report(count))

@@ -1,8 +1,10 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,29 +73,62 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def results():
-    """Four tasks of one model."""
+@pytest.fixture(scope="module")
+def four_tasks(tmp_path_factory):
+    """The run folders of four tasks of one model; tests must not write to them."""
+    folder = tmp_path_factory.mktemp("measured") / "results"
     for task in (perplexity(), recall(), memory(), throughput()):
-        measured(Path("results"), task)
+        measured(folder, task)
+    return folder
 
 
-def test_without_arguments_it_reads_results_and_writes_the_page_there(results):
-    result = kvmix("report")
+@pytest.fixture
+def results(four_tasks):
+    """The same, to be written to."""
+    shutil.copytree(four_tasks, "results")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a report without arguments but its files printed and wrote."""
+
+    stdout: str
+    stderr: str
+    html: str
+    page: Page
+    markdown: str
+    csv: str
+
+
+@pytest.fixture(scope="module")
+def reported(four_tasks, tmp_path_factory):
+    """The report of four tasks of one model."""
+    folder = tmp_path_factory.mktemp("reported")
+    shutil.copytree(four_tasks, folder / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = kvmix("report", "--markdown", "report.md", "--csv", "out/numbers.csv")
     assert result.exit_code == 0, result.stderr
-    assert "wrote results/report.html" in result.stderr
+    html, markdown, csv = (folder / name for name in ("results/report.html", "report.md", "out/numbers.csv"))
+    html_text = html.read_text(encoding="utf-8")
+    return Reported(result.stdout, result.stderr, html_text, Page(html_text), markdown.read_text(), csv.read_text())
+
+
+@pytest.mark.slow
+def test_without_arguments_it_reads_results_and_writes_the_page_there(reported):
+    assert "wrote results/report.html" in reported.stderr
     for word in ("perplexity", "recall", "measured bytes", "10.3 [8.2, 12.4]", "3 MiB", "80.0%", "2 samples of 1024"):
-        assert word in result.stdout
-    assert page().text.count("builtin:tiny") > 1
+        assert word in reported.stdout
+    assert reported.page.text.count("builtin:tiny") > 1
 
 
-def test_the_table_has_the_unquantized_cache_first_and_then_plans_by_stored_bits(results):
-    kvmix("report")
-    overview = page().tables[0]
+def test_the_table_has_the_unquantized_cache_first_and_then_plans_by_stored_bits(reported):
+    overview = reported.page.tables[0]
     assert [row[0] for row in overview] == ["unquantized", "two", "four"]
     assert overview[1][1:6] == ["2.00", "4.00", "80.0%", "10.3 [8.2, 12.4]", "+3.00 [+2.00, +4.00]"]
 
 
+@pytest.mark.slow
 def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_not():
     idle = Subject("idle", uniform(1, info=INFO))
     task = perplexity()
@@ -123,6 +158,7 @@ def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_
     assert "NOTHING QUANTIZED WAS READ" in page().text
 
 
+@pytest.mark.slow
 def test_json_has_everything_that_was_measured(results):
     data = kvmix_json("report", "results")
     assert (data["command"], data["html"]) == ("report", "results/report.html")
@@ -134,10 +170,8 @@ def test_json_has_everything_that_was_measured(results):
     assert (data["unfinished"], data["faults"], data["notes"]) == ([], [], [])
 
 
-def test_csv_has_a_line_for_every_number(results):
-    kvmix("report", "--csv", "out/numbers.csv")
-    with Path("out/numbers.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_csv_has_a_line_for_every_number(reported):
+    rows = list(csv.DictReader(reported.csv.splitlines()))
     assert len(rows) == 3 + 2 + 3 + 3 + 3 * 2
     (row,) = (row for row in rows if row["plan"] == "two" and row["metric"] == "perplexity_increase_percent")
     assert [float(row[name]) for name in ("value", "low", "high", "stored_bits", "quantized_share")] == [
@@ -150,18 +184,16 @@ def test_csv_has_a_line_for_every_number(results):
     assert (row["model"], row["task"], row["unit"]) == ("builtin:tiny", "perplexity", "%")
 
 
-def test_markdown_has_one_table_a_group(results):
-    kvmix("report", "--markdown", "report.md")
-    lines = Path("report.md").read_text().splitlines()
+def test_markdown_has_one_table_a_group(reported):
+    lines = reported.markdown.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 3
     assert len({line.count("|") for line in table}) == 1
-    assert lines[0] == "<!-- kvmix report --markdown report.md -->"
+    assert lines[0] == "<!-- kvmix report --markdown report.md --csv out/numbers.csv -->"
 
 
-def test_every_plot_is_there_if_there_is_something_in_it(results):
-    kvmix("report")
-    found = page()
+def test_every_plot_is_there_if_there_is_something_in_it(reported):
+    found = reported.page
     labels = [
         attributes["aria-label"] for tag, attributes in found.elements if tag == "svg" and attributes["aria-label"]
     ]
@@ -185,7 +217,7 @@ def test_every_plot_is_there_if_there_is_something_in_it(results):
         "two\nperplexity increase in % +3.00 [+2.00, +4.00]\nstored bits 4",
         "the best for every size",
     ):
-        assert text in found.text or text in Path("results/report.html").read_text()
+        assert text in found.text or text in reported.html
 
 
 def test_ticks_of_an_increase_have_a_sign_and_are_written_out():
@@ -222,10 +254,8 @@ def test_one_context_is_drawn_as_bars_and_a_search_for_the_largest_batch_has_a_p
     assert "tokens a second: decoding, batch 1" in labels
 
 
-def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(results):
-    kvmix("report")
-    text = Path("results/report.html").read_text()
-    found = Page(text)
+def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(reported):
+    text, found = reported.html, reported.page
     for word in ("http:", "https:", "//cdn", "@import", "src="):
         assert word not in text
     references = [attributes["href"] for _, attributes in found.elements if "href" in attributes]
@@ -272,6 +302,7 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
         assert HOSTILE in {row["plan"] for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_plans_that_were_measured_under_a_checksum_have_their_names():
     plan = uniform(2, info=INFO)
     name = plan.sha256[:12]
@@ -307,9 +338,9 @@ def test_control_characters_from_files_reach_no_output():
         ElementTree.fromstring(drawn)
 
 
-def test_the_first_line_is_the_answer_everywhere(results):
-    result = kvmix("report", "--markdown", "report.md")
-    (first, second, third) = (result.stdout, Path("report.md").read_text(), page().text)
+@pytest.mark.slow
+def test_the_first_line_is_the_answer_everywhere(reported, results):
+    (first, second, third) = (reported.stdout, reported.markdown, reported.page.text)
     said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
     assert first.startswith(said)
     assert second.splitlines()[2].startswith("- four at 6 stored bits: +0.50 % perplexity")
@@ -317,6 +348,7 @@ def test_the_first_line_is_the_answer_everywhere(results):
     assert kvmix_json("report")["answers"][0] == first.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_every_one_of_many_plans_is_named_in_a_figure():
     plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
     measured(Path("results"), perplexity(), plans)
@@ -339,6 +371,7 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
     assert f"{folder.name}?" in page("report.html").text
 
 
+@pytest.mark.slow
 def test_other_settings_and_other_models_stand_apart():
     measured(Path("one"), perplexity())
     measured(Path("two"), perplexity(), settings=Settings(length=2048))
@@ -353,6 +386,7 @@ def test_other_settings_and_other_models_stand_apart():
     assert "3 parts, across which nothing is compared" in page("one/report.html").text
 
 
+@pytest.mark.slow
 def test_what_is_unfinished_damaged_or_failed_is_said():
     def record(subject, index):
         if subject is FOUR:
@@ -412,6 +446,7 @@ def test_runs_that_are_all_unfinished_are_listed():
     assert "no metric 'perplexity'; no run is complete" in refused(kvmix("report", "--metric", "perplexity"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
 def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
     path = run_folder("results", "two") / "metrics.json"
@@ -422,6 +457,7 @@ def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(result
     assert [row[0] for row in page().tables[0]] == ["unquantized", "two", "four"]
 
 
+@pytest.mark.slow
 def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
     path = run_folder("results", "two", "throughput") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -430,6 +466,7 @@ def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
     assert f"{path.parent.name}: its samples are not what throughput writes" in page().text
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
     path = run_folder("results", "two", "recall") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -461,6 +498,7 @@ def test_bad_input_is_one_line_and_writes_nothing(results, arguments, said):
     assert list(Path("empty").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_metric_that_is_asked_for_is_the_one_that_is_compared(results):
     assert kvmix("report", "--metric", "perplexity").exit_code == 0
     text = Path("results/report.html").read_text()
@@ -468,6 +506,7 @@ def test_the_metric_that_is_asked_for_is_the_one_that_is_compared(results):
     assert ">perplexity, lower is better<" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypatch, results, width):
     names = [f"score_{index}" for index in range(12)]
@@ -482,6 +521,7 @@ def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypat
     assert any(line.startswith("score 11  ") and line.count("[1.25, 1.75]") == 3 for line in numbers)
 
 
+@pytest.mark.slow
 def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
     plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
     names = [f"score_{index}" for index in range(12)]
@@ -494,6 +534,7 @@ def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
     assert not any(line.startswith("score") for line in lines)
 
 
+@pytest.mark.slow
 def test_reporting_needs_no_torch(results):
     script = "import sys; from kvmix_cli.main import app; app(['report', '-q'], standalone_mode=False); "
     script += "sys.exit('torch' in sys.modules)"

@@ -31,6 +31,7 @@ def test_the_score_that_decided_and_the_one_that_predicts(profile, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_frontier_is_not_above_the_plan(profile):
     found = explain_plan(allocate(profile, Budget(stored_bits=3), method="ilp"), profile, PATH)
     frontier = found.frontier()

@@ -63,6 +63,7 @@ def ranks(values):
     return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
 
 
+@pytest.mark.slow
 @patient
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 5)), min_size=3, max_size=8))
 def test_rank_correlation_is_the_correlation_of_ranks(pairs):
@@ -106,6 +107,7 @@ def test_a_candidate_without_a_plan_is_left_out_with_the_reason():
     assert all("no plan has 2.3 stored bits" in each.reason for each in left_out)
 
 
+@pytest.mark.slow
 def test_it_is_held_from_python_and_prints_nothing(capsys):
     profile = Profile(model=tiny().info, scores=curved(8, head_dim=64).scores)
     settings = Settings(length=450, prefix=400, limit=1)

@@ -123,6 +123,7 @@ def profile():
 OPTIONS = {"cache": CacheSettings(page=32, group_size=32, window=Recent(tokens=32))}
 
 
+@pytest.mark.slow
 def test_it_is_called_from_python_and_prints_nothing(profile, tmp_path, capsys):
     journal = tmp_path / "trials.jsonl"
     plan = search(profile, Budget(stored_bits=3.5), OPTIONS, tiny, journal=journal, trials=3, samples=1)

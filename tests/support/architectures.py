@@ -1,5 +1,6 @@
 """Small, randomly initialised models of many families, built from their configurations."""
 
+import pytest
 import torch
 import transformers
 from reference import dense_attention
@@ -93,6 +94,8 @@ GEOMETRIES = {
     "linear and full": ("Qwen3NextConfig", {**_GQA, **_LINEAR, **_MOE}),
 }
 """Models whose layers differ in their heads, or keep more than keys and values."""
+QUICK = ("llama", "gemma3")
+"""Families that `make test-quick` builds: without and with sliding windows."""
 NO_KVMIX_ATTENTION = {"falcon"}
 """Families that do not go through transformers' attention interface: handles carry them."""
 NO_SDPA = {"gemma2", "gpt_oss"}
@@ -121,6 +124,11 @@ def build(
     if name == "gpt_oss":
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
+
+
+def case(family: str, *others: object) -> object:
+    """The arguments of a test of one family, which is slow unless the family is a quick one."""
+    return pytest.param(family, *others, marks=() if family in QUICK else pytest.mark.slow)
 
 
 def implementations(name: str) -> list[str]:

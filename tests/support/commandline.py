@@ -6,6 +6,9 @@ from typer.testing import CliRunner, Result
 
 from kvmix_cli.main import app
 
+TINY = ("--model", "builtin:tiny", "--device", "cpu")
+"""The built-in model, as options."""
+
 
 def kvmix(*arguments: object, stdin: str = "") -> Result:
     """Run a command; `exit_code`, `stdout` and `stderr` of the result are those of a shell."""

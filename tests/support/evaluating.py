@@ -27,6 +27,11 @@ def uniform(bits, cache=SHORT, info=None):
     return Plan.uniform(info or tiny().info, bits, bits, cache)
 
 
+def save_plan(name, plan, folder="builtin--tiny"):
+    """Save a plan where commands look for those of a model."""
+    return plan.save(Path("profiles") / folder / "plans" / f"{name}.yaml")
+
+
 def stand_in(**changes):
     """As much of a loaded model as the runner itself looks at."""
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))

@@ -136,19 +136,8 @@ def _prompts(encoder: PromptEncoder, kind: str, owner: int, instance: Instance) 
             f"{name} asks for up to {settings['max_gen_toks']} new tokens, which leaves no room for a prompt in "
             f"{encoder.max_length}; use a larger --max-length"
         )
-    ids = encoder.encode_prompt(context)
-    kept = ids[-room:]
-    yield TokenRequest(
-        name=name,
-        ids=tuple(kept),
-        kind=kind,
-        owner=owner,
-        task=str(instance.task_name),
-        document=int(instance.doc_id or 0),
-        prefill=_floor(len(kept) - 1, PREFILL_UNIT),
-        generation=json.dumps(settings, sort_keys=True),
-        cut=len(ids) - len(kept),
-    )
+    ids, generation = encoder.encode_prompt(context), json.dumps(settings, sort_keys=True)
+    yield _request(name, kind, owner, instance, ids, room, PREFILL_UNIT, generation=generation)
 
 
 def _continuations(encoder: PromptEncoder, kind: str, owner: int, instance: Instance) -> Iterator[TokenRequest]:
@@ -159,19 +148,36 @@ def _continuations(encoder: PromptEncoder, kind: str, owner: int, instance: Inst
                 f"{name}: a continuation of {len(continuation)} tokens cannot be scored; "
                 f"it takes between 1 and {encoder.max_length}, see --max-length"
             )
-        ids = [*context, *continuation]
-        kept = ids[-(encoder.max_length + 1) :]
-        yield TokenRequest(
-            name=name,
-            ids=tuple(kept),
-            kind=kind,
-            owner=owner,
-            task=str(instance.task_name),
-            document=int(instance.doc_id or 0),
-            prefill=_floor(len(kept) - len(continuation) - 1, encoder.step),
-            scored=len(continuation),
-            cut=len(ids) - len(kept),
-        )
+        ids, most = [*context, *continuation], encoder.max_length + 1
+        yield _request(name, kind, owner, instance, ids, most, encoder.step, scored=len(continuation))
+
+
+def _request(
+    name: str,
+    kind: str,
+    owner: int,
+    instance: Instance,
+    ids: Sequence[int],
+    most: int,
+    unit: int,
+    *,
+    scored: int = 0,
+    generation: str = "",
+) -> TokenRequest:
+    """Return the pass over the last `most` tokens, prefilled in whole units; what is scored is never prefilled."""
+    kept = tuple(ids[-most:])
+    return TokenRequest(
+        name=name,
+        ids=kept,
+        kind=kind,
+        owner=owner,
+        task=str(instance.task_name),
+        document=int(instance.doc_id or 0),
+        prefill=(len(kept) - scored - 1) // unit * unit,
+        scored=scored,
+        generation=generation,
+        cut=len(ids) - len(kept),
+    )
 
 
 def _generation(encoder: PromptEncoder, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -193,10 +199,6 @@ def _generation(encoder: PromptEncoder, name: str, given: dict[str, Any]) -> dic
             f"generation_kwargs may have {', '.join(known)}"
         )
     return {**kept, "until": [stop for stop in until if stop]}
-
-
-def _floor(count: int, unit: int) -> int:
-    return count // unit * unit
 
 
 def _name(instance: Instance) -> str:
