@@ -43,7 +43,7 @@ def test_the_json_object_has_the_stable_keys():
 
 
 def test_layers_that_are_not_quantized_are_listed():
-    save("mixed", Plan.from_short("0-5:k2v2,6-7:k16v16", tiny().info))
+    save_plan("mixed", Plan.from_short("0-5:k2v2,6-7:k16v16", tiny().info))
     result = kvmix("run", "--plan", "mixed", "--prompt", PROMPT, "--max-new-tokens", 2)
     assert "quantized 6 of 8 layers; 2 at 16 bits, not quantized" in result.stderr
 
