@@ -6,8 +6,8 @@
     layers.N.rope.frequencies   [n]     radians a position of each pair of channels; absent without rotary positions
 
 and the same for `v`, all float32 but the frequencies. Keys and their gradients are turned to the start of their frame:
-R(-p0) k with p0 = sink + FRAME * ((t - sink) // FRAME) for the token at position t >= sink, so that their moments are
-those of positions 0 to FRAME - 1 at any context length.
+R(-p0) k with p0 = FRAME * ((t - sink) // FRAME) for the token at position t >= sink, so that their moments are those
+of positions sink to sink + FRAME - 1 at any context length.
 """
 
 from __future__ import annotations

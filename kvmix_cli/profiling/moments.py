@@ -45,7 +45,7 @@ class MomentSums:
             gradients, kept = layer.gradients[kind][0].cpu().double(), states[0, :, sink:].cpu().double()
             rope = self._ropes[index] if kind == "key" else None
             if rope is not None:
-                gradients, kept = _to_frame(gradients, rope, sink), _to_frame(kept, rope, sink)
+                gradients, kept = _to_frame(gradients, rope), _to_frame(kept, rope)
             self._add(f"{index}.{kind}.gradients", gradients.mT @ gradients)
             self._add(f"{index}.{kind}.squares", kept.mT @ kept)
             self._add(f"{index}.{kind}.states", kept.sum(1))
@@ -145,7 +145,7 @@ def _part(journal: Path, number: int) -> Path:
     return journal.with_name(f"{journal.stem}.{number}.safetensors")
 
 
-def _to_frame(states: Tensor, rope: Rope, sink: int) -> Tensor:
+def _to_frame(states: Tensor, rope: Rope) -> Tensor:
     """Return keys `[H, T, D]`, the first of them after the sinks, as they are relative to the start of their frame."""
-    starts = sink + torch.arange(states.shape[1]) // FRAME * FRAME
+    starts = torch.arange(states.shape[1]) // FRAME * FRAME
     return turned(states, rope, -starts)
