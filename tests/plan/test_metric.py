@@ -52,7 +52,7 @@ def test_the_spectrum_sums_to_the_loss_of_keeping_nothing_but_the_mean():
     np.testing.assert_allclose(spectrum(metric, covariance, floor=0.0).sum(-1), whole, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.6, 2), (0.89, 2), (0.99, 3), (1.0, 4)])
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.6, 2), (0.89, 3), (0.99, 4), (1.0, 4)])
 def test_directions_are_counted_over_all_heads(share, count):
     assert carrying([[5.0, 1.0], [3.0, 1.0]], share) == count
 

@@ -52,7 +52,7 @@ def turned_to_frame(states, rope):
     """Turn keys `[H, T, D]`, token by token and pair by pair as complex numbers, to the start of their frame."""
     states, n = states.clone(), len(rope.frequencies)
     for token in range(CACHE.sink, states.shape[1]):
-        start = CACHE.sink + FRAME * ((token - CACHE.sink) // FRAME)
+        start = FRAME * ((token - CACHE.sink) // FRAME)
         for pair in range(n):
             a, b = (pair, pair + n) if rope.layout == "half" else (2 * pair, 2 * pair + 1)
             turn = torch.polar(torch.tensor(1.0).double(), torch.tensor(-start * rope.frequencies[pair]))
