@@ -150,10 +150,10 @@ def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added
     for layer, score in zip(found["moments"]["spectrum"], found["layers"], strict=True):
         assert layer["rope"] == {"layout": "half", "start": 0, "channels": 64}
         for kind in "kv":
-            # in some layers of this model nothing so old is attended to
-            assert (score[kind] > 0) <= layer[kind]["carrying"] <= layer[kind]["directions"] == 128
+            # in some layers of this model nothing so old is attended to, or less than float32 holds
+            assert (score[kind] > 1e-30) <= layer[kind]["carrying"] <= layer[kind]["directions"] == 128
             # the metric's smallest eigenvalues are raised to 1e-4 of its largest, which adds to the loss
-            assert score[kind] * (1 - 1e-3) <= layer[kind]["loss"]
+            assert score[kind] * (1 - 1e-3) <= layer[kind]["loss"] + 1e-30
 
     (folder / "profile.safetensors").write_bytes(tensors[:5000])
     assert (
