@@ -1,6 +1,6 @@
 """Curves: the loss of storing a layer's keys or values at a choice, in a score's unit, ready to be summed.
 
-A choice is a width in groups of some size. A row has only `page` keys, or `head_dim` values, so larger groups are the
+A choice is a width in groups of some size. A row has only `page` keys, or `value_dim` values, so larger groups are the
 same as one group per row.
 
 **Noise.** A measured curve may have more loss at 4 bits than at 3, or less than none at 8. In groups of one size a
@@ -37,14 +37,13 @@ class Curves:
 
     def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings) -> None:
         self.measured = any(score.choices)
-        self._score, self._settings, self._head_dim = score, settings, model.head_dim
-        page = score.setup.get("page", settings.page)
-        self._columns = {"key": page, "value": model.head_dim}
+        self._score, self._settings, self._model = score, settings, model
+        self._page = score.setup.get("page", settings.page)
         self._points = cache(self._clean)
 
     def at(self, layer: int, kind: Kind, tensor: TensorPlan) -> float | None:
         """Return the loss of a choice: 0 in full precision, None if the score has no value for it."""
-        layout = page_layout(tensor, kind, self._settings, self._head_dim)
+        layout = page_layout(tensor, kind, self._settings, self._model.heads(layer).dim(kind))
         if layout is None:
             return 0.0
         if not self.measured:
@@ -56,7 +55,7 @@ class Curves:
         total = 0.0
         for layer, plan in layers.items():
             for tensor, kind in plan.tensors:
-                loss = self.at(layer, kind, tensor)
+                loss = self.at(layer, kind, tensor) if isinstance(tensor, TensorPlan) else None
                 if loss is None:
                     return None
                 total += loss
@@ -67,7 +66,8 @@ class Curves:
         return scores.k if kind == "key" else scores.v
 
     def _clean(self, layer: int, kind: Kind) -> dict[tuple[int, int], float]:
-        columns, groups = self._columns[kind], defaultdict[int, dict[int, float]](dict)
+        columns = self._page if kind == "key" else self._model.heads(layer).value_dim
+        groups = defaultdict[int, dict[int, float]](dict)
         for key, value in self._tensor(layer, kind).curve.items():
             bits, size = parse_choice(key)
             if bits != FULL_PRECISION_BITS:

@@ -70,8 +70,8 @@ def _opened(settings: TransformSettings) -> tuple[Path, BasisFile]:
     file = _loaded(path.absolute(), settings.sha256)
     if file.frame != settings.frame:
         raise PlanError(
-            f"basis {path}: made for frames of {file.frame or 'no'} positions, and the plan says {settings.frame or 'no'}; "
-            "use the file that was written with the plan, or allocate again, which writes both"
+            f"basis {path}: made for frames of {file.frame}, and the plan says {settings.frame}; use the file that was "
+            "written with the plan, or allocate again, which writes both"
         )
     return path, file
 
@@ -94,9 +94,7 @@ def _basis(
 
 @lru_cache(maxsize=TENSORS)
 @lasting
-def _directions(
-    file: BasisFile, index: int, kind: TensorName, device: torch.device, dtype: torch.dtype
-) -> _Directions:
+def _directions(file: BasisFile, index: int, kind: TensorName, device: torch.device, dtype: torch.dtype) -> _Directions:
     found = file.layers[index][kind]
     arrays = (found.encode, found.decode, found.mean, found.deviation)
     return _Directions(*(torch.from_numpy(array).to(device, dtype) for array in arrays))

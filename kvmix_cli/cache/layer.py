@@ -101,6 +101,11 @@ class MixedLayer(CacheLayerMixin):
         return sum(store.nbytes for store in self._stores or ())
 
     @property
+    def state_nbytes(self) -> int:
+        """Return the bytes kept beside keys and values; none here."""
+        return 0
+
+    @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
         return sum(store.allocated_bytes for store in self._stores or ())

@@ -20,6 +20,7 @@ from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
 from .sizes import cache_nbytes, stock_nbytes
+from .stateful import layer_beside
 
 
 @dataclass
@@ -86,7 +87,8 @@ class MixedCache(CountingCache):
         cache = MixedCache.from_plan(plan, model.config)
         model.generate(**inputs, past_key_values=cache)
 
-    Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind.
+    Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind. Where a layer
+    has more than keys and values to keep (sparse indexing, hybrid layers), the rest stays as it is.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -112,7 +114,8 @@ class MixedCache(CountingCache):
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
         for index, layer in plan.layers.items():
-            layers[index] = _kind(layer, plan.cache)(index, layer, plan.cache, reserve or 0)
+            kind = _kind(layer, plan.cache)
+            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
         return cls(layers)
 
     def update(
@@ -134,7 +137,10 @@ class MixedCache(CountingCache):
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held by all layers, room to grow included."""
-        return sum(getattr(layer, "allocated_bytes", 0) or stock_nbytes(layer) for layer in self.layers)
+        return sum(
+            layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
+            for layer in self.layers
+        )
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

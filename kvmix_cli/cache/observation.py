@@ -196,9 +196,7 @@ class TailAttention:
         self._observers.apply(change)
 
 
-def weight_rows(
-    call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool, sample: QuerySample
-) -> WeightRows:
+def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool, sample: QuerySample) -> WeightRows:
     """Return the weights that a call's queries give to its last tokens; of a long prompt, a sample's in one row.
 
     Args:

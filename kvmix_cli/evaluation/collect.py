@@ -46,7 +46,7 @@ class Line:
     label: str
     nominal_bits: float
     stored_bits: float | None
-    layers: Mapping[int, tuple[int, int]] | None
+    layers: Mapping[int, tuple[float, float]] | None
     widths: str | None
 
     @property

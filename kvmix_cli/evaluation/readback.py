@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..errors import DocumentError, EvaluationError, KvmixError
 from ..journal import canonical, read_records, refuse_constant
 from ..plan import CacheSettings, ModelInfo, Plan
+from ..plan.codec import CODED
 from ..plan.document import read_yaml, reason, validate
+from ..plan.layers import parse_mean_widths
 from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
 from .runs import CONFIG, FORMAT, METRICS, SAMPLES, plan_of
@@ -49,7 +51,7 @@ class Measured:
     config: Mapping[str, Any]
     model: ModelInfo
     key: LineKey
-    layers: Mapping[int, tuple[int, int]] | None
+    layers: Mapping[int, tuple[float, float]] | None
     row: Row
     metrics: tuple[Metric, ...]
     tokens: int
@@ -232,11 +234,13 @@ def _command(path: Path) -> str:
     return line.removeprefix("# ").strip() if line.startswith("# ") else ""
 
 
-def _layers(path: Path, config: _Config) -> dict[int, tuple[int, int]] | None:
+def _layers(path: Path, config: _Config) -> dict[int, tuple[float, float]] | None:
     if config.plan is None:
         return None
     try:
-        plan = Plan.from_short(config.plan.short, config.model, CacheSettings(group_size="row"))
-    except KvmixError as error:
+        if CODED not in config.plan.short:  # checked as a plan, with the widths that there are
+            Plan.from_short(config.plan.short, config.model, CacheSettings(group_size="row"))
+        widths = parse_mean_widths(config.plan.short)
+    except (KvmixError, ValueError) as error:
         raise DocumentError(str(path), [f"plan: {error}"]) from error
-    return {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+    return {index: pair for index, pair in widths.items() if index not in config.model.stock}

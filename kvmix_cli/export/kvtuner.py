@@ -15,15 +15,16 @@ def express(plan: Plan) -> str:
     strange = {index: what for index, layer in plan.layers.items() if (what := _inexpressible(layer))}
     rule = "its presets give every layer a width of at most 8 bits and nothing else"
     refuse("KVTuner", rule, strange | plan.model.stock, "at most 8 bits and one --group-size")
-    pairs = ((index, layer.k.bits, layer.v.bits) for index, layer in sorted(plan.layers.items()))
+    pairs = ((index, *(tensor.bits for tensor, _ in layer.affine)) for index, layer in sorted(plan.layers.items()))
     return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
 
 
 def _inexpressible(layer: LayerPlan) -> str:
     """Return the part of a layer's storage that a preset cannot express; empty if there is none."""
-    if 16 in (layer.k.bits, layer.v.bits):
+    (k, _), (v, _) = layer.affine
+    if 16 in (k.bits, v.bits):
         return layer.short
-    return "" if layer.k.group_size is layer.v.group_size is None else "a group size of its own"
+    return "" if k.group_size is v.group_size is None else "a group size of its own"
 
 
 TARGET = Target(

@@ -63,6 +63,11 @@ class TransformTensor(StrictModel):
         return next(bits for bits in BITS if bits >= self.mean_width)
 
     @property
+    def own(self) -> list[str]:
+        """Return what beside the width is not the cache's: nothing."""
+        return []
+
+    @property
     def short(self) -> str:
         """Return the mean width as text, `t2.25`."""
         return f"{CODED}{round(self.mean_width, 3):g}"

@@ -43,6 +43,11 @@ class HeadGeometry(StrictModel):
         """Return the elements of one token's keys, or values, in all KV heads."""
         return self.kv_heads * self.dim(kind)
 
+    @property
+    def token_elements(self) -> int:
+        """Return the elements of one token's keys and values."""
+        return self.elements("key") + self.elements("value")
+
     def __str__(self) -> str:
         values = "" if self.value_dim == self.key_dim else f" (values {self.value_dim})"
         return f"{self.kv_heads} x {self.key_dim}{values}"
@@ -145,6 +150,11 @@ class ModelInfo(StrictModel):
     def quantizable(self) -> list[int]:
         """Return the indices of the layers whose keys and values a plan decides about."""
         return [layer for layer in range(self.layers) if layer not in self.stock]
+
+    @property
+    def stock_counts(self) -> dict[str, int]:
+        """Return the number of layers that keep the stock cache of each kind, e.g. `{"sliding_attention": 4}`."""
+        return dict(Counter(self.stock.values()))
 
     def heads(self, layer: int) -> HeadGeometry:
         """Return the KV heads of a layer without a stock cache."""

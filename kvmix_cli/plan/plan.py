@@ -228,17 +228,25 @@ class Plan(StrictModel):
 
     def unquantized_bytes(self, context: int, batch: int = 1, element_bytes: int = 2) -> int:
         """Return the bytes that the planned layers would take unquantized; arguments as in `cache_bytes`."""
-        per_token = 2 * self.model.kv_heads * self.model.head_dim * element_bytes
-        return batch * context * per_token * len(self.layers)
+        elements = sum(self.model.heads(index).token_elements for index in self.layers)
+        return batch * context * elements * element_bytes
 
     def check_model(self, model: ModelInfo) -> None:
         """Raise PlanError unless the plan was made for a model of this shape, whatever its name."""
-        names = ("layers", "kv_heads", "head_dim", "stock")
+        names = ("layers", "kv_heads", "head_dim", "value_dim", "stock")
         wrong = [
             f"{name} {getattr(self.model, name)} against {getattr(model, name)}"
             for name in names
             if getattr(self.model, name) != getattr(model, name)
         ]
+        wrong = (
+            wrong
+            or [
+                f"layer {layer} has KV heads of {self.model.heads(layer)} against {model.heads(layer)}"
+                for layer in self.model.quantizable
+                if self.model.heads(layer) != model.heads(layer)
+            ][:1]
+        )
         if self.model.config_sha256 and model.config_sha256 and self.model.config_sha256 != model.config_sha256:
             wrong = wrong or ["same layers, but another configuration"]
         if wrong:
@@ -262,9 +270,11 @@ def _has_kvtuner_form(data: object) -> TypeGuard[dict[int | str, dict[str, Any]]
 
 def _channel_faults(channels: ChannelPolicy | None, model: ModelInfo) -> Iterator[Fault]:
     """Yield a fault if the heads of a model cannot be cut into a policy's channel groups."""
+    if channels is None:
+        return
     try:
-        if channels is not None:
-            channels.widths(model.head_dim)
+        for heads in model.geometries:
+            channels.widths(heads.key_dim)
     except ValueError as error:
         yield ("cache", "channels"), f"cache.channels: {error}"
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS, Kind
 from pydantic import (
     BeforeValidator,
     Field,
@@ -135,11 +135,10 @@ class Transforms(_Setting):
                 raise ValueError(f"both {sorted(twice)[0]} {what}")
         return Transforms(k=self.k + more.k, v=self.v + more.v)
 
-    @property
-    def kept(self) -> int:
-        """Return the number of transforms that keep a number per channel and sequence; the others share theirs."""
-        own = [isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in self.k + self.v]
-        return sum(own)
+    def kept(self, kind: Kind) -> int:
+        """Return the number of transforms of keys, or values, that keep a number per channel and sequence."""
+        transforms = self.k if kind == "key" else self.v
+        return sum(isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in transforms)
 
 
 def known_width(bits: int) -> int:

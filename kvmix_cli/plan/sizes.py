@@ -254,9 +254,12 @@ def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_by
 
 def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, context: int) -> int:
     """Return the bytes of tier maps and statistics of one sequence, of which `tokens` are sorted."""
-    of_channels = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
-    of_channels += 0 if cache.transforms is None else cache.transforms.kept
-    kept = of_channels * heads.elements("key") * STATISTIC_BYTES
+    of_keys = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
+    of_values = 0
+    if cache.transforms is not None:
+        of_keys += cache.transforms.kept("key")
+        of_values = cache.transforms.kept("value")
+    kept = (of_keys * heads.elements("key") + of_values * heads.elements("value")) * STATISTIC_BYTES
     if cache.tokens is None:
         return kept
     tier_map = tokens * heads.kv_heads * INDEX_BYTES
@@ -266,8 +269,7 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
     """Return the tokens of each page and KV head that a layer of transform codes keeps exact; 0 for other layers."""
-    is_coded = any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
-    return cache.transform.exact if is_coded and cache.transform is not None else 0
+    return cache.transform.exact if layer.is_coded and cache.transform is not None else 0
 
 
 def window_widths(layer: LayerPlan, cache: CacheSettings) -> tuple[int, int]:

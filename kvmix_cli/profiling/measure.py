@@ -130,9 +130,8 @@ def shared_pass(
             stack.enter_context(gradients.checkpointed(decoder_layers(model, info)))
         _run(loaded, ids, labels, results)
     shared = time.perf_counter() - start - sum(results.seconds.values())
-    heads = info.kv_heads if per_head else 0
     return {
-        probe.name: SampleResult(shared + results.seconds[probe.name], _layers(loaded, probe, results, heads))
+        probe.name: SampleResult(shared + results.seconds[probe.name], _layers(loaded, probe, results, per_head))
         for probe in probes
     }
 
@@ -161,12 +160,13 @@ def _run(loaded: LoadedModel, ids: Tensor, labels: Sequence[Labels], results: Pa
 
 
 def _layers(
-    loaded: LoadedModel, probe: WeightProbe | ChangeProbe, results: PassResults, heads: int
+    loaded: LoadedModel, probe: WeightProbe | ChangeProbe, results: PassResults, per_head: bool
 ) -> dict[int, LayerResult]:
     """Return a probe's results of all layers."""
-    untouched = TensorResult(0.0, heads=(0.0,) * heads)  # the loss does not depend on the weight
     layers = {}
     for index in loaded.info.quantizable:
+        heads = loaded.info.heads(index).kv_heads if per_head else 0
+        untouched = TensorResult(0.0, heads=(0.0,) * heads)  # the loss does not depend on the weight
         pair = [results.found.get((probe.name, index, kind)) for kind in KINDS]
         if None in pair and isinstance(probe, ChangeProbe):
             raise ModelError(
@@ -183,7 +183,7 @@ def read_back(loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid) -
     tokens = ids[0].tolist()
 
     def result(layer: int, kind: Kind) -> TensorResult:
-        layouts = grid.layouts(kind, loaded.info.head_dim)
+        layouts = grid.layouts(kind, loaded.info.heads(layer).dim(kind))
         curve = {
             choice: cost(_cache(loaded, grid, layer, kind, layout, len(tokens))) for choice, layout in layouts.items()
         }

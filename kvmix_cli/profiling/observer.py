@@ -59,9 +59,9 @@ class ChoiceObserver:
         per_head: bool,
     ) -> None:
         self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
-        kinds: tuple[Kind, Kind] = ("key", "value")
-        self._layouts = {kind: grid.layouts(kind, info.head_dim) for kind in kinds} if probes else {}
-        self._heads = range(info.kv_heads if per_head else 0)
+        self._info, self._per_head = info, per_head
+        if probes:
+            grid.check(info)
 
     def observe(
         self, index: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None
@@ -74,14 +74,25 @@ class ChoiceObserver:
         if gradient is not None:
             summed = (query.shape[2] - 1) / self._results.scale
             gradient = gradient.transpose(1, 2).to(dtype) * summed
+        self._require_cached(index, key, value)
         states: dict[Kind, Tensor] = {"key": key.to(dtype), "value": value.to(dtype)}
         layer = LayerAttention(index, query.to(dtype), states, gradient, attend, self._grid)
-        for kind in self._layouts:
+        for kind in layer.states:
             self._measure(layer, kind, probes)
+
+    def _require_cached(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Raise ModelError if attention reads other keys and values than the cache holds."""
+        heads = self._info.heads(index)
+        if (key.shape[1], key.shape[3], value.shape[3]) != (heads.kv_heads, heads.key_dim, heads.value_dim):
+            raise ModelError(
+                f"layer {index} of {self._info.id} caches heads of {heads} and expands them before it attends "
+                "(multi-head latent attention), which cannot be observed: use --score grad-norm, loss or kl"
+            )
 
     def _measure(self, layer: LayerAttention, kind: Kind, probes: Sequence[ChangeProbe]) -> None:
         """Measure all choices of keys, or values; each is computed once for all probes, and then freed."""
-        layouts = self._layouts[kind]
+        states = layer.states[kind]
+        layouts = self._grid.layouts(kind, states.shape[3])
         important = reference(layouts)
         curves: dict[str, dict[str, float]] = {probe.name: {} for probe in probes}
         heads: dict[str, tuple[float, ...]] = {}
@@ -91,7 +102,8 @@ class ChoiceObserver:
                 with self._results.timed(probe.name):
                     curves[probe.name][choice] = probe.cost(change).item()
                     if choice == important:
-                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in self._heads)
+                        each = range(states.shape[1] if self._per_head else 0)
+                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in each)
         for name, curve in curves.items():
             self._results.found[name, layer.index, kind] = TensorResult(curve[important], curve, heads[name])
 

@@ -66,7 +66,7 @@ def run_profile(
     options.check(probes)
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     for grid in grids:
-        grid.check(loaded.info.head_dim)
+        grid.check(loaded.info)
     shortest = max((grid.shortest for grid in grids), default=0)
     chosen = cut_samples(
         loaded.tokenizer, texts, samples, seq_len, seed, shortest=shortest, max_length=loaded.max_length
@@ -163,10 +163,11 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     info, choices = loaded.info, {}
     for probe in probes:
         grid = options.grid(probe)
-        choices[probe.name] = [list(grid.layouts(kind, info.head_dim)) if grid else [] for kind in KINDS]
-    heads = {
-        probe.name: info.kv_heads if options.per_head and not isinstance(probe, CacheProbe) else 0 for probe in probes
-    }
+        choices[probe.name] = {
+            heads: [sorted(grid.layouts(kind, heads.dim(kind))) if grid else [] for kind in KINDS]
+            for heads in info.geometries
+        }
+    has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
 
     def check(sample: Sample) -> Sample:
         if list(sample) != list(choices):
@@ -174,10 +175,11 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
         for name, result in sample.items():
             if list(result.layers) != info.quantizable:
                 raise ValueError("other layers")
-            for layer in result.layers.values():
-                if [sorted(each.curve) for each in layer] != [sorted(each) for each in choices[name]]:
+            for index, layer in result.layers.items():
+                heads = info.heads(index)
+                if [sorted(each.curve) for each in layer] != choices[name][heads]:
                     raise ValueError("other choices")
-                if {len(each.heads) for each in layer} != {heads[name]}:
+                if {len(each.heads) for each in layer} != {heads.kv_heads if has_heads[name] else 0}:
                     raise ValueError("other heads")
         return sample
 

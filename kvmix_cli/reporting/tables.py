@@ -10,11 +10,11 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from ..evaluation.results import Table
-from ..plan import CacheSettings, Plan, TensorPlan
+from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
-from .words import axes_lines, blocks
+from .words import axes_lines, blocks, heads_text
 
 
 class PlanBitsJson(TypedDict):
@@ -40,7 +40,7 @@ class PlanJson(TypedDict):
     """Bits, layers and bytes of a plan as plain data."""
 
     bits: PlanBitsJson
-    layers: list[dict[str, int | str]]
+    layers: list[dict[str, float | str | list[str]]]
     bytes: PlanBytesJson
 
 
@@ -65,10 +65,8 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
         "layers": [
             {
                 "index": index,
-                "k_bits": layer.k.bits,
-                "k_group_size": layer.k.group_size or plan.cache.group_size,
-                "v_bits": layer.v.bits,
-                "v_group_size": layer.v.group_size or plan.cache.group_size,
+                **_tensor_json("k", layer.k, plan.cache),
+                **_tensor_json("v", layer.v, plan.cache),
             }
             for index, layer in sorted(plan.layers.items())
         ],
@@ -135,6 +133,8 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
         f"window {cache.window.short}" + ("" if cache.encode == "minmax" else f", {encode_text(cache.encode)}"),
         *axes_lines(cache),
     ]
+    if len(plan.model.geometries) > 1 or plan.model.value_dim is not None:
+        lines.append(f"heads:   {heads_text(plan.model)}")
     if stock := len(plan.model.stock):
         lines.append(f"stock:   {stock} layers without full attention keep their own cache and are not counted")
     return "\n".join([*lines, f"plan:    {path}"])
@@ -150,11 +150,21 @@ def loss_text(loss: float, score: str) -> str:
     return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
 
 
-def tensor_text(tensor: TensorPlan) -> str:
-    """Return `4`, or `4 (group 32, refit)` for a tensor with its own group size or encoder."""
+def tensor_text(tensor: AnyTensor) -> str:
+    """Return `4`, `4 (group 32, refit)` for a tensor with its own group size or encoder, or `2.25 (transform 0-6)`."""
+    if isinstance(tensor, TransformTensor):
+        digits = sorted("".join(tensor.widths))
+        return f"{tensor.mean_width:.3g} (transform {digits[0]}-{digits[-1]})"
     own = [] if tensor.group_size is None else [f"group {tensor.group_size}"]
     own += [] if tensor.encode is None else [tensor.encode]
     return f"{tensor.bits} ({', '.join(own)})" if own else f"{tensor.bits}"
+
+
+def _tensor_json(name: str, tensor: AnyTensor, cache: CacheSettings) -> dict[str, float | str | list[str]]:
+    """Return a tensor's bits and group size; of transform codes the mean bits and the widths of each KV head."""
+    if isinstance(tensor, TransformTensor):
+        return {f"{name}_bits": tensor.mean_width, f"{name}_codec": "transform", f"{name}_widths": list(tensor.widths)}
+    return {f"{name}_bits": tensor.bits, f"{name}_group_size": tensor.group_size or cache.group_size}
 
 
 def _tensor_score_json(kind: str, tensor: TensorScore) -> dict[str, Any]:

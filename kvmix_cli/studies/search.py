@@ -115,7 +115,8 @@ def layers_key(layers: Mapping[int, LayerPlan]) -> str:
     def tensor(plan: TensorPlan) -> str:
         return f"{plan.bits}" if plan.group_size is None else f"{plan.bits}g{plan.group_size}"
 
-    return ",".join(f"{layer}:k{tensor(plan.k)}v{tensor(plan.v)}" for layer, plan in sorted(layers.items()))
+    words = {layer: [kind[0] + tensor(each) for each, kind in plan.affine] for layer, plan in sorted(layers.items())}
+    return ",".join(f"{layer}:{''.join(pair)}" for layer, pair in words.items())
 
 
 @dataclass(frozen=True)

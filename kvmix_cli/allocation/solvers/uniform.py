@@ -17,13 +17,13 @@ def solve(problem: Problem) -> Decision:
     layers = problem.layers
     pairs = problem.within(
         [LayerPlan.of_bits(k, v) for k, v in product(problem.k_bits, problem.v_bits)],
-        cost=lambda pair: len(layers) * problem.cost(pair),
+        cost=lambda pair: problem.cost(dict.fromkeys(layers, pair)),
         loss=lambda pair: problem.loss(dict.fromkeys(layers, pair)),
     )
     sign = 1 if problem.loss_limit is None else -1
 
     def preference(pair: LayerPlan) -> tuple[int, int, int]:
-        k, v = pair.k.bits, pair.v.bits
+        k, v = (tensor.bits for tensor, _ in pair.affine)
         return sign * (k + v), -abs(k - v), k
 
     return dict.fromkeys(layers, max(pairs, key=preference))
