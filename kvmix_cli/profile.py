@@ -17,6 +17,7 @@ from .files import write_text
 from .plan import ModelInfo
 from .plan.document import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
 from .plan.geometry import coverage_faults
+from .plan.moments import MomentsFile
 from .plan.policies import MOST_TOKENS
 from .plan.settings import MOST_ELEMENTS
 
@@ -109,12 +110,14 @@ class Score(StrictModel):
         unit: unit of the numbers. `"nats"` is a predicted increase of the mean loss per token, a sum over tensors.
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
+        moments: the file of moments of keys and values, for a score that measures them.
     """
 
     seconds: MeasuredFloat = Field(ge=0)
     unit: str = "gradient norm"
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
+    moments: MomentsFile | None = None
     layers: dict[int, LayerScore]
 
     @property
@@ -198,6 +201,7 @@ class Profile(StrictModel):
             lines += [f"  {name}:", f"    seconds: {score.seconds:.2f}", f"    unit: {flow(score.unit)}"]
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
+            lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]
         return "\n".join(lines) + "\n"

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError
-from ..plan import CacheSettings, HeadGeometry, ModelInfo, TensorPlan
-from ..plan.sizes import page_bytes, tensor_bytes
+from ..plan import CacheSettings, HeadGeometry, ModelInfo
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
+from ..plan.sizes import page_bytes, tensor_bytes, transform_layout
 
 PAPER_SHARE = 0.2
 """Share of the layers that KVmix keeps one level higher. In its own table 30 % add only 0.09 points on GSM8K."""
@@ -90,11 +92,14 @@ class Budget:
             return {"memory": self.memory, "context": self.context, "batch": self.batch}
         return dict(self._limits) or {"share": self.share}
 
-    def cost(self, tensor: TensorPlan, kind: Kind, cache: CacheSettings, heads: HeadGeometry) -> int:
+    def cost(self, tensor: AnyTensor, kind: Kind, cache: CacheSettings, heads: HeadGeometry) -> int:
         """Return the cost of one layer's keys or values. Raises ValueError if a head cannot be packed."""
         if self.memory is not None:
             at = (self.context, self.batch, self.element_bytes)
             return tensor_bytes(tensor, kind, cache, heads, *at).total
+        if isinstance(tensor, TransformTensor):
+            layout = transform_layout(tensor, kind, cache, heads.dim(kind))
+            return layout.stored_bytes if self.counts_stored else layout.token_bits
         if self.counts_stored:
             return page_bytes(tensor, kind, cache, heads.dim(kind)) * heads.kv_heads
         return tensor.bits * heads.elements(kind)

@@ -23,26 +23,36 @@ from functools import cache
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan
+from ..plan.basis import BasisFile
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
 from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
+from .directions import expected_loss
 
 
 class Curves:
     """Curves of every layer's keys and values, for a model with these cache settings.
 
+    The loss of transform codes is that of their basis, where it is known.
+
     Attributes:
         measured: True if the score has measured curves, False if they are assumed.
     """
 
-    def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings) -> None:
+    def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings, basis: BasisFile | None = None) -> None:
         self.measured = any(score.choices)
+        self._variances = {} if basis is None else basis.variances(model.quantizable)
         self._score, self._settings, self._model = score, settings, model
         self._page = score.setup.get("page", settings.page)
         self._points = cache(self._clean)
 
-    def at(self, layer: int, kind: Kind, tensor: TensorPlan) -> float | None:
+    def at(self, layer: int, kind: Kind, tensor: AnyTensor) -> float | None:
         """Return the loss of a choice: 0 in full precision, None if the score has no value for it."""
+        if isinstance(tensor, TransformTensor):
+            variances = self._variances.get((layer, "k" if kind == "key" else "v"))
+            return None if variances is None else expected_loss(variances, tensor.runs)
         layout = page_layout(tensor, kind, self._settings, self._model.heads(layer).dim(kind))
         if layout is None:
             return 0.0

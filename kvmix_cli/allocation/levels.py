@@ -11,9 +11,10 @@ from itertools import pairwise
 
 from kvmix_kernels.layout import Kind
 
-from ..plan import LayerPlan, TensorPlan
+from ..plan import LayerPlan
+from ..plan.layers import AnyTensor
 
-TensorCost = Callable[[int, Kind, TensorPlan], int]
+TensorCost = Callable[[int, Kind, AnyTensor], int]
 """Cost of a layer's keys, or values, see `Budget.cost`."""
 
 

@@ -12,6 +12,9 @@ from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
+from ..plan.basis import BasisFile
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, page_layout
 from ..profile import Profile, Score, choice_key
 from .budgets import TOLERANCE, Budget
@@ -52,6 +55,7 @@ class Problem:
         group_sizes: group sizes to choose from, the cache's own first.
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
+        basis: directions of the layers, for the method that gives bits to these.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -67,6 +71,7 @@ class Problem:
     group_sizes: tuple[GroupSize, ...]
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
+    basis: BasisFile | None = None
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:
@@ -101,7 +106,7 @@ class Problem:
     @cached_property
     def curves(self) -> Curves:
         """Return the score's loss of each choice."""
-        return Curves(self.score, self.model, self.cache)
+        return Curves(self.score, self.model, self.cache, self.basis)
 
     @cached_property
     def levels(self) -> Levels:
@@ -112,7 +117,7 @@ class Problem:
         """Return every way to store a layer's keys, or values; groups larger than a row are one group per row."""
         return self._tensors(self.model.heads(layer).dim(kind), kind)
 
-    def tensor_cost(self, layer: int, kind: Kind, tensor: TensorPlan) -> int:
+    def tensor_cost(self, layer: int, kind: Kind, tensor: AnyTensor) -> int:
         """Return the cost of one layer's keys or values; see `Budget.cost`."""
         return self._tensor_cost(self.model.heads(layer), kind, tensor)
 
@@ -132,7 +137,7 @@ class Problem:
         ]
         return sum(map(min, costs)), sum(map(max, costs))
 
-    def tensor_loss(self, layer: int, kind: Kind, tensor: TensorPlan) -> float:
+    def tensor_loss(self, layer: int, kind: Kind, tensor: AnyTensor) -> float:
         """Return the score's loss of one layer's keys or values. Raises BudgetError if the score lacks this choice."""
         loss = self.curves.at(layer, kind, tensor)
         if loss is None:
@@ -194,10 +199,12 @@ class Problem:
             asked, best = self.budget.max_loss or 0, math.expm1(lowest + self.loss(self.pins))
             raise BudgetError(
                 f"no plan keeps the predicted perplexity increase within {100 * asked:g} %: {self._range()} reach "
-                f"{100 * best:.3g} %; widen the range with --k-bits, --v-bits and --group-size"
+                f"{100 * best:.3g} %; {self._advice('--k-bits, --v-bits and --group-size')}"
             )
 
-    def _unmeasured(self, layer: int, kind: Kind, tensor: TensorPlan) -> BudgetError:
+    def _unmeasured(self, layer: int, kind: Kind, tensor: AnyTensor) -> BudgetError:
+        if isinstance(tensor, TransformTensor):
+            return BudgetError(f"the loss of transform codes in layer {layer} is not known without their basis")
         layout = page_layout(tensor, kind, self.cache, self.model.heads(layer).dim(kind))
         wanted = choice_key(tensor.bits, layout.group if layout else "row")
         curves = {name: getattr(score.layers[layer], kind[0]).curve for name, score in self.profile.scores.items()}
@@ -214,8 +221,8 @@ class Problem:
         if budget.memory is not None:
             return (
                 f"no plan fits {format_bytes(budget.memory)} at {budget.context} tokens x {budget.batch}: "
-                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; lower --k-bits and --v-bits, "
-                "--context or --batch"
+                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; "
+                "lower --context, --batch, or the widths"
             )
         least, most = (budget.bits(cost, self.cache, self.model) for cost in (lowest, highest))
         count, options = "nominal", "--k-bits and --v-bits"
@@ -223,7 +230,7 @@ class Problem:
             count, options = "stored", "--k-bits, --v-bits and --group-size"
         return (
             f"no plan has {budget.limit:g} {count} bits: {self._range()} reach {least:.4g} to {most:.4g}; "
-            f"widen the range with {options}"
+            f"{self._advice(options)}"
         )
 
     @cached_property
@@ -242,17 +249,25 @@ class Problem:
         return cache(tensors)
 
     @cached_property
-    def _tensor_cost(self) -> Callable[[HeadGeometry, Kind, TensorPlan], int]:
+    def _tensor_cost(self) -> Callable[[HeadGeometry, Kind, AnyTensor], int]:
         return cache(lambda heads, kind, tensor: self.budget.cost(tensor, kind, self.cache, heads))
 
     def _range(self) -> str:
         """Return `K widths 2,3 and V widths 2,4 in groups of 32,64 beside 2 pinned layers`."""
         text = f"K widths {_listed(self.k_bits)} and V widths {_listed(self.v_bits)}"
+        if self.basis is not None:
+            text = "transform codes"
         if len(self.group_sizes) > 1:
             text += f" in groups of {_listed(self.group_sizes)}"
         if self.pins:
             text += f" beside {len(self.pins)} pinned layer{'s' if len(self.pins) > 1 else ''}"
         return text
+
+    def _advice(self, options: str) -> str:
+        """Return how to widen the range: with these options, which transform codes do not have."""
+        if self.basis is not None:
+            return "the widths of transform codes are 0 to 6; use --method ilp for others"
+        return f"widen the range with {options}"
 
 
 def _listed(values: Sequence[object]) -> str:

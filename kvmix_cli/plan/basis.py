@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -109,11 +110,20 @@ class BasisFile:
     frame: int | None = None
     rope: Mapping[int, Rope] = field(default_factory=dict)
 
+    def variances(self, layers: Collection[int]) -> dict[tuple[int, TensorName], NDArray[np.float64]]:
+        """Return the variances `[H_kv, D]` of the directions of these layers, half of which is a loss in nats."""
+        kinds = ((index, name, self.layers[index][name]) for index in layers for name in TENSOR_NAMES)
+        return {(index, name): each.deviation.astype(np.float64) ** 2 for index, name, each in kinds}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the checksum of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
     def save(self, path: Path) -> str:
         """Write the file, and return its checksum. Raises OutputError."""
-        data = self.to_bytes()
-        write_bytes(path, data)
-        return hashlib.sha256(data).hexdigest()
+        write_bytes(path, self.to_bytes())
+        return self.sha256
 
     def to_bytes(self) -> bytes:
         """Return the file's content, the same for equal bases."""

@@ -1,4 +1,4 @@
-"""Observation of each layer's attention from within, which shows change probes every choice in it.
+"""Observation of each layer's attention from within, which shows probes every choice in it, or its moments.
 
 `observed` swaps in an attention implementation for a block. It computes what `kvmix` computes, and calls back with each
 layer's query, keys and values as soon as the gradient of the layer's output is known. They travel through autograd's
@@ -27,7 +27,8 @@ from ..plan import ModelInfo
 from ..quiet import hushed
 from .change import Attend, Change, LayerAttention, QuantizedStates
 from .grid import Grid, reference
-from .probe import ChangeProbe
+from .moments import MomentSums
+from .probe import ChangeProbe, MetricProbe
 from .results import Labels, PassResults, TensorResult
 
 NAME = "kvmix-observed"
@@ -37,10 +38,11 @@ Observe = Callable[[int, Attend, Tensor, Tensor, Tensor, Tensor | None], None]
 pass the gradient of its output, `[1, T, H, D]`."""
 
 
-class ChoiceObserver:
-    """An observer that shows each layer's choices to change probes, and keeps their results.
+class LayerObserver:
+    """An observer that shows each layer's choices to change probes and its moments to metric probes.
 
     Args:
+        sums: where moments are added.
         shared_labels: labels of the backward pass in which probes without labels of their own look on; None if there
             is no backward pass.
 
@@ -51,16 +53,17 @@ class ChoiceObserver:
     def __init__(
         self,
         info: ModelInfo,
-        probes: Sequence[ChangeProbe],
+        probes: Sequence[ChangeProbe | MetricProbe],
         results: PassResults,
         grid: Grid,
         shared_labels: Labels | None,
         *,
         per_head: bool,
+        sums: MomentSums,
     ) -> None:
         self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
-        self._info, self._per_head = info, per_head
-        if probes:
+        self._info, self._per_head, self._sums = info, per_head, sums
+        if any(isinstance(probe, ChangeProbe) for probe in probes):
             grid.check(info)
 
     def observe(
@@ -77,8 +80,12 @@ class ChoiceObserver:
         self._require_cached(index, key, value)
         states: dict[Kind, Tensor] = {"key": key.to(dtype), "value": value.to(dtype)}
         layer = LayerAttention(index, query.to(dtype), states, gradient, attend, self._grid)
-        for kind in layer.states:
-            self._measure(layer, kind, probes)
+        changing = [probe for probe in probes if isinstance(probe, ChangeProbe)]
+        for kind in layer.states if changing else ():
+            self._measure(layer, kind, changing)
+        metrics = [probe for probe in probes if isinstance(probe, MetricProbe)]
+        if metrics:
+            self._measure_moments(layer, metrics)
 
     def _require_cached(self, index: int, key: Tensor, value: Tensor) -> None:
         """Raise ModelError if attention reads other keys and values than the cache holds."""
@@ -106,6 +113,17 @@ class ChoiceObserver:
                         heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in each)
         for name, curve in curves.items():
             self._results.found[name, layer.index, kind] = TensorResult(curve[important], curve, heads[name])
+
+    def _measure_moments(self, layer: LayerAttention, probes: Sequence[MetricProbe]) -> None:
+        with self._results.timed(probes[0].name):
+            self._sums.add(layer)
+        moments = self._sums.layer(layer.index)
+        for probe in probes:
+            with self._results.timed(probe.name):
+                for kind, each in zip(layer.states, (moments.k, moments.v), strict=True):
+                    heads = probe.score(each)
+                    result = TensorResult(sum(heads), heads=tuple(heads) if self._per_head else ())
+                    self._results.found[probe.name, layer.index, kind] = result
 
 
 @contextmanager
