@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
-from kvmix_kernels.transform_layout import TransformLayout
+from kvmix_kernels.transform_layout import SLOT_BYTES, TransformLayout
 
 from .codec import TransformTensor
 from .geometry import HeadGeometry, ModelInfo
