@@ -96,8 +96,7 @@ def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves, elements:
 
 def _choices(plan: Plan, heads: HeadGeometry, kind: Kind) -> list[TensorPlan]:
     """Return every width in the plan's group sizes, without sizes that are the same for a row of this kind."""
-    tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
-    sizes = {tensor.group_size for tensor in tensors if isinstance(tensor, TensorPlan)}
+    sizes = {tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.affine}
     found: dict[tuple[int, int | None], TensorPlan] = {}
     for size in sorted(sizes, key=lambda size: (size is not None, str(size))):
         for bits in WIDTHS:

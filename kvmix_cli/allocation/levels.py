@@ -44,10 +44,11 @@ class Levels:
     def costs(self, k_order: Sequence[int], v_order: Sequence[int]) -> list[int]:
         """Return the cost of all layers after each number of moves in these orders, from none to all."""
         costs = [self._whole(self.levels[0])]
-        for below, above in pairwise(self.levels):
+        for below, above in pairwise(level.affine for level in self.levels):
+            (k_below, _), (v_below, _), (k_above, _), (v_above, _) = *below, *above
             for k_layer, v_layer in zip(k_order, v_order, strict=True):
-                rise = self._cost(k_layer, "key", above.k) - self._cost(k_layer, "key", below.k)
-                rise += self._cost(v_layer, "value", above.v) - self._cost(v_layer, "value", below.v)
+                rise = self._cost(k_layer, "key", k_above) - self._cost(k_layer, "key", k_below)
+                rise += self._cost(v_layer, "value", v_above) - self._cost(v_layer, "value", v_below)
                 costs.append(costs[-1] + rise)
         return costs
 
@@ -58,7 +59,7 @@ class Levels:
         return cost + higher * (self._whole(self.levels[level + 1]) - cost) // len(self._layers) if higher else cost
 
     def _whole(self, level: LayerPlan) -> int:
-        return sum(self._cost(layer, kind, tensor) for layer in self._layers for tensor, kind in level.tensors)
+        return sum(self._cost(layer, kind, tensor) for layer in self._layers for tensor, kind in level.affine)
 
     def after(self, moves: int, k_order: Sequence[int], v_order: Sequence[int]) -> dict[int, LayerPlan]:
         """Return the storage of all layers after that many moves in these orders."""

@@ -130,7 +130,7 @@ class Problem:
             heads = self.model.heads
             return sum(layer_bytes(plan, self.cache, heads(layer), *at).total for layer, plan in layers.items())
         return sum(
-            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
+            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
         )
 
     @property
@@ -153,7 +153,7 @@ class Problem:
     def loss(self, layers: Mapping[int, LayerPlan]) -> float:
         """Return the score's loss of all these layers. Raises BudgetError if the score lacks one of the choices."""
         return sum(
-            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
+            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
         )
 
     @cached_property

@@ -70,8 +70,8 @@ def _opened(settings: TransformSettings) -> tuple[Path, BasisFile]:
     file = _loaded(path.absolute(), settings.sha256)
     if file.frame != settings.frame:
         raise PlanError(
-            f"basis {path}: made for frames of {file.frame or 'no'} positions, the plan says {settings.frame or 'no'}; "
-            "use the file that was written with the plan, or allocate again, which writes both"
+            f"basis {path}: made for frames of {file.frame}, and the plan says {settings.frame}; use the file that was "
+            "written with the plan, or allocate again, which writes both"
         )
     return path, file
 

@@ -9,6 +9,7 @@ from .buffer import Buffer
 from .observation import QuerySample, TailAttention
 
 SAMPLE = QuerySample(recent=32, spread=32)
+EXTRAPOLATES = False
 UNSEEN = 1e-9
 """Attention of a token that no query has looked at: among such tokens, and only among them, the error decides."""
 
@@ -28,7 +29,7 @@ class ExactSlots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.attention = TailAttention(SAMPLE)
+        self.attention = TailAttention(SAMPLE, EXTRAPOLATES)
         self.slots = Buffer()
 
     def choose(self, errors: Tensor, first: int) -> None:
@@ -40,6 +41,9 @@ class ExactSlots:
         """
         pages, page = errors.shape[2:]
         received = self.attention.received((first + pages) * page)
+        observers = self.attention.observers((first + pages) * page)
+        if received is not None and observers is not None:
+            received = received / observers.clamp(min=1)
         if received is not None and received.shape[2] == (first + pages) * page:
             errors = errors * (received[..., first * page :].unflatten(2, (pages, page)) + UNSEEN)
         places = errors.topk(self.count, dim=-1).indices

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..errors import DocumentError, EvaluationError
+from ..errors import DocumentError, EvaluationError, KvmixError
 from ..journal import canonical, read_records, refuse_constant
-from ..plan import ModelInfo
+from ..plan import CacheSettings, ModelInfo, Plan
+from ..plan.codec import CODED
 from ..plan.document import read_yaml, reason, validate
-from ..plan.geometry import coverage_faults
 from ..plan.layers import parse_mean_widths
 from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
@@ -236,13 +236,12 @@ def _command(path: Path) -> str:
 
 
 def _layers(path: Path, config: _Config) -> dict[int, tuple[float, float]] | None:
-    """Return the mean widths of keys and of values, by layer; None for a subject that is no plan."""
     if config.plan is None:
         return None
     try:
+        if CODED not in config.plan.short:  # checked as a plan, with the widths that there are
+            Plan.from_short(config.plan.short, config.model, CacheSettings(group_size="row"))
         widths = parse_mean_widths(config.plan.short)
-        if faults := [message for _, message in coverage_faults(config.model, widths)]:
-            raise ValueError("; ".join(faults))
-    except ValueError as error:
-        raise DocumentError(str(path), [f"plan: {reason(error)}"]) from error
-    return widths
+    except (KvmixError, ValueError) as error:
+        raise DocumentError(str(path), [f"plan: {error}"]) from error
+    return {index: pair for index, pair in widths.items() if index not in config.model.stock}

@@ -6,8 +6,8 @@ every layer, and one group size for all (https://github.com/cmd2001/KVTuner, arX
 
 from __future__ import annotations
 
-from ..plan import LayerPlan, Plan, TensorPlan
-from .target import Target, refuse, widths
+from ..plan import LayerPlan, Plan
+from .target import Target, refuse
 
 
 def express(plan: Plan) -> str:
@@ -15,16 +15,16 @@ def express(plan: Plan) -> str:
     strange = {index: what for index, layer in plan.layers.items() if (what := _inexpressible(layer))}
     rule = "its presets give every layer a width of at most 8 bits and nothing else"
     refuse("KVTuner", rule, strange | plan.model.stock, "at most 8 bits and one --group-size")
-    pairs = ((index, *widths(layer)) for index, layer in sorted(plan.layers.items()))
+    pairs = ((index, *(tensor.bits for tensor, _ in layer.affine)) for index, layer in sorted(plan.layers.items()))
     return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
 
 
 def _inexpressible(layer: LayerPlan) -> str:
     """Return the part of a layer's storage that a preset cannot express; empty if there is none."""
-    if 16 in widths(layer):
+    (k, _), (v, _) = layer.affine
+    if 16 in (k.bits, v.bits):
         return layer.short
-    sizes = [tensor.group_size for tensor, _ in layer.tensors if isinstance(tensor, TensorPlan)]
-    return "" if set(sizes) == {None} else "a group size of its own"
+    return "" if k.group_size is v.group_size is None else "a group size of its own"
 
 
 TARGET = Target(

@@ -8,7 +8,7 @@ that share a float16 scale, symmetric around zero. Quantized values need flash a
 from __future__ import annotations
 
 from ..plan import Plan
-from .target import Target, refuse, widths
+from .target import Target, refuse
 
 TYPES = {16: "f16", 8: "q8_0", 4: "q4_0"}
 WINDOWED = ("sliding", "chunked")
@@ -19,12 +19,13 @@ ONE_WIDTH = "one of these widths, such as --k-bits 8 --v-bits 4"
 def express(plan: Plan) -> str:
     """Return `--cache-type-k q4_0 --cache-type-v q8_0 --flash-attn on`. Raises ExportError."""
     known = ", ".join(f"{bits} ({name})" for bits, name in TYPES.items())
-    unknown = {i: each.short for i, each in plan.layers.items() if not set(widths(each)) <= TYPES.keys()}
+    widths = {index: tuple(tensor.bits for tensor, _ in layer.affine) for index, layer in plan.layers.items()}
+    unknown = {index: plan.layers[index].short for index, pair in widths.items() if not set(pair) <= TYPES.keys()}
     refuse("llama.cpp", f"it has cache types for {known} bits", unknown, ONE_WIDTH)
     windowed = [index for index, kind in plan.model.stock.items() if any(word in kind for word in WINDOWED)]
     found = dict.fromkeys(windowed, "k16v16") | {index: layer.short for index, layer in plan.layers.items()}
     refuse("llama.cpp", "it stores all layers alike", found if len(set(found.values())) > 1 else {}, ONE_WIDTH)
-    k, v = next(map(widths, plan.layers.values()), (16, 16))
+    k, v = next(iter(widths.values()), (16, 16))
     flash = "" if v == 16 else " --flash-attn on"
     return f"--cache-type-k {TYPES[k]} --cache-type-v {TYPES[v]}{flash}\n"
 

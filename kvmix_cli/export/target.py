@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ExportError
-from ..plan import LayerPlan, Plan
-from ..plan.codec import TransformTensor
+from ..plan import Plan
 from ..plan.geometry import format_ranges
 
 FP8_CAUTION = (
@@ -32,23 +31,14 @@ class Target:
 
     def write(self, plan: Plan) -> str:
         """Return a plan as the engine's configuration. Raises ExportError if the engine cannot express it."""
+        if coded := {index: layer.short for index, layer in plan.layers.items() if layer.is_coded}:
+            refuse(self.name, "it has no transform codes", coded, "another --method, such as rank")
         if axes := plan.cache.axes:
             raise ExportError(
                 f"{self.name} cannot express this plan: it knows widths, but not {' and '.join(axes)} of the plan's "
                 "cache; allocate without --with"
             )
-        coded = {
-            index: layer.short
-            for index, layer in plan.layers.items()
-            if any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
-        }
-        refuse(self.name, "it stores codes in groups with a scale", coded, "--method ilp")
         return self.express(plan)
-
-
-def widths(layer: LayerPlan) -> tuple[int, int]:
-    """Return the widths of a layer's keys and values, none of which are transform codes."""
-    return int(layer.k.mean_width), int(layer.v.mean_width)
 
 
 def refuse(engine: str, rule: str, layers: Mapping[int, str], remedy: str) -> None:
@@ -74,4 +64,4 @@ def fp8_layers(plan: Plan, engine: str) -> list[int]:
     rule = "it stores the keys and values of a layer both in fp8 (k8v8) or both in full precision (k16v16)"
     wrong = {index: layer.short for index, layer in plan.layers.items() if layer.short not in ("k8v8", "k16v16")}
     refuse(engine, rule, wrong, "--k-bits 8 --v-bits 8 and --pin LAYERS:k16v16")
-    return [index for index, layer in sorted(plan.layers.items()) if widths(layer)[0] == 8]
+    return [index for index, layer in sorted(plan.layers.items()) if layer.short == "k8v8"]

@@ -64,7 +64,7 @@ class TransformTensor(StrictModel):
 
     @property
     def own(self) -> list[str]:
-        """Return the settings of its own beside the widths: none."""
+        """Return what beside the width is not the cache's: nothing."""
         return []
 
     @property

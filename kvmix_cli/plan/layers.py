@@ -83,6 +83,18 @@ class LayerPlan(StrictModel):
         return (self.k, "key"), (self.v, "value")
 
     @property
+    def affine(self) -> tuple[tuple[TensorPlan, Kind], tuple[TensorPlan, Kind]]:
+        """Return keys and values, each with its kind, of a layer without transform codes."""
+        if not isinstance(self.k, TensorPlan) or not isinstance(self.v, TensorPlan):
+            raise AssertionError(f"{self.short} has transform codes, which have no bits of a whole tensor")
+        return (self.k, "key"), (self.v, "value")
+
+    @property
+    def is_coded(self) -> bool:
+        """Return whether keys or values are stored as transform codes."""
+        return isinstance(self.k, TransformTensor) or isinstance(self.v, TransformTensor)
+
+    @property
     def short(self) -> str:
         """Return the widths as text, `k4v2`; of transform codes their mean, `kt2.25vt1.75`."""
         return f"k{self.k.short}v{self.v.short}"
@@ -124,7 +136,7 @@ def parse_short(text: str, stock: Iterable[int] = ()) -> dict[int, LayerPlan]:
     for indices, k, v in _parts(text, layers):
         if CODED in k + v:
             raise ValueError(
-                f"'k{k}v{v}' is of transform codes, of which the short form has only the mean; use the plan's file"
+                f"'k{k}v{v}' is the mean width of transform codes, which make no plan: give the plan's file"
             )
         layers.update(dict.fromkeys(indices, LayerPlan.of_bits(int(k), int(v))))
     kept = set(stock)

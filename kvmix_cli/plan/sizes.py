@@ -269,8 +269,7 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
     """Return the tokens of each page and KV head that a layer of transform codes keeps exact; 0 for other layers."""
-    is_coded = any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
-    return cache.transform.exact if is_coded and cache.transform is not None else 0
+    return cache.transform.exact if layer.is_coded and cache.transform is not None else 0
 
 
 def window_widths(layer: LayerPlan, cache: CacheSettings) -> tuple[int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..evaluation.results import Table
-from ..plan import LayerPlan
+from ..plan import LayerPlan, TransformSettings
 from ..plan.settings import AXES
 from ..studies.compare import PlanDifference, ProfileDifference
-from .words import in_words
+from .words import codes_in_words, in_words
 
 Names = tuple[object, object]
 """The files of the first and of the second, for titles."""
@@ -69,6 +69,8 @@ def profiles_json(difference: ProfileDifference) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, TransformSettings):
+        return codes_in_words(value)
     return in_words(value) if name.removeprefix("cache.") in AXES else getattr(value, "short", value)
 
 

@@ -78,9 +78,9 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str 
     """Draw the bits of every layer, keys upwards and values downwards; a layer that the plan leaves alone has none.
 
     Args:
-        layers: bits of keys and of values, by layer.
+        layers: bits of keys and of values, by layer; of transform codes their mean.
     """
-    count, most = 1 + max(layers), max(width for pair in layers.values() for width in pair)
+    count, most = 1 + max(layers), max(width for pair in layers.values() for width in pair) or 1
     for kind, (sign, name, color) in enumerate(((1, "keys", KEY), (-1, "values", VALUE))):
         heights = [sign * layers[index][kind] if index in layers else 0 for index in range(count)]
         axes.stairs(heights, [index - 0.5 for index in range(count + 1)], fill=True, color=color)
@@ -100,10 +100,9 @@ def _name_widths(axes: Axes, heights: Sequence[float], color: str) -> None:
     layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(heights)
     for height, run in groupby(range(len(heights)), key=lambda index: heights[index]):
         layers = list(run)
-        name = f"{abs(height):.3g}"
-        if height and layer * len(layers) > DIGIT * len(name):
+        if height and layer * len(layers) > DIGIT * len(f"{abs(height):.3g}"):
             middle, up = (layers[0] + layers[-1]) / 2, "bottom" if height > 0 else "top"
-            axes.text(middle, height, name, ha="center", va=up, color=color)
+            axes.text(middle, height, f"{abs(height):.3g}", ha="center", va=up, color=color)
 
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:

@@ -10,9 +10,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from ..evaluation.results import Table
-from ..plan import CacheSettings, Plan
-from ..plan.codec import TransformTensor
-from ..plan.layers import AnyTensor
+from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
@@ -42,7 +40,7 @@ class PlanJson(TypedDict):
     """Bits, layers and bytes of a plan as plain data."""
 
     bits: PlanBitsJson
-    layers: list[dict[str, int | str]]
+    layers: list[dict[str, float | str | list[str]]]
     bytes: PlanBytesJson
 
 
@@ -71,7 +69,11 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
             "stored": plan.bits.stored,
         },
         "layers": [
-            {"index": index, **_tensor_json("k", layer.k, plan), **_tensor_json("v", layer.v, plan)}
+            {
+                "index": index,
+                **_tensor_json("k", layer.k, plan.cache),
+                **_tensor_json("v", layer.v, plan.cache),
+            }
             for index, layer in sorted(plan.layers.items())
         ],
         "bytes": {"context": context, "batch": batch, "cache": packed, "bf16": full, "compression": full / packed},
@@ -144,13 +146,6 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
     return "\n".join([*lines, f"plan:    {path}"])
 
 
-def _tensor_json(name: str, tensor: AnyTensor, plan: Plan) -> dict[str, Any]:
-    """Return the storage of one layer's keys or values; transform codes have their widths, and no groups."""
-    if isinstance(tensor, TransformTensor):
-        return {f"{name}_bits": tensor.mean_width, f"{name}_codec": tensor.codec, f"{name}_widths": tensor.widths}
-    return {f"{name}_bits": tensor.bits, f"{name}_group_size": tensor.group_size or plan.cache.group_size}
-
-
 def encode_text(encode: Encode) -> str:
     """Return a cache's encoder in words."""
     return "encode fitted (K refit, V search)" if encode == "fitted" else f"encode {encode}"
@@ -162,12 +157,20 @@ def loss_text(loss: float, score: str) -> str:
 
 
 def tensor_text(tensor: AnyTensor) -> str:
-    """Return `4`, or `4 (group 32, refit)` for a tensor with its own group size or encoder; `t2.25` for transforms."""
+    """Return `4`, `4 (group 32, refit)` for a tensor with its own group size or encoder, or `2.25 (transform 0-6)`."""
     if isinstance(tensor, TransformTensor):
-        return tensor.short
+        digits = sorted("".join(tensor.widths))
+        return f"{tensor.mean_width:.3g} (transform {digits[0]}-{digits[-1]})"
     own = [] if tensor.group_size is None else [f"group {tensor.group_size}"]
     own += [] if tensor.encode is None else [tensor.encode]
     return f"{tensor.bits} ({', '.join(own)})" if own else f"{tensor.bits}"
+
+
+def _tensor_json(name: str, tensor: AnyTensor, cache: CacheSettings) -> dict[str, float | str | list[str]]:
+    """Return a tensor's bits and group size; of transform codes the mean bits and the widths of each KV head."""
+    if isinstance(tensor, TransformTensor):
+        return {f"{name}_bits": tensor.mean_width, f"{name}_codec": "transform", f"{name}_widths": list(tensor.widths)}
+    return {f"{name}_bits": tensor.bits, f"{name}_group_size": tensor.group_size or cache.group_size}
 
 
 def _tensor_score_json(kind: str, tensor: TensorScore) -> dict[str, Any]:

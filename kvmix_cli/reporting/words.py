@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from ..plan import CacheSettings, ModelInfo, Plan
+from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
 from ..plan.policies import Balance, Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
 
@@ -72,8 +72,16 @@ def heads_text(model: ModelInfo) -> str:
 
 
 def axes_lines(cache: CacheSettings) -> list[str]:
-    """Return a line for each of transforms, tokens and channels that is set, for the footer of a table."""
-    return [f"{LABELS[name]:9}{in_words(axis)}" for name, axis in cache.axes.items()]
+    """Return a line for each of transform, transforms, tokens and channels that is set, for the footer of a table."""
+    codes = [] if cache.transform is None else [f"codes:   {codes_in_words(cache.transform)}"]
+    return codes + [f"{LABELS[name]:9}{in_words(axis)}" for name, axis in cache.axes.items()]
+
+
+def codes_in_words(settings: TransformSettings) -> str:
+    """Return `basis FILE, frames of 1024 positions, 1 exact token of each page and KV head`."""
+    frames = "no frames" if settings.frame is None else f"frames of {settings.frame} positions"
+    exact = f"{settings.exact} exact {'token' if settings.exact == 1 else 'tokens'} of each page and KV head"
+    return f"basis {settings.basis}, {frames}, {exact}"
 
 
 def in_words(axis: Transforms | TokenPolicy | ChannelPolicy | None) -> str:

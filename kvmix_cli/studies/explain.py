@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..allocation import default_score, frontier, other_settings, predicted_loss
 from ..allocation.explain import Reason, explain
-from ..plan import CacheSettings, Plan, TensorPlan
+from ..errors import PlanError
+from ..plan import CacheSettings, Plan
 from ..profile import Profile, Score
 
 Point = tuple[float, float]
@@ -72,9 +73,8 @@ class Explanation:
         if self.prediction is None or self.loss is None:
             return None
         plan = self.plan
-        tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
-        own = [tensor.group_size for tensor in tensors if isinstance(tensor, TensorPlan)]
-        sizes = [plan.cache.group_size, *(size for size in dict.fromkeys(own) if size is not None)]
+        own = dict.fromkeys(tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.affine)
+        sizes = [plan.cache.group_size, *(size for size in own if size is not None)]
         family = frontier(self.profile, score=self.prediction, cache=plan.cache, group_sizes=sizes)
         score = self.profile.score(self.prediction)
         best = [(each.bits.stored, loss) for each in family if (loss := predicted_loss(each, score)) is not None]
@@ -90,9 +90,11 @@ def explain_plan(plan: Plan, profile: Profile, path: Path) -> Explanation:
         path: file of the profile, for notices and output.
 
     Raises:
-        PlanError: if the plan was made for another model.
+        PlanError: if the plan was made for another model, or has transform codes.
     """
     plan.check_model(profile.model)
+    if any(layer.is_coded for layer in plan.layers.values()):
+        raise PlanError("transform codes are decided by direction, not by the importance of layers")
     notices = []
     if plan.provenance.get("profile_sha256", profile.sha256) != profile.sha256:
         notices.append(f"{path} is not the profile that the plan was made from; the reasons are this one's")

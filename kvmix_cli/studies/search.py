@@ -117,7 +117,8 @@ def layers_key(layers: Mapping[int, LayerPlan]) -> str:
         groups = plan.group_size if isinstance(plan, TensorPlan) else None
         return plan.short if groups is None else f"{plan.short}g{groups}"
 
-    return ",".join(f"{layer}:k{tensor(plan.k)}v{tensor(plan.v)}" for layer, plan in sorted(layers.items()))
+    words = {layer: [kind[0] + tensor(each) for each, kind in plan.affine] for layer, plan in sorted(layers.items())}
+    return ",".join(f"{layer}:{''.join(pair)}" for layer, pair in words.items())
 
 
 @dataclass(frozen=True)

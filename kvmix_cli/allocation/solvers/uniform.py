@@ -22,8 +22,8 @@ def solve(problem: Problem) -> Decision:
     )
     sign = 1 if problem.loss_limit is None else -1
 
-    def preference(pair: LayerPlan) -> tuple[float, float, float]:
-        k, v = pair.k.mean_width, pair.v.mean_width
+    def preference(pair: LayerPlan) -> tuple[int, int, int]:
+        k, v = (tensor.bits for tensor, _ in pair.affine)
         return sign * (k + v), -abs(k - v), k
 
     return dict.fromkeys(layers, max(pairs, key=preference))
