@@ -18,8 +18,10 @@ namespace KVMIX_ISA {
 
 // One thread's working memory, kept from call to call.
 struct Scratch {
-  std::vector<float> scores, sorted, scales, folded;
+  std::vector<float> scores, sorted, scales, folded, turned, sums;
   std::vector<int16_t> rounded;
+  std::vector<int32_t> words;
+  std::vector<uint8_t> run, codes;
 };
 
 static inline int64_t offset_of(const int64_t* strides, int64_t i, int64_t j, int64_t k) {

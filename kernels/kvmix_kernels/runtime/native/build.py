@@ -22,7 +22,14 @@ SOURCES = {
 }
 """Sources and their own flags: attention wants multiply-adds, the codec must round where `naive` rounds."""
 DISPATCH = "runtime/native/native.cpp"
-HEADERS = ("runtime/native/simd.h", "attend/cpu.h", "attend/contract.h", "quantize/cpu.h")
+HEADERS = (
+    "runtime/native/simd.h",
+    "attend/cpu.h",
+    "attend/plain.h",
+    "attend/contract.h",
+    "attend/coded.h",
+    "quantize/cpu.h",
+)
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 _AVX512 = ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")

@@ -58,8 +58,14 @@ std::string describe_structs() {
   STRUCT(Run);
   FIELD(Run, data); FIELD(Run, scales); FIELD(Run, data_strides); FIELD(Run, scales_strides);
   FIELD(Run, bits); FIELD(Run, channels); FIELD(Run, group); FIELD(Run, dtype);
+  STRUCT(Coded);
+  FIELD(Coded, codes); FIELD(Coded, scales); FIELD(Coded, slots); FIELD(Coded, exact); FIELD(Coded, widths);
+  FIELD(Coded, places); FIELD(Coded, decoding); FIELD(Coded, mean); FIELD(Coded, turns);
+  FIELD(Coded, codes_strides); FIELD(Coded, scales_strides); FIELD(Coded, slots_strides);
+  FIELD(Coded, exact_strides); FIELD(Coded, exact_tokens); FIELD(Coded, exact_dtype); FIELD(Coded, frame);
+  FIELD(Coded, pairs); FIELD(Coded, start); FIELD(Coded, interleaved);
   STRUCT(Segments);
-  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, order);
+  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, coded); FIELD(Segments, order);
   FIELD(Segments, sink_strides); FIELD(Segments, tail_strides); FIELD(Segments, order_strides);
   FIELD(Segments, sinks); FIELD(Segments, pages); FIELD(Segments, page); FIELD(Segments, tail_tokens);
   FIELD(Segments, dim);

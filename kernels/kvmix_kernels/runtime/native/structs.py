@@ -38,6 +38,32 @@ class CRun(ctypes.Structure):
     )
 
 
+class CCoded(ctypes.Structure):
+    """Pages of transform codes, with the basis folded for attention."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("exact", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("decoding", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("turns", ctypes.c_void_p),
+        ("codes_strides", ctypes.c_int64 * 2),
+        ("scales_strides", _Strides),
+        ("slots_strides", _Strides),
+        ("exact_strides", ctypes.c_int64 * 4),
+        ("exact_tokens", ctypes.c_int64),
+        ("exact_dtype", ctypes.c_int64),
+        ("frame", ctypes.c_int64),
+        ("pairs", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("interleaved", ctypes.c_int64),
+    )
+
+
 class CSegments(ctypes.Structure):
     """Keys or values: sink | packed pages | tail."""
 
@@ -45,6 +71,7 @@ class CSegments(ctypes.Structure):
         ("sink", ctypes.c_void_p),
         ("tail", ctypes.c_void_p),
         ("runs", ctypes.POINTER(CRun)),
+        ("coded", ctypes.POINTER(CCoded)),
         ("order", ctypes.c_void_p),
         ("sink_strides", _Strides),
         ("tail_strides", _Strides),
@@ -120,7 +147,7 @@ class CQuantization(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CSegments, CPart, CAttention, CQuantization)
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:

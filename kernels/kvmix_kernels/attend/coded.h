@@ -1,0 +1,371 @@
+// Attention over pages of transform codes (transform_layout.py), heads of any widths.
+//
+// A token is y = mean + decoding (code - middle), `decoding` being the decoder with the steps in it. So
+//
+//     q . y         =  c . code + (q . mean - c . middle)                  with c = decoding^T q
+//     sum_t w_t y_t =  decoding sum_t (w_t s_t) (code_t - middle) + (sum_t w_t) mean
+//
+// c is computed once a frame, after the query has been turned to it; the product with `decoding` on the left once a
+// query head, after all tokens. In between there are codes times coefficients, which are rounded to 16 bits: what they
+// are centred with is computed from the rounded ones. Directions of 0 bits have no codes, and nothing is read of them.
+// Exact tokens are met by the query as it is; their codes weigh nothing.
+#pragma once
+#include <algorithm>
+
+#include "../runtime/native/simd.h"
+#include "contract.h"
+#include "plain.h"
+
+namespace KVMIX_ISA {
+
+constexpr int VB = 4 * W;              // bytes of a vector
+constexpr int RUN = 8;                 // directions of one width
+constexpr int UNROLLED_PAGE = 128;     // tokens of a page that is unpacked by vectors
+constexpr int64_t BLOCK = 512;         // tokens whose weights are rounded together
+
+static inline int64_t padded(int64_t tokens) { return (tokens + VB - 1) / VB * VB; }
+
+// Fields `k * VB` to `k * VB + VB - 1` of a plane of 128 tokens.
+template <int BITS> static inline vb fields(const uint8_t* plane, int k) {
+  constexpr int BYTES = UNROLLED_PAGE * BITS / 8;
+  vu x;
+  if constexpr (BYTES >= VB) {
+    x = (vu)load<vb>(plane + k * VB % BYTES);
+  } else {
+    vu shifts;
+    for (int i = 0; i < W; i++) shifts[i] = i * 4 / BYTES * BITS;
+    x = (vu)repeat<BYTES>(plane) >> shifts;
+  }
+  return (vb)(x >> (k * VB / BYTES * BITS)) & uint8_t((1 << BITS) - 1);
+}
+
+template <int WIDTH> static inline void unpack_128(const uint8_t* from, uint8_t* out) {
+  constexpr int LOW = WIDTH == 3 ? 2 : WIDTH > 4 ? 4 : WIDTH, HIGH = WIDTH - LOW;
+#pragma GCC unroll 8
+  for (int k = 0; k < UNROLLED_PAGE / VB; k++) {
+    vb code = fields<LOW>(from, k);
+    if constexpr (HIGH > 0) code |= (vb)((vu)fields<HIGH>(from + LOW * UNROLLED_PAGE / 8, k) << LOW);
+    store(out + k * VB, code);
+  }
+}
+
+static inline void unpack_any(int width, const uint8_t* from, int64_t page, uint8_t* out) {
+  std::memset(out, 0, page);
+  for (int shift = 0; shift < width;) {
+    const int bits = width - shift >= 4 ? 4 : width - shift >= 2 ? 2 : 1;
+    const int64_t bytes = page * bits / 8;
+    for (int64_t token = 0; token < page; token++)
+      out[token] |= (from[token % bytes] >> (token / bytes * bits) & ((1 << bits) - 1)) << shift;
+    from += bytes;
+    shift += bits;
+  }
+}
+
+// The codes of a run of directions, one a byte, each direction `stride` bytes after the one before it. As many bytes
+// from `ahead` on are asked for: pages of one head are far apart, and the hardware does not see it.
+static inline void unpack_run(int width, const uint8_t* from, const uint8_t* ahead, int64_t page, uint8_t* out,
+                              int64_t stride) {
+  const int64_t bytes = page * width / 8;
+  for (int64_t i = 0; i < RUN * bytes; i += 64) __builtin_prefetch(ahead + i);
+  for (int d = 0; d < RUN; d++, from += bytes, out += stride) {
+    if (page != UNROLLED_PAGE) {
+      unpack_any(width, from, page, out);
+      continue;
+    }
+    switch (width) {
+      case 1: unpack_128<1>(from, out); break;
+      case 2: unpack_128<2>(from, out); break;
+      case 3: unpack_128<3>(from, out); break;
+      case 4: unpack_128<4>(from, out); break;
+      case 5: unpack_128<5>(from, out); break;
+      default: unpack_128<6>(from, out); break;
+    }
+  }
+}
+
+// One KV head of a coded tensor.
+struct CodedHead {
+  const Segments& s;
+  const Coded& x;
+  const int64_t b, h;
+  const uint8_t* const widths = x.widths + h * s.dim;
+  const float* const decoding = x.decoding + h * s.dim * s.dim;
+  const float* const mean = x.mean + h * s.dim;
+  const int64_t coded = s.dim - std::count(widths, widths + s.dim, 0);  // directions that have codes, in whole runs
+
+  const uint8_t* codes(int64_t page) const {
+    return x.codes + b * x.codes_strides[0] + page * x.codes_strides[1] + x.places[h];
+  }
+  float middle(int64_t direction) const { return 0.5f * (1 << widths[direction]) - 0.5f; }
+  const int16_t* slots(int64_t page) const { return x.slots + offset_of(x.slots_strides, b, h, page); }
+
+  // work(exact tokens of a page, in a dtype that the compiler knows)
+  template <class Work> void with_exact(int64_t page, Work work) const {
+    with_dtype(x.exact_dtype, x.exact, offset_of(x.exact_strides, b, h, page), work);
+  }
+};
+
+// out = 32639 / unit times `a`, rounded, in two words for every four. Returns the sum of out.
+static inline double round_coefficients(const float* a, int64_t count, int16_t* rounded, float* unit) {
+  vf most = {};
+  for (int64_t i = 0; i < count; i += W) most = larger(most, magnitude(load<vf>(a + i)));
+  const float peak = largest(most);
+  const vf inverse = splat(peak > 0 ? MOST / peak : 0.0f);
+  vi sums = {};
+  for (int64_t i = 0; i < count; i += W) {
+    const vi x = nearest(load<vf>(a + i) * inverse);
+    sums += x;
+    store(rounded + i, __builtin_convertvector(x, vs));
+  }
+  *unit = peak / MOST;
+  int64_t total = 0;
+  for (int i = 0; i < W; i++) total += sums[i];
+  return double(total);
+}
+
+// R queries over coded keys.
+template <int R> class CodedKeys {
+  const CodedHead head;
+  const float* const* const query;
+  Scratch& scratch;
+  const int64_t dim = head.s.dim, page = head.s.page, stride = padded(page), vectors = stride / W;
+  const int64_t quads = head.coded / 4;
+  int64_t frame = -1;
+  float unit[R], offset[R];
+
+  // The coefficients of a frame.
+  void meet(int64_t next) {
+    frame = next;
+    scratch.turned.resize(R * dim);
+    scratch.folded.resize(R * dim);
+    scratch.rounded.resize(R * dim);
+    scratch.words.resize(2 * R * quads);
+    const float* turned[R];
+    float* folded[R];
+    for (int r = 0; r < R; r++) {
+      turned[r] = turn(query[r], scratch.turned.data() + r * dim);
+      folded[r] = scratch.folded.data() + r * dim;
+    }
+    const int64_t columns = (head.coded + W - 1) / W * W;
+    mix_full<FLOAT32, R>(head.decoding, dim, dim, columns, turned, folded, false);
+    for (int r = 0; r < R; r++) {
+      int16_t* rounded = scratch.rounded.data() + r * dim;
+      int32_t* words = scratch.words.data() + 2 * r * quads;
+      round_coefficients(folded[r], columns, rounded, unit + r);
+      split(rounded, 4 * quads, words, words + quads);
+      double middle = 0, mean = 0;
+      for (int64_t d = 0; d < head.coded; d++) middle += double(rounded[d]) * head.middle(d);
+      for (int64_t e = 0; e < dim; e++) mean += double(turned[r][e]) * head.mean[e];
+      offset[r] = float(mean - unit[r] * middle);
+    }
+  }
+
+  const float* turn(const float* from, float* to) const {
+    const Coded& x = head.x;
+    if (!x.turns || frame == 0) return from;
+    const float *cos = x.turns + 2 * frame * x.pairs, *sin = cos + x.pairs;
+    const int64_t step = x.interleaved ? 2 : 1, apart = x.interleaved ? 1 : x.pairs;
+    std::copy(from, from + dim, to);
+    for (int64_t i = 0; i < x.pairs; i++) {
+      const int64_t at = x.start + i * step;
+      to[at] = from[at] * cos[i] - from[at + apart] * sin[i];
+      to[at + apart] = from[at + apart] * cos[i] + from[at] * sin[i];
+    }
+    return to;
+  }
+
+  // Codes of four directions together, for each token.
+  void unpack(int64_t at) {
+    scratch.run.resize(RUN * stride);
+    scratch.codes.resize(4 * quads * stride);
+    const uint8_t* from = head.codes(at);
+    uint8_t *run = scratch.run.data(), *to = scratch.codes.data();
+    for (int64_t d = 0; d < head.coded; d += RUN) {
+      unpack_run(head.widths[d], from, from + head.x.codes_strides[1], page, run, stride);
+      from += head.widths[d] * page;
+      for (int quad = 0; quad < RUN; quad += 4)
+        for (int64_t k = 0; k < stride; k += VB, to += 4 * VB) {
+          const uint8_t* four = run + quad * stride + k;
+          vb together[4];
+          interleave(load<vb>(four), load<vb>(four + stride), load<vb>(four + 2 * stride), load<vb>(four + 3 * stride),
+                     together);
+          for (int i = 0; i < 4; i++) store(to + i * VB, together[i]);
+        }
+    }
+  }
+
+  void multiply(float* const* out) const {
+    constexpr int TOGETHER = 2;
+    for (int64_t v = 0; v < vectors; v += TOGETHER) {
+      Sums sums[R][TOGETHER];
+      const uint8_t* codes = scratch.codes.data() + v * VB;
+      const int32_t* words = scratch.words.data();
+      for (int64_t quad = 0; quad < quads; quad++, codes += vectors * VB)
+        for (int r = 0; r < R; r++) {
+          const int32_t* word = words + 2 * r * quads + quad;
+          const vi first = vi{} + word[0], second = vi{} + word[quads];
+          for (int i = 0; i < TOGETHER; i++) sums[r][i].add(load<vb>(codes + i * VB), first, second);
+        }
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < TOGETHER; i++) {
+          const vf scores = __builtin_convertvector(sums[r][i].total(), vf) * unit[r] + offset[r];
+          float* to = out[r] + v / 4 * VB;
+          for (int block = 0; block < W / 4; block++)
+            std::memcpy(to + place_of((v + i) % 4, block), reinterpret_cast<const float*>(&scores) + 4 * block, 16);
+        }
+    }
+  }
+
+ public:
+  CodedKeys(const Segments& s, int64_t b, int64_t h, const float* const* query, Scratch& scratch)
+      : head{s, *s.coded, b, h}, query(query), scratch(scratch) {}
+
+  // Scores of a page's tokens; up to VB floats beyond them are written as well.
+  void score(int64_t at, float* const* out) {
+    const int64_t next = head.x.frame ? at * page / head.x.frame : 0;
+    if (next != frame) meet(next);
+    unpack(at);
+    multiply(out);
+    if (!head.x.slots) return;
+    const int16_t* slots = head.slots(at);
+    head.with_exact(at, [&](auto tokens) {
+      for (int64_t e = 0; e < head.x.exact_tokens; e++) {
+        float scores[R], *score[R];
+        for (int r = 0; r < R; r++) score[r] = scores + r;
+        dot_full<tokens.dtype, R>(tokens.from(e * head.x.exact_strides[3]), dim, 1, dim, query, score);
+        for (int r = 0; r < R; r++) out[r][slots[e]] = scores[r];
+      }
+    });
+  }
+};
+
+// R rows of weights over coded values. Sums stay in the basis, see `finish_coded`.
+template <int R> class CodedValues {
+  const CodedHead head;
+  Scratch& scratch;
+  const int64_t dim = head.s.dim, page = head.s.page;
+  float middles[R] = {};  // sums of what codes are multiplied with
+  float mass[R] = {};     // sums of the weights of coded tokens
+
+  // Weights times token scales, rounded: [R] rows of two words for every four tokens. `out` gets the exact tokens.
+  void fold(int64_t first, int64_t pages, int64_t room, const float* const* weights, float* const* out, float* units) {
+    const int64_t tokens = pages * page, words = room / 4;
+    scratch.folded.resize(R * room);
+    scratch.rounded.resize(room);
+    scratch.words.resize(2 * R * words);
+    for (int r = 0; r < R; r++) {
+      float* folded = scratch.folded.data() + r * room;
+      vf sums = {};
+      for (int64_t p = 0; p < pages; p++) {
+        const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, first + p);
+        for (int64_t t = 0; t < page; t += W) {
+          const vf w = load<vf>(weights[r] + p * page + t);
+          sums += w;
+          store(folded + p * page + t, w * half_to_float(scales + t));
+        }
+      }
+      mass[r] += sum(sums);
+      std::fill(folded + tokens, folded + room, 0.0f);
+    }
+    if (head.x.slots)
+      for (int64_t p = 0; p < pages; p++) take_exact(first + p, p * page, room, weights, out);
+    for (int r = 0; r < R; r++) {
+      int32_t* to = scratch.words.data() + 2 * r * words;
+      const double total = round_coefficients(scratch.folded.data() + r * room, room, scratch.rounded.data(), units + r);
+      split(scratch.rounded.data(), room, to, to + words);
+      middles[r] += float(units[r] * total);
+    }
+  }
+
+  // Give the weights of a page's exact tokens to what they are, instead of to their codes.
+  void take_exact(int64_t at, int64_t token, int64_t room, const float* const* weights, float* const* out) {
+    const int16_t* slots = head.slots(at);
+    head.with_exact(at, [&](auto tokens) {
+      for (int64_t e = 0; e < head.x.exact_tokens; e++) {
+        const float* weight[R];
+        for (int r = 0; r < R; r++) {
+          weight[r] = weights[r] + token + slots[e];
+          mass[r] -= *weight[r];
+          scratch.folded[r * room + token + slots[e]] = 0;
+        }
+        mix_full<tokens.dtype, R>(tokens.from(e * head.x.exact_strides[3]), dim, 1, dim, weight, out, true);
+      }
+    });
+  }
+
+  // Sums of two directions whose codes begin at `codes`, in each 128 bits one for each row.
+  void multiply(const uint8_t* codes, int64_t room, vf units, float* sums_at) const {
+    Sums sums[2][4];
+    const int64_t words = room / 4;
+    for (int64_t t = 0; t < room; t += VB) {
+      const vb one = load<vb>(codes + t), other = load<vb>(codes + room + t);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const int32_t* at = scratch.words.data() + 2 * r * words + t / 4;
+        const vi first = load<vi>(at), second = load<vi>(at + words);
+        sums[0][r].add(one, first, second);
+        sums[1][r].add(other, first, second);
+      }
+    }
+    for (int i = 0; i < 2; i++, sums_at += W) {
+      vi rows[4] = {};
+      for (int r = 0; r < R; r++) rows[r] = sums[i][r].total();
+      const vf total = __builtin_convertvector(sum_quarters(rows[0], rows[1], rows[2], rows[3]), vf);
+      store(sums_at, load<vf>(sums_at) + total * units);
+    }
+  }
+
+ public:
+  CodedValues(const Segments& s, int64_t b, int64_t h, Scratch& scratch)
+      : head{s, *s.coded, b, h}, scratch(scratch) {
+    scratch.sums.assign(head.coded * W, 0.0f);
+  }
+
+  // Pages that fit a block, or one.
+  int64_t pages_together() const { return page < BLOCK ? BLOCK / page : 1; }
+
+  void mix(int64_t first, int64_t pages, const float* const* weights, float* const* out) {
+    const int64_t room = padded(pages * page), next = pages_together() * head.x.codes_strides[1];
+    float units[R];
+    fold(first, pages, room, weights, out, units);
+    vf of_rows = {};
+    for (int i = 0; i < W; i++) of_rows[i] = i % 4 < R ? units[i % 4] : 0.0f;
+    scratch.run.resize(RUN * room);
+    uint8_t* run = scratch.run.data();
+    int64_t at = 0;
+    for (int64_t d = 0; d < head.coded; at += head.widths[d] * page, d += RUN) {
+      for (int64_t p = 0; p < pages; p++) {
+        const uint8_t* from = head.codes(first + p) + at;
+        unpack_run(head.widths[d], from, from + next, page, run + p * page, room);
+      }
+      for (int i = 0; i < RUN; i += 2) multiply(run + i * room, room, of_rows, scratch.sums.data() + (d + i) * W);
+    }
+  }
+
+  // Add up what the basis has: `out[r]` is [dim] of exact tokens, [dim] sums of centred codes, and the weights' sum.
+  void finish(float* const* out) const {
+    for (int64_t d = 0; d < head.coded; d++)
+      for (int r = 0; r < R; r++) {
+        float total = 0;
+        for (int i = r; i < W; i += 4) total += scratch.sums[d * W + i];
+        out[r][dim + d] = total - middles[r] * head.middle(d);
+      }
+    for (int r = 0; r < R; r++) out[r][2 * dim] = mass[r];
+  }
+};
+
+// Floats of an output that may have a coded part: what is in the model's own channels, and what is in the basis.
+static inline int64_t coded_width(int64_t dim) { return 2 * dim + 1; }
+
+// Add to the first [dim] floats of a sum what its others stand for.
+static inline void finish_coded(const Segments& s, int64_t b, int64_t h, float* sum) {
+  const CodedHead head{s, *s.coded, b, h};
+  const float *codes = sum + s.dim, mass = sum[2 * s.dim];
+  for (int64_t e = 0; e < s.dim; e++) {
+    float decoded, *out = &decoded;
+    dot_full<FLOAT32, 1>(head.decoding + e * s.dim, s.dim, 1, s.dim, &codes, &out);
+    sum[e] += decoded + mass * head.mean[e];
+  }
+}
+
+}  // namespace KVMIX_ISA
