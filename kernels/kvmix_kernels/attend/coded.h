@@ -63,23 +63,26 @@ static inline void unpack_any(int width, const uint8_t* from, int64_t page, uint
 
 // The codes of a run of directions, one a byte, each direction `stride` bytes after the one before it. As many bytes
 // from `ahead` on are asked for: pages of one head are far apart, and the hardware does not see it.
+template <int WIDTH>
+KERNEL static void unpack_run(const uint8_t* from, const uint8_t* ahead, int64_t page, uint8_t* out, int64_t stride) {
+  const int64_t bytes = page * WIDTH / 8;
+  for (int64_t i = 0; i < RUN * bytes; i += 64) __builtin_prefetch(ahead + i);
+  for (int d = 0; d < RUN; d++, from += bytes, out += stride)
+    if (page == UNROLLED_PAGE)
+      unpack_128<WIDTH>(from, out);
+    else
+      unpack_any(WIDTH, from, page, out);
+}
+
 static inline void unpack_run(int width, const uint8_t* from, const uint8_t* ahead, int64_t page, uint8_t* out,
                               int64_t stride) {
-  const int64_t bytes = page * width / 8;
-  for (int64_t i = 0; i < RUN * bytes; i += 64) __builtin_prefetch(ahead + i);
-  for (int d = 0; d < RUN; d++, from += bytes, out += stride) {
-    if (page != UNROLLED_PAGE) {
-      unpack_any(width, from, page, out);
-      continue;
-    }
-    switch (width) {
-      case 1: unpack_128<1>(from, out); break;
-      case 2: unpack_128<2>(from, out); break;
-      case 3: unpack_128<3>(from, out); break;
-      case 4: unpack_128<4>(from, out); break;
-      case 5: unpack_128<5>(from, out); break;
-      default: unpack_128<6>(from, out); break;
-    }
+  switch (width) {
+    case 1: return unpack_run<1>(from, ahead, page, out, stride);
+    case 2: return unpack_run<2>(from, ahead, page, out, stride);
+    case 3: return unpack_run<3>(from, ahead, page, out, stride);
+    case 4: return unpack_run<4>(from, ahead, page, out, stride);
+    case 5: return unpack_run<5>(from, ahead, page, out, stride);
+    default: return unpack_run<6>(from, ahead, page, out, stride);
   }
 }
 
@@ -91,12 +94,12 @@ struct CodedHead {
   const uint8_t* const widths = x.widths + h * s.dim;
   const float* const decoding = x.decoding + h * s.dim * s.dim;
   const float* const mean = x.mean + h * s.dim;
+  const float* const middles = x.middles + h * s.dim;
   const int64_t coded = s.dim - std::count(widths, widths + s.dim, 0);  // directions that have codes, in whole runs
 
   const uint8_t* codes(int64_t page) const {
     return x.codes + b * x.codes_strides[0] + page * x.codes_strides[1] + x.places[h];
   }
-  float middle(int64_t direction) const { return 0.5f * (1 << widths[direction]) - 0.5f; }
   const int16_t* slots(int64_t page) const { return x.slots + offset_of(x.slots_strides, b, h, page); }
 
   // work(exact tokens of a page, in a dtype that the compiler knows)
@@ -140,6 +143,7 @@ template <int R> class CodedKeys {
     scratch.folded.resize(R * dim);
     scratch.rounded.resize(R * dim);
     scratch.words.resize(2 * R * quads);
+    scratch.split.resize(2 * quads);
     const float* turned[R];
     float* folded[R];
     for (int r = 0; r < R; r++) {
@@ -150,13 +154,15 @@ template <int R> class CodedKeys {
     mix_full<FLOAT32, R>(head.decoding, dim, dim, columns, turned, folded, false);
     for (int r = 0; r < R; r++) {
       int16_t* rounded = scratch.rounded.data() + r * dim;
-      int32_t* words = scratch.words.data() + 2 * r * quads;
+      int32_t *two = scratch.split.data(), *words = scratch.words.data() + 2 * r;
       round_coefficients(folded[r], columns, rounded, unit + r);
-      split(rounded, 4 * quads, words, words + quads);
-      double middle = 0, mean = 0;
-      for (int64_t d = 0; d < head.coded; d++) middle += double(rounded[d]) * head.middle(d);
-      for (int64_t e = 0; e < dim; e++) mean += double(turned[r][e]) * head.mean[e];
-      offset[r] = float(mean - unit[r] * middle);
+      split(rounded, 4 * quads, two, two + quads);
+      for (int64_t i = 0; i < quads; i++) words[2 * R * i] = two[i], words[2 * R * i + 1] = two[quads + i];
+      vf middle = {}, mean = {};
+      for (int64_t d = 0; d < columns; d += W)
+        middle += __builtin_convertvector(load<vs>(rounded + d), vf) * load<vf>(head.middles + d);
+      for (int64_t e = 0; e < dim; e += W) mean += load<vf>(turned[r] + e) * load<vf>(head.mean + e);
+      offset[r] = sum(mean) - unit[r] * sum(middle);
     }
   }
 
@@ -194,26 +200,32 @@ template <int R> class CodedKeys {
     }
   }
 
-  void multiply(float* const* out) const {
-    constexpr int TOGETHER = 2;
-    for (int64_t v = 0; v < vectors; v += TOGETHER) {
-      Sums sums[R][TOGETHER];
+  KERNEL void multiply(float* const* out) const {
+    for (int64_t v = 0; v < vectors; v += 2) {
+      vi sums[R][2][SUMS] = {};
       const uint8_t* codes = scratch.codes.data() + v * VB;
       const int32_t* words = scratch.words.data();
-      for (int64_t quad = 0; quad < quads; quad++, codes += vectors * VB)
-        for (int r = 0; r < R; r++) {
-          const int32_t* word = words + 2 * r * quads + quad;
-          const vi first = vi{} + word[0], second = vi{} + word[quads];
-          for (int i = 0; i < TOGETHER; i++) sums[r][i].add(load<vb>(codes + i * VB), first, second);
-        }
-      for (int r = 0; r < R; r++)
-        for (int i = 0; i < TOGETHER; i++) {
-          const vf scores = __builtin_convertvector(sums[r][i].total(), vf) * unit[r] + offset[r];
-          float* to = out[r] + v / 4 * VB;
-          for (int block = 0; block < W / 4; block++)
-            std::memcpy(to + place_of((v + i) % 4, block), reinterpret_cast<const float*>(&scores) + 4 * block, 16);
-        }
+      for (int64_t quad = 0; quad < quads; quad++, words += 2 * R, codes += vectors * VB) {
+        const vb one = load<vb>(codes), other = load<vb>(codes + VB);
+        each<R>([&](auto r) INLINE {
+          const vi first = vi{} + words[2 * r], second = vi{} + words[2 * r + 1];
+          add_codes(sums[r][0], one, first, second);
+          add_codes(sums[r][1], other, first, second);
+        });
+      }
+      each<R>([&](auto r) INLINE {
+        float* to = out[r] + v / 4 * VB;
+        place(total(sums[r][0]), v % 4, r, to);
+        place(total(sums[r][1]), v % 4 + 1, r, to);
+      });
     }
+  }
+
+  // Scores of vector `k` of four.
+  void place(vi sums, int k, int r, float* to) const {
+    const vf scores = __builtin_convertvector(sums, vf) * unit[r] + offset[r];
+    for (int block = 0; block < W / 4; block++)
+      std::memcpy(to + place_of(k, block), reinterpret_cast<const float*>(&scores) + 4 * block, 16);
   }
 
  public:
@@ -253,25 +265,28 @@ template <int R> class CodedValues {
     scratch.folded.resize(R * room);
     scratch.rounded.resize(room);
     scratch.words.resize(2 * R * words);
-    for (int r = 0; r < R; r++) {
-      float* folded = scratch.folded.data() + r * room;
-      vf sums = {};
-      for (int64_t p = 0; p < pages; p++) {
-        const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, first + p);
-        for (int64_t t = 0; t < page; t += W) {
-          const vf w = load<vf>(weights[r] + p * page + t);
-          sums += w;
-          store(folded + p * page + t, w * half_to_float(scales + t));
+    float* folded = scratch.folded.data();
+    vf sums[R] = {};
+    for (int64_t p = 0, token = 0; p < pages; p++) {
+      const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, first + p);
+      for (int64_t t = 0; t < page; t += W, token += W) {
+        const vf scale = half_to_float(scales + t);
+        for (int r = 0; r < R; r++) {
+          const vf weight = load<vf>(weights[r] + token);
+          sums[r] += weight;
+          store(folded + r * room + token, weight * scale);
         }
       }
-      mass[r] += sum(sums);
-      std::fill(folded + tokens, folded + room, 0.0f);
+    }
+    for (int r = 0; r < R; r++) {
+      mass[r] += sum(sums[r]);
+      std::fill(folded + r * room + tokens, folded + (r + 1) * room, 0.0f);
     }
     if (head.x.slots)
       for (int64_t p = 0; p < pages; p++) take_exact(first + p, p * page, room, weights, out);
     for (int r = 0; r < R; r++) {
       int32_t* to = scratch.words.data() + 2 * r * words;
-      const double total = round_coefficients(scratch.folded.data() + r * room, room, scratch.rounded.data(), units + r);
+      const double total = round_coefficients(folded + r * room, room, scratch.rounded.data(), units + r);
       split(scratch.rounded.data(), room, to, to + words);
       middles[r] += float(units[r] * total);
     }
@@ -294,25 +309,25 @@ template <int R> class CodedValues {
   }
 
   // Sums of two directions whose codes begin at `codes`, in each 128 bits one for each row.
-  void multiply(const uint8_t* codes, int64_t room, vf units, float* sums_at) const {
-    Sums sums[2][4];
+  KERNEL void multiply(const uint8_t* codes, int64_t room, vf units, float* sums_at) const {
+    vi one_sums[4][SUMS] = {}, other_sums[4][SUMS] = {};
     const int64_t words = room / 4;
-    for (int64_t t = 0; t < room; t += VB) {
+    const int32_t* at = scratch.words.data();
+    for (int64_t t = 0; t < room; t += VB, at += W) {
       const vb one = load<vb>(codes + t), other = load<vb>(codes + room + t);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        const int32_t* at = scratch.words.data() + 2 * r * words + t / 4;
-        const vi first = load<vi>(at), second = load<vi>(at + words);
-        sums[0][r].add(one, first, second);
-        sums[1][r].add(other, first, second);
-      }
+      each<R>([&](auto r) INLINE {
+        const vi first = load<vi>(at + 2 * r * words), second = load<vi>(at + (2 * r + 1) * words);
+        add_codes(one_sums[r], one, first, second);
+        add_codes(other_sums[r], other, first, second);
+      });
     }
-    for (int i = 0; i < 2; i++, sums_at += W) {
-      vi rows[4] = {};
-      for (int r = 0; r < R; r++) rows[r] = sums[i][r].total();
-      const vf total = __builtin_convertvector(sum_quarters(rows[0], rows[1], rows[2], rows[3]), vf);
-      store(sums_at, load<vf>(sums_at) + total * units);
-    }
+    add_rows(one_sums, units, sums_at);
+    add_rows(other_sums, units, sums_at + W);
+  }
+
+  static INLINE void add_rows(const vi (&sums)[4][SUMS], vf units, float* to) {
+    const vi rows = sum_quarters(total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3]));
+    store(to, load<vf>(to) + __builtin_convertvector(rows, vf) * units);
   }
 
  public:
@@ -348,7 +363,7 @@ template <int R> class CodedValues {
       for (int r = 0; r < R; r++) {
         float total = 0;
         for (int i = r; i < W; i += 4) total += scratch.sums[d * W + i];
-        out[r][dim + d] = total - middles[r] * head.middle(d);
+        out[r][dim + d] = total - middles[r] * head.middles[d];
       }
     for (int r = 0; r < R; r++) out[r][2 * dim] = mass[r];
   }

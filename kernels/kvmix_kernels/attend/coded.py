@@ -24,6 +24,7 @@ class _Folded:
     places: Tensor
     decoding: Tensor
     mean: Tensor
+    middles: Tensor
 
 
 _folded: WeakKeyDictionary[TransformBasis, _Folded] = WeakKeyDictionary()
@@ -47,6 +48,7 @@ def pages_of(coded: Coded) -> CCoded:
         places=folded.places.data_ptr(),
         decoding=folded.decoding.data_ptr(),
         mean=folded.mean.data_ptr(),
+        middles=folded.middles.data_ptr(),
     )
     if coded.scales is not None:
         call.scales, call.scales_strides = coded.scales.data_ptr(), coded.scales.stride()[:3]
@@ -69,6 +71,7 @@ def _fold(basis: TransformBasis) -> _Folded:
             torch.tensor(basis.layout.head_offsets),
             basis.decoding.float().contiguous(),
             basis.mean.float().contiguous(),
+            (basis.levels.float() / 2 - 0.5).contiguous(),
         )
     return folded
 

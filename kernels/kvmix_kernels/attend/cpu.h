@@ -23,6 +23,7 @@ struct Coded {
   const int64_t* places;      // [H_kv]: first byte of a head in a page
   const float* decoding;      // [H_kv, dim, dim]: the decoder, each direction times its step
   const float* mean;          // [H_kv, dim]
+  const float* middles;       // [H_kv, dim]: of the codes of each direction
   const float* turns;         // null, or [frames, 2, pairs]: cosines and sines that turn a query to a frame
   int64_t codes_strides[2];   // batch, page
   int64_t scales_strides[3];  // batch, head, page

@@ -18,19 +18,27 @@ static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, 
   }
 }
 
+// Columns [m, m + N W) of what follows.
+template <int DTYPE, int R, int N>
+KERNEL static void mix_columns(const void* x, int64_t stride, int64_t rows, int64_t m, const float* const* a,
+                               float* const* out, bool add) {
+  vf acc[R][N];
+  each<R>([&](auto r) INLINE { each<N>([&](auto i) INLINE { acc[r][i] = add ? load<vf>(out[r] + m + i * W) : vf{}; }); });
+  for (int64_t n = 0; n < rows; n++) {
+    vf v[N];
+    each<N>([&](auto i) INLINE { v[i] = read<DTYPE>(x, n * stride + m + i * W); });
+    each<R>([&](auto r) INLINE { each<N>([&](auto i) INLINE { acc[r][i] += a[r][n] * v[i]; }); });
+  }
+  each<R>([&](auto r) INLINE { each<N>([&](auto i) INLINE { store(out[r] + m + i * W, acc[r][i]); }); });
+}
+
 // out[r][m] (+)= sum_n a[r][n] * x[n][m] over unquantized values, or pages of key channels.
 template <int DTYPE, int R>
 static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t columns, const float* const* a,
                      float* const* out, bool add) {
-  for (int64_t m = 0; m < columns; m += W) {
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = add ? load<vf>(out[r] + m) : vf{};
-    for (int64_t n = 0; n < rows; n++) {
-      const vf v = read<DTYPE>(x, n * stride + m);
-      for (int r = 0; r < R; r++) acc[r] += a[r][n] * v;
-    }
-    for (int r = 0; r < R; r++) store(out[r] + m, acc[r]);
-  }
+  int64_t m = 0;
+  for (; m + 2 * W <= columns; m += 2 * W) mix_columns<DTYPE, R, 2>(x, stride, rows, m, a, out, add);
+  if (m < columns) mix_columns<DTYPE, R, 1>(x, stride, rows, m, a, out, add);
 }
 
 // Unquantized elements whose dtype the compiler knows.

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -12,6 +13,9 @@
 #define KVMIX_ISA generic
 #define KVMIX_WIDTH 4
 #endif
+
+#define INLINE __attribute__((always_inline))
+#define KERNEL __attribute__((noinline))  // a loop that needs all registers for itself
 
 namespace KVMIX_ISA {
 
@@ -71,6 +75,13 @@ static inline void interleave(vw a, vw b, vw& low, vw& high) {
 #endif
 }
 
+// work(0), ..., work(N - 1), each with a constant: arrays of vectors that it indexes stay in registers, which unrolling a
+// loop comes too late for.
+template <class Work, int... I> static inline INLINE void each(std::integer_sequence<int, I...>, Work work) {
+  (work(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Work> static inline INLINE void each(Work work) { each(std::make_integer_sequence<int, N>{}, work); }
+
 // The same, in a register of its own: compilers would make a new address of every sum of known parts.
 template <class T> static inline T opaque(T x) {
   asm("" : "+r"(x));
@@ -102,16 +113,15 @@ static inline void add_products(vi& sum, vw a, vw b) {
 constexpr int MOST = 32639;  // 127 * 256 + 127
 
 #if KVMIX_WIDTH == 16 && defined(__AVX512VNNI__)
-struct Sums {
-  vi high = {}, low = {};
+constexpr int SUMS = 2;  // of the high bytes and of the low ones
 
-  void add(vb codes, vi first, vi second) {
-    high = (vi)_mm512_dpbusd_epi32((__m512i)high, (__m512i)codes, (__m512i)first);
-    low = (vi)_mm512_dpbusd_epi32((__m512i)low, (__m512i)codes, (__m512i)second);
-    asm("" : "+v"(high), "+v"(low));
-  }
-  vi total() const { return (high << 8) + low; }
-};
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi second) {
+  sums[0] = (vi)_mm512_dpbusd_epi32((__m512i)sums[0], (__m512i)codes, (__m512i)first);
+  sums[1] = (vi)_mm512_dpbusd_epi32((__m512i)sums[1], (__m512i)codes, (__m512i)second);
+  asm("" : "+v"(sums[0]), "+v"(sums[1]));
+}
+
+static inline INLINE vi total(const vi (&sums)[SUMS]) { return (sums[0] << 8) + sums[1]; }
 
 // High bytes of the coefficients into `first`, low ones into `second`: 16 bits are 256 high + low, both with a sign.
 static inline void split(const int16_t* coefficients, int64_t count, int32_t* first, int32_t* second) {
@@ -119,15 +129,14 @@ static inline void split(const int16_t* coefficients, int64_t count, int32_t* fi
   for (int64_t i = 0; i < count; i++) high[i] = int8_t((coefficients[i] + 128) >> 8), low[i] = int8_t(coefficients[i]);
 }
 #else
-struct Sums {
-  vi sum = {};
+constexpr int SUMS = 1;
 
-  void add(vb codes, vi first, vi second) {
-    add_products(sum, (vw)codes & int16_t(0xff), (vw)first);
-    add_products(sum, (vw)((vq)codes >> 8), (vw)second);
-  }
-  vi total() const { return sum; }
-};
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi second) {
+  add_products(sums[0], (vw)codes & int16_t(0xff), (vw)first);
+  add_products(sums[0], (vw)((vq)codes >> 8), (vw)second);
+}
+
+static inline INLINE vi total(const vi (&sums)[SUMS]) { return sums[0]; }
 
 // Coefficients 0 and 2 of every four into `first`, 1 and 3 into `second`.
 static inline void split(const int16_t* coefficients, int64_t count, int32_t* first, int32_t* second) {

@@ -50,6 +50,7 @@ class CCoded(ctypes.Structure):
         ("places", ctypes.c_void_p),
         ("decoding", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
+        ("middles", ctypes.c_void_p),
         ("turns", ctypes.c_void_p),
         ("codes_strides", ctypes.c_int64 * 2),
         ("scales_strides", _Strides),
