@@ -25,64 +25,110 @@ constexpr int64_t BLOCK = 512;         // tokens whose weights are rounded toget
 
 static inline int64_t padded(int64_t tokens) { return (tokens + VB - 1) / VB * VB; }
 
-// Fields `k * VB` to `k * VB + VB - 1` of a plane of 128 tokens.
-template <int BITS> static inline vb fields(const uint8_t* plane, int k) {
-  constexpr int BYTES = UNROLLED_PAGE * BITS / 8;
-  vu x;
-  if constexpr (BYTES >= VB) {
-    x = (vu)load<vb>(plane + k * VB % BYTES);
+// Bit planes of a code, lowest bits first; all but two widths have one.
+constexpr int low_bits(int width) { return width == 3 ? 2 : width > 4 ? 4 : width; }
+constexpr int high_bits(int width) { return width - low_bits(width); }
+
+// A plane of the 128 tokens of a page: vector `part` of it, repeated if it has fewer bytes, each time with the next
+// fields lowest.
+template <int BITS> constexpr int plane_bytes() { return UNROLLED_PAGE * BITS / 8; }
+template <int BITS> constexpr int plane_parts() { return plane_bytes<BITS>() < VB ? 1 : plane_bytes<BITS>() / VB; }
+
+template <int BITS> static INLINE inline vb plane(const uint8_t* at, int part) {
+  if constexpr (plane_bytes<BITS>() >= VB)
+    return load<vb>(at + part * VB);
+  else
+    return repeat<plane_bytes<BITS>()>(at);
+}
+
+template <int BITS> static INLINE inline vb shifted(vb x) {
+  if constexpr (plane_bytes<BITS>() >= VB) return x;
+  vu shifts;
+  for (int i = 0; i < W; i++) shifts[i] = i * 4 / plane_bytes<BITS>() * BITS;
+  return (vb)((vu)x >> shifts);
+}
+
+// Fields of tokens `chunk * VB` to `chunk * VB + VB - 1`, which are in part `part_of(chunk)`.
+template <int BITS> constexpr int part_of(int chunk) { return chunk * VB % plane_bytes<BITS>() / VB; }
+template <int BITS> static INLINE inline vb fields(vb x, int chunk) {
+  return (vb)((vu)x >> (chunk * VB / plane_bytes<BITS>() * BITS)) & uint8_t((1 << BITS) - 1);
+}
+
+// Codes of VB tokens of a direction, one a byte. Width 0 stands for codes that are one a byte already.
+template <int WIDTH> static INLINE inline vb codes_of(const uint8_t* at, int chunk) {
+  if constexpr (WIDTH == 0) {
+    return load<vb>(at);
   } else {
-    vu shifts;
-    for (int i = 0; i < W; i++) shifts[i] = i * 4 / BYTES * BITS;
-    x = (vu)repeat<BYTES>(plane) >> shifts;
-  }
-  return (vb)(x >> (k * VB / BYTES * BITS)) & uint8_t((1 << BITS) - 1);
-}
-
-template <int WIDTH> static inline void unpack_128(const uint8_t* from, uint8_t* out) {
-  constexpr int LOW = WIDTH == 3 ? 2 : WIDTH > 4 ? 4 : WIDTH, HIGH = WIDTH - LOW;
-#pragma GCC unroll 8
-  for (int k = 0; k < UNROLLED_PAGE / VB; k++) {
-    vb code = fields<LOW>(from, k);
-    if constexpr (HIGH > 0) code |= (vb)((vu)fields<HIGH>(from + LOW * UNROLLED_PAGE / 8, k) << LOW);
-    store(out + k * VB, code);
+    constexpr int LOW = low_bits(WIDTH), HIGH = high_bits(WIDTH);
+    const vb low = fields<LOW>(shifted<LOW>(plane<LOW>(at, part_of<LOW>(chunk))), chunk);
+    if constexpr (HIGH == 0) return low;
+    else {
+      const vb high = shifted<HIGH>(plane<HIGH>(at + plane_bytes<LOW>(), part_of<HIGH>(chunk)));
+      return low | (vb)((vu)fields<HIGH>(high, chunk) << LOW);
+    }
   }
 }
 
-static inline void unpack_any(int width, const uint8_t* from, int64_t page, uint8_t* out) {
-  std::memset(out, 0, page);
-  for (int shift = 0; shift < width;) {
-    const int bits = width - shift >= 4 ? 4 : width - shift >= 2 ? 2 : 1;
-    const int64_t bytes = page * bits / 8;
-    for (int64_t token = 0; token < page; token++)
-      out[token] |= (from[token % bytes] >> (token / bytes * bits) & ((1 << bits) - 1)) << shift;
-    from += bytes;
-    shift += bits;
+// A plane of four directions, `apart` bytes from each other, byte by byte together.
+template <int BITS> struct Quad {
+  vb parts[plane_parts<BITS>()][4];
+
+  INLINE Quad(const uint8_t* at, int64_t apart) {
+    each<plane_parts<BITS>()>([&](auto p) INLINE {
+      interleave(plane<BITS>(at, p), plane<BITS>(at + apart, p), plane<BITS>(at + 2 * apart, p),
+                 plane<BITS>(at + 3 * apart, p), parts[p]);
+      each<4>([&](auto i) INLINE { parts[p][i] = shifted<BITS>(parts[p][i]); });
+    });
+  }
+};
+
+// Codes of a run of directions of 128 tokens: four directions together for each token. The same bytes from `ahead` on are
+// asked for: pages of one head are far apart, and the hardware does not see it.
+template <int WIDTH> KERNEL static void unpack_run(const uint8_t* from, const uint8_t* ahead, uint8_t* out) {
+  constexpr int LOW = low_bits(WIDTH), HIGH = high_bits(WIDTH), BYTES = UNROLLED_PAGE * WIDTH / 8;
+  for (int i = 0; i < RUN * BYTES; i += 64) __builtin_prefetch(ahead + i);
+  for (int quad = 0; quad < RUN; quad += 4, from += 4 * BYTES) {
+    const Quad<LOW> low(from, BYTES);
+    each<UNROLLED_PAGE / VB>([&](auto c) INLINE {
+      each<4>([&](auto i) INLINE { store(out + (4 * c + i) * VB, fields<LOW>(low.parts[part_of<LOW>(c)][i], c)); });
+    });
+    if constexpr (HIGH > 0) {
+      const Quad<HIGH> high(from + plane_bytes<LOW>(), BYTES);
+      each<UNROLLED_PAGE / VB>([&](auto c) INLINE {
+        each<4>([&](auto i) INLINE {
+          uint8_t* to = out + (4 * c + i) * VB;
+          store(to, load<vb>(to) | (vb)((vu)fields<HIGH>(high.parts[part_of<HIGH>(c)][i], c) << LOW));
+        });
+      });
+    }
+    out += 4 * UNROLLED_PAGE;
   }
 }
 
-// The codes of a run of directions, one a byte, each direction `stride` bytes after the one before it. As many bytes
-// from `ahead` on are asked for: pages of one head are far apart, and the hardware does not see it.
-template <int WIDTH>
-KERNEL static void unpack_run(const uint8_t* from, const uint8_t* ahead, int64_t page, uint8_t* out, int64_t stride) {
-  const int64_t bytes = page * WIDTH / 8;
-  for (int64_t i = 0; i < RUN * bytes; i += 64) __builtin_prefetch(ahead + i);
-  for (int d = 0; d < RUN; d++, from += bytes, out += stride)
-    if (page == UNROLLED_PAGE)
-      unpack_128<WIDTH>(from, out);
-    else
-      unpack_any(WIDTH, from, page, out);
+// The same for a page of any length, directions one after the other, `stride` bytes apart, each code a byte.
+static void unpack_any(int width, const uint8_t* from, int64_t page, uint8_t* out, int64_t stride) {
+  for (int d = 0; d < RUN; d++, out += stride) {
+    std::memset(out, 0, page);
+    for (int shift = 0; shift < width;) {
+      const int bits = width - shift >= 4 ? 4 : width - shift >= 2 ? 2 : 1;
+      const int64_t bytes = page * bits / 8;
+      for (int64_t token = 0; token < page; token++)
+        out[token] |= (from[token % bytes] >> (token / bytes * bits) & ((1 << bits) - 1)) << shift;
+      from += bytes;
+      shift += bits;
+    }
+  }
 }
 
-static inline void unpack_run(int width, const uint8_t* from, const uint8_t* ahead, int64_t page, uint8_t* out,
-                              int64_t stride) {
+// work(width), with a width that the compiler knows.
+template <class Work> static inline void with_width(int width, Work work) {
   switch (width) {
-    case 1: return unpack_run<1>(from, ahead, page, out, stride);
-    case 2: return unpack_run<2>(from, ahead, page, out, stride);
-    case 3: return unpack_run<3>(from, ahead, page, out, stride);
-    case 4: return unpack_run<4>(from, ahead, page, out, stride);
-    case 5: return unpack_run<5>(from, ahead, page, out, stride);
-    default: return unpack_run<6>(from, ahead, page, out, stride);
+    case 1: return work(std::integral_constant<int, 1>{});
+    case 2: return work(std::integral_constant<int, 2>{});
+    case 3: return work(std::integral_constant<int, 3>{});
+    case 4: return work(std::integral_constant<int, 4>{});
+    case 5: return work(std::integral_constant<int, 5>{});
+    default: return work(std::integral_constant<int, 6>{});
   }
 }
 
@@ -182,41 +228,45 @@ template <int R> class CodedKeys {
 
   // Codes of four directions together, for each token.
   void unpack(int64_t at) {
-    scratch.run.resize(RUN * stride);
     scratch.codes.resize(4 * quads * stride);
     const uint8_t* from = head.codes(at);
-    uint8_t *run = scratch.run.data(), *to = scratch.codes.data();
-    for (int64_t d = 0; d < head.coded; d += RUN) {
-      unpack_run(head.widths[d], from, from + head.x.codes_strides[1], page, run, stride);
-      from += head.widths[d] * page;
-      for (int quad = 0; quad < RUN; quad += 4)
-        for (int64_t k = 0; k < stride; k += VB, to += 4 * VB) {
-          const uint8_t* four = run + quad * stride + k;
-          vb together[4];
-          interleave(load<vb>(four), load<vb>(four + stride), load<vb>(four + 2 * stride), load<vb>(four + 3 * stride),
-                     together);
-          for (int i = 0; i < 4; i++) store(to + i * VB, together[i]);
-        }
+    uint8_t* to = scratch.codes.data();
+    for (int64_t d = 0; d < head.coded; d += RUN, to += RUN * stride) {
+      const int width = head.widths[d];
+      if (page == UNROLLED_PAGE)
+        with_width(width, [&](auto known) { unpack_run<known>(from, from + head.x.codes_strides[1], to); });
+      else
+        interleave_run(width, from, to);
+      from += width * page;
     }
   }
 
+  void interleave_run(int width, const uint8_t* from, uint8_t* to) {
+    scratch.run.resize(RUN * stride);
+    uint8_t* run = scratch.run.data();
+    unpack_any(width, from, page, run, stride);
+    for (int quad = 0; quad < RUN; quad += 4)
+      for (int64_t k = 0; k < stride; k += VB, to += 4 * VB) {
+        const uint8_t* four = run + quad * stride + k;
+        vb together[4];
+        interleave(load<vb>(four), load<vb>(four + stride), load<vb>(four + 2 * stride), load<vb>(four + 3 * stride),
+                   together);
+        for (int i = 0; i < 4; i++) store(to + i * VB, together[i]);
+      }
+  }
+
   KERNEL void multiply(float* const* out) const {
-    for (int64_t v = 0; v < vectors; v += 2) {
-      vi sums[R][2][SUMS] = {};
+    for (int64_t v = 0; v < vectors; v += TOGETHER) {
+      vi sums[R][TOGETHER][SUMS] = {};
       const uint8_t* codes = scratch.codes.data() + v * VB;
       const int32_t* words = scratch.words.data();
-      for (int64_t quad = 0; quad < quads; quad++, words += 2 * R, codes += vectors * VB) {
-        const vb one = load<vb>(codes), other = load<vb>(codes + VB);
+      for (int64_t quad = 0; quad < quads; quad++, words += 2 * R, codes += vectors * VB)
         each<R>([&](auto r) INLINE {
-          const vi first = vi{} + words[2 * r], second = vi{} + words[2 * r + 1];
-          add_codes(sums[r][0], one, first, second);
-          add_codes(sums[r][1], other, first, second);
+          const Splat word(words + 2 * r);
+          each<TOGETHER>([&](auto i) INLINE { add_codes(sums[r][i], load<vb>(codes + i * VB), word); });
         });
-      }
       each<R>([&](auto r) INLINE {
-        float* to = out[r] + v / 4 * VB;
-        place(total(sums[r][0]), v % 4, r, to);
-        place(total(sums[r][1]), v % 4 + 1, r, to);
+        each<TOGETHER>([&](auto i) INLINE { place(total(sums[r][i]), v % 4 + i, r, out[r] + v / 4 * VB); });
       });
     }
   }
@@ -259,12 +309,12 @@ template <int R> class CodedValues {
   float middles[R] = {};  // sums of what codes are multiplied with
   float mass[R] = {};     // sums of the weights of coded tokens
 
-  // Weights times token scales, rounded: [R] rows of two words for every four tokens. `out` gets the exact tokens.
+  // Weights times token scales, rounded: for each VB tokens [R] rows of two vectors. `out` gets the exact tokens.
   void fold(int64_t first, int64_t pages, int64_t room, const float* const* weights, float* const* out, float* units) {
-    const int64_t tokens = pages * page, words = room / 4;
+    const int64_t tokens = pages * page;
     scratch.folded.resize(R * room);
     scratch.rounded.resize(room);
-    scratch.words.resize(2 * R * words);
+    scratch.words.resize(R * room / 2);
     float* folded = scratch.folded.data();
     vf sums[R] = {};
     for (int64_t p = 0, token = 0; p < pages; p++) {
@@ -285,9 +335,11 @@ template <int R> class CodedValues {
     if (head.x.slots)
       for (int64_t p = 0; p < pages; p++) take_exact(first + p, p * page, room, weights, out);
     for (int r = 0; r < R; r++) {
-      int32_t* to = scratch.words.data() + 2 * r * words;
       const double total = round_coefficients(folded + r * room, room, scratch.rounded.data(), units + r);
-      split(scratch.rounded.data(), room, to, to + words);
+      for (int64_t t = 0; t < room; t += VB) {
+        int32_t* to = scratch.words.data() + 2 * (t / VB * R + r) * W;
+        split(scratch.rounded.data() + t, VB, to, to + W);
+      }
       middles[r] += float(units[r] * total);
     }
   }
@@ -308,17 +360,24 @@ template <int R> class CodedValues {
     });
   }
 
-  // Sums of two directions whose codes begin at `codes`, in each 128 bits one for each row.
-  KERNEL void multiply(const uint8_t* codes, int64_t room, vf units, float* sums_at) const {
+  // Add sums of two directions to those at `sums_at`: in each 128 bits one for each row. Codes of the two begin at `from`
+  // and `apart` bytes later, those of the next tokens `stride` bytes later.
+  template <int WIDTH>
+  KERNEL void multiply(const uint8_t* from, int64_t apart, int64_t stride, int64_t ahead, int64_t room, vf units,
+                       float* sums_at) const {
+    constexpr int CHUNKS = WIDTH ? UNROLLED_PAGE / VB : 1;
     vi one_sums[4][SUMS] = {}, other_sums[4][SUMS] = {};
-    const int64_t words = room / 4;
-    const int32_t* at = scratch.words.data();
-    for (int64_t t = 0; t < room; t += VB, at += W) {
-      const vb one = load<vb>(codes + t), other = load<vb>(codes + room + t);
-      each<R>([&](auto r) INLINE {
-        const vi first = load<vi>(at + 2 * r * words), second = load<vi>(at + (2 * r + 1) * words);
-        add_codes(one_sums[r], one, first, second);
-        add_codes(other_sums[r], other, first, second);
+    const int32_t* words = scratch.words.data();
+    for (int64_t t = 0; t < room; t += CHUNKS * VB, from += stride, words += CHUNKS * 2 * R * W) {
+      for (int i = 0; i < UNROLLED_PAGE / 4 * WIDTH; i += 64) __builtin_prefetch(from + ahead + i);
+      each<CHUNKS>([&](auto c) INLINE {
+        const vb one = codes_of<WIDTH>(from, c), other = codes_of<WIDTH>(from + apart, c);
+        each<R>([&](auto r) INLINE {
+          const int32_t* word = words + 2 * (c * R + r) * W;
+          const vi first = in_register(load<vi>(word)), second = in_register(load<vi>(word + W));
+          add_codes(one_sums[r], one, first, second);
+          add_codes(other_sums[r], other, first, second);
+        });
       });
     }
     add_rows(one_sums, units, sums_at);
@@ -340,21 +399,34 @@ template <int R> class CodedValues {
   int64_t pages_together() const { return page < BLOCK ? BLOCK / page : 1; }
 
   void mix(int64_t first, int64_t pages, const float* const* weights, float* const* out) {
-    const int64_t room = padded(pages * page), next = pages_together() * head.x.codes_strides[1];
+    const int64_t room = padded(pages * page);
     float units[R];
     fold(first, pages, room, weights, out, units);
     vf of_rows = {};
     for (int i = 0; i < W; i++) of_rows[i] = i % 4 < R ? units[i % 4] : 0.0f;
+    const int64_t stride = head.x.codes_strides[1];
+    const uint8_t* from = head.codes(first);
+    float* sums = scratch.sums.data();
+    for (int64_t d = 0; d < head.coded; d += RUN, sums += RUN * W) {
+      const int width = head.widths[d];
+      const int64_t bytes = width * page / 8;
+      if (page == UNROLLED_PAGE)
+        with_width(width, [&](auto known) {
+          for (int i = 0; i < RUN; i += 2)
+            multiply<known>(from + i * bytes, bytes, stride, pages * stride, room, of_rows, sums + i * W);
+        });
+      else
+        multiply_any(width, from, pages, room, of_rows, sums);
+      from += RUN * bytes;
+    }
+  }
+
+  void multiply_any(int width, const uint8_t* from, int64_t pages, int64_t room, vf units, float* sums) {
     scratch.run.resize(RUN * room);
     uint8_t* run = scratch.run.data();
-    int64_t at = 0;
-    for (int64_t d = 0; d < head.coded; at += head.widths[d] * page, d += RUN) {
-      for (int64_t p = 0; p < pages; p++) {
-        const uint8_t* from = head.codes(first + p) + at;
-        unpack_run(head.widths[d], from, from + next, page, run + p * page, room);
-      }
-      for (int i = 0; i < RUN; i += 2) multiply(run + i * room, room, of_rows, scratch.sums.data() + (d + i) * W);
-    }
+    for (int64_t p = 0; p < pages; p++)
+      unpack_any(width, from + p * head.x.codes_strides[1], page, run + p * page, room);
+    for (int i = 0; i < RUN; i += 2) multiply<0>(run + i * room, room, VB, 0, room, units, sums + i * W);
   }
 
   // Add up what the basis has: `out[r]` is [dim] of exact tokens, [dim] sums of centred codes, and the weights' sum.

@@ -88,6 +88,14 @@ template <class T> static inline T opaque(T x) {
   return x;
 }
 
+// The same, loaded once: compilers would make a load of every use.
+static inline vi in_register(vi x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // sum += the two products of each pair, before anything else: compilers would collect many products first, and spill
 // them all.
 static inline void add_products(vi& sum, vw a, vw b) {
@@ -121,6 +129,18 @@ static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi sec
   asm("" : "+v"(sums[0]), "+v"(sums[1]));
 }
 
+// The two words of four coefficients, in all lanes: read by each multiplication, which costs it nothing.
+struct Splat {
+  const int32_t* words;
+  INLINE explicit Splat(const int32_t* words) : words(words) {}
+};
+constexpr int TOGETHER = 2;  // vectors of codes that are multiplied with one of them
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, Splat x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[0]) : "v"(codes), "m"(x.words[0]));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[1]) : "v"(codes), "m"(x.words[1]));
+}
+
 static inline INLINE vi total(const vi (&sums)[SUMS]) { return (sums[0] << 8) + sums[1]; }
 
 // High bytes of the coefficients into `first`, low ones into `second`: 16 bits are 256 high + low, both with a sign.
@@ -135,6 +155,14 @@ static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi sec
   add_products(sums[0], (vw)codes & int16_t(0xff), (vw)first);
   add_products(sums[0], (vw)((vq)codes >> 8), (vw)second);
 }
+
+struct Splat {
+  vi first, second;
+  INLINE explicit Splat(const int32_t* words) : first(vi{} + words[0]), second(vi{} + words[1]) {}
+};
+constexpr int TOGETHER = 2;
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, Splat x) { add_codes(sums, codes, x.first, x.second); }
 
 static inline INLINE vi total(const vi (&sums)[SUMS]) { return sums[0]; }
 
