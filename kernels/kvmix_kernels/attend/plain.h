@@ -36,9 +36,10 @@ KERNEL static void mix_columns(const void* x, int64_t stride, int64_t rows, int6
 template <int DTYPE, int R>
 static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t columns, const float* const* a,
                      float* const* out, bool add) {
+  constexpr int N = W == 16 ? 4 : 2;  // vectors of sums: as many as registers allow
   int64_t m = 0;
-  for (; m + 2 * W <= columns; m += 2 * W) mix_columns<DTYPE, R, 2>(x, stride, rows, m, a, out, add);
-  if (m < columns) mix_columns<DTYPE, R, 1>(x, stride, rows, m, a, out, add);
+  for (; m + N * W <= columns; m += N * W) mix_columns<DTYPE, R, N>(x, stride, rows, m, a, out, add);
+  for (; m < columns; m += W) mix_columns<DTYPE, R, 1>(x, stride, rows, m, a, out, add);
 }
 
 // Unquantized elements whose dtype the compiler knows.

@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
+    "transform/cpu.cpp": ("-ffp-contract=off",),
 }
-"""Sources and their own flags: attention wants multiply-adds, the codec must round where `naive` rounds."""
+"""Sources and their own flags: attention wants multiply-adds, the codecs must round where `naive` rounds."""
 DISPATCH = "runtime/native/native.cpp"
 HEADERS = (
     "runtime/native/simd.h",
@@ -29,6 +30,7 @@ HEADERS = (
     "attend/contract.h",
     "attend/coded.h",
     "quantize/cpu.h",
+    "transform/cpu.h",
 )
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")

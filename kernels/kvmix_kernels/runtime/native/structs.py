@@ -1,7 +1,7 @@
 """The C structs that the native library takes, mirrored in ctypes, and the check that both sides agree.
 
 Class `CRun` mirrors `struct Run`, and so on: the same fields in the same order. What the fields mean is said in
-`attend/cpu.h` and `quantize/cpu.h`.
+`attend/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,29 @@ class CQuantization(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization)
+class CEncoding(ctypes.Structure):
+    """Everything that `kvmix_encode` takes."""
+
+    _fields_ = (
+        ("z", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("deviation", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("page_bytes", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:
