@@ -9,6 +9,7 @@
 // bytes are read once for R query rows, which share a KV head.
 #pragma once
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "../runtime/native/simd.h"
@@ -16,10 +17,26 @@
 
 namespace KVMIX_ISA {
 
+// Memory in which no vector lies across two cache lines.
+template <class T> struct Aligned {
+  typedef T value_type;
+  static constexpr std::align_val_t LINE{64};
+
+  Aligned() = default;
+  template <class U> Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class T> using Array = std::vector<T, Aligned<T>>;
+
 // One thread's working memory, kept from call to call.
 struct Scratch {
-  std::vector<float> scores, sorted, scales, folded;
-  std::vector<int16_t> rounded;
+  Array<float> scores, sorted, scales, folded, turned, sums;
+  Array<int16_t> rounded;
+  Array<int32_t> words, split;
+  Array<uint8_t> run, codes;
 };
 
 static inline int64_t offset_of(const int64_t* strides, int64_t i, int64_t j, int64_t k) {

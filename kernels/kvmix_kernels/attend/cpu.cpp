@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "../runtime/native/simd.h"
+#include "coded.h"
 #include "contract.h"
+#include "plain.h"
 
 namespace KVMIX_ISA {
 
@@ -14,53 +16,8 @@ constexpr int64_t MIN_SPLIT = 512;   // tokens below which a thread is not worth
 constexpr int64_t MAX_SPLIT = 2048;  // tokens whose scores stay in a core's own cache
 constexpr float NEVER = -INFINITY;
 
-// out[r][t] = sum_d query[r][d] * x[t][d] over unquantized keys.
-template <int DTYPE, int R>
-static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* const* query,
-                     float* const* out) {
-  for (int64_t t = 0; t < count; t++) {
-    vf acc[R] = {};
-    for (int64_t d = 0; d < dim; d += W) {
-      const vf k = read<DTYPE>(x, t * stride + d);
-      for (int r = 0; r < R; r++) acc[r] += k * load<vf>(query[r] + d);
-    }
-    for (int r = 0; r < R; r++) out[r][t] = sum(acc[r]);
-  }
-}
-
-// out[r][m] (+)= sum_n a[r][n] * x[n][m] over unquantized values, or pages of key channels.
-template <int DTYPE, int R>
-static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t columns, const float* const* a,
-                     float* const* out, bool add) {
-  for (int64_t m = 0; m < columns; m += W) {
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = add ? load<vf>(out[r] + m) : vf{};
-    for (int64_t n = 0; n < rows; n++) {
-      const vf v = read<DTYPE>(x, n * stride + m);
-      for (int r = 0; r < R; r++) acc[r] += a[r][n] * v;
-    }
-    for (int r = 0; r < R; r++) store(out[r] + m, acc[r]);
-  }
-}
-
-// Unquantized elements whose dtype the compiler knows.
-template <int DTYPE> struct Elements {
-  static constexpr int dtype = DTYPE;
-  const void* at;
-};
-
-// work(elements), of those from `offset` on.
-template <class Work> static void with_dtype(int64_t dtype, const void* x, int64_t offset, Work work) {
-  const char* bytes = static_cast<const char*>(x);
-  switch (dtype) {
-    case FLOAT32: return work(Elements<FLOAT32>{bytes + 4 * offset});
-    case FLOAT16: return work(Elements<FLOAT16>{bytes + 2 * offset});
-    default: return work(Elements<BFLOAT16>{bytes + 2 * offset});
-  }
-}
-
 // Tokens [start, stop) of keys (`in[r]` = query [dim], `out[r]` = scores from `start`) or of values (`in[r]` = weights
-// from `start`, `out[r]` = accumulators [dim]). The range meets packed pages on their edges only.
+// from `start`, `out[r]` = accumulators [dim], followed by those of coded pages). The range meets packed pages on their edges only.
 template <int R> struct Pass {
   const Segments& s;
   const int64_t b, h, start, stop;
@@ -74,6 +31,7 @@ template <int R> struct Pass {
     full(s.sink, s.sink_strides, 0, start, least(stop, s.sinks));
     for (int64_t i = 0, channel = 0; i < s.run_count; channel += s.runs[i++].channels)
       packed(s.runs[i], channel, most(start, s.sinks), least(stop, packed_end));
+    if (s.coded) coded((most(start, s.sinks) - s.sinks) / s.page, (least(stop, packed_end) - s.sinks) / s.page);
     full(s.tail, s.tail_strides, packed_end, most(start, packed_end), stop);
   }
 
@@ -136,6 +94,26 @@ template <int R> struct Pass {
     }
   }
 
+  // Pages [first, last) of transform codes.
+  void coded(int64_t first, int64_t last) const {
+    const float* in_at[R];
+    float* out_at[R];
+    if (is_key) {
+      CodedKeys<R> keys(s, b, h, in, scratch);
+      for (int64_t page = first; page < last; page++) {
+        from(s.sinks + page * s.page, in_at, out_at);
+        keys.score(page, out_at);
+      }
+    } else if (first < last) {
+      CodedValues<R> values(s, b, h, scratch);
+      for (int64_t page = first; page < last; page += values.pages_together()) {
+        from(s.sinks + page * s.page, in_at, out_at);
+        values.mix(page, least(values.pages_together(), last - page), in_at, out_at);
+      }
+      values.finish(out);
+    }
+  }
+
   // The queries' channels at `count` places from `place` on.
   void sort(int64_t order, int64_t place, int64_t count) const {
     const uint8_t* channels = s.order + offset_of(s.order_strides, b, h, order) + place;
@@ -144,6 +122,16 @@ template <int R> struct Pass {
       for (int64_t i = 0; i < count; i++) scratch.sorted[r * count + i] = in[r][channels[i]];
   }
 };
+
+// The values that are coded, of which there is one part at most; null if there are none.
+static const Segments* coded_values(const Attention& x) {
+  for (int64_t i = 0; i < x.part_count; i++)
+    if (x.parts[i].value.coded) return &x.parts[i].value;
+  return nullptr;
+}
+
+// Floats of a row's unnormalised output, before its maximum and sum.
+static int64_t partial_width(const Attention& x) { return coded_values(x) ? coded_width(x.value_dim) : x.value_dim; }
 
 // Tokens [start, stop) of a part.
 struct Split {
@@ -192,20 +180,20 @@ template <int R>
 static void attend_rows(const Attention& x, const Split& split, int64_t b, int64_t h, int64_t first_row, float* partial,
                         Scratch& scratch) {
   const int64_t ratio = x.heads / x.kv_heads, start = split.start, stop = split.stop;
-  const int64_t room = (stop - start + W) / W * W;
+  const int64_t room = (stop - start + W) / W * W + VB, width = partial_width(x);
   scratch.scores.resize(R * room);
   const float* query[R];
   float *scores[R], *output[R];
   for (int r = 0; r < R; r++) {
     query[r] = x.query + ((b * x.heads + h * ratio) * x.queries + first_row + r) * x.dim;
     scores[r] = scratch.scores.data() + r * room;
-    output[r] = partial + r * (x.value_dim + 2);
-    for (int64_t d = 0; d < x.value_dim; d++) output[r][d] = 0;
+    output[r] = partial + r * (width + 2);
+    for (int64_t d = 0; d < width; d++) output[r][d] = 0;
   }
   Pass<R>{split.part->key, b, h, start, stop, true, query, scores, scratch}.run();
   for (int r = 0; r < R; r++) {
     const int64_t head = h * ratio + (first_row + r) / x.queries, row = (first_row + r) % x.queries;
-    softmax_row(x, split, b, head, row, scores[r], output[r] + x.value_dim, output[r] + x.value_dim + 1);
+    softmax_row(x, split, b, head, row, scores[r], output[r] + width, output[r] + width + 1);
   }
   Pass<R>{split.part->value, b, h, start, stop, false, scores, output, scratch}.run();
 }
@@ -221,23 +209,25 @@ static void attend_some(int rows, const Attention& x, const Split& split, int64_
 }
 
 // Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one.
-static void merge_row(const Attention& x, int64_t head, const float* partial, int64_t stride, int64_t splits,
-                      float* output, float* logarithm) {
-  const int64_t dim = x.value_dim;
+static void merge_row(const Attention& x, int64_t b, int64_t head, const float* partial, int64_t width, int64_t splits,
+                      float* merged, float* output, float* logarithm) {
+  const int64_t stride = width + 2;
   float most = x.sink_logits ? x.sink_logits[head] : NEVER;
-  for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + dim]);
+  for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + width]);
   float total = x.sink_logits ? std::exp(x.sink_logits[head] - most) : 0.0f;
-  for (int64_t d = 0; d < dim; d++) output[d] = 0;
+  for (int64_t d = 0; d < x.value_dim; d++) output[d] = 0;
   *logarithm = NEVER;
   if (most == NEVER) return;
+  for (int64_t d = 0; d < width; d++) merged[d] = 0;
   for (int64_t s = 0; s < splits; s++) {
     const float* part = partial + s * stride;
-    const float share = std::exp(part[dim] - most);
+    const float share = std::exp(part[width] - most);
     if (share == 0) continue;
-    total += share * part[dim + 1];
-    for (int64_t d = 0; d < dim; d++) output[d] += share * part[d];
+    total += share * part[width + 1];
+    for (int64_t d = 0; d < width; d++) merged[d] += share * part[d];
   }
-  for (int64_t d = 0; d < dim; d++) output[d] /= total;
+  if (const Segments* values = coded_values(x)) finish_coded(*values, b, head / (x.heads / x.kv_heads), merged);
+  for (int64_t d = 0; d < x.value_dim; d++) output[d] = merged[d] / total;
   *logarithm = most + std::log(total);
 }
 
@@ -273,7 +263,7 @@ static std::vector<Split> split_tokens(const Attention& x, int64_t tasks) {
 }
 
 void attend(const Attention& x) {
-  const int64_t rows = x.heads / x.kv_heads * x.queries, stride = x.value_dim + 2;
+  const int64_t rows = x.heads / x.kv_heads * x.queries, width = partial_width(x), stride = width + 2;
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   const int64_t tasks = x.batch * x.kv_heads * blocks;
   const std::vector<Split> splits = split_tokens(x, tasks);
@@ -284,7 +274,7 @@ void attend(const Attention& x) {
 #pragma omp parallel num_threads(x.threads)
   {
     static thread_local Scratch scratch;
-    std::vector<float> block_out(ROWS * stride);
+    std::vector<float> block_out(ROWS * stride), merged(width);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks * count; task++) {
       const int64_t block = task % blocks, split = task / blocks % count, head = task / blocks / count;
@@ -296,8 +286,8 @@ void attend(const Attention& x) {
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++)
-      merge_row(x, row / x.queries % x.heads, partial + row * count * stride, stride, count,
-                x.output + row * x.value_dim, x.logarithms + row);
+      merge_row(x, row / x.queries / x.heads, row / x.queries % x.heads, partial + row * count * stride, width, count,
+                merged.data(), x.output + row * x.value_dim, x.logarithms + row);
   }
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CRun, CSegments
-from ..segments import Channels, Packed, Plain, Segments
+from ..segments import Channels, Coded, Packed, Plain, Segments, Tiers
+from . import coded
 from .parts import Part, parts_of
 from .problem import AttentionProblem
 
@@ -23,8 +24,9 @@ def supports(problem: AttentionProblem) -> bool:
 def describe(problem: AttentionProblem) -> str:
     """Return what `supports` checks, for a warning."""
     parts = parts_of(problem, with_masks=False)
-    runs = [run for part in parts for tensor in (part.key, part.value) for run in tensor.runs]
-    pages = sorted({run.page for run in runs})
+    tensors = [tensor for part in parts for tensor in (part.key, part.value)]
+    runs = [run for tensor in tensors if not isinstance(tensor.packed, Coded) for run in tensor.runs]
+    pages = sorted({page for tensor in tensors if (page := _page(tensor))})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
     sorted_values = "values in channel runs, " if any(isinstance(p.value.packed, Channels) for p in parts) else ""
     dtype = str(problem.key.tail.dtype).removeprefix("torch.")
@@ -63,15 +65,22 @@ def attend(library: ctypes.CDLL, problem: AttentionProblem) -> tuple[Tensor, Ten
 
 
 def _fits(part: Part) -> bool:
-    keys, values = part.key.runs, part.value.runs
-    if keys and values and (keys[0].page != values[0].page or part.key.sinks != part.value.sinks):
+    pages = [_page(tensor) for tensor in (part.key, part.value)]
+    if all(pages) and (pages[0] != pages[1] or part.key.sinks != part.value.sinks):
         return False  # tokens are split on the edges of pages of both
-    if isinstance(part.value.packed, Channels):
+    return not isinstance(part.value.packed, Channels) and _is_segment(part.key) and _is_segment(part.value)
+
+
+def _page(tensor: Segments) -> int:
+    """Return the tokens of a page; 0 where there is none."""
+    packed = tensor.packed
+    return 0 if packed is None or isinstance(packed, Tiers) or packed.pages == 0 else packed.page
+
+
+def _is_segment(tensor: Segments) -> bool:
+    if tensor.tail.shape[3] % WIDEST_VECTOR or not _is_plain(tensor.tail):
         return False
-    tails = (part.key.tail, part.value.tail)
-    return all(tail.shape[3] % WIDEST_VECTOR == 0 and _is_plain(tail) for tail in tails) and all(
-        map(_is_run, (*keys, *values))
-    )
+    return coded.fits(tensor.packed) if isinstance(tensor.packed, Coded) else all(map(_is_run, tensor.runs))
 
 
 def _is_run(run: Packed | Plain) -> bool:
@@ -104,7 +113,11 @@ def _segments(tensor: Segments) -> CSegments:
     )
     if sink is not None:
         call.sink, call.sink_strides, call.sinks = sink.data_ptr(), sink.stride()[:3], sink.shape[2]
-    if runs := tensor.runs:
+    if isinstance(packed, Coded):
+        if packed.pages:
+            call.coded = ctypes.pointer(coded.pages_of(packed))
+            call.pages, call.page = packed.pages, packed.page
+    elif runs := tensor.runs:
         call.runs, call.run_count = (CRun * len(runs))(*map(_run, runs)), len(runs)
         call.pages, call.page = runs[0].pages, runs[0].page
     if isinstance(packed, Channels):

@@ -1,13 +1,15 @@
 """The transform codec: tokens in the directions of the loss's own metric, each at its own width.
 
-`naive` is the definition of encoding and decoding; see docs/transform-coding.md for the mathematics.
+`naive` is the definition of encoding and decoding, `cpu` the native path; see docs/transform-coding.md for the mathematics.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import naive
+from ..runtime.native import library
+from . import cpu, naive
 from .basis import Frames, TransformBasis
 from .naive import EncodedPages, decode
 
@@ -16,4 +18,9 @@ __all__ = ["EncodedPages", "Frames", "TransformBasis", "decode", "encode"]
 
 def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> EncodedPages:
     """Encode and pack whole pages; see `naive.encode` for arguments, result and errors."""
+    naive.check(pages, basis)
+    is_wide = torch.float64 in (pages.dtype, basis.mean.dtype)
+    native = library() if pages.device.type == "cpu" and not is_wide else None
+    if native is not None:
+        return cpu.encode(native, pages, basis, first_page)
     return naive.encode(pages, basis, first_page)

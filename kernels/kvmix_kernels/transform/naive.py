@@ -46,10 +46,8 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
     Raises:
         ValueError: if the pages do not have the layout's heads, tokens and channels.
     """
+    check(pages, basis)
     layout = basis.layout
-    if (pages.shape[1], *pages.shape[3:]) != (layout.kv_heads, layout.page, layout.head_dim):
-        expected = f"[B, {layout.kv_heads}, pages, {layout.page}, {layout.head_dim}]"
-        raise ValueError(f"expected pages {expected}, got {list(pages.shape)}")
     z = project(pages, basis, first_page)
     units = z / basis.deviation[:, None, None]
     scales = None
@@ -61,6 +59,14 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
         scales = _refined(units, codes, scales, basis)
     errors = (z - _values(codes, scales, basis)).square().sum(-1)
     return EncodedPages(pack(codes, basis), scales, errors.float())
+
+
+def check(pages: Tensor, basis: TransformBasis) -> None:
+    """Raise ValueError if pages do not have the layout's heads, tokens and channels."""
+    layout = basis.layout
+    if (pages.shape[1], *pages.shape[3:]) != (layout.kv_heads, layout.page, layout.head_dim):
+        expected = f"[B, {layout.kv_heads}, pages, {layout.page}, {layout.head_dim}]"
+        raise ValueError(f"expected pages {expected}, got {list(pages.shape)}")
 
 
 def project(pages: Tensor, basis: TransformBasis, first_page: int) -> Tensor:

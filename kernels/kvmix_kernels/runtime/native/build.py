@@ -19,10 +19,19 @@ PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
+    "transform/cpu.cpp": ("-ffp-contract=off",),
 }
-"""Sources and their own flags: attention wants multiply-adds, the codec must round where `naive` rounds."""
+"""Sources and their own flags: attention wants multiply-adds, the codecs must round where `naive` rounds."""
 DISPATCH = "runtime/native/native.cpp"
-HEADERS = ("runtime/native/simd.h", "attend/cpu.h", "attend/contract.h", "quantize/cpu.h")
+HEADERS = (
+    "runtime/native/simd.h",
+    "attend/cpu.h",
+    "attend/plain.h",
+    "attend/contract.h",
+    "attend/coded.h",
+    "quantize/cpu.h",
+    "transform/cpu.h",
+)
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 _AVX512 = ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")

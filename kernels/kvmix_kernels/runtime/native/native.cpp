@@ -6,11 +6,13 @@
 
 #include "../../attend/cpu.h"
 #include "../../quantize/cpu.h"
+#include "../../transform/cpu.h"
 
 #define KVMIX_DECLARE(isa)                  \
   namespace isa {                           \
   void attend(const Attention&);            \
   void quantize(const Quantization&);       \
+  void encode(const Encoding&);             \
   }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -28,6 +30,7 @@ struct Variant {
   const char* name;
   void (*attend)(const Attention&);
   void (*quantize)(const Quantization&);
+  void (*encode)(const Encoding&);
 };
 
 // The best variant that the processor has, or the one asked for if it has that.
@@ -39,11 +42,11 @@ Variant choose(const char* wanted) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_vnni = has512 && __builtin_cpu_supports("avx512vnni");
   const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize};
-  if (has512 && (any || !std::strcmp(wanted, "avx512"))) return {"avx512", avx512::attend, avx512::quantize};
-  if (has2 && (any || !std::strcmp(wanted, "avx2"))) return {"avx2", avx2::attend, avx2::quantize};
+  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize, vnni::encode};
+  if (has512 && (any || !std::strcmp(wanted, "avx512"))) return {"avx512", avx512::attend, avx512::quantize, avx512::encode};
+  if (has2 && (any || !std::strcmp(wanted, "avx2"))) return {"avx2", avx2::attend, avx2::quantize, avx2::encode};
 #endif
-  return {"generic", generic::attend, generic::quantize};
+  return {"generic", generic::attend, generic::quantize, generic::encode};
 }
 
 Variant current = choose(std::getenv("KVMIX_ISA"));
@@ -58,8 +61,14 @@ std::string describe_structs() {
   STRUCT(Run);
   FIELD(Run, data); FIELD(Run, scales); FIELD(Run, data_strides); FIELD(Run, scales_strides);
   FIELD(Run, bits); FIELD(Run, channels); FIELD(Run, group); FIELD(Run, dtype);
+  STRUCT(Coded);
+  FIELD(Coded, codes); FIELD(Coded, scales); FIELD(Coded, slots); FIELD(Coded, exact); FIELD(Coded, widths);
+  FIELD(Coded, places); FIELD(Coded, decoding); FIELD(Coded, mean); FIELD(Coded, middles); FIELD(Coded, turns);
+  FIELD(Coded, codes_strides); FIELD(Coded, scales_strides); FIELD(Coded, slots_strides);
+  FIELD(Coded, exact_strides); FIELD(Coded, exact_tokens); FIELD(Coded, exact_dtype); FIELD(Coded, frame);
+  FIELD(Coded, pairs); FIELD(Coded, start); FIELD(Coded, interleaved);
   STRUCT(Segments);
-  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, order);
+  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, coded); FIELD(Segments, order);
   FIELD(Segments, sink_strides); FIELD(Segments, tail_strides); FIELD(Segments, order_strides);
   FIELD(Segments, sinks); FIELD(Segments, pages); FIELD(Segments, page); FIELD(Segments, tail_tokens);
   FIELD(Segments, dim);
@@ -81,6 +90,11 @@ std::string describe_structs() {
   FIELD(Quantization, is_key); FIELD(Quantization, bits); FIELD(Quantization, group); FIELD(Quantization, groups);
   FIELD(Quantization, dtype); FIELD(Quantization, scale_dtype); FIELD(Quantization, encoder);
   FIELD(Quantization, threads);
+  STRUCT(Encoding);
+  FIELD(Encoding, z); FIELD(Encoding, codes); FIELD(Encoding, scales); FIELD(Encoding, errors);
+  FIELD(Encoding, widths); FIELD(Encoding, places); FIELD(Encoding, deviation); FIELD(Encoding, steps);
+  FIELD(Encoding, batch); FIELD(Encoding, heads); FIELD(Encoding, count); FIELD(Encoding, page);
+  FIELD(Encoding, dim); FIELD(Encoding, page_bytes); FIELD(Encoding, threads);
 #undef FIELD
 #undef STRUCT
   return out.substr(1);
@@ -96,3 +110,4 @@ EXPORT const char* kvmix_structs() {
 }
 EXPORT void kvmix_attend(const Attention* x) { current.attend(*x); }
 EXPORT void kvmix_quantize(const Quantization* x) { current.quantize(*x); }
+EXPORT void kvmix_encode(const Encoding* x) { current.encode(*x); }

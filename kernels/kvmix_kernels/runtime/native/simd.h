@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -13,6 +14,9 @@
 #define KVMIX_WIDTH 4
 #endif
 
+#define INLINE __attribute__((always_inline))
+#define KERNEL __attribute__((noinline))  // a loop that needs all registers for itself
+
 namespace KVMIX_ISA {
 
 constexpr int W = KVMIX_WIDTH;
@@ -22,6 +26,8 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef int16_t vs __attribute__((vector_size(2 * W)));
 typedef int16_t vw __attribute__((vector_size(4 * W)));  // 2 W of them: as many bits as the others
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef uint16_t vq __attribute__((vector_size(4 * W)));
+typedef uint8_t vb __attribute__((vector_size(4 * W)));  // 4 W of them
 
 // How an unquantized element or a scale is stored; the same numbers in structs.py.
 enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -69,9 +75,24 @@ static inline void interleave(vw a, vw b, vw& low, vw& high) {
 #endif
 }
 
+// work(0), ..., work(N - 1), each with a constant: arrays of vectors that it indexes stay in registers, which unrolling a
+// loop comes too late for.
+template <class Work, int... I> static inline INLINE void each(std::integer_sequence<int, I...>, Work work) {
+  (work(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Work> static inline INLINE void each(Work work) { each(std::make_integer_sequence<int, N>{}, work); }
+
 // The same, in a register of its own: compilers would make a new address of every sum of known parts.
 template <class T> static inline T opaque(T x) {
   asm("" : "+r"(x));
+  return x;
+}
+
+// The same, loaded once: compilers would make a load of every use.
+static inline vi in_register(vi x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
   return x;
 }
 
@@ -93,6 +114,130 @@ static inline void add_products(vi& sum, vw a, vw b) {
 #if defined(__x86_64__)
   asm("" : "+v"(sum));
 #endif
+}
+
+// Codes, one a byte and below 64, times coefficients of 16 bits, of at most MOST: a lane sums the products of four
+// neighbouring codes. Coefficients come as two words for every four codes, see `split`.
+constexpr int MOST = 32639;  // 127 * 256 + 127
+
+#if KVMIX_WIDTH == 16 && defined(__AVX512VNNI__)
+constexpr int SUMS = 2;  // of the high bytes and of the low ones
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi second) {
+  sums[0] = (vi)_mm512_dpbusd_epi32((__m512i)sums[0], (__m512i)codes, (__m512i)first);
+  sums[1] = (vi)_mm512_dpbusd_epi32((__m512i)sums[1], (__m512i)codes, (__m512i)second);
+  asm("" : "+v"(sums[0]), "+v"(sums[1]));
+}
+
+// The two words of four coefficients, in all lanes: read by each multiplication, which costs it nothing.
+struct Splat {
+  const int32_t* words;
+  INLINE explicit Splat(const int32_t* words) : words(words) {}
+};
+constexpr int TOGETHER = 2;  // vectors of codes that are multiplied with one of them
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, Splat x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[0]) : "v"(codes), "m"(x.words[0]));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[1]) : "v"(codes), "m"(x.words[1]));
+}
+
+static inline INLINE vi total(const vi (&sums)[SUMS]) { return (sums[0] << 8) + sums[1]; }
+
+// High bytes of the coefficients into `first`, low ones into `second`: 16 bits are 256 high + low, both with a sign.
+static inline void split(const int16_t* coefficients, int64_t count, int32_t* first, int32_t* second) {
+  int8_t *high = reinterpret_cast<int8_t*>(first), *low = reinterpret_cast<int8_t*>(second);
+  for (int64_t i = 0; i < count; i++) high[i] = int8_t((coefficients[i] + 128) >> 8), low[i] = int8_t(coefficients[i]);
+}
+#else
+constexpr int SUMS = 1;
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, vi first, vi second) {
+  add_products(sums[0], (vw)codes & int16_t(0xff), (vw)first);
+  add_products(sums[0], (vw)((vq)codes >> 8), (vw)second);
+}
+
+struct Splat {
+  vi first, second;
+  INLINE explicit Splat(const int32_t* words) : first(vi{} + words[0]), second(vi{} + words[1]) {}
+};
+constexpr int TOGETHER = 2;
+
+static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, Splat x) { add_codes(sums, codes, x.first, x.second); }
+
+static inline INLINE vi total(const vi (&sums)[SUMS]) { return sums[0]; }
+
+// Coefficients 0 and 2 of every four into `first`, 1 and 3 into `second`.
+static inline void split(const int16_t* coefficients, int64_t count, int32_t* first, int32_t* second) {
+  for (int64_t i = 0; i < count / 4; i++) {
+    uint64_t four;
+    std::memcpy(&four, coefficients + 4 * i, sizeof four);
+    first[i] = int32_t(uint32_t(four & 0xffff) | uint32_t(four >> 32 << 16));
+    second[i] = int32_t(uint32_t(four >> 16 & 0xffff) | uint32_t(four >> 48 << 16));
+  }
+}
+#endif
+
+// Byte i of a, of b, of c, of d, then the next i: four vectors, whose lanes go to `place_of`.
+static inline void interleave(vb a, vb b, vb c, vb d, vb (&out)[4]) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512BW__)
+  const __m512i ab = _mm512_unpacklo_epi8((__m512i)a, (__m512i)b), cd = _mm512_unpacklo_epi8((__m512i)c, (__m512i)d);
+  const __m512i ef = _mm512_unpackhi_epi8((__m512i)a, (__m512i)b), gh = _mm512_unpackhi_epi8((__m512i)c, (__m512i)d);
+  out[0] = (vb)_mm512_unpacklo_epi16(ab, cd), out[1] = (vb)_mm512_unpackhi_epi16(ab, cd);
+  out[2] = (vb)_mm512_unpacklo_epi16(ef, gh), out[3] = (vb)_mm512_unpackhi_epi16(ef, gh);
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  const __m256i ab = _mm256_unpacklo_epi8((__m256i)a, (__m256i)b), cd = _mm256_unpacklo_epi8((__m256i)c, (__m256i)d);
+  const __m256i ef = _mm256_unpackhi_epi8((__m256i)a, (__m256i)b), gh = _mm256_unpackhi_epi8((__m256i)c, (__m256i)d);
+  out[0] = (vb)_mm256_unpacklo_epi16(ab, cd), out[1] = (vb)_mm256_unpackhi_epi16(ab, cd);
+  out[2] = (vb)_mm256_unpacklo_epi16(ef, gh), out[3] = (vb)_mm256_unpackhi_epi16(ef, gh);
+#else
+  static_assert(W == 4, "vectors of 128 bits");
+#ifdef __SSE2__
+  const __m128i ab = _mm_unpacklo_epi8((__m128i)a, (__m128i)b), cd = _mm_unpacklo_epi8((__m128i)c, (__m128i)d);
+  const __m128i ef = _mm_unpackhi_epi8((__m128i)a, (__m128i)b), gh = _mm_unpackhi_epi8((__m128i)c, (__m128i)d);
+  out[0] = (vb)_mm_unpacklo_epi16(ab, cd), out[1] = (vb)_mm_unpackhi_epi16(ab, cd);
+  out[2] = (vb)_mm_unpacklo_epi16(ef, gh), out[3] = (vb)_mm_unpackhi_epi16(ef, gh);
+#else
+  for (int i = 0; i < 16; i++) {
+    out[i / 4][i % 4 * 4] = a[i], out[i / 4][i % 4 * 4 + 1] = b[i];
+    out[i / 4][i % 4 * 4 + 2] = c[i], out[i / 4][i % 4 * 4 + 3] = d[i];
+  }
+#endif
+#endif
+}
+
+// Where the four lanes from `4 * block` on of vector `k` of an interleaving belong: it works within 128 bits.
+static inline int place_of(int k, int block) { return 16 * block + 4 * k; }
+
+// Sums of a, of b, of c and of d over every fourth lane, one after the other, in each 128 bits.
+static inline vi sum_quarters(vi a, vi b, vi c, vi d) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  const __m512i w = (__m512i)a, x = (__m512i)b, y = (__m512i)c, z = (__m512i)d;
+  const __m512i wx = _mm512_add_epi32(_mm512_unpacklo_epi32(w, x), _mm512_unpackhi_epi32(w, x));
+  const __m512i yz = _mm512_add_epi32(_mm512_unpacklo_epi32(y, z), _mm512_unpackhi_epi32(y, z));
+  return (vi)_mm512_add_epi32(_mm512_unpacklo_epi64(wx, yz), _mm512_unpackhi_epi64(wx, yz));
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  const __m256i wx = _mm256_hadd_epi32((__m256i)a, (__m256i)b), yz = _mm256_hadd_epi32((__m256i)c, (__m256i)d);
+  return (vi)_mm256_hadd_epi32(wx, yz);
+#else
+  vi out = {};
+  for (int i = 0; i < W; i++) {
+    const int at = i / 4 * 4, from = i % 4;
+    const vi x = from == 0 ? a : from == 1 ? b : from == 2 ? c : d;
+    out[i] = x[at] + x[at + 1] + x[at + 2] + x[at + 3];
+  }
+  return out;
+#endif
+}
+
+// The same BYTES bytes (16 or 32) as often as they fit.
+template <int BYTES> static inline vb repeat(const uint8_t* p) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512F__)
+  if constexpr (BYTES == 16) return (vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (BYTES == 32) return (vb)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  if constexpr (BYTES == 16) return (vb)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#endif
+  return load<vb>(p);
 }
 
 // To the nearest integer, for |x| < 2^22.

@@ -1,7 +1,7 @@
 """The C structs that the native library takes, mirrored in ctypes, and the check that both sides agree.
 
 Class `CRun` mirrors `struct Run`, and so on: the same fields in the same order. What the fields mean is said in
-`attend/cpu.h` and `quantize/cpu.h`.
+`attend/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,33 @@ class CRun(ctypes.Structure):
     )
 
 
+class CCoded(ctypes.Structure):
+    """Pages of transform codes, with the basis folded for attention."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("exact", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("decoding", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("middles", ctypes.c_void_p),
+        ("turns", ctypes.c_void_p),
+        ("codes_strides", ctypes.c_int64 * 2),
+        ("scales_strides", _Strides),
+        ("slots_strides", _Strides),
+        ("exact_strides", ctypes.c_int64 * 4),
+        ("exact_tokens", ctypes.c_int64),
+        ("exact_dtype", ctypes.c_int64),
+        ("frame", ctypes.c_int64),
+        ("pairs", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("interleaved", ctypes.c_int64),
+    )
+
+
 class CSegments(ctypes.Structure):
     """Keys or values: sink | packed pages | tail."""
 
@@ -45,6 +72,7 @@ class CSegments(ctypes.Structure):
         ("sink", ctypes.c_void_p),
         ("tail", ctypes.c_void_p),
         ("runs", ctypes.POINTER(CRun)),
+        ("coded", ctypes.POINTER(CCoded)),
         ("order", ctypes.c_void_p),
         ("sink_strides", _Strides),
         ("tail_strides", _Strides),
@@ -120,7 +148,29 @@ class CQuantization(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CSegments, CPart, CAttention, CQuantization)
+class CEncoding(ctypes.Structure):
+    """Everything that `kvmix_encode` takes."""
+
+    _fields_ = (
+        ("z", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("deviation", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("page_bytes", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:
