@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..plan import CacheSettings
-from ..plan.policies import Balance, Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
+from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
@@ -46,7 +46,6 @@ def _transform(step: Transform) -> str:
         return f"rotated by {step.matrix}" if step.matrix else f"rotated{seed}"
     if isinstance(step, Center):
         return "centered" + (f" by {step.means}" if step.means else "")
-    assert isinstance(step, Balance)
     return "balanced"
 
 
