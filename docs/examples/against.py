@@ -1,4 +1,4 @@
-"""How much less one plan loses than another on the same samples, with a paired 95 % interval.
+"""Paired difference of two plans' losses on the same samples, with a 95 % interval.
 
     python docs/examples/against.py results/perplexity__builtin--tiny__a results/perplexity__builtin--tiny__b
 
@@ -17,7 +17,7 @@ from kvmix_cli.evaluation.results import Estimate
 
 
 def difference(first: Path, second: Path) -> Estimate:
-    """The first run's sums less the second's, over all that was scored."""
+    """Return the first run's sums less the second's, over all that was scored."""
     pairs = list(zip(_records(first), _records(second), strict=True))
     changes = [_sum(a) - _sum(b) for a, b in pairs]
     return ratio(changes, [a["tokens"] if "nll" in a else 1 for a, _ in pairs])

@@ -38,7 +38,7 @@ LAST = 60
 
 
 class Table(NamedTuple):
-    """What a function has found."""
+    """Results of one function."""
 
     title: str
     columns: Sequence[str]
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 def uniform(bits: int, **cache: Any) -> Subject:
-    """The same width everywhere, with the defaults of the command line."""
+    """Return a plan of one width everywhere, with the defaults of the command line."""
     return Subject(f"{bits} bits", Plan.uniform(INFO, bits, bits, CacheSettings(**cache)))
 
 
@@ -60,7 +60,7 @@ def documents(limit: int, length: int = 1024) -> list[Sample]:
 
 
 def one_pass(limit: int = 10) -> Table:
-    """Perplexity of a single forward, and of reading the text back through the cache."""
+    """Return the perplexity of a single forward, and of reading the text back through the cache."""
     subjects = [FULL, uniform(2), uniform(1)]
     single = []
     for subject in subjects:
@@ -80,7 +80,7 @@ def one_pass(limit: int = 10) -> Table:
 
 
 def first_token(limit: int = 10) -> Table:
-    """Prompts whose next token's logits are, bit for bit, those of the unquantized cache, at 1 bit."""
+    """Count prompts whose next token's logits at 1 bit are, bit for bit, those of the unquantized cache."""
     same = [0, 0]
     for sample in documents(limit):
         caches = [subject.cache(LOADED.config, reserve=len(sample.ids)) for subject in (FULL, uniform(1))]
@@ -95,7 +95,7 @@ def first_token(limit: int = 10) -> Table:
 
 
 def windows(limit: int = 10) -> Table:
-    """The damage that 1 bit does, by length of the text."""
+    """Measure the damage that 1 bit does, by length of the text."""
     rows: list[list[Any]] = []
     for length in (160, 320, 640, 1280):
         row = run("perplexity", [uniform(1)], limit=limit, length=length, prefix=length - 60).plans[0]
@@ -104,7 +104,7 @@ def windows(limit: int = 10) -> Table:
 
 
 def unequal_bytes(limit: int = 10) -> Table:
-    """What a plan stores and what it loses, by width and group size: perplexity and recall."""
+    """Measure what a plan stores and loses, by width and group size: perplexity and recall."""
     plans = [(bits, group) for bits, group in ((2, 64), (2, 32), (2, 16), (3, 64))]
     subjects = [Subject(f"{b} bits, groups of {g}", uniform(b, group_size=g).plan) for b, g in plans]
     perplexity, recall = (run(task, subjects, limit=limit) for task in ("perplexity", "recall"))
@@ -116,7 +116,7 @@ def unequal_bytes(limit: int = 10) -> Table:
 
 
 def pairing(limit: int = 10) -> Table:
-    """The interval of a number, and of its difference on the same samples."""
+    """Measure the interval of a number, and of its difference on the same samples."""
     full, quantized = run("perplexity", [uniform(2)], limit=limit).rows
     before = full.metrics["perplexity"]
     added = quantized.metrics["loss_increase"].map(lambda nats: before.value * math.expm1(nats))
@@ -129,7 +129,7 @@ def pairing(limit: int = 10) -> Table:
 
 
 def tokens_per_second(limit: int = 1) -> Table:
-    """One run, as three different speeds."""
+    """State one run as three different speeds."""
     ids = documents(1, length=2000)[0].ids
     cache = uniform(2).cache(LOADED.config, reserve=len(ids))
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def tokens_per_second(limit: int = 1) -> Table:
 
 
 def left_padding(limit: int = 10) -> Table:
-    """How far the predictions of a text's last tokens move when it is quantized, and when padding stands before it."""
+    """Measure how far a text's last predictions move when it is quantized, and when padding stands before it."""
     rows: list[list[Any]] = []
     for bits in (16, 4, 2):
         lost = moved = 0.0
@@ -160,7 +160,7 @@ def left_padding(limit: int = 10) -> Table:
 
 
 def requantizing(limit: int = 1) -> Table:
-    """Error of the first 512 tokens' keys in transformers' caches, after the prompt and 1024 tokens later."""
+    """Measure the error of 512 tokens' keys in transformers' caches, after the prompt and 1024 tokens later."""
     from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
     kinds = (("quanto", QuantoQuantizedLayer, 0), ("HQQ", HQQQuantizedLayer, 1), ("HQQ", HQQQuantizedLayer, 0))
@@ -179,13 +179,13 @@ def requantizing(limit: int = 1) -> Table:
 
 @torch.inference_mode()
 def forward(cache: Any, ids: Sequence[int]) -> Tensor:
-    """Logits `[tokens, vocabulary]`."""
+    """Return logits `[tokens, vocabulary]`."""
     return MODEL(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True).logits[0].float()
 
 
 @torch.inference_mode()
 def continued(ids: Sequence[int], subject: Subject, padding: int = 0) -> Tensor:
-    """Log-probabilities of a text's last tokens; the others go into the cache at once, behind padding if any."""
+    """Return log-probabilities of a text's last tokens; the others go into the cache at once, behind padding if any."""
     cache = subject.cache(LOADED.config, reserve=len(ids) + padding)
     tokens = torch.tensor([[LOADED.tokenizer.pad_token_id] * padding + list(ids)])
     mask = torch.tensor([[0] * padding + [1] * len(ids)])
@@ -216,7 +216,7 @@ def requantized(layer: Any, prompt: int = 512, new: int = 1024) -> tuple[float, 
 
 
 def show(cell: Any) -> str:
-    """Three digits; a number with its interval where it has one."""
+    """Return three digits; a number with its interval where it has one."""
     if isinstance(cell, Estimate):
         return f"{cell.value:.3g} [{cell.low:.3g}, {cell.high:.3g}]"
     return f"{cell:.3g}" if isinstance(cell, float) else str(cell)

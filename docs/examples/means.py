@@ -30,14 +30,14 @@ from kvmix_cli.texts.tokens import cut_samples
 
 @torch.inference_mode()
 def prompt(loaded: LoadedModel, ids: Sequence[int]) -> Cache:
-    """The unquantized cache after these tokens."""
+    """Return the unquantized cache after these tokens."""
     cache = unquantized_cache(loaded.model.config)
     prefill(loaded, cache, ids)
     return cache
 
 
 def means(loaded: LoadedModel, samples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The mean of every channel, by layer: `[H_kv, D]` each. Layers without a quantized cache have none."""
+    """Return the mean of every channel, by layer: `[H_kv, D]` each. Layers without a quantized cache have none."""
     stock = stock_layers(loaded.model.config)
     sums: dict[str, Tensor] = {}
     for ids in samples:

@@ -27,14 +27,14 @@ WINDOW = {"page": 64, "sink": 4, "group_size": 64, "window": {"kind": "recent", 
 
 
 def tiers(score: str, share: float, bits: int, evict: float = 0.0, flush: int = 320) -> TokenPolicy:
-    """One tier of so many bits, or eviction with none."""
+    """Return one tier of so many bits, or eviction with none."""
     return TokenPolicy(
         score=score, tiers=(Tier(share=share, k=bits, v=bits),) if share else (), evict=evict, flush=flush
     )
 
 
 def runs(score: str, *bits: int) -> ChannelPolicy:
-    """Runs of 16 key channels each."""
+    """Return runs of 16 key channels each."""
     return ChannelPolicy(score=score, runs=tuple(ChannelGroup(channels=16, bits=each) for each in bits), refresh=0)
 
 
@@ -96,18 +96,18 @@ LAYERED = {
     "layers-mixkvq": {"channels": runs("query-range", 4)},
     "layers-kitty": {"channels": runs("magnitude", 4)},
 }
-"""On plans that `kvmix allocate` makes of the model's profile, in pages of 128 and groups of 64, 32 or 128."""
+"""Axes for plans that `kvmix allocate` makes of the profile, in pages of 128 and groups of 64, 32 or 128."""
 
 
 def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tuple[int, int]]) -> Plan | None:
-    """Of the uniform plans with these axes that fit a budget, the one with the most bits; None if there is none."""
+    """Return the uniform plan with these axes and the most bits within a budget; None if there is none."""
     cache = CacheSettings.model_validate({**CacheSettings.model_validate(WINDOW).model_dump(), **axes}, strict=False)
     plans = [Plan.uniform(info, k, v, cache) for k, v in widths]
     return max((plan for plan in plans if plan.bits.stored <= budget + SLACK), key=_bits, default=None)
 
 
 def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) -> Plan | None:
-    """The most that `kvmix allocate` can spend on layers for the whole to fit."""
+    """Return the most that `kvmix allocate` can spend on layers for the whole to fit."""
     for twentieths in range(round(budget * 20), 46, -1):
         plan = allocated(info, twentieths / 20, folder)
         if plan is not None:
@@ -119,7 +119,7 @@ def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) 
 
 
 def allocated(info: ModelInfo, stored: float, folder: Path) -> Plan | None:
-    """A plan of at most so many stored bits; None if there is none."""
+    """Return a plan of at most so many stored bits; None if there is none."""
     path = folder / f"{stored:g}.yaml"
     if not path.exists():
         command = [

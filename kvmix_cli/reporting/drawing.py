@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from xml.etree import ElementTree
 
 import matplotlib
@@ -119,9 +119,7 @@ def page_axes(height: float) -> Axes:
 
 def figure_of(axes: Axes) -> Figure:
     """Return the figure of some axes."""
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return figure
+    return cast("Figure", axes.get_figure(root=True))
 
 
 def settle(axes: Axes) -> None:

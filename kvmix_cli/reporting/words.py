@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
-from ..plan.policies import Balance, Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
+from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
@@ -100,7 +100,6 @@ def _transform(step: Transform) -> str:
         return f"rotated by {step.matrix}" if step.matrix else f"rotated{seed}"
     if isinstance(step, Center):
         return "centered" + (f" by {step.means}" if step.means else "")
-    assert isinstance(step, Balance)
     return "balanced"
 
 

