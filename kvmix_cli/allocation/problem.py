@@ -130,7 +130,7 @@ class Problem:
             heads = self.model.heads
             return sum(layer_bytes(plan, self.cache, heads(layer), *at).total for layer, plan in layers.items())
         return sum(
-            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
+            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
         )
 
     @property
@@ -153,7 +153,7 @@ class Problem:
     def loss(self, layers: Mapping[int, LayerPlan]) -> float:
         """Return the score's loss of all these layers. Raises BudgetError if the score lacks one of the choices."""
         return sum(
-            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
+            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
         )
 
     @cached_property
@@ -244,8 +244,8 @@ class Problem:
         if budget.memory is not None:
             return (
                 f"no plan fits {format_bytes(budget.memory)} at {budget.context} tokens x {budget.batch}: "
-                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; "
-                "lower --context, --batch, or the widths"
+                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; lower "
+                f"{'' if self.basis else '--k-bits and --v-bits, '}--context or --batch"
             )
         least, most = (budget.bits(cost, self.cache, self.model) for cost in (lowest, highest))
         count, options = "nominal", "--k-bits and --v-bits"

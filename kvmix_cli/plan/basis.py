@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from ..errors import PlanError, first_sentence
 from ..files import write_bytes
 from .geometry import HeadGeometry
+from .moments import Rope
 
 FORMAT: Final = "kvmix-basis/1"
 TensorName = Literal["k", "v"]
@@ -77,21 +78,6 @@ class LayerBasis:
             if not np.isfinite(array).all():
                 return [f"{name} has NaN or Inf"]
         return [] if (self.deviation > 0).all() else ["deviation has numbers that are not positive"]
-
-
-@dataclass(frozen=True, eq=False)
-class Rope:
-    """The turn of a layer's keys by RoPE, from one position to the next.
-
-    Attributes:
-        frequencies: `[n]` float64, radians of each pair of channels.
-        start: first channel that is turned.
-        interleaved: pairs are channels `(2 i, 2 i + 1)`, otherwise `(i, i + n)`.
-    """
-
-    frequencies: NDArray[np.float64]
-    start: int = 0
-    interleaved: bool = False
 
 
 @dataclass(frozen=True, eq=False)

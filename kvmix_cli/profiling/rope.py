@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.loading import LoadedModel
-from ..plan.moments import FRAME, Rope, RopeLayout
+from ..plan.moments import FRAME, Rope
 from .moments import turned
 from .observer import observed
 
@@ -90,10 +89,10 @@ def _explanation(keys: Tensor, positions: Tensor, frequencies: list[np.ndarray])
 
 def _candidates(frequencies: list[np.ndarray], head_dim: int) -> Iterator[Rope]:
     for each in frequencies:
-        for layout in get_args(RopeLayout):
+        for interleaved in (False, True):
             for start in sorted({0, head_dim - 2 * len(each)}):
                 if start >= 0 and 2 * len(each) <= head_dim:
-                    yield Rope(each, layout, start)
+                    yield Rope(each, start, interleaved)
 
 
 def _distance(found: Tensor, keys: Tensor) -> float:

@@ -97,11 +97,11 @@ def test_every_method_refuses_an_impossible_budget(method, asked):
 
 
 def test_registry_knows_its_methods_and_suggests_near_names():
-    assert list(METHODS) == ["rank", "ilp", "cut", "uniform", "random", "pareto", "search"]
+    assert list(METHODS) == ["rank", "ilp", "cut", "uniform", "random", "transform", "pareto", "search"]
     assert [name for name in METHODS if METHODS[name].solve is None] == ["pareto", "search"]
     with pytest.raises(BudgetError, match=r"unknown method 'rnak' \(did you mean 'rank'\?\)"):
         METHODS["rnak"]
-    with pytest.raises(BudgetError, match="known are rank, ilp, cut, uniform, random, pareto, search"):
+    with pytest.raises(BudgetError, match="known are rank, ilp, cut, uniform, random, transform, pareto, search"):
         METHODS["zzz"]
 
 
@@ -127,7 +127,7 @@ def test_the_score_a_method_takes_if_none_is_named(scores, ranked, weighed):
     each = falling(4).score("grad-norm")
     profile = Profile(model=make_info(4), scores=dict.fromkeys(scores, each))
     assert default_score(profile, "rank") == ranked
-    assert {default_score(profile, method) for method in METHODS if method != "rank"} == {weighed}
+    assert {default_score(profile, method) for method in METHODS if method not in ("rank", "transform")} == {weighed}
     assert allocate(profile, Budget(avg_bits=3)).provenance["score"] == ranked
 
 

@@ -7,11 +7,11 @@ from ...registry import Registry
 from ..problem import Method
 
 TRANSFORM = "transform"
-"""The method that gives bits to directions."""
-SOLVERS = ("rank", "ilp", "cut", "uniform", "random", TRANSFORM)
-"""Methods that decide one plan from a profile and a budget."""
+"""The method that gives bits to directions, from a profile's moments."""
+SOLVERS = ("rank", "ilp", "cut", "uniform", "random")
+"""Methods that decide one plan from a profile's scores and a budget."""
 FAMILY, SEARCH = "pareto", "search"
 """Methods that make plans along the whole range of budgets, and that measure plans."""
 METHODS: Registry[Method] = Registry(
-    "method", BudgetError, __name__, {name: f"{name}:METHOD" for name in (*SOLVERS, FAMILY, SEARCH)}
+    "method", BudgetError, __name__, {name: f"{name}:METHOD" for name in (*SOLVERS, TRANSFORM, FAMILY, SEARCH)}
 )
