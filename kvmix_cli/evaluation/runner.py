@@ -112,7 +112,7 @@ class _UnfinishedRow:
         record = next(self.source, None)
         if record is None:
             return
-        seconds = time.perf_counter() - start
+        seconds = round(time.perf_counter() - start, 6)  # as it is kept: a resumed run adds up the same
         self.records.append(record)
         self.seconds += seconds
         if self.folder is not None:
