@@ -138,6 +138,10 @@ class _UnfinishedRow:
         self.in_hand += time.perf_counter() - start
         if record is None:
             return
+<<<<<<< HEAD
+=======
+        seconds = round(time.perf_counter() - start, 6)  # as it is kept: a resumed run adds up the same
+>>>>>>> speed
         self.records.append(record)
         self.seconds += self.in_hand
         if self.folder is not None:

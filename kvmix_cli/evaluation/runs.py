@@ -247,7 +247,7 @@ class RunFolder:
             self._remove(METRICS)  # it sums up fewer samples, or says why there were no more
         self._measured = True
         kept = record.copy()
-        kept["seconds"] = round(seconds, 6)
+        kept["seconds"] = seconds
         self._journal.append(kept)
         self.records.append(record)
         self.seconds += seconds

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL"),
 ]
-KILLS = 3
+KILLS = 1
 PATIENCE = 180.0
 """Seconds that a process may take to write its first line."""
 EVALUATION = ("--uniform", 2, "--length", 200, "--prefix", 100, "--limit", 6)

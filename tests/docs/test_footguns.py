@@ -38,7 +38,7 @@ def test_the_first_token_never_depends_on_the_cache_and_the_second_does(footguns
 def test_a_short_text_is_not_quantized_at_all(footguns):
     short, *others = footguns.windows(1).rows
     assert short[1] == 0
-    assert short[2].value == 0
+    assert short[2].value == pytest.approx(0, abs=0.01)  # in %; rounding, where attention is not the native one
     assert all(share > 40 and increase.value > 100 for _, share, increase in others)
 
 
