@@ -138,15 +138,11 @@ class _UnfinishedRow:
         self.in_hand += time.perf_counter() - start
         if record is None:
             return
-<<<<<<< HEAD
-=======
-        seconds = round(time.perf_counter() - start, 6)  # as it is kept: a resumed run adds up the same
->>>>>>> speed
+        seconds, self.in_hand = round(self.in_hand, 6), 0.0  # as it is kept: a resumed run adds up the same
         self.records.append(record)
-        self.seconds += self.in_hand
+        self.seconds += seconds
         if self.folder is not None:
-            self.folder.append(record, self.in_hand)
-        self.in_hand = 0.0
+            self.folder.append(record, seconds)
 
 
 @dataclass(frozen=True)
