@@ -40,7 +40,7 @@ def test_at_16_bits_nothing_changes(family, axes):
         with pytest.raises(PolicyError, match=r"soft-caps|sink logits"):
             model(tokens, past_key_values=MixedCache.from_plan(plan, model.config))
         return
-    for padding in (0, 25):
+    for padding in (0, 25) if family == "llama" else (25,):  # of the first of two rows
         mask = left_padded(tokens, padding)
         expected = teacher_forced(model, unquantized_cache(model.config), tokens, STEPS, mask)
         got = teacher_forced(model, MixedCache.from_plan(plan, model.config), tokens, STEPS, mask)
