@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -14,8 +15,9 @@ from typing_extensions import TypedDict
 from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
-from .plan.document import Faults, StrictModel, flow, head_comment, read_yaml, validate
+from .plan.document import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
 from .plan.geometry import coverage_faults
+from .plan.moments import MomentsFile
 from .plan.policies import MOST_TOKENS
 from .plan.settings import MOST_ELEMENTS
 
@@ -108,12 +110,14 @@ class Score(StrictModel):
         unit: unit of the numbers. `"nats"` is a predicted increase of the mean loss per token, a sum over tensors.
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
+        moments: the file of moments of keys and values, for a score that measures them.
     """
 
     seconds: MeasuredFloat = Field(ge=0)
     unit: str = "gradient norm"
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
+    moments: MomentsFile | None = None
     layers: dict[int, LayerScore]
 
     @property
@@ -123,16 +127,24 @@ class Score(StrictModel):
 
     @property
     def choices(self) -> tuple[list[str], list[str]]:
-        """Return the choices in the curves of keys and of values, the same in all layers; empty without curves."""
-        first = next(iter(self.layers.values()), None)
-        return ([], []) if first is None else (list(first.k.curve), list(first.v.curve))
+        """Return the choices in the curves of keys and of values, of all layers together; empty without curves."""
+        k, v = (
+            list(dict.fromkeys(choice for layer in self.layers.values() for choice in getattr(layer, kind).curve))
+            for kind in ("k", "v")
+        )
+        return k, v
 
-    @model_validator(mode="after")
-    def _alike(self) -> Score:
-        for kind in ("k", "v"):
-            if len({frozenset(getattr(layer, kind).curve) for layer in self.layers.values()}) > 1:
-                raise ValueError(f"the curves of {kind} must have the same choices in all layers")
-        return self
+    def faults(self, model: ModelInfo) -> Iterator[Fault]:
+        """Yield a fault for layers that are missing, and for curves that differ in their choices between equal heads.
+
+        A group ends with its row, so layers whose heads have other sizes may have other choices.
+        """
+        yield from ((("layers", *at), message) for at, message in coverage_faults(model, self.layers))
+        for alike in model.geometries.values():
+            for kind in ("k", "v"):
+                layers = [self.layers[layer] for layer in alike if layer in self.layers]
+                if len({frozenset(getattr(layer, kind).curve) for layer in layers}) > 1:
+                    yield (), f"the curves of {kind} must have the same choices in all layers"
 
 
 class Profile(StrictModel):
@@ -151,9 +163,9 @@ class Profile(StrictModel):
     @model_validator(mode="after")
     def _complete(self) -> Profile:
         faults = [
-            (("scores", name, "layers", *at), f"score '{name}': {message}")
+            (("scores", name, *at), f"score '{name}': {message}")
             for name, score in self.scores.items()
-            for at, message in coverage_faults(self.model, score.layers)
+            for at, message in score.faults(self.model)
         ]
         if faults:
             raise Faults(faults)
@@ -189,6 +201,7 @@ class Profile(StrictModel):
             lines += [f"  {name}:", f"    seconds: {score.seconds:.2f}", f"    unit: {flow(score.unit)}"]
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
+            lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]
         return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Files that commands hand to each other, one folder a model.
 
     profiles/<org>--<model>/profile.yaml                what `kvmix profile` measured
-    profiles/<org>--<model>/profile.partial.jsonl       the same, interrupted
+    profiles/<org>--<model>/profile.safetensors         tensors of the score fisher-metric
+    profiles/<org>--<model>/profile.partial.*           the same, interrupted
     profiles/<org>--<model>/plans/<name>.yaml           what `kvmix allocate` decided
     profiles/<org>--<model>/plans/<name>.trials.jsonl   what it measured for that, if it did
 
@@ -100,6 +101,11 @@ def plan_path(model: str, name: str) -> Path:
 def journal_path(profile: Path) -> Path:
     """Return the journal of an unfinished profile, beside it: `profile.partial.jsonl`."""
     return profile.with_name(f"{profile.stem}.partial.jsonl")
+
+
+def moments_path(profile: Path) -> Path:
+    """Return the file of a profile's moments of keys and values, beside it: `profile.safetensors`."""
+    return profile.with_suffix(".safetensors")
 
 
 def trials_path(plan: Path) -> Path:

@@ -132,7 +132,16 @@ class TransformLayout:
         return self.kv_heads * self.exact * self.head_dim * element_bytes
 
     @property
+    def token_bits(self) -> int:
+        """Return the bits of a token's codes, of all KV heads."""
+        return 8 * self.page_bytes // self.page
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return the bytes of a page of all KV heads: codes, token scales, slots, and exact tokens in 16 bits."""
+        return self.packed_bytes + self.exact_bytes(FULL_PRECISION_BITS // 8)
+
+    @property
     def stored_bits(self) -> float:
-        """Return the stored bits per element: codes, token scales, slots, and unquantized tokens in 16 bits."""
-        total = self.packed_bytes + self.exact_bytes(FULL_PRECISION_BITS // 8)
-        return 8 * total / (self.page * self.head_dim * self.kv_heads)
+        """Return the stored bits per element."""
+        return 8 * self.stored_bytes / (self.page * self.head_dim * self.kv_heads)

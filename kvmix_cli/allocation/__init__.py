@@ -1,6 +1,6 @@
 """Allocation: from scores to plans under a budget, without torch.
 
-allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random
+allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random, transform
 frontier(profile) -> list[Plan]                                       pareto
 refine(profile, Budget(stored_bits=3), measure) -> Plan               search
 """
@@ -17,21 +17,36 @@ from ..plan import Plan
 from ..plan.pins import parse_pins
 from ..plan.plan import Provenance
 from ..profile import Profile
+from .bases import SCORE as TRANSFORM_SCORE
+from .bases import make_bases
 from .budgets import Budget
 from .curves import other_settings, predicted_loss
-from .options import K_BITS, V_BITS, AllocationOptions, Start, default_method, default_score, make_problem, preset_start
+from .options import (
+    EXACT,
+    K_BITS,
+    V_BITS,
+    AllocationOptions,
+    Start,
+    default_method,
+    default_score,
+    make_problem,
+    preset_start,
+)
 from .problem import Decision, Measure, Method, Problem
-from .solvers import FAMILY, METHODS, SEARCH, SOLVERS
+from .solvers import FAMILY, METHODS, SEARCH, SOLVERS, TRANSFORM
 
 TRIALS = 40
 """Plans that `refine` measures by default."""
 
 __all__ = [
+    "EXACT",
     "FAMILY",
     "K_BITS",
     "METHODS",
     "SEARCH",
     "SOLVERS",
+    "TRANSFORM",
+    "TRANSFORM_SCORE",
     "TRIALS",
     "V_BITS",
     "AllocationOptions",
@@ -45,6 +60,7 @@ __all__ = [
     "default_method",
     "default_score",
     "frontier",
+    "make_bases",
     "other_settings",
     "parse_pins",
     "predicted_loss",
@@ -115,8 +131,9 @@ def refine(
 def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) -> Plan:
     """Return the whole plan, with its pins and with everything needed to make it again."""
     layers = dict(sorted({**decision, **problem.pins}.items()))
-    predicted = problem.curves.total(layers) if problem.score.predicts_loss else None
     uses = METHODS[method].uses
+    predicts = problem.score.predicts_loss or ("basis" in uses and not problem.pins)
+    predicted = problem.curves.total(layers) if predicts else None
     provenance: dict[str, Any] = {
         "kvmix": __version__,
         "method": method,

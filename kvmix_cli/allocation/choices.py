@@ -28,13 +28,14 @@ Choices = tuple[TensorChoice, ...]
 
 def choices_by_slot(problem: Problem) -> dict[Slot, Choices]:
     """Return the choices for every tensor, layer by layer. Raises BudgetError if the score lacks one of them."""
-    found = {}
-    costs = {kind: [(tensor, problem.tensor_cost(tensor, kind)) for tensor in problem.tensors(kind)] for kind in KINDS}
-    for layer in problem.layers:
-        for kind in KINDS:
-            choices = [TensorChoice(*each, problem.tensor_loss(layer, kind, each[0])) for each in costs[kind]]
-            found[layer, kind] = undominated(choices)
-    return found
+    return {
+        (layer, kind): undominated(
+            TensorChoice(tensor, problem.tensor_cost(layer, kind, tensor), problem.tensor_loss(layer, kind, tensor))
+            for tensor in problem.tensors(layer, kind)
+        )
+        for layer in problem.layers
+        for kind in KINDS
+    }
 
 
 def undominated(choices: Iterable[TensorChoice]) -> Choices:

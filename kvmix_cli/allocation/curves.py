@@ -1,6 +1,6 @@
 """Curves: the loss of storing a layer's keys or values at a choice, in a score's unit, ready to be summed.
 
-A choice is a width in groups of some size. A row has only `page` keys, or `head_dim` values, so larger groups are the
+A choice is a width in groups of some size. A row has only `page` keys, or `value_dim` values, so larger groups are the
 same as one group per row.
 
 **Noise.** A measured curve may have more loss at 4 bits than at 3, or less than none at 8. In groups of one size a
@@ -23,28 +23,37 @@ from functools import cache
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
+from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan
+from ..plan.basis import BasisFile
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
 from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
+from .directions import expected_loss
 
 
 class Curves:
     """Curves of every layer's keys and values, for a model with these cache settings.
 
+    The loss of transform codes is that of their basis, where it is known.
+
     Attributes:
         measured: True if the score has measured curves, False if they are assumed.
     """
 
-    def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings) -> None:
+    def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings, basis: BasisFile | None = None) -> None:
         self.measured = any(score.choices)
-        self._score, self._settings, self._head_dim = score, settings, model.head_dim
-        page = score.setup.get("page", settings.page)
-        self._columns = {"key": page, "value": model.head_dim}
+        self._variances = {} if basis is None else basis.variances(model.quantizable)
+        self._score, self._settings, self._model = score, settings, model
+        self._page = score.setup.get("page", settings.page)
         self._points = cache(self._clean)
 
-    def at(self, layer: int, kind: Kind, tensor: TensorPlan) -> float | None:
+    def at(self, layer: int, kind: Kind, tensor: AnyTensor) -> float | None:
         """Return the loss of a choice: 0 in full precision, None if the score has no value for it."""
-        layout = page_layout(tensor, kind, self._settings, self._head_dim)
+        if isinstance(tensor, TransformTensor):
+            variances = self._variances.get((layer, "k" if kind == "key" else "v"))
+            return None if variances is None else expected_loss(variances, tensor.runs)
+        layout = page_layout(tensor, kind, self._settings, self._model.heads(layer).dim(kind))
         if layout is None:
             return 0.0
         if not self.measured:
@@ -67,7 +76,8 @@ class Curves:
         return scores.k if kind == "key" else scores.v
 
     def _clean(self, layer: int, kind: Kind) -> dict[tuple[int, int], float]:
-        columns, groups = self._columns[kind], defaultdict[int, dict[int, float]](dict)
+        columns = self._page if kind == "key" else self._model.heads(layer).value_dim
+        groups = defaultdict[int, dict[int, float]](dict)
         for key, value in self._tensor(layer, kind).curve.items():
             bits, size = parse_choice(key)
             if bits != FULL_PRECISION_BITS:

@@ -8,7 +8,7 @@ from typing import Final
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..plan import WIDTHS, Plan, TensorPlan
+from ..plan import WIDTHS, HeadGeometry, Plan, TensorPlan
 from ..plan.sizes import page_layout, tensor_bits
 from ..profile import Score
 from .curves import Curves
@@ -61,7 +61,9 @@ def explain(plan: Plan, importance: Score, prediction: Score | None) -> list[Rea
         prediction: score whose curves are in nats.
     """
     curves = Curves(prediction, plan.model, plan.cache) if prediction else None
-    return [_reason(plan, layer, kind, importance, curves) for layer in sorted(plan.layers) for kind in _KINDS]
+    elements = plan.unquantized_bytes(1, element_bytes=1)
+    slots = [(layer, kind) for layer in sorted(plan.layers) for kind in _KINDS]
+    return [_reason(plan, layer, kind, importance, curves, elements) for layer, kind in slots]
 
 
 def next_upgrade(reasons: Sequence[Reason]) -> Reason | None:
@@ -70,36 +72,38 @@ def next_upgrade(reasons: Sequence[Reason]) -> Reason | None:
     return max(worth, key=lambda each: each[0], default=(0.0, None))[1]
 
 
-def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curves | None) -> Reason:
+def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curves | None, elements: int) -> Reason:
+    """Return the reasons for a tensor of a plan whose layers hold this many elements a token."""
     tensor, score = (getattr(of.layers[layer], kind[0]) for of in (plan, importance))
     loss = curves.at(layer, kind, tensor) if curves else None
     reason = Reason(layer, kind, tensor, score.mean, loss)
     if curves is None or loss is None:
         return reason
-    best = max(_upgrades(plan, reason, loss, curves), key=lambda upgrade: upgrade.worth, default=None)
+    best = max(_upgrades(plan, reason, loss, curves, elements), key=lambda upgrade: upgrade.worth, default=None)
     return replace(reason, upgrade=best)
 
 
-def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves) -> Iterator[Upgrade]:
-    now = _stored(plan, reason.kind, reason.tensor)
-    for choice in _choices(plan, reason.kind):
-        costs = (_stored(plan, reason.kind, choice) - now) / (2 * len(plan.layers))
+def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves, elements: int) -> Iterator[Upgrade]:
+    heads = plan.model.heads(reason.layer)
+    now = _stored(plan, heads, reason.kind, reason.tensor)
+    for choice in _choices(plan, heads, reason.kind):
+        costs = (_stored(plan, heads, reason.kind, choice) - now) * heads.elements(reason.kind) / elements
         other = curves.at(reason.layer, reason.kind, choice)
         if costs > 0 and other is not None and other < loss:
             yield Upgrade(choice, loss - other, costs)
 
 
-def _choices(plan: Plan, kind: Kind) -> list[TensorPlan]:
+def _choices(plan: Plan, heads: HeadGeometry, kind: Kind) -> list[TensorPlan]:
     """Return every width in the plan's group sizes, without sizes that are the same for a row of this kind."""
     sizes = {tensor.group_size for layer in plan.layers.values() for tensor, _ in layer.tensors}
     found: dict[tuple[int, int | None], TensorPlan] = {}
     for size in sorted(sizes, key=lambda size: (size is not None, str(size))):
         for bits in WIDTHS:
             choice = TensorPlan(bits=bits, group_size=None if bits == FULL_PRECISION_BITS else size)
-            layout = page_layout(choice, kind, plan.cache, plan.model.head_dim)
+            layout = page_layout(choice, kind, plan.cache, heads.dim(kind))
             found.setdefault((bits, layout.group if layout else None), choice)
     return list(found.values())
 
 
-def _stored(plan: Plan, kind: Kind, tensor: TensorPlan) -> float:
-    return tensor_bits(tensor, kind, plan.cache, plan.model.head_dim, "stored")
+def _stored(plan: Plan, heads: HeadGeometry, kind: Kind, tensor: TensorPlan) -> float:
+    return tensor_bits(tensor, kind, plan.cache, heads.dim(kind), "stored")

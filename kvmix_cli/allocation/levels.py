@@ -7,8 +7,15 @@ With `L` layers and `moves = L * level + h`, the first `h` layers of an order ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from kvmix_kernels.layout import Kind
 
 from ..plan import LayerPlan
+from ..plan.layers import AnyTensor
+
+TensorCost = Callable[[int, Kind, AnyTensor], int]
+"""Cost of a layer's keys, or values, see `Budget.cost`."""
 
 
 class Levels:
@@ -17,16 +24,14 @@ class Levels:
     Args:
         layers: indices of the layers.
         k_bits, v_bits: widths from the lowest level up, ascending; the shorter list repeats its last width.
-        cost: cost of one layer, see `Budget.cost`.
+        cost: cost of a layer's keys, or values.
 
     Attributes:
         levels: storage of a layer at each level.
         moves: moves of one layer by one level, from all layers at the lowest level to all at the highest.
     """
 
-    def __init__(
-        self, layers: Sequence[int], k_bits: Sequence[int], v_bits: Sequence[int], cost: Callable[[LayerPlan], int]
-    ) -> None:
+    def __init__(self, layers: Sequence[int], k_bits: Sequence[int], v_bits: Sequence[int], cost: TensorCost) -> None:
         top = max(len(k_bits), len(v_bits)) - 1
         self.levels = [
             LayerPlan.of_bits(k_bits[min(level, len(k_bits) - 1)], v_bits[min(level, len(v_bits) - 1)])
@@ -34,13 +39,26 @@ class Levels:
         ]
         self.moves = len(layers) * top
         self._layers = layers
-        self._costs = [cost(level) for level in self.levels]
+        self._cost = cost
 
-    def cost_after(self, moves: int) -> int:
-        """Return the cost of all layers after that many moves."""
+    def costs(self, k_order: Sequence[int], v_order: Sequence[int]) -> list[int]:
+        """Return the cost of all layers after each number of moves in these orders, from none to all."""
+        costs = [self._whole(self.levels[0])]
+        for below, above in pairwise(self.levels):
+            for k_layer, v_layer in zip(k_order, v_order, strict=True):
+                rise = self._cost(k_layer, "key", above.k) - self._cost(k_layer, "key", below.k)
+                rise += self._cost(v_layer, "value", above.v) - self._cost(v_layer, "value", below.v)
+                costs.append(costs[-1] + rise)
+        return costs
+
+    def mean_cost_after(self, moves: int) -> int:
+        """Return the cost of all layers after that many moves, on the average of all orders."""
         level, higher = divmod(moves, len(self._layers) or 1)
-        rise = self._costs[level + 1] - self._costs[level] if higher else 0
-        return len(self._layers) * self._costs[level] + higher * rise
+        cost = self._whole(self.levels[level])
+        return cost + higher * (self._whole(self.levels[level + 1]) - cost) // len(self._layers) if higher else cost
+
+    def _whole(self, level: LayerPlan) -> int:
+        return sum(self._cost(layer, kind, tensor) for layer in self._layers for tensor, kind in level.tensors)
 
     def after(self, moves: int, k_order: Sequence[int], v_order: Sequence[int]) -> dict[int, LayerPlan]:
         """Return the storage of all layers after that many moves in these orders."""

@@ -8,12 +8,15 @@ from typing import TypedDict
 
 from ..errors import BudgetError, StateError
 from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
+from ..plan.basis import BasisFile
+from ..plan.codec import TransformSettings
 from ..plan.document import reason
 from ..plan.presets import ALIASES, find_preset, presets
 from ..profile import Profile
+from .bases import SCORE
 from .budgets import Budget
 from .problem import Problem
-from .solvers import METHODS
+from .solvers import METHODS, TRANSFORM
 
 K_BITS = (2, 3, 4, 8)
 V_BITS = (2, 4, 8)
@@ -21,6 +24,8 @@ V_BITS = (2, 4, 8)
 SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
 """Scores in order of preference: `fisher` predicts as well as `kl`, and knows all widths and groups."""
 PAPER_SCORE = "grad-norm"
+EXACT = 1
+"""Tokens of each page and KV head that transform codes keep exact by default."""
 
 
 class AllocationOptions(TypedDict, total=False):
@@ -34,6 +39,8 @@ class AllocationOptions(TypedDict, total=False):
         score: score of the profile that decides; by default `default_score`.
         pins: layers that are decided already; their cost is part of the plan's.
         seed: seed of methods that draw at random.
+        basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
+        exact: tokens of each page and KV head that transform codes keep exact.
     """
 
     k_bits: Sequence[int] | None
@@ -45,6 +52,8 @@ class AllocationOptions(TypedDict, total=False):
     score: str | None
     pins: Mapping[int, LayerPlan] | None
     seed: int
+    basis: BasisFile | None
+    exact: int
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,16 @@ def preset_start(name: str) -> Start:
 
 
 def default_method(profile: Profile) -> str:
-    """Return `ilp` if a score was measured by width, otherwise the paper's `rank`."""
+    """Return `transform` if the profile has directions, `ilp` if a score knows widths, otherwise the paper's `rank`."""
+    if SCORE in profile.scores and profile.scores[SCORE].moments is not None:
+        return TRANSFORM
     return "ilp" if any(any(score.choices) for score in profile.scores.values()) else "rank"
 
 
 def default_score(profile: Profile, method: str) -> str:
     """Return the score that decides if none is named: for `rank` the paper's if there is one, else by preference."""
+    if method == TRANSFORM:
+        return SCORE
     wanted = (PAPER_SCORE, *SCORES) if method == "rank" else SCORES
     return next((name for name in wanted if name in profile.scores), next(iter(profile.scores)))
 
@@ -101,6 +114,8 @@ def make_problem(
     score: str | None = None,
     pins: Mapping[int, LayerPlan] | None = None,
     seed: int = 0,
+    basis: BasisFile | None = None,
+    exact: int = EXACT,
 ) -> Problem:
     """Return the problem that a method is to solve; options as in `AllocationOptions`.
 
@@ -112,6 +127,12 @@ def make_problem(
     cache = cache or CacheSettings()
     weighs = "group_sizes" in METHODS[method].uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
+    if "basis" not in METHODS[method].uses:
+        basis = None
+    elif basis is None:
+        raise BudgetError(f"method {method} needs directions: measure them with `kvmix profile --score {SCORE}`")
+    else:
+        cache = _with_basis(cache, basis, exact)
     problem = Problem(
         profile=profile,
         score_name=score or default_score(profile, method),
@@ -122,8 +143,11 @@ def make_problem(
         group_sizes=sizes if weighs else sizes[:1],
         pins=dict(pins or {}),
         seed=seed,
+        basis=basis,
     )
-    if budget.max_loss is not None and not problem.score.predicts_loss:
+    if basis is not None and budget.max_loss is not None and pins:
+        raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")
+    if basis is None and budget.max_loss is not None and not problem.score.predicts_loss:
         raise _no_prediction(profile, problem.score_name)
     return problem
 
@@ -145,6 +169,17 @@ def _widths(name: str, widths: Sequence[int], least: int | None, most: int | Non
 def _with_group_sizes(cache: CacheSettings, sizes: Sequence[GroupSize]) -> list[CacheSettings]:
     try:
         return [CacheSettings.model_validate({**cache.model_dump(), "group_size": size}) for size in sizes]
+    except ValueError as error:
+        raise BudgetError(reason(error)) from error
+
+
+def _with_basis(cache: CacheSettings, basis: BasisFile, exact: int) -> CacheSettings:
+    """Return the cache with a basis, which is named by its checksum."""
+    frame = basis.frame if basis.rope else None
+    sha256 = basis.sha256
+    try:
+        settings = TransformSettings(basis=f"basis-{sha256[:12]}.safetensors", sha256=sha256, frame=frame, exact=exact)
+        return CacheSettings.model_validate({**cache.model_dump(), "transform": settings.model_dump()})
     except ValueError as error:
         raise BudgetError(reason(error)) from error
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final, TypeVar
 
 from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError, PlanError
-from ..plan import CacheSettings, GroupSize, LayerPlan, ModelInfo, TensorPlan
-from ..plan.sizes import format_bytes, page_layout
+from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
+from ..plan.basis import BasisFile
+from ..plan.codec import TransformTensor
+from ..plan.layers import AnyTensor
+from ..plan.sizes import format_bytes, layer_bytes, page_layout
 from ..profile import Profile, Score, choice_key
 from .budgets import TOLERANCE, Budget
 from .curves import Curves
@@ -52,6 +55,7 @@ class Problem:
         group_sizes: group sizes to choose from, the cache's own first.
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
+        basis: directions of the layers, for the method that gives bits to these.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -67,13 +71,15 @@ class Problem:
     group_sizes: tuple[GroupSize, ...]
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
+    basis: BasisFile | None = None
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:
             raise BudgetError(f"{self.model.id} has no layer to plan: every layer keeps its stock cache")
         try:
-            for kind in KINDS:
-                self.tensors(kind)
+            for layer in self.model.quantizable:
+                for kind in KINDS:
+                    self.tensors(layer, kind)
         except ValueError as error:
             raise PlanError(f"no plan for {self.model.id}: {error}") from error
 
@@ -100,42 +106,47 @@ class Problem:
     @cached_property
     def curves(self) -> Curves:
         """Return the score's loss of each choice."""
-        return Curves(self.score, self.model, self.cache)
+        return Curves(self.score, self.model, self.cache, self.basis)
 
     @cached_property
     def levels(self) -> Levels:
         """Return the levels of the layers to decide, for methods that raise keys and values together."""
-        return Levels(self.layers, self.k_bits, self.v_bits, self.cost)
+        return Levels(self.layers, self.k_bits, self.v_bits, self.tensor_cost)
 
-    def tensors(self, kind: Kind) -> list[TensorPlan]:
+    def tensors(self, layer: int, kind: Kind) -> list[TensorPlan]:
         """Return every way to store a layer's keys, or values; groups larger than a row are one group per row."""
-        found: dict[tuple[int, int | None], TensorPlan] = {}
-        for size in self.group_sizes:
-            for bits in self.k_bits if kind == "key" else self.v_bits:
-                tensor = TensorPlan(bits=bits, group_size=None if size == self.cache.group_size else size)
-                layout = page_layout(tensor, kind, self.cache, self.model.head_dim)
-                found.setdefault((bits, layout.group if layout else None), tensor)
-        return list(found.values())
+        return self._tensors(self.model.heads(layer).dim(kind), kind)
 
-    def tensor_cost(self, tensor: TensorPlan, kind: Kind) -> int:
+    def tensor_cost(self, layer: int, kind: Kind, tensor: AnyTensor) -> int:
         """Return the cost of one layer's keys or values; see `Budget.cost`."""
-        return self.budget.cost(tensor, kind, self.cache, self.model)
+        return self._tensor_cost(self.model.heads(layer), kind, tensor)
 
-    def cost(self, layer: LayerPlan) -> int:
-        """Return the cost of one layer."""
-        return sum(self.tensor_cost(tensor, kind) for tensor, kind in layer.tensors)
+    def cost(self, layers: Mapping[int, LayerPlan]) -> int:
+        """Return the cost of all these layers; under a limit of memory with what a layer keeps for exact tokens."""
+        budget = self.budget
+        if budget.memory is not None and self.basis is not None:
+            at = (budget.context, budget.batch, budget.element_bytes)
+            heads = self.model.heads
+            return sum(layer_bytes(plan, self.cache, heads(layer), *at).total for layer, plan in layers.items())
+        return sum(
+            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
+        )
 
     @property
     def cost_range(self) -> tuple[int, int]:
         """Return the lowest and the highest cost of the layers to decide."""
-        costs = [[self.tensor_cost(tensor, kind) for tensor in self.tensors(kind)] for kind in KINDS]
-        return len(self.layers) * sum(map(min, costs)), len(self.layers) * sum(map(max, costs))
+        costs = [
+            [self.tensor_cost(layer, kind, tensor) for tensor in self.tensors(layer, kind)]
+            for layer in self.layers
+            for kind in KINDS
+        ]
+        return sum(map(min, costs)), sum(map(max, costs))
 
-    def tensor_loss(self, layer: int, kind: Kind, tensor: TensorPlan) -> float:
+    def tensor_loss(self, layer: int, kind: Kind, tensor: AnyTensor) -> float:
         """Return the score's loss of one layer's keys or values. Raises BudgetError if the score lacks this choice."""
         loss = self.curves.at(layer, kind, tensor)
         if loss is None:
-            raise self._unmeasured(kind, tensor)
+            raise self._unmeasured(layer, kind, tensor)
         return loss
 
     def loss(self, layers: Mapping[int, LayerPlan]) -> float:
@@ -146,17 +157,23 @@ class Problem:
 
     @cached_property
     def allowance(self) -> float:
-        """Return the highest cost that the layers to decide may have; without a limit, the cost of higher layers."""
+        """Return the highest cost that the layers to decide may have.
+
+        Without a limit it is that of a share of the layers one level higher, on the average of all layers.
+        """
         if self.budget.limit is None:
-            higher = max(1, round(self.budget.share * len(self.layers)))
-            return self.levels.cost_after(min(self.levels.moves, higher))
-        whole = self.budget.allowance(len(self.model.quantizable), self.cache, self.model)
-        return whole - self.pinned_cost
+            return self.levels.mean_cost_after(self.share_moves)
+        return self.budget.allowance(self.cache, self.model) - self.pinned_cost
+
+    @property
+    def share_moves(self) -> int:
+        """Return the number of layers that the budget's share has one level higher, at least one."""
+        return min(self.levels.moves, max(1, round(self.budget.share * len(self.layers))))
 
     @property
     def pinned_cost(self) -> int:
         """Return the cost of the pinned layers."""
-        return sum(self.cost(layer) for layer in self.pins.values())
+        return self.cost(self.pins)
 
     @cached_property
     def loss_limit(self) -> float | None:
@@ -187,46 +204,75 @@ class Problem:
             asked, best = self.budget.max_loss or 0, math.expm1(lowest + self.loss(self.pins))
             raise BudgetError(
                 f"no plan keeps the predicted perplexity increase within {100 * asked:g} %: {self._range()} reach "
-                f"{100 * best:.3g} %; widen the range with --k-bits, --v-bits and --group-size"
+                f"{100 * best:.3g} %; {self._advice('--k-bits, --v-bits and --group-size')}"
             )
 
-    def _unmeasured(self, kind: Kind, tensor: TensorPlan) -> BudgetError:
-        layout = page_layout(tensor, kind, self.cache, self.model.head_dim)
+    def _unmeasured(self, layer: int, kind: Kind, tensor: AnyTensor) -> BudgetError:
+        if isinstance(tensor, TransformTensor):
+            return BudgetError(f"the loss of transform codes in layer {layer} is not known without their basis")
+        layout = page_layout(tensor, kind, self.cache, self.model.heads(layer).dim(kind))
         wanted = choice_key(tensor.bits, layout.group if layout else "row")
-        place = 0 if kind == "key" else 1
-        others = [name for name, score in self.profile.scores.items() if wanted in score.choices[place]]
+        curves = {name: getattr(score.layers[layer], kind[0]).curve for name, score in self.profile.scores.items()}
+        others = [name for name, curve in curves.items() if wanted in curve]
         other = f"use --score {' or '.join(others)}, " if others else ""
         return BudgetError(
             f"score '{self.score_name}' was not measured for {kind}s at {wanted}, only at "
-            f"{', '.join(self.score.choices[place])}: leave that choice out, {other}or measure it with "
+            f"{', '.join(curves[self.score_name])}: leave that choice out, {other}or measure it with "
             "`kvmix profile --bits ... --group-size ...`"
         )
 
     def _unreachable(self, lowest: int, highest: int) -> str:
-        budget, layers = self.budget, len(self.model.quantizable)
+        budget = self.budget
         if budget.memory is not None:
             return (
                 f"no plan fits {format_bytes(budget.memory)} at {budget.context} tokens x {budget.batch}: "
-                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; lower --k-bits and --v-bits, "
-                "--context or --batch"
+                f"{self._range()} take {format_bytes(lowest)} to {format_bytes(highest)}; "
+                "lower --context, --batch, or the widths"
             )
-        least, most = (budget.bits(cost, layers, self.cache, self.model) for cost in (lowest, highest))
+        least, most = (budget.bits(cost, self.cache, self.model) for cost in (lowest, highest))
         count, options = "nominal", "--k-bits and --v-bits"
         if budget.counts_stored:
             count, options = "stored", "--k-bits, --v-bits and --group-size"
         return (
             f"no plan has {budget.limit:g} {count} bits: {self._range()} reach {least:.4g} to {most:.4g}; "
-            f"widen the range with {options}"
+            f"{self._advice(options)}"
         )
+
+    @cached_property
+    def _tensors(self) -> Callable[[int, Kind], list[TensorPlan]]:
+        """Return the ways to store heads of a size, worked out once for each size."""
+
+        def tensors(dim: int, kind: Kind) -> list[TensorPlan]:
+            found: dict[tuple[int, int | None], TensorPlan] = {}
+            for size in self.group_sizes:
+                for bits in self.k_bits if kind == "key" else self.v_bits:
+                    tensor = TensorPlan(bits=bits, group_size=None if size == self.cache.group_size else size)
+                    layout = page_layout(tensor, kind, self.cache, dim)
+                    found.setdefault((bits, layout.group if layout else None), tensor)
+            return list(found.values())
+
+        return cache(tensors)
+
+    @cached_property
+    def _tensor_cost(self) -> Callable[[HeadGeometry, Kind, AnyTensor], int]:
+        return cache(lambda heads, kind, tensor: self.budget.cost(tensor, kind, self.cache, heads))
 
     def _range(self) -> str:
         """Return `K widths 2,3 and V widths 2,4 in groups of 32,64 beside 2 pinned layers`."""
         text = f"K widths {_listed(self.k_bits)} and V widths {_listed(self.v_bits)}"
+        if self.basis is not None:
+            text = "transform codes"
         if len(self.group_sizes) > 1:
             text += f" in groups of {_listed(self.group_sizes)}"
         if self.pins:
             text += f" beside {len(self.pins)} pinned layer{'s' if len(self.pins) > 1 else ''}"
         return text
+
+    def _advice(self, options: str) -> str:
+        """Return how to widen the range: with these options, which transform codes do not have."""
+        if self.basis is not None:
+            return "the widths of transform codes are 0 to 6; use --method ilp for others"
+        return f"widen the range with {options}"
 
 
 def _listed(values: Sequence[object]) -> str:

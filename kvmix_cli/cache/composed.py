@@ -1,14 +1,12 @@
 """A layer that does more than quantize: it transforms what it stores, and puts tokens into tiers or channels in groups.
 
 The attention function does three things more for it (`attention.py`): it transforms queries to meet the stored keys,
-transforms the output back, and shows the layer its queries, which some policies and transforms learn from. Until a
-prompt's queries have been seen, its keys and values wait.
+transforms the output back, and shows the layer its queries, which some policies and transforms learn from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from kvmix_kernels.segments import Segments
@@ -17,14 +15,13 @@ from torch import Tensor
 from ..errors import PolicyError
 from ..plan import CacheSettings
 from .buffer import Buffer
-from .handle import Handle
-from .layer import MixedLayer
-from .observation import AttentionCall, QuerySum, weight_rows
-from .packing import Packing, PolicyFunctions
+from .observation import AttentionCall, QuerySum
+from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
 from .store import ROLLBACK, Store
 from .token_tiers import TokenTiers
 from .transforms import Chain, build
+from .watching import WatchingLayer
 
 
 def is_composed(settings: CacheSettings) -> bool:
@@ -32,7 +29,7 @@ def is_composed(settings: CacheSettings) -> bool:
     return not (settings.transforms is None and settings.tokens is None and settings.channels is None)
 
 
-class ComposedLayer(MixedLayer):
+class ComposedLayer(WatchingLayer):
     """Keys and values of one layer with the transforms and policies of its plan.
 
     Raises:
@@ -44,8 +41,6 @@ class ComposedLayer(MixedLayer):
     _queries: QuerySum
     _tiers: TokenTiers | None = None
     _channels: ChannelScore | None = None
-    _waiting: tuple[Tensor, Tensor] | None = None
-    _unseen = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores, transforms and policies. Raises PlanError."""
@@ -57,24 +52,6 @@ class ComposedLayer(MixedLayer):
         self._channels = None if channels is None else CHANNEL_SCORES[channels.score]()
         self._queries = QuerySum()
         super().lazy_initialization(key_states, value_states)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add `[B, H_kv, S, D]` keys and values and return all of them, `[B, H_kv, T, D]`; see `MixedLayer.update`."""
-        self._check_seen()
-        self._prepare(key_states, value_states)
-        self._unseen = self._needs_queries
-        if self.get_seq_length() == 0:
-            prompt = key_states.detach(), value_states.detach()
-            if self._needs_queries:
-                self._waiting = prompt
-            else:
-                self._begin(*prompt, None)
-                self._pack_early()
-            return _raw(key_states, self), _raw(value_states, self)
-        keys, values = self._add(key_states, value_states)
-        if not self._needs_queries:
-            self._pack_early()
-        return Handle(keys, self, self._keys.restore), Handle(values, self, self._values.restore)
 
     def check(self, softcap: float | None, sinks: Tensor | None) -> None:
         """Raise PolicyError if a transform would change what this kind of attention computes."""
@@ -98,18 +75,9 @@ class ComposedLayer(MixedLayer):
         """Return the output `[B, H, S, D_v]` over stored values, transformed back."""
         return self._values.output(output)
 
-    def observe(self, call: AttentionCall) -> None:
-        """Learn from the queries of a forward, a prompt's before and later ones after the transforms of the keys."""
-        if not self._needs_queries:
-            return
-        self._unseen = False
-        if self._waiting is not None:
-            (keys, values), self._waiting = self._waiting, None
-            self._begin(keys, values, call.query)
-            self._learn(call, keys, self._keys.query)
-        else:
-            self._learn(call, self.stores[0].segments().tail, lambda query: query)
-        self._pack_early()
+    def restore(self, index: int, states: Tensor) -> Tensor:
+        """Return the model's own keys (index 0) or values (1) `[B, H_kv, T, D]` of stored ones."""
+        return (self._keys, self._values)[index].restore(states)
 
     @property
     def nbytes(self) -> int:
@@ -122,18 +90,13 @@ class ComposedLayer(MixedLayer):
         tiers = 0 if self._tiers is None else self._tiers.allocated_bytes
         return super().allocated_bytes + self._extra_bytes + tiers
 
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        return super().get_seq_length() if self._waiting is None else self._waiting[0].shape[2]
-
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._tiers, self._waiting, self._unseen = None, None, False
+        self._tiers = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. Tiers that a long prompt has chosen stay chosen."""
-        self._check_seen()
         super().crop(tokens_to_remove)
         if self._stores is None or not tokens_to_remove:
             return
@@ -154,13 +117,12 @@ class ComposedLayer(MixedLayer):
         tensors = [*self._keys.tensors(), *self._values.tensors()]
         return self._queries.nbytes + sum(tensor.nbytes for tensor in tensors)
 
-    def _check_seen(self) -> None:
-        if self._unseen:
-            raise PolicyError(
-                f"layer {self.index}: the plan needs the model's queries, and its attention has not shown them; "
-                "load the model with attn_implementation='kvmix' (if it has an attention of its own, use a plan whose "
-                "policies need no queries)"
-            )
+    def _unshown(self) -> None:
+        raise PolicyError(
+            f"layer {self.index}: the plan needs the model's queries, and its attention has not shown them; "
+            "load the model with attn_implementation='kvmix' (if it has an attention of its own, use a plan whose "
+            "policies need no queries)"
+        )
 
     def _policy_functions(self) -> tuple[PolicyFunctions, PolicyFunctions]:
         """Return the functions of the plan's policies: values get the tiers of their keys."""
@@ -170,12 +132,6 @@ class ComposedLayer(MixedLayer):
             return nothing, nothing
         keys = PolicyFunctions(tiers.choose, tiers.tiers, self._channel_importance)
         return keys, PolicyFunctions(tiers.chosen_for_keys, tiers.tiers, self._channel_importance)
-
-    def _store(self, packing: Packing | None, bits: int) -> Store:
-        """Make a store; with tiers, keys and values leave the window together."""
-        if self._tiers is not None:
-            bits = max(self.plan.k.bits, self.plan.v.bits)
-        return super()._store(packing, bits)
 
     def _channel_importance(self, keys: Tensor) -> Tensor:
         if self._channels is None:
@@ -191,36 +147,21 @@ class ComposedLayer(MixedLayer):
     def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
         return super()._add(self._keys.store(keys), self._values.store(values))
 
-    def _in_step(self, pack: Callable[[Store], int]) -> int:
+    def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
-        count = super()._in_step(pack)
+        counts = super()._in_step(pack)
         if self._tiers is not None:
-            self._tiers.forget_oldest(count)
-        return count
+            self._tiers.forget_oldest(counts[0])
+        return counts
 
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
-        """Add a forward's queries to the statistics of the policies.
-
-        Args:
-            call: with queries that fit `keys`, the last of all tokens, of which some may be sinks.
-            transformed: transforms its queries to meet the stored keys.
-        """
+        """Add a forward's queries to the statistics of the policies."""
         if self._channels is not None and self._channels.needs_queries:
             sizes = transformed(call.query).abs().unflatten(1, (keys.shape[1], -1))
             rows = sizes.sum(2, dtype=torch.float32)
             self._queries.add(rows, final=rows.shape[2] > ROLLBACK)
         if self._tiers is not None and self._tiers.score.needs_queries:
-            found = weight_rows(call, keys, self.get_seq_length(), self._tiers.score.extrapolates)
-            self._tiers.observe(found.last(self.stores[0].tail_tokens))
-
-    def _read(self, index: int) -> Tensor | None:
-        if self._waiting is None:
-            return super()._read(index)
-        waiting = self._waiting
-        return Handle(Segments(None, None, waiting[index]), self, is_current=lambda: self._waiting is waiting)
-
-    def _handle(self, index: int, segments: Segments, is_current: Callable[[], bool]) -> Handle:
-        return Handle(segments, self, (self._keys, self._values)[index].restore, is_current)
+            self._tiers.attention.learn(call, keys, self.get_seq_length(), self.stores[0].tail_tokens)
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._apply(change)
@@ -231,12 +172,6 @@ class ComposedLayer(MixedLayer):
         self._queries.apply(change)
         if self._tiers is not None:
             self._tiers.apply(change)
-        if self._waiting is not None:
-            self._waiting = change(self._waiting[0]), change(self._waiting[1])
-
-
-def _raw(states: Tensor, layer: ComposedLayer) -> Handle:
-    return Handle(Segments(None, None, states), layer)
 
 
 def _no_tiers(states: Tensor) -> Tensor:

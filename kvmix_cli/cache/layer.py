@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kvmix_kernels.layout import Kind
 from kvmix_kernels.segments import Segments
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import CacheError, PlanError
-from ..plan import CacheSettings, LayerPlan
-from ..plan.sizes import storage_forms
+from ..plan import CacheSettings, LayerPlan, TensorPlan
+from ..plan.sizes import storage_forms, transform_layout, window_widths
+from .bases import basis_of
+from .exact_slots import ExactSlots
 from .handle import Handle
-from .packing import Packing, PolicyFunctions, packing_of
+from .packing import CodePacking, Packing, PolicyFunctions, packing_of
 from .store import Store
 
 
@@ -27,6 +30,7 @@ class MixedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    _slots: ExactSlots | None = None
 
     def __init__(self, index: int, plan: LayerPlan, settings: CacheSettings, reserve: int = 0) -> None:
         self._stores: tuple[Store, Store] | None = None
@@ -39,19 +43,14 @@ class MixedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores for the heads that arrive. Raises PlanError if they cannot be packed."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        heads = key_states.shape[-1], value_states.shape[-1]
+        functions = self._policy_functions()
         try:
-            found = [
-                storage_forms(tensor, kind, self.settings, head_dim)
-                for (tensor, kind), head_dim in zip(self.plan.tensors, heads, strict=True)
-            ]
+            keys = self._packing("key", key_states.shape[-1], functions[0])
+            values = self._packing("value", value_states.shape[-1], functions[1])
         except ValueError as error:
             raise PlanError(f"layer {self.index} cannot be quantized: {error}; give it 16 bits") from error
-        keys, values = (
-            packing_of(f"layer {self.index} {kind}s", form, self.settings, self._reserve, functions)
-            for (_, kind), form, functions in zip(self.plan.tensors, found, self._policy_functions(), strict=True)
-        )
-        self._stores = self._store(keys, self.plan.k.bits), self._store(values, self.plan.v.bits)
+        k_bits, v_bits = window_widths(self.plan, self.settings)
+        self._stores = self._store(keys, k_bits), self._store(values, v_bits)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -100,6 +99,11 @@ class MixedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Return the bytes in use."""
         return sum(store.nbytes for store in self._stores or ())
+
+    @property
+    def state_nbytes(self) -> int:
+        """Return the bytes kept beside keys and values; none here."""
+        return 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -155,6 +159,20 @@ class MixedLayer(CacheLayerMixin):
         """Return what chooses the tiers and orders the channels of keys and of values."""
         return None, None
 
+    def _packing(self, kind: Kind, head_dim: int, functions: PolicyFunctions | None) -> Packing | None:
+        """Return the storage of keys, or values, that leave the window. Raises ValueError if they cannot be packed."""
+        tensor, name = self.plan.k if kind == "key" else self.plan.v, f"layer {self.index} {kind}s"
+        if isinstance(tensor, TensorPlan):
+            forms = storage_forms(tensor, kind, self.settings, head_dim)
+            return packing_of(name, forms, self.settings, self._reserve, functions)
+        if self.settings.transform is None:
+            raise AssertionError("a plan with transform codes has their basis")
+        layout = transform_layout(tensor, kind, self.settings, head_dim)
+        basis = basis_of(self.settings.transform, self.index, layout, self.device, self.dtype)
+        room = max(0, self._reserve - self.settings.sink) // self.settings.page
+        chooses = kind == "key" or isinstance(self.plan.k, TensorPlan)
+        return CodePacking(name, basis, room, self._slots, chooses)
+
     def _store(self, packing: Packing | None, bits: int) -> Store:
         return Store(packing, self.settings, bits, self._reserve)
 
@@ -178,10 +196,10 @@ class MixedLayer(CacheLayerMixin):
     def _pack_early(self) -> None:
         self._in_step(Store.pack_early)
 
-    def _in_step(self, pack: Callable[[Store], int]) -> int:
-        """Let keys, then values pack; return how many keys left the tail."""
-        keys, _ = (pack(store) for store in self.stores)
-        return keys
+    def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
+        """Let keys, then values pack; return how many of each have left their tail."""
+        keys, values = self.stores
+        return pack(keys), pack(values)
 
     def _read(self, index: int) -> Tensor | None:
         """Return what one store holds, as a handle that refuses to be read once the store has changed."""
@@ -192,7 +210,7 @@ class MixedLayer(CacheLayerMixin):
             return torch.empty(0, dtype=self.dtype, device=self.device)
         return self._handle(index, store.segments(), store.is_unchanged())
 
-    def _handle(self, index: int, segments: Segments, is_current: Callable[[], bool]) -> Handle:
+    def _handle(self, index: int, segments: Segments, is_current: Callable[[], bool] | None) -> Handle:
         return Handle(segments, is_current=is_current)
 
     def _refuse_assignment(self, name: str, states: Tensor | None) -> None:

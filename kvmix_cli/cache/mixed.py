@@ -12,11 +12,15 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PlanError
 from ..models.geometry import stock_layers
-from ..plan import Plan
+from ..plan import CacheSettings, LayerPlan, Plan
+from ..plan.sizes import exact_tokens
+from .bases import check_bases
+from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
 from .sizes import cache_nbytes, stock_nbytes
+from .stateful import layer_beside
 
 
 @dataclass
@@ -83,7 +87,8 @@ class MixedCache(CountingCache):
         cache = MixedCache.from_plan(plan, model.config)
         model.generate(**inputs, past_key_values=cache)
 
-    Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind.
+    Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind. Where a layer
+    has more than keys and values to keep (sparse indexing, hybrid layers), the rest stays as it is.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -99,7 +104,7 @@ class MixedCache(CountingCache):
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
-            PlanError: if the plan does not fit the model's layers.
+            PlanError: if the plan does not fit the model's layers, or its basis file cannot be used.
         """
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
@@ -107,9 +112,10 @@ class MixedCache(CountingCache):
         if wrong := sorted(set(plan.layers) & set(stock)):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
-        kind = ComposedLayer if is_composed(plan.cache) else MixedLayer
+        check_bases(plan)
         for index, layer in plan.layers.items():
-            layers[index] = kind(index, layer, plan.cache, reserve or 0)
+            kind = _kind(layer, plan.cache)
+            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
         return cls(layers)
 
     def update(
@@ -131,7 +137,17 @@ class MixedCache(CountingCache):
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held by all layers, room to grow included."""
-        return sum(getattr(layer, "allocated_bytes", 0) or stock_nbytes(layer) for layer in self.layers)
+        return sum(
+            layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
+            for layer in self.layers
+        )
+
+
+def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:
+    """Return the kind of layer that does what a plan asks of it."""
+    if is_composed(settings):
+        return ComposedLayer
+    return CodedLayer if exact_tokens(layer, settings) else MixedLayer
 
 
 def unquantized_cache(config: PreTrainedConfig) -> DynamicCache:

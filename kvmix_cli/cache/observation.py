@@ -1,6 +1,7 @@
 """Attention weights that tokens receive from queries, and their sums over forwards.
 
-A policy that scores tokens by attention sees every decoded query, and a sample of a long prompt's.
+Token policies and the exact tokens of transform codes are chosen by them. Every decoded query is seen, and of a long
+prompt a sample.
 """
 
 from __future__ import annotations
@@ -14,11 +15,27 @@ from torch.nn.functional import pad
 
 from .buffer import lasting
 
-RECENT = SPREAD = 32
-"""Queries of a prompt in the sample: the last ones, and as many spread evenly over the rest. ZipCache takes 5 % and
-5 %, the latter at random (section 4.3); a fixed number costs little at any length."""
 ROWS_AT_ONCE = 32
 """Queries whose weights are computed together; bounds the float32 temporaries."""
+
+
+@dataclass(frozen=True)
+class QuerySample:
+    """The queries of a long prompt that are looked at: the last ones, and some spread evenly over the rest.
+
+    ZipCache takes 5 % and 5 %, the latter at random (section 4.3); a fixed number costs little at any length.
+    """
+
+    recent: int = 32
+    spread: int = 32
+
+    def of(self, queries: int) -> tuple[list[int], list[float]]:
+        """Return the sample of a forward's queries, and the number of queries that each of them represents."""
+        rest = queries - self.recent
+        if rest <= self.spread:
+            return list(range(queries)), [1.0] * queries
+        spread = [(2 * i + 1) * rest // (2 * self.spread) for i in range(self.spread)]
+        return [*spread, *range(rest, queries)], [rest / self.spread] * self.spread + [1.0] * self.recent
 
 
 @dataclass(frozen=True)
@@ -113,25 +130,85 @@ def _plus(total: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return more if total is None else pad(total, (0, more.shape[2] - total.shape[2])) + more
 
 
-def sampled_queries(queries: int) -> tuple[list[int], list[float]]:
-    """Return the sample of a forward's queries, and the number of queries that each of them represents."""
-    rest = queries - RECENT
-    if rest <= SPREAD:
-        return list(range(queries)), [1.0] * queries
-    spread = [(2 * i + 1) * rest // (2 * SPREAD) for i in range(SPREAD)]
-    return [*spread, *range(rest, queries)], [rest / SPREAD] * SPREAD + [1.0] * RECENT
+class TailAttention:
+    """The attention that the tokens in the tail have received so far, each KV head's by itself.
+
+    Args:
+        sample: queries of a long prompt that are looked at.
+        extrapolates: queries that are spread over a prompt weigh as much as those they represent. Otherwise the
+            queries that could see each token are counted.
+    """
+
+    def __init__(self, sample: QuerySample, extrapolates: bool = True) -> None:
+        self._sample = sample
+        self._extrapolates = extrapolates
+        self._weights = QuerySum()
+        self._observers = QuerySum()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return self._weights.nbytes + self._observers.nbytes
+
+    def learn(self, call: AttentionCall, keys: Tensor, tokens: int, tail: int) -> None:
+        """Add the weights that a call's queries give to the tokens of the tail.
+
+        Args:
+            keys: `[B, H_kv, n, D]`, as in `weight_rows`.
+            tokens: cached tokens, of which the last `tail` are in the tail.
+        """
+        rows = weight_rows(call, keys, tokens, self._extrapolates, self._sample).last(tail)
+        self._weights.add(rows.weights, rows.is_sum)
+        if rows.visible is not None:
+            self._observers.add(rows.visible, rows.is_sum)
+
+    def received(self, count: int) -> Tensor | None:
+        """Return the weights `[B, H_kv, count]` of the oldest tokens; None before there were queries."""
+        return None if self._weights.total is None else self._weights.total[..., :count]
+
+    def observers(self, count: int) -> Tensor | None:
+        """Return the number of queries `[B, 1, count]` that could see the oldest tokens; None if not counted."""
+        return None if self._observers.total is None else self._observers.total[..., :count]
+
+    def forget_oldest(self, count: int) -> None:
+        """Forget the oldest `count` tokens, which have left the tail."""
+        if count:
+            self._weights.narrow(count)
+            self._observers.narrow(count)
+
+    def crop(self, count: int, tail: int, reopened: bool) -> None:
+        """Take the last `count` tokens back, so that `tail` are left.
+
+        Args:
+            count: number of tokens, which were queries as well.
+            tail: tokens left in the tail.
+            reopened: some of these have come back from pages; all then start without attention.
+        """
+        if reopened:
+            self._weights, self._observers = QuerySum(), QuerySum()
+        for part in (self._weights, self._observers):
+            part.take_back(count)
+            part.narrow(0, tail)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch selection or a move to everything held."""
+        self._weights.apply(change)
+        self._observers.apply(change)
 
 
-def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool) -> WeightRows:
+def weight_rows(
+    call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool, sample: QuerySample
+) -> WeightRows:
     """Return the weights that a call's queries give to its last tokens; of a long prompt, a sample's in one row.
 
     Args:
         keys: `[B, H_kv, n, D]`, the last `n` of the `tokens` cached tokens: all of them if the logarithms are unknown.
         extrapolate: queries that are spread over a prompt weigh as much as those they represent. Otherwise the
             queries that could see each token are counted.
+        sample: queries of a long prompt that are looked at.
     """
     queries = call.query.shape[2]
-    chosen, represented = sampled_queries(queries)
+    chosen, represented = sample.of(queries)
     if len(chosen) == queries:
         weights, visible = _tile(call, keys, tokens, None, not extrapolate)
         return WeightRows(weights.sum(2), visible, is_sum=False)

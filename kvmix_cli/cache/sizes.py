@@ -19,7 +19,7 @@ def cache_nbytes(cache: Cache) -> int:
 
 def layer_nbytes(layer: Any) -> int:
     """Return the bytes in use by one layer."""
-    return layer.nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
+    return layer.nbytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
 
 
 def stock_nbytes(layer: Any) -> int:

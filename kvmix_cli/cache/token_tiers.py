@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan.policies import TokenPolicy
 from .buffer import Buffer
-from .observation import QuerySum, WeightRows
+from .observation import QuerySample, TailAttention
 from .policies import TOKEN_SCORES, Candidates
 
 
@@ -18,6 +18,7 @@ class TokenTiers:
     """The statistics of the tokens in the tail, and the tiers of those that have left it.
 
     Attributes:
+        attention: that the tokens in the tail have received.
         tiers: `[B, H_kv, T]` uint8, the tier of every token that has left the tail.
     """
 
@@ -25,25 +26,18 @@ class TokenTiers:
         self.policy = policy
         self.score = TOKEN_SCORES[policy.score]()
         self.tiers = Buffer()
-        self._attention = QuerySum()
-        self._observers = QuerySum()
+        self.attention = TailAttention(QuerySample(), self.score.extrapolates)
         self._latest: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        return self.tiers.nbytes + self._attention.nbytes + self._observers.nbytes
+        return self.tiers.nbytes + self.attention.nbytes
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        return self.tiers.allocated_bytes + self._attention.nbytes + self._observers.nbytes
-
-    def observe(self, rows: WeightRows) -> None:
-        """Add the weights that queries give to the tokens of the tail."""
-        self._attention.add(rows.weights, rows.is_sum)
-        if rows.visible is not None:
-            self._observers.add(rows.visible, rows.is_sum)
+        return self.tiers.allocated_bytes + self.attention.nbytes
 
     def choose(self, keys: Tensor) -> Tensor:
         """Choose and return the tiers `[B, H_kv, n]` uint8 of the tail's oldest tokens, of keys `[B, H_kv, n, D]`."""
@@ -65,9 +59,7 @@ class TokenTiers:
 
     def forget_oldest(self, count: int) -> None:
         """Forget the statistics of the oldest `count` tokens, which have left the tail."""
-        if count:
-            self._attention.narrow(count)
-            self._observers.narrow(count)
+        self.attention.forget_oldest(count)
         self._latest = None
 
     def crop(self, count: int, tail: int, packed: int) -> None:
@@ -75,26 +67,20 @@ class TokenTiers:
 
         Tokens that come back from tiers start without attention.
         """
-        if packed < self.tiers.length:
-            self.tiers.truncate(packed)
-            self._attention, self._observers = QuerySum(), QuerySum()
-        for part in (self._attention, self._observers):
-            part.take_back(count)
-            part.narrow(0, tail)
+        self.attention.crop(count, tail, reopened=packed < self.tiers.length)
+        self.tiers.truncate(packed)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to everything held."""
-        for part in (self.tiers, self._attention, self._observers):
-            part.apply(change)
+        self.tiers.apply(change)
+        self.attention.apply(change)
 
     def _candidates(self, keys: Tensor) -> Candidates:
         if not self.score.needs_queries:
             return Candidates(keys)
-        observers = None if self.score.extrapolates else _oldest(self._observers, keys)
-        return Candidates(keys, _oldest(self._attention, keys), observers)
-
-
-def _oldest(queries: QuerySum, keys: Tensor) -> Tensor:
-    """Return the sums of the tokens whose keys are given; 0 for those that have come back from tiers."""
-    total = queries.total
-    return keys.new_zeros(keys.shape[:3], dtype=torch.float32) if total is None else total[..., : keys.shape[2]]
+        count = keys.shape[2]
+        weights, observers = self.attention.received(count), self.attention.observers(count)
+        nothing = keys.new_zeros(keys.shape[:3], dtype=torch.float32)  # tokens that have come back from tiers
+        if self.score.extrapolates:
+            return Candidates(keys, nothing if weights is None else weights)
+        return Candidates(keys, *(nothing if each is None else each for each in (weights, observers)))

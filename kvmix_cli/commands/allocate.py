@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
+from ..errors import DocumentError
 from .options import (
     COMMAND_LINE,
     CommonOptions,
@@ -32,10 +33,11 @@ from .options import (
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
+    from ..plan.basis import BasisFile
     from ..profile import Profile
 
-FAMILY, SEARCH, PAPER = "pareto", "search", "rank"
-"""The method that writes several plans, the one that measures plans, and the paper's."""
+FAMILY, SEARCH, PAPER, TRANSFORM = "pareto", "search", "rank", "transform"
+"""The methods that write several plans, that measure plans, of the paper, and that code directions."""
 
 
 def _file_name(name: str | None) -> str | None:
@@ -76,8 +78,8 @@ class BudgetOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="ilp (exact), rank (the paper), cut, uniform, random, search, or pareto (no budget) "
-            "[default: ilp if a score knows widths, else rank].",
+            help="transform (bits of directions), ilp (exact), rank (the paper), cut, uniform, random, search, pareto "
+            "(no budget) [default: transform if the profile has directions, ilp if a score knows widths, else rank].",
         ),
     ] = None
 
@@ -137,6 +139,12 @@ class StorageOptions:
         typer.Option(metavar="DTYPE", parser=parse_dtype, help="Of scales: float16 or bfloat16 [default: float16]."),
     ] = None
     encode: Encoding = None
+    exact: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=count(0), help="Tokens of each page that transform codes keep exact [default: 1]."
+        ),
+    ] = None
     put_on: Annotated[
         list[str] | None,
         typer.Option("--with", metavar="PRESET", help="Also its transforms, tiers and runs, e.g. mikv; repeatable."),
@@ -215,10 +223,11 @@ def allocate(
     source = Profile.load(path)
     method = budget.method or (PAPER if budget.preset else default_method(source))
     if budget.method is None and method != PAPER:
-        console.notice(
-            f"method {method}, since the profile has a score that knows widths; the paper's is --method rank"
-        )
+        knows = "directions" if method == TRANSFORM else "a score that knows widths"
+        console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
+    if method == TRANSFORM:
+        chosen["basis"] = _basis(source, path)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier
@@ -236,6 +245,8 @@ def allocate(
             console.notice(
                 f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
             )
+    if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
+        basis.save(path.parent / plan.cache.transform.basis)
     plan.save(path, command)
     _show(plan, source, path, budget.context, budget.batch)
 
@@ -281,7 +292,7 @@ def _choices(
     seed: int,
 ) -> AllocationOptions:
     """Return the options of the method, and say if it does not choose among several group sizes."""
-    from ..allocation import METHODS, default_score, parse_pins
+    from ..allocation import EXACT, METHODS, default_score, parse_pins
 
     if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
@@ -295,7 +306,20 @@ def _choices(
         "cache": caches[0],
         "score": score or default_score(source, method),
         "seed": seed,
+        "exact": EXACT if storage.exact is None else storage.exact,
     }
+
+
+def _basis(source: Profile, path: Path) -> BasisFile:
+    """Return the directions of a profile's moments. Raises DocumentError, or BudgetError for moments of no use."""
+    from ..allocation import TRANSFORM_SCORE, make_bases
+    from ..plan.moments import read_moments
+
+    record = source.score(TRANSFORM_SCORE).moments
+    if record is None:
+        why = f"it has no moments of keys and values; measure them with `kvmix profile --score {TRANSFORM_SCORE}`"
+        raise DocumentError(f"profile of {source.model.id}", [why])
+    return make_bases(source, read_moments(path.parent, record))
 
 
 def _decide(

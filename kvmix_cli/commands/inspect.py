@@ -154,14 +154,22 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
 
 
 def _show_profile(path: Path, profile: Profile) -> None:
+    from ..reporting.spectrum import spectrum_json, spectrum_table
     from ..reporting.tables import profile_tables, score_json
+    from ..studies.spectrum import measure_spectra
 
+    spectra = measure_spectra(profile, path.parent)
     for table in profile_tables(profile, path, ascii_only=not console.is_unicode()):
         console.table(*table)
-    scores = {
+    scores: dict[str, dict[str, Any]] = {
         name: {"seconds": score.seconds, "calibration": score.calibration.model_dump(), "layers": score_json(score)}
         for name, score in profile.scores.items()
     }
+    for spectrum in spectra:
+        console.table(*spectrum_table(spectrum, profile.model.id, path.parent))
+        for sentence in spectrum.notices:
+            console.notice(sentence)
+        scores[spectrum.score]["moments"] = spectrum_json(spectrum)
     console.emit_json({**_head(path, profile), "kind": "profile", "scores": scores})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +43,7 @@ class ProfileOptions:
         typer.Option(
             metavar="LIST",
             parser=parse_names,
-            help="What to measure: grad-norm (the paper), taylor, fisher, error, loss, kl; several with commas.",
+            help="What to measure: grad-norm (the paper), taylor, fisher, fisher-metric, error, loss, kl; with commas.",
         ),
     ] = "grad-norm"
     bits: Annotated[
@@ -57,7 +57,10 @@ class ProfileOptions:
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
     ] = "builtin"
-    samples: Annotated[int, typer.Option(min=1, metavar="N", parser=count(1), help="Samples of text.")] = 30
+    samples: Annotated[
+        Any,
+        typer.Option(metavar="N", parser=count(1), help="Samples of text [default: 30; 10 for fisher-metric alone]."),
+    ] = None
     seq_len: Annotated[int, typer.Option(min=2, metavar="N", parser=count(2), help="Tokens of a sample.")] = 1024
     out: Annotated[
         Path | None,
@@ -92,12 +95,14 @@ def profile(
         raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
-    from ..profiling import ProbeOptions, find_probes, profile_lock
+    from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
     how = ProbeOptions(what.bits, what.group_size, what.encode, per_head=per_head, checkpointing=what.checkpointing)
     how.check(find_probes(what.score))
+    if what.samples is None:
+        what = replace(what, samples=default_samples(what.score))
     ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = _existing(path)
     texts = load_texts(what.calibration, seed=loading.seed)
@@ -176,6 +181,7 @@ def _measure(
             seed=seed,
             options=how,
             journal=state.journal_path(path),
+            moments=state.moments_path(path),
             resume=what.resume,
             on_step=bar.reach,
         )
@@ -183,12 +189,14 @@ def _measure(
 
 def _save(result: Profile, before: Profile | None, path: Path, command: str) -> None:
     """Write the scores, with those that the file has already, and say which these are."""
+    from ..profiling import remove_journal
+
     old = {} if before is None else before.scores
     if kept := [name for name in old if name not in result.scores]:
         console.notice(f"{path} had {', '.join(old)} and keeps {', '.join(kept)}")
         command = f"{_head(path)}\n{command}"
     result.model_copy(update={"scores": {**old, **result.scores}}).save(path, command)
-    state.journal_path(path).unlink(missing_ok=True)
+    remove_journal(state.journal_path(path))
 
 
 def _head(path: Path) -> str:
@@ -200,12 +208,16 @@ def _head(path: Path) -> str:
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
     from ..reporting.tables import profile_tables, score_json
+    from ..studies.spectrum import measure_spectra
 
     samples = next(iter(result.scores.values())).calibration.samples
     if samples < what.samples:
         console.notice(f"the text gave {samples} samples, not {what.samples}")
     for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
         console.table(*table)
+    for spectrum in measure_spectra(result, path.parent):
+        for sentence in spectrum.notices:
+            console.notice(sentence)
     if what.plot is not None:
         from ..reporting.plots import plot_profiles
 

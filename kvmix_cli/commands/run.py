@@ -113,6 +113,7 @@ def run(
     from ..decoding.generate import generate, room
     from ..decoding.settings import reserve
     from ..models.loading import load_info
+    from ..reporting.words import layers_json, layers_text
     from ..texts.chat import chat_ids, prompt_ids
 
     subject = Subject()
@@ -143,9 +144,12 @@ def run(
     whole = full_context(subject.plan, loaded)
     if not common.quiet:
         _show(subject.name, generation, footprint, whole)
+        if subject.plan is not None and (layers := layers_text(loaded.info, subject.plan)):
+            console.notice(layers)
     if footprint.quantized_share == 0 and subject.plan is not None:
         console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
-    console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole))
+    facts = None if subject.plan is None else layers_json(loaded.info, subject.plan)
+    console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole) | {"layers": facts})
 
 
 def _read(name: str) -> str:

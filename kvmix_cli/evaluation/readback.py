@@ -137,10 +137,13 @@ class _Config(BaseModel):
     @classmethod
     def _indices(cls, model: Any) -> Any:
         """Turn layers, which are text as keys of plain data, into numbers."""
-        stock = model.get("stock") if isinstance(model, dict) else None
-        if not isinstance(stock, dict):
+        if not isinstance(model, dict):
             return model
-        return {**model, "stock": {int(layer) if str(layer).isdecimal() else layer: k for layer, k in stock.items()}}
+        by_layer = {name: each for name in ("stock", "other_heads") if isinstance(each := model.get(name), dict)}
+        return model | {
+            name: {int(layer) if str(layer).isdecimal() else layer: value for layer, value in each.items()}
+            for name, each in by_layer.items()
+        }
 
 
 class _RowFile(BaseModel):

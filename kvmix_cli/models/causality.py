@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ModelError, first_sentence, is_out_of_memory
+from ..plan import ModelInfo
 
 TOKENS = 3
 TOLERANCE = 1e-3
@@ -48,8 +49,11 @@ def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
         raise ModelError(f"{model_id} is an encoder ({classes[0]}): kvmix takes decoder-only language models")
 
 
-def check_causal(model: PreTrainedModel, model_id: str) -> None:
-    """Raise ModelError unless a model reads text alone, fills transformers' cache, and sees no later token."""
+def check_causal(model: PreTrainedModel, model_id: str, info: ModelInfo | None = None) -> None:
+    """Raise ModelError unless a model reads text alone, fills transformers' cache, and sees no later token.
+
+    With `info` also if it caches other KV heads than its configuration tells.
+    """
     try:
         cache = DynamicCache(config=model.config)
         output = _forward(model, past_key_values=cache, use_cache=True)
@@ -67,11 +71,31 @@ def check_causal(model: PreTrainedModel, model_id: str) -> None:
             f"{type(model).__name__} of {model_id} does not keep its keys and values in transformers' cache, "
             "so there is nothing to quantize"
         )
+    if info is not None:
+        _check_heads(cache, info)
     if not _is_causal(output):
         raise ModelError(
             f"{type(model).__name__} of {model_id} attends to later tokens, as an encoder does: "
             "kvmix takes decoder-only language models"
         )
+
+
+def _check_heads(cache: DynamicCache, info: ModelInfo) -> None:
+    for index in info.quantizable:
+        keys, values = cache.layers[index].keys, cache.layers[index].values
+        heads = info.heads(index)
+        if keys is None or values is None:
+            raise ModelError(
+                f"layer {index} of {info.id} does not keep its keys and values in transformers' cache, "
+                "so there is nothing to quantize"
+            )
+        cached = keys.shape[1], keys.shape[3], values.shape[3]
+        if cached != (heads.kv_heads, heads.key_dim, heads.value_dim):
+            found = f"{keys.shape[1]} x {keys.shape[3]} (values {values.shape[3]})"
+            raise ModelError(
+                f"layer {index} of {info.id} caches heads of {found}, and its configuration tells of {heads}: "
+                "kvmix cannot plan for it"
+            )
 
 
 def is_causal(model: PreTrainedModel) -> bool:

@@ -9,13 +9,15 @@ import hashlib
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import MODEL_MAPPING, PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
 
 from ..errors import ModelError
-from ..plan import ModelInfo
+from ..plan import HeadGeometry, ModelInfo
+from ..plan.document import reason
 
 MAX_LAYERS = 10_000
 """More than any model has, and few enough that a damaged configuration cannot ask for endless work."""
@@ -23,12 +25,15 @@ _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads
 _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 _REAL = ("rope_theta", "factor")
 """Settings of rotary positions that are real numbers; transformers' own defaults write them as such."""
-_QUANTIZABLE = "full_attention"
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
 def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = None) -> ModelInfo:
     """Return the layers and heads of a model, as its cache holds them.
+
+    Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) caches one KV head: the latent as its key, the rotary
+    part of the keys as its value. Both are stored as they are handed over, each at bits of its own. A width for the
+    two together would give the rotary part, a tenth of the bytes, the bits that the latent needs.
 
     Raises:
         ModelError: if a size is out of range, or there is no layer whose keys and values could be quantized.
@@ -37,28 +42,39 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
     _require_layers(text, model_id)
     stock = stock_layers(config)
     _require_attention(text, model_id, stock)
-    kv_heads, head_dim = _common_heads(text, model_id, stock)
-    return ModelInfo(
+    return ModelInfo.of_heads(
+        _heads_by_layer(text, model_id, stock),
         id=model_id,
         revision=revision,
         layers=text.num_hidden_layers,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         config_sha256=fingerprint(config),
         stock=stock,
     )
 
 
 def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
-    """Return the layers that have no full attention of their own, and their kind."""
+    """Return the layers that keep the stock cache of their kind, and the kind.
+
+    Those are all whose stock cache does more with keys and values than to append them: it slides, compresses, or has
+    none. What a stock cache keeps *beside* keys and values (an indexer's keys, a recurrent state) does not matter.
+    """
     text = config.get_text_config(decoder=True)
     kinds, _ = get_layer_types_and_kwargs(text)
     crossed = getattr(text, "cross_attention_layers", None) or ()  # Mllama: they cache an image, once
     return {
         index: "cross_attention" if index in crossed else kind
         for index, kind in enumerate(kinds)
-        if index in crossed or kind != _QUANTIZABLE
+        if index in crossed or not _appends(kind, text)
     }
+
+
+def _appends(kind: str, text: PreTrainedConfig) -> bool:
+    """Return whether the stock cache of a kind of layer appends keys and values, and does nothing else with them."""
+    if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+        with suppress(KeyError):
+            MODEL_MAPPING[type(text)]  # loads the model's module, which registers the kinds that it brings along
+    layer = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    return layer is not None and issubclass(layer, DynamicLayer) and layer.update is DynamicLayer.update
 
 
 def max_length(config: PreTrainedConfig) -> int | None:
@@ -77,7 +93,7 @@ def fingerprint(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     stock = stock_layers(config)
     shape: dict[str, Any] = {name: _number(getattr(text, name, None), int) for name in _SHAPE}
-    shape["heads"] = sorted({_heads(layer) for layer in _attention_layers(text, stock)})
+    shape["heads"] = sorted({_shape_of(*_heads(layer)) for layer in _attention_layers(text, stock).values()})
     shape["rope"] = _rope(getattr(text, "rope_parameters", None))
     shape["stock"] = sorted(stock.items())
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
@@ -94,41 +110,50 @@ def _require_layers(text: PreTrainedConfig, model_id: str) -> None:
 
 
 def _require_attention(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> None:
-    layers = _attention_layers(text, stock)
+    layers = _attention_layers(text, stock).values()
     if not layers:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(stock.values()).most_common())
         raise ModelError(f"{model_id} has no full-attention layer, so nothing to quantize: its layers are {kinds}")
-    if getattr(text, "kv_lora_rank", None):
-        raise ModelError(f"{model_id} has multi-head latent attention, whose cache kvmix cannot quantize yet")
     if not all(getattr(layer, "num_attention_heads", None) for layer in layers):
         raise ModelError(f"{model_id} has no attention heads ({text.model_type}), so nothing to quantize")
 
 
-def _common_heads(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> tuple[int, int]:
-    heads = {_heads(layer) for layer in _attention_layers(text, stock)}
-    if len(heads) > 1:
-        shapes = ", ".join(f"{count} x {size}" for count, size in sorted(heads))
-        raise ModelError(f"{model_id} has layers with different KV heads ({shapes}), which kvmix cannot plan for yet")
-    kv_heads, head_dim = heads.pop()
-    if kv_heads < 1 or head_dim < 1:
-        raise ModelError(f"{model_id} has {kv_heads} KV heads of {head_dim} channels; expected at least 1 of each")
-    values = getattr(text, "v_head_dim", None) or head_dim
-    if values != head_dim:
-        raise ModelError(f"{model_id} has keys of {head_dim} but values of {values} channels: kvmix cannot plan for it")
-    return kv_heads, head_dim
+def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> dict[int, HeadGeometry]:
+    found = {}
+    for index, layer in _attention_layers(text, stock).items():
+        kv_heads, key_dim, value_dim = _heads(layer)
+        try:
+            found[index] = HeadGeometry(kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim)
+        except ValueError as error:
+            raise ModelError(
+                f"{model_id} has {kv_heads} KV heads of {key_dim} channels (values of {value_dim}) in layer {index}: "
+                f"{reason(error)}"
+            ) from error
+    return found
 
 
-def _attention_layers(text: PreTrainedConfig, stock: dict[int, str]) -> list[Any]:
-    """Return one configuration for every full-attention layer; only few families (Gemma 4) make them differ."""
+def _attention_layers(text: PreTrainedConfig, stock: dict[int, str]) -> dict[int, Any]:
+    """Return a configuration for every layer without a stock cache; only few families (Gemma 4) make them differ."""
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
-    return [layer for index, layer in enumerate(layers) if index not in stock]
+    return {index: layer for index, layer in enumerate(layers) if index not in stock}
 
 
-def _heads(layer: Any) -> tuple[int, int]:
-    """Return the KV heads and their size in one layer's cache."""
+def _heads(layer: Any) -> tuple[int, int, int]:
+    """Return the KV heads in one layer's cache, and the channels of their keys and of their values."""
+    if rank := getattr(layer, "kv_lora_rank", None):
+        return 1, rank, layer.qk_rope_head_dim
     heads = getattr(layer, "num_attention_heads", None) or 0
-    head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
-    return _kv_heads(layer, heads), head_dim
+    head_dim = (
+        getattr(layer, "head_dim", None)
+        or getattr(layer, "dim_head", None)  # CPM-Ant
+        or (layer.hidden_size // heads if heads else 0)
+    )
+    return _kv_heads(layer, heads), head_dim, getattr(layer, "v_head_dim", None) or head_dim
+
+
+def _shape_of(kv_heads: int, key_dim: int, value_dim: int) -> tuple[int, ...]:
+    """Return heads as the fingerprint has them; checksums of models with equal keys and values have two numbers."""
+    return (kv_heads, key_dim) if value_dim == key_dim else (kv_heads, key_dim, value_dim)
 
 
 def _kv_heads(layer: Any, heads: int) -> int:

@@ -164,7 +164,7 @@ def load_model(
     model.eval()
     _check_vocabulary(tokenizer, model, checkpoint.id)
     if not is_builtin:
-        check_causal(model, checkpoint.id)
+        check_causal(model, checkpoint.id, info)
     register_attention()
     _use_attention(model, attention, is_known=is_builtin)
     return LoadedModel(model, tokenizer, info, max_length(config))

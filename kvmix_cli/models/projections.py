@@ -6,6 +6,8 @@ features, each in blocks of `head_dim`:
     concatenated    [all query heads | all key heads | all value heads]                 Phi-3, MPT, GPT-2, ...
     grouped         one group a KV head: [its query heads | its key | its value]        GPT-NeoX, BLOOM, Falcon, ...
 
+Multi-head latent attention has one weight for what it caches, `[latent | rotary part]`, its key and its value here.
+
 Falcon's three variants are all grouped: a group has all query heads (multi-query), one (plain) or several. The same
 name has both arrangements in different families (`query_key_value`), so model types are listed.
 """
@@ -26,6 +28,7 @@ from ..plan import ModelInfo
 PAIRS = (("k_proj", "v_proj"), ("key_proj", "value_proj"), ("key", "value"), ("wk", "wv"), ("Wk", "Wv"))
 FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "W_pack", "wqkv", "qkv")
 CONCATENATED = frozenset({"dbrx", "gpt2", "mpt", "phi3", "phi4_multimodal"})
+LATENT = ("kv_a_proj_with_mqa",)
 GROUPED = frozenset({"bloom", "falcon", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "persimmon"})
 
 
@@ -92,8 +95,16 @@ def _find(
     for module in layer.modules():
         for k_name, v_name in PAIRS:
             k, v = _weight(module, k_name), _weight(module, v_name)
+            if k is not None and v is None and getattr(module, v_name, k) is None:
+                v = k  # Gemma 4: values are made of the keys' projection
             if k is not None and v is not None:
                 return LayerProjections(Projection(names[id(k)], k), Projection(names[id(v)], v))
+        for name in LATENT:
+            latent = _weight(module, name)
+            heads = info.heads(index)
+            if latent is not None and latent.shape[0] == heads.token_elements:
+                parts = torch.arange(latent.shape[0], device=latent.device).split((heads.key_dim, heads.value_dim))
+                return LayerProjections(*(Projection(names[id(latent)], latent, part) for part in parts))
         for name in FUSED:
             fused = _weight(module, name)
             if fused is not None:

@@ -1,9 +1,23 @@
 """Plans: model geometry, layers, cache settings, windows, policies, presets, pins, sizes in bytes, YAML. No torch."""
 
-from .geometry import ModelInfo
-from .layers import LayerPlan, TensorPlan
+from .codec import TransformSettings, TransformTensor
+from .geometry import HeadGeometry, ModelInfo
+from .layers import AnyTensor, LayerPlan, TensorPlan
 from .plan import Bits, Plan
 from .policies import WIDTHS
 from .settings import CacheSettings, GroupSize
 
-__all__ = ["WIDTHS", "Bits", "CacheSettings", "GroupSize", "LayerPlan", "ModelInfo", "Plan", "TensorPlan"]
+__all__ = [
+    "WIDTHS",
+    "AnyTensor",
+    "Bits",
+    "CacheSettings",
+    "GroupSize",
+    "HeadGeometry",
+    "LayerPlan",
+    "ModelInfo",
+    "Plan",
+    "TensorPlan",
+    "TransformSettings",
+    "TransformTensor",
+]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 from kvmix_kernels.layout import Encoder, Kind
-from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, field_validator, model_serializer
 
+from .codec import CODED, TransformTensor, codec_of
 from .document import StrictModel
 from .geometry import format_ranges
 from .policies import known_width
 from .settings import GroupSize
 
+_WIDTH = rf"(\d{{1,2}}|{CODED}\d(?:\.\d{{1,3}})?)"
+_PART = re.compile(rf"\s*(\d{{1,5}})(?:-(\d{{1,5}}))?:k{_WIDTH}v{_WIDTH}\s*", re.ASCII)
+
 
 class TensorPlan(StrictModel):
-    """Storage of one layer's keys, or values.
+    """Storage of one layer's keys, or values, in groups with a scale and a zero, or in full precision.
 
     Attributes:
         bits: width of a code; 16 keeps full precision.
@@ -35,12 +39,38 @@ class TensorPlan(StrictModel):
         """Return what files state; without an encoder, a plan has the checksum that it had before there were any."""
         return {name: value for name, value in write(self).items() if name != "encode" or value is not None}
 
+    @property
+    def mean_width(self) -> float:
+        """Return the bits of a code."""
+        return self.bits
+
+    @property
+    def window_bits(self) -> int:
+        """Return the width whose window applies: its own."""
+        return self.bits
+
+    @property
+    def own(self) -> list[str]:
+        """Return the group size and the encoder as text, as far as they are not the cache's."""
+        return [f"{each}" for each in (self.group_size, self.encode) if each is not None]
+
+    @property
+    def short(self) -> str:
+        """Return the width as text, `4`."""
+        return f"{self.bits}"
+
+
+AnyTensor = Annotated[
+    Annotated[TensorPlan, Tag("affine")] | Annotated[TransformTensor, Tag("transform")], Discriminator(codec_of)
+]
+"""Storage of one layer's keys, or values, in any codec."""
+
 
 class LayerPlan(StrictModel):
     """Storage of one layer's keys and values."""
 
-    k: TensorPlan
-    v: TensorPlan
+    k: AnyTensor
+    v: AnyTensor
 
     @classmethod
     def of_bits(cls, k_bits: int, v_bits: int) -> LayerPlan:
@@ -48,14 +78,14 @@ class LayerPlan(StrictModel):
         return cls(k=TensorPlan(bits=k_bits), v=TensorPlan(bits=v_bits))
 
     @property
-    def tensors(self) -> tuple[tuple[TensorPlan, Kind], tuple[TensorPlan, Kind]]:
+    def tensors(self) -> tuple[tuple[AnyTensor, Kind], tuple[AnyTensor, Kind]]:
         """Return keys and values, each with its kind."""
         return (self.k, "key"), (self.v, "value")
 
     @property
     def short(self) -> str:
-        """Return the widths as text, `k4v2`."""
-        return f"k{self.k.bits}v{self.v.bits}"
+        """Return the widths as text, `k4v2`; of transform codes their mean, `kt2.25vt1.75`."""
+        return f"k{self.k.short}v{self.v.short}"
 
 
 LayerSpan = tuple[int, int, LayerPlan]
@@ -91,16 +121,37 @@ def parse_short(text: str, stock: Iterable[int] = ()) -> dict[int, LayerPlan]:
         ValueError: if the text is malformed, has an unknown width, or names a layer twice.
     """
     layers: dict[int, LayerPlan] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?:k(\d{1,2})v(\d{1,2})\s*", part, re.ASCII)
-        if not match:
-            raise ValueError(f"'{part.strip()}' is not of the form FIRST-LAST:kBITSvBITS")
-        first, k_bits, v_bits = (int(match[group]) for group in (1, 3, 4))
-        last = first if match[2] is None else int(match[2])
-        if last < first:
-            raise ValueError(f"'{part.strip()}' ends before it begins")
-        if twice := sorted(layers.keys() & range(first, last + 1)):
-            raise ValueError(f"layer {format_ranges(twice)} is given twice")
-        layers.update(dict.fromkeys(range(first, last + 1), LayerPlan.of_bits(k_bits, v_bits)))
+    for indices, k, v in _parts(text, layers):
+        if CODED in k + v:
+            raise ValueError(
+                f"'k{k}v{v}' is of transform codes, of which the short form has only the mean width; use the plan's file"
+            )
+        layers.update(dict.fromkeys(indices, LayerPlan.of_bits(int(k), int(v))))
     kept = set(stock)
     return {index: layer for index, layer in layers.items() if index not in kept}
+
+
+def parse_mean_widths(text: str) -> dict[int, tuple[float, float]]:
+    """Return the mean widths of each layer's keys and values in a short form, which transform codes have, too.
+
+    Raises:
+        ValueError: if the text is malformed, or names a layer twice.
+    """
+    widths: dict[int, tuple[float, float]] = {}
+    for indices, k, v in _parts(text, widths):
+        widths.update(dict.fromkeys(indices, (float(k.lstrip(CODED)), float(v.lstrip(CODED)))))
+    return widths
+
+
+def _parts(text: str, found: Container[int]) -> Iterator[tuple[range, str, str]]:
+    """Yield the layers of each part of a short form, and the widths of their keys and values, as they are written."""
+    for part in text.split(","):
+        match = _PART.fullmatch(part)
+        if not match:
+            raise ValueError(f"'{part.strip()}' is not of the form FIRST-LAST:kBITSvBITS")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"'{part.strip()}' ends before it begins")
+        if twice := [index for index in range(first, last + 1) if index in found]:
+            raise ValueError(f"layer {format_ranges(twice)} is given twice")
+        yield range(first, last + 1), match[3], match[4]

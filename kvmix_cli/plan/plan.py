@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
+from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
@@ -93,6 +94,7 @@ class Plan(StrictModel):
     def _complete(self) -> Plan:
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
+        faults += _codec_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -219,22 +221,32 @@ class Plan(StrictModel):
             batch: number of sequences.
             element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
         """
-        sizes = (self.cache, self.model, context, batch, element_bytes)
-        return sum((layer_bytes(layer, *sizes) for layer in self.layers.values()), CacheBytes(0, 0))
+        sizes = (context, batch, element_bytes)
+        layers = self.layers.items()
+        found = (layer_bytes(layer, self.cache, self.model.heads(index), *sizes) for index, layer in layers)
+        return sum(found, CacheBytes(0, 0))
 
     def unquantized_bytes(self, context: int, batch: int = 1, element_bytes: int = 2) -> int:
         """Return the bytes that the planned layers would take unquantized; arguments as in `cache_bytes`."""
-        per_token = 2 * self.model.kv_heads * self.model.head_dim * element_bytes
-        return batch * context * per_token * len(self.layers)
+        elements = sum(self.model.heads(index).token_elements for index in self.layers)
+        return batch * context * elements * element_bytes
 
     def check_model(self, model: ModelInfo) -> None:
         """Raise PlanError unless the plan was made for a model of this shape, whatever its name."""
-        names = ("layers", "kv_heads", "head_dim", "stock")
+        names = ("layers", "kv_heads", "head_dim", "value_dim", "stock")
         wrong = [
             f"{name} {getattr(self.model, name)} against {getattr(model, name)}"
             for name in names
             if getattr(self.model, name) != getattr(model, name)
         ]
+        wrong = (
+            wrong
+            or [
+                f"layer {layer} has KV heads of {self.model.heads(layer)} against {model.heads(layer)}"
+                for layer in self.model.quantizable
+                if self.model.heads(layer) != model.heads(layer)
+            ][:1]
+        )
         if self.model.config_sha256 and model.config_sha256 and self.model.config_sha256 != model.config_sha256:
             wrong = wrong or ["same layers, but another configuration"]
         if wrong:
@@ -258,11 +270,26 @@ def _has_kvtuner_form(data: object) -> TypeGuard[dict[int | str, dict[str, Any]]
 
 def _channel_faults(channels: ChannelPolicy | None, model: ModelInfo) -> Iterator[Fault]:
     """Yield a fault if the heads of a model cannot be cut into a policy's channel groups."""
+    if channels is None:
+        return
     try:
-        if channels is not None:
-            channels.widths(model.head_dim)
+        for heads in model.geometries:
+            channels.widths(heads.key_dim)
     except ValueError as error:
         yield ("cache", "channels"), f"cache.channels: {error}"
+
+
+def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
+    """Yield a fault for transform codes that do not fit their layer, or whose basis is not stated."""
+    for index in sorted(layers.keys() & set(model.quantizable)):
+        heads = model.heads(index)
+        for tensor, kind in layers[index].tensors:
+            if isinstance(tensor, TransformTensor):
+                at = ("layers", index, kind[0])
+                for fault in tensor.faults(heads.kv_heads, heads.dim(kind)):
+                    yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
+                if cache.transform is None:
+                    yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
 
 
 def _early_faults(data: Any) -> list[Fault]:

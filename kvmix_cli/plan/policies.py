@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS, Kind
 from pydantic import (
     BeforeValidator,
     Field,
@@ -57,7 +57,7 @@ class _Setting(StrictModel):
         return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
-class _FromFile(_Setting):
+class FileSetting(_Setting):
     """A setting with a tensor file, whose path in a plan file is relative to that file's folder and stays inside it.
 
     In Python any path will do; a relative one is relative to the working folder.
@@ -65,7 +65,7 @@ class _FromFile(_Setting):
 
     _folder: Path | None = PrivateAttr(default=None)
 
-    @field_validator("matrix", "means", check_fields=False)
+    @field_validator("matrix", "means", "basis", check_fields=False)
     @classmethod
     def _inside(cls, file: str | None, info: ValidationInfo) -> str | None:
         folder = (info.context or {}).get(FOLDER)
@@ -89,7 +89,7 @@ class _FromFile(_Setting):
         return file if self._folder is None else str(self._folder / file)
 
 
-class Rotate(_FromFile):
+class Rotate(FileSetting):
     """A rotation of the channels: a Hadamard matrix with random signs, or an orthogonal matrix from a file.
 
     Attributes:
@@ -102,7 +102,7 @@ class Rotate(_FromFile):
     matrix: str | None = None
 
 
-class Center(_FromFile):
+class Center(FileSetting):
     """A subtraction of every channel's mean, over the prompt or from a file.
 
     Attributes:
@@ -135,11 +135,10 @@ class Transforms(_Setting):
                 raise ValueError(f"both {sorted(twice)[0]} {what}")
         return Transforms(k=self.k + more.k, v=self.v + more.v)
 
-    @property
-    def kept(self) -> int:
-        """Return the number of transforms that keep a number per channel and sequence; the others share theirs."""
-        own = [isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in self.k + self.v]
-        return sum(own)
+    def kept(self, kind: Kind) -> int:
+        """Return the number of transforms of keys, or values, that keep a number per channel and sequence."""
+        transforms = self.k if kind == "key" else self.v
+        return sum(isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in transforms)
 
 
 def known_width(bits: int) -> int:

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from .codec import TransformSettings
 from .document import Faults, StrictModel
 from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
 from .windows import Recent, Window
@@ -50,6 +51,7 @@ class CacheSettings(StrictModel):
         scale_dtype: type of scales and zeros.
         encode: how scales and zeros are chosen, if a tensor does not say.
         window: rule for the recent tokens that stay in full precision.
+        transform: basis of the tensors that are stored as transform codes; None for none.
         transforms, tokens, channels: changes of the data, and sorting of tokens and of key channels; None for none.
     """
 
@@ -59,14 +61,18 @@ class CacheSettings(StrictModel):
     scale_dtype: Literal["float16", "bfloat16"] = "float16"
     encode: Encode = "minmax"
     window: Window = Field(default_factory=Recent)
+    transform: TransformSettings | None = None
     transforms: Transforms | None = None
     tokens: TokenPolicy | None = None
     channels: ChannelPolicy | None = None
 
     @model_validator(mode="after")
     def _whole_pages(self) -> CacheSettings:
-        if faults := [((name,), f"cache.{name}: {fault}") for name, fault in _unfit(self.axes, self.page)]:
-            raise Faults(faults)
+        faults = [*_unfit(self.axes, self.page), *(() if self.transform is None else self.transform.faults(self.page))]
+        if self.transform is not None and self.axes:
+            faults.append(("transform", f"transform codes do not combine with {', '.join(self.axes)}; take one out"))
+        if faults:
+            raise Faults((tuple(name.split(".")), f"cache.{name}: {fault}") for name, fault in faults)
         return self
 
     @model_serializer(mode="wrap")
@@ -75,6 +81,8 @@ class CacheSettings(StrictModel):
         unused = {name for name in AXES if getattr(self, name) is None}
         if self.encode == "minmax":
             unused.add("encode")
+        if self.transform is None:
+            unused.add("transform")
         return {name: value for name, value in write(self).items() if name not in unused}
 
     def encoder(self, kind: Kind) -> Encoder:
@@ -98,10 +106,12 @@ class CacheSettings(StrictModel):
 
         Raises:
             ValueError: if both sort tokens, sort channels, or have a transform of the same kind; if neither page suits
-                all policies; or if `other` has no axes.
+                all policies; if `other` has no axes; or if these settings have transform codes.
         """
         if not other.axes:
             raise ValueError("it has no transforms, tokens or channels, only widths, which the plan has already")
+        if self.transform is not None:
+            raise ValueError("the plan's transform codes do not combine with transforms, tokens or channels")
         for name in ("tokens", "channels"):
             if self.axes.get(name) and other.axes.get(name):
                 raise ValueError(f"both sort {name}")

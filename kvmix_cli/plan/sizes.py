@@ -17,9 +17,11 @@ from fractions import Fraction
 from typing import Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
+from kvmix_kernels.transform_layout import TransformLayout
 
-from .geometry import ModelInfo
-from .layers import LayerPlan, TensorPlan
+from .codec import TransformTensor
+from .geometry import HeadGeometry, ModelInfo
+from .layers import AnyTensor, LayerPlan, TensorPlan
 from .settings import CacheSettings
 
 BitCount = Literal["nominal", "stored"]
@@ -127,12 +129,21 @@ def page_bytes(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: i
     return cache.page * head_dim * FULL_PRECISION_BITS // 8 if layout is None else layout.nbytes
 
 
-def tensor_bits(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
+def transform_layout(tensor: TransformTensor, kind: Kind, cache: CacheSettings, head_dim: int) -> TransformLayout:
+    """Return the page layout of a layer's keys or values in transform codes. Raises ValueError if they do not fit."""
+    exact = 0 if cache.transform is None else cache.transform.exact
+    return TransformLayout(kind, tensor.runs, head_dim, cache.page, exact)
+
+
+def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: int, count: BitCount) -> float:
     """Return bits per element of a layer's keys or values, over all tokens that have left the window.
 
     Raises:
         ValueError: if the head, or a channel group, cannot be packed.
     """
+    if isinstance(tensor, TransformTensor):
+        layout = transform_layout(tensor, kind, cache, head_dim)
+        return layout.nominal_bits if count == "nominal" else layout.stored_bits
     forms = storage_forms(tensor, kind, cache, head_dim)
     bits = sum(float(form.share) * form.bits_per_element(cache, head_dim, count) for form in forms)
     half_a_map = 8 * INDEX_BYTES / (2 * head_dim)
@@ -146,14 +157,18 @@ def mean_bits(
     count: BitCount,
     kind: Kind | None = None,
 ) -> float:
-    """Return mean bits per element over layers, of keys, of values, or (by default) of both."""
-    bits = [
-        tensor_bits(tensor, of, cache, model.head_dim, count)
-        for layer in layers.values()
-        for tensor, of in layer.tensors
-        if kind in (None, of)
-    ]
-    return sum(bits) / len(bits) if bits else 0.0
+    """Return mean bits per element over layers, of keys, of values, or (by default) of both.
+
+    Layers that hold more elements a token count for more.
+    """
+    bits, elements = 0.0, 0
+    for index, layer in layers.items():
+        heads = model.heads(index)
+        for tensor, of in layer.tensors:
+            if kind in (None, of):
+                bits += tensor_bits(tensor, of, cache, heads.dim(of), count) * heads.elements(of)
+                elements += heads.elements(of)
+    return bits / elements if elements else 0.0
 
 
 @dataclass(frozen=True)
@@ -194,10 +209,10 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
 
 
 def tensor_bytes(
-    tensor: TensorPlan,
+    tensor: AnyTensor,
     kind: Kind,
     cache: CacheSettings,
-    model: ModelInfo,
+    heads: HeadGeometry,
     context: int,
     batch: int = 1,
     element_bytes: int = 2,
@@ -206,19 +221,24 @@ def tensor_bytes(
     """Return the bytes of one layer's keys or values after a prompt, with half of what the layer keeps for both.
 
     Args:
+        heads: KV heads of the layer.
         context: tokens of the prompt.
         batch: number of sequences.
         element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
         window_bits: the width whose window applies, see `packed_tokens`; by default the tensor's own.
     """
-    tokens = packed_tokens(context, tensor.bits if window_bits is None else window_bits, cache)
+    tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
+    if isinstance(tensor, TransformTensor):
+        full = (context - tokens) * heads.elements(kind) * element_bytes
+        pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
+        return CacheBytes(pages * layout.packed_bytes, full + pages * layout.exact_bytes(element_bytes)) * batch
     counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
-    one = CacheBytes(0, (context - tokens) * model.head_dim * element_bytes)
-    for form, count in zip(storage_forms(tensor, kind, cache, model.head_dim), counts, strict=True):
+    one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
+    for form, count in zip(storage_forms(tensor, kind, cache, heads.dim(kind)), counts, strict=True):
         one += _form_bytes(form, count, cache, element_bytes)
-    kept = _policy_bytes(cache, model, tokens, context)
+    kept = _policy_bytes(cache, heads, tokens, context)
     half = kept // 2 if kind == "value" else kept - kept // 2
-    return (one * model.kv_heads + CacheBytes(0, 0, half)) * batch
+    return (one * heads.kv_heads + CacheBytes(0, 0, half)) * batch
 
 
 def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:
@@ -232,25 +252,64 @@ def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_by
     return CacheBytes(packed, full, orders * width * INDEX_BYTES)
 
 
-def _policy_bytes(cache: CacheSettings, model: ModelInfo, tokens: int, context: int) -> int:
+def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, context: int) -> int:
     """Return the bytes of tier maps and statistics of one sequence, of which `tokens` are sorted."""
-    of_channels = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
-    of_channels += 0 if cache.transforms is None else cache.transforms.kept
-    kept = of_channels * model.kv_heads * model.head_dim * STATISTIC_BYTES
+    of_keys = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
+    of_values = 0
+    if cache.transforms is not None:
+        of_keys += cache.transforms.kept("key")
+        of_values = cache.transforms.kept("value")
+    kept = (of_keys * heads.elements("key") + of_values * heads.elements("value")) * STATISTIC_BYTES
     if cache.tokens is None:
         return kept
-    tier_map = tokens * model.kv_heads * INDEX_BYTES
-    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * model.kv_heads + cache.tokens.counts_queries)
+    tier_map = tokens * heads.kv_heads * INDEX_BYTES
+    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * heads.kv_heads + cache.tokens.counts_queries)
     return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
 
 
+def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
+    """Return the tokens of each page and KV head that a layer of transform codes keeps exact; 0 for other layers."""
+    is_coded = any(isinstance(tensor, TransformTensor) for tensor, _ in layer.tensors)
+    return cache.transform.exact if is_coded and cache.transform is not None else 0
+
+
+def window_widths(layer: LayerPlan, cache: CacheSettings) -> tuple[int, int]:
+    """Return the widths whose windows apply to a layer's keys and to its values.
+
+    Keys and values that are sorted together, or that share exact tokens, leave the window together.
+    """
+    widths = layer.k.window_bits, layer.v.window_bits
+    if cache.tokens is not None:
+        return max(widths), max(widths)
+    if exact_tokens(layer, cache):
+        together = max(bits for bits in widths if bits != FULL_PRECISION_BITS)
+        keys, values = (bits if bits == FULL_PRECISION_BITS else together for bits in widths)
+        return keys, values
+    return widths
+
+
 def layer_bytes(
-    layer: LayerPlan, cache: CacheSettings, model: ModelInfo, context: int, batch: int = 1, element_bytes: int = 2
+    layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
-    """Return the bytes of one layer after a prompt of `context` tokens."""
-    together = None if cache.tokens is None else max(layer.k.bits, layer.v.bits)
-    sizes = (cache, model, context, batch, element_bytes, together)
-    return tensor_bytes(layer.k, "key", *sizes) + tensor_bytes(layer.v, "value", *sizes)
+    """Return the bytes of one layer with these KV heads after a prompt of `context` tokens."""
+    total = CacheBytes(0, 0)
+    for (tensor, kind), bits in zip(layer.tensors, window_widths(layer, cache), strict=True):
+        total += tensor_bytes(tensor, kind, cache, heads, context, batch, element_bytes, bits)
+    if exact := exact_tokens(layer, cache):
+        total += _slot_bytes(layer, cache, heads, context, exact) * batch
+    return total
+
+
+def _slot_bytes(layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, exact: int) -> CacheBytes:
+    """Return what a layer's exact tokens take beside themselves: the attention of tokens that wait to be packed.
+
+    Slots are counted with the keys; here are those of a layer that codes its values alone.
+    """
+    tokens = max(packed_tokens(context, bits, cache) for bits in window_widths(layer, cache))
+    lone = not isinstance(layer.k, TransformTensor)
+    slots = tokens // cache.page * heads.kv_heads * exact * SLOT_BYTES if lone else 0
+    waiting = max(0, context - cache.sink - tokens)
+    return CacheBytes(slots, 0, QUERY_SUMS * heads.kv_heads * waiting * STATISTIC_BYTES)
 
 
 def format_bytes(count: float) -> str:

@@ -5,20 +5,23 @@ run_profile(loaded, ["grad-norm"], texts=load_texts("builtin"), source="builtin"
 
 from .change import Change
 from .measure import ProbeOptions
-from .probe import CacheProbe, ChangeProbe, Probe, WeightProbe
+from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .probes import PROBES
-from .run import describe_samples, find_probes, profile_lock, run_profile
+from .run import default_samples, describe_samples, find_probes, profile_lock, remove_journal, run_profile
 
 __all__ = [
     "PROBES",
     "CacheProbe",
     "Change",
     "ChangeProbe",
+    "MetricProbe",
     "Probe",
     "ProbeOptions",
     "WeightProbe",
+    "default_samples",
     "describe_samples",
     "find_probes",
     "profile_lock",
+    "remove_journal",
     "run_profile",
 ]

@@ -72,18 +72,32 @@ class LayerAttention:
     @cached_property
     def output_gradient(self) -> Tensor:
         """Return the gradient of the summed loss with respect to `output`."""
+        return self._loss_gradient[:, :, self.readers]
+
+    @property
+    def _loss_gradient(self) -> Tensor:
         if self.loss_gradient is None:
             raise ValueError("there is no loss: a probe that looks at gradients must say of which labels")
-        return self.loss_gradient[:, :, self.readers]
+        return self.loss_gradient
 
     @cached_property
     def gradients(self) -> dict[Kind, Tensor]:
-        """Return the gradients of the summed loss for packed keys and values, through readers, `[1, H_kv, P, D]`."""
-        packed = {kind: x[:, :, self.packed].detach().requires_grad_() for kind, x in self.states.items()}
-        with torch.enable_grad():
-            output = self._read({kind: self._apart(kind, x) for kind, x in packed.items()})
-        found = torch.autograd.grad(output, list(packed.values()), self.output_gradient)
-        return dict(zip(packed, found, strict=True))
+        """Return the gradients of the summed loss for packed keys and values, through readers, `[1, H_kv, P, D]`.
+
+        They are taken span by span, so that only the scores of one are kept.
+        """
+        found = {kind: torch.zeros_like(x[:, :, self.packed]) for kind, x in self.states.items()}
+        for span in self.spans:
+            packed = {
+                kind: x[:, :, self.packed][:, :, : span.packed].detach().requires_grad_()
+                for kind, x in self.states.items()
+            }
+            with torch.enable_grad():
+                output = self._read_span({kind: self._apart(kind, x) for kind, x in packed.items()}, span)
+            gradient = self._loss_gradient[:, :, span.start : span.stop]
+            for kind, part in zip(packed, torch.autograd.grad(output, list(packed.values()), gradient), strict=True):
+                found[kind][:, :, : span.packed] += part
+        return found
 
     def quantized_output(self, kind: Kind, packed: Packed) -> Tensor:
         """Return the readers' output if keys, or values, are packed so, `[1, H, S, D]`."""
@@ -91,19 +105,21 @@ class LayerAttention:
 
     def _read(self, readings: dict[Kind, Reading]) -> Tensor:
         """Return the output of all readers; keys or values without a reading are read unquantized."""
+        return torch.cat([self._read_span(readings, span) for span in self.spans], dim=2)
+
+    def _read_span(self, readings: dict[Kind, Reading], span: Span) -> Tensor:
         key, value = (readings.get(kind, self._plain(kind)) for kind in self.states)
-        outputs = [self.attend(self.query[:, :, s.start : s.stop], key(s), value(s)) for s in self.spans]
-        return torch.cat(outputs, dim=2)
+        return self.attend(self.query[:, :, span.start : span.stop], key(span), value(span))
 
     def _plain(self, kind: Kind) -> Reading:
         return lambda span: Segments(None, None, self.states[kind][:, :, : span.stop])
 
     def _apart(self, kind: Kind, packed: Tensor) -> Reading:
-        """Return a reading of packed tokens, unquantized, from a tensor of their own `[1, H_kv, P, D]`."""
+        """Return a reading of packed tokens, unquantized, from a tensor of their own with as many as a span finds."""
 
         def read(span: Span) -> Segments:
             sink, tail = self._ends(kind, span)
-            return Segments(None, None, torch.cat([sink, packed[:, :, : span.packed], tail], dim=2))
+            return Segments(None, None, torch.cat([sink, packed, tail], dim=2))
 
         return read
 

@@ -42,7 +42,7 @@ class WeightObserver:
         self, loaded: LoadedModel, probes: Sequence[WeightProbe], results: PassResults, *, per_head: bool
     ) -> None:
         self._probes, self._results, self._per_head = probes, results, per_head
-        self._head_dim = loaded.info.head_dim
+        self._info = loaded.info
         self._parts: dict[nn.Parameter, list[tuple[int, Kind, Projection]]] = defaultdict(list)
         for layer, pair in (find_projections(loaded.model, loaded.info) if probes else {}).items():
             self._parts[pair.k.weight].append((layer, "key", pair.k))
@@ -74,11 +74,16 @@ class WeightObserver:
             for probe in self._probes:
                 if probe.labels == self._results.labels:
                     with self._results.timed(probe.name):
-                        self._results.found[probe.name, layer, kind] = self._result(probe, projection, gradient)
+                        head_dim = self._info.heads(layer).dim(kind) if self._per_head else None
+                        self._results.found[probe.name, layer, kind] = self._result(
+                            probe, projection, gradient, head_dim
+                        )
 
-    def _result(self, probe: WeightProbe, projection: Projection, gradient: Tensor) -> TensorResult:
+    def _result(
+        self, probe: WeightProbe, projection: Projection, gradient: Tensor, head_dim: int | None
+    ) -> TensorResult:
         scale = self._results.scale
-        heads = projection.heads(gradient, self._head_dim) if self._per_head else ()
+        heads = () if head_dim is None else projection.heads(gradient, head_dim)
         value = probe.score(projection.part(gradient)).item() / scale
         return TensorResult(value, heads=tuple(probe.score(head).item() / scale for head in heads))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvmix_kernels.layout import Kind, PageLayout
 
 from ..errors import ModelError
-from ..plan import CacheSettings, GroupSize, TensorPlan
+from ..plan import CacheSettings, GroupSize, ModelInfo, TensorPlan
 from ..plan.document import reason
 from ..plan.sizes import page_layout
 from ..profile import choice_key
@@ -57,10 +57,11 @@ class Grid:
         ordered = sorted(packed, key=lambda layout: (layout.bits, layout.group))
         return {choice_key(layout.bits, layout.group): layout for layout in ordered}
 
-    def check(self, head_dim: int) -> None:
-        """Raise ModelError if heads of this size cannot be packed so."""
-        self.layouts("key", head_dim)
-        self.layouts("value", head_dim)
+    def check(self, model: ModelInfo) -> None:
+        """Raise ModelError if a layer's heads cannot be packed so."""
+        for heads in model.geometries:
+            self.layouts("key", heads.key_dim)
+            self.layouts("value", heads.value_dim)
 
     def spans(self, tokens: int) -> list[Span]:
         """Return the spans of `tokens` decoded singly whose queries read packed tokens; none if there are too few."""

@@ -1,6 +1,6 @@
 """Measuring one sample with several probes.
 
-Weight and change probes share one forward pass, and one backward pass for each kind of labels that they look at. For a
+All but cache probes share one forward pass, and one backward pass for each kind of labels that they look at. For a
 cache probe the sample goes through the real cache once for every choice of every tensor.
 """
 
@@ -26,8 +26,9 @@ from ..plan import GroupSize, LayerPlan, Plan, TensorPlan
 from ..plan.settings import Encode
 from . import gradients
 from .grid import Grid, reference
-from .observer import ChoiceObserver, observed
-from .probe import CacheProbe, ChangeProbe, Probe, WeightProbe
+from .moments import MomentSums
+from .observer import LayerObserver, observed
+from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .results import Labels, LayerResult, PassResults, SampleResult, TensorResult
 
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -52,7 +53,9 @@ class ProbeOptions:
     checkpointing: bool | None = None
 
     def grid(self, probe: Probe) -> Grid | None:
-        """Return the choices of a probe's curve; None for a probe that does not look at widths."""
+        """Return the choices of a probe's curve and its cache; None for a probe that looks at neither."""
+        if isinstance(probe, MetricProbe):
+            return probe.grid
         if not isinstance(probe, ChangeProbe | CacheProbe):
             return None
         own = probe.grid
@@ -64,7 +67,8 @@ class ProbeOptions:
         names = ", ".join(probe.name for probe in probes)
         if wrong := sorted(set(self.bits or ()) - set(BITS)):
             raise KvmixError(f"{wrong[0]} bits is no width of a cache; choose from {', '.join(map(str, BITS))}")
-        if (self.bits or self.group_sizes or self.encode) and not any(map(self.grid, probes)):
+        looks_at_widths = any(isinstance(probe, ChangeProbe | CacheProbe) for probe in probes)
+        if (self.bits or self.group_sizes or self.encode) and not looks_at_widths:
             raise KvmixError(f"score {names} does not look at widths; leave out --bits, --group-size and --encode")
         if self.checkpointing is not None and not any(getattr(probe, "labels", None) for probe in probes):
             raise KvmixError(f"score {names} has no backward pass; leave out --checkpointing")
@@ -73,19 +77,28 @@ class ProbeOptions:
 
 
 def measure_sample(
-    loaded: LoadedModel, probes: Sequence[Probe], tokens: Sequence[int], options: ProbeOptions
+    loaded: LoadedModel,
+    probes: Sequence[Probe],
+    tokens: Sequence[int],
+    options: ProbeOptions,
+    sums: MomentSums | None = None,
 ) -> dict[str, SampleResult]:
     """Measure one sample with all probes; the result is in their order.
+
+    Args:
+        sums: empty; the sample's moments are added, if a probe looks at them.
 
     Raises:
         ProjectionError, ModelError, QuantizationError: if the model cannot be measured so.
     """
     ids = torch.tensor([tokens], device=loaded.device)
-    sharing = [probe for probe in probes if isinstance(probe, WeightProbe | ChangeProbe)]
+    sharing = [probe for probe in probes if isinstance(probe, WeightProbe | ChangeProbe | MetricProbe)]
     found: dict[str, SampleResult] = {}
     if sharing:
-        grid = next(filter(None, map(options.grid, sharing)), ChangeProbe.grid)
-        found = shared_pass(loaded, sharing, ids, grid, per_head=options.per_head, checkpointing=options.checkpointing)
+        grids = [options.grid(probe) for probe in sharing if isinstance(probe, ChangeProbe)]
+        grid = next(filter(None, grids), ChangeProbe.grid)
+        per_head, checkpointing = options.per_head, options.checkpointing
+        found = shared_pass(loaded, sharing, ids, grid, per_head=per_head, checkpointing=checkpointing, sums=sums)
     for probe in probes:
         if isinstance(probe, CacheProbe):
             found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid)
@@ -94,12 +107,13 @@ def measure_sample(
 
 def shared_pass(
     loaded: LoadedModel,
-    probes: Sequence[WeightProbe | ChangeProbe],
+    probes: Sequence[WeightProbe | ChangeProbe | MetricProbe],
     ids: Tensor,
     grid: Grid = ChangeProbe.grid,
     *,
     per_head: bool = False,
     checkpointing: bool | None = None,
+    sums: MomentSums | None = None,
 ) -> dict[str, SampleResult]:
     """Measure one sample with all these probes at once; afterwards the model is as it was.
 
@@ -108,6 +122,7 @@ def shared_pass(
         grid: choices of curves.
         per_head: also score every KV head.
         checkpointing: recompute activations layer by layer instead of keeping them; None decides by size.
+        sums: empty; the sample's moments are added, if a probe looks at them. None for keys that are not turned.
 
     Raises:
         ProjectionError, ModelError, QuantizationError: if the model cannot be measured so.
@@ -117,22 +132,23 @@ def shared_pass(
     labels = [each for each in get_args(Labels) if any(probe.labels == each for probe in probes)]
     if labels:
         gradients.check_differentiable(loaded)
-    of_changes = [probe for probe in probes if isinstance(probe, ChangeProbe)]
+    of_layers = [probe for probe in probes if isinstance(probe, ChangeProbe | MetricProbe)]
     of_weights = [probe for probe in probes if isinstance(probe, WeightProbe)]
-    choices = ChoiceObserver(info, of_changes, results, grid, labels[-1] if labels else None, per_head=per_head)
+    sums = MomentSums(dict.fromkeys(info.quantizable)) if sums is None else sums
+    shared_labels = labels[-1] if labels else None
+    layers = LayerObserver(info, of_layers, results, grid, shared_labels, per_head=per_head, sums=sums)
     projections = gradients.WeightObserver(loaded, of_weights, results, per_head=per_head)
     with ExitStack() as stack:
         stack.enter_context(gradients.differentiable(model, projections.weights))
         stack.enter_context(projections.watched())
-        if of_changes:
-            stack.enter_context(observed(loaded, info.quantizable, choices.observe))
+        if of_layers:
+            stack.enter_context(observed(loaded, info.quantizable, layers.observe))
         if gradients.is_large(model) if checkpointing is None else checkpointing:
             stack.enter_context(gradients.checkpointed(decoder_layers(model, info)))
         _run(loaded, ids, labels, results)
     shared = time.perf_counter() - start - sum(results.seconds.values())
-    heads = info.kv_heads if per_head else 0
     return {
-        probe.name: SampleResult(shared + results.seconds[probe.name], _layers(loaded, probe, results, heads))
+        probe.name: SampleResult(shared + results.seconds[probe.name], _layers(loaded, probe, results, per_head))
         for probe in probes
     }
 
@@ -161,14 +177,15 @@ def _run(loaded: LoadedModel, ids: Tensor, labels: Sequence[Labels], results: Pa
 
 
 def _layers(
-    loaded: LoadedModel, probe: WeightProbe | ChangeProbe, results: PassResults, heads: int
+    loaded: LoadedModel, probe: WeightProbe | ChangeProbe | MetricProbe, results: PassResults, per_head: bool
 ) -> dict[int, LayerResult]:
     """Return a probe's results of all layers."""
-    untouched = TensorResult(0.0, heads=(0.0,) * heads)  # the loss does not depend on the weight
     layers = {}
     for index in loaded.info.quantizable:
+        heads = loaded.info.heads(index).kv_heads if per_head else 0
+        untouched = TensorResult(0.0, heads=(0.0,) * heads)  # the loss does not depend on the weight
         pair = [results.found.get((probe.name, index, kind)) for kind in KINDS]
-        if None in pair and isinstance(probe, ChangeProbe):
+        if None in pair and not isinstance(probe, WeightProbe):
             raise ModelError(
                 f"the attention of layer {index} of {loaded.info.id} cannot be seen: use --score grad-norm"
             )
@@ -183,7 +200,7 @@ def read_back(loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid) -
     tokens = ids[0].tolist()
 
     def result(layer: int, kind: Kind) -> TensorResult:
-        layouts = grid.layouts(kind, loaded.info.head_dim)
+        layouts = grid.layouts(kind, loaded.info.heads(layer).dim(kind))
         curve = {
             choice: cost(_cache(loaded, grid, layer, kind, layout, len(tokens))) for choice, layout in layouts.items()
         }

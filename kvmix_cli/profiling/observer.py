@@ -1,4 +1,4 @@
-"""Observation of each layer's attention from within, which shows change probes every choice in it.
+"""Observation of each layer's attention from within, which shows probes every choice in it, or its moments.
 
 `observed` swaps in an attention implementation for a block. It computes what `kvmix` computes, and calls back with each
 layer's query, keys and values as soon as the gradient of the layer's output is known. They travel through autograd's
@@ -27,7 +27,8 @@ from ..plan import ModelInfo
 from ..quiet import hushed
 from .change import Attend, Change, LayerAttention, QuantizedStates
 from .grid import Grid, reference
-from .probe import ChangeProbe
+from .moments import MomentSums
+from .probe import ChangeProbe, MetricProbe
 from .results import Labels, PassResults, TensorResult
 
 NAME = "kvmix-observed"
@@ -37,10 +38,11 @@ Observe = Callable[[int, Attend, Tensor, Tensor, Tensor, Tensor | None], None]
 pass the gradient of its output, `[1, T, H, D]`."""
 
 
-class ChoiceObserver:
-    """An observer that shows each layer's choices to change probes, and keeps their results.
+class LayerObserver:
+    """An observer that shows each layer's choices to change probes and its moments to metric probes.
 
     Args:
+        sums: where moments are added.
         shared_labels: labels of the backward pass in which probes without labels of their own look on; None if there
             is no backward pass.
 
@@ -51,17 +53,18 @@ class ChoiceObserver:
     def __init__(
         self,
         info: ModelInfo,
-        probes: Sequence[ChangeProbe],
+        probes: Sequence[ChangeProbe | MetricProbe],
         results: PassResults,
         grid: Grid,
         shared_labels: Labels | None,
         *,
         per_head: bool,
+        sums: MomentSums,
     ) -> None:
         self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
-        kinds: tuple[Kind, Kind] = ("key", "value")
-        self._layouts = {kind: grid.layouts(kind, info.head_dim) for kind in kinds} if probes else {}
-        self._heads = range(info.kv_heads if per_head else 0)
+        self._info, self._per_head, self._sums = info, per_head, sums
+        if any(isinstance(probe, ChangeProbe) for probe in probes):
+            grid.check(info)
 
     def observe(
         self, index: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None
@@ -74,14 +77,29 @@ class ChoiceObserver:
         if gradient is not None:
             summed = (query.shape[2] - 1) / self._results.scale
             gradient = gradient.transpose(1, 2).to(dtype) * summed
+        self._require_cached(index, key, value)
         states: dict[Kind, Tensor] = {"key": key.to(dtype), "value": value.to(dtype)}
         layer = LayerAttention(index, query.to(dtype), states, gradient, attend, self._grid)
-        for kind in self._layouts:
-            self._measure(layer, kind, probes)
+        changing = [probe for probe in probes if isinstance(probe, ChangeProbe)]
+        for kind in layer.states if changing else ():
+            self._measure(layer, kind, changing)
+        metrics = [probe for probe in probes if isinstance(probe, MetricProbe)]
+        if metrics:
+            self._measure_moments(layer, metrics)
+
+    def _require_cached(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Raise ModelError if attention reads other keys and values than the cache holds."""
+        heads = self._info.heads(index)
+        if (key.shape[1], key.shape[3], value.shape[3]) != (heads.kv_heads, heads.key_dim, heads.value_dim):
+            raise ModelError(
+                f"layer {index} of {self._info.id} caches heads of {heads} and expands them before it attends "
+                "(multi-head latent attention), which cannot be observed: use --score grad-norm, loss or kl"
+            )
 
     def _measure(self, layer: LayerAttention, kind: Kind, probes: Sequence[ChangeProbe]) -> None:
         """Measure all choices of keys, or values; each is computed once for all probes, and then freed."""
-        layouts = self._layouts[kind]
+        states = layer.states[kind]
+        layouts = self._grid.layouts(kind, states.shape[3])
         important = reference(layouts)
         curves: dict[str, dict[str, float]] = {probe.name: {} for probe in probes}
         heads: dict[str, tuple[float, ...]] = {}
@@ -91,9 +109,21 @@ class ChoiceObserver:
                 with self._results.timed(probe.name):
                     curves[probe.name][choice] = probe.cost(change).item()
                     if choice == important:
-                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in self._heads)
+                        each = range(states.shape[1] if self._per_head else 0)
+                        heads[probe.name] = tuple(probe.cost(change.head(head)).item() for head in each)
         for name, curve in curves.items():
             self._results.found[name, layer.index, kind] = TensorResult(curve[important], curve, heads[name])
+
+    def _measure_moments(self, layer: LayerAttention, probes: Sequence[MetricProbe]) -> None:
+        with self._results.timed(probes[0].name):
+            self._sums.add(layer)
+        moments = self._sums.layer(layer.index)
+        for probe in probes:
+            with self._results.timed(probe.name):
+                for kind, each in zip(layer.states, (moments.k, moments.v), strict=True):
+                    heads = probe.score(each)
+                    result = TensorResult(sum(heads), heads=tuple(heads) if self._per_head else ())
+                    self._results.found[probe.name, layer.index, kind] = result
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Probes: ways to score how much each layer's keys and values matter.
 
-There are three kinds, by what they look at:
+There are four kinds, by what they look at:
 
     WeightProbe     the loss gradient of each layer's K and V projection                  grad-norm
     ChangeProbe     the change that storing a layer's keys, or values, at a choice makes  taylor, fisher, error
+    MetricProbe     moments of keys and values, and of the loss gradient for them         fisher-metric
     CacheProbe      a document that is read back through the real cache                   loss, kl
 
-Weight and change probes share one forward pass, and one backward pass for each kind of labels. A probe is a small
+All but cache probes share one forward pass, and one backward pass for each kind of labels. A probe is a small
 frozen class in a file of its own, and a line in the registry; see docs/add-a-probe.md.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..models.loading import LoadedModel
+from ..plan.moments import TensorMoments
 from .change import Change
 from .grid import Grid
 from .results import Labels
@@ -33,10 +35,12 @@ class Probe(ABC):
     Attributes:
         name: name in profiles and on the command line.
         unit: unit of the numbers; `"nats"` for a predicted increase of the mean loss a token.
+        samples: samples of text by default.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    samples: ClassVar[int] = 30
 
 
 class WeightProbe(Probe):
@@ -64,6 +68,24 @@ class ChangeProbe(Probe):
     @abstractmethod
     def cost(self, change: Change) -> Tensor:
         """Return the cost of one choice, a scalar; of all KV heads, or of those that `change` is about."""
+
+
+class MetricProbe(Probe):
+    """A probe of the moments of each layer's keys and values, which the profile keeps as tensors.
+
+    Attributes:
+        labels: labels of the loss.
+        grid: the cache; there are no choices.
+        samples: samples by default; few, since every token of a sample tells about all directions.
+    """
+
+    labels: ClassVar[Labels] = "model"
+    grid: ClassVar[Grid] = Grid(bits=(), group_sizes=())
+    samples = 10
+
+    @abstractmethod
+    def score(self, moments: TensorMoments) -> list[float]:
+        """Return the importance of every KV head, which add up, from the moments of one sample."""
 
 
 class CacheProbe(Probe):

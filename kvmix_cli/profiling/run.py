@@ -14,16 +14,19 @@ from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
-from ..errors import DocumentError, ModelError
+from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
+from ..plan.moments import FRAME, MomentsFile, write_moments
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from ..texts.tokens import cut_samples
 from .grid import Grid
 from .measure import KINDS, ProbeOptions, measure_sample
-from .probe import CacheProbe, Probe
+from .moments import MomentParts, MomentSums, remove_parts
+from .probe import CacheProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
+from .rope import measure_ropes
 
 FORMAT = "kvmix-journal/2"
 
@@ -37,11 +40,12 @@ def run_profile(
     *,
     texts: Sequence[str],
     source: str,
-    samples: int = 30,
+    samples: int | None = None,
     seq_len: int = 1024,
     seed: int = 0,
     options: ProbeOptions | None = None,
     journal: Path | None = None,
+    moments: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
@@ -50,9 +54,11 @@ def run_profile(
     Args:
         scores: probes, by name or as they are. They are measured together where they can be.
         texts: documents; `source` is their name in the profile.
-        samples: number of samples, of at most `seq_len` tokens each. If the text gives fewer, all of it is used, and
-            `calibration.samples` of the scores says how many there were.
-        journal: file of finished samples. The caller removes it once the profile is saved.
+        samples: number of samples, of at most `seq_len` tokens each; None for `default_samples`. If the text gives
+            fewer, all of it is used, and `calibration.samples` of the scores says how many there were.
+        journal: file of finished samples. The caller removes it with `remove_journal` once the profile is saved.
+        moments: file that moments of keys and values are written to, in the folder where the profile will be; for
+            `fisher-metric` only.
         resume: go on with the samples in the journal.
         on_step: called with the number of finished samples and of all, first at the start.
 
@@ -64,33 +70,60 @@ def run_profile(
     """
     probes, options = find_probes(scores), options or ProbeOptions()
     options.check(probes)
+    metrics = [probe.name for probe in probes if isinstance(probe, MetricProbe)]
+    if metrics and moments is None:
+        raise KvmixError(f"score {metrics[0]} measures tensors: name a file for them, moments=Path(...)")
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     for grid in grids:
-        grid.check(loaded.info.head_dim)
+        grid.check(loaded.info)
     shortest = max((grid.shortest for grid in grids), default=0)
     chosen = cut_samples(
-        loaded.tokenizer, texts, samples, seq_len, seed, shortest=shortest, max_length=loaded.max_length
+        loaded.tokenizer,
+        texts,
+        default_samples(probes) if samples is None else samples,
+        seq_len,
+        seed,
+        shortest=shortest,
+        max_length=loaded.max_length,
     )
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
     settings = _settings(loaded, probes, options, calibration)
+    ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
+        parts = MomentParts(journal, ropes, resume=resume)
         on_step(len(record.records), len(chosen))
         for ids in chosen[len(record.records) :]:
+            sums = MomentSums(ropes)
             try:
-                record.append(measure_sample(loaded, probes, ids, options))
+                sample = measure_sample(loaded, probes, ids, options, sums)
             except ModelError:
                 if not record.records:
                     record.remove()  # there is nothing to resume
                 raise
+            if metrics:
+                parts.keep(len(record.records), sums)
+            record.append(sample)
             on_step(len(record.records), len(chosen))
+        file = _write_moments(moments, parts.total(len(chosen)), len(chosen)) if metrics and moments else None
     return Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
-        scores={probe.name: _score(probe, record.records, calibration, options) for probe in probes},
+        scores={probe.name: _score(probe, record.records, calibration, options, file) for probe in probes},
     )
+
+
+def default_samples(scores: Sequence[str | Probe]) -> int:
+    """Return the samples that these probes need: the most that one of them does. Raises KvmixError."""
+    return max(probe.samples for probe in find_probes(scores))
+
+
+def remove_journal(journal: Path) -> None:
+    """Delete a journal and the parts beside it, once the profile is saved."""
+    journal.unlink(missing_ok=True)
+    remove_parts(journal)
 
 
 @contextmanager
@@ -154,6 +187,7 @@ def _settings(
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
         **({} if options.encode is None else {"encode": options.encode}),
+        **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),
     }
 
@@ -163,10 +197,11 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     info, choices = loaded.info, {}
     for probe in probes:
         grid = options.grid(probe)
-        choices[probe.name] = [list(grid.layouts(kind, info.head_dim)) if grid else [] for kind in KINDS]
-    heads = {
-        probe.name: info.kv_heads if options.per_head and not isinstance(probe, CacheProbe) else 0 for probe in probes
-    }
+        choices[probe.name] = {
+            heads: [sorted(grid.layouts(kind, heads.dim(kind))) if grid else [] for kind in KINDS]
+            for heads in info.geometries
+        }
+    has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
 
     def check(sample: Sample) -> Sample:
         if list(sample) != list(choices):
@@ -174,17 +209,30 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
         for name, result in sample.items():
             if list(result.layers) != info.quantizable:
                 raise ValueError("other layers")
-            for layer in result.layers.values():
-                if [sorted(each.curve) for each in layer] != [sorted(each) for each in choices[name]]:
+            for index, layer in result.layers.items():
+                heads = info.heads(index)
+                if [sorted(each.curve) for each in layer] != choices[name][heads]:
                     raise ValueError("other choices")
-                if {len(each.heads) for each in layer} != {heads[name]}:
+                if {len(each.heads) for each in layer} != {heads.kv_heads if has_heads[name] else 0}:
                     raise ValueError("other heads")
         return sample
 
     return TypeAdapter(Annotated[Sample, AfterValidator(check)])
 
 
-def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, options: ProbeOptions) -> Score:
+def _write_moments(path: Path, sums: MomentSums, documents: int) -> MomentsFile:
+    predictions, tokens = sums.counts
+    digest = write_moments(path, sums.layers())
+    return MomentsFile(file=path.name, sha256=digest, documents=documents, predictions=predictions, tokens=tokens)
+
+
+def _score(
+    probe: Probe,
+    samples: Sequence[Sample],
+    calibration: Calibration,
+    options: ProbeOptions,
+    moments: MomentsFile | None,
+) -> Score:
     """Return a probe's means over the samples."""
     measured = [sample[probe.name] for sample in samples]
     grid = options.grid(probe)
@@ -193,6 +241,7 @@ def _score(probe: Probe, samples: Sequence[Sample], calibration: Calibration, op
         unit=probe.unit,
         calibration=calibration,
         setup=ScoreSetup() if grid is None else _setup(grid),
+        moments=moments if isinstance(probe, MetricProbe) else None,
         layers={
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),

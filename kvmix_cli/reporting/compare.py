@@ -76,12 +76,7 @@ def _widths(layer: LayerPlan | None) -> str:
     """Return `k3v4`, with group sizes and encoders of tensors' own; empty for a layer that the plan does not have."""
     if layer is None:
         return ""
-    return "".join(
-        f"{kind[0]}{tensor.bits}"
-        + ("" if tensor.group_size is None else f"/{tensor.group_size}")
-        + ("" if tensor.encode is None else f"/{tensor.encode}")
-        for tensor, kind in layer.tensors
-    )
+    return "".join(f"{kind[0]}{'/'.join([tensor.short, *tensor.own])}" for tensor, kind in layer.tensors)
 
 
 def _title(names: Names) -> str:

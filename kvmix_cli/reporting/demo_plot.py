@@ -25,7 +25,7 @@ def plot_demo(profile: Profile, plan: Plan, perplexity: Report, path: Path) -> P
     scores, bits, quality = (figure.add_subplot(where) for where in (grid[0, 0], grid[1, 0], grid[:, 1]))
     name, score = next(iter(profile.scores.items()))
     draw_scores(scores, score, f"1. profile: {name}, {score.calibration.samples} samples")
-    widths = {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+    widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
     draw_bits(bits, widths, f"2. allocate: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored")
     rows = [row for row in perplexity.plans if INCREASE in row.metrics and row.stored_bits]
     dots = [_dot(row, index) for index, row in enumerate(rows)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.results import Estimate, Metric, Report, Row, Table
 from ..plan.sizes import format_bytes
+from .words import layers_json, layers_text
 
 if TYPE_CHECKING:
     from ..evaluation.base import Task
@@ -24,7 +25,9 @@ def report_tables(task: Task, report: Report, model: ModelInfo) -> list[Table]:
     grid: list[Sequence[str]] = [columns, *(_cells(row, metrics) for row in report.rows)]
     if len(columns) > max(MAX_COLUMNS, len(grid)):
         grid = list(zip(*grid, strict=True))
-    main = Table(f"{task.name} of {model.id}", grid[0], grid[1:], f"{report.description}\n")
+    layers = layers_text(model)
+    caption = f"{report.description}\n" + (f"{layers}\n" if layers else "")
+    main = Table(f"{task.name} of {model.id}", grid[0], grid[1:], caption)
     return [main, *task.details(report.rows)]
 
 
@@ -71,6 +74,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "model": evaluation.model.id,
         "task": ",".join(report.task for report in reports),
         "tokens": sum(report.tokens for report in reports),
+        "layers": layers_json(evaluation.model),
         "rows": rows_json(reports),
         "reference": reports[0].reference.plan,
         "gates": [

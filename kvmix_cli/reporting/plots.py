@@ -49,7 +49,7 @@ def plot_plans(plans: Sequence[tuple[str, Plan]], path: Path, frontier: Frontier
     figure, panels = _panels(len(plans) + (frontier is not None))
     for axes, (name, plan) in zip(panels, plans, strict=False):
         numbers = f": {plan.bits.nominal:.4g} bits nominal, {plan.bits.stored:.4g} stored"
-        widths = {index: (layer.k.bits, layer.v.bits) for index, layer in plan.layers.items()}
+        widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
         draw_bits(axes, widths, _title(name, numbers))
     if frontier is not None:
         _draw_frontier(panels[-1], frontier)

@@ -14,7 +14,7 @@ from ..plan import CacheSettings, Plan, TensorPlan
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
-from .words import axes_lines, blocks
+from .words import axes_lines, blocks, heads_text
 
 
 class PlanBitsJson(TypedDict):
@@ -135,6 +135,8 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
         f"window {cache.window.short}" + ("" if cache.encode == "minmax" else f", {encode_text(cache.encode)}"),
         *axes_lines(cache),
     ]
+    if len(plan.model.geometries) > 1 or plan.model.value_dim is not None:
+        lines.append(f"heads:   {heads_text(plan.model)}")
     if stock := len(plan.model.stock):
         lines.append(f"stock:   {stock} layers without full attention keep their own cache and are not counted")
     return "\n".join([*lines, f"plan:    {path}"])

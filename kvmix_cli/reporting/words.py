@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from ..plan import CacheSettings
+from typing import TypedDict
+
+from ..plan import CacheSettings, ModelInfo, Plan
+from ..plan.geometry import format_ranges
 from ..plan.policies import Balance, Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
+
+
+class LayerFacts(TypedDict):
+    """The layers of a model, as `run` and `eval` print them under `--json`."""
+
+    quantized: int
+    total: int
+    full_precision: int
+    stock: dict[str, int]
 
 
 def blocks(value: float, largest: float, width: int = 12, *, ascii_only: bool = False) -> str:
@@ -23,6 +35,40 @@ def blocks(value: float, largest: float, width: int = 12, *, ascii_only: bool = 
         return "#" * round(share * width)
     eighths = round(share * width * 8)
     return "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def layers_text(model: ModelInfo, plan: Plan | None = None) -> str:
+    """Return `quantized 20 of 24 layers; 4 sliding, not quantized`; empty if all layers are quantized.
+
+    Args:
+        plan: plan that was applied; without one, all layers that a plan can decide about count as quantized.
+    """
+    facts = layers_json(model, plan)
+    rest = [f"{count} {_kind(kind)}" for kind, count in facts["stock"].items()]
+    rest += [f"{facts['full_precision']} at 16 bits"] if facts["full_precision"] else []
+    text = f"quantized {facts['quantized']} of {facts['total']} layers; {', '.join(rest)}, not quantized"
+    return text if rest else ""
+
+
+def layers_json(model: ModelInfo, plan: Plan | None = None) -> LayerFacts:
+    """Return the number of layers that are quantized, that stay at 16 bits, and that keep each kind of stock cache."""
+    full = 0 if plan is None else sum(layer.short == "k16v16" for layer in plan.layers.values())
+    return {
+        "quantized": len(model.quantizable) - full,
+        "total": model.layers,
+        "full_precision": full,
+        "stock": model.stock_counts,
+    }
+
+
+def _kind(kind: str) -> str:
+    """Return `sliding` for `sliding_attention`; layers with a shared cache, or without attention, are `dummy`."""
+    return "without a cache" if kind == "dummy" else kind.removesuffix("_attention").replace("_", " ")
+
+
+def heads_text(model: ModelInfo) -> str:
+    """Return `2 x 64 in layers 0-3, 1 x 512 (values 64) in layers 4`: KV heads x channels of the layers."""
+    return ", ".join(f"{heads} in layers {format_ranges(layers)}" for heads, layers in model.geometries.items())
 
 
 def axes_lines(cache: CacheSettings) -> list[str]:

@@ -65,7 +65,8 @@ def test_bytes_add_up(plan, context, batch, element_bytes):
     one = plan.cache_bytes(context, 1, element_bytes)
     assert whole.total == whole.packed + whole.full + whole.extra == batch * one.total
     layers = [
-        layer_bytes(layer, plan.cache, plan.model, context, batch, element_bytes) for layer in plan.layers.values()
+        layer_bytes(layer, plan.cache, plan.model.heads(index), context, batch, element_bytes)
+        for index, layer in plan.layers.items()
     ]
     assert sum(layer.total for layer in layers) == whole.total
     full = plan.unquantized_bytes(context, batch, element_bytes)
@@ -90,7 +91,7 @@ def test_tokens_leave_the_window_in_flushes_and_by_the_wider_of_keys_and_values(
     assert [packed_tokens(context, 2, cache) for context in (227, 228, 387, 388)] == [0, 160, 160, 320]
     assert packed_tokens(1000, 16, cache) == 800
     layer = LayerPlan(k=TensorPlan(bits=16), v=TensorPlan(bits=2))
-    counted = layer_bytes(layer, cache, make_info(1), 228)
+    counted = layer_bytes(layer, cache, make_info(1).heads(0), 228)
     keys, values = (228 * 2 * 64 * 2, 68 * 2 * 64 * 2)
     tail = 64 * 2 * 2 * 4
     assert (counted.full, counted.extra) == (keys + values, 160 * 2 + tail)

@@ -136,7 +136,7 @@ def test_curves_and_heads_are_written_as_they_are_read(load):
         ("page: 128", "page: x", "line 9: scores.fisher.setup.page: should be a valid integer, got 'x'"),
         ("page: 128", "page: 0", "line 9: scores.fisher.setup.page: should be greater than or equal to 1, got 0"),
         ("4g128: 0.1", "4: 0.1", "line 11: the key scores.fisher.layers.0.k.curve.4: should be a valid string"),
-        ("4g128: 0.1", "4g64: 0.1", "line 5: scores.fisher: the curves of k must have the same choices in all layers"),
+        ("4g128: 0.1", "4g64: 0.1", "line 5: score 'fisher': the curves of k must have the same choices in all layers"),
         ("4g128: 0.1", "4g128: .inf", "line 11: scores.fisher.layers.0.k.curve.4g128: should be a finite number"),
         ("heads: [0.3", "heads: [.nan", "line 11: scores.fisher.layers.0.k.heads.0: should be a finite number"),
     ],

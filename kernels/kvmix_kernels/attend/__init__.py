@@ -23,7 +23,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).
     """
-    if problem.query.dtype == torch.float64 or problem.is_differentiated:
+    if problem.query.dtype == torch.float64 or problem.is_differentiated or problem.is_coded:
         return naive.attend(problem)
     if gpu.is_usable(problem.query.device):
         from . import triton

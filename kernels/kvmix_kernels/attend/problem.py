@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Segments, Tiers
+from ..segments import Coded, Segments, Tiers
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,11 @@ class AttentionProblem:
     def value_dim(self) -> int:
         """Channels of values, `D_v`."""
         return self.value.tail.shape[3]
+
+    @property
+    def is_coded(self) -> bool:
+        """Return whether keys or values are transform codes, which only `naive` attends to."""
+        return any(isinstance(tensor.packed, Coded) for tensor in (self.key, self.value))
 
     @property
     def is_differentiated(self) -> bool:

@@ -134,7 +134,8 @@ def _packed(fields: Tensor, planes: tuple[int, ...]) -> Tensor:
 def _unpacked(rows: Tensor, planes: tuple[int, ...]) -> Tensor:
     total = sum(planes)
     sizes = [rows.shape[-1] * width // total for width in planes]
-    fields, shift = None, 0
+    fields: Tensor | None = None
+    shift = 0
     for width, plane in zip(planes, rows.split(sizes, dim=-1), strict=True):
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=rows.device)
         part = ((plane.unsqueeze(-2) >> shifts[:, None]) & (2**width - 1)).flatten(-2) << shift
@@ -154,7 +155,7 @@ def _codes(units: Tensor, basis: TransformBasis) -> Tensor:
 
 def _values(codes: Tensor, scales: Tensor | None, basis: TransformBasis) -> Tensor:
     """Return what codes stand for, in units of `z`."""
-    middle = (codes.to(basis.mean.dtype) - basis.levels[:, None, None] / 2 + 0.5) * basis.steps[:, None, None]
+    middle: Tensor = (codes.to(basis.mean.dtype) - basis.levels[:, None, None] / 2 + 0.5) * basis.steps[:, None, None]
     return middle if scales is None else middle * scales.to(middle.dtype)[..., None]
 
 

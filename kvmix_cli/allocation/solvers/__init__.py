@@ -6,7 +6,9 @@ from ...errors import BudgetError
 from ...registry import Registry
 from ..problem import Method
 
-SOLVERS = ("rank", "ilp", "cut", "uniform", "random")
+TRANSFORM = "transform"
+"""The method that gives bits to directions."""
+SOLVERS = ("rank", "ilp", "cut", "uniform", "random", TRANSFORM)
 """Methods that decide one plan from a profile and a budget."""
 FAMILY, SEARCH = "pareto", "search"
 """Methods that make plans along the whole range of budgets, and that measure plans."""

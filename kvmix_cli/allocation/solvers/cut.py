@@ -52,8 +52,9 @@ def _prefixes(problem: Problem, kind: Kind) -> list[Prefix]:
     for moves in range(count * (len(widths) - 1) + 1):
         level, higher = divmod(moves, count or 1)
         tensors = [widths[level + (place < higher)] for place in range(count)]
-        loss = sum(problem.tensor_loss(*each) for each in zip(problem.layers, [kind] * count, tensors, strict=True))
-        cost = sum(problem.tensor_cost(tensor, kind) for tensor in tensors)
+        slots = list(zip(problem.layers, [kind] * count, tensors, strict=True))
+        loss = sum(problem.tensor_loss(*slot) for slot in slots)
+        cost = sum(problem.tensor_cost(*slot) for slot in slots)
         prefixes.append(Prefix(moves, cost, loss, tuple(tensors)))
     return prefixes
 

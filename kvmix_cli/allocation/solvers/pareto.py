@@ -39,10 +39,8 @@ def solve_range(problem: Problem) -> list[tuple[Budget, Decision]]:
 
 def _steps(problem: Problem) -> Iterator[float]:
     """Return the multiples of a step, a power of two, within the range of the choices."""
-    layers, pinned = len(problem.model.quantizable), problem.pinned_cost
-    least, most = (
-        problem.budget.bits(cost + pinned, layers, problem.cache, problem.model) for cost in problem.cost_range
-    )
+    pinned = problem.pinned_cost
+    least, most = (problem.budget.bits(cost + pinned, problem.cache, problem.model) for cost in problem.cost_range)
     step = STEP
     while (most - least) / step > MOST:
         step *= 2

@@ -24,9 +24,11 @@ def raise_in_order(problem: Problem, k_order: Sequence[int], v_order: Sequence[i
     Under `max_loss` these are the fewest moves after which the predicted loss is low enough. Raises BudgetError.
     """
     levels = problem.levels
+    if problem.budget.limit is None:
+        return levels.after(problem.share_moves, k_order, v_order)
     fitting = problem.within(
         range(levels.moves + 1),
-        cost=levels.cost_after,
+        cost=levels.costs(k_order, v_order).__getitem__,
         loss=lambda moves: problem.loss(levels.after(moves, k_order, v_order)),
     )
     return levels.after(max(fitting) if problem.loss_limit is None else min(fitting), k_order, v_order)

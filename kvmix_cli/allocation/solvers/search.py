@@ -59,7 +59,9 @@ def solve_by_measuring(problem: Problem, measure: Measure, trials: int) -> Refin
 def _start(problem: Problem) -> dict[Slot, TensorChoice]:
     layers = (ilp if problem.curves.measured else rank).solve(problem)
     return {
-        (layer, kind): TensorChoice(tensor, problem.tensor_cost(tensor, kind), problem.tensor_loss(layer, kind, tensor))
+        (layer, kind): TensorChoice(
+            tensor, problem.tensor_cost(layer, kind, tensor), problem.tensor_loss(layer, kind, tensor)
+        )
         for layer, plan in layers.items()
         for tensor, kind in plan.tensors
     }

@@ -17,7 +17,7 @@ def solve(problem: Problem) -> Decision:
     layers = problem.layers
     pairs = problem.within(
         [LayerPlan.of_bits(k, v) for k, v in product(problem.k_bits, problem.v_bits)],
-        cost=lambda pair: len(layers) * problem.cost(pair),
+        cost=lambda pair: problem.cost(dict.fromkeys(layers, pair)),
         loss=lambda pair: problem.loss(dict.fromkeys(layers, pair)),
     )
     sign = 1 if problem.loss_limit is None else -1

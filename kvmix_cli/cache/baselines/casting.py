@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from ...models.geometry import stock_layers
 from ..mixed import CountingCache, unquantized_cache
 
 FP8 = torch.float8_e4m3fn
@@ -42,15 +41,14 @@ class CastLayer(DynamicLayer):
 
 
 class CastCache(CountingCache):
-    """All full-attention layers in one dtype; the others keep the stock layer of their kind.
+    """All layers that keep keys and values and nothing else in one dtype; the others keep their stock layer.
 
     8-bit numbers count as quantized, 16-bit ones do not.
     """
 
     def __init__(self, stored: torch.dtype, config: PreTrainedConfig) -> None:
-        kept = stock_layers(config)
         layers = unquantized_cache(config).layers
-        super().__init__([layer if index in kept else CastLayer(stored) for index, layer in enumerate(layers)])
+        super().__init__([CastLayer(stored) if type(layer) is DynamicLayer else layer for layer in layers])
         self._quantizes = stored.itemsize == 1
 
     def update(

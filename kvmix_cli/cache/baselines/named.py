@@ -135,9 +135,12 @@ def measured_bits(
     """
     info = model_info(config, "")
     layer = info.quantizable[0]
-    shape = (1, info.kv_heads, SAMPLE_TOKENS, info.head_dim)
+    heads = info.heads(layer)
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    keys, values = (
+        torch.randn((1, heads.kv_heads, SAMPLE_TOKENS, dim), generator=generator).to(device, dtype)
+        for dim in (heads.key_dim, heads.value_dim)
+    )
     try:
         cache = found.cache(config)
         cache.update(keys, values, layer)

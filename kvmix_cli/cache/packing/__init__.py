@@ -1,4 +1,4 @@
-"""Storage of the tokens that leave the window: pages, pages with channel groups, and tiers of tokens."""
+"""Storage of the tokens that leave the window: pages, with channel groups, of transform codes, and tiers of tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ...plan.sizes import StorageForm
 from ..buffer import Buffer
 from .base import Packing
 from .channels import ChannelPacking
+from .codes import CodePacking
 from .pages import PagePacking
 from .tiers import FullPacking, TierPacking
 
-__all__ = ["Packing", "PolicyFunctions", "packing_of"]
+__all__ = ["CodePacking", "Packing", "PolicyFunctions", "packing_of"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.segments import Channels, Packed, Tiers
+from kvmix_kernels.segments import Channels, Coded, Packed, Tiers
 from torch import Tensor
 
 from ..buffer import Buffer
@@ -28,7 +28,7 @@ class Packing(ABC):
 
     @property
     @abstractmethod
-    def view(self) -> Packed | Channels | Tiers | Tensor:
+    def view(self) -> Packed | Channels | Coded | Tiers | Tensor:
         """Return what is held, without a copy; there must be something."""
 
     @abstractmethod

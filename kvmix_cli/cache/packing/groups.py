@@ -16,6 +16,7 @@ from ..buffer import Buffer
 
 PAGES_AT_ONCE = 32
 """Pages that are quantized together; bounds the float32 temporaries of a long prompt."""
+NOT_FINITE = "NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
 
 
 class QuantizedGroup:
@@ -80,9 +81,7 @@ class QuantizedGroup:
                 f"{self.name}: values up to {pages.abs().max().item():.3g} do not fit {self.layout.scale_dtype} "
                 "scales; set `scale_dtype: bfloat16` in the plan's cache section"
             )
-        return (
-            f"{self.name}: NaN or Inf among the values to quantize; the model itself has overflowed, try another dtype"
-        )
+        return f"{self.name}: {NOT_FINITE}"
 
 
 class FullGroup:

@@ -14,6 +14,7 @@ PROBES: Registry[type[Probe]] = Registry(
         "grad-norm": "grad_norm:GradNorm",
         "taylor": "taylor:Taylor",
         "fisher": "fisher:Fisher",
+        "fisher-metric": "fisher_metric:FisherMetric",
         "error": "error:Error",
         "loss": "loss:Loss",
         "kl": "kl:Kl",

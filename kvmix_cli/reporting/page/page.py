@@ -15,6 +15,7 @@ from ..drawing import Look
 from ..printable import printable
 from ..result_tables import Block, bits, block
 from ..verdict import answers, verdicts
+from ..words import heads_text
 from .figures import Figures, bits_figures, heat_figures, looks, quality_figures, speed_figures
 
 
@@ -127,9 +128,9 @@ def _facts(group: Group) -> list[str]:
     model, config = group.model, group.config
     planned = len(model.quantizable)
     layers = f"{model.layers} layers" if planned == model.layers else f"{planned} of {model.layers} layers planned"
-    heads = f"{model.kv_heads} KV head" + ("s" if model.kv_heads > 1 else "")
+    heads = f"{model.kv_heads} KV head" + ("s" if model.kv_heads > 1 else "") + f" of {model.head_dim}"
     return [
-        f"{layers}, {heads} of {model.head_dim}",
+        f"{layers}, {heads if len(model.geometries) == 1 and model.value_dim is None else heads_text(model)}",
         f"{config['dtype']} on {config['device']}",
         f"kvmix {config['kvmix']}",
         *_when(group.runs),

@@ -1,0 +1,101 @@
+"""Bits for single directions: reverse water-filling over all layers, KV heads, keys and values.
+
+Half the squared error of a direction is an expected loss in nats a predicted token (`plan.metric`), and the quantizer
+of `w` bits leaves the share `LEFT[w]` of a direction's variance `l`. The next bit is therefore worth
+`l (LEFT[w] - LEFT[w + 1]) / 2` nats wherever it goes, and each is worth less than the one before. The plan of least
+loss takes bits in the order of their worth until the budget is spent (Cover and Thomas, section 10.3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from kvmix_kernels.transform_layout import LEFT, MAX_WIDTH, RUN
+from numpy.typing import NDArray
+
+Tensor = TypeVar("Tensor", bound=Hashable)
+Widths = NDArray[np.int64]
+_KEPT = np.array([LEFT[width] for width in range(MAX_WIDTH + 1)])
+
+
+def expected_loss(variances: NDArray[np.float64], widths: Sequence[Sequence[int]]) -> float:
+    """Return the loss of coding directions of variances `[H_kv, D]` at these widths of runs, in nats a token."""
+    kept = np.repeat(_KEPT[np.array(widths)], RUN, axis=1)[:, : variances.shape[1]]
+    return float((variances * kept).sum()) / 2
+
+
+@dataclass(frozen=True)
+class Filling(Generic[Tensor]):
+    """Bits in the order of their worth.
+
+    Attributes:
+        shapes: of each tensor, KV heads and runs of directions.
+        unit: of each bit, its run among those of all tensors.
+        directions: of each bit, directions of its run: the code bits a token that it takes.
+        worth: of each bit, nats a token that it saves, falling per direction.
+        variance: of each run, the summed variance of its directions.
+    """
+
+    shapes: Mapping[Tensor, tuple[int, int]]
+    unit: NDArray[np.int64]
+    directions: NDArray[np.int64]
+    worth: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, variances: Mapping[Tensor, NDArray[np.float64]]) -> Filling[Tensor]:
+        """Return the order of the bits of tensors with these variances of directions, `[H_kv, D]`, falling."""
+        sums, sizes, shapes = [], [], {}
+        for name, lengths in variances.items():
+            starts = np.arange(0, lengths.shape[1], RUN)
+            runs = np.add.reduceat(lengths, starts, axis=1)
+            shapes[name] = (runs.shape[0], runs.shape[1])
+            sums.append(runs.ravel())
+            sizes.append(np.tile(np.diff(np.append(starts, lengths.shape[1])), runs.shape[0]))
+        variance, size = np.concatenate(sums), np.concatenate(sizes)
+        saved = (_KEPT[:-1] - _KEPT[1:]) / 2
+        each = (variance / size)[:, None] * saved  # [runs, widths], falling along both
+        order = np.argsort(-each, axis=None, kind="stable")
+        order = order[each.ravel()[order] > 0]  # nobody reads a direction without variance
+        unit = order // MAX_WIDTH
+        return cls(shapes, unit, size[unit], each.ravel()[order] * size[unit], variance)
+
+    @property
+    def nothing(self) -> float:
+        """Return the loss if every token were its mean, in nats."""
+        return float(self.variance.sum()) / 2
+
+    @property
+    def lowest(self) -> float:
+        """Return the loss of the widest widths, in nats."""
+        return self.nothing - float(self.worth.sum())
+
+    @property
+    def most(self) -> int:
+        """Return the code bits a token of the widest widths that are of any use."""
+        return int(self.directions.sum())
+
+    def within(self, bits: float) -> int:
+        """Return how many bits, in order, take at most `bits` code bits a token, summed over all tensors."""
+        return int(np.searchsorted(np.cumsum(self.directions), bits, side="right"))
+
+    def reaching(self, loss: float) -> int:
+        """Return how many bits, in order, bring the loss down to `loss` nats; all of them if none do."""
+        left = self.nothing - np.cumsum(self.worth)
+        return 0 if self.nothing <= loss else min(len(left), int(np.searchsorted(-left, -loss)) + 1)
+
+    def loss(self, count: int) -> float:
+        """Return the loss after the first `count` bits, in nats."""
+        return self.nothing - float(self.worth[:count].sum())
+
+    def widths(self, count: int) -> dict[Tensor, Widths]:
+        """Return the widths `[H_kv, runs]` of every tensor after the first `count` bits."""
+        taken = np.bincount(self.unit[:count], minlength=len(self.variance))
+        found, start = {}, 0
+        for name, (heads, runs) in self.shapes.items():
+            found[name] = taken[start : start + heads * runs].reshape(heads, runs)
+            start += heads * runs
+        return found

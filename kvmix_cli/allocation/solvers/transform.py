@@ -1,0 +1,43 @@
+"""Transform coding: one budget for the directions of all layers and KV heads, of keys and of values.
+
+Source: docs/transform-coding.md; the rule is reverse water-filling, see `allocation.directions`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from ...errors import BudgetError
+from ...plan import LayerPlan, TransformTensor
+from ...plan.basis import TensorName
+from ..directions import Filling
+from ..problem import Decision, Method, Problem
+
+
+def solve(problem: Problem) -> Decision:
+    """Give bits to directions in the order of what they are worth, as far as the budget allows. Raises BudgetError."""
+    if problem.basis is None:
+        raise AssertionError("options without a basis are refused before")
+    if not problem.layers:
+        return {}
+    if problem.budget.limit is None:
+        raise BudgetError("method transform has no levels for a share of the layers: give bits, bytes or a loss")
+    filling: Filling[tuple[int, TensorName]] = Filling.of(problem.basis.variances(problem.layers))
+
+    def decision(count: int) -> Decision:
+        widths = {
+            slot: TransformTensor(widths=tuple("".join(map(str, head)) for head in heads.tolist()))
+            for slot, heads in filling.widths(count).items()
+        }
+        return {layer: LayerPlan(k=widths[layer, "k"], v=widths[layer, "v"]) for layer in problem.layers}
+
+    if problem.loss_limit is not None:
+        problem.check_loss(filling.lowest)
+        return decision(filling.reaching(problem.loss_limit))
+    last = len(filling.worth)
+    problem.check_cost(problem.cost(decision(0)), problem.cost(decision(last)))
+    counts = range(last + 1)
+    return decision(bisect_right(counts, problem.allowance, key=lambda count: problem.cost(decision(count))) - 1)
+
+
+METHOD = Method(uses=("basis",), solve=solve)

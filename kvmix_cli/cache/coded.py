@@ -1,0 +1,94 @@
+"""A layer of transform codes that keeps a few tokens of every page exact: those that its queries attend to most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmix_kernels.runtime.fallback import warn_once
+from torch import Tensor
+
+from ..plan.sizes import exact_tokens
+from .exact_slots import ExactSlots
+from .observation import AttentionCall
+from .store import Store
+from .watching import WatchingLayer
+
+
+class CodedLayer(WatchingLayer):
+    """Keys and values of one layer in transform codes, with exact tokens.
+
+    A model whose attention shows no queries is served, too: the error of the codes then decides alone.
+    """
+
+    _is_shown = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make stores and slots. Raises PlanError."""
+        self._slots = ExactSlots(exact_tokens(self.plan, self.settings))
+        super().lazy_initialization(key_states, value_states)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes in use."""
+        own = 0 if self._slots is None else self._slots.slots.nbytes + self._slots.attention.nbytes
+        return super().nbytes + own
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Return the bytes held, room to grow included."""
+        own = 0 if self._slots is None else self._slots.slots.allocated_bytes + self._slots.attention.nbytes
+        return super().allocated_bytes + own
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._slots, self._is_shown = None, True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens. The exact tokens of a page that stays are kept."""
+        super().crop(tokens_to_remove)
+        if self._slots is None or not tokens_to_remove:
+            return
+        pages = max(store.packed_tokens for store in self.stores) // self.settings.page
+        reopened = pages < self._slots.slots.length
+        self._slots.attention.crop(-tokens_to_remove, self._tail_tokens, reopened)
+        self._slots.slots.truncate(pages)
+
+    @property
+    def _tail_tokens(self) -> int:
+        """Return the tokens that wait to be packed; keys or values in full precision have longer tails."""
+        return min(store.tail_tokens for store in self.stores)
+
+    @property
+    def _needs_queries(self) -> bool:
+        return self._is_shown
+
+    def _unshown(self) -> None:
+        """Go on without queries, and say so."""
+        self._is_shown, self._unseen = False, False
+        warn_once(
+            "the model's attention does not show its queries, so the exact tokens of transform codes are chosen by "
+            "their error alone; load the model with attn_implementation='kvmix' for a better choice"
+        )
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._begin(*waiting, None)
+        self._pack_early()
+
+    def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
+        """Add the attention that tokens receive."""
+        if self._slots is not None:
+            self._slots.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
+
+    def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
+        """Let keys and values pack, and forget the attention of the tokens that have left the tail."""
+        counts = super()._in_step(pack)
+        if self._slots is not None:
+            self._slots.attention.forget_oldest(max(counts))
+        return counts
+
+    def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._apply(change)
+        if self._slots is not None:
+            self._slots.slots.apply(change)
+            self._slots.attention.apply(change)

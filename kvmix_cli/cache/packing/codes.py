@@ -1,0 +1,94 @@
+"""Whole pages of transform codes, of which a few tokens stay exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from kvmix_kernels.quantize.finite import FiniteWatch
+from kvmix_kernels.segments import Coded
+from kvmix_kernels.transform import TransformBasis, encode
+from torch import Tensor
+
+from ...errors import QuantizationError
+from ..buffer import Buffer
+from ..exact_slots import ExactSlots
+from .base import Packing
+from .groups import NOT_FINITE, PAGES_AT_ONCE
+
+
+class CodePacking(Packing):
+    """Pages of transform codes.
+
+    Args:
+        name: of the tensor, for errors, e.g. `layer 3 keys`.
+        basis: directions, widths and frames.
+        reserve: pages to make room for at first.
+        slots: of the exact tokens, shared by keys and values; None for no exact tokens.
+        chooses: the exact tokens are chosen when this tensor is packed; otherwise they have been chosen just before.
+    """
+
+    def __init__(
+        self, name: str, basis: TransformBasis, reserve: int = 0, slots: ExactSlots | None = None, chooses: bool = True
+    ) -> None:
+        self.unit = basis.layout.page
+        self._name = name
+        self._basis = basis
+        self._slots = slots
+        self._chooses = chooses
+        self._pages = 0
+        self._codes, self._scales, self._exact = Buffer(reserve), Buffer(reserve), Buffer(reserve)
+        self._watch = FiniteWatch()
+
+    @property
+    def tokens(self) -> int:
+        return self._pages * self.unit
+
+    @property
+    def view(self) -> Coded:
+        scales = self._scales.view if self._basis.layout.is_scaled else None
+        if self._slots is None:
+            return Coded(self._basis, self._codes.view, scales)
+        slots = self._slots.slots.view[:, :, : self._pages]
+        return Coded(self._basis, self._codes.view, scales, slots, self._exact.view)
+
+    def pack(self, states: Tensor) -> None:
+        before = self._pages
+        for pages in states.unflatten(2, (-1, self.unit)).split(PAGES_AT_ONCE, dim=2):
+            encoded = encode(pages, self._basis, self._pages)
+            with torch.inference_mode(False):  # the watch keeps a tensor of its own
+                is_bad = self._watch.watch(encoded.errors)
+            if is_bad:
+                self._truncate(before)
+                raise QuantizationError(self._complaint(pages))
+            self._codes.append(encoded.codes)
+            if encoded.scales is not None:
+                self._scales.append(encoded.scales)
+            if self._slots is not None:
+                if self._chooses:
+                    self._slots.choose(encoded.errors, self._pages - before)
+                places = self._slots.of_pages(self._pages, pages.shape[2])[..., None]
+                self._exact.append(pages.gather(3, places.expand(*places.shape[:4], pages.shape[4])))
+            self._pages += pages.shape[2]
+
+    def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
+        first = keep // self.unit
+        rest = self.view.read(first * self.unit, keep, dtype)
+        self._truncate(first)
+        return rest
+
+    def buffers(self) -> Iterator[Buffer]:
+        yield from (self._codes, self._scales, self._exact)
+
+    def _truncate(self, pages: int) -> None:
+        self._pages = pages
+        for buffer in self.buffers():
+            buffer.truncate(pages)
+
+    def _complaint(self, pages: Tensor) -> str:
+        if torch.isfinite(pages).all():
+            return (
+                f"{self._name}: values up to {pages.abs().max().item():.3g} are too far from those that the basis was "
+                "made from; profile again, with texts like this one"
+            )
+        return f"{self._name}: {NOT_FINITE}"

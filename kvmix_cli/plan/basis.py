@@ -1,0 +1,210 @@
+"""The basis file of transform codes: the directions of every layer's keys and values. No torch.
+
+A safetensors file of float32, shared by the plans of one profile and named by its checksum:
+
+    layers.N.k.encode, .decode   [H_kv, D, D]   z = encode (y - mean), y = mean + decode z; also `v`
+    layers.N.k.mean, .deviation  [H_kv, D]      deviation is that of each direction of z, falling
+    layers.N.rope.frequencies    [n] float64    only where keys are turned to their frame
+    kvmix                        metadata: one line of JSON, see `_Header`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from typing_extensions import TypedDict
+
+from ..errors import PlanError, first_sentence
+from ..files import write_bytes
+from .geometry import HeadGeometry
+
+FORMAT: Final = "kvmix-basis/1"
+TensorName = Literal["k", "v"]
+TENSOR_NAMES: Final[tuple[TensorName, ...]] = ("k", "v")
+Floats = NDArray[np.float32]
+
+
+class _Rope(TypedDict):
+    """The channels of a layer that RoPE turns: first one, and whether pairs are neighbours."""
+
+    start: int
+    interleaved: bool
+
+
+class _Header(TypedDict):
+    """Metadata of a basis file; `rope` is by layer."""
+
+    format: str
+    model: str
+    frame: int | None
+    rope: dict[str, _Rope]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBasis:
+    """The directions of one layer's keys, or values.
+
+    Attributes:
+        encode, decode: `[H_kv, D, D]` float32.
+        mean: `[H_kv, D]` float32.
+        deviation: `[H_kv, D]` float32, positive.
+    """
+
+    encode: Floats
+    decode: Floats
+    mean: Floats
+    deviation: Floats
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the arrays."""
+        heads, dim = self.mean.shape if self.mean.ndim == 2 else (0, 0)
+        square = (heads, dim, dim)
+        expected = {"encode": square, "decode": square, "mean": (heads, dim), "deviation": (heads, dim)}
+        for name, shape in expected.items():
+            array = getattr(self, name)
+            if array.dtype != np.float32 or array.shape != shape or not array.size:
+                return [f"{name} is {array.dtype} {list(array.shape)} beside a mean of {list(self.mean.shape)}"]
+            if not np.isfinite(array).all():
+                return [f"{name} has NaN or Inf"]
+        return [] if (self.deviation > 0).all() else ["deviation has numbers that are not positive"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """The turn of a layer's keys by RoPE, from one position to the next.
+
+    Attributes:
+        frequencies: `[n]` float64, radians of each pair of channels.
+        start: first channel that is turned.
+        interleaved: pairs are channels `(2 i, 2 i + 1)`, otherwise `(i, i + n)`.
+    """
+
+    frequencies: NDArray[np.float64]
+    start: int = 0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class BasisFile:
+    """The directions of a model's layers.
+
+    Attributes:
+        model: id of the model, for messages.
+        layers: by index, those of keys (`"k"`) and of values (`"v"`).
+        frame: positions of a frame that keys are turned to the start of; None for none.
+        rope: by index, the turn of keys; a layer without RoPE is not in it.
+    """
+
+    model: str
+    layers: Mapping[int, Mapping[TensorName, LayerBasis]]
+    frame: int | None = None
+    rope: Mapping[int, Rope] = field(default_factory=dict)
+
+    def variances(self, layers: Collection[int]) -> dict[tuple[int, TensorName], NDArray[np.float64]]:
+        """Return the variances `[H_kv, D]` of the directions of these layers, half of which is a loss in nats."""
+        kinds = ((index, name, self.layers[index][name]) for index in layers for name in TENSOR_NAMES)
+        return {(index, name): each.deviation.astype(np.float64) ** 2 for index, name, each in kinds}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the checksum of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def save(self, path: Path) -> str:
+        """Write the file, and return its checksum. Raises OutputError."""
+        write_bytes(path, self.to_bytes())
+        return self.sha256
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content, the same for equal bases."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for index, kinds in sorted(self.layers.items()):
+            for kind, each in sorted(kinds.items()):
+                arrays |= {f"layers.{index}.{kind}.{name}": array for name, array in vars(each).items()}
+        arrays |= {f"layers.{index}.rope.frequencies": each.frequencies for index, each in sorted(self.rope.items())}
+        rope = {f"{i}": _Rope(start=each.start, interleaved=each.interleaved) for i, each in sorted(self.rope.items())}
+        header = _Header(format=FORMAT, model=self.model, frame=self.frame, rope=rope)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save(contiguous, {"kvmix": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path, sha256: str | None = None) -> BasisFile:
+        """Read a file.
+
+        Args:
+            path: of the file.
+            sha256: checksum that it must have; None for any.
+
+        Raises:
+            PlanError: if it is missing, cut short, another file than expected, or holds numbers that cannot be used.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            why = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+            raise _fault(path, why, "put the file back where the plan names it") from error
+        try:
+            arrays = load(data)
+            header = json.loads(_metadata(data)["kvmix"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise _fault(path, f"cut short, or no basis ({first_sentence(error)})", "copy the file again") from error
+        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+            why = f"its checksum is {found[:12]}..., and the plan was made with {sha256[:12]}..."
+            raise _fault(path, why, "use the file that was written with the plan")
+        return cls._parsed(path, arrays, header)
+
+    @classmethod
+    def _parsed(cls, path: Path, arrays: dict[str, NDArray[Any]], header: Any) -> BasisFile:
+        """Return the basis that a file's arrays and header state. Raises PlanError."""
+        advice = "copy the file again"
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise _fault(path, f"its header does not say {FORMAT}", advice)
+        layers: dict[int, dict[TensorName, LayerBasis]] = {}
+        try:
+            for name in arrays:
+                index, kind = name.split(".")[1:3]
+                if kind in TENSOR_NAMES and kind not in layers.setdefault(int(index), {}):
+                    parts = {
+                        each: arrays[f"layers.{index}.{kind}.{each}"].copy() for each in LayerBasis.__annotations__
+                    }
+                    layers[int(index)][kind] = each = LayerBasis(**parts)
+                    if faults := each.faults():
+                        raise _fault(path, f"layer {index} {kind}: {faults[0]}", advice)
+            rope = {
+                int(index): Rope(arrays[f"layers.{index}.rope.frequencies"].astype(np.float64), **each)
+                for index, each in header["rope"].items()
+            }
+            return cls(header["model"], layers, header["frame"], rope)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _fault(path, f"incomplete ({first_sentence(error)})", advice) from error
+
+    def tensor(self, path: Path, index: int, kind: TensorName, heads: HeadGeometry) -> LayerBasis:
+        """Return the directions of a layer's keys or values. Raises PlanError if they do not fit a model's heads."""
+        found = self.layers.get(index, {}).get(kind)
+        expected = heads.kv_heads, heads.key_dim if kind == "k" else heads.value_dim
+        if found is None or found.mean.shape != expected:
+            has = "no directions" if found is None else f"directions of {found.mean.shape[0]} x {found.mean.shape[1]}"
+            why = f"made for {self.model}, with {has} for layer {index} {kind}, which is {expected[0]} x {expected[1]}"
+            raise _fault(path, why, "use the basis of this model")
+        return found
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of safetensors that have been read already."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
+def _fault(path: Path, why: str, advice: str) -> PlanError:
+    return PlanError(f"basis {path}: {why}; {advice}; or allocate again, which writes plan and basis")

@@ -1,0 +1,111 @@
+"""The loss's own metric of keys and values, and the basis in which half a squared error is an expected loss.
+
+An error e in one packed key costs 1/2 e^T M e nats, to second order; M = E[g g^T] is the Fisher metric of one KV head.
+With S the covariance of its keys and R = M^1/2,
+
+    R S R = U diag(l) U^T       z = encode (y - mean), encode = U^T R       y = mean + decode z, decode = R^-1 U
+
+the coordinates of z are uncorrelated, their variances are l, and an error of z costs half its square. A direction that
+is left out costs l / 2 nats a predicted token: directions of all layers and heads, of keys and of values, compare.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Matrix = NDArray[np.float64]
+FLOOR = 1e-4
+"""Smallest eigenvalue of a metric, as a share of its largest. Without one, directions that calibration hardly saw would
+be free to be wrong."""
+
+
+class DirectionBasis(NamedTuple):
+    """The bases of one layer's keys, or values, `D` directions in each of `H` KV heads.
+
+    Attributes:
+        encode, decode: `[H, D, D]`, inverse to each other; both are the identity where the metric is zero.
+        eigenvalues: `[H, D]`, variances of the coordinates, falling; zeros where the metric is zero.
+    """
+
+    encode: Matrix
+    decode: Matrix
+    eigenvalues: Matrix
+
+
+def spectrum(metric: ArrayLike, covariance: ArrayLike, floor: float = FLOOR, *, tokens: int | None = None) -> Matrix:
+    """Return twice the loss that each direction carries, `[H, D]` nats a predicted token, falling."""
+    return basis_of(metric, covariance, floor, tokens=tokens).eigenvalues
+
+
+def basis_of(
+    metric: ArrayLike, covariance: ArrayLike, floor: float = FLOOR, *, tokens: int | None = None
+) -> DirectionBasis:
+    """Return the bases of all heads.
+
+    Args:
+        metric: `[H, D, D]`, in nats a predicted token.
+        covariance: `[H, D, D]`.
+        floor: smallest eigenvalue of the metric, as a share of its largest.
+        tokens: tokens that both were measured over. If there are fewer than directions (`needs_shrinkage`), both are
+            drawn towards a multiple of the identity first.
+
+    Raises:
+        ValueError: if an entry is not finite, or the shapes are no pair of `[H, D, D]`.
+    """
+    m, s = _symmetric(metric), _symmetric(covariance)
+    if m.shape != s.shape:
+        raise ValueError(f"metric {list(m.shape)} and covariance {list(s.shape)} must have the same shape")
+    if tokens is not None and needs_shrinkage(tokens, m.shape[-1]):
+        m, s = _shrunk(m, tokens), _shrunk(s, tokens)
+    weights, axes = np.linalg.eigh(m)
+    seen = weights[:, -1] > 0  # a head that nobody attends to has no metric
+    weights = np.where(seen[:, None], np.maximum(weights, floor * weights[:, -1:]), 1.0)
+    root, inverse = (_with_spectrum(axes, power) for power in (np.sqrt(weights), 1 / np.sqrt(weights)))
+    variances, directions = np.linalg.eigh(root @ s @ root)
+    variances, directions = np.maximum(variances[:, ::-1], 0.0), directions[:, :, ::-1]
+    identity = np.eye(m.shape[-1])
+    return DirectionBasis(
+        np.where(seen[:, None, None], directions.transpose(0, 2, 1) @ root, identity),
+        np.where(seen[:, None, None], inverse @ directions, identity),
+        np.where(seen[:, None], variances, 0.0),
+    )
+
+
+def carrying(eigenvalues: ArrayLike, share: float) -> int:
+    """Return the fewest directions that carry a share of the loss; none if there is no loss."""
+    falling = np.sort(np.asarray(eigenvalues, np.float64), axis=None)[::-1]
+    carried = np.cumsum(falling)
+    return int(np.searchsorted(carried, share * carried[-1])) + 1 if carried[-1] > 0 else 0
+
+
+def needs_shrinkage(tokens: int, directions: int) -> bool:
+    """Return whether statistics over so few tokens cannot tell all directions apart."""
+    return tokens < directions
+
+
+def _symmetric(matrices: ArrayLike) -> Matrix:
+    found = np.asarray(matrices, np.float64)
+    if found.ndim != 3 or found.shape[1] != found.shape[2]:
+        raise ValueError(f"expected matrices [H, D, D], got {list(found.shape)}")
+    if not np.isfinite(found).all():
+        raise ValueError("expected finite statistics")
+    half: Matrix = (found + found.transpose(0, 2, 1)) / 2
+    return half
+
+
+def _shrunk(matrices: Matrix, tokens: int) -> Matrix:
+    """Return matrices drawn towards the identity times their mean eigenvalue, by D parts to `tokens`."""
+    directions = matrices.shape[-1]
+    share = directions / (directions + tokens)
+    level = np.trace(matrices, axis1=1, axis2=2) / directions
+    shrunk: Matrix = (1 - share) * matrices + share * level[:, None, None] * np.eye(directions)
+    return shrunk
+
+
+def _with_spectrum(axes: Matrix, values: Matrix) -> Matrix:
+    """Return the symmetric matrices of these axes `[H, D, D]` and eigenvalues `[H, D]`."""
+    matrices: Matrix = (axes * values[:, None, :]) @ axes.transpose(0, 2, 1)
+    return matrices

@@ -1,0 +1,95 @@
+"""The spectrum of a loss metric as a table, and as plain data for `--json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from ..evaluation.results import Table
+from ..studies.spectrum import SHARE, LayerSpectrum, ScoreSpectrum, TensorSpectrum
+
+
+class TensorSpectrumJson(TypedDict):
+    """Directions of a layer's keys, or values, in all KV heads; `carrying` of them carry 99 % of the loss."""
+
+    carrying: int
+    directions: int
+    loss: float
+
+
+class RopeJson(TypedDict):
+    """Rotated channels of a layer's keys: `channels` of every head from `start` on."""
+
+    layout: str
+    start: int
+    channels: int
+
+
+class LayerSpectrumJson(TypedDict):
+    """The spectrum of one layer; `rope` is null where its keys are not turned to frames."""
+
+    index: int
+    k: TensorSpectrumJson
+    v: TensorSpectrumJson
+    rope: RopeJson | None
+
+
+class MomentsJson(TypedDict):
+    """The moments of a score: their file, over how much they are means, and their spectrum by layer."""
+
+    file: str
+    sha256: str
+    documents: int
+    predictions: int
+    tokens: int
+    frame: int
+    spectrum: list[LayerSpectrumJson]
+
+
+def spectrum_table(spectrum: ScoreSpectrum, model: str, folder: Path) -> Table:
+    """Return a table of how many directions carry the loss, by layer; `folder` is the profile's."""
+    record = spectrum.record
+    columns = ["layer", "K directions", "of", "K loss", "V directions", "of", "V loss", "frames"]
+    rows = [
+        [f"{index}", *_cells(layer.k), *_cells(layer.v), "off" if layer.rope is None else f"{record.frame}"]
+        for index, layer in spectrum.layers.items()
+    ]
+    total = sum(layer.k.loss + layer.v.loss for layer in spectrum.layers.values())
+    footer = (
+        f"loss: nats a predicted token if only the mean were kept; {total:.4g} in all layers\n"
+        f"over {record.documents} documents, {record.tokens} packed tokens and {record.predictions} predictions\n"
+        f"tensors: {folder / record.file}"
+    )
+    return Table(
+        f"directions of {model} that carry {SHARE:.0%} of the loss, by {spectrum.score}", columns, rows, footer
+    )
+
+
+def spectrum_json(spectrum: ScoreSpectrum) -> MomentsJson:
+    """Return the record of the moments, with their spectrum by layer."""
+    record = spectrum.record
+    return {
+        "file": record.file,
+        "sha256": record.sha256,
+        "documents": record.documents,
+        "predictions": record.predictions,
+        "tokens": record.tokens,
+        "frame": record.frame,
+        "spectrum": [_layer_json(index, layer) for index, layer in spectrum.layers.items()],
+    }
+
+
+def _cells(tensor: TensorSpectrum) -> list[str]:
+    return [f"{tensor.carrying}", f"{tensor.heads * tensor.head_dim}", f"{tensor.loss:.2g}"]
+
+
+def _layer_json(index: int, layer: LayerSpectrum) -> LayerSpectrumJson:
+    k, v = (
+        TensorSpectrumJson(carrying=each.carrying, directions=each.heads * each.head_dim, loss=each.loss)
+        for each in (layer.k, layer.v)
+    )
+    if layer.rope is None:
+        return {"index": index, "k": k, "v": v, "rope": None}
+    rope = RopeJson(layout=layer.rope.layout, start=layer.rope.start, channels=2 * len(layer.rope.frequencies))
+    return {"index": index, "k": k, "v": v, "rope": rope}

@@ -1,0 +1,163 @@
+"""Transform coding's allocation: the plan of least expected loss, whatever limits it."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvmix_kernels.transform_layout import LEFT, MAX_WIDTH
+from made_up import make_info, make_profile, patient
+
+from kvmix_cli.allocation import Budget, allocate, make_bases
+from kvmix_cli.allocation.directions import Filling, expected_loss
+from kvmix_cli.errors import BudgetError
+from kvmix_cli.plan import CacheSettings, LayerPlan
+from kvmix_cli.plan.moments import LayerMoments, MomentsFile, TensorMoments
+from kvmix_cli.profile import Profile
+
+
+def moments(random, heads, dim):
+    """Moments of one tensor with eigenvalues over several orders of magnitude, as real heads have."""
+    basis = np.linalg.qr(random.standard_normal((heads, dim, dim)))[0]
+    metric, covariance = (
+        basis * np.exp(random.normal(mean, 3, (heads, 1, dim))) @ basis.transpose(0, 2, 1) for mean in (-9, -3)
+    )
+    return TensorMoments(metric, covariance, random.standard_normal((heads, dim)))
+
+
+def profile_of(layers=3, heads=2, dim=32, seed=0):
+    """A profile with directions, and their basis."""
+    random = np.random.default_rng(seed)
+    info = make_info(layers, head_dim=dim)
+    found = {i: LayerMoments(moments(random, heads, dim), moments(random, heads, dim), None) for i in range(layers)}
+    plain = make_profile([1.0] * layers, info=info, name="fisher-metric")
+    record = MomentsFile(file="profile.safetensors", sha256="0" * 64, documents=2, predictions=100, tokens=900)
+    score = plain.scores["fisher-metric"].model_copy(update={"moments": record})
+    profile = Profile(model=info, scores={"fisher-metric": score})
+    return profile, make_bases(profile, found)
+
+
+PROFILE, BASIS = profile_of()
+
+
+def plan_of(**limit):
+    return allocate(PROFILE, Budget(**limit), basis=BASIS)
+
+
+def loss_of(plan):
+    variances = BASIS.variances(sorted(plan.layers))
+    return sum(expected_loss(variances[i, name], getattr(plan.layers[i], name).runs) for i, name in variances)
+
+
+@patient
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=3), st.integers(0, 18))
+def test_no_other_widths_lose_less(variances, bits):
+    """Against all widths of up to three runs that cost as much: the loss of the one that fits best."""
+    falling = {f"head {i}": np.full((1, 8), variance) for i, variance in enumerate(variances)}
+    filling = Filling.of(falling)
+    found = filling.widths(filling.within(8 * bits))
+    best = min(
+        sum(4 * variance * LEFT[width] for variance, width in zip(variances, widths, strict=True))
+        for widths in itertools.product(range(MAX_WIDTH + 1), repeat=len(variances))
+        if sum(widths) <= bits
+    )
+    loss = sum(expected_loss(falling[name], widths.tolist()) for name, widths in found.items())
+    assert loss == pytest.approx(best, rel=1e-9)
+    assert filling.loss(filling.within(8 * bits)) == pytest.approx(best, rel=1e-9)
+
+
+@patient
+@given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 3))
+def test_widths_fall_along_a_head_and_a_short_last_run_counts_for_less(dim, bits, seed):
+    lengths = -np.sort(-np.random.default_rng(seed).lognormal(0, 2, (2, dim)), axis=1)
+    filling = Filling.of({"k": lengths})
+    widths = filling.widths(filling.within(bits))["k"]
+    assert (np.diff(widths, axis=1) <= 0).all()
+    sizes = np.diff([*range(0, dim, 8), dim])
+    assert (widths * sizes).sum() <= bits
+    assert filling.within(math.inf) == len(filling.worth) and filling.most == 2 * dim * MAX_WIDTH
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent"),
+    [
+        ({"avg_bits": 2.3}, lambda plan: plan.bits.nominal),
+        ({"stored_bits": 2.6}, lambda plan: plan.bits.stored),
+        ({"memory": 400_000, "context": 4096}, lambda plan: plan.cache_bytes(4096).total),
+    ],
+)
+def test_a_plan_spends_its_budget_and_no_more(limit, spent):
+    plan = plan_of(**limit)
+    asked = next(iter(limit.values()))
+    assert 0.97 * asked <= spent(plan) <= asked * (1 + 1e-6)  # within one run of a head
+    assert plan.provenance["predicted_loss"] == pytest.approx(loss_of(plan))
+
+
+def test_a_loss_is_kept_to_with_as_few_bits_as_possible():
+    plan = plan_of(max_loss=0.02)
+    assert loss_of(plan) <= math.log1p(0.02)
+    fewer = plan_of(avg_bits=plan.bits.nominal - 0.1)
+    assert loss_of(fewer) > math.log1p(0.02)
+
+
+def test_it_is_the_method_of_a_profile_with_directions_and_names_the_basis():
+    plan = plan_of(avg_bits=2)
+    assert plan.provenance["method"] == "transform"
+    assert plan.cache.transform.sha256 == BASIS.sha256
+    assert plan.cache.transform.basis.startswith("basis-")
+    assert allocate(PROFILE, Budget(avg_bits=2), basis=BASIS, exact=3).cache.transform.exact == 3
+
+
+def test_pinned_layers_keep_their_widths_and_their_cost():
+    pins = {0: LayerPlan.of_bits(8, 8)}
+    plan = allocate(PROFILE, Budget(avg_bits=4), basis=BASIS, pins=pins)
+    assert plan.layers[0] == pins[0]
+    assert 3.9 < plan.bits.nominal <= 4
+    assert "predicted_loss" not in plan.provenance
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "words"),
+    [
+        ({"avg_bits": 7}, {}, "transform codes reach 0 to 6"),
+        ({"stored_bits": 0.1}, {}, "no plan has 0.1 stored bits"),
+        ({"memory": 100}, {}, "no plan fits 100 B"),
+        ({"max_loss": 1e-9}, {}, "no plan keeps the predicted perplexity"),
+        ({}, {}, "has no levels for a share"),
+        ({"avg_bits": 2}, {"basis": None}, "kvmix profile --score fisher-metric"),
+        ({"avg_bits": 2}, {"exact": 128}, "must be less than the page"),
+        ({"max_loss": 0.1}, {"pins": {0: LayerPlan.of_bits(4, 4)}}, "cannot predict the loss of pinned layers"),
+    ],
+)
+def test_what_cannot_be_met_is_one_line(limit, options, words):
+    with pytest.raises(BudgetError, match=words) as caught:
+        allocate(PROFILE, Budget(**limit), method="transform", **{"basis": BASIS, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_frames_of_another_size_than_whole_pages_are_refused():
+    random = np.random.default_rng(0)
+    basis = make_bases(
+        PROFILE, {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
+    )
+    assert basis.frame is None
+    plan = allocate(PROFILE, Budget(avg_bits=2), basis=basis, cache=CacheSettings(page=96))
+    assert plan.cache.page == 96
+
+
+def test_moments_that_are_not_finite_name_the_layer():
+    random = np.random.default_rng(0)
+    found = {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
+    found[1].k.metric[0, 0, 0] = np.nan
+    with pytest.raises(BudgetError, match="layer 1 has no basis"):
+        make_bases(PROFILE, found)
+
+
+def test_a_head_that_nobody_reads_gets_no_bits():
+    random = np.random.default_rng(0)
+    found = {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
+    found[2].v.metric[1] = 0
+    plan = allocate(PROFILE, Budget(avg_bits=2), basis=make_bases(PROFILE, found))
+    assert plan.layers[2].v.widths[1] == "0000"

@@ -1,0 +1,93 @@
+"""The basis of the loss's metric: its definition, and metrics that determine none."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmix_cli.plan.metric import basis_of, carrying, needs_shrinkage, spectrum
+
+HEADS, DIM = 3, 8
+
+
+def random_metric(seed, rank=DIM):
+    """Return [H, D, D] of a rank, with eigenvalues over three decades."""
+    factors = np.random.default_rng(seed).normal(size=(HEADS, DIM, rank)) * np.geomspace(1, 1e-1, rank)
+    return factors @ factors.transpose(0, 2, 1)
+
+
+def floored(metric, floor):
+    weights, axes = np.linalg.eigh(metric)
+    weights = np.maximum(weights, floor * weights[:, -1:])
+    return np.einsum("hij,hj,hkj->hik", axes, weights, axes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, DIM),
+    st.integers(1, DIM),
+    st.sampled_from([1e-2, 1e-4]),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_half_a_squared_error_of_z_is_the_loss_of_the_error(seed, rank, covariance_rank, floor, scale):
+    metric, covariance = scale * random_metric(seed, rank), random_metric(seed + 1, covariance_rank)
+    encode, decode, eigenvalues = basis_of(metric, covariance, floor)
+    # float64, condition numbers up to 1 / floor: 1e-8 is far above the rounding of a few products
+    np.testing.assert_allclose(encode @ decode, np.broadcast_to(np.eye(DIM), encode.shape), atol=1e-8)
+    variance = encode @ covariance @ encode.transpose(0, 2, 1)
+    expected = np.zeros_like(variance)
+    expected[:, range(DIM), range(DIM)] = eigenvalues
+    np.testing.assert_allclose(variance, expected, atol=1e-8 * eigenvalues.max())
+    assert (np.diff(eigenvalues) <= 0).all() and (eigenvalues >= 0).all()
+    error = np.random.default_rng(seed + 2).normal(size=(HEADS, DIM))
+    of_z = np.einsum("hij,hj->hi", encode, error)
+    loss = np.einsum("hi,hij,hj->h", error, floored(metric, floor), error)
+    np.testing.assert_allclose((of_z**2).sum(-1), loss, rtol=1e-8)
+
+
+def test_the_spectrum_sums_to_the_loss_of_keeping_nothing_but_the_mean():
+    metric, covariance = random_metric(0), random_metric(1)
+    whole = np.trace(metric @ covariance, axis1=1, axis2=2)
+    np.testing.assert_allclose(spectrum(metric, covariance, floor=0.0).sum(-1), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.6, 2), (0.89, 2), (0.99, 3), (1.0, 4)])
+def test_directions_are_counted_over_all_heads(share, count):
+    assert carrying([[5.0, 1.0], [3.0, 1.0]], share) == count
+
+
+def test_no_loss_is_carried_by_no_direction():
+    assert carrying(np.zeros((2, 3)), 0.99) == 0
+
+
+def test_a_head_nobody_attends_to_has_the_identity_and_carries_no_loss():
+    metric = random_metric(2)
+    metric[1] = 0
+    encode, decode, eigenvalues = basis_of(metric, random_metric(3))
+    assert np.array_equal(encode[1], np.eye(DIM)) and np.array_equal(decode[1], np.eye(DIM))
+    assert not eigenvalues[1].any() and eigenvalues[0].all() and eigenvalues[2].all()
+
+
+def test_fewer_tokens_than_directions_are_shrunk_so_that_every_direction_has_a_variance():
+    metric, covariance = random_metric(4, rank=3), random_metric(5, rank=3)
+    assert needs_shrinkage(3, DIM) and not needs_shrinkage(DIM, DIM)
+    assert np.isclose(spectrum(metric, covariance)[:, -1], 0, atol=1e-12).all()
+    found = basis_of(metric, covariance, tokens=3)
+    assert (found.eigenvalues > 1e-6).all()
+    np.testing.assert_allclose(found.encode @ found.decode, np.broadcast_to(np.eye(DIM), metric.shape), atol=1e-8)
+    same = basis_of(metric, covariance, tokens=DIM)
+    np.testing.assert_array_equal(same.encode, basis_of(metric, covariance).encode)
+
+
+@pytest.mark.parametrize(
+    ("metric", "covariance", "fault"),
+    [
+        (np.full((1, 2, 2), np.nan), np.zeros((1, 2, 2)), "finite"),
+        (np.zeros((2, 2)), np.zeros((2, 2)), r"expected matrices \[H, D, D\], got \[2, 2\]"),
+        (np.zeros((1, 2, 2)), np.zeros((1, 3, 3)), "must have the same shape"),
+    ],
+)
+def test_statistics_that_are_no_pair_of_matrices_are_refused(metric, covariance, fault):
+    with pytest.raises(ValueError, match=fault):
+        basis_of(metric, covariance)
