@@ -117,9 +117,22 @@ def test_attends_like_the_definition(
     sink_logits = torch.randn(2 * ratio) if logits else None
     assert_attends(
         problem_of(
-            head_dim, page, pages, exact, frame, sinks, tail, queries, ratio, seed=seed, interleaved=interleaved,
-            dtype=dtype, mask=mask, softcap=softcap, sink_logits=sink_logits,
-        )  # fmt: skip
+            head_dim,
+            page,
+            pages,
+            exact,
+            frame,
+            sinks,
+            tail,
+            queries,
+            ratio,
+            seed=seed,
+            interleaved=interleaved,
+            dtype=dtype,
+            mask=mask,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """The transform codec: tokens in the directions of the loss's own metric, each at its own width.
 
-`naive` is the definition of encoding and decoding, `cpu` the native path; see docs/transform-coding.md for the mathematics.
+`naive` is the definition of encoding and decoding, `cpu` encodes with the native library; see docs/transform-coding.md
+for the mathematics.
 """
 
 from __future__ import annotations
