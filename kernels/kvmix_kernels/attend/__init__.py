@@ -23,9 +23,9 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).
     """
-    if problem.query.dtype == torch.float64 or problem.is_differentiated or problem.is_coded:
+    if problem.query.dtype == torch.float64 or problem.is_differentiated:
         return naive.attend(problem)
-    if gpu.is_usable(problem.query.device):
+    if gpu.is_usable(problem.query.device) and not problem.is_coded:
         from . import triton
 
         reason = triton.unsupported(problem)

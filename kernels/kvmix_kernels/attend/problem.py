@@ -91,7 +91,7 @@ class AttentionProblem:
 
     @property
     def is_coded(self) -> bool:
-        """Return whether keys or values are transform codes, which only `naive` attends to."""
+        """Return whether keys or values are transform codes, which no GPU kernel attends to."""
         return any(isinstance(tensor.packed, Coded) for tensor in (self.key, self.value))
 
     @property

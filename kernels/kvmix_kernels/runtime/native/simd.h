@@ -166,13 +166,34 @@ static inline INLINE void add_codes(vi (&sums)[SUMS], vb codes, Splat x) { add_c
 
 static inline INLINE vi total(const vi (&sums)[SUMS]) { return sums[0]; }
 
+// Lanes of a, then of b, all of which fit 16 bits.
+static inline vw narrowed(vi a, vi b) {
+#if KVMIX_WIDTH == 16 && defined(__AVX512BW__)
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packing works within 128 bits
+  return (vw)_mm512_permutexvar_epi64(order, _mm512_packs_epi32((__m512i)a, (__m512i)b));
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  return (vw)_mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a, (__m256i)b), 0xd8);
+#elif KVMIX_WIDTH == 4 && defined(__SSE2__)
+  return (vw)_mm_packs_epi32((__m128i)a, (__m128i)b);
+#else
+  vw out;
+  for (int i = 0; i < W; i++) out[i] = int16_t(a[i]), out[W + i] = int16_t(b[i]);
+  return out;
+#endif
+}
+
 // Coefficients 0 and 2 of every four into `first`, 1 and 3 into `second`.
 static inline void split(const int16_t* coefficients, int64_t count, int32_t* first, int32_t* second) {
-  for (int64_t i = 0; i < count / 4; i++) {
-    uint64_t four;
-    std::memcpy(&four, coefficients + 4 * i, sizeof four);
-    first[i] = int32_t(uint32_t(four & 0xffff) | uint32_t(four >> 32 << 16));
-    second[i] = int32_t(uint32_t(four >> 16 & 0xffff) | uint32_t(four >> 48 << 16));
+  int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W) {
+    const vi a = load<vi>(coefficients + i), b = load<vi>(coefficients + i + 2 * W);
+    store(first + i / 4, narrowed(a << 16 >> 16, b << 16 >> 16));
+    store(second + i / 4, narrowed(a >> 16, b >> 16));
+  }
+  for (; i < count; i += 4) {
+    const uint16_t c[] = {uint16_t(coefficients[i]), uint16_t(coefficients[i + 1]), uint16_t(coefficients[i + 2]),
+                          uint16_t(coefficients[i + 3])};
+    first[i / 4] = int32_t(c[0] | uint32_t(c[2]) << 16), second[i / 4] = int32_t(c[1] | uint32_t(c[3]) << 16);
   }
 }
 #endif
