@@ -15,7 +15,7 @@ from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo,
 from ..plan.basis import BasisFile
 from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
-from ..plan.sizes import format_bytes, page_layout
+from ..plan.sizes import format_bytes, layer_bytes, page_layout
 from ..profile import Profile, Score, choice_key
 from .budgets import TOLERANCE, Budget
 from .curves import Curves
@@ -122,7 +122,12 @@ class Problem:
         return self._tensor_cost(self.model.heads(layer), kind, tensor)
 
     def cost(self, layers: Mapping[int, LayerPlan]) -> int:
-        """Return the cost of all these layers."""
+        """Return the cost of all these layers; under a limit of memory with what a layer keeps for exact tokens."""
+        budget = self.budget
+        if budget.memory is not None and self.basis is not None:
+            at = (budget.context, budget.batch, budget.element_bytes)
+            heads = self.model.heads
+            return sum(layer_bytes(plan, self.cache, heads(layer), *at).total for layer, plan in layers.items())
         return sum(
             self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
         )

@@ -22,7 +22,7 @@ def moments(random, heads, dim):
     """Moments of one tensor with eigenvalues over several orders of magnitude, as real heads have."""
     basis = np.linalg.qr(random.standard_normal((heads, dim, dim)))[0]
     metric, covariance = (
-        basis * np.exp(random.normal(-3, 3, (heads, 1, dim))) @ basis.transpose(0, 2, 1) for _ in range(2)
+        basis * np.exp(random.normal(mean, 3, (heads, 1, dim))) @ basis.transpose(0, 2, 1) for mean in (-9, -3)
     )
     return TensorMoments(metric, covariance, random.standard_normal((heads, dim)))
 
