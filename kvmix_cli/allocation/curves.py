@@ -65,7 +65,7 @@ class Curves:
         total = 0.0
         for layer, plan in layers.items():
             for tensor, kind in plan.tensors:
-                loss = self.at(layer, kind, tensor) if isinstance(tensor, TensorPlan) else None
+                loss = self.at(layer, kind, tensor)
                 if loss is None:
                     return None
                 total += loss

@@ -133,7 +133,7 @@ def test_transform_codes_are_refused_by_every_engine():
     transform = TransformSettings(basis="basis.safetensors", sha256="0" * 64)
     info = make_info(1, head_dim=32)
     plan = Plan.build(info, {0: LayerPlan(k=coded, v=TensorPlan(bits=8))}, CacheSettings(transform=transform))
-    for name, target in TARGETS.items():
+    for name in ("vllm", "modelopt", "llama.cpp", "kvtuner"):
         said = rf"{re.escape(name)} cannot express this plan: .* transform codes in layers 0"
         with pytest.raises(ExportError, match=said):
-            target.write(plan)
+            TARGETS[name].write(plan)
