@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BudgetError
-from ..plan.basis import BasisFile, Floats, LayerBasis, Rope, TensorName
+from ..plan.basis import BasisFile, Floats, LayerBasis, TensorName
 from ..plan.metric import basis_of
 from ..plan.moments import LayerMoments, TensorMoments
 from ..profile import Profile
@@ -39,11 +39,7 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFi
             layers[index] = {name: _basis(getattr(moments[index], name), tokens) for name in ("k", "v")}
         except ValueError as error:
             raise BudgetError(f"layer {index} has no basis: {error}; measure it again with --score {SCORE}") from error
-    rope = {
-        index: Rope(each.rope.frequencies, each.rope.start, each.rope.layout == "interleaved")
-        for index, each in moments.items()
-        if each.rope is not None
-    }
+    rope = {index: each.rope for index, each in moments.items() if each.rope is not None}
     frame = record.frame if record is not None and rope else None
     return BasisFile(profile.model.id, layers, frame, rope)
 
