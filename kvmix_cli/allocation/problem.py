@@ -129,7 +129,7 @@ class Problem:
             heads = self.model.heads
             return sum(layer_bytes(plan, self.cache, heads(layer), *at).total for layer, plan in layers.items())
         return sum(
-            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
+            self.tensor_cost(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
         )
 
     @property
@@ -152,7 +152,7 @@ class Problem:
     def loss(self, layers: Mapping[int, LayerPlan]) -> float:
         """Return the score's loss of all these layers. Raises BudgetError if the score lacks one of the choices."""
         return sum(
-            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.affine
+            self.tensor_loss(layer, kind, tensor) for layer, plan in layers.items() for tensor, kind in plan.tensors
         )
 
     @cached_property
