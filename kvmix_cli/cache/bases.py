@@ -104,4 +104,4 @@ def _frames(file: BasisFile, index: int, device: torch.device) -> Frames | None:
     rope = file.rope.get(index)
     if rope is None or file.frame is None:
         return None
-    return Frames(file.frame, torch.from_numpy(rope.frequencies).to(device), rope.start, rope.interleaved)
+    return Frames(file.frame, torch.from_numpy(rope.frequencies).to(device), rope.start, rope.layout == "interleaved")

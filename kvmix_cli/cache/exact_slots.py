@@ -8,8 +8,9 @@ from torch import Tensor
 from .buffer import Buffer
 from .observation import QuerySample, TailAttention
 
-SAMPLE = QuerySample(recent=32, spread=32)
-EXTRAPOLATES = False
+SAMPLE = QuerySample(recent=64, spread=256)
+"""Queries of a prompt that are looked at. Of 900 in SmolLM2-135M, 2 nominal bits, 1 and 2 exact tokens of a page: .0085
+and .0069 nats a token; all of them .0086 and .0067, 64 in all .0094 and .0077."""
 UNSEEN = 1e-9
 """Attention of a token that no query has looked at: among such tokens, and only among them, the error decides."""
 
@@ -29,7 +30,7 @@ class ExactSlots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.attention = TailAttention(SAMPLE, EXTRAPOLATES)
+        self.attention = TailAttention(SAMPLE)
         self.slots = Buffer()
 
     def choose(self, errors: Tensor, first: int) -> None:
@@ -41,9 +42,6 @@ class ExactSlots:
         """
         pages, page = errors.shape[2:]
         received = self.attention.received((first + pages) * page)
-        observers = self.attention.observers((first + pages) * page)
-        if received is not None and observers is not None:
-            received = received / observers.clamp(min=1)
         if received is not None and received.shape[2] == (first + pages) * page:
             errors = errors * (received[..., first * page :].unflatten(2, (pages, page)) + UNSEEN)
         places = errors.topk(self.count, dim=-1).indices

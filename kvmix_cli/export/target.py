@@ -31,8 +31,8 @@ class Target:
 
     def write(self, plan: Plan) -> str:
         """Return a plan as the engine's configuration. Raises ExportError if the engine cannot express it."""
-        if coded := {index: layer.short for index, layer in plan.layers.items() if layer.is_coded}:
-            refuse(self.name, "it has no transform codes", coded, "another --method, such as rank")
+        if coded := {index: "transform codes" for index, layer in plan.layers.items() if layer.is_coded}:
+            refuse(self.name, "it has widths of whole tensors only", coded, "another --method, such as rank")
         if axes := plan.cache.axes:
             raise ExportError(
                 f"{self.name} cannot express this plan: it knows widths, but not {' and '.join(axes)} of the plan's "

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from ..errors import PlanError, first_sentence
 from ..files import write_bytes
 from .geometry import HeadGeometry
-from .moments import Rope
+from .moments import Rope, RopeLayout
 
 FORMAT: Final = "kvmix-basis/1"
 TensorName = Literal["k", "v"]
@@ -35,11 +35,11 @@ TENSOR_NAMES: Final[tuple[TensorName, ...]] = ("k", "v")
 Floats = NDArray[np.float32]
 
 
-class _Rope(TypedDict):
-    """The channels of a layer that RoPE turns: first one, and whether pairs are neighbours."""
+class _Turn(TypedDict):
+    """The channels of a layer that RoPE turns, as `Rope` has them."""
 
+    layout: RopeLayout
     start: int
-    interleaved: bool
 
 
 class _Header(TypedDict):
@@ -48,7 +48,7 @@ class _Header(TypedDict):
     format: str
     model: str
     frame: int | None
-    rope: dict[str, _Rope]
+    rope: dict[str, _Turn]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class BasisFile:
         model: id of the model, for messages.
         layers: by index, those of keys (`"k"`) and of values (`"v"`).
         frame: positions of a frame that keys are turned to the start of; None for none.
-        rope: by index, the turn of keys; a layer without RoPE is not in it.
+        rope: by index, the turn of keys by RoPE; a layer without RoPE is not in it.
     """
 
     model: str
@@ -118,7 +118,7 @@ class BasisFile:
             for kind, each in sorted(kinds.items()):
                 arrays |= {f"layers.{index}.{kind}.{name}": array for name, array in vars(each).items()}
         arrays |= {f"layers.{index}.rope.frequencies": each.frequencies for index, each in sorted(self.rope.items())}
-        rope = {f"{i}": _Rope(start=each.start, interleaved=each.interleaved) for i, each in sorted(self.rope.items())}
+        rope = {f"{i}": _Turn(layout=each.layout, start=each.start) for i, each in sorted(self.rope.items())}
         header = _Header(format=FORMAT, model=self.model, frame=self.frame, rope=rope)
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return save(contiguous, {"kvmix": json.dumps(header)})
@@ -170,6 +170,10 @@ class BasisFile:
                 int(index): Rope(arrays[f"layers.{index}.rope.frequencies"].astype(np.float64), **each)
                 for index, each in header["rope"].items()
             }
+            for index, turn in rope.items():
+                channels = layers[index]["k"].mean.shape[1] - 2 * len(turn.frequencies)
+                if turn.layout not in get_args(RopeLayout) or not 0 <= turn.start <= channels:
+                    raise ValueError(f"RoPE of layer {index} turns {turn.layout!r} channels from {turn.start} on")
             return cls(header["model"], layers, header["frame"], rope)
         except (KeyError, TypeError, ValueError) as error:
             raise _fault(path, f"incomplete ({first_sentence(error)})", advice) from error

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,26 +31,21 @@ from .document import StrictModel
 FRAME = 1024
 """Positions that share one origin of their rotation."""
 Array = NDArray[Any]
+RopeLayout = Literal["half", "interleaved"]
+"""Pairs that a rotation turns: channels `c` and `c + n`, or `2 c` and `2 c + 1`, from the first rotated one on."""
 _COUNT = Field(ge=1, lt=2**48)
 
 
 class Rope(NamedTuple):
-    """The turn of a layer's keys by RoPE, from one position to the next: `2 n` channels of every head are turned.
+    """Rotary positions of one layer: `2 n` channels of every head from `start` on are turned, the others are not.
 
     Attributes:
-        frequencies: `[n]` float64, radians of each pair of channels.
-        start: first channel that is turned.
-        interleaved: pairs are channels `(2 i, 2 i + 1)` after `start` (GPT-J), otherwise `(i, i + n)` (Llama).
+        frequencies: radians a position of each pair, `[n]`, float64.
     """
 
     frequencies: NDArray[np.float64]
-    start: int = 0
-    interleaved: bool = False
-
-    @property
-    def layout(self) -> str:
-        """Return how channels are paired, as files state it: `interleaved` or `half`."""
-        return "interleaved" if self.interleaved else "half"
+    layout: RopeLayout
+    start: int
 
 
 class TensorMoments(NamedTuple):
@@ -144,8 +139,7 @@ def _layer(tensors: Mapping[str, Array], index: int, rope: Mapping[str, Any] | N
     )
     if rope is None:
         return LayerMoments(k, v, None)
-    frequencies = tensors[f"layers.{index}.rope.frequencies"]
-    return LayerMoments(k, v, Rope(frequencies, int(rope["start"]), rope["layout"] == "interleaved"))
+    return LayerMoments(k, v, Rope(tensors[f"layers.{index}.rope.frequencies"], rope["layout"], int(rope["start"])))
 
 
 def _unusable(path: Path, why: str) -> DocumentError:

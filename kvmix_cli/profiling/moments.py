@@ -133,8 +133,8 @@ def turned(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     cosine, sine = angles.cos(), angles.sin()
     states, size = states.double().clone(), 2 * len(rope.frequencies)
     part = states[..., rope.start : rope.start + size]
-    axis = -1 if rope.interleaved else -2
-    first, second = part.unflatten(-1, (-1, 2) if rope.interleaved else (2, -1)).unbind(axis)
+    axis = -2 if rope.layout == "half" else -1
+    first, second = part.unflatten(-1, (2, -1) if rope.layout == "half" else (-1, 2)).unbind(axis)
     pair = torch.stack([first * cosine - second * sine, second * cosine + first * sine], axis)
     states[..., rope.start : rope.start + size] = pair.flatten(-2)
     return states

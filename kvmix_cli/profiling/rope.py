@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.loading import LoadedModel
-from ..plan.moments import FRAME, Rope
+from ..plan.moments import FRAME, Rope, RopeLayout
 from .moments import turned
 from .observer import observed
 
@@ -89,10 +90,10 @@ def _explanation(keys: Tensor, positions: Tensor, frequencies: list[np.ndarray])
 
 def _candidates(frequencies: list[np.ndarray], head_dim: int) -> Iterator[Rope]:
     for each in frequencies:
-        for interleaved in (False, True):
+        for layout in get_args(RopeLayout):
             for start in sorted({0, head_dim - 2 * len(each)}):
                 if start >= 0 and 2 * len(each) <= head_dim:
-                    yield Rope(each, start, interleaved)
+                    yield Rope(each, layout, start)
 
 
 def _distance(found: Tensor, keys: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Plans as other engines are told them; what they cannot express names the layers."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -10,7 +11,7 @@ from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import ExportError
 from kvmix_cli.export import TARGETS
-from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
 
 STOCK = make_info(4, stock={1: "sliding_attention"})
 HYBRID = make_info(4, stock={1: "linear_attention"})
@@ -126,3 +127,14 @@ def test_an_unknown_engine_is_told_its_nearest():
         TARGETS["vlm"]
     with pytest.raises(ExportError, match=r"known are vllm, modelopt, llama\.cpp, kvtuner"):
         TARGETS["something"]
+
+
+def test_transform_codes_are_refused_by_every_engine():
+    coded = TransformTensor(widths=("2211", "3300"))
+    transform = TransformSettings(basis="basis.safetensors", sha256="0" * 64)
+    info = make_info(1, head_dim=32)
+    plan = Plan.build(info, {0: LayerPlan(k=coded, v=TensorPlan(bits=8))}, CacheSettings(transform=transform))
+    for name in ("vllm", "modelopt", "llama.cpp", "kvtuner"):
+        said = rf"{re.escape(name)} cannot express this plan: .* transform codes in layers 0"
+        with pytest.raises(ExportError, match=said):
+            TARGETS[name].write(plan)

@@ -10,8 +10,9 @@ from made_up import make_info
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
-from kvmix_cli.plan.basis import BasisFile, Rope
+from kvmix_cli.plan.basis import BasisFile
 from kvmix_cli.plan.layers import parse_mean_widths, parse_short
+from kvmix_cli.plan.moments import Rope
 from kvmix_cli.plan.policies import Rotate, Transforms
 from kvmix_cli.plan.sizes import layer_bytes, tensor_bits
 
@@ -191,7 +192,7 @@ def test_a_basis_of_another_model_is_refused(basis, tmp_path):
 
 def test_a_turn_keeps_its_layout(tmp_path):
     info = make_info(1, head_dim=16)
-    basis = BasisFile(info.id, made_up_basis(info).layers, 64, {0: Rope(np.ones(4), start=8, interleaved=True)})
+    basis = BasisFile(info.id, made_up_basis(info).layers, 64, {0: Rope(np.ones(4), "interleaved", 8)})
     basis.save(tmp_path / "basis.safetensors")
     rope = BasisFile.load(tmp_path / "basis.safetensors").rope[0]
-    assert (rope.start, rope.interleaved) == (8, True)
+    assert (rope.start, rope.layout) == (8, "interleaved")

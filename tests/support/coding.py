@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
-from kvmix_cli.plan.basis import BasisFile, LayerBasis, Rope
+from kvmix_cli.plan.basis import BasisFile, LayerBasis
+from kvmix_cli.plan.moments import Rope
 from kvmix_cli.plan.windows import Recent
 
 PAGE, SINK, FRAME = 16, 4, 64
@@ -34,7 +35,7 @@ def made_up_basis(info, frame=FRAME, rope=None, seed=0):
         }
         for index in info.quantizable
     }
-    turns = {} if rope is None else {index: Rope(np.asarray(rope, np.float64)) for index in info.quantizable}
+    turns = {} if rope is None else {index: Rope(np.asarray(rope, np.float64), "half", 0) for index in info.quantizable}
     return BasisFile(info.id, layers, frame, turns)
 
 
