@@ -170,10 +170,10 @@ class BasisFile:
                 int(index): Rope(arrays[f"layers.{index}.rope.frequencies"].astype(np.float64), **each)
                 for index, each in header["rope"].items()
             }
-            for index, turn in rope.items():
-                channels = layers[index]["k"].mean.shape[1] - 2 * len(turn.frequencies)
+            for layer, turn in rope.items():
+                channels = layers[layer]["k"].mean.shape[1] - 2 * len(turn.frequencies)
                 if turn.layout not in get_args(RopeLayout) or not 0 <= turn.start <= channels:
-                    raise ValueError(f"RoPE of layer {index} turns {turn.layout!r} channels from {turn.start} on")
+                    raise ValueError(f"RoPE of layer {layer} turns {turn.layout!r} channels from {turn.start} on")
             return cls(header["model"], layers, header["frame"], rope)
         except (KeyError, TypeError, ValueError) as error:
             raise _fault(path, f"incomplete ({first_sentence(error)})", advice) from error
