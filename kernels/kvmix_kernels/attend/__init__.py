@@ -23,7 +23,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).
     """
-    if problem.query.dtype == torch.float64 or problem.is_differentiated or problem.is_coded:
+    if problem.query.dtype == torch.float64 or problem.is_differentiated:
         return naive.attend(problem)
     if gpu.is_usable(problem.query.device):
         from . import triton
@@ -33,7 +33,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
         elif triton.is_trusted(problem):
             return triton.attend(problem)
-    native = library() if problem.query.device.type == "cpu" else None
+    native = library() if problem.query.device.type == "cpu" and not problem.is_coded else None
     if native is not None and cpu.supports(problem):
         return cpu.attend(native, problem)
     if native is not None:
