@@ -266,7 +266,7 @@ def code_sums(
 
 @triton.jit
 def bytes_of(stride, page, pages, BITS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return where the bytes of a plane of a tile's pages are, `[TILE * BITS / 8]`, and whether there are such pages."""
+    """Return where the bytes of a plane of a tile's pages are, `[TILE * BITS / 8]`, and whether such pages exist."""
     BYTES: tl.constexpr = PAGE * BITS // 8
     within = tl.arange(0, TILE * BITS // 8)
     if PAGE == TILE:

@@ -1,4 +1,4 @@
-"""The launch for pages of transform codes: the problems that it takes, and its results among those of other launches."""
+"""The launch for pages of transform codes: the problems that it takes, and its result as one split among others."""
 
 from __future__ import annotations
 

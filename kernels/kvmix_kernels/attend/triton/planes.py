@@ -2,8 +2,8 @@
 
 A direction of 3, 5 or 6 bits is a plane of low bits and a plane of high ones, and coefficients are linear in both: the
 high plane has those of the low one times a power of two, which rounding does not touch. So a kernel knows planes of 4,
-2 and 1 bits and no widths. A table says where in a page each plane of a head begins, sorted by bits, each kind padded to
-whole chunks; of directions of 0 bits there is nothing in it.
+2 and 1 bits and no widths. A table says where in a page each plane of a head begins, sorted by bits, each kind padded
+to whole chunks; of directions of 0 bits there is nothing in it.
 """
 
 from __future__ import annotations
