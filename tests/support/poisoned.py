@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from kvmix_kernels import PageLayout
-from kvmix_kernels.attend.triton import launch
+from kvmix_kernels.attend.triton import sharing
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
 
@@ -12,12 +12,12 @@ from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, T
 @contextlib.contextmanager
 def splits_of(tokens):
     """Within, GPU kernels share tokens out in splits of at least so many, and there are many programs."""
-    before = launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR
-    launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = tokens, 1024
+    before = sharing.TOKENS_PER_SPLIT, sharing.PROGRAMS_PER_PROCESSOR
+    sharing.TOKENS_PER_SPLIT, sharing.PROGRAMS_PER_PROCESSOR = tokens, 1024
     try:
         yield
     finally:
-        launch.TOKENS_PER_SPLIT, launch.PROGRAMS_PER_PROCESSOR = before
+        sharing.TOKENS_PER_SPLIT, sharing.PROGRAMS_PER_PROCESSOR = before
 
 
 def in_a_poisoned_buffer(x):

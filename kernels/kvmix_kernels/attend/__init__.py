@@ -25,7 +25,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """
     if problem.query.dtype == torch.float64 or problem.is_differentiated:
         return naive.attend(problem)
-    if gpu.is_usable(problem.query.device) and not problem.is_coded:
+    if gpu.is_usable(problem.query.device):
         from . import triton
 
         reason = triton.unsupported(problem)

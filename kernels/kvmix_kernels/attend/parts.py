@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Channels, Packed, Segments, Tiers, count
+from ..segments import Channels, Coded, Packed, Segments, Tiers, count
 from .problem import AttentionProblem
 
 
@@ -49,6 +49,44 @@ def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
     return parts
 
 
+def uncoded_parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
+    """Return what keys and values in transform codes have in full precision: sink and tail, and the exact tokens.
+
+    What attends to the pages must then leave the exact tokens out. Arguments are those of `parts_of`.
+    """
+    key, value, mask = problem.key, problem.value, problem.mask if with_masks else None
+    parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
+    coded = key.packed, value.packed
+    if not isinstance(coded[0], Coded) or not isinstance(coded[1], Coded):
+        raise AssertionError("expected keys and values in transform codes")
+    places = places_of(coded[0])
+    if places is not None and coded[0].exact is not None and coded[1].exact is not None and places.shape[2]:
+        of_places = _mask_of_places(problem, places) if with_masks else None
+        keys, values = (exact.flatten(2, 3) for exact in (coded[0].exact, coded[1].exact))
+        parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_places))
+    return parts
+
+
+def places_of(coded: Coded) -> Tensor | None:
+    """Return the positions of the exact tokens among the packed ones, ascending, `[B, H_kv, N]`."""
+    if coded.slots is None:
+        return None
+    first = torch.arange(coded.pages, device=coded.slots.device)[:, None] * coded.page
+    return (coded.slots.long() + first).flatten(2)
+
+
+def _mask_of_places(problem: AttentionProblem, places: Tensor) -> Tensor:
+    """Return the mask of the packed tokens at `places` `[B, H_kv, N]`, which hides those below 0."""
+    is_token = (places >= 0).repeat_interleave(problem.ratio, dim=1)[:, :, None]
+    if problem.mask is None:
+        return is_token
+    first, last = problem.key.edges
+    mask = problem.mask
+    if mask.shape[-1] > 1:
+        mask = _columns(problem, mask[..., first:last], places.clamp(min=0))
+    return mask & is_token if mask.dtype == torch.bool else mask.masked_fill(~is_token, -torch.inf)
+
+
 def _ends(tensor: Segments) -> Segments:
     """Return sink and tail, without the tokens between them."""
     return Segments(tensor.sink, None, tensor.tail)
@@ -74,8 +112,13 @@ def _mask_of_tier(problem: AttentionProblem, tiers: Tiers, index: int) -> Tensor
     if mask.shape[-1] == 1:
         return mask
     first, last = problem.key.edges
-    columns = mask[..., first:last].expand(problem.batch, problem.heads, queries, last - first)
-    columns = columns.reshape(problem.batch, problem.kv_heads, problem.ratio, queries, last - first)
-    places = tiers.places(index)[:, :, None, None]
-    chosen = columns.gather(-1, places.expand(*columns.shape[:-1], -1))
-    return chosen.flatten(1, 2)
+    return _columns(problem, mask[..., first:last], tiers.places(index))
+
+
+def _columns(problem: AttentionProblem, mask: Tensor, places: Tensor) -> Tensor:
+    """Return the columns of a mask over packed tokens at places `[B, H_kv, n]`, `[B, H, S, n]`."""
+    columns = mask.expand(problem.batch, problem.heads, problem.queries, mask.shape[-1])
+    columns = columns.unflatten(1, (problem.kv_heads, problem.ratio))
+    chosen = columns.gather(-1, places[:, :, None, None].expand(*columns.shape[:-1], -1))
+    flat: Tensor = chosen.flatten(1, 2)
+    return flat

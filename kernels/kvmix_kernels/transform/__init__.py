@@ -1,6 +1,7 @@
 """The transform codec: tokens in the directions of the loss's own metric, each at its own width.
 
-`naive` is the definition of encoding and decoding, `cpu` the native path; docs/transform-coding.md has the mathematics.
+`naive` is the definition of encoding and decoding, `cpu` the native path, `triton` the path of GPUs;
+docs/transform-coding.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime import gpu
 from ..runtime.native import library
 from . import cpu, naive
 from .basis import Frames, TransformBasis
@@ -23,4 +25,9 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
     native = library() if pages.device.type == "cpu" and not is_wide else None
     if native is not None:
         return cpu.encode(native, pages, basis, first_page)
+    if gpu.is_usable(pages.device) and not is_wide:
+        from . import triton
+
+        if triton.supports(pages, basis) and triton.is_trusted(pages.device, basis, pages.dtype):
+            return triton.encode(pages, basis, first_page)
     return naive.encode(pages, basis, first_page)

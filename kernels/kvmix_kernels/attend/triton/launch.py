@@ -5,7 +5,6 @@ Each part of the tokens is one launch, and one more launch merges the results of
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +13,19 @@ from torch import Tensor
 
 from ...layout import PageLayout
 from ...segments import Channels, Packed, Plain, Segments
-from ..parts import Part, parts_of
+from ..parts import Part, parts_of, uncoded_parts_of
 from ..problem import AttentionProblem
+from . import coded_launch
 from .channels import RunLayouts
-from .kernel import attend_kernel, merge_kernel
+from .kernel import attend_kernel
 from .memory import RunPointers, SegmentPointers
-from .softmax import ADDITIVE, BOOLEAN, CAUSAL, LOG2_E
+from .sharing import LEAST_ROWS, PartialResults, mask_kind, mask_of_rows, rows_of_program, score_factors, split
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_PAGE = 16
 MOST_GROUPS = 8
 MOST_CHANNELS = 256
 MOST_RUNS = 4
-
-LEAST_ROWS, MOST_ROWS = 8, 32
-"""Query rows in a program: 8 is what a tensor core multiplies at once."""
-MERGED_AT_ONCE = 16
-TOKENS_PER_SPLIT = 1024
-"""Tokens in a split, at least: the partial result of a split is written and read once more."""
-PROGRAMS_PER_PROCESSOR = 8
 
 
 @dataclass(frozen=True)
@@ -65,28 +58,17 @@ class Shares:
         return self.packed_splits + self.tile_splits
 
 
-@dataclass(frozen=True, eq=False)
-class PartialResults:
-    """Results of all programs, before they are merged.
-
-    Attributes:
-        means: `[B * H_kv, splits, rows, D_v]` float32, weighted means of values.
-        logarithms: `[B * H_kv, splits, rows]` float32, to base 2, of the sums of weights.
-    """
-
-    means: Tensor
-    logarithms: Tensor
-
-    @property
-    def splits(self) -> int:
-        """Splits of all parts together."""
-        return self.means.shape[1]
-
-
 def unsupported(problem: AttentionProblem) -> str | None:
     """Return why the kernels cannot take this problem, for a warning; None if they can."""
-    reasons = (_unsupported(problem, part.key, part.value) for part in parts_of(problem, with_masks=False))
+    if problem.is_coded and (reason := coded_launch.unsupported(problem)):
+        return reason
+    reasons = (_unsupported(problem, part.key, part.value) for part in plain_parts(problem, with_masks=False))
     return next((reason for reason in reasons if reason), None)
+
+
+def plain_parts(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
+    """Return the parts of a problem, pages of transform codes left out."""
+    return (uncoded_parts_of if problem.is_coded else parts_of)(problem, with_masks)
 
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -94,47 +76,26 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
     Nothing waits for the GPU, and memory comes from PyTorch's pool, so that the call can be captured in a CUDA graph.
     """
-    query, programs = problem.query, problem.batch * problem.kv_heads
-    parts = parts_of(problem)
+    parts = plain_parts(problem)
     shares = [_shares_of(part, problem) for part in parts]
-    rows = (programs, sum(share.splits for share in shares), problem.ratio * problem.queries)
-    partial = PartialResults(
-        torch.empty(*rows, problem.value_dim, dtype=torch.float32, device=query.device),
-        torch.empty(rows, dtype=torch.float32, device=query.device),
-    )
-    output = torch.empty(*query.shape[:3], problem.value_dim, dtype=query.dtype, device=query.device)
-    logarithms = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    with torch.cuda.device_of(query):
+    of_codes = coded_launch.has_pages(problem)
+    partial = PartialResults.of(problem, sum(share.splits for share in shares) + of_codes, problem.value_dim)
+    with torch.cuda.device_of(problem.query):
         first_split = 0
         for part, share in zip(parts, shares, strict=True):
             if share.splits:
                 _launch(problem, part, share, partial, first_split)
             first_split += share.splits
-        merge_kernel[(programs, problem.ratio * problem.queries)](
-            output,
-            output.stride()[:3],
-            logarithms,
-            partial.means,
-            partial.logarithms,
-            output if problem.sink_logits is None else problem.sink_logits,
-            partial.splits,
-            problem.kv_heads,
-            problem.queries,
-            VALUE_DIM=problem.value_dim,
-            RATIO=problem.ratio,
-            HAS_LOGITS=problem.sink_logits is not None,
-            BLOCK=MERGED_AT_ONCE,
-            num_warps=2,
-        )
-    return output, logarithms
+        if of_codes:
+            coded_launch.attend_into(problem, partial, first_split)
+        return partial.merge(problem, problem.query.dtype, problem.sink_logits)
 
 
 def _launch(problem: AttentionProblem, part: Part, shares: Shares, partial: PartialResults, first_split: int) -> None:
     """Attend to a part of the tokens, whose splits are those from `first_split` on of all."""
-    key, value, softcap, block = part.key, part.value, problem.softcap, _rows_of_program(problem)
-    per_row = problem.query if part.mask is None else part.mask.expand(*problem.query.shape[:3], part.tokens)
-    if per_row.dtype == torch.bool:
-        per_row = per_row.view(torch.uint8)
+    key, value, block = part.key, part.value, rows_of_program(problem)
+    factor, cap = score_factors(problem)
+    per_row = mask_of_rows(part.mask, problem, part.tokens)
     runs, value_layout = run_layouts(key), next(iter(run_layouts(value)), None)
     programs = problem.batch * problem.kv_heads
     attend_kernel[(programs, shares.splits, triton.cdiv(problem.ratio * problem.queries, block))](
@@ -146,8 +107,8 @@ def _launch(problem: AttentionProblem, part: Part, shares: Shares, partial: Part
         *per_row.stride(),
         partial.means,
         partial.logarithms,
-        problem.scaling * (2 / softcap if softcap else 1) * LOG2_E.value,
-        (softcap or 0.0) * LOG2_E.value,
+        factor,
+        cap,
         problem.kv_heads,
         problem.queries,
         part.tokens,
@@ -167,8 +128,8 @@ def _launch(problem: AttentionProblem, part: Part, shares: Shares, partial: Part
         RATIO=problem.ratio,
         PAGE=shares.page,
         TILE=shares.tile,
-        MASK=_mask_kind(part.mask, problem.queries),
-        SOFTCAP=softcap is not None,
+        MASK=mask_kind(part.mask, problem.queries > 1),
+        SOFTCAP=problem.softcap is not None,
         BLOCK=block,
         STAGES=2 if _is_large(problem) else 3,
         num_warps=_warps(block, max(problem.head_dim, problem.value_dim), (*runs, value_layout)),
@@ -183,30 +144,14 @@ def run_layouts(tensor: Segments) -> tuple[PageLayout | int, ...]:
 def _shares_of(part: Part, problem: AttentionProblem) -> Shares:
     """Return as many shares as fill the GPU, each of one program a KV head, batch row and block of query rows."""
     key, value, device = part.key, part.value, problem.query.device
-    blocks = triton.cdiv(problem.ratio * problem.queries, _rows_of_program(problem))
+    blocks = triton.cdiv(problem.ratio * problem.queries, rows_of_program(problem))
     programs, tile = problem.batch * problem.kv_heads * blocks, 32 if _is_large(problem) else 64
     page = next((run.page for run in (*key.runs, *value.runs)), SMALLEST_PAGE)
     key_pages, value_pages = (tensor.runs[0].pages if tensor.runs else 0 for tensor in (key, value))
     sinks, pages = max(key.sinks, value.sinks), max(key_pages, value_pages)
     tiles = triton.cdiv(sinks, tile) + triton.cdiv(part.tokens - sinks - pages * page, tile)
-    packed = _split(pages, page, programs, device)
-    return Shares(page, tile, (key_pages, value_pages), sinks, *packed, *_split(tiles, tile, programs, device))
-
-
-def _split(units: int, tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Return the number of splits of `units` of `tokens` each, and the units of one."""
-    wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
-    each = max(TOKENS_PER_SPLIT // tokens, triton.cdiv(units * programs, wanted), 1)
-    return triton.cdiv(units, each), each
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
-def _rows_of_program(problem: AttentionProblem) -> int:
-    return min(MOST_ROWS, max(LEAST_ROWS, int(triton.next_power_of_2(problem.ratio * problem.queries))))
+    packed = split(pages, page, programs, device)
+    return Shares(page, tile, (key_pages, value_pages), sinks, *packed, *split(tiles, tile, programs, device))
 
 
 def _is_large(problem: AttentionProblem) -> bool:
@@ -218,12 +163,6 @@ def _warps(block: int, channels: int, runs: tuple[PageLayout | int | None, ...])
     """Return as few warps as the registers allow: two issue the fewest instructions per code (kernels/README.md)."""
     has_wide_codes = any(isinstance(run, PageLayout) and run.bits == 8 for run in runs)
     return 4 if block > LEAST_ROWS or channels > 128 or has_wide_codes else 2
-
-
-def _mask_kind(mask: Tensor | None, queries: int) -> int:
-    if mask is None:
-        return int(CAUSAL.value) if queries > 1 else 0
-    return int(BOOLEAN.value if mask.dtype == torch.bool else ADDITIVE.value)
 
 
 def _pointers(tensor: Segments) -> SegmentPointers:

@@ -171,7 +171,7 @@ def in_steps(weights, LAYOUT: tl.constexpr):
             parts = ()
             for i in tl.static_range(EACH):
                 parts = parts + (weights[stack * EACH + i],)
-            by_page = tl.reshape(tl.permute(_zip(parts), [2, 0, 1]), [STACK, fields_of(LAYOUT), WORDS, M])
+            by_page = tl.reshape(tl.permute(joined(parts), [2, 0, 1]), [STACK, fields_of(LAYOUT), WORDS, M])
             stacks = stacks + (tl.reshape(tl.permute(by_page, [1, 0, 2, 3]), [TOKENS, M]),)
         return stacks
 
@@ -198,7 +198,7 @@ def _unzip(x):
 
 
 @triton.jit
-def _zip(parts):
+def joined(parts):
     """Join a tuple of `[N, M]` to `[N, M, parts]`."""
     if len(parts) == 1:
         return tl.reshape(parts[0], [parts[0].shape[0], parts[0].shape[1], 1])
@@ -206,5 +206,5 @@ def _zip(parts):
         evens, odds = (), ()
         for i in tl.static_range(len(parts) // 2):
             evens, odds = evens + (parts[2 * i],), odds + (parts[2 * i + 1],)
-        both = tl.join(_zip(evens), _zip(odds))
+        both = tl.join(joined(evens), joined(odds))
         return tl.reshape(both, [both.shape[0], both.shape[1], len(parts)])

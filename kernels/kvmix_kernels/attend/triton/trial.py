@@ -15,15 +15,12 @@ from ...quantize.naive import quantize
 from ...runtime import trial
 from ...segments import Channels, Packed, Plain, Segments
 from .. import naive
-from ..parts import parts_of
 from ..problem import AttentionProblem
-from .launch import attend, run_layouts
+from . import coded_trial
+from .launch import attend, plain_parts, run_layouts
 
-LIMIT = 5e-3
-"""Relative RMS error, as in the tests."""
 BATCH, KV_HEADS = 2, 4
 SINKS, PAGES, TAIL = 3, 3, 20
-MOST_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class AttentionKind:
         values: their layout, or None.
         dims: channels of keys and of values.
         ratio: query heads to a KV head.
-        queries: a power of two, at most `MOST_QUERIES`.
+        queries: a power of two, at most `coded_trial.MOST_QUERIES`.
         mask: its dtype, or None.
         softcap: whether there is one.
     """
@@ -69,7 +66,9 @@ def is_trusted(problem: AttentionProblem) -> bool:
     are not used on that device at all.
     """
     return not trial.is_due() or (
-        all(map(passes, first_kinds(problem.query.device))) and all(map(passes, _kinds_of(problem)))
+        all(map(passes, first_kinds(problem.query.device)))
+        and all(map(passes, _kinds_of(problem)))
+        and coded_trial.is_passed(problem)
     )
 
 
@@ -92,9 +91,9 @@ def passes(kind: AttentionKind) -> bool:
 
 def _kinds_of(problem: AttentionProblem) -> Iterator[AttentionKind]:
     """Yield the kind of attention of each part of a problem."""
-    queries = min(MOST_QUERIES, int(triton.next_power_of_2(problem.queries)))
+    queries = min(coded_trial.MOST_QUERIES, int(triton.next_power_of_2(problem.queries)))
     masking = None if problem.mask is None else problem.mask.dtype
-    for index, part in enumerate(parts_of(problem, with_masks=False)):
+    for index, part in enumerate(plain_parts(problem, with_masks=False)):
         keys, values = part.key.runs, part.value.runs
         yield AttentionKind(
             problem.query.device,
@@ -106,7 +105,7 @@ def _kinds_of(problem: AttentionProblem) -> Iterator[AttentionKind]:
             (problem.head_dim, problem.value_dim),
             problem.ratio,
             queries,
-            torch.bool if index and masking is None and queries > 1 else masking,  # all of a tier is in the past
+            torch.bool if index and masking is None and (queries > 1 or problem.is_coded) else masking,  # only the past
             problem.softcap is not None,
         )
 
@@ -127,9 +126,7 @@ def _failure(kind: AttentionKind) -> str | None:
         mask=_mask(kind, random(kind.queries, key.shape[2])[:, :1]),
         softcap=20.0 if kind.softcap else None,
     )
-    got, expected = attend(problem), naive.attend(replace(problem, query=query.double()))
-    errors = [((one.double() - other).norm() / other.norm()).item() for one, other in zip(got, expected, strict=True)]
-    return None if max(errors) < LIMIT else f"relative RMS error {max(errors):.2g}, more than {LIMIT}"
+    return coded_trial.difference(attend(problem), naive.attend(replace(problem, query=query.double())))
 
 
 def _segments(kind: AttentionKind, of: Kind, random: Callable[..., Tensor]) -> Segments:
