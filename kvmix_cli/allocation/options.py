@@ -131,7 +131,9 @@ def make_problem(
     if "basis" not in METHODS[method].uses:
         basis = None
     elif basis is None:
-        raise BudgetError(f"method {method} needs directions: measure them with `kvmix profile --score {SCORE}`")
+        raise BudgetError(
+            f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
+        )
     else:
         cache = _with_basis(cache, basis, exact)
     problem = Problem(

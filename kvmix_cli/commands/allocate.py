@@ -150,7 +150,7 @@ def _basis(source: Profile, path: Path) -> BasisFile:
 
     record = source.score(TRANSFORM_SCORE).moments
     if record is None:
-        why = f"it has no moments of keys and values; measure them with `kvmix profile --score {TRANSFORM_SCORE}`"
+        why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
         raise DocumentError(f"profile of {source.model.id}", [why])
     return make_bases(source, read_moments(path.parent, record))
 

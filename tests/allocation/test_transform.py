@@ -126,7 +126,7 @@ def test_pinned_layers_keep_their_widths_and_their_cost():
         ({"memory": 100}, {}, "no plan fits 100 B"),
         ({"max_loss": 1e-9}, {}, "no plan keeps the predicted perplexity"),
         ({}, {}, "has no levels for a share"),
-        ({"avg_bits": 2}, {"basis": None}, "kvmix profile --score fisher-metric"),
+        ({"avg_bits": 2}, {"basis": None}, "kvmix profile org/model --score fisher-metric"),
         ({"avg_bits": 2}, {"exact": 128}, "must be less than the page"),
         ({"max_loss": 0.1}, {"pins": {0: LayerPlan.of_bits(4, 4)}}, "cannot predict the loss of pinned layers"),
     ],

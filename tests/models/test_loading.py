@@ -219,7 +219,7 @@ def test_a_shard_outside_the_folder_is_refused_and_not_read(folder, tmp_path, mo
     outside = tmp_path / "elsewhere"
     outside.mkdir()
     shard(folder, place.format(outside))
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading, "_load_weights", lambda *_, **__: pytest.fail("it was loaded"))
     message = failure(folder)
     assert f"names {place.format(outside)}, which is not inside the folder: do not trust it" in message
 
