@@ -1,13 +1,14 @@
 import dataclasses
 
 import pytest
+from coding import falling_widths, made_up_basis
 from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import save_plan, tiny, uniform
 
 from kvmix_cli.commands import run as command
 from kvmix_cli.decoding import generate
 from kvmix_cli.models import loading as models
-from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformSettings, TransformTensor
 
 KEYS = {
     "command": str,
@@ -230,3 +231,19 @@ def test_wrong_usage_exits_with_2(options):
     result = kvmix("run", *TINY, *options)
     assert result.exit_code == 2
     assert result.stdout == ""
+
+
+def test_a_plan_of_transform_codes_finds_its_basis_from_any_folder(tmp_path):
+    info = tiny().info
+    folder = tmp_path / "elsewhere"
+    sha256 = made_up_basis(info, frame=1024).save(folder / "basis.safetensors")
+    tensor = TransformTensor(widths=falling_widths(info.kv_heads, info.head_dim))
+    cache = CacheSettings(transform=TransformSettings(basis="basis.safetensors", sha256=sha256, frame=1024))
+    plan = Plan.build(info, dict.fromkeys(range(info.layers), LayerPlan(k=tensor, v=tensor)), cache)
+    path = plan.save(folder / "coded.yaml")
+    result = kvmix_json("run", *TINY, "--plan", path, "--prompt", PROMPT * 40, "--max-new-tokens", 3)
+    assert result["quantized_share"] > 0
+    assert result["compression"] > 1
+    alone = plan.save(tmp_path / "without its basis" / "coded.yaml")
+    message = refused(kvmix("run", *TINY, "--plan", alone, "--prompt", PROMPT))
+    assert "basis.safetensors: there is no such file; put the file back" in message
