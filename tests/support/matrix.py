@@ -88,7 +88,9 @@ def examine(model_type: str) -> Outcome:
             _examine(outcome)
         finally:
             os.chdir(before)
-    outcome.reason = next((text for text in (outcome.reason, *outcome.checks.values()) if text not in (YES, NOT_REACHED, "")), "")
+    outcome.reason = next(
+        (text for text in (outcome.reason, *outcome.checks.values()) if text not in (YES, NOT_REACHED, "")), ""
+    )
     return outcome
 
 
@@ -152,7 +154,7 @@ def build(model_type: str, folder: Path) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and name.endswith("weight") or parameter.ndim == 3 and "experts" in name:
-                parameter.normal_(0, 1.3 * parameter.shape[-1] ** -0.5)  # attention is far from uniform
+                parameter.normal_(0, 1.1 * parameter.shape[-1] ** -0.5)  # attention is far from uniform
     model.save_pretrained(folder)
     for file in (ASSETS / "tiny").glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -181,7 +183,15 @@ def _equal(loaded: LoadedModel) -> None:
         try:
             reference = type(loaded.model).from_pretrained("model", attn_implementation=attention).eval()
             expected = _decode(reference, DynamicCache(config=reference.config))
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ) as error:
             faults.append(f"transformers' own cache does not decode a left-padded batch: {_line(error)}")
             continue
         fault = _difference(got, expected)
@@ -198,12 +208,15 @@ def _decode(model: transformers.PreTrainedModel, cache: Cache) -> tuple[torch.Te
     mask = torch.ones_like(ids)
     ids[1, :7], mask[1, :7] = 0, 0
     settings = transformers.GenerationConfig(
-        max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True,
-        return_dict_in_generate=True, output_logits=True,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    made = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=settings
-    )
+    made = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
     return made.sequences[:, ids.shape[1] :], torch.stack(made.logits, dim=1).float()
 
 

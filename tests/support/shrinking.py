@@ -25,9 +25,9 @@ _NAMES: dict[int, str] = {
         hidden_size_global attention_hidden_size backbone_hidden_size output_dim image_text_hidden_size
         patch_embed_hidden_size projection_hidden_size thinker_hidden_size embedding_dim lru_width adapter_out_dim
         audio_hidden_size decoder_hidden_size qk_dim projector_input_dim projector_output_dim vision_output_dim
-        router_hidden_size upsample_groups moe_hidden_size mamba_d_ssm input_embedding_size output_embedding_size""",
+        router_hidden_size upsample_groups moe_hidden_size input_embedding_size output_embedding_size""",
     2 * _WIDTH: """intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff dff mlp_dim ffn_hidden_size
-        intermediate_size_mlp dense_intermediate_size shared_intermediate_size n_inner dim_ff d_inner
+        intermediate_size_mlp dense_intermediate_size shared_intermediate_size mamba_d_ssm n_inner dim_ff d_inner
         feed_forward_size projection_intermediate_size downsample_hidden_size hidden_dim""",
     64: """moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size qk_head_dim
         expert_ffn_hidden_size q_lora_rank shared_experts_intermediate_size share_expert_dim chunk_size
@@ -72,7 +72,55 @@ _INDEXER = {
     "indexer_budget": 32,
     "indexer_compress_ratio": 4,
 }
+_KINDS = ["sliding_attention", "full_attention"] * 2
+_GEMMA_4 = {
+    "num_hidden_layers": 4,
+    "layer_types": _KINDS,
+    "head_dim": _HEAD_DIM,
+    "global_head_dim": _HEAD_DIM,
+    "num_key_value_heads": _KV_HEADS,
+    "num_global_key_value_heads": _KV_HEADS,
+    "num_kv_shared_layers": 0,
+}
+_HYBRID = ["linear_attention", "full_attention"] * 2
+
+
+def _sections(*sections: int, inside: str = "text_config.") -> dict[str, Any]:
+    """Return the setting of positions in three dimensions, for a family whose class has a default that is too large."""
+    return {f"{inside}rope_parameters.mrope_section": list(sections)}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"n_routed_experts": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "ernie4_5_moe": {"moe_k": 2},
+    "ernie4_5_vl_moe": {**_sections(6, 6, 4), "text_config.moe_k": 2},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 32},
+    "gemma4": {"init": {"text_config": _GEMMA_4}},
+    "gemma4_text": {"init": _GEMMA_4},
+    "gemma4_unified": {"init": {"text_config": _GEMMA_4}},
+    "gemma4_unified_text": {"init": _GEMMA_4},
+    "glm46v": _sections(4, 6, 6),
+    "glm4v": _sections(4, 6, 6),
+    "glm4v_moe": _sections(2, 3, 3),
+    "glm_ocr": _sections(4, 6, 6),
+    "glmga": _sections(4, 6, 6),
+    "granitemoehybrid": {"init": {"num_hidden_layers": 4, "layer_types": _HYBRID}},
+    "hunyuan_vl": _sections(4, 6, 6),
+    "idefics2": {"text_config.sliding_window": None},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"init": {"num_hidden_layers": 4, "layer_types": _KINDS}},
+    "mistral": {"sliding_window": None},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
+    "paddleocr_vl": _sections(4, 6, 6),
+    "qwen2_5_omni_thinker": _sections(4, 6, 6),
+    "qwen2_5_vl": _sections(4, 6, 6),
+    "qwen2_vl": _sections(4, 6, 6),
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": _FIRST_SPECIAL + 50},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 256, "attention_head_dim": 64, "n_mamba_heads": 2},
+    "zamba2": {"attention_hidden_size": 256, "attention_head_dim": 64, "n_mamba_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "chameleon": {"init": {"vocabulary_map": {"<image>": _FIRST_SPECIAL}}},
     "cohere_compass": {"init": {"text_config": {"rope_parameters": _BY_KIND}}},
     "cohere_compass_text": {"init": {"rope_parameters": _BY_KIND}},
@@ -95,9 +143,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             }
         }
     },
-    "granite4_vision": {"init": {"deepstack_layer_map": [[-1, 0]]}},
-    "lfm2_moe": {"init": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}, "num_dense_layers": 1},
-    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
+    "granite4_vision": {"init": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "2/4"}},
+    "lfm2_moe": {
+        "init": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+        "num_dense_layers": 1,
+    },
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 64,
+        "talker_config.spatial_merge_size": 2,
+    },
     "qwen4_exp": {"init": {"text_config": _INDEXER}},
     "qwen4_exp_text": {"init": _INDEXER},
     "reformer": {"init": {"is_decoder": True}, "axial_pos_embds_dim": (64, 64), "axial_pos_shape": (16, 32)},
@@ -122,12 +176,17 @@ def small_config(model_type: str, overrides: dict[str, Any] | None = None) -> Pr
     numbers = iter(range(_FIRST_SPECIAL, VOCABULARY))
     for part in parts(config):
         _shrink(part, numbers)
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        config.is_decoder = True  # a class for masked words is a causal one with this
     for path, value in settings.items():
         *inner, name = path.split(".")
         part = config
         for key in inner:
             part = getattr(part, key)
-        setattr(part, name, value)
+        if isinstance(part, dict):
+            part[name] = value
+        else:
+            setattr(part, name, value)
     return config
 
 
