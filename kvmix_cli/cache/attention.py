@@ -31,6 +31,7 @@ def kvmix_attention(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend to packed or plain keys and values; the first arguments are those of transformers' SDPA, in its order.
@@ -46,15 +47,21 @@ def kvmix_attention(
         key: `[B, H_kv, T, D]`, plain or a handle.
         value: `[B, H_kv, T, D_v]`, plain or a handle.
         attention_mask: boolean `[B, 1, S, T]` as `sdpa_mask` makes it, or None for causal (or all, see `module`).
+        indices: tokens `[B, S, n]` that an indexer chose (DeepSeek's sparse attention); the others are not read.
 
     Returns:
         The output `[B, S, H, D_v]`, and None for the attention weights.
 
     Raises:
-        PolicyError: if the cache's transforms, or a head-wise press of kvpress, cannot be combined with this attention.
+        PolicyError: if the cache's transforms, or a head-wise press of kvpress, cannot be combined with this attention,
+            or a model chooses blocks of keys for each head.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention_mask = _bidirectional(module, query, key, is_causal) if attention_mask is None else attention_mask
+    if indices is not None:
+        attention_mask = _chosen(indices, attention_mask, key.shape[2])
+    if kwargs.get("block_indices") is not None:
+        raise PolicyError("blocks of keys that are chosen for each head (MiniMax-M3) need the model's own attention")
     layer = key.layer if isinstance(key, Handle) else None
     if isinstance(key, Handle):
         _refuse_masked_keys(module)
@@ -108,6 +115,19 @@ def _bidirectional(module: nn.Module, query: Tensor, key: Tensor, is_causal: boo
     if causal or query.shape[2] == 1:
         return None
     return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+
+
+def _chosen(indices: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    """Return the mask `[B, 1, S, T]` of the tokens `[B, S, n]` that an indexer chose and the given mask allows.
+
+    A model that applies it itself does so for the names `eager` and `sdpa` only.
+    """
+    batch, queries, _ = indices.shape
+    chosen = torch.zeros(batch, queries, tokens, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:
+        return chosen & chosen.new_ones(queries, tokens).tril(tokens - queries)
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _refuse_masked_keys(module: nn.Module) -> None:

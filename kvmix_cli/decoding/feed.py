@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache
+    from transformers import Cache, PreTrainedModel
 
     from ..models.loading import LoadedModel
 
@@ -79,5 +79,17 @@ def _batch(loaded: LoadedModel, ids: Sequence[int] | Tensor) -> Tensor:
 
 def _logits(loaded: LoadedModel, cache: Cache, ids: Tensor, **options: Any) -> Tensor:
     """Return logits `[B, tokens, vocabulary]`."""
+    if cache.get_seq_length() == 0:
+        _forget_positions(loaded.model)
     logits: Tensor = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
     return logits
+
+
+def _forget_positions(model: PreTrainedModel) -> None:
+    """Make a model with positions in three dimensions forget by how much an earlier answer's image shifted them.
+
+    It keeps the shift of every row of the last generation, and would apply it to other rows of another text.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None

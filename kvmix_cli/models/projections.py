@@ -6,6 +6,9 @@ features, each in blocks of `head_dim`:
     concatenated    [all query heads | all key heads | all value heads]                 Phi-3, MPT, GPT-2, ...
     grouped         one group a KV head: [its query heads | its key | its value]        GPT-NeoX, BLOOM, Falcon, ...
 
+CodeGen has four parts, one for each core it was trained on, of [query heads | value heads | key heads]. JetMoE fuses keys
+and values alone, [all key heads | all value heads].
+
 Multi-head latent attention has one weight for what it caches, `[latent | rotary part]`, its key and its value here.
 
 Falcon's three variants are all grouped: a group has all query heads (multi-query), one (plain) or several. The same
@@ -30,8 +33,12 @@ from ..plan import HeadGeometry, ModelInfo
 
 PAIRS = (("k_proj", "v_proj"), ("key_proj", "value_proj"), ("key", "value"), ("wk", "wv"), ("Wk", "Wv"))
 FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "W_pack", "wqkv", "qkv")
+KEYS_AND_VALUES = "kv_proj"
+"""A fused weight without queries (JetMoE)."""
 CONCATENATED = frozenset({"dbrx", "gpt2", "mpt", "phi3", "phi4_multimodal"})
 LATENT = ("kv_a_proj_with_mqa",)
+PARTS = {"codegen": 4}
+"""Parts of a weight that each have queries, values and keys, in this order."""
 GROUPED = frozenset({"bloom", "falcon", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "persimmon"})
 
 
@@ -96,11 +103,24 @@ def packed_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> nn.ModuleList:
-    """Return the stack of decoder layers. Raises ProjectionError if there is none of the model's depth."""
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == info.layers:
-            return module
-    raise ProjectionError(f"cannot find the layers of {info.id}: looked for a ModuleList of {info.layers} modules")
+    """Return the stack of decoder layers. Raises ProjectionError if there is none of the model's depth.
+
+    An encoder of images inside the model may be as deep (GIT); its layers do not say which they are in a cache.
+    """
+    stacks = [
+        module
+        for root in (model.get_decoder(), model)
+        for module in root.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == info.layers
+    ]
+    if not stacks:
+        raise ProjectionError(f"cannot find the layers of {info.id}: looked for a ModuleList of {info.layers} modules")
+    return next((stack for stack in stacks if _is_cached(stack)), stacks[0])
+
+
+def _is_cached(stack: nn.ModuleList) -> bool:
+    """Return whether the layers of a stack have an index in a cache."""
+    return any(hasattr(module, "layer_idx") for module in stack.modules())
 
 
 def _find(
@@ -117,6 +137,9 @@ def _find(
             latent = _child(module, name)
             if latent is not None and _features(latent) == info.heads(index).token_elements:
                 return _latent(_projection(latent, names), info.heads(index))
+        both = _child(module, KEYS_AND_VALUES)
+        if both is not None and _features(both) == info.heads(index).token_elements:
+            return _halves(_projection(both, names))
         for name in FUSED:
             fused = _child(module, name)
             if fused is not None:
@@ -171,18 +194,28 @@ def _latent(whole: Projection, heads: HeadGeometry) -> LayerProjections:
     return LayerProjections(replace(whole, features=key), replace(whole, features=value))
 
 
+def _halves(whole: Projection) -> LayerProjections:
+    """Return the two halves of a weight that has keys and values alone."""
+    features = torch.arange(_features(whole.module), device=_device(whole.module))
+    key, value = features.chunk(2)
+    return LayerProjections(replace(whole, features=key), replace(whole, features=value))
+
+
 def _split(whole: Projection, model: PreTrainedModel, info: ModelInfo) -> LayerProjections:
     """Return the parts of a fused weight. Raises ProjectionError if its arrangement is not known."""
     config = model.config.get_text_config(decoder=True)
     size = _features(whole.module)
     blocks, rest = divmod(size, info.head_dim)
     kv_heads, odd = divmod(blocks - config.num_attention_heads, 2)
-    known = config.model_type in CONCATENATED | GROUPED
+    known = config.model_type in CONCATENATED | GROUPED | PARTS.keys()
     if not known or rest or odd or kv_heads < 1 or config.num_attention_heads % kv_heads:
         raise ProjectionError(
             f"cannot tell K and V apart in {whole.name} of {size} features of {info.id}: the arrangement is known for "
-            f"{', '.join(sorted(CONCATENATED | GROUPED))}, and this is {config.model_type}"
+            f"{', '.join(sorted(CONCATENATED | GROUPED | PARTS.keys()))}, and this is {config.model_type}"
         )
+    if parts := PARTS.get(config.model_type):
+        by_part = torch.arange(size, device=_device(whole.module)).view(parts, 3, -1)
+        return LayerProjections(*(replace(whole, features=by_part[:, place].flatten()) for place in (2, 1)))
     split = _concatenated if config.model_type in CONCATENATED else _grouped
     features = torch.arange(size, device=_device(whole.module)).view(blocks, info.head_dim)
     k, v = split(features, kv_heads)

@@ -93,6 +93,17 @@ def test_sixteen_bits_under_our_attention_are_the_unquantized_cache(model):
     assert torch.equal(got, expected)
 
 
+def test_our_attention_predicts_what_the_models_own_does(model):
+    """Over more tokens than an indexer chooses: a model applies the choice itself for attentions that it knows only."""
+    before = model.config._attn_implementation
+    tokens, steps = ids(60), [50, 1, 9]
+    expected = teacher_forced(model, unquantized_cache(model.config), tokens, steps)
+    model.set_attn_implementation("kvmix")
+    got = teacher_forced(model, unquantized_cache(model.config), tokens, steps)
+    model.set_attn_implementation(before)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.6)])
 def test_quantized_logits_are_close(model, bits, tolerance):
     """Random weights spread attention little and amplify errors; a cache that loses tokens is off by more than 1."""

@@ -53,6 +53,18 @@ def quantized(info, bits=4):
     return Subject("plan", Plan.build(info, dict.fromkeys(info.quantizable, layer), cache))
 
 
+def test_a_text_is_read_at_its_own_positions_after_an_image_was_answered(folder):
+    """Models with positions in three dimensions keep how much the last image shifted them, for each row."""
+    loaded = load_model(folder)
+    ids = list(range(100, 148))
+    expected = document_loss(loaded, DynamicCache(config=loaded.config), ids, 32, 4)
+    for module in loaded.model.modules():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = torch.tensor([[-9], [-9]])
+    found = document_loss(loaded, DynamicCache(config=loaded.config), ids, 32, 4)
+    assert found == pytest.approx(expected, rel=1e-6), "the same products in the same order"
+
+
 def test_text_is_profiled_and_read_back(folder):
     loaded = load_model(folder)
     profile = run_profile(loaded, ["grad-norm", "error"], texts=[TEXT], source="text", samples=1, seq_len=320)

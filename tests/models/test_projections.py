@@ -4,7 +4,7 @@ import pytest
 import torch
 from profiling_models import FAMILIES, FUSED, LAYERS, load, token_ids, wrap
 from torch import nn
-from transformers import AutoModelForCausalLM, CodeGenConfig
+from transformers import AutoModelForCausalLM, GitConfig
 
 from kvmix_cli.cache.mixed import unquantized_cache
 from kvmix_cli.errors import ProjectionError
@@ -91,10 +91,20 @@ def test_unknown_projections_are_named():
 
 
 def test_an_unknown_arrangement_is_not_guessed():
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 50, "n_positions": 64}
-    loaded = wrap(AutoModelForCausalLM.from_config(CodeGenConfig(**sizes)))
-    with pytest.raises(ProjectionError, match=r"tell K and V apart in transformer.h.0.attn.qkv_proj.weight.*codegen"):
+    loaded = load("gpt2")
+    loaded.model.config.model_type = "another"
+    with pytest.raises(ProjectionError, match=r"tell K and V apart in transformer.h.0.attn.c_attn.weight.*is another"):
         find_projections(loaded.model, loaded.info)
+
+
+def test_an_encoder_of_images_of_the_same_depth_is_not_the_decoder():
+    """GIT has both inside what it names its decoder."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GitConfig(**sizes, intermediate_size=48, vision_config={**vision, "image_size": 32, "patch_size": 16})
+    loaded = wrap(AutoModelForCausalLM.from_config(config))
+    found = find_projections(loaded.model, loaded.info)
+    assert all(pair.k.name.startswith("git.encoder.layer.") for pair in found.values())
 
 
 def test_another_depth_is_an_error():

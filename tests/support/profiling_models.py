@@ -58,6 +58,11 @@ FUSED = {
     ),
     "gpt_bigcode, multi-query": ("GPTBigCodeConfig", _GPT2 | {"multi_query": True}),
     "gpt_bigcode": ("GPTBigCodeConfig", _GPT2 | {"multi_query": False}),
+    "codegen": ("CodeGenConfig", _GPT2 | {"rotary_dim": 4}),
+    "jetmoe": (
+        "JetMoeConfig",
+        _SIZES | {"kv_channels": HEAD_DIM, "num_key_value_heads": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
     "gpt_neox": ("GPTNeoXConfig", _SIZES),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
     "persimmon": ("PersimmonConfig", _SIZES | {"qk_layernorm": False}),
