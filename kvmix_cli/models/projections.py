@@ -6,8 +6,8 @@ features, each in blocks of `head_dim`:
     concatenated    [all query heads | all key heads | all value heads]                 Phi-3, MPT, GPT-2, ...
     grouped         one group a KV head: [its query heads | its key | its value]        GPT-NeoX, BLOOM, Falcon, ...
 
-CodeGen has four parts, one for each core it was trained on, of [query heads | value heads | key heads]. JetMoE fuses keys
-and values alone, [all key heads | all value heads].
+CodeGen has four parts, one for each core it was trained on, of [query heads | value heads | key heads]. JetMoE fuses
+keys and values alone, [all key heads | all value heads].
 
 Multi-head latent attention has one weight for what it caches, `[latent | rotary part]`, its key and its value here.
 
