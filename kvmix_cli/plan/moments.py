@@ -143,4 +143,4 @@ def _layer(tensors: Mapping[str, Array], index: int, rope: Mapping[str, Any] | N
 
 
 def _unusable(path: Path, why: str) -> DocumentError:
-    return DocumentError(str(path), [f"{why}; profile again with --score fisher-metric"])
+    return DocumentError(str(path), [f"{why}; measure it again with --score fisher-metric"])
