@@ -102,6 +102,9 @@ class Parrot:
     def forward(self, input_ids, past_key_values, use_cache):
         raise NotImplementedError
 
+    def modules(self):
+        return ()
+
     def __call__(self, input_ids, past_key_values, **options):
         start, self.read = self.read, self.read + input_ids.shape[1]
         assert input_ids[0].tolist() == list(self.ids[start : self.read])
