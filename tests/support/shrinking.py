@@ -39,8 +39,8 @@ _NAMES: dict[int, str] = {
         num_mel_bins index_block_size encoder_hash_byte_group_vocab num_embeddings""",
     8: "mamba_n_heads mamba_num_heads n_mamba_heads num_filters",
     HEADS: """num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads
-        attention_heads linear_num_key_heads linear_num_value_heads swa_num_attention_heads num_experts num_local_experts
-        n_routed_experts moe_num_experts num_sliding_attention_heads resampler_n_heads linear_num_heads
+        attention_heads linear_num_key_heads linear_num_value_heads swa_num_attention_heads num_experts
+        num_local_experts n_routed_experts moe_num_experts num_sliding_attention_heads resampler_n_heads linear_num_heads
         resampler_n_latents num_query_tokens num_encoder_attention_heads num_decoder_attention_heads""",
     KV_HEADS: """num_key_value_heads num_kv_heads num_global_key_value_heads swa_num_key_value_heads n_kv_heads
         index_n_heads num_experts_per_tok num_experts_per_token moe_k moe_topk depth encoder_layers decoder_layers
@@ -48,7 +48,8 @@ _NAMES: dict[int, str] = {
         expert_layer_period""",
     1: """n_group topk_group num_expert_group first_k_dense_replace attn_layer_offset expert_layer_offset mamba_n_groups
         n_groups num_nextn_predict_layers index_topk_blocks""",
-    CONTEXT: "max_position_embeddings n_positions max_seq_len max_source_positions max_target_positions n_ctx seq_length",
+    CONTEXT: """max_position_embeddings n_positions max_seq_len max_source_positions max_target_positions n_ctx
+        seq_length""",
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size",
 }
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
@@ -56,8 +57,13 @@ SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 DERIVED = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
 """Settings that have a size even where the default leaves them out."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers")
-INDEX_LISTS = frozenset(
-    "full_attn_idxs moe_layers cross_attention_layers hybrid_layer_ids rope_scaling_layers attn_layer_indices".split()
+INDEX_LISTS = (
+    "full_attn_idxs",
+    "moe_layers",
+    "cross_attention_layers",
+    "hybrid_layer_ids",
+    "rope_scaling_layers",
+    "attn_layer_indices",
 )
 """Lists of layers, by number."""
 ENCODER_LISTS = ("fullatt_block_indexes", "deepstack_visual_indexes", "global_attn_indexes")
@@ -65,9 +71,16 @@ ENCODER_LISTS = ("fullatt_block_indexes", "deepstack_visual_indexes", "global_at
 MOST_KINDS = 6
 """Layers of a model that has layers of many kinds."""
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-MROPE = frozenset(
-    """ernie4_5_vl_moe_text glm4v_text glm4v_moe_text glm_ocr_text hunyuan_vl_text paddleocr_vl_text qwen2_vl_text
-    qwen2_5_vl_text qwen2_5_omni_text""".split()
+MROPE = (
+    "ernie4_5_vl_moe_text",
+    "glm4v_text",
+    "glm4v_moe_text",
+    "glm_ocr_text",
+    "hunyuan_vl_text",
+    "paddleocr_vl_text",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
 )
 """Text parts whose class has sections of rotary positions that their default configuration does not name."""
 _BY_KIND = {
@@ -97,6 +110,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma": {"init": {"text_config": _EXPERTS}},
     "dots1": {"init": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}},
+    "dots3_note": {"text_config.head_dim": 80},
+    "dots3_note_text": {"head_dim": 80},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [5, 5, 6]},
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
     "gemma4_assistant": {
@@ -107,7 +122,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config.index_topk": 32},
     "granite4_vision": {"init": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "lfm2_moe": {"init": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}, "num_dense_layers": 1},
+    "lfm2_moe": {
+        "init": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+        "num_dense_layers": 1,
+    },
     "mamba2": {"head_dim": 64},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
     "mistral": {"sliding_window": None},
@@ -118,8 +136,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"init": {"is_decoder": True}, "axial_pos_embds_dim": (64, 64), "axial_pos_shape": (16, 32)},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Settings of model types whose defaults the tables do not fit, by path, such as `text_config.num_hidden_layers`; `init`
-has those that a class needs to be made at all."""
+"""Settings of model types whose defaults the tables do not fit, by path, such as `text_config.num_hidden_layers`.
+`init` has those that a class needs to be made at all."""
 
 
 def model_types() -> list[str]:
@@ -162,6 +180,8 @@ def _shrunk(config: PreTrainedConfig, numbers: Iterator[int]) -> dict[str, Any]:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     if _is_size(settings.get("image_size")) and _is_size(settings.get("patch_size")):
         settings["image_size"] = 4 * settings["patch_size"]
+    if settings.get("attention_multiplier") == 1.0:
+        settings["attention_multiplier"] = HEAD_DIM**-0.5  # Granite's default is that of no checkpoint
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(settings.get(name), dict):
             sections = {"mrope_section": [16, 24, 24]} if settings["model_type"] in MROPE else {}
