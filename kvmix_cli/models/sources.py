@@ -11,7 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, StrictDataclassError
 
 from ..errors import ModelError, did_you_mean, first_sentence
 from .gguf import SUFFIX, find_gguf
@@ -96,6 +96,8 @@ def explain(model_id: str, error: BaseException) -> str:
     if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
         page = f"{constants.ENDPOINT}/{model_id}"
         return f"it is gated: accept its licence at {page}, then log in with `hf auth login`"
+    if isinstance(error, StrictDataclassError):  # it names the check, and its cause what is wrong
+        return f"transformers refuses its config.json ({first_sentence(error.__cause__ or error)}): correct that file"
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         advice = "read that code, then pass --trust-remote-code"
     elif _is_folder(Path(model_id).expanduser()) or not isinstance(error, OSError):

@@ -41,7 +41,8 @@ _NAMES: dict[int, str] = {
     HEADS: """num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads
         attention_heads linear_num_key_heads linear_num_value_heads swa_num_attention_heads num_experts
         num_local_experts n_routed_experts moe_num_experts num_sliding_attention_heads resampler_n_heads
-        linear_num_heads resampler_n_latents num_query_tokens num_encoder_attention_heads num_decoder_attention_heads""",
+        linear_num_heads resampler_n_latents num_query_tokens num_encoder_attention_heads
+        num_decoder_attention_heads""",
     KV_HEADS: """num_key_value_heads num_kv_heads num_global_key_value_heads swa_num_key_value_heads n_kv_heads
         index_n_heads num_experts_per_tok num_experts_per_token moe_k moe_topk depth encoder_layers decoder_layers
         zero_expert_num num_kv_shared_layers num_encoder_layers num_decoder_layers attn_layer_period
