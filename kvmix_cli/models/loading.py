@@ -34,7 +34,7 @@ from .causality import check_causal, check_decoder
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
 from .gguf import SUFFIX, check_gguf, drop_quantizer
-from .multimodal import find_loader, load_processor
+from .multimodal import find_loader, load_processor, without_speech
 from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
 from .weights import check_files
 
@@ -245,7 +245,7 @@ def _find(
 def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
+            config = without_speech(AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options))
     except _UNREADABLE as error:
         if checkpoint.gguf is not None:
             raise ModelError(

@@ -113,6 +113,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"init": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}},
     "dots3_note": {"text_config.head_dim": 80},
     "dots3_note_text": {"head_dim": 80},
+    "emu3": {
+        "init": {"vocabulary_map": {"<image>": FIRST_SPECIAL, "<|extra_200|>": FIRST_SPECIAL + 1}},
+        "vq_config.base_channels": 32,
+        "vq_config.codebook_size": 64,
+    },
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [5, 5, 6]},
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
     "gemma4_assistant": {
@@ -123,6 +128,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config.index_topk": 32},
     "granite4_vision": {"init": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "lfm2_moe": {
         "init": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
         "num_dense_layers": 1,
@@ -130,11 +136,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 64},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
     "mistral": {"sliding_window": None},
+    "mistral4": {"head_dim": 2 * HEAD_DIM},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
+    "nemo_speechlm": {
+        "audio_config.asr_config.num_key_value_heads": HEADS,
+        "audio_config.diarization_config.audio_config.num_key_value_heads": HEADS,
+        "word_timestamp_config.num_key_value_heads": HEADS,
+    },
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 64,
+        "talker_config.spatial_merge_size": 2,
+        "thinker_config.vision_start_token_id": VOCABULARY - 1,
+    },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen4_exp": {"init": {"text_config": _INDEXER}},
     "qwen4_exp_text": {"init": _INDEXER},
     "reformer": {"init": {"is_decoder": True}, "axial_pos_embds_dim": (64, 64), "axial_pos_shape": (16, 32)},
+    "step3p7": {"text_config.sliding_window": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Settings of model types whose defaults the tables do not fit, by path, such as `text_config.num_hidden_layers`.
@@ -252,7 +270,7 @@ def _cut_layers(settings: dict[str, Any]) -> None:
 def _in_proportion(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of one layer, as much larger than those of the others as they were."""
     small = {
-        name: value * SIZES[name] // settings[name] if name in SIZES and _is_size(settings.get(name)) else value
+        name: max(1, value * SIZES[name] // settings[name]) if name in SIZES and _is_size(settings.get(name)) else value
         for name, value in own.items()
     }
     if "kv_lora_rank" in settings and "num_key_value_heads" in small:
