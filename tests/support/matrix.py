@@ -70,6 +70,8 @@ class Outcome:
         checks: by name, `yes`, `-` or a reason in one line.
         kind: class of outcome, one of `KINDS`.
         reason: the first reason, empty if all is well.
+        layers: layers that a plan decides about, of how many: `2 of 4`.
+        heads: KV heads by channels in these layers, such as `2 x 32`.
         note: what kvmix warned of on loading.
         seconds: time that it took.
     """
@@ -79,6 +81,8 @@ class Outcome:
     checks: dict[str, str] = field(default_factory=lambda: dict.fromkeys(CHECKS, NOT_REACHED))
     kind: str = FAULT
     reason: str = ""
+    layers: str = ""
+    heads: str = ""
     note: str = ""
     seconds: float = 0.0
 
@@ -122,6 +126,8 @@ def _examine(outcome: Outcome) -> None:
     except Exception as error:  # noqa: BLE001 - a traceback is an outcome
         outcome.reason = _traceback(error)
         return
+    outcome.layers = f"{len(loaded.info.quantizable)} of {loaded.info.layers}"
+    outcome.heads = ", ".join(map(str, loaded.info.geometries))
     outcome.note = "; ".join(line_of(each.message) for each in caught if "results are right" in str(each.message))
     _check(outcome, "equal", lambda: _equal(loaded))
     _check(outcome, "close", lambda: _close(loaded))

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,7 +97,10 @@ class _Place:
         return outcome
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process, one that hangs by force."""
+        with suppress(OSError):
+            self._connection.send(None)
+        self._process.join(5)
         self._process.kill()
         self._process.join()
 
@@ -118,8 +122,8 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
     transformers.logging.set_verbosity_error()
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    while True:
-        connection.send(examine(connection.recv()))
+    for model_type in iter(connection.recv, None):
+        connection.send(examine(model_type))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -34,7 +34,8 @@ _NAMES: dict[int, str] = {
         linear_value_head_dim swa_head_dim global_head_dim dim_head d_kv d_head mamba_d_head mamba_head_dim
         linear_head_dim kv_channels resampler_head_dim hidden_size_per_layer_input mamba_chunk_size mamba_headdim
         attention_head_size swa_v_head_dim o_lora_rank ple_embed_dim""",
-    24: "sliding_window index_topk sliding_window_size attention_window_size local_attention",
+    24: "sliding_window sliding_window_size attention_window_size local_attention",
+    48: "index_topk",
     16: """rotary_dim mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank laurel_rank d_rel
         num_mel_bins index_block_size encoder_hash_byte_group_vocab num_embeddings""",
     8: "mamba_n_heads mamba_num_heads n_mamba_heads num_filters",
@@ -125,7 +126,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.num_kv_shared_layers": 4,
     },
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 4},
-    "glm5_next": {"text_config.index_topk": 32},
     "granite4_vision": {"init": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
@@ -143,6 +143,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config.diarization_config.audio_config.num_key_value_heads": HEADS,
         "word_timestamp_config.num_key_value_heads": HEADS,
     },
+    "qwen2_5_omni": {"thinker_config.vision_start_token_id": VOCABULARY - 1},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen3_omni_moe": {
         "talker_config.text_config.shared_expert_intermediate_size": 64,
         "talker_config.spatial_merge_size": 2,
@@ -153,6 +155,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"init": _INDEXER},
     "reformer": {"init": {"is_decoder": True}, "axial_pos_embds_dim": (64, 64), "axial_pos_shape": (16, 32)},
     "step3p7": {"text_config.sliding_window": 24},
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Settings of model types whose defaults the tables do not fit, by path, such as `text_config.num_hidden_layers`.
