@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import transformers
-from matrix import CHECKS, KINDS, NOT_BUILT, PART, REFUSED, WORKS, YES, Outcome
+from matrix import CHECKS, KINDS, NOT_BUILT, PART, REFUSED, YES, Outcome
 from matrix_pool import read_outcomes
 
 ROOT = Path(__file__).parents[2]
@@ -19,13 +19,15 @@ STORED = ROOT / "tests" / "models" / "matrix.json"
 PAGE = ROOT / "docs" / "models.md"
 _HEAD = """# Models, architecture by architecture
 
-Every architecture that transformers {version} lists as a causal language model, or as one that reads images or sound and writes
-text, is built here from its configuration, small (a layer of each kind, at least two, heads of 32 channels, some thousand tokens)
-and with random weights, saved as its checkpoints are, and loaded by kvmix's own loader. Then six checks:
+Every architecture that transformers {version} lists as a causal language model, or as one that reads images or sound
+and writes text, is built here from its configuration, small (a layer of each kind, at least two, heads of 32 channels,
+some thousand tokens) and with random weights, saved as its checkpoints are, and loaded by kvmix's own loader. Six
+checks follow:
 
-1. **equal**: 16 bits decode what transformers' own cache decodes, greedily, in a left-padded batch of two: the same tokens, and
-   logits within a thousandth (float32; rounding makes some millionths)
-2. **close**: logits at 4 bits are within a half of those at 16 (unrelated texts differ by 1.4), and packed tokens were read
+1. **equal**: 16 bits decode what transformers' own cache decodes, greedily, in a left-padded batch of two: the same
+   tokens, and logits within a thousandth (float32)
+2. **close**: logits at 4 bits are within a half of those at 16 (two that have nothing to do with each other differ by
+   1.4), and packed tokens were read
 3. **profile**, 4. **allocate**, 5. **run**, 6. **eval**: the four commands, one after the other
 
 {total} architectures; `make matrix` does it again.
@@ -34,16 +36,16 @@ and with random weights, saved as its checkpoints are, and loaded by kvmix's own
 |---|--:|---|
 """
 _ENCODERS = """
-BERT and its kin are built as decoders (`is_decoder: true`); as encoders they are refused. Mistral is built without its sliding
-window, as its checkpoints are since version 0.2. What is refused is refused by every command in the line given here, before
-anything is measured.
+BERT and its kin are built as decoders (`is_decoder: true`); as encoders they are refused. Mistral is built without its
+sliding window, as its checkpoints are since version 0.2. What is refused is refused by every command in the line given
+here, before anything is measured.
 """
 _TABLE = """
 ## All
 
-*Layers* are those that a plan decides about; the others keep the cache of their kind and are listed by `run` and `eval`. *Heads*
-are KV heads by channels; of latent attention the latent is the key and its rotary part the value. A class that keeps an
-*attention* of its own reads the same cache, only slower.
+*Layers* are those that a plan decides about; the others keep the cache of their kind and are listed by `run` and
+`eval`. *Heads* are KV heads by channels; of latent attention the latent is the key and its rotary part the value. A
+class that keeps an *attention* of its own reads the same cache, only slower.
 
 | model type | class | outcome | layers | heads | attention |
 |---|---|---|---|---|---|
@@ -62,10 +64,9 @@ def page(outcomes: Iterable[Outcome], version: str) -> str:
             parts += [f"\n## {title}\n\n| model type | reason |\n|---|---|\n"]
             parts += [f"| {_named(outcome)} | {_cell(outcome.reason)} |\n" for outcome in some]
     parts.append(_TABLE)
-    parts += [
-        f"| {outcome.type} | {outcome.name} | {outcome.kind} | {outcome.layers} | {outcome.heads} | {_attention(outcome)} |\n"
-        for outcome in rows
-    ]
+    for each in rows:
+        cells = (each.type, each.name, each.kind, each.layers, each.heads, _attention(each))
+        parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)
 
 

@@ -61,8 +61,7 @@ class _Place:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._type: str | None = None
-        self._given = 0
-        self._start()
+        self._process: multiprocessing.Process | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -71,8 +70,10 @@ class _Place:
 
     def give(self, model_type: str) -> None:
         """Let an architecture be examined."""
-        if self._given == AT_ONCE:
-            self._restart()
+        if self._process is not None and self._given == AT_ONCE:
+            self.stop()
+        if self._process is None:
+            self._start()
         self._type, self._begun = model_type, time.monotonic()
         self._given += 1
         self._connection.send(model_type)
@@ -89,20 +90,20 @@ class _Place:
                 return None
             else:
                 outcome = Outcome(self._type, reason=f"takes longer than {self._seconds:.0f} s")
-                self._restart()
+                self._kill()
         except EOFError:
             outcome = Outcome(self._type, reason="the process crashed")
-            self._restart()
+            self._kill()
         self._type, outcome.seconds = None, round(seconds, 1)
         return outcome
 
     def stop(self) -> None:
-        """End the process, one that hangs by force."""
-        with suppress(OSError):
-            self._connection.send(None)
-        self._process.join(5)
-        self._process.kill()
-        self._process.join()
+        """Let the process end, one that does not by force."""
+        if self._process is not None:
+            with suppress(OSError):
+                self._connection.send(None)
+            self._process.join(5)
+            self._kill()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -112,9 +113,10 @@ class _Place:
         self._given = 0
         other.close()
 
-    def _restart(self) -> None:
-        self.stop()
-        self._start()
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._process = None
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
