@@ -86,7 +86,9 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
     if form == profile.FORMAT:
         return profile.Profile.load(path)
     if form == preset.FORMAT:
-        return preset.Preset.load(path).plan(_model_of("preset", path, model), path.stem)
+        from ..studies.directions import preset_plan
+
+        return preset_plan(preset.Preset.load(path), path.stem, _model_of("preset", path, model), console.notice)
     expected = f"format must be '{plan.FORMAT}' or '{profile.FORMAT}'"
     raise document.error([(("format",), f"neither a plan nor a profile: {expected}")])
 
