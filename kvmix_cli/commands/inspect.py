@@ -137,7 +137,7 @@ def _frontier(reasons: Explanation | None) -> Frontier | None:
 
 def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> None:
     from ..reporting.explain import explanation_json, explanation_table
-    from ..reporting.tables import plan_json, plan_table
+    from ..reporting.tables import plan_json, plan_table, stated_loss
 
     data = {
         **_head(path, plan),
@@ -146,7 +146,7 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
         **plan_json(plan, context, batch),
     }
     if reasons is None:
-        console.table(*plan_table(plan, path, context, batch))
+        console.table(*plan_table(plan, path, context, batch, stated_loss(plan)))
     else:
         console.table(*explanation_table(reasons, path, context, batch))
         data["explanation"] = explanation_json(reasons)

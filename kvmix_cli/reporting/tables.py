@@ -156,6 +156,13 @@ def loss_text(loss: float, score: str) -> str:
     return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
 
 
+def stated_loss(plan: Plan) -> list[str]:
+    """Return the loss that was predicted when a plan was made, as a line for the footer of a table, if it is stated."""
+    loss, score = plan.provenance.get("predicted_loss"), plan.provenance.get("score")
+    is_stated = isinstance(loss, float) and abs(loss) < MAX_LOSS and isinstance(score, str)
+    return [loss_text(loss, score)] if is_stated else []
+
+
 def tensor_text(tensor: AnyTensor) -> str:
     """Return `4`, `4 (group 32, refit)` for a tensor with its own group size or encoder, or `2.25 (transform 0-6)`."""
     if isinstance(tensor, TransformTensor):

@@ -1,5 +1,6 @@
 """`--preset`, `PLAN+PRESET` and `allocate --with`: rows, runs, plan files, and what does not go together."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,8 @@ class TestSolved:
         result = kvmix_json("run", *TINY, "--preset", "transform-2", "--prompt", PROMPT, "--max-new-tokens", 2)
         assert result["quantized_share"] > 0
         assert kvmix_json("inspect", "transform-2", "--model", "builtin:tiny")["provenance"]["method"] == "transform"
+        shown = kvmix("inspect", "transform-2", "--model", "builtin:tiny").stdout
+        assert re.search(r"^loss:    .* nats a token, .* % perplexity, as fisher-metric predicts$", shown, re.MULTILINE)
 
     @pytest.mark.parametrize("has_profile", [False, True])
     def test_without_moments_it_says_what_to_run(self, has_profile):
