@@ -103,6 +103,10 @@ def profile_tables(profile: Profile, path: Path, *, ascii_only: bool = False) ->
     return tables
 
 
+MOST_NATS = 100
+"""A larger loss in a file says nothing, and its exponential may be no number."""
+
+
 def plan_table(plan: Plan, path: Path, context: int, batch: int, more: Sequence[str] = ()) -> Table:
     """Return a table of a plan's widths, with bits, bytes and cache settings in the footer.
 
@@ -159,8 +163,9 @@ def loss_text(loss: float, score: str) -> str:
 def stated_loss(plan: Plan) -> list[str]:
     """Return the loss that was predicted when a plan was made, as a line for the footer of a table, if it is stated."""
     loss, score = plan.provenance.get("predicted_loss"), plan.provenance.get("score")
-    is_stated = isinstance(loss, float) and abs(loss) < MAX_LOSS and isinstance(score, str)
-    return [loss_text(loss, score)] if is_stated else []
+    if not isinstance(loss, float) or not isinstance(score, str) or not abs(loss) < MOST_NATS:
+        return []
+    return [loss_text(loss, score)]
 
 
 def tensor_text(tensor: AnyTensor) -> str:
