@@ -209,7 +209,8 @@ def evaluate(
 ) -> None:
     """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
-    With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
+    With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
+    stored bits.
     """
     own = given(asdict(of_tasks))
     if board.leaderboard:
@@ -265,6 +266,7 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     found = hold(
         profile,
         lambda: _load(profile, setup),
+        folder=path.parent,
         tasks=tasks,
         settings=setup.settings,
         runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
