@@ -15,7 +15,7 @@ from ..errors import CacheError, PlanError
 from ..plan import CacheSettings, LayerPlan, TensorPlan
 from ..plan.sizes import storage_forms, transform_layout, window_widths
 from .bases import basis_of
-from .exact_slots import ExactSlots
+from .exact import ExactTokens
 from .handle import Handle
 from .packing import CodePacking, Packing, PolicyFunctions, packing_of
 from .store import Store
@@ -30,7 +30,7 @@ class MixedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    _slots: ExactSlots | None = None
+    _exact: ExactTokens | None = None
 
     def __init__(self, index: int, plan: LayerPlan, settings: CacheSettings, reserve: int = 0) -> None:
         self._stores: tuple[Store, Store] | None = None
@@ -170,8 +170,7 @@ class MixedLayer(CacheLayerMixin):
         layout = transform_layout(tensor, kind, self.settings, head_dim)
         basis = basis_of(self.settings.transform, self.index, layout, self.device, self.dtype)
         room = max(0, self._reserve - self.settings.sink) // self.settings.page
-        chooses = kind == "key" or isinstance(self.plan.k, TensorPlan)
-        return CodePacking(name, basis, room, self._slots, chooses)
+        return CodePacking(name, basis, room, self._exact)
 
     def _store(self, packing: Packing | None, bits: int) -> Store:
         return Store(packing, self.settings, bits, self._reserve)
