@@ -8,10 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from ..errors import ModelError, first_sentence
-from .projections import packed_modules
 
 SUFFIX = ".gguf"
 PACKAGES = ("gguf", "accelerate")
@@ -59,12 +56,6 @@ def check_gguf(file: Path) -> None:
         ) from error
     if size < needed:
         raise ModelError(f"{file} is cut off: it has {size} of {needed} bytes; download it again")
-
-
-def drop_quantizer(model: PreTrainedModel) -> None:
-    """Let a model whose weights have been unpacked be the dense one that it is."""
-    if not packed_modules(model):
-        model.hf_quantizer, model.is_quantized = None, False
 
 
 def _needed_bytes(file: Path) -> int:
