@@ -6,11 +6,14 @@ Configurations do not need it: without torch, transformers offers them all the s
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 TORCH = "torch"
+NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+"""Environment variable with which transformers does not complain that there is no torch."""
 AFFECTED = ("transformers", "kvmix_cli.models")
 """Packages whose modules do without torch for good if it is not there when they are imported."""
 
@@ -34,12 +37,17 @@ def without_torch() -> Iterator[bool]:
     if TORCH in sys.modules or "transformers" in sys.modules:
         yield False
         return
-    before = set(sys.modules)
+    before, advice = set(sys.modules), os.environ.get(NO_ADVICE)
     sys.modules[TORCH] = None  # type: ignore[assignment]
+    os.environ[NO_ADVICE] = "1"
     try:
         yield True
     finally:
         del sys.modules[TORCH]
+        if advice is None:
+            os.environ.pop(NO_ADVICE, None)
+        else:
+            os.environ[NO_ADVICE] = advice
         for name in set(sys.modules) - before:
             if name in AFFECTED or name.startswith(tuple(f"{package}." for package in AFFECTED)):
                 del sys.modules[name]

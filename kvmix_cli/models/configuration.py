@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from .. import torchless
 from ..errors import ModelError, first_sentence
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
 from .geometry import model_info
-from .gguf import SUFFIX, check_gguf
+from .gguf import SUFFIX, check_gguf, gguf_settings, read_header
 from .multimodal import find_loader
 from .sources import canonical_id, explain, locate, meta_sibling
 
@@ -66,6 +67,11 @@ class Checkpoint:
     trust_remote_code: bool
     gguf: str | None = None
     adapter: Adapter | None = None
+
+    @property
+    def path(self) -> Path:
+        """Return the folder, or the GGUF file, of a model on this machine."""
+        return Path(self.source) if self.gguf is None else Path(self.source) / self.gguf
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,7 +127,10 @@ def find_config(
 def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         with quietly():
-            config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
+            if checkpoint.gguf is not None and torchless.is_hidden():
+                config = AutoConfig.for_model(**gguf_settings(read_header(checkpoint.path)))
+            else:
+                config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except UNREADABLE as error:
         if checkpoint.gguf is not None:
             raise ModelError(

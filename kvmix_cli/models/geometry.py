@@ -114,7 +114,7 @@ def _appends(kind: str, text: PreTrainedConfig) -> bool:
     """
     if torchless.is_hidden():
         if kind not in APPENDING | OTHER_KINDS:
-            raise torchless.TorchNeeded(kind)
+            raise torchless.TorchNeeded(f"layers of {kind}")
         return kind in APPENDING
     from transformers import MODEL_MAPPING
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer

@@ -62,6 +62,11 @@ class StockLayer:
     state: LayerState | None = LayerState()
     image_tokens: int | None = None
 
+    @property
+    def keeps_more(self) -> bool:
+        """Return whether it keeps anything beside keys and values."""
+        return self.side > 0 or self.state != LayerState()
+
     def tokens(self, context: int, images: int = 0) -> int:
         """Return the tokens whose keys and values are kept at the end of a context."""
         if self.image_tokens is not None:
@@ -92,12 +97,12 @@ def stock_cache(config: PreTrainedConfig, model_id: str) -> tuple[StockLayer, ..
     try:
         return tuple(_layer(stock.get(index), kind, layer, state, config) for index, (kind, layer) in enumerate(layers))
     except ValueError as error:
-        raise ModelError(f"{model_id} has a layer whose cache cannot be told from its configuration: {error}") from error
+        raise ModelError(
+            f"{model_id} has a layer whose cache cannot be told from its configuration: {error}"
+        ) from error
 
 
-def _layer(
-    stock: str | None, kind: str, layer: Any, state: LayerState | None, config: PreTrainedConfig
-) -> StockLayer:
+def _layer(stock: str | None, kind: str, layer: Any, state: LayerState | None, config: PreTrainedConfig) -> StockLayer:
     """Return a layer by its kind in transformers.
 
     Args:
@@ -116,7 +121,9 @@ def _layer(
     name = (SLIDING | CHUNKED).get(kind)
     if name is not None:
         window = max(0, getattr(layer, name) - 1)  # the last token of a window is the query's own
-        return StockLayer("chunked" if kind in CHUNKED else "sliding", _sliding(layer, heads), window=window, state=kept)
+        return StockLayer(
+            "chunked" if kind in CHUNKED else "sliding", _sliding(layer, heads), window=window, state=kept
+        )
     side = layer.index_head_dim if kind in ("indexed_attention", "minimax_m3_sparse") else 0
     if stock is not None:
         return StockLayer(kind, heads, side=side, state=None)
@@ -145,8 +152,8 @@ def _image_tokens(config: PreTrainedConfig) -> int:
 def _state(text: Any) -> LayerState | None:
     """Return what a recurrent layer of a family keeps of a sequence; None if its sizes are not known here.
 
-    The last inputs of the convolution are in the dtype of the model. The recurrent state is in float32, as transformers'
-    own PyTorch code keeps it; fused kernels of other packages may keep it smaller.
+    The last inputs of the convolution are in the dtype of the model. The recurrent state is in float32, as the PyTorch
+    code of transformers keeps it; fused kernels of other packages may keep it smaller.
     """
 
     def size(*names: str) -> int:
