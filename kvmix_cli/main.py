@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 from . import console
 from ._version import __version__
-from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
+from .commands import allocate, demo, eval, export, fit, inspect, options, profile, report, run
 from .commands.grouped import GroupedCommand
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
@@ -137,6 +137,13 @@ _add(
     "Show, validate or compare profiles and plans.",
     "kvmix inspect rank-2.3",
     "kvmix inspect rank-2.3 ilp-2.3 --plot plans.png",
+)
+_add(
+    "fit",
+    fit.fit,
+    "Count the memory that a model and its cache need.",
+    "kvmix fit Qwen/Qwen3-8B --context 32K --memory 24GiB",
+    "kvmix fit builtin:tiny --plan rank-2.3 --batch 8",
 )
 _add(
     "export",

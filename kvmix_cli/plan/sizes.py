@@ -11,6 +11,7 @@ A real context also has its sinks, its window, the tokens that wait to be packed
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -206,6 +207,17 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
         return 0
     unit = cache.page if cache.tokens is None else cache.tokens.flush
     return cache.window.due(max(0, context - cache.sink), bits, unit)
+
+
+def fullest_contexts(layer: LayerPlan, cache: CacheSettings, context: int) -> set[int]:
+    """Return the last contexts before a layer packed its latest tokens: with them in 16 bits, it takes more bytes."""
+    found = set()
+    for bits in window_widths(layer, cache):
+        packed = packed_tokens(context, bits, cache)
+        if packed:
+            first = bisect_left(range(context + 1), packed, key=lambda tokens: packed_tokens(tokens, bits, cache))
+            found.add(first - 1)
+    return found
 
 
 def tensor_bytes(
