@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console, state
-from ..errors import DocumentError
 from ..files import after_saving
 from .allocate_options import (
     FAMILY,
@@ -28,7 +27,6 @@ from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
-    from ..plan.basis import BasisFile
     from ..profile import Profile
 
 
@@ -58,7 +56,9 @@ def allocate(
         console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
     if method == TRANSFORM:
-        chosen["basis"] = _basis(source, path)
+        from ..studies.profiles import make_basis
+
+        chosen["basis"] = make_basis(source, path)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier
@@ -141,18 +141,6 @@ def _choices(
         "seed": seed,
         "exact": EXACT if storage.exact is None else storage.exact,
     }
-
-
-def _basis(source: Profile, path: Path) -> BasisFile:
-    """Return the directions of a profile's moments. Raises DocumentError, or BudgetError for moments of no use."""
-    from ..allocation import TRANSFORM_SCORE, make_bases
-    from ..plan.moments import read_moments
-
-    record = source.score(TRANSFORM_SCORE).moments
-    if record is None:
-        why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
-        raise DocumentError(f"profile of {source.model.id}", [why])
-    return make_bases(source, read_moments(path.parent, record))
 
 
 def _decide(
