@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GATE = ROOT / "docs" / "examples" / "gate.sh"
+GATE = ROOT / "examples" / "gate.sh"
 PLANS = ROOT / "profiles" / "builtin--tiny" / "plans"
 
 
