@@ -8,6 +8,7 @@ from kvmix_kernels.runtime.fallback import warn_once
 from torch import Tensor
 
 from ..plan.sizes import exact_tokens
+from .archive import Archive
 from .exact_slots import ExactSlots
 from .observation import AttentionCall
 from .store import Store
@@ -53,6 +54,14 @@ class CodedLayer(WatchingLayer):
         reopened = pages < self._slots.slots.length
         self._slots.attention.crop(-tokens_to_remove, self._tail_tokens, reopened)
         self._slots.slots.truncate(pages)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        super().exchange(archive, examples)
+        self._is_shown = bool(archive.number("shown", self._is_shown))
+        if self._slots is not None:
+            pages = max(store.packed_tokens for store in self.stores) // self.settings.page
+            self._slots.exchange(archive.part("exact", examples[0]), pages, self.settings.page)
 
     @property
     def _tail_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .archive import Archive
 from .buffer import Buffer
 from .observation import QuerySample, TailAttention
 
@@ -50,3 +51,8 @@ class ExactSlots:
     def of_pages(self, first: int, count: int) -> Tensor:
         """Return the places `[B, H_kv, count, exact]` int64 of pages from the first on."""
         return self.slots.view[:, :, first : first + count].long()
+
+    def exchange(self, archive: Archive, pages: int, page: int) -> None:
+        """Give the places in all `pages` of `page` tokens to an archive, and the attention received, or take them."""
+        archive.buffer("slots", self.slots, (*archive.rows, pages, self.count), torch.int16, below=page)
+        self.attention.exchange(archive.part("attention"))
