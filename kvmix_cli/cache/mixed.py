@@ -128,7 +128,7 @@ class MixedCache(CountingCache):
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        path: Path | str | CacheFile,
         plan: Plan,
         model: PreTrainedModel,
         ids: Tensor | Sequence[Sequence[int]] | None = None,
@@ -139,7 +139,7 @@ class MixedCache(CountingCache):
         Nothing is read before it is used, and nothing copied before it grows. On a GPU everything is copied there.
 
         Args:
-            path: of the file, which must stay as it is while the cache is used.
+            path: of the file, which must stay as it is while the cache is used; or the file, if it has been opened.
             plan: that the cache was made from.
             model: that filled it.
             ids: a prompt `[B, T]` that is going to be read: the cache then holds the first tokens of the prompt only,
@@ -150,7 +150,7 @@ class MixedCache(CountingCache):
         Raises:
             CacheError: if the file is missing, damaged, of another plan or model, or of no use for the prompt.
         """
-        file = CacheFile.open(Path(path))
+        file = path if isinstance(path, CacheFile) else CacheFile.open(Path(path))
         cache = cls.from_plan(plan, model.config, reserve)
         file.fill(cache.layers, plan, model)
         if ids is not None:
@@ -173,7 +173,9 @@ class MixedCache(CountingCache):
             OutputError: if the file cannot be written.
         """
         tokens, held = torch.as_tensor(ids), self.get_seq_length()
-        if tokens.ndim != 2 or tokens.shape[1] != held or not held:
+        if not held:
+            raise CacheError("the cache holds no tokens, so there is nothing to save; a prompt needs two at least")
+        if tokens.ndim != 2 or tokens.shape[1] != held:
             raise CacheError(f"the cache holds {held} tokens of each sequence, and the ids are {list(tokens.shape)}")
         save_cache(Path(path), self.layers, self.plan, model, tokens)
         return Path(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..errors import CacheError, first_sentence
+from ..errors import CacheError
 from ..files import write_parts
 from ..models.geometry import fingerprint
 from ..plan import Plan
@@ -166,7 +166,7 @@ class CacheFile:
         Raises:
             CacheError: if the prompt begins otherwise, or the layers cannot go back to its beginning.
         """
-        held, advice = self.header.tokens, "save a cache of what prompts share, or leave it out"
+        held, advice = self.header.tokens, "save one of what the prompts share, or load none"
         if self.ids.shape[0] != ids.shape[0]:
             raise CacheError(f"cache file {self.path} holds {self.ids.shape[0]} sequences, and {ids.shape[0]} are read")
         length = min(held, ids.shape[1])
@@ -177,8 +177,8 @@ class CacheFile:
         kept = _longest_cut(layers, min(shared, ids.shape[1] - 1), held)
         if kept == 0:
             raise CacheError(
-                f"cache file {self.path}: {shared} of its {held} tokens begin the prompt, and this cache cannot go back "
-                f"to them, as pages, tiers, sliding and recurrent layers are never taken apart; {advice}"
+                f"cache file {self.path}: {shared} of its {held} tokens begin the prompt, and it cannot go back to "
+                f"them, as pages, tiers, sliding and recurrent layers are never taken apart; {advice}"
             )
         return kept
 
