@@ -217,9 +217,9 @@ class Coded(TokenPages):
         tokens, start = (last - first) * self.page, first * self.page
         inside = (self.places >= start) & (self.places < start + tokens)
         places = torch.where(inside, self.places.long() - start, tokens)  # others go to a row that is cut off
-        rows: Tensor = pad(states.flatten(2, 3), (0, 0, 0, 1))
+        rows = pad(states.flatten(2, 3), (0, 0, 0, 1))
         rows.scatter_(2, places[..., None].expand_as(self.exact), self.exact.to(dtype))
-        return rows[:, :, :tokens].unflatten(2, (-1, self.page))
+        return rows[:, :, :tokens].reshape(states.shape)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from kvmix_kernels.runtime.fallback import warn_once
 from torch import Tensor
 
+from ..plan.codec import TransformTensor
 from ..plan.sizes import exact_tokens
+from .archive import Archive
 from .exact import ExactTokens
 from .observation import AttentionCall
 from .store import Store
@@ -51,6 +53,16 @@ class CodedLayer(WatchingLayer):
         pages = max(store.packed_tokens for store in self.stores) // page
         self._exact.attention.crop(-tokens_to_remove, self._tail_tokens, reopened=pages < self._exact.pages)
         self._exact.truncate(pages, page)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        super().exchange(archive, examples)
+        self._is_shown = bool(archive.number("shown", self._is_shown))
+        if self._exact is not None:
+            kinds = zip(self.plan.tensors, examples, strict=True)
+            coded = {kind: example for (tensor, kind), example in kinds if isinstance(tensor, TransformTensor)}
+            pages = max(store.packed_tokens for store in self.stores) // self.settings.page
+            self._exact.exchange(archive.part("exact", examples[0]), coded, pages, self.settings.page)
 
     @property
     def _tail_tokens(self) -> int:

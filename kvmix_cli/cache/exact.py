@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from kvmix_kernels.layout import Kind
 from torch import Tensor
 
+from .archive import Archive
 from .buffer import lasting
 from .observation import QuerySample, TailAttention
 
@@ -103,6 +104,28 @@ class ExactTokens:
         self.attention.apply(change)
         self.places, self._scores = (part if part is None else change(part) for part in (self.places, self._scores))
         self._states = {kind: change(states) for kind, states in self._states.items()}
+
+    def exchange(self, archive: Archive, examples: Mapping[Kind, Tensor], pages: int, page: int) -> None:
+        """Give everything held to an archive, or take it from one.
+
+        Args:
+            examples: keys or values `[B, H_kv, 0, D]`, of those that are coded.
+            pages: pages that are packed, of `page` tokens each.
+        """
+        self.attention.exchange(archive.part("attention"))
+        self.pages = pages
+        if not pages:
+            return
+        places = archive.array("places", self.places, (*archive.rows, None), torch.int32)
+        if places.numel() and not -1 <= int(places.min()) <= int(places.max()) < pages * page:
+            raise archive.fault("places", f"has places up to {int(places.max())}; expected -1 to {pages * page - 1}")
+        if bool((places.diff(dim=2) < 0).any()):
+            raise archive.fault("places", "is not in ascending order")
+        self.places, shape = places, places.shape
+        self._scores = archive.array("scores", self._scores, shape, torch.float32)
+        for kind, example in examples.items():
+            held = self._states.get(kind)
+            self._states[kind] = archive.array(kind, held, (*shape, example.shape[3]), example.dtype)
 
     def _scores_of(self, errors: Tensor) -> Tensor:
         """Return what tokens with these errors `[B, H_kv, T]`, the oldest of the tail, are chosen by."""

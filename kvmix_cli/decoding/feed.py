@@ -17,13 +17,28 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
 
 
-def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor) -> None:
+def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, chunk: int | None = None) -> None:
     """Put a context, or several of the same length `[B, T]`, into an empty cache.
 
-    The queries of a prefill read no quantized token, so the cache's count of attended tokens begins after it.
+    The cache's count of attended tokens begins after it: at once, its queries read no quantized token.
+
+    Args:
+        chunk: as in `fill`.
     """
-    last_logits(loaded, cache, _batch(loaded, ids))
+    fill(loaded, cache, ids, chunk)
     reset_attended(cache)
+
+
+def fill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, chunk: int | None = None) -> None:
+    """Feed tokens, or rows of them `[B, T]`, after those that a cache holds.
+
+    Args:
+        chunk: tokens that are fed at a time, so that no more of them are in full precision together: the next ones read
+            what has been packed. None feeds all at once, and they see each other in full precision.
+    """
+    rows = _batch(loaded, ids)
+    for part in rows.split(chunk or rows.shape[1], dim=1):
+        last_logits(loaded, cache, part)
 
 
 def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:

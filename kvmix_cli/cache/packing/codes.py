@@ -11,6 +11,7 @@ from kvmix_kernels.transform import TransformBasis, encode
 from torch import Tensor
 
 from ...errors import QuantizationError
+from ..archive import Archive
 from ..buffer import Buffer
 from ..exact import ExactTokens
 from .base import Packing
@@ -69,6 +70,14 @@ class CodePacking(Packing):
         rest = self.view.read(first * self.unit, keep, dtype)
         self._truncate(first)
         return rest
+
+    def exchange(self, archive: Archive) -> None:
+        if self._watch.is_bad(wait=True):
+            raise QuantizationError(f"{self._name}: {NOT_FINITE}")
+        layout, pages = self._basis.layout, archive.number("pages", self._codes.length)
+        archive.buffer("codes", self._codes, (archive.rows[0], 1, pages, layout.page_bytes), torch.uint8)
+        if layout.is_scaled:
+            archive.buffer("scales", self._scales, (*archive.rows, pages, layout.page), torch.float16)
 
     def buffers(self) -> Iterator[Buffer]:
         yield from (self._codes, self._scales)
