@@ -26,8 +26,9 @@ from kvmix_cli.profiling.probes.taylor import Taylor
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2, 4), group_sizes=(16,), cache=CACHE)
 TOKENS = 70
-FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gpt_oss"]
-"""Grouped heads; key biases of several hundred; a fused projection; sliding layers with a soft-cap; sink logits."""
+FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gpt_oss", "latent"]
+"""Grouped heads; key biases of several hundred; a fused projection; sliding layers with a soft-cap; sink logits;
+latents that the layer expands."""
 
 
 def sample(tokens=TOKENS, seed=0):
@@ -83,7 +84,7 @@ def outputs(loaded, ids, layer, change):
 def cases(loaded):
     for layer in loaded.info.quantizable:
         for kind in ("key", "value"):
-            for choice, layout in GRID.layouts(kind, loaded.info.head_dim).items():
+            for choice, layout in GRID.layouts(kind, loaded.info.heads(layer).dim(kind)).items():
                 yield layer, kind, choice, layout
 
 
