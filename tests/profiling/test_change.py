@@ -258,6 +258,13 @@ def test_a_model_with_attention_of_its_own_cannot_be_observed():
     assert shared_pass(loaded, [GradNorm()], sample())["grad-norm"].layers.keys() == {0, 1, 2, 3}
 
 
+def test_layers_that_choose_the_tokens_they_read_cannot_be_observed():
+    loaded = wrap(build("latent, indexed", torch.float32))
+    with pytest.raises(ModelError, match=r"layer 0 chooses the tokens that it reads .*grad-norm"):
+        shared_pass(loaded, [Error()], sample(), GRID)
+    assert not any("expand_kv" in vars(module) for module in loaded.model.modules()), "the model is as it was"
+
+
 def test_attention_that_does_not_say_which_layer_it_is_cannot_be_seen():
     loaded = wrap(build("llama"))
     loaded.model.model.layers[2].self_attn.layer_idx = None
