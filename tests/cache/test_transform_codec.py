@@ -1,5 +1,6 @@
 """Transform codes in a cache: what a float64 reference says, on every path that tokens can take."""
 
+import itertools
 import warnings
 
 import pytest
@@ -62,8 +63,9 @@ def left_padded(tokens, padding):
     return mask
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gpt2"])
-@pytest.mark.parametrize("padding", [0, 25])
+@pytest.mark.parametrize(
+    ("family", "padding"), [*itertools.product(["llama", "gpt_neox", "gemma2", "gpt2"], [0, 25]), ("latent", 25)]
+)
 def test_a_whole_model_sees_what_the_reference_sees(family, padding, tmp_path):
     """Codes are the same, so both differ by sums in another order; of models in float64 that is 1e-9 and less."""
     model = model_of(family)

@@ -48,6 +48,8 @@ EQUAL = 1e-3
 wrong mask or position about 1. Only where two tokens are tied may a difference as small as this choose another."""
 CLOSE = 0.5
 """Largest relative difference of logits at 4 bits. Those of two unrelated texts differ by 1.4."""
+LONGEST_LINE = 300
+"""Characters of a reason."""
 SETTINGS = CacheSettings(page=16, sink=2, group_size=16, window=Recent(tokens=8))
 PROMPT = "The cache keeps keys and values of every token that was read. " * 8
 COMMANDS = {
@@ -281,4 +283,5 @@ def line_of(error: object) -> str:
     """Return the first sentence of an error without what differs from machine to machine."""
     text = first_sentence(error) if isinstance(error, Exception) else str(error)
     text = re.sub(r"\S*/tmp\S*/model\b|\./model\b", "the model", " ".join(text.split()))
-    return re.sub(r"0x[0-9a-f]+", "0x...", text)[:300]
+    text = re.sub(r"0x[0-9a-f]+", "0x...", text)
+    return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + " ..."

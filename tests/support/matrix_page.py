@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import transformers
-from matrix import CHECKS, KINDS, NOT_BUILT, PART, REFUSED, YES, Outcome
+from matrix import CHECKS, FAULT, KINDS, NOT_BUILT, PART, REFUSED, YES, Outcome
 from matrix_pool import read_outcomes
 
 ROOT = Path(__file__).parents[2]
@@ -93,14 +94,20 @@ def read_stored() -> tuple[dict[str, Outcome], str]:
 
 
 def store(outcomes: Iterable[Outcome]) -> None:
-    """Write the file of outcomes, one a line and without what is empty or differs from run to run, and the page."""
-    rows = [
-        {name: value for name, value in asdict(outcome).items() if value and name != "seconds"} for outcome in outcomes
-    ]
-    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=lambda row: row["type"]))
+    """Write the file of outcomes, one a line and without what its class implies or what differs from run to run.
+
+    The page is written as well.
+    """
+    rows = [_row(outcome) for outcome in sorted(outcomes, key=lambda outcome: outcome.type)]
+    lines = ",\n".join(map(json.dumps, rows))
     version = transformers.__version__
     STORED.write_text(f'{{"transformers": "{version}", "outcomes": [\n{lines}\n]}}\n', encoding="utf-8")
     PAGE.write_text(page(outcomes, version), encoding="utf-8")
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    implied = {"seconds"} if outcome.kind in (PART, FAULT) else {"seconds", "checks"}
+    return {name: value for name, value in asdict(outcome).items() if value and name not in implied}
 
 
 def main(arguments: Sequence[str]) -> None:
