@@ -7,7 +7,7 @@ inputs of a convolution) from the sizes of its family. Tests compare both with t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -20,6 +20,7 @@ SLIDING = {"sliding_attention": "sliding_window", "hybrid_sliding": "sliding_win
 """Kinds of layers that keep a window, and the setting that holds its tokens."""
 CHUNKED = {"chunked_attention": "attention_chunk_size"}
 WITH_STATE = ("hybrid", "hybrid_sliding", "linear_attention", "conv")
+INDEXED = ("indexed_attention", "minimax_m3_sparse")
 WITHOUT_ATTENTION = ("linear_attention", "conv", "dummy")
 
 
@@ -95,14 +96,17 @@ def stock_cache(config: PreTrainedConfig, model_id: str) -> tuple[StockLayer, ..
     stock, state = stock_layers(config), _state(text)
     layers = list(zip(layer_kinds(text), text.per_layer_config, strict=True))
     try:
-        return tuple(_layer(stock.get(index), kind, layer, state, config) for index, (kind, layer) in enumerate(layers))
+        return tuple(
+            _layer(stock.get(index), kind, layer, _beside(kind, index, text, state), config)
+            for index, (kind, layer) in enumerate(layers)
+        )
     except ValueError as error:
         raise ModelError(
             f"{model_id} has a layer whose cache cannot be told from its configuration: {error}"
         ) from error
 
 
-def _layer(stock: str | None, kind: str, layer: Any, state: LayerState | None, config: PreTrainedConfig) -> StockLayer:
+def _layer(stock: str | None, kind: str, layer: Any, beside: _Beside, config: PreTrainedConfig) -> StockLayer:
     """Return a layer by its kind in transformers.
 
     Args:
@@ -111,24 +115,37 @@ def _layer(stock: str | None, kind: str, layer: Any, state: LayerState | None, c
     """
     if kind == "dummy":
         return StockLayer("shared")
-    kept = state if kind in WITH_STATE else LayerState()
     if kind in WITHOUT_ATTENTION:
-        return StockLayer("linear", state=kept)
+        return StockLayer("linear", state=beside.state)
     kv_heads, key_dim, value_dim = layer_heads(layer)
     heads = HeadGeometry(kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim)
     if stock == "cross_attention":
         return StockLayer("cross", heads, image_tokens=_image_tokens(config))
-    name = (SLIDING | CHUNKED).get(kind)
-    if name is not None:
-        window = max(0, getattr(layer, name) - 1)  # the last token of a window is the query's own
-        return StockLayer(
-            "chunked" if kind in CHUNKED else "sliding", _sliding(layer, heads), window=window, state=kept
-        )
-    side = layer.index_head_dim if kind in ("indexed_attention", "minimax_m3_sparse") else 0
+    if (setting := (SLIDING | CHUNKED).get(kind)) is not None:
+        window = max(0, getattr(layer, setting) - 1)  # the last token of a window is the query's own
+        name = "chunked" if kind in CHUNKED else "sliding"
+        return StockLayer(name, _sliding(layer, heads), window=window, state=beside.state)
     if stock is not None:
-        return StockLayer(kind, heads, side=side, state=None)
-    latent = getattr(layer, "kv_lora_rank", None)
-    return StockLayer("latent" if latent else "full", heads, is_planned=True, side=side, state=kept)
+        return StockLayer(kind, heads, state=None)
+    name = "latent" if getattr(layer, "kv_lora_rank", None) else "full"
+    return StockLayer(name, heads, is_planned=True, side=beside.side, state=beside.state)
+
+
+class _Beside(NamedTuple):
+    side: int = 0
+    state: LayerState | None = LayerState()
+
+
+def _beside(kind: str, index: int, text: Any, state: LayerState | None) -> _Beside:
+    """Return what a layer keeps beside keys and values; an unknown state for what is not known here."""
+    if kind in WITH_STATE:
+        return _Beside(state=state)
+    if kind not in INDEXED:
+        return _Beside()
+    size, types = getattr(text, "index_head_dim", None), getattr(text, "indexer_types", None)
+    if size is None or text.model_type.startswith("dots3"):  # Qwen4 compresses them, dots3 keeps them in float32
+        return _Beside(state=None)
+    return _Beside(0 if types is not None and types[index] == "shared" else size)
 
 
 def _sliding(layer: Any, heads: HeadGeometry) -> HeadGeometry:

@@ -146,8 +146,10 @@ def _row(form: CacheFormat, question: FitQuestion, weights: int) -> FitRow:
         return FitRow(form, by_kind, activations, total, fault=fault)
 
     def needed(context: int, batch: int) -> int:
-        cache = max(form.cache_bytes(each, batch, question.images) for each in form.fullest(context))
-        return weights + activation_bytes(form, question, context, batch) + cache
+        return weights + max(
+            activation_bytes(form, question, each, batch) + form.cache_bytes(each, batch, question.images)
+            for each in form.fullest(context)
+        )
 
     limit = form.facts.max_length or MOST_TOKENS
     longest = _largest(limit, lambda context: needed(context, batch) <= memory)
