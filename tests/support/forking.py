@@ -1,0 +1,200 @@
+"""Commands in processes of their own, each forked from one process that has imported what they need.
+
+Importing torch and transformers takes seconds, a fork some milliseconds. A fork has arguments, folder, environment and
+streams of its own, signals reach it as they reach any process, and it ends as Python ends, except that torch's modules
+are not taken apart, which takes half a second. What torch and transformers read from the environment when they are
+imported has been read, so tests of that start Python anew; where there is no Linux, all of them do, because forking a
+large process is not safe.
+
+    python forking.py serve SOCKET MODULE ...     import the modules, then fork for every request
+    python forking.py ask SOCKET ARGUMENT ...     `kvmix ARGUMENT ...` in a fork, for a shell script
+"""
+
+import atexit
+import functools
+import gc
+import importlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+COMMAND = "import runpy; runpy.run_module('kvmix_cli', run_name='__main__', alter_sys=True)"
+LIGHT = ("kvmix_cli.main",)
+"""What every command imports before it knows its arguments."""
+HEAVY = (
+    *LIGHT,
+    "transformers.models.llama.modeling_llama",
+    "kvmix_cli.evaluation.runner",
+    "kvmix_cli.evaluation.tasks.perplexity",
+    "kvmix_cli.models.loading",
+    "kvmix_cli.profiling",
+    "kvmix_cli.studies.leaderboard",
+    "kvmix_cli.studies.measure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+)
+"""What commands import that profile or evaluate the built-in model."""
+FORKS = sys.platform == "linux"
+
+
+class Forked:
+    """A program in a fork; as much of `subprocess.Popen` as tests need."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self.pid = connection.recv()
+        self.returncode = None
+
+    def wait(self):
+        if self.returncode is None:
+            self.returncode = self._connection.recv()
+            self._connection.close()
+        return self.returncode
+
+    def poll(self):
+        return self.wait() if self.returncode is not None or self._connection.poll() else None
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def start(*arguments, code=COMMAND, modules=HEAVY, cwd=None, env=None, stdout=None, stderr=None):
+    """Start `kvmix ARGUMENTS`, or other code, where some modules are imported; streams are files or descriptors."""
+    arguments = [str(argument) for argument in arguments]
+    if not FORKS:
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+    streams = [default if given is None else given for default, given in enumerate((None, stdout, stderr))]
+    numbers = [stream if isinstance(stream, int) else stream.fileno() for stream in streams]
+    return _ask(_server(modules), numbers, (code, arguments, str(cwd or Path.cwd()), dict(env or os.environ)))
+
+
+def run(*arguments, check=False, **options):
+    """Start `kvmix ARGUMENTS` or other code and wait for its end; streams that are not given are kept, as text."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        code = start(*arguments, **{"stdout": stdout, "stderr": stderr, **options}).wait()
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        done = subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def in_shell(modules=HEAVY):
+    """A command of a shell that does what `kvmix` does, and the descriptors that the shell must inherit for it."""
+    if not FORKS:
+        return f"{shlex.quote(sys.executable)} -m kvmix_cli", ()
+    number = _server(modules).fileno()
+    return shlex.join([sys.executable, "-E", "-S", __file__, "ask", str(number)]), (number,)
+
+
+@functools.cache
+def _server(modules):
+    """The socket of a process that forks; it ends when the socket is closed, thus with the tests."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, __file__, "serve", str(theirs.fileno()), *modules]
+        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    return ours
+
+
+def _ask(server, streams, program):
+    ours, theirs = Pipe()
+    with theirs:
+        socket.send_fds(server, [b"."], [theirs.fileno(), *streams])
+    ours.send(program)
+    return Forked(ours)
+
+
+def _serve(requests, modules):
+    """Fork for every request; return in the fork alone, with the program to run."""
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        data, numbers, *_ = socket.recv_fds(requests, 1, 4)
+        if not data:
+            os._exit(0)
+        if os.fork() == 0:
+            requests.close()
+            return _supervise(Connection(numbers[0]), numbers[1:])
+        for number in numbers:
+            os.close(number)
+
+
+def _supervise(connection, streams):
+    """Fork once more and report how that ends; return in the second fork alone."""
+    program = connection.recv()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child:
+        connection.send(child)
+        _, status = os.waitpid(child, 0)
+        connection.send(os.waitstatus_to_exitcode(status))
+        os._exit(0)
+    connection.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 - as Python does
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    return program
+
+
+def _become(code, arguments, folder, environment):
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv, sys.path[0], tempfile.tempdir = ["-c", *arguments], "", None
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _end(become):
+    """Run a program and end as Python does, but leave modules as they are."""
+    status = 0
+    try:
+        become()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            sys.stderr.write(f"{error.code}\n")
+    except BaseException:  # noqa: BLE001 - as Python does
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        traceback.print_exc()
+        status = 120
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    kind, descriptor, *rest = sys.argv[1:]
+    channel = socket.socket(fileno=int(descriptor))
+    if kind == "serve":
+        become = functools.partial(_become, *_serve(channel, rest))
+        become() if tuple(rest) == LIGHT else _end(become)
+    else:
+        program = (COMMAND, rest, str(Path.cwd()), dict(os.environ))
+        sys.exit(_ask(channel, (0, 1, 2), program).wait())
