@@ -34,7 +34,7 @@ sys.exit(", ".join(name for name in {HEAVY} if name in sys.modules) or 0)
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(args):
-    ran = forking.run(*args, code=LIGHT, modules=forking.LIGHT)
+    ran = forking.run(*args, code=LIGHT, imports=forking.LIGHT)
     assert ran.returncode == 0, ran.stderr
     assert "Usage: kvmix" in ran.stdout + ran.stderr or __version__ in ran.stdout
 
@@ -42,7 +42,7 @@ def test_help_loads_nothing_heavy(args):
 def test_allocate_loads_no_torch(profiled):
     script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers")))
     args = ["allocate", "--avg-bits", "2.3", "--profile", str(profiled)]
-    ran = forking.run(*args, code=script, modules=forking.LIGHT)
+    ran = forking.run(*args, code=script, imports=forking.LIGHT)
     assert ran.returncode == 0, ran.stderr
     assert "nominal 2.281" in ran.stdout
 
@@ -221,7 +221,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     path = falling(2000).save(tmp_path / "profile.yaml")
     reader, writer = os.pipe()
     os.close(reader)
-    ran = forking.run("inspect", path, modules=forking.LIGHT, stdout=writer)
+    ran = forking.run("inspect", path, imports=forking.LIGHT, stdout=writer)
     os.close(writer)
     assert ran.stderr == ""
 
@@ -230,7 +230,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_a_full_disk_under_stdout(tmp_path):
     path = falling(4).save(tmp_path / "profile.yaml")
     with Path("/dev/full").open("wb") as full:
-        ran = forking.run("inspect", path, modules=forking.LIGHT, stdout=full)
+        ran = forking.run("inspect", path, imports=forking.LIGHT, stdout=full)
     assert ran.returncode == 1
     assert ran.stderr.startswith("kvmix: error: cannot write the output: No space left on device")
 
@@ -278,7 +278,7 @@ BOARD_FAULTS = [
 def test_wrong_options_are_refused_without_torch(tmp_path, args):
     script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers", "matplotlib")))
     falling(4).save(tmp_path / "ranked.yaml")
-    ran = forking.run(*args, code=script, modules=forking.LIGHT, cwd=tmp_path)
+    ran = forking.run(*args, code=script, imports=forking.LIGHT, cwd=tmp_path)
     assert ran.returncode == 0, f"loaded {ran.stderr}"
     assert "rror: " in ran.stderr
 

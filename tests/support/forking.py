@@ -25,23 +25,40 @@ import traceback
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 COMMAND = "import runpy; runpy.run_module('kvmix_cli', run_name='__main__', alter_sys=True)"
-LIGHT = ("kvmix_cli.main",)
+
+
+class Imports(NamedTuple):
+    """What a process has imported before it is forked, and under which settings in the environment."""
+
+    modules: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+LIGHT = Imports(("kvmix_cli.main",))
 """What every command imports before it knows its arguments."""
-HEAVY = (
-    *LIGHT,
-    "transformers.models.llama.modeling_llama",
-    "kvmix_cli.evaluation.runner",
-    "kvmix_cli.evaluation.tasks.perplexity",
-    "kvmix_cli.models.loading",
-    "kvmix_cli.profiling",
-    "kvmix_cli.studies.leaderboard",
-    "kvmix_cli.studies.measure",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
+HEAVY = Imports(
+    (
+        *LIGHT.modules,
+        "transformers.models.llama.modeling_llama",
+        "kvmix_cli.evaluation.runner",
+        "kvmix_cli.evaluation.tasks.perplexity",
+        "kvmix_cli.models.loading",
+        "kvmix_cli.profiling",
+        "kvmix_cli.studies.leaderboard",
+        "kvmix_cli.studies.measure",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+    )
 )
 """What commands import that profile or evaluate the built-in model."""
+INTERPRETER = Imports(
+    ("interpreting", "transformers.models.llama.modeling_llama", "kvmix_cli.cache.mixed", "hypothesis"),
+    (("TRITON_INTERPRET", "1"),),
+)
+"""What tests and benchmarks of the Triton kernels import; Triton decides then that it interprets."""
 FORKS = sys.platform == "linux"
 
 
@@ -73,15 +90,16 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
 
-def start(*arguments, code=COMMAND, modules=HEAVY, cwd=None, env=None, stdout=None, stderr=None):
-    """Start `kvmix ARGUMENTS`, or other code, where some modules are imported; streams are files or descriptors."""
+def start(*arguments, code=COMMAND, imports=HEAVY, cwd=None, env=None, stdout=None, stderr=None):
+    """Start `kvmix ARGUMENTS`, or other code, where something is imported; streams are files or descriptors."""
     arguments = [str(argument) for argument in arguments]
+    environment = {**(os.environ if env is None else env), **dict(imports.settings)}
     if not FORKS:
         command = [sys.executable, "-c", code, *arguments]
-        return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr)
     streams = [default if given is None else given for default, given in enumerate((None, stdout, stderr))]
     numbers = [stream if isinstance(stream, int) else stream.fileno() for stream in streams]
-    return _ask(_server(modules), numbers, (code, arguments, str(cwd or Path.cwd()), dict(env or os.environ)))
+    return _ask(_server(imports), numbers, (code, arguments, str(cwd or Path.cwd()), environment))
 
 
 def run(*arguments, check=False, **options):
@@ -95,21 +113,24 @@ def run(*arguments, check=False, **options):
     return done
 
 
-def in_shell(modules=HEAVY):
+def in_shell(imports=HEAVY):
     """A command of a shell that does what `kvmix` does, and the descriptors that the shell must inherit for it."""
     if not FORKS:
         return f"{shlex.quote(sys.executable)} -m kvmix_cli", ()
-    number = _server(modules).fileno()
+    number = _server(imports).fileno()
     return shlex.join([sys.executable, "-E", "-S", __file__, "ask", str(number)]), (number,)
 
 
 @functools.cache
-def _server(modules):
-    """The socket of a process that forks; it ends when the socket is closed, thus with the tests."""
+def _server(imports):
+    """The socket of a process that forks; it ends when the socket is closed, at the latest with the tests."""
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, __file__, "serve", str(theirs.fileno()), *modules]
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        command = [sys.executable, __file__, "serve", str(theirs.fileno()), *imports.modules]
+        environment = {**os.environ, **dict(imports.settings)}
+        process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # the last registered is the first to be called
     return ours
 
 
@@ -127,14 +148,17 @@ def _serve(requests, modules):
         importlib.import_module(name)
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    running = 0
     while True:
         data, numbers, *_ = socket.recv_fds(requests, 1, 4)
+        while running and os.waitpid(-1, os.WNOHANG if data else 0) != (0, 0):
+            running -= 1
         if not data:
             os._exit(0)
         if os.fork() == 0:
             requests.close()
             return _supervise(Connection(numbers[0]), numbers[1:])
+        running += 1
         for number in numbers:
             os.close(number)
 
@@ -142,7 +166,6 @@ def _serve(requests, modules):
 def _supervise(connection, streams):
     """Fork once more and report how that ends; return in the second fork alone."""
     program = connection.recv()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child:
         connection.send(child)
@@ -194,7 +217,7 @@ if __name__ == "__main__":
     channel = socket.socket(fileno=int(descriptor))
     if kind == "serve":
         become = functools.partial(_become, *_serve(channel, rest))
-        become() if tuple(rest) == LIGHT else _end(become)
+        become() if tuple(rest) == LIGHT.modules else _end(become)
     else:
         program = (COMMAND, rest, str(Path.cwd()), dict(os.environ))
         sys.exit(_ask(channel, (0, 1, 2), program).wait())
