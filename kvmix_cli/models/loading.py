@@ -74,6 +74,7 @@ class LoadedModel:
         info: its layers and heads.
         max_length: tokens it was made for, None if unbounded.
         processor: makes inputs of images and text, if they were asked for.
+        prefill_chunk: tokens of a prompt that are fed at a time, see `decoding.feed.fill`; None for all at once.
     """
 
     model: PreTrainedModel
@@ -81,6 +82,7 @@ class LoadedModel:
     info: ModelInfo
     max_length: int | None
     processor: Any = None
+    prefill_chunk: int | None = None
 
     @property
     def device(self) -> torch.device:
