@@ -89,13 +89,14 @@ def saved(llama, plans, tmp_path):
     return tmp_path / "cache.safetensors"
 
 
+@pytest.mark.slow
 @given(
     plan=st.sampled_from([*AFFINE, *AXES, *CODED]),
     steps=st.lists(st.sampled_from([1, 3, 17, 40, 90, 150]), min_size=1, max_size=4),
     more=st.integers(1, 90),
     batch=st.integers(1, 2),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_plan_is_the_same_after_loading(llama, plans, tmp_path_factory, plan, steps, more, batch):
     folder, plan = tmp_path_factory.mktemp("saved"), plans[plan]
     tokens = ids(sum(steps) + more + 1, batch=batch)
