@@ -6,7 +6,7 @@ import math
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -94,7 +94,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class FillingOptions:
-    """How the prompt gets into the cache: fed at once or in chunks, or loaded from a file that a run saved."""
+    """How the prompt gets into the cache: fed at once or in chunks, or loaded from a file that an earlier run saved."""
 
     prefill_chunk: Annotated[
         int | None, count_option("Tokens of the prompt fed at a time, each packed before the next [default: all].")
@@ -168,6 +168,7 @@ def run(
     files = PromptFiles(filling.load_cache, filling.save_cache)
     files.check(subject.plan)
     loaded = loading.load(choice.model, choice.revision, reads_images=bool(images))
+    loaded = replace(loaded, prefill_chunk=filling.prefill_chunk)
     _check_length(loaded, text)
     ids, inputs = _prompt(loaded, text, images, chat=prompt.chat)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
@@ -184,7 +185,6 @@ def run(
         seed=loading.seed,
         on_text=console.text,
         inputs=inputs,
-        chunk=filling.prefill_chunk,
         on_prompt=files.saving(cache, loaded, ids),
     )
     console.text("\n" if common.quiet else "\n\n")

@@ -17,28 +17,24 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
 
 
-def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, chunk: int | None = None) -> None:
+def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor) -> None:
     """Put a context, or several of the same length `[B, T]`, into an empty cache.
 
-    The cache's count of attended tokens begins after it: at once, its queries read no quantized token.
-
-    Args:
-        chunk: as in `fill`.
+    The cache's count of attended tokens begins after it: if all are fed at once, its queries read no quantized token.
     """
-    fill(loaded, cache, ids, chunk)
+    fill(loaded, cache, _batch(loaded, ids))
     reset_attended(cache)
 
 
-def fill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor, chunk: int | None = None) -> None:
-    """Feed tokens, or rows of them `[B, T]`, after those that a cache holds.
+def fill(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
+    """Feed rows of a prompt `[B, T]` after the tokens that a cache holds; return the last logits `[B, vocabulary]`.
 
-    Args:
-        chunk: tokens that are fed at a time, so that no more of them are in full precision together: the next ones read
-            what has been packed. None feeds all at once, and they see each other in full precision.
+    A model with a `prefill_chunk` is fed so many tokens at a time: each chunk is packed as it comes, and the next one
+    reads it so. All at once, the tokens see each other in full precision, and are in memory so, a layer at a time.
     """
-    rows = _batch(loaded, ids)
-    for part in rows.split(chunk or rows.shape[1], dim=1):
-        last_logits(loaded, cache, part)
+    for part in ids.split(loaded.prefill_chunk or ids.shape[1], dim=1):
+        logits = last_logits(loaded, cache, part)
+    return logits
 
 
 def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:

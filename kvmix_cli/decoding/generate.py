@@ -84,7 +84,6 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
     inputs: Mapping[str, Tensor] | None = None,
-    chunk: int | None = None,
     on_prompt: Callable[[], None] | None = None,
 ) -> Generation:
     """Continue one prompt through a cache, an empty one or one that holds the first tokens of the prompt.
@@ -95,8 +94,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: share of the probability to sample from, in (0, 1].
         on_text: called with each piece of text as soon as it is final.
-        inputs: what the model reads beside the ids, such as the pixels of images; not with the next two.
-        chunk: tokens of the prompt that are fed at a time, see `feed.fill`; None for all at once.
+        inputs: what the model reads beside the ids, such as the pixels of images; such prompts are fed at once.
         on_prompt: called when the cache holds all of the prompt but its last token, which is then fed by itself.
 
     Raises:
@@ -115,7 +113,7 @@ def generate(
         torch.manual_seed(seed)
     try:
         ids, reused = torch.tensor([list(prompt_ids)], device=loaded.device), cache.get_seq_length()
-        filling = _fill(loaded, ids, cache, chunk, on_prompt)
+        filling = _fill(loaded, ids, cache, on_prompt)
         continue_tokens(loaded, ids, cache, settings, streamer=streamer, inputs=inputs)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
@@ -138,15 +136,13 @@ def generate(
 
 
 @torch.inference_mode()
-def _fill(
-    loaded: LoadedModel, ids: Tensor, cache: Cache, chunk: int | None, on_prompt: Callable[[], None] | None
-) -> float:
+def _fill(loaded: LoadedModel, ids: Tensor, cache: Cache, on_prompt: Callable[[], None] | None) -> float:
     """Feed the tokens of a prompt `[1, T]` that are not left to `generate`, and return the seconds that this took."""
     start, held, tokens = time.perf_counter(), cache.get_seq_length(), ids.shape[1]
-    size = chunk or tokens
+    size = loaded.prefill_chunk or tokens
     stop = tokens - 1 if on_prompt is not None else tokens - 1 - (tokens - 1 - held) % size
     if stop > held:
-        fill(loaded, cache, ids[:, held:stop], size)
+        fill(loaded, cache, ids[:, held:stop])
     seconds = time.perf_counter() - start
     if on_prompt is not None:
         on_prompt()
