@@ -239,7 +239,7 @@ class UserCode:
         )
 
     def _ending_with(self, use: CodeUse, length: int, seed: str) -> Exercise | None:
-        """Return the exercise of a use; None if it is too near or too far, or its first token does not tell the name."""
+        """Return a use's exercise; None if it is too near or too far, or its first token does not tell the name."""
         given, *rest = encode(self.tokenizer, f" {use.name}")
         beginning = self.tokenizer.decode([given]).strip()
         between = self.text[use.definition : use.use]
