@@ -62,7 +62,7 @@ def proportion(successes: Sequence[int], trials: Sequence[int], seed: int = 0) -
     from scipy.stats import binomtest
 
     interval = binomtest(round(found.value) * len(trials), len(trials)).proportion_ci(method="wilson")
-    return Estimate(found.value, min(found.value, interval.low), max(found.value, interval.high))
+    return Estimate(found.value, min(found.value, float(interval.low)), max(found.value, float(interval.high)))
 
 
 def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:

@@ -156,6 +156,7 @@ def _modules(tokenizer: PreTrainedTokenizerBase, rng: random.Random, count: int)
             f"\n# main.py\nfrom {module} import",
             f" {function}",
             rng.choice(BODIES) + "\n",
+            "\n",
         )
         yield Fact(module, function, *(encode(tokenizer, piece) for piece in pieces))
 

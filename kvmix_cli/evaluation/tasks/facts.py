@@ -35,7 +35,12 @@ INTRODUCTION = "Below, a number is given for a name. Read it; at the end you wil
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and what is asked about it as text, and the pieces of tokens of a statement and a question."""
+    """A name and what is asked about it as text, and the pieces of tokens of a statement and a question.
+
+    Attributes:
+        end: tokens after a statement.
+        closing: tokens after the answer to a question; None for those after a statement.
+    """
 
     name: str
     answer: str
@@ -43,6 +48,7 @@ class Fact:
     ask: list[int]
     value: list[int]
     end: list[int]
+    closing: list[int] | None = None
 
     @property
     def statement(self) -> list[int]:
@@ -57,7 +63,12 @@ class Fact:
     @cached_property
     def asked(self) -> int:
         """Return the number of tokens of the question and its answer."""
-        return len(self.ask) + len(self.value) + len(self.end)
+        return len(self.ask) + len(self.value) + len(self.ending)
+
+    @property
+    def ending(self) -> list[int]:
+        """Return the tokens after the answer to a question."""
+        return self.end if self.closing is None else self.closing
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ def ask_for(
         answer = slice(len(script), len(script) + len(fact.value))
         distance = len(context) + answer.start - place
         questions.append(Question(fact.name, fact.answer, answer, distance, depth))
-        script += fact.value + fact.end
+        script += fact.value + fact.ending
     return tuple(script), tuple(questions)
 
 

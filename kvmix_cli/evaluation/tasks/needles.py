@@ -90,6 +90,13 @@ class Needles(Task[Exercise, RecallRecord]):
     def context(self, settings: Settings) -> Context:
         return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
 
+    def check_context(self, settings: Settings, limit: int | None) -> None:
+        """Raise EvaluationError for a length beyond the model's limit; of several, if all of them are."""
+        shortest = self.lengths(settings)[0]
+        if limit is not None and shortest > limit:
+            option = self.context(settings).option
+            raise EvaluationError(f"{option} {shortest} is more than the model's limit of {limit} tokens")
+
     def places(self) -> list[float]:
         """Return the depths, 0 to 1."""
         count = DEPTHS if self.depths is None else self.depths
@@ -103,14 +110,15 @@ class Needles(Task[Exercise, RecallRecord]):
         return order[number]
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Exercise]:
-        lengths = self.lengths(settings)
+        lengths = list(self.lengths(settings))
         if lengths[0] < 1 or (self.depths is not None and self.depths < 1):
             raise EvaluationError("--contexts and --depths must be at least 1")
         self.check_context(settings, loaded.max_length)
+        lengths = [each for each in lengths if loaded.max_length is None or each <= loaded.max_length]
         write = self.writer(loaded, settings, lengths[-1])
         written: list[Exercise] = []
         failures: list[TooShort] = []
-        for number in range(self.limit(settings)):
+        for number in range(self.exercises * len(lengths) if settings.limit is None else settings.limit):
             turn, which = divmod(number, len(lengths))
             try:
                 written.append(write(lengths[which], turn, f"{settings.seed}/{number}"))
@@ -155,7 +163,7 @@ class Needles(Task[Exercise, RecallRecord]):
 
     def describe(self, samples: Sequence[Exercise], settings: Settings) -> str:
         distances = [question.distance for sample in samples for question in sample.questions]
-        *others, last = (str(length) for length in self.lengths(settings))
+        *others, last = map(str, _lengths(samples))
         lengths = f"{', '.join(others)} and {last}" if others else last
         return (
             f"{counted(len(distances), 'value')} in {counted(len(samples), 'exercise')} of {lengths} tokens of "
@@ -166,6 +174,21 @@ class Needles(Task[Exercise, RecallRecord]):
     def content(self, settings: Settings) -> str:
         """Return a description of the text in contexts."""
         return f"{settings.text} text"
+
+    def notices(self, samples: Sequence[Exercise], settings: Settings) -> tuple[str, ...]:
+        """Return the lengths that were asked for and not measured, with the reason."""
+        wanted = self.lengths(settings)
+        if not (left_out := sorted(set(wanted) - set(_lengths(samples)))):
+            return ()
+        limit = settings.limit
+        few = limit is not None and limit < len(wanted)
+        reason = f"--limit {limit} is fewer than the lengths" if few else "they are beyond the model's limit"
+        return (f"{self.name}: left out {', '.join(map(str, left_out))} tokens: {reason}",)
+
+
+def _lengths(samples: Sequence[Exercise]) -> list[int]:
+    """Return the lengths of exercises, ascending."""
+    return sorted({len(sample.ids) + len(sample.script) for sample in samples})
 
 
 def alike(
