@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,10 @@ from .options import (
     parse_bytes,
     parse_percent,
 )
+
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
+    from ..studies.recommend import Recommendation, Wanted
 
 
 def parse_share(text: str) -> float:
@@ -77,24 +82,29 @@ def recommend(
     if model is None:
         raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
     from ..evaluation import split_tasks
+    from ..studies.recommend import Wanted
+
+    wanted = Wanted(
+        model=model,
+        context=what.context,
+        max_loss=what.max_loss,
+        memory=what.memory,
+        tasks=split_tasks(what.task),
+        text=what.text,
+        calibration=what.calibration,
+        limit=what.limit,
+        step=what.step,
+        seed=loading.seed,
+    )
+    if what.dry_run:
+        _show_forecast(wanted, lambda: loading.load(model, which.revision))
+        return
     from ..evaluation.runs import RunFolders
-    from ..reporting.recommendation import answer_text, commands, recommendation_json, recommendation_tables
-    from ..studies.recommend import Wanted, recommend
+    from ..studies.recommend import recommend as find
 
     command = ctx.meta[COMMAND_LINE]
-    found = recommend(
-        Wanted(
-            model=model,
-            context=what.context,
-            max_loss=what.max_loss,
-            memory=what.memory,
-            tasks=split_tasks(what.task),
-            text=what.text,
-            calibration=what.calibration,
-            limit=what.limit,
-            step=what.step,
-            seed=loading.seed,
-        ),
+    found = find(
+        wanted,
         lambda: loading.load(model, which.revision),
         RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True),
         command=command,
@@ -102,9 +112,24 @@ def recommend(
         progress=console.progress,
     )
     with after_saving(f"the plan is saved in {found.best.path}, and all samples in {what.output_dir}"):
-        for table in recommendation_tables(found):
-            console.table(*table)
-        console.text(f"{answer_text(found)}\n\n")
-        if found.best.outcome != "not-safe":
-            console.text("".join(f"{engine + ':':14}{line}\n" for engine, line in commands(found).items()))
-        console.emit_json(recommendation_json(found))
+        _show(found)
+
+
+def _show_forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> None:
+    from ..reporting.recommendation import forecast_json, forecast_table
+    from ..studies.recommend import forecast
+
+    found = forecast(wanted, load)
+    console.table(*forecast_table(found))
+    console.emit_json(forecast_json(found))
+
+
+def _show(found: Recommendation) -> None:
+    from ..reporting.recommendation import answer_text, commands, recommendation_json, recommendation_tables
+
+    for table in recommendation_tables(found):
+        console.table(*table)
+    console.text(f"{answer_text(found)}\n\n")
+    if found.best.outcome != "not-safe":
+        console.text("".join(f"{engine + ':':14}{line}\n" for engine, line in commands(found).items()))
+    console.emit_json(recommendation_json(found))

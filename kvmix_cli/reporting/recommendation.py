@@ -12,6 +12,7 @@ from ..evaluation.grid import by_depth
 from ..evaluation.results import Estimate, Table
 from ..export import TARGETS
 from ..plan.sizes import format_bytes
+from ..studies.recommend.forecast import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
 from ..studies.recommend.study import MeasuredTask, Recommendation
 from .comparison import ITSELF
@@ -135,7 +136,7 @@ def commands(found: Recommendation) -> dict[str, str]:
         try:
             TARGETS[name].write(found.best.plan)
         except ExportError as error:
-            lines[engine] = one_line(str(error))
+            lines[engine] = one_line(str(error).removeprefix(f"{engine} ").removeprefix(f"{name} "))
         else:
             lines[engine] = shlex.join(["kvmix", "export", path, "--to", name])
     return lines
@@ -167,3 +168,34 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
 def _evidence_json(row: EvidenceRow) -> dict[str, Any]:
     depth = {} if row.depth is None else {"depth": row.depth}
     return {"task": row.task, "metric": row.metric, **asdict(row.own), "reference": row.reference, **depth}
+
+
+def forecast_table(found: Forecast) -> Table:
+    """Return the steps of a recommendation with their times, which are estimates, and what these rest on."""
+    rows = [(step.name, step.what, _duration(step.seconds)) for step in found.steps]
+    total = f"about {_duration(found.seconds)} in all, samples that are kept already not counted off\n"
+    unknown = any(step.seconds is None for step in found.steps)
+    known = "" if unknown and not found.seconds else total
+    notes = f"{known}about {format_bytes(found.memory)} of memory for weights and two caches\n{found.basis}\n"
+    title = f"what a recommendation for {one_line(found.model.id)} at {tokens(found.context)} would do"
+    return Table(title, ("step", "what", "about"), rows, notes)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+def forecast_json(found: Forecast) -> dict[str, Any]:
+    """Return a forecast as `kvmix recommend --dry-run --json` prints it."""
+    return {
+        "command": "recommend",
+        "model": found.model.id,
+        "context": found.context,
+        "dry_run": True,
+        "steps": [step._asdict() for step in found.steps],
+        "seconds": found.seconds,
+        "memory_bytes": found.memory,
+        "basis": found.basis,
+    }

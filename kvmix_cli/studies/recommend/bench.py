@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -105,13 +105,13 @@ class Bench:
 
     Attributes:
         context: tokens at which a plan is to be safe.
-        runs: folders that records are kept in and resumed from.
+        runs: folders that records are kept in and resumed from; None keeps none.
     """
 
     wanted: Wanted
     loaded: LoadedModel
     context: int
-    runs: RunFolders
+    runs: RunFolders | None
     progress: Progress
 
     @cached_property
@@ -171,14 +171,38 @@ class Bench:
         from ...cache.subject import Subject
         from ...evaluation.runner import run_task
 
-        settings = self._settings(limit, length)
+        settings = self.settings(limit, length)
         return run_task(task, self.loaded, [Subject(name, plan)], settings, self.runs, self.progress)
 
-    def _settings(self, limit: int | None, length: int) -> Settings:
+    def settings(self, limit: int | None, length: int) -> Settings:
+        """Return the settings of a measurement with samples of so many tokens."""
         from ...evaluation.base import Settings
 
-        prefix = max(1, min(PREFIX, length // 4))
-        return Settings(length, prefix, self.wanted.step, limit, self.wanted.text, self.wanted.seed)
+        return Settings(length, prefix(length), self.wanted.step, limit, self.wanted.text, self.wanted.seed)
+
+
+def prefix(length: int) -> int:
+    """Return the tokens of a document that are prefilled."""
+    return max(1, min(PREFIX, length // 4))
+
+
+def prepare(
+    wanted: Wanted, load: Callable[[], LoadedModel], runs: RunFolders | None, progress: Progress | None = None
+) -> Bench:
+    """Check what is wanted, load the model, and return what plans are measured with.
+
+    Raises:
+        KvmixError: if it makes no sense for the model, or there is no such task.
+    """
+    from ...evaluation import get_tasks
+    from ...evaluation.runner import no_progress
+
+    wanted.check()
+    get_tasks([DIVERGENCE, *wanted.other_tasks], {})
+    loaded = load()
+    bench = Bench(wanted, loaded, context_of(wanted, loaded.max_length), runs, progress or no_progress)
+    bench.check_memory()
+    return bench
 
 
 def usable_length(lengths: Sequence[int], context: int) -> tuple[int, int]:

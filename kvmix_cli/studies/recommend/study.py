@@ -12,7 +12,7 @@ from ... import state
 from ...errors import BudgetError, EvaluationError, KvmixError, ModelError, PlanError, QuantizationError, TextError
 from ...plan import ModelInfo, Plan
 from ...state import Say, unsaid
-from .bench import DIVERGENCE, Bench, Wanted, context_of, make_task
+from .bench import DIVERGENCE, Bench, Wanted, make_task, prepare
 from .judge import (
     Judgement,
     Outcome,
@@ -124,20 +124,13 @@ def recommend(
     Raises:
         KvmixError: if what is wanted makes no sense for the model, or nothing can be measured.
     """
-    from ...evaluation import get_tasks
-    from ...evaluation.runner import no_progress
-
-    get_tasks([DIVERGENCE, *wanted.other_tasks], {})
-    wanted.check()
-    loaded = load()
-    bench = Bench(wanted, loaded, context_of(wanted, loaded.max_length), runs, progress or no_progress)
-    bench.check_memory()
+    bench = prepare(wanted, load, runs, progress)
     path, refused = state.profile_path(wanted.model), list[KvmixError]()
     for way in WAYS:
         if refused:
             say(f"method {way.method}, because {WAYS[0].method} cannot be used with this model: {refused[-1]}")
         try:
-            made = calibrate(way, loaded, path, wanted, command, say=say, progress=bench.progress)
+            made = calibrate(way, bench.loaded, path, wanted, command, say=say, progress=bench.progress)
             plans = made.plans()
         except (BudgetError, ModelError, PlanError, QuantizationError) as error:
             refused.append(error)
