@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -240,26 +240,30 @@ class UserCode:
         )
 
     def _ending_with(self, use: CodeUse, length: int, seed: str) -> Exercise | None:
-        """Return a use's exercise; None if it is too near or too far, or its first token does not tell the name."""
-        given, *rest = encode(self.tokenizer, f" {use.name}")
-        beginning = self.tokenizer.decode([given]).strip()
-        between = self.text[use.definition : use.use]
-        others = {match[0] for match in _NAME.finditer(between)} - {use.name}
-        if not rest or any(other.startswith(beginning) for other in others):
-            return None
+        """Return a use's exercise; None if it is too near or too far, or if the name begins like another one."""
+        name = encode(self.tokenizer, f" {use.name}")
+        given = self._given(use, name)
         head = opening(self.tokenizer)
-        room = length - len(head) - 1 - len(rest)
+        room = length - len(head) - len(name)
         to_name = encode(self.tokenizer, self.text[use.line : use.definition])
         to_use = encode(self.tokenizer, self.text[use.definition : use.use - 1])
         start = max(0, use.line - int(MARGIN * self.characters * room))
         before = encode(self.tokenizer, self.text[start : use.line])
         count = room - len(to_name) - len(to_use)
-        if not 0 <= count <= len(before) or len(to_use) < NEAREST * length:
+        if given is None or not 0 <= count <= len(before) or len(to_use) < NEAREST * length:
             return None
         before = before[len(before) - count :]
         context = (*head, *before, *to_name, *to_use)
-        answer = slice(1, 1 + len(rest))
-        question = Question(
-            use.name, self.tokenizer.decode(rest), answer, len(to_use) + 1, (len(before) + len(to_name)) / room
-        )
-        return Exercise(f"exercise {seed}", context, (given, *rest), (question,))
+        depth = (len(before) + len(to_name)) / room
+        answer = slice(given, len(name))
+        question = Question(use.name, self.tokenizer.decode(name[answer]), answer, len(to_use) + given, depth)
+        return Exercise(f"exercise {seed}", context, tuple(name), (question,))
+
+    def _given(self, use: CodeUse, name: Sequence[int]) -> int | None:
+        """Return the first tokens of a name that no other name between definition and use begins with, not all."""
+        others = {match[0] for match in _NAME.finditer(self.text, use.definition, use.use)} - {use.name}
+        for given in range(1, len(name)):
+            beginning = self.tokenizer.decode(name[:given]).strip()
+            if not any(other.startswith(beginning) for other in others):
+                return given
+        return None
