@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -26,6 +26,11 @@ smollm2: $(STAMP)
 
 test-network: smollm2
 	$(TEST) -m network
+
+# The site, in site/index.html. Its build asks no other host for anything.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 coverage: $(STAMP)
 	$(TEST) --cov --cov-report term
@@ -60,4 +65,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) kvmix-demo
+	rm -rf $(VENV) kvmix-demo site
