@@ -40,11 +40,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, uri, content=_notebook(text) if path == NOTEBOOK else text))
     for path in sorted({path for file in files.documentation_pages() for path in _linked_sources(file)}):
-        listing = (
-            f"---\nsearch:\n  exclude: true\n---\n# {path}\n\n{_fenced((ROOT / path).read_text(), _language(path))}"
-        )
-        file = File.generated(config, _source_uri(path), content=listing, inclusion=InclusionLevel.NOT_IN_NAV)
-        files.append(file)
+        text = _fenced((ROOT / path).read_text(encoding="utf-8"), _language(path))
+        listing = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n{text}"
+        files.append(File.generated(config, _source_uri(path), content=listing, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 

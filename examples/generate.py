@@ -3,8 +3,8 @@
     python examples/generate.py
     python examples/generate.py --model meta-llama/Llama-2-7b --plan profiles/meta-llama--Llama-2-7b/plans/rank-2.3.yaml
 
-Prompts of different lengths are continued in one batch, with transformers' own cache and with a `MixedCache` of the plan: what each
-stores, and how many new tokens are the same.
+Prompts of different lengths are continued in one batch, with transformers' own cache and with a `MixedCache` of the
+plan: what each stores, and how many new tokens are the same.
 """
 
 from __future__ import annotations

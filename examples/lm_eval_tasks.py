@@ -3,8 +3,8 @@
     python examples/lm_eval_tasks.py                                        # a small task that is made here, offline
     python examples/lm_eval_tasks.py --model meta-llama/Llama-2-7b --tasks gsm8k,piqa --limit 100 --bits 16,4,3,2
 
-lm-eval asks and judges; what the model reads has gone through the cache of a plan. `kvmix eval --task` does the same from the
-command line, and keeps every answer: docs/lm-eval.md.
+lm-eval asks and judges; what the model reads has gone through the cache of a plan. `kvmix eval --task` does the same
+from the command line, and keeps every answer: docs/lm-eval.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The site of docs/, as `make docs` builds it: no warning, no broken link, no other host, and what its first page says first."""
+"""The site of docs/, as `make docs` builds it: no warning, no broken link, no other host, the first page in order."""
 
 import os
 import re
