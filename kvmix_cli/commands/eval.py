@@ -259,7 +259,7 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
     return Setup(
         which.model,
         work.task,
-            Settings(work.lengths[-1], work.prefix, work.step, work.limit, work.text, loading.seed, work.prefill_chunk),
+        Settings(work.lengths[-1], work.prefix, work.step, work.limit, work.text, loading.seed, work.prefill_chunk),
         Loading(
             revision=which.revision,
             dtype=loading.dtype,

@@ -18,7 +18,8 @@ from ...plan import Plan
 from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
-from ..profiles import existing_profile, make_basis, require_same_model, save_scores
+from ..directions import read_basis
+from ..profiles import existing_profile, require_same_model, save_scores
 from .bench import Wanted
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def calibrate(
         profile = before
     else:
         profile = _measure(way, loaded, path, wanted, command, progress)
-    return Calibrated(way, profile, path, make_basis(profile, path) if way.method == TRANSFORM else None)
+    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
 
 
 def _measure(way: Way, loaded: LoadedModel, path: Path, wanted: Wanted, command: str, progress: Progress) -> Profile:
