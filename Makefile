@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-network smollm2 matrix coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 matrix coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -34,6 +34,11 @@ matrix: export OMP_NUM_THREADS := 1
 matrix: $(STAMP)
 	$(BIN)/python tests/support/matrix_pool.py matrix.jsonl
 	$(BIN)/python tests/support/matrix_page.py matrix.jsonl
+
+# The site, in site/index.html. Its build asks no other host for anything.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 coverage: $(STAMP)
 	$(TEST) --cov --cov-report term
@@ -68,4 +73,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) kvmix-demo
+	rm -rf $(VENV) kvmix-demo site

@@ -22,6 +22,8 @@ ADAPTER = "adapter_config.json"
 """The file that a folder with a LoRA adapter has in the place of config.json."""
 META_FILES = ("params.json", "consolidated.*.pth")
 """Files of Meta's own layout, which transformers does not read."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files of which a repository with weights has one."""
 META_SIBLING = "-hf"
 """Ending of the repositories that hold Meta's models in the layout of transformers."""
 
@@ -62,6 +64,17 @@ def locate(model_id: str) -> str:
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ModelError(f"no folder {model_id}: give a model folder, a hub id or builtin:tiny")
     return model_id
+
+
+def has_weights(model_id: str, revision: str | None = None) -> bool:
+    """Return whether a model's weights are on this machine: its own files, or in the hub's cache."""
+    if model_id.startswith(BUILTIN) or _is_there(Path(model_id).expanduser()):
+        return True
+    try:
+        found = [huggingface_hub.try_to_load_from_cache(model_id, name, revision=revision) for name in WEIGHTS]
+    except HFValidationError:
+        return False
+    return any(isinstance(path, str) for path in found)
 
 
 def meta_sibling(model_id: str) -> str | None:
