@@ -94,7 +94,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class FillingOptions:
-    """The way of the prompt into the cache: fed at once or in chunks, or loaded from a file that an earlier run saved."""
+    """The way of the prompt into the cache: fed at once or in chunks, or from a file that a run saved."""
 
     prefill_chunk: Annotated[
         int | None, count_option("Tokens of the prompt fed at a time, each packed before the next [default: all].")
