@@ -29,8 +29,8 @@ _NAMES: dict[int, str] = {
         feed_forward_size projection_intermediate_size downsample_hidden_size hidden_dim attention_hidden_size""",
     2 * HEAD_DIM: """moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
         qk_head_dim expert_ffn_hidden_size q_lora_rank shared_experts_intermediate_size share_expert_dim chunk_size
-        attention_chunk_size num_position_embeddings attention_head_dim""",
-    HEAD_DIM: """head_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim linear_key_head_dim
+        attention_chunk_size num_position_embeddings attention_head_dim kv_lora_rank""",
+    HEAD_DIM: """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim linear_key_head_dim
         linear_value_head_dim swa_head_dim global_head_dim dim_head d_kv d_head mamba_d_head mamba_head_dim
         linear_head_dim kv_channels resampler_head_dim hidden_size_per_layer_input mamba_chunk_size mamba_headdim
         attention_head_size swa_v_head_dim o_lora_rank ple_embed_dim""",
@@ -134,6 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "mamba2": {"head_dim": 64},
+    "mimo_v2_flash": {"head_dim": 2 * HEAD_DIM, "swa_head_dim": 2 * HEAD_DIM},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
     "mistral": {"sliding_window": None},
     "mistral4": {"head_dim": 2 * HEAD_DIM},
@@ -153,6 +154,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen4_exp": {"init": {"text_config": _INDEXER}},
     "qwen4_exp_text": {"init": _INDEXER},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"init": {"is_decoder": True}, "axial_pos_embds_dim": (64, 64), "axial_pos_shape": (16, 32)},
     "step3p7": {"text_config.sliding_window": 24},
     "xmod": {"default_language": "en_XX"},
