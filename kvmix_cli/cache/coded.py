@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvmix_kernels.layout import Kind
 from kvmix_kernels.runtime.fallback import warn_once
 from torch import Tensor
 
-from ..plan.codec import TransformTensor
+from ..plan import TransformTensor
 from ..plan.sizes import exact_tokens
 from .archive import Archive
 from .exact import ExactTokens
@@ -26,7 +27,8 @@ class CodedLayer(WatchingLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores and what chooses exact tokens. Raises PlanError."""
-        self._exact = ExactTokens(exact_tokens(self.plan, self.settings))
+        chooser: Kind = "key" if isinstance(self.plan.k, TransformTensor) else "value"
+        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), chooser)
         super().lazy_initialization(key_states, value_states)
 
     @property
@@ -91,11 +93,10 @@ class CodedLayer(WatchingLayer):
             self._exact.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
-        """Let keys and values pack, choose exact tokens, and forget the attention of tokens that have left the tail."""
+        """Let keys and values pack, and forget the attention of the tokens that have left the tail."""
         counts = super()._in_step(pack)
         if self._exact is not None:
-            self._exact.choose()
-            self._exact.attention.forget_oldest(max(counts))
+            self._exact.forget_oldest(max(counts))
         return counts
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -28,6 +28,7 @@ class ExactTokens:
 
     Args:
         count: exact tokens of each KV head, in the mean over pages.
+        chooser: keys, whose errors decide, or values, where keys have no codes.
 
     Attributes:
         attention: that the tokens in the tail have received.
@@ -35,14 +36,15 @@ class ExactTokens:
         places: `[B, H_kv, count * pages]` int32, as in `Coded`; None before the first page.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, chooser: Kind = "key") -> None:
         self.count = count
         self.attention = TailAttention(SAMPLE)
         self.pages = 0
         self.places: Tensor | None = None
+        self._chooser = chooser
         self._scores: Tensor | None = None  # [B, H_kv, N] float32; -inf where there is no token
         self._states: dict[Kind, Tensor] = {}  # [B, H_kv, N, D]
-        self._offers: dict[Kind, tuple[Tensor, Tensor]] = {}
+        self._chosen: Tensor | None = None  # [B, H_kv, N], of those before and the new tokens, while pages are packed
 
     @property
     def nbytes(self) -> int:
@@ -54,23 +56,22 @@ class ExactTokens:
         """Return the exact keys, or values, `[B, H_kv, N, D]`; None if none are held."""
         return self._states.get(kind)
 
-    def offer(self, kind: Kind, states: Tensor, errors: Tensor) -> None:
-        """Offer the tokens of the next pages, which `choose` then chooses of.
+    @lasting
+    def add(self, kind: Kind, states: Tensor, errors: Tensor) -> None:
+        """Choose again, of those that are exact and of the tokens of the next pages; then keep what was chosen.
 
         Args:
-            kind: keys or values.
+            kind: keys or values; those that choose come first.
             states: `[B, H_kv, pages * page, D]`, the oldest tokens of the tail.
             errors: `[B, H_kv, pages, page]`, squared error of each in the metric.
         """
-        self._offers[kind] = states.detach().clone(), errors
+        if kind == self._chooser:
+            self._choose(errors)
+        if self._chosen is None:
+            raise AssertionError("nothing has been chosen of these pages")
+        self._states[kind] = _rows_of_both(self._states.get(kind), states, self._chosen)
 
-    @lasting
-    def choose(self) -> None:
-        """Choose the exact tokens again, of those that are exact and of the tokens that have been offered."""
-        if not self._offers:
-            return
-        offers, self._offers = self._offers, {}
-        errors = offers["key" if "key" in offers else "value"][1]
+    def _choose(self, errors: Tensor) -> None:
         pages, page = errors.shape[2:]
         scores = self._scores_of(errors.flatten(2))
         places = torch.arange(self.pages * page, (self.pages + pages) * page, dtype=torch.int32, device=scores.device)
@@ -80,10 +81,13 @@ class ExactTokens:
             places = torch.cat([self.places, places], dim=2)
         self.pages += pages
         # Both parts are in the order of their places, and no token comes before any.
-        chosen = scores.topk(self.count * self.pages, dim=2).indices.sort(dim=2).values
-        self.places, self._scores = places.gather(2, chosen), scores.gather(2, chosen)
-        for kind, (states, _) in offers.items():
-            self._states[kind] = _chosen(self._states.get(kind), states, chosen)
+        self._chosen = scores.topk(self.count * self.pages, dim=2).indices.sort(dim=2).values
+        self.places, self._scores = places.gather(2, self._chosen), scores.gather(2, self._chosen)
+
+    def forget_oldest(self, count: int) -> None:
+        """Forget what the choice of the oldest `count` tokens needed, which have left the tail."""
+        self._chosen = None
+        self.attention.forget_oldest(count)
 
     @lasting
     def truncate(self, pages: int, page: int) -> None:
@@ -135,15 +139,13 @@ class ExactTokens:
         return errors * (received + UNSEEN)
 
 
-def _chosen(held: Tensor | None, new: Tensor, chosen: Tensor) -> Tensor:
+def _rows_of_both(held: Tensor | None, new: Tensor, index: Tensor) -> Tensor:
     """Return rows of `held` and `new` `[B, H_kv, n, D]`, one after the other, without putting them together."""
-    if held is None:
-        return _rows(new, chosen)
-    before = held.shape[2]
-    if before == 0:
-        return _rows(new, chosen)
-    old, fresh = _rows(held, chosen.clamp(max=before - 1)), _rows(new, (chosen - before).clamp(min=0))
-    return torch.where((chosen < before)[..., None], old, fresh)
+    before = 0 if held is None else held.shape[2]
+    if held is None or before == 0:
+        return _rows(new, index)
+    old, fresh = _rows(held, index.clamp(max=before - 1)), _rows(new, (index - before).clamp(min=0))
+    return torch.where((index < before)[..., None], old, fresh)
 
 
 def _rows(states: Tensor, index: Tensor) -> Tensor:

@@ -182,8 +182,8 @@ def test_exact_tokens_are_those_with_the_most_attention_times_error(tmp_path):
     for head in range(2):
         chosen = [places_of(store, head) for store in layer.stores]
         assert chosen[0] == chosen[1], "keys and values share their exact tokens"
-        assert chosen[0][0] == 10
-        assert places_of(by_error[0].stores[0], head)[0] != 10
+        assert 10 in chosen[0]
+        assert 10 not in places_of(by_error[0].stores[0], head)
 
 
 def test_without_queries_the_error_decides_and_it_is_said_once(llama, tmp_path):

@@ -25,8 +25,7 @@ class CodePacking(Packing):
         name: of the tensor, for errors, e.g. `layer 3 keys`.
         basis: directions, widths and frames.
         reserve: pages to make room for at first.
-        exact: the layer's exact tokens, shared by keys and values, which are chosen after both have packed; None for
-            no exact tokens.
+        exact: the layer's exact tokens, shared by keys and values; None for none.
     """
 
     def __init__(self, name: str, basis: TransformBasis, reserve: int = 0, exact: ExactTokens | None = None) -> None:
@@ -63,7 +62,7 @@ class CodePacking(Packing):
                 self._scales.append(encoded.scales)
             errors.append(encoded.errors)
         if self._exact is not None and errors:
-            self._exact.offer(self._basis.layout.kind, states, torch.cat(errors, dim=2))
+            self._exact.add(self._basis.layout.kind, states, torch.cat(errors, dim=2))
 
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         first = keep // self.unit
