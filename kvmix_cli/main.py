@@ -24,7 +24,20 @@ from typer.core import TyperGroup
 
 from . import console
 from ._version import __version__
-from .commands import allocate, demo, eval, export, fit, inspect, options, profile, recommend, report, run
+from .commands import (
+    allocate,
+    demo,
+    eval,
+    export,
+    fit,
+    inspect,
+    listing,
+    options,
+    profile,
+    recommend,
+    report,
+    run,
+)
 from .commands.grouped import GroupedCommand
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
@@ -165,6 +178,20 @@ _add(
     "All of it on the built-in model, in a few minutes.",
     "kvmix demo --quick",
     "kvmix demo --out here --resume",
+)
+_add(
+    "list",
+    listing.list_kind,
+    "List models, plans, presets, probes, solvers, tasks, ...",
+    "kvmix list",
+    "kvmix list presets",
+)
+_add(
+    "env",
+    listing.env,
+    "Versions, devices, kernels and folders, for bug reports.",
+    "kvmix env",
+    "kvmix env --json",
 )
 
 
