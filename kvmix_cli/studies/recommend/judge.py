@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from ...evaluation.bootstrap import ratio
-from ...evaluation.positions import by_position
+from ...evaluation.positions import PositionBucket, by_position
 from ...evaluation.results import Estimate, Metric, Row
 
 FEWEST: Final = 6
@@ -88,9 +88,10 @@ def judge_divergence(row: Row, limit: float, length: int, lacking: int = 0) -> J
         return Judgement(task, metric, None, "not measured", error=error)
     if not row.quantized_share:
         return Judgement(task, metric, None, "nothing read", own, limit=limit)
-    found, count = reach(row.records, limit, length), len(row.records)
+    buckets, count = by_position(row.records), len(row.records)
+    found = reach(row.records, buckets, limit, length)
     judged = Judgement(task, metric, None, "unclear", own, limit=limit, reach=found if count >= FEWEST else 0)
-    if own.low > limit or any(bucket["kl"].low > limit for bucket in by_position(row.records)):
+    if own.low > limit or any(bucket["kl"].low > limit for bucket in buckets):
         return judged._replace(passed=False, reason="above")
     if lacking or count < FEWEST:
         return judged._replace(reason="few documents", missing=lacking or (FEWEST - count) * length)
@@ -99,14 +100,14 @@ def judge_divergence(row: Row, limit: float, length: int, lacking: int = 0) -> J
     return judged._replace(missing=_missing(own, limit, count, length))
 
 
-def reach(records: Sequence[Mapping[str, Any]], limit: float, length: int) -> int:
+def reach(records: Sequence[Mapping[str, Any]], buckets: Sequence[PositionBucket], limit: float, length: int) -> int:
     """Return the tokens of context within which KL is within a limit; 0 if there are none.
 
     That is the end of the last part of the positions up to which the KL of no part is above the limit, and the upper
     end of the interval of all parts so far is within it.
     """
     found, kl, tokens = 0, [0.0] * len(records), [0] * len(records)
-    for bucket in by_position(records):
+    for bucket in buckets:
         if bucket["kl"].value > limit:
             break
         for number, record in enumerate(records):
