@@ -14,8 +14,6 @@ PLANS = [
     for folder in FOLDERS
     for path in sorted(folder.glob("plans/*.yaml"))
 ]
-    pytest.param(path, id=f"{path.parents[1].name}-{path.stem}") for f in FOLDERS for path in f.glob("plans/*.yaml")
-]
 
 
 def test_both_models_are_there():
