@@ -119,9 +119,9 @@ class Preset(StrictModel):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Preset:
+    def load(cls, path: Path | str) -> Preset:
         """Read a preset file. Raises DocumentError with every fault and its line."""
-        document = read_yaml(path)
+        document = read_yaml(Path(path))
         document.check_format(FORMAT)
         return validate(document, cls)
 

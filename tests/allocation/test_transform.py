@@ -13,8 +13,8 @@ from with_moments import model_moments, profile_with_moments
 
 from kvmix_cli.allocation import Budget, allocate, make_bases
 from kvmix_cli.allocation.directions import Filling, expected_loss
-from kvmix_cli.errors import BudgetError
-from kvmix_cli.plan import CacheSettings, LayerPlan
+from kvmix_cli.errors import BudgetError, PlanError
+from kvmix_cli.plan import CacheSettings, LayerPlan, TensorPlan
 
 INFO = make_info(3, head_dim=32)
 PROFILE = profile_with_moments(INFO)
@@ -134,3 +134,23 @@ def test_a_head_that_nobody_reads_gets_no_bits():
     found[2].v.metric[1] = 0
     plan = allocate(PROFILE, Budget(avg_bits=2), basis=make_bases(PROFILE, found))
     assert plan.layers[2].v.widths[1] == "0000"
+
+
+def test_heads_that_are_no_multiple_of_16_are_coded_but_not_packed():
+    """Codes come in runs of 8 directions, the last of them shorter."""
+    info = make_info(2, head_dim=20)
+    profile = profile_with_moments(info)
+    basis = make_bases(profile, model_moments(info))
+    plan = allocate(profile, Budget(stored_bits=2.5), basis=basis)
+    assert plan.bits.stored <= 2.5
+    assert all(len(digits) == 3 for layer in plan.layers.values() for digits in (*layer.k.widths, *layer.v.widths))
+    pinned = allocate(profile, Budget(stored_bits=9), basis=basis, pins={0: layer_of(16)})
+    assert pinned.layers[0].short == "k16v16"
+    with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
+        allocate(profile, Budget(stored_bits=2.5), basis=basis, pins={0: layer_of(4)})
+    with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
+        allocate(profile, Budget(stored_bits=4), method="rank")
+
+
+def layer_of(bits):
+    return LayerPlan(k=TensorPlan(bits=bits), v=TensorPlan(bits=bits))

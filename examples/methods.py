@@ -1,6 +1,6 @@
 """Plans of every method at 2.5, 3 and 4 stored bits, for heads of 64, to be measured side by side: see docs/methods.md.
 
-    python docs/examples/methods.py builtin:tiny plans/
+    python examples/methods.py builtin:tiny plans/
 
 A method is given the most that fits a budget. What is searched over is the layer's own bits; shares and widths of tiers
 and runs are those of the table below.
@@ -144,7 +144,7 @@ def main(model: str, out: Path) -> None:
         for name, plan in found.items():
             print(f"{budget:g} {name}: " + (f"{plan.short}, {plan.bits.stored:.3f} stored" if plan else "nothing fits"))
             if plan is not None and name != "transform":
-                plan.save(out / f"{name}-{budget:g}.yaml", f"python docs/examples/methods.py {model} {out.name}")
+                plan.save(out / f"{name}-{budget:g}.yaml", f"python examples/methods.py {model} {out.name}")
 
 
 def _widths(method: str) -> list[tuple[int, int]]:
