@@ -1,7 +1,8 @@
 """Triton's interpreter with less to do, as a plugin of pytest (`-p interpreting`) or before a script is run.
 
-The interpreter replaces the functions of `triton.language` whenever one compiled function calls another, and looks
-through everything in there for what to replace: half of its time. Here it looks once.
+The interpreter replaces the functions of `triton.language` before every call of a compiled function, also by another
+one, and looks through everything in there for what to replace: half of its time. Here it looks once, and replaces what
+is not replaced yet.
 """
 
 import functools
@@ -28,7 +29,19 @@ def patch_builtin(package, builder, scope):
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
-interpreter._patch_builtin = patch_builtin
+@functools.cache
+def languages(function):
+    """Triton's modules among what a compiled function can name."""
+    return [value for value in function.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
+
+
+def patch_lang(function):
+    is_done = all(language.static_range is not STATIC_RANGE for language in languages(function))
+    return interpreter._LangPatchScope() if is_done else PATCH_LANG(function)
+
+
+STATIC_RANGE, PATCH_LANG = tl.static_range, interpreter._patch_lang
+interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_lang
 
 
 def run_script(path):
