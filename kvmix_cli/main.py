@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 from . import console
 from ._version import __version__
-from .commands import allocate, demo, eval, export, inspect, options, profile, report, run
+from .commands import allocate, demo, eval, export, fit, inspect, options, profile, recommend, report, run
 from .commands.grouped import GroupedCommand
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
@@ -139,11 +139,25 @@ _add(
     "kvmix inspect rank-2.3 ilp-2.3 --plot plans.png",
 )
 _add(
+    "fit",
+    fit.fit,
+    "Count the memory that a model and its cache need.",
+    "kvmix fit Qwen/Qwen3-8B --context 32K --memory 24GiB",
+    "kvmix fit builtin:tiny --plan rank-2.3 --batch 8",
+)
+_add(
     "export",
     export.export,
     "Write a plan for vLLM, ModelOpt, llama.cpp or KVTuner.",
     "kvmix export --to llama.cpp",
     "kvmix export rank-2.3 --to kvtuner --out preset.yaml",
+)
+_add(
+    "recommend",
+    recommend.recommend,
+    "The smallest plan that is safe at your context.",
+    "kvmix recommend builtin:tiny --context 2K",
+    "kvmix recommend Qwen/Qwen3-8B --context 32K --memory 24GiB --max-loss 1%",
 )
 _add(
     "demo",
@@ -199,6 +213,8 @@ def _root(
 
 def _interrupted(ctx: Any) -> str:
     line = ctx.meta[options.COMMAND_LINE]
+    if ctx.invoked_subcommand == "recommend":
+        return f"interrupted; continue with `{line}`"
     is_search = ctx.invoked_subcommand == "allocate" and "--method search" in line
     if ctx.invoked_subcommand not in RESUMABLE and not is_search:
         return "interrupted"

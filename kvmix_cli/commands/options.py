@@ -233,7 +233,7 @@ def parse_dtype(text: str) -> str:
     return DTYPES.get(text.strip().lower(), text)
 
 
-def _parse_model_dtype(text: str) -> str:
+def parse_model_dtype(text: str) -> str:
     """Return the name of a dtype that a model can be loaded in. Raises ModelError."""
     dtype = parse_dtype(text)
     if dtype not in MODEL_DTYPES:
@@ -331,7 +331,7 @@ class LoadingOptions:
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="DTYPE", parser=_parse_model_dtype, help="auto (the checkpoint's), float32, bfloat16 or float16."
+            metavar="DTYPE", parser=parse_model_dtype, help="auto (the checkpoint's), float32, bfloat16 or float16."
         ),
     ] = "auto"
     device: Annotated[

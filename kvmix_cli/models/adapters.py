@@ -6,16 +6,18 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import ModelError, first_sentence
 from ..quiet import hushed
 from .sources import ADAPTER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 _FAULTS = (

@@ -5,9 +5,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -20,12 +20,19 @@ def run(folder, plan):
     """Run the script with a `kvmix` that evaluates shorter texts."""
     command = folder / "bin" / "kvmix"
     command.parent.mkdir()
-    shorter = f'test "$1" = eval && set -- "$@" --length 640\nexec {sys.executable} -m kvmix_cli "$@"'
+    kvmix, inherited = forking.in_shell()
+    shorter = f'test "$1" = eval && set -- "$@" --length 640\nexec {kvmix} "$@"'
     command.write_text(f"#!/bin/sh\n{shorter}\n")
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "SAMPLES": "1"}
     return subprocess.run(
-        ["bash", str(GATE), str(plan)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", str(GATE), str(plan)],
+        cwd=folder,
+        env=environment,
+        pass_fds=inherited,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
