@@ -13,6 +13,7 @@ import pytest
 import kvmix_cli
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 class Markup(HTMLParser):
@@ -36,9 +37,10 @@ def is_outside(address):
     return bool(urlsplit(address).scheme or urlsplit(address).netloc)
 
 
-def first_table(text):
-    """The cells of the first Markdown table, without marks."""
-    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+def table_below(page, heading):
+    """The cells of the first table below a heading, without marks."""
+    title = re.compile("#+ " + heading.replace("-", r"\W+") + "\n", re.IGNORECASE)
+    rows = re.search(r"(?:^\|.*\n)+", title.split((DOCS / page).read_text())[1], re.MULTILINE)[0].splitlines()
     return [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows if not row.startswith("|---")]
 
 
@@ -72,10 +74,14 @@ def test_the_site_builds_without_a_warning_and_is_whole(tmp_path):
     front = (tmp_path / "index.html").read_text()
     assert re.findall(r'<h2 id="([\w-]+)"', front)[:2] == ["what-to-type", "leaderboard"]
     shown = re.sub(r"<[^>]+>", " ", front)
-    board = (ROOT / "docs" / "allocation.md").read_text().partition("## Leaderboard")[2]
-    cells = [re.split(r"\W*\[", cell)[0] for row in first_table(board) for cell in row]
-    assert cells
-    assert not [cell for cell in cells if cell not in shown]
+    source = (DOCS / "index.md").read_text().partition("## Leaderboard")[2]
+    assert re.findall("builtin:tiny|SmolLM2", source)[:2] == ["builtin:tiny", "SmolLM2"]
+    boards = re.findall(r"^<!-- table: (\S+)#(\S+) -->$", source, re.MULTILINE)
+    assert len(boards) == 2
+    for page, heading in boards:
+        cells = [re.split(r"\W*\[", cell)[0] for row in table_below(page, heading) for cell in row]
+        assert len(cells) > 8
+        assert not [cell for cell in cells if cell not in shown]
 
 
 def every_id(pages):
