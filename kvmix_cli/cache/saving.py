@@ -108,11 +108,11 @@ class CacheFile:
                 found = (file.metadata() or {}).get("kvmix")
                 tensors = {} if found is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
-            raise CacheError(f"there is no cache file {path}; save one with `kvmix run --save-cache`") from error
+            raise CacheError(f"there is no cache file {path}; save one with --save-cache of kvmix run") from error
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CacheError(f"cannot read cache file {path}: cut short, or of another format") from error
         if found is None or f'"{FORMAT}"' not in found:
-            raise CacheError(f"{path} is no cache file of the format {FORMAT}; save one with `kvmix run --save-cache`")
+            raise CacheError(f"{path} is no cache file of the format {FORMAT}; save one with --save-cache of kvmix run")
         try:
             header = CacheHeader.model_validate_json(found)
         except ValidationError as error:

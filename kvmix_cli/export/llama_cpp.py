@@ -28,7 +28,7 @@ def express(plan: Plan) -> str:
     sizes = {index: plan.model.heads(index) for index, pair in widths.items() if set(pair) != {16}}
     broken = {index: f"heads of {heads}" for index, heads in sizes.items() if heads.key_dim % BLOCK}
     rule = f"it quantizes heads in whole blocks of {BLOCK} channels"
-    refuse("llama.cpp", rule, broken, "allocate with --k-bits 16 --v-bits 16, or use this plan with `kvmix run`")
+    refuse("llama.cpp", rule, broken, "allocate with --k-bits 16 --v-bits 16, or use this plan with kvmix itself")
     windowed = [index for index, kind in plan.model.stock.items() if any(word in kind for word in WINDOWED)]
     found = dict.fromkeys(windowed, "k16v16") | {index: layer.short for index, layer in plan.layers.items()}
     refuse("llama.cpp", "it stores all layers alike", found if len(set(found.values())) > 1 else {}, ONE_WIDTH)

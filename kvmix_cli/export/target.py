@@ -34,7 +34,7 @@ class Target:
         sizes = {index: plan.model.heads(index) for index in plan.layers}
         uneven = {index: f"heads of {heads}" for index, heads in sizes.items() if heads.key_dim != heads.value_dim}
         rule = "exports are of keys and values of one size, as a latent and its rotary part are one tensor of one width"
-        refuse(self.name, rule, uneven, "use this plan with `kvmix run`")
+        refuse(self.name, rule, uneven, "use this plan with kvmix itself")
         coded = {index: "transform codes" for index, layer in plan.layers.items() if layer.is_coded}
         rule = "it has widths of whole tensors only"
         refuse(self.name, rule, coded, "allocate with another --method, such as rank")

@@ -133,7 +133,7 @@ class Preset(StrictModel):
         """
         if self.bits is None:
             raise PlanError(
-                f"preset '{name}' states no widths: make a plan of it with `kvmix allocate --preset {name}`"
+                f"preset '{name}' states no widths: make a plan of it with --preset {name} of kvmix allocate"
             )
         count, k, v = len(model.quantizable), self.bits.k, self.bits.v
         layers = {

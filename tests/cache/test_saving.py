@@ -11,7 +11,8 @@ from coding import coded_plan
 from composing import AXES, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from teaching import ids, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache
@@ -207,10 +208,15 @@ def whole(llama, plans, tmp_path_factory):
 def test_indices_that_lead_nowhere_are_refused(llama, plans, tmp_path):
     """A kernel would follow them out of its memory."""
     tokens, path = ids(120), tmp_path / "cache.safetensors"
-    cache = filled(llama, plans["coded"], tokens, [100, 20])
-    cache.layers[1]._slots.slots.view[0, 0, 0, 0] = PAGE
-    cache.save(path, tokens, llama)
-    assert "layers.1.exact.slots has indices up to 16; expected 0 to 15" in refused(path, plans["coded"], llama)
+    filled(llama, plans["coded"], tokens, [100, 20]).save(path, tokens, llama)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    held, name = load_file(path), "layers.1.exact.places"
+    for place, said in ((1600, "has places up to 1600; expected -1 to 79"), (0, "is not in ascending order")):
+        changed = held[name].clone()
+        changed[0, 0, -1] = place
+        save_file({**held, name: changed}, path, metadata)
+        assert f"{name} {said}" in refused(path, plans["coded"], llama)
 
 
 def test_what_a_file_does_not_fit_is_said(llama, plans, saved, tmp_path):

@@ -17,7 +17,20 @@ from typer.main import get_command
 from kvmix_cli import __version__, allocation, errors
 from kvmix_cli.main import app
 
-COMMANDS = ["profile", "allocate", "run", "eval", "report", "inspect", "export", "demo"]
+COMMANDS = [
+    "profile",
+    "allocate",
+    "run",
+    "eval",
+    "report",
+    "inspect",
+    "fit",
+    "export",
+    "recommend",
+    "demo",
+    "list",
+    "env",
+]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "kvmix_cli.plan")
 """What costs time to import. Typer loads pydantic by itself, so only our models of it can be kept out."""
 LIGHT = f"""

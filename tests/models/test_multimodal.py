@@ -40,7 +40,7 @@ def processor(folder, monkeypatch):
     name = json.loads((Path(folder) / "config.json").read_text())["model_type"]
     if name != "gemma3":
         made = multimodal.processor_of(name, multimodal.tokenizer_of(name))
-        monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *args, **options: made)
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *args, **options: made)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ class TestRefused:
         def from_pretrained(*args, **options):
             raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-        monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", from_pretrained)
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", from_pretrained)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         config = multimodal.config_of("qwen2_5_vl", multimodal.tokenizer_of("qwen2_5_vl"))
         with pytest.raises(ModelError, match=r"needs torchvision: pip install 'kvmix\[images\]'"):

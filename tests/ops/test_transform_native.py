@@ -48,7 +48,7 @@ def test_encodes_like_the_definition(kind, head_dim, page, dtype, first_page, se
             assert torch.equal(got.codes, expected.codes), name  # the same operations on the same projection
         else:  # sums over directions are in another order: a scale may round to the next float16, and move a code
             torch.testing.assert_close(got.scales, expected.scales, rtol=2e-3, atol=0)
-            assert (got.codes != expected.codes).float().mean() < 1e-2, name
+            assert (got.codes != expected.codes).sum() <= 1e-2 * got.codes.numel(), name
         torch.testing.assert_close(got.errors, expected.errors, rtol=2e-2, atol=1e-4)
 
 

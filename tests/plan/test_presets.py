@@ -154,7 +154,7 @@ def test_a_preset_has_widths_or_a_method_with_its_budget(tmp_path):
 
 
 def test_a_preset_without_widths_says_what_makes_a_plan_of_it():
-    with pytest.raises(PlanError, match="`kvmix allocate --preset transform-2`"):
+    with pytest.raises(PlanError, match="make a plan of it with --preset transform-2 of kvmix allocate"):
         plan_of("transform-2", make_info(4))
 
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import KvmixError, first_sentence
-from kvmix_cli.models.causality import PARTS_OF_ENCODER_DECODERS
+from kvmix_cli.models.configuration import PARTS_OF_ENCODER_DECODERS
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.models.multimodal import find_loader
 from kvmix_cli.models.sources import ASSETS
