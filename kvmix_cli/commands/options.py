@@ -31,6 +31,7 @@ import typer
 
 from .. import console, state
 from ..errors import ModelError, did_you_mean
+from .settings_file import Config
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -377,9 +378,7 @@ Verbose = Annotated[
 Traceback = Annotated[
     bool,
     typer.Option(
-        "--traceback",
-        callback=lambda value: _set_mode("traceback", value),
-        help="Show the traceback of an error, for a bug report.",
+        "--traceback", callback=lambda value: _set_mode("traceback", value), help="Show an error's traceback."
     ),
 ]
 Quiet = Annotated[
@@ -392,7 +391,9 @@ Quiet = Annotated[
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Options of every command: how it shows its results."""
+    """Options of every command: where settings are, and how it shows its results."""
+
+    config: Config = None
 
     json: Json = False
     verbose: Verbose = False
