@@ -377,8 +377,8 @@ Verbose = Annotated[
 ]
 Traceback = Annotated[
     bool,
-    typer.Option(
-        "--traceback", callback=lambda value: _set_mode("traceback", value), help="Show an error's traceback."
+    typer.Option("--traceback", callback=lambda value: _set_mode("traceback", value), help="Show tracebacks of errors."),
+        "--traceback", callback=lambda value: _set_mode("traceback", value), help="Show the traceback of an error."
     ),
 ]
 Quiet = Annotated[
