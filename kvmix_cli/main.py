@@ -24,7 +24,20 @@ from typer.core import TyperGroup
 
 from . import console
 from ._version import __version__
-from .commands import allocate, demo, eval, export, fit, inspect, listing, options, profile, report, run
+from .commands import (
+    allocate,
+    demo,
+    eval,
+    export,
+    fit,
+    inspect,
+    listing,
+    options,
+    profile,
+    recommend,
+    report,
+    run,
+)
 from .commands.grouped import GroupedCommand
 from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
@@ -161,6 +174,13 @@ _add(
     "kvmix export rank-2.3 --to kvtuner --out preset.yaml",
 )
 _add(
+    "recommend",
+    recommend.recommend,
+    "The smallest plan that is safe at your context.",
+    "kvmix recommend builtin:tiny --context 2K",
+    "kvmix recommend Qwen/Qwen3-8B --context 32K --memory 24GiB --max-loss 1%",
+)
+_add(
     "demo",
     demo.demo,
     "All of it on the built-in model, in a few minutes.",
@@ -228,6 +248,8 @@ def _root(
 
 def _interrupted(ctx: Any) -> str:
     line = ctx.meta[options.COMMAND_LINE]
+    if ctx.invoked_subcommand == "recommend":
+        return f"interrupted; continue with `{line}`"
     is_search = ctx.invoked_subcommand == "allocate" and "--method search" in line
     if ctx.invoked_subcommand not in RESUMABLE and not is_search:
         return "interrupted"

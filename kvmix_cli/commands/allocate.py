@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console, state
-from ..errors import DocumentError
 from ..files import after_saving
 from .allocate_options import (
     FAMILY,
@@ -28,7 +27,6 @@ from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
-    from ..plan.basis import BasisFile
     from ..profile import Profile
 
 
@@ -49,16 +47,17 @@ def allocate(
     caches = [_with_presets(cache, storage) for cache in storage.caches(base.cache)]
     from ..allocation import default_method
     from ..profile import Profile
+    from ..studies.directions import read_basis
 
     path = state.find_profile(files.profile, model=files.model, say=console.notice)
     source = Profile.load(path)
-    method = budget.method or (PAPER if budget.preset else default_method(source))
-    if budget.method is None and method != PAPER:
+    method = budget.method or base.method or default_method(source)
+    if budget.method is None and base.method is None and method != PAPER:
         knows = "directions" if method == TRANSFORM else "a score that knows widths"
         console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
     if method == TRANSFORM:
-        chosen["basis"] = _basis(source, path)
+        chosen["basis"] = read_basis(source, path.parent)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier
@@ -141,18 +140,6 @@ def _choices(
         "seed": seed,
         "exact": EXACT if storage.exact is None else storage.exact,
     }
-
-
-def _basis(source: Profile, path: Path) -> BasisFile:
-    """Return the directions of a profile's moments. Raises DocumentError, or BudgetError for moments of no use."""
-    from ..allocation import TRANSFORM_SCORE, make_bases
-    from ..plan.moments import read_moments
-
-    record = source.score(TRANSFORM_SCORE).moments
-    if record is None:
-        why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
-        raise DocumentError(f"profile of {source.model.id}", [why])
-    return make_bases(source, read_moments(path.parent, record))
 
 
 def _decide(

@@ -79,15 +79,17 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
 def _show(reports: Sequence[Report], model: str) -> None:
     """Show everything that was measured in one table."""
     perplexity, recall = reports
-    columns = ("plan", "bits nominal", "stored", "quantized", "perplexity", "against unquantized", "recall")
+    columns = ("plan", "bits nominal", "stored", "quantized", "perplexity", "against unquantized", "KL", "recall")
     rows = [_cells(row, other) for row, other in zip(perplexity.rows, recall.rows, strict=True)]
     footer = "\n".join(report.description for report in reports)
     console.table(f"{model} through each cache, with 95 % intervals", columns, rows, f"{footer}\n")
 
 
 def _cells(perplexity: Row, recall: Row) -> list[str]:
+    from ..reporting.evaluation import format_estimate
+
     value, increase = perplexity.metrics["perplexity"], perplexity.metrics.get("perplexity_increase_percent")
-    share = recall.metrics["recall"]
+    kl, share = perplexity.metrics.get("kl"), recall.metrics["recall"]
     return [
         perplexity.plan,
         f"{perplexity.nominal_bits:.2f}",
@@ -95,5 +97,6 @@ def _cells(perplexity: Row, recall: Row) -> list[str]:
         f"{perplexity.quantized_share:.0%}",
         f"{value.value:.3f}",
         "" if increase is None else f"{increase.value:+.2f} % [{increase.low:+.2f}, {increase.high:+.2f}]",
+        format_estimate(kl, "") if kl is not None else "",
         f"{share.value:.1%} [{share.low:.0%}, {share.high:.0%}]",
     ]

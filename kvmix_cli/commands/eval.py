@@ -24,6 +24,7 @@ from .options import (
     parse_batch,
     parse_budgets,
     parse_bytes,
+    parse_count,
     parse_counts,
     parse_groups,
     parse_names,
@@ -47,6 +48,11 @@ ROW_FAILED = 1
 GATE_FAILED = 3
 
 
+def _parse_length(text: str) -> int | tuple[int, ...]:
+    """Return a length, or the lengths of a list, `4K,16K`."""
+    return parse_counts(text) if "," in text else parse_count(text)
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """The subjects to measure, the text to measure them on, and the folder of the results."""
@@ -55,8 +61,8 @@ class EvalOptions:
         str | None,
         typer.Option(
             metavar="LIST",
-            help="perplexity [the default], recall, passkey, kv_retrieval, memory, throughput, longbench[:NAME,...], "
-            "longbench-e, or any task of lm-eval.",
+            help="perplexity [the default], long-context (recall, passkey, kv_retrieval, multi_hop, code_completion), "
+            "memory, throughput, longbench[:NAME,...], longbench-e, longctx_bench, or any task of lm-eval.",
         ),
     ] = None
     plan: Annotated[
@@ -84,9 +90,17 @@ class EvalOptions:
             "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
     ] = None
-    length: Annotated[int, count_option("Tokens of a document, exercise or context.", least=None)] = 1024
+    length: Annotated[
+        Any,
+        typer.Option(
+            metavar="N", parser=_parse_length, help="Tokens of a document or context; several for tasks of --contexts."
+        ),
+    ] = "1024"
     prefix: Annotated[int, count_option("Of these, prefilled before scoring (perplexity).", least=None)] = 256
     step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.", least=None)] = 32
+    prefill_chunk: Annotated[
+        int | None, count_option("Tokens prefilled at a time, each packed before the next [default: all].", least=None)
+    ] = None
     text: Annotated[
         str,
         typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
@@ -101,12 +115,17 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         """Raise EvaluationError for a number out of its range."""
-        for name in ("length", "prefix", "step", "limit"):
+        for name in ("length", "prefix", "step", "limit", "prefill_chunk"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EvaluationError(f"--{name} must be at least 1, got {value}")
+            if isinstance(value, int) and value < 1:
+                raise EvaluationError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.encode and not self.uniform:
             raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return all lengths, ascending."""
+        return self.length if isinstance(self.length, tuple) else (self.length,)
 
     @property
     def of_plans(self) -> dict[str, Any]:
@@ -160,6 +179,9 @@ class TaskOptions:
         ),
     ] = None
     depths: Annotated[int | None, count_option("Places of a needle in its context.", rich_help_panel=SWEEPS)] = None
+    hops: Annotated[
+        int | None, count_option("Names that a number is handed on to (multi_hop).", rich_help_panel=SWEEPS)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -209,9 +231,13 @@ def evaluate(
 ) -> None:
     """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
-    With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
+    With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
+    stored bits.
     """
     own = given(asdict(of_tasks))
+    if len(work.lengths) > 1:
+        refuse({"contexts": of_tasks.contexts, "leaderboard": board.leaderboard}, "does not go with several --length")
+        own["contexts"] = work.lengths
     if board.leaderboard:
         refuse({**work.of_plans, **own}, "has no place in a leaderboard")
     else:
@@ -233,7 +259,7 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
     return Setup(
         which.model,
         work.task,
-        Settings(work.length, work.prefix, work.step, work.limit, work.text, loading.seed),
+        Settings(work.lengths[-1], work.prefix, work.step, work.limit, work.text, loading.seed, work.prefill_chunk),
         Loading(
             revision=which.revision,
             dtype=loading.dtype,
@@ -265,6 +291,7 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     found = hold(
         profile,
         lambda: _load(profile, setup),
+        folder=path.parent,
         tasks=tasks,
         settings=setup.settings,
         runs=RunFolders(model=state.slug(profile.model.id), **setup.results),

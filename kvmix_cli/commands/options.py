@@ -377,9 +377,7 @@ Verbose = Annotated[
 ]
 Traceback = Annotated[
     bool,
-    typer.Option("--traceback", callback=lambda value: _set_mode("traceback", value), help="Show tracebacks of errors."),
-        "--traceback", callback=lambda value: _set_mode("traceback", value), help="Show the traceback of an error."
-    ),
+    typer.Option("--traceback", callback=lambda value: _set_mode("traceback", value), help="Tracebacks of errors."),
 ]
 Quiet = Annotated[
     bool,

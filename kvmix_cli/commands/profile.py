@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +28,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
-    from ..plan import ModelInfo
     from ..profile import Profile
     from ..profiling import ProbeOptions
 
@@ -98,6 +96,7 @@ def profile(
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
     from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
+    from ..studies.profiles import existing_profile, require_same_model
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
@@ -106,11 +105,11 @@ def profile(
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))
     ctx.with_resource(profile_lock(path))  # until the profile is saved
-    before = _existing(path)
+    before = existing_profile(path)
     texts = load_texts(what.calibration, seed=loading.seed)
     loaded = loading.load(model, which.revision)
     if before is not None:
-        _require_same_model(before, loaded.info, path)
+        require_same_model(before, loaded.info, path)
     _check_replaced(before, what, loading.seed, path)
     started = time.perf_counter()
     result = _measure(loaded, model, texts, what, how, path, loading.seed, before)
@@ -130,29 +129,6 @@ def _check_outputs(path: Path, plot: Path | None) -> None:
         from ..reporting.plots import check_plot
 
         check_plot(plot)
-
-
-def _existing(path: Path) -> Profile | None:
-    """Return the profile that is there. Raises KvmixError if it cannot be read, and so not be added to."""
-    from ..errors import DocumentError
-    from ..profile import Profile
-
-    if not path.exists():
-        return None
-    try:
-        return Profile.load(path)
-    except DocumentError as error:
-        raise KvmixError(f"{error}; no score can be added to it: remove it, or name another file with --out") from error
-
-
-def _require_same_model(profile: Profile, model: ModelInfo, path: Path) -> None:
-    from ..models.sources import canonical_id
-
-    if profile.model.model_copy(update={"id": canonical_id(profile.model.id)}) != model:
-        raise KvmixError(
-            f"{path} is the profile of another model ({profile.model.id}, or another revision or configuration of it); "
-            "name another file with --out"
-        )
 
 
 def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, path: Path) -> None:
@@ -205,20 +181,10 @@ def _measure(
 
 def _save(result: Profile, before: Profile | None, path: Path, command: str) -> None:
     """Write the scores, with those that the file has already, and say which these are."""
-    from ..profiling import remove_journal
+    from ..studies.profiles import save_scores
 
-    old = {} if before is None else before.scores
-    if kept := [name for name in old if name not in result.scores]:
-        console.notice(f"{path} had {', '.join(old)} and keeps {', '.join(kept)}")
-        command = f"{_head(path)}\n{command}"
-    result.model_copy(update={"scores": {**old, **result.scores}}).save(path, command)
-    remove_journal(state.journal_path(path))
-
-
-def _head(path: Path) -> str:
-    """Return the commands in the head comment of a file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
+    if kept := save_scores(result, before, path, command):
+        console.notice(f"{path} had {', '.join(before.scores if before else ())} and keeps {', '.join(kept)}")
 
 
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:

@@ -23,6 +23,8 @@ _TASKS: Registry[type[Task]] = Registry(
         "recall": "tasks.recall:Recall",
         "passkey": "tasks.passkey:Passkey",
         "kv_retrieval": "tasks.kv_retrieval:KVRetrieval",
+        "multi_hop": "tasks.multi_hop:MultiHop",
+        "code_completion": "tasks.code_completion:CodeCompletion",
         "memory": "tasks.memory:Memory",
         "throughput": "tasks.throughput.task:Throughput",
         "longbench": "tasks.longbench.task:LongBench",
@@ -42,20 +44,30 @@ _MEMBERS: Registry[Mapping[str, Any]] = Registry(
 """The parts of a task that has some, by their names, in a module that is quick to import."""
 
 
+SETS: Mapping[str, tuple[str, ...]] = {
+    "long-context": ("recall", "passkey", "kv_retrieval", "multi_hop", "code_completion"),
+    "longctx_bench": ("longbench:longctx", "passkey"),
+}
+"""Several tasks by one name: those of our own at any length, and those of Yuan et al. 2024 (arXiv 2407.01527)."""
+
+
 def tasks() -> tuple[str, ...]:
     """Return the names of all tasks of our own."""
     return tuple(_TASKS)
 
 
 def split_tasks(text: str) -> tuple[str, ...]:
-    """Return the tasks of a list. `perplexity,longbench:qasper,trec` are two: commas also part a task's members."""
+    """Return the tasks of a list. `perplexity,longbench:qasper,trec` are two: commas also part a task's members.
+
+    A set of tasks stands for its tasks.
+    """
     found: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         family = found[-1].partition(":")[0] if found and ":" in found[-1] else None
         if family and part not in _TASKS and part in _members(family):
             found[-1] += f",{part}"
         else:
-            found.append(part)
+            found += SETS.get(part, (part,))
     return tuple(dict.fromkeys(found))
 
 

@@ -47,6 +47,24 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     return _estimate(value, (above, below), statistic, seed, paired=True)
 
 
+def proportion(successes: Sequence[int], trials: Sequence[int], seed: int = 0) -> Estimate:
+    """Return the share of all samples' trials that succeeded, such as values that were recalled, with its interval.
+
+    Whole samples are drawn. Where all trials succeeded, or none, drawing shows no spread; then the interval is that of
+    Wilson (1927), with a sample as one trial.
+
+    Raises:
+        ValueError: as `ratio`.
+    """
+    found = ratio(successes, trials, seed)
+    if found.value not in (0, 1):
+        return found
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(found.value) * len(trials), len(trials)).proportion_ci(method="wilson")
+    return Estimate(found.value, min(found.value, float(interval.low)), max(found.value, float(interval.high)))
+
+
 def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     """Return the mean of each group's mean, such as an average over data sets, with its 95 % interval.
 

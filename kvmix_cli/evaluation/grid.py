@@ -6,10 +6,14 @@ and `distance` (tokens from where the value was stated to where it was asked for
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+
+from .bootstrap import proportion
+from .results import Estimate
 
 DEPTH_BINS = 10
 MAX_DISTANCE_BINS = 10
@@ -80,6 +84,19 @@ def grid(records: Sequence[Mapping[str, Any]]) -> RecallGrid | None:
         tally[key] = RecallCell(tally[key].recalled + bool(answer["recalled"]), tally[key].count + 1)
     cells = tuple(tuple(cell if (cell := tally[r, c]).count else None for c in columns) for r in rows)
     return RecallGrid(tuple(rows.values()), tuple(columns.values()), across, cells)
+
+
+def by_depth(records: Sequence[Mapping[str, Any]]) -> dict[float, Estimate]:
+    """Return the share of values that were recalled at each depth, ascending, with its interval over exercises."""
+    tally: defaultdict[float, defaultdict[int, RecallCell]] = defaultdict(lambda: defaultdict(lambda: RecallCell(0, 0)))
+    for number, record in enumerate(records):
+        for answer in record.get("answers", ()):
+            cells = tally[answer["depth"]]
+            cells[number] = RecallCell(cells[number].recalled + bool(answer["recalled"]), cells[number].count + 1)
+    return {
+        depth: proportion([cell.recalled for cell in cells.values()], [cell.count for cell in cells.values()])
+        for depth, cells in sorted(tally.items())
+    }
 
 
 def _depths(depths: Sequence[float]) -> tuple[Callable[[float], int], Labels]:

@@ -162,6 +162,8 @@ SCHEMAS: dict[str, type[SampleRecord]] = {
     "recall": RecallRecord,
     "passkey": RecallRecord,
     "kv_retrieval": RecallRecord,
+    "multi_hop": RecallRecord,
+    "code_completion": RecallRecord,
     "memory": MemoryRecord,
     "throughput": ThroughputRecord,
     "longbench": LongBenchRecord,

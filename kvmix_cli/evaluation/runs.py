@@ -53,12 +53,14 @@ class RunFolders:
         model: the model's name in their names.
         resume: continue what an interrupted run has left, and read what is finished; otherwise measure everything.
         command: the command line, for the head comment of `config.yaml`.
+        may_begin: with `resume`, also measure settings under which nothing was measured yet.
     """
 
     root: Path
     model: str
     resume: bool = False
     command: str = ""
+    may_begin: bool = False
 
     def check(self, task: str, configs: Mapping[str, Config], samples: Sequence[Any]) -> None:
         """Look at the folders of all rows before any of them is measured.
@@ -85,7 +87,7 @@ class RunFolders:
                 "ones are complete; --resume reads what is finished",
                 stacklevel=2,
             )
-        for plan, folder in folders.items() if self.resume else ():
+        for plan, folder in folders.items() if self.resume and not self.may_begin else ():
             if folder.exists() or not (changed := self._changed(task, plan, complete[plan], samples)):
                 continue
             if not self._has_begun(complete[plan]):

@@ -26,7 +26,7 @@ from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
 from .geometry import model_info
 from .gguf import SUFFIX, check_gguf, gguf_settings, read_header
-from .multimodal import find_loader
+from .multimodal import find_loader, without_speech
 from .sources import canonical_id, explain, locate, meta_sibling
 
 PARTS_OF_ENCODER_DECODERS = frozenset({"musicgen", "musicgen_melody", "trocr", "whisper"})
@@ -138,6 +138,7 @@ def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
                 "give the folder or hub id of the model that it was made from"
             ) from error
         raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
+    config = without_speech(config)
     if find_loader(config) is None:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
     check_decoder(config, checkpoint.id)

@@ -73,15 +73,29 @@ def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
 
     Those are all whose stock cache does more with keys and values than to append them: it slides, compresses, or has
     none. What a stock cache keeps *beside* keys and values (an indexer's keys, a recurrent state) does not matter.
+    Latent attention without a rotary part has no values, so that there is one tensor to decide about, not two.
     """
     text = config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
     crossed = getattr(text, "cross_attention_layers", None) or ()  # Mllama: they cache an image, once
-    return {
-        index: "cross_attention" if index in crossed else kind
-        for index, kind in enumerate(kinds)
-        if index in crossed or not _appends(kind, text)
-    }
+    found = {}
+    for index, kind in enumerate(kinds):
+        if index in crossed:
+            found[index] = "cross_attention"
+        elif not _appends(kind, text):
+            found[index] = kind
+        elif not _has_values(text, index):
+            found[index] = "latent_only"
+    return found
+
+
+def _has_values(text: PreTrainedConfig, index: int) -> bool:
+    """Return whether a layer caches values: a latent is a key, and only its rotary part a value."""
+    layer = _layers(text)[index]
+    if not getattr(layer, "kv_lora_rank", None):
+        return True
+    rotates = getattr(text, "no_rope_layers", None)  # Mistral Large 4: by layer
+    return bool(layer.qk_rope_head_dim) and (rotates is None or bool(rotates[index]))
 
 
 def layer_kinds(text: PreTrainedConfig) -> list[str]:
@@ -191,8 +205,11 @@ def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]
 
 def _attention_layers(text: PreTrainedConfig, stock: dict[int, str]) -> dict[int, Any]:
     """Return a configuration for every layer without a stock cache; only few families (Gemma 4) make them differ."""
-    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
-    return {index: layer for index, layer in enumerate(layers) if index not in stock}
+    return {index: layer for index, layer in enumerate(_layers(text)) if index not in stock}
+
+
+def _layers(text: PreTrainedConfig) -> list[Any]:
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
 
 
 def layer_heads(layer: Any) -> tuple[int, int, int]:

@@ -46,6 +46,7 @@ class LoadedModel:
         info: its layers and heads.
         max_length: tokens it was made for, None if unbounded.
         processor: makes inputs of images and text, if they were asked for.
+        prefill_chunk: tokens of a prompt that are fed at a time, see `decoding.feed.fill`; None for all at once.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class LoadedModel:
     info: ModelInfo
     max_length: int | None
     processor: Any = None
+    prefill_chunk: int | None = None
 
     @property
     def device(self) -> torch.device:

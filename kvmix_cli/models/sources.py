@@ -11,7 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, StrictDataclassError
 
 from ..errors import ModelError, did_you_mean, first_sentence
 from .gguf import SUFFIX, find_gguf
@@ -22,6 +22,8 @@ ADAPTER = "adapter_config.json"
 """The file that a folder with a LoRA adapter has in the place of config.json."""
 META_FILES = ("params.json", "consolidated.*.pth")
 """Files of Meta's own layout, which transformers does not read."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files of which a repository with weights has one."""
 META_SIBLING = "-hf"
 """Ending of the repositories that hold Meta's models in the layout of transformers."""
 
@@ -64,6 +66,17 @@ def locate(model_id: str) -> str:
     return model_id
 
 
+def has_weights(model_id: str, revision: str | None = None) -> bool:
+    """Return whether a model's weights are on this machine: its own files, or in the hub's cache."""
+    if model_id.startswith(BUILTIN) or _is_there(Path(model_id).expanduser()):
+        return True
+    try:
+        found = [huggingface_hub.try_to_load_from_cache(model_id, name, revision=revision) for name in WEIGHTS]
+    except HFValidationError:
+        return False
+    return any(isinstance(path, str) for path in found)
+
+
 def meta_sibling(model_id: str) -> str | None:
     """Return the hub id of the same model in transformers' layout, if this one has Meta's; None for any other model.
 
@@ -96,6 +109,8 @@ def explain(model_id: str, error: BaseException) -> str:
     if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
         page = f"{constants.ENDPOINT}/{model_id}"
         return f"it is gated: accept its licence at {page}, then log in with `hf auth login`"
+    if isinstance(error, StrictDataclassError):  # it names the check, and its cause what is wrong
+        return f"transformers refuses its config.json ({first_sentence(error.__cause__ or error)}): correct that file"
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         advice = "read that code, then pass --trust-remote-code"
     elif _is_folder(Path(model_id).expanduser()) or not isinstance(error, OSError):

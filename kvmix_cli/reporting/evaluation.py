@@ -89,6 +89,8 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "layers": layers_json(evaluation.model),
         "rows": rows_json(reports),
         "reference": reports[0].reference.plan,
+        "descriptions": {report.task: report.description for report in reports},
+        "warnings": [warning for report in reports for warning in report.warnings],
         "gates": [
             {"expression": verdict.expression, "passed": verdict.passed, "failures": list(verdict.failures)}
             for verdict in evaluation.verdicts

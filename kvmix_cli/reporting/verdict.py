@@ -17,9 +17,10 @@ from .comparison import headline, short_name
 from .evaluation import format_estimate
 from .printable import one_line
 
-PERPLEXITY, RECALL, OTHER = 1.0, 0.05, 0.05
-"""Margins that still count as safe: percent of perplexity more; a share of the values asked for that are no longer
-recalled; a share of any other number that is lost. Every sentence that uses one states it."""
+DIVERGENCE, PERPLEXITY, RECALL, OTHER = 0.01, 1.0, 0.05, 0.05
+"""Margins that still count as safe: KL in nats a token; percent of perplexity more, where KL was not measured; a share
+of the values asked for that are no longer recalled; a share of any other number that is lost. Every sentence that uses
+one states it."""
 FEW = 3.0
 """Losses that none seen among n values still allows, with 95 % confidence: 3 / n (the rule of three)."""
 SLACK = 1e-9
@@ -39,6 +40,7 @@ class Evidence(NamedTuple):
         margin: what still counts as safe at most, in words.
         context: the longest one, in tokens; None if it is not known.
         why: the reason if the loss cannot be told from too few samples; else empty.
+        floor: loss above which the interval must lie if the plan is surely worse; KL is above zero for any plan.
     """
 
     name: str
@@ -47,13 +49,14 @@ class Evidence(NamedTuple):
     margin: str
     context: int | None
     why: str = ""
+    floor: float = 0.0
 
     @property
     def outcome(self) -> Outcome:
-        """Return `safe` for an interval within the margin, `worse` for a loss beyond it that is surely above zero."""
+        """Return `safe` for an interval within the margin, `worse` for a loss beyond it that is surely one."""
         if not self.why and self.loss.high <= 1 + SLACK:
             return "safe"
-        return "worse" if self.loss.low > 0 and self.loss.value > 1 else "cannot tell"
+        return "worse" if self.loss.low > self.floor and self.loss.value > 1 else "cannot tell"
 
 
 class Verdict(NamedTuple):
@@ -174,6 +177,8 @@ def tokens(count: int) -> str:
 def _evidence(measurement: Measurement, metric: Metric, row: Row, reference: Row | None) -> list[Evidence]:
     """Return what a measurement says; nothing if there is no unquantized cache to compare with."""
     context = _context(measurement, row)
+    if "kl" in row.metrics:
+        return [_divergence(row.metrics["kl"], context, len(row.records))]
     estimate = row.metrics.get(metric.name)
     if estimate is None:
         return []
@@ -184,6 +189,14 @@ def _evidence(measurement: Measurement, metric: Metric, row: Row, reference: Row
         return [_recalled(measurement.task, pairs, context)]
     other = None if reference is None else reference.metrics.get(metric.name)
     return [] if other is None or not other.value else [_number(metric, estimate, other, row, context)]
+
+
+def _divergence(estimate: Estimate, context: int | None, samples: int) -> Evidence:
+    """Return what the divergence from the unquantized cache's predictions says."""
+    why = "" if samples > 1 else "one sample of KL has no interval"
+    numbers = f"KL {format_estimate(estimate, '')} nats a token"
+    loss = estimate.map(lambda nats: nats / DIVERGENCE)
+    return Evidence("KL", numbers, loss, f"a KL of {DIVERGENCE:g} nats a token", context, why, floor=1.0)
 
 
 def _increase(metric: Metric, estimate: Estimate, context: int | None, samples: int) -> Evidence:

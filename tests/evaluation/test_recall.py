@@ -202,7 +202,7 @@ def test_a_record_says_how_long_the_exercise_was_and_where_each_value_stood():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"contexts": (512, 8192)}, "--contexts 8192 is more than the model's limit of 4096 tokens"),
+        ({"contexts": (5000, 8192)}, "--contexts 5000 is more than the model's limit of 4096 tokens"),
         ({"contexts": (0, 512)}, "--contexts and --depths must be at least 1"),
         ({"depths": 0}, "--contexts and --depths must be at least 1"),
         ({"contexts": (40, 512)}, "40 tokens are too short for recall"),
@@ -211,6 +211,24 @@ def test_a_record_says_how_long_the_exercise_was_and_where_each_value_stood():
 def test_lengths_and_depths_that_cannot_be_are_errors(options, said):
     with pytest.raises(EvaluationError, match=said):
         get_task("recall", options).samples(tiny(), SETTINGS)
+
+
+def test_lengths_beyond_the_models_limit_are_left_out_and_said():
+    task, settings = get_task("recall", {"contexts": (320, 512, 8192)}), Settings(limit=3)
+    task.check_context(settings, tiny().max_length)
+    samples = task.samples(tiny(), settings)
+    assert sorted(len(each.ids) + len(each.script) for each in samples) == [320, 320, 512]
+    assert "in 3 exercises of 320 and 512 tokens" in task.describe(samples, settings)
+    assert task.notices(samples, settings) == ("recall: left out 8192 tokens: they are beyond the model's limit",)
+    whole = get_task("recall", {"contexts": (320, 512, 8192)}).samples(tiny(), Settings())
+    assert len(whole) == 2 * task.default_limit, "as many of each length as there would be without the other"
+
+
+def test_fewer_exercises_than_lengths_are_said():
+    task, settings = get_task("recall", {"contexts": (320, 512)}), Settings(limit=1)
+    assert task.notices(task.samples(tiny(), settings), settings) == (
+        "recall: left out 512 tokens: --limit 1 is fewer than the lengths",
+    )
 
 
 def scores(*recalled, values=1):

@@ -1,4 +1,4 @@
-"""Facts: names with random numbers, and the text that states them and asks for them.
+"""Facts: names with random numbers, or other answers, and the text that states them and asks for them.
 
 A model with a chat template gets sentences, in a turn of the chat. Any other model, such as a base model or
 `builtin:tiny`, gets code to continue: an assignment, and later an assertion of the same name.
@@ -35,14 +35,25 @@ INTRODUCTION = "Below, a number is given for a name. Read it; at the end you wil
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and its number as text, and the pieces of tokens of a statement and a question."""
+    """A name and what is asked about it as text, and the pieces of tokens of a statement and a question.
+
+    Attributes:
+        end: tokens after a statement.
+        closing: tokens after the answer to a question; None for those after a statement.
+    """
 
     name: str
-    digits: str
+    answer: str
     assign: list[int]
     ask: list[int]
     value: list[int]
     end: list[int]
+    closing: list[int] | None = None
+
+    @property
+    def statement(self) -> list[int]:
+        """Return the tokens of its statement."""
+        return [*self.assign, *self.value, *self.end]
 
     @cached_property
     def stated(self) -> int:
@@ -52,7 +63,12 @@ class Fact:
     @cached_property
     def asked(self) -> int:
         """Return the number of tokens of the question and its answer."""
-        return len(self.ask) + len(self.value) + len(self.end)
+        return len(self.ask) + len(self.value) + len(self.ending)
+
+    @property
+    def ending(self) -> list[int]:
+        """Return the tokens after the answer to a question."""
+        return self.end if self.closing is None else self.closing
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,7 @@ class Phrasing:
         statement: text that states a name's number, up to the number.
         question: text that asks for a name's number, up to the number.
         end: text after a number.
+        same: text that stands for a number, and says that it is that of another name.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,6 +105,7 @@ class Phrasing:
     statement: Callable[[str], str]
     question: Callable[[str], str]
     end: str
+    same: Callable[[str], str]
 
     def facts(self, rng: random.Random, count: int) -> Iterator[Fact]:
         """Yield `count` facts with different names; each is encoded when it is reached."""
@@ -105,7 +123,9 @@ class Phrasing:
 def as_code(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
     """Return the wording of code, for a model that continues a text: assignments and assertions."""
     head = tuple(opening(tokenizer))
-    return Phrasing(tokenizer, head, lambda name: f"\n{name} =", lambda name: f"\nassert {name} ==", "\n")
+    return Phrasing(
+        tokenizer, head, lambda name: f"\n{name} =", lambda name: f"\nassert {name} ==", "\n", lambda name: f" {name}"
+    )
 
 
 def as_chat_or_code(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
@@ -131,7 +151,7 @@ def as_chat_or_code(tokenizer: PreTrainedTokenizerBase) -> Phrasing:
     def question(name: str) -> str:
         return f"\n\nWhat is the number of {name}? Say nothing but the number.{after}The number of {name} is"
 
-    return Phrasing(tokenizer, head, statement, question, ".\n")
+    return Phrasing(tokenizer, head, statement, question, ".\n", lambda name: f" that of {name}")
 
 
 def ask_for(
@@ -149,8 +169,8 @@ def ask_for(
         place, depth = at[fact.name]
         answer = slice(len(script), len(script) + len(fact.value))
         distance = len(context) + answer.start - place
-        questions.append(Question(fact.name, fact.digits, answer, distance, depth))
-        script += fact.value + fact.end
+        questions.append(Question(fact.name, fact.answer, answer, distance, depth))
+        script += fact.value + fact.ending
     return tuple(script), tuple(questions)
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..base import Settings
 from ..results import Metric
-from .facts import Fact, Phrasing, as_chat_or_code, ask_for
-from .needles import DEPTHS, TRIES, Exercise, Needles, TooShort, Writer
+from .facts import Phrasing, as_chat_or_code
+from .needles import DEPTHS, TRIES, Exercise, Needles, Writer, alike
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
@@ -46,26 +46,8 @@ def exercise(phrasing: Phrasing, lines: int, length: int, seed: str, depth: floa
     Raises:
         TooShort: if there is no room for so many lines.
     """
-    rng = random.Random(seed)
-    facts = phrasing.facts(rng, max(lines, 2, length // FEWEST_TOKENS))
-    wanted = next(facts)
-    room = length - len(phrasing.head) - wanted.asked - wanted.stated
-    others: list[Fact] = []
-    for fact in facts:
-        if fact.stated > room and len(others) >= max(lines - 1, 1):
-            break
-        others.append(fact)
-        room -= fact.stated
-    if room < 0:
-        raise TooShort(
-            "kv_retrieval", length, length - room, f"{len(others) + 1} lines and the question take {length - room}"
-        )
-    spot = round(depth * len(others))
-    before = [*phrasing.head, *[phrasing.blank] * room, *_lines(others[:spot]), *wanted.assign]
-    context = (*before, *wanted.value, *wanted.end, *_lines(others[spot:]))
-    script, questions = ask_for([wanted], context, {wanted.name: (len(before), depth)})
-    return Exercise(f"exercise {seed}", context, script, questions)
-
-
-def _lines(facts: list[Fact]) -> list[int]:
-    return [token for fact in facts for token in (*fact.assign, *fact.value, *fact.end)]
+    least = max(lines, 2)
+    facts = phrasing.facts(random.Random(seed), max(least, length // FEWEST_TOKENS))
+    return alike(
+        "kv_retrieval", facts, phrasing.head, phrasing.blank, length=length, least=least, depths=[depth], seed=seed
+    )

@@ -1,13 +1,13 @@
-"""The base of `recall`, `passkey` and `kv_retrieval`: values stated in a context must be read out of the cache again.
+"""The base of `recall`, `passkey` and their kin: values stated in a context must be read out of the cache again.
 
-The three tasks differ in the text of a context.
+The tasks differ in the text of a context.
 """
 
 from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,10 @@ from ...errors import EvaluationError, TextError
 from ...texts import load_texts
 from ...texts.tokens import encode
 from ..base import Context, Sample, Settings, Task
-from ..bootstrap import ratio
+from ..bootstrap import proportion
 from ..records import RecalledValue, RecallRecord
 from ..results import Estimate, counted
-from .facts import Question
+from .facts import Fact, Question, ask_for
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
@@ -90,6 +90,13 @@ class Needles(Task[Exercise, RecallRecord]):
     def context(self, settings: Settings) -> Context:
         return Context("--contexts" if self.contexts else "--length", self.lengths(settings)[-1])
 
+    def check_context(self, settings: Settings, limit: int | None) -> None:
+        """Raise EvaluationError for a length beyond the model's limit; of several, if all of them are."""
+        shortest = self.lengths(settings)[0]
+        if limit is not None and shortest > limit:
+            option = self.context(settings).option
+            raise EvaluationError(f"{option} {shortest} is more than the model's limit of {limit} tokens")
+
     def places(self) -> list[float]:
         """Return the depths, 0 to 1."""
         count = DEPTHS if self.depths is None else self.depths
@@ -103,14 +110,15 @@ class Needles(Task[Exercise, RecallRecord]):
         return order[number]
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Exercise]:
-        lengths = self.lengths(settings)
+        lengths = list(self.lengths(settings))
         if lengths[0] < 1 or (self.depths is not None and self.depths < 1):
             raise EvaluationError("--contexts and --depths must be at least 1")
         self.check_context(settings, loaded.max_length)
+        lengths = [each for each in lengths if loaded.max_length is None or each <= loaded.max_length]
         write = self.writer(loaded, settings, lengths[-1])
         written: list[Exercise] = []
         failures: list[TooShort] = []
-        for number in range(self.limit(settings)):
+        for number in range(self.exercises * len(lengths) if settings.limit is None else settings.limit):
             turn, which = divmod(number, len(lengths))
             try:
                 written.append(write(lengths[which], turn, f"{settings.seed}/{number}"))
@@ -155,7 +163,7 @@ class Needles(Task[Exercise, RecallRecord]):
 
     def describe(self, samples: Sequence[Exercise], settings: Settings) -> str:
         distances = [question.distance for sample in samples for question in sample.questions]
-        *others, last = (str(length) for length in self.lengths(settings))
+        *others, last = map(str, _lengths(samples))
         lengths = f"{', '.join(others)} and {last}" if others else last
         return (
             f"{counted(len(distances), 'value')} in {counted(len(samples), 'exercise')} of {lengths} tokens of "
@@ -167,21 +175,71 @@ class Needles(Task[Exercise, RecallRecord]):
         """Return a description of the text in contexts."""
         return f"{settings.text} text"
 
+    def notices(self, samples: Sequence[Exercise], settings: Settings) -> tuple[str, ...]:
+        """Return the lengths that were asked for and not measured, with the reason."""
+        wanted = self.lengths(settings)
+        if not (left_out := sorted(set(wanted) - set(_lengths(samples)))):
+            return ()
+        limit = settings.limit
+        few = limit is not None and limit < len(wanted)
+        reason = f"--limit {limit} is fewer than the lengths" if few else "they are beyond the model's limit"
+        return (f"{self.name}: left out {', '.join(map(str, left_out))} tokens: {reason}",)
+
+
+def _lengths(samples: Sequence[Exercise]) -> list[int]:
+    """Return the lengths of exercises, ascending."""
+    return sorted({len(sample.ids) + len(sample.script) for sample in samples})
+
+
+def alike(
+    task: str,
+    facts: Iterator[Fact],
+    head: Sequence[int],
+    blank: int,
+    *,
+    length: int,
+    least: int,
+    depths: Sequence[float],
+    seed: str,
+) -> Exercise:
+    """Return an exercise of exactly `length` tokens whose context is nothing but facts that look alike.
+
+    Args:
+        facts: as many different ones as fill the context; those that are asked for come first.
+        head: tokens before anything else.
+        blank: token that fills up the places for which no fact is short enough.
+        least: facts that there must be.
+        depths: of each fact that is asked for, the share of the others that stand before it.
+        seed: of the exercise, which is its name.
+
+    Raises:
+        TooShort: if there is no room for so many facts.
+    """
+    asked = [next(facts) for _ in depths]
+    room = length - len(head) - sum(fact.stated + fact.asked for fact in asked)
+    others: list[Fact] = []
+    for fact in facts:
+        if fact.stated > room and len(others) + len(asked) >= least:
+            break
+        others.append(fact)
+        room -= fact.stated
+    if room < 0:
+        count = f"{len(others) + len(asked)} {'line' if task == 'kv_retrieval' else 'function'}s"
+        raise TooShort(task, length, length - room, f"{count} and the question take {length - room}")
+    context, at, done = [*head, *[blank] * room], dict[str, tuple[int, float]](), 0
+    for depth, fact in sorted(zip(depths, asked, strict=True), key=lambda pair: pair[0]):
+        spot = round(depth * len(others))
+        context += [token for other in others[done:spot] for token in other.statement] + fact.assign
+        at[fact.name], done = (len(context), depth), spot
+        context += fact.value + fact.end
+    context += [token for other in others[done:] for token in other.statement]
+    script, questions = ask_for(asked, context, at)
+    return Exercise(f"exercise {seed}", tuple(context), script, questions)
+
 
 def share(records: Sequence[RecallRecord], seed: int) -> Estimate:
-    """Return the share of values that were recalled; exercises are drawn for the interval.
-
-    Where all values were recalled, or none, drawing shows no spread; then the interval is that of Wilson (1927), with
-    an exercise as one trial.
-    """
-    recalled = [record["recalled"] for record in records]
-    found = ratio(recalled, [record["values"] for record in records], seed)
-    if found.value not in (0, 1):
-        return found
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(found.value) * len(records), len(records)).proportion_ci(method="wilson")
-    return Estimate(found.value, min(found.value, interval.low), max(found.value, interval.high))
+    """Return the share of values that were recalled; exercises are drawn for the interval."""
+    return proportion([record["recalled"] for record in records], [record["values"] for record in records], seed)
 
 
 def filler(loaded: LoadedModel, settings: Settings, length: int) -> list[int]:

@@ -70,7 +70,7 @@ DATASETS = {dataset.name: dataset for dataset in _ALL}
 DATASETS_E = {dataset.name: dataset for dataset in _ALL if dataset.extended}
 """LongBench-E, with comparable amounts of data in each bin of lengths."""
 
-KVMIX8 = "kvmix8"
+KVMIX8, LONGCTX = "kvmix8", "longctx"
 SUBSETS = {
     KVMIX8: (
         "triviaqa",
@@ -82,8 +82,27 @@ SUBSETS = {
         "trec",
         "passage_retrieval_en",
     ),
+    LONGCTX: (
+        "narrativeqa",
+        "qasper",
+        "multifieldqa_en",
+        "hotpotqa",
+        "2wikimqa",
+        "musique",
+        "gov_report",
+        "qmsum",
+        "multi_news",
+        "trec",
+        "triviaqa",
+        "samsum",
+        "passage_count",
+        "passage_retrieval_en",
+        "lcc",
+        "repobench-p",
+    ),
 }
-"""Data sets under one name. `kvmix8` is the set over which the KVmix paper (arXiv 2506.08018) averages."""
+"""Data sets under one name. `kvmix8` is the set over which the KVmix paper (arXiv 2506.08018) averages, `longctx` that
+of longctx_bench (Yuan et al. 2024, arXiv 2407.01527): all that are in English."""
 
 MEMBERS: Mapping[str, tuple[str, ...]] = {**{name: (name,) for name in DATASETS}, **SUBSETS}
 """Names that `longbench:` takes, and the data sets that each stands for."""

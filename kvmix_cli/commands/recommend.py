@@ -1,0 +1,135 @@
+"""`kvmix recommend MODEL`: the smallest plan that is safe at a context, with its proof."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console, state
+from ..files import after_saving
+from .options import (
+    COMMAND_LINE,
+    CommonOptions,
+    LoadingOptions,
+    ModelOptions,
+    count_option,
+    expand,
+    parse_bytes,
+    parse_percent,
+)
+
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
+    from ..studies.recommend import Recommendation, Wanted
+
+
+def parse_share(text: str) -> float:
+    """Return `1%` or `0.01` as 0.01. A number from 1 on without the sign could mean either, so it is refused."""
+    if "%" in text:
+        return parse_percent(text)
+    match = re.fullmatch(r"\s*(0(?:\.\d*)?|\.\d+)\s*", text, re.ASCII)
+    if not match:
+        raise typer.BadParameter(f"'{text}' is not a share; write it like 1% or 0.01")
+    return float(match[1])
+
+
+@dataclass(frozen=True)
+class RecommendOptions:
+    """What counts as safe, where, and the text that it is proven on."""
+
+    context: Annotated[int | None, count_option("Tokens [default: the model's limit, at most 32K].")] = None
+    memory: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights and cache together, e.g. 8GiB.")
+    ] = None
+    max_loss: Annotated[
+        Any,
+        typer.Option(
+            metavar="SHARE",
+            parser=parse_share,
+            help="Of the perplexity that may be lost: 1% or 0.01, which is a KL of .00995 nats a token.",
+        ),
+    ] = "1%"
+    task: Annotated[
+        str, typer.Option(metavar="LIST", help="Tasks that a plan has to pass; KL is measured in any case.")
+    ] = "perplexity,recall"
+    text: Annotated[
+        str,
+        typer.Option(metavar="SOURCE", help="To measure on: builtin (held out), wikitext2, c4, a file or a folder."),
+    ] = "builtin"
+    calibration: Annotated[str, typer.Option(metavar="TEXT", help="To profile on, if there is no profile.")] = "builtin"
+    limit: Annotated[int | None, count_option("Most samples of a task [default: the task's].")] = None
+    step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.")] = 32
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and about how long it takes, and do none of it.")
+    ] = False
+
+
+@expand
+def recommend(
+    ctx: typer.Context, what: RecommendOptions, which: ModelOptions, loading: LoadingOptions, common: CommonOptions
+) -> None:
+    """Find the smallest plan that is safe at a context, and prove it through the quantized cache.
+
+    Profile, plans and samples that exist are used; what was interrupted goes on with the same command.
+    """
+    model = which.model
+    if model is None:
+        raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
+    from ..evaluation import split_tasks
+    from ..studies.recommend import Wanted
+
+    wanted = Wanted(
+        model=model,
+        context=what.context,
+        max_loss=what.max_loss,
+        memory=what.memory,
+        tasks=split_tasks(what.task),
+        text=what.text,
+        calibration=what.calibration,
+        limit=what.limit,
+        step=what.step,
+        seed=loading.seed,
+    )
+    if what.dry_run:
+        _show_forecast(wanted, lambda: loading.load(model, which.revision))
+        return
+    from ..evaluation.runs import RunFolders
+    from ..studies.recommend import recommend as find
+
+    command = ctx.meta[COMMAND_LINE]
+    found = find(
+        wanted,
+        lambda: loading.load(model, which.revision),
+        RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True),
+        command=command,
+        say=console.notice,
+        progress=console.progress,
+    )
+    with after_saving(f"the plan is saved in {found.best.path}, and all samples in {what.output_dir}"):
+        _show(found)
+
+
+def _show_forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> None:
+    from ..reporting.recommendation import forecast_json, forecast_table
+    from ..studies.recommend import forecast
+
+    found = forecast(wanted, load)
+    console.table(*forecast_table(found))
+    console.emit_json(forecast_json(found))
+
+
+def _show(found: Recommendation) -> None:
+    from ..reporting.recommendation import answer_text, commands, recommendation_json, recommendation_tables
+
+    for table in recommendation_tables(found):
+        console.table(*table)
+    console.text(f"{answer_text(found)}\n\n")
+    if found.best.outcome != "not-safe":
+        console.text("".join(f"{engine + ':':14}{line}\n" for engine, line in commands(found).items()))
+    console.emit_json(recommendation_json(found))

@@ -1,0 +1,228 @@
+"""The work of a recommendation that is still to be done, and about how long it takes: a few forward passes are timed.
+
+A step of tokens behind p others takes a + b p seconds. Both are measured, through the unquantized cache and through one
+of 4 bits, since half of the reading is through each. A prompt takes what its steps would, times a measured ratio.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import state
+from ...plan import ModelInfo, Plan
+from ..profiles import existing_profile
+from .bench import DIVERGENCE, Bench, Wanted, context_of, make_task, prefix, prepare
+from .plans import SEQ_LEN, WAYS, has_score
+from .study import FIRST_DOCUMENTS
+
+if TYPE_CHECKING:
+    from ...cache.subject import Subject
+    from ...evaluation.base import Task
+    from ...models.loading import LoadedModel
+
+NEAR, FAR = 256, 1024
+"""Tokens in the cache before the steps that are timed."""
+REPEATS = 3
+BITS = 4
+COMPARED = 3
+"""Plans that are compared before one is proven, about: the first guess and its neighbours."""
+GRADIENTS = 6.0
+"""Time of a calibration document over that of reading it once as a prompt: a forward and a backward pass, and the sums
+of squares of all layers' gradients, keys and values."""
+QUESTIONS = 100
+"""Tokens of questions and answers behind a context, about."""
+
+
+class PlannedStep(NamedTuple):
+    """A part of the work.
+
+    Attributes:
+        seconds: about; None if that cannot be told, 0 for what is there already.
+    """
+
+    name: str
+    what: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The work, and how long it takes.
+
+    Attributes:
+        length: tokens of the documents that KL is measured on.
+        memory: bytes of weights and of the two caches that are in memory together, unquantized.
+        basis: the measurement that the times are from.
+    """
+
+    model: ModelInfo
+    context: int
+    length: int
+    steps: tuple[PlannedStep, ...]
+    memory: int
+    basis: str
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all steps for which it can be told."""
+        return sum(step.seconds or 0.0 for step in self.steps)
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """The speed of a model on this machine.
+
+    Attributes:
+        step: tokens of a step.
+        base: seconds of a step with nothing before it.
+        slope: seconds that each token before it adds.
+        prompt: seconds of a prompt, over those of steps with the same tokens.
+    """
+
+    step: int
+    base: float
+    slope: float
+    prompt: float
+
+    def at(self, tokens: int) -> float:
+        """Return the seconds of a step behind so many tokens."""
+        return self.base + self.slope * tokens
+
+    def read(self, start: int, stop: int) -> float:
+        """Return the seconds of tokens from `start` to `stop`, fed step by step."""
+        return (stop - start) / self.step * self.at((start + stop) // 2)
+
+    def prefill(self, tokens: int) -> float:
+        """Return the seconds of a prompt."""
+        return self.prompt * self.read(0, tokens)
+
+
+def forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> Forecast:
+    """Return the work that `recommend` would do, and about how long it takes. Nothing is written.
+
+    Where the weights are not on this machine, they are not downloaded for this, and no times are known.
+
+    Raises:
+        KvmixError: as `recommend` does before it measures.
+    """
+    from ...models.sources import has_weights
+
+    if not has_weights(wanted.model):
+        return _unknown(wanted)
+    bench = prepare(wanted, load, None)
+    speed = measure_speed(bench.loaded, wanted.step)
+    size = bench.loaded.model.dtype.itemsize
+    per_token, to_read = 1e3 / speed.step, f"{NEAR} and {FAR} tokens"
+    return Forecast(
+        model=bench.loaded.info,
+        context=bench.context,
+        length=bench.documents[0],
+        steps=tuple(_steps(wanted, bench, speed)),
+        memory=bench.weights + _caches(bench.loaded.info, bench.documents[0], size),
+        basis=(
+            f"a few passes on this machine: behind {to_read} a token takes {per_token * speed.at(NEAR):.3g} and "
+            f"{per_token * speed.at(FAR):.3g} ms in steps of {speed.step}, as a prompt {speed.prompt:.0%} of that; "
+            f"a calibration document {GRADIENTS:g} times its prompt"
+        ),
+    )
+
+
+def _unknown(wanted: Wanted) -> Forecast:
+    """Return the work on a model whose weights would have to be downloaded."""
+    from ...models.loading import load_info
+
+    info = load_info(wanted.model)
+    context = context_of(wanted, None)
+    steps = [PlannedStep("download", f"the weights of {wanted.model}", None)]
+    steps += [PlannedStep("profile", WAYS[0].score, None), PlannedStep("compare", "KL of a few plans", None)]
+    steps += [PlannedStep(name, f"of one plan at {context} tokens", None) for name in (DIVERGENCE, *wanted.other_tasks)]
+    basis = "no times: the weights are not on this machine, and this does not download them"
+    return Forecast(info, context, context, tuple(steps), _caches(info, context, 2), basis)
+
+
+def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
+    """Return the bytes of two unquantized caches: the plan's cache takes at most as many."""
+    return 2 * Plan.uniform(info, 16, 16).unquantized_bytes(tokens, element_bytes=element_bytes)
+
+
+def _steps(wanted: Wanted, bench: Bench, speed: ModelSpeed) -> Iterator[PlannedStep]:
+    yield _profiling(wanted, speed, bench.loaded)
+    length = bench.documents[0]
+    start = prefix(length)
+    both = 2 * (speed.prefill(start) + speed.read(start, length))
+    limit = wanted.limit or make_task(DIVERGENCE).default_limit
+    few = min(FIRST_DOCUMENTS, limit)
+    what = f"KL of about {COMPARED} plans on {few} documents of {length} tokens"
+    yield PlannedStep("compare", what, COMPARED * few * both)
+    what = f"KL of one plan on {limit - few} more documents"
+    yield PlannedStep("prove", what, (limit - few) * both)
+    for name in wanted.other_tasks:
+        yield _proof(make_task(name), wanted, bench, speed)
+
+
+def _profiling(wanted: Wanted, speed: ModelSpeed, loaded: LoadedModel) -> PlannedStep:
+    from ...profiling import default_samples
+
+    path, way = state.profile_path(wanted.model), WAYS[0]
+    if has_score(existing_profile(path), way):
+        return PlannedStep("profile", f"{path} is there", 0.0)
+    samples, tokens = default_samples([way.score]), min(SEQ_LEN, loaded.max_length or SEQ_LEN)
+    what = f"{way.score} on {samples} documents of {tokens} tokens"
+    return PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
+
+
+def _proof(task: Task, wanted: Wanted, bench: Bench, speed: ModelSpeed) -> PlannedStep:
+    context = task.context(bench.settings(wanted.limit, bench.context))
+    if context is None:
+        return PlannedStep(task.name, "as many prompts as the task has, or --limit", None)
+    count = task.limit(bench.settings(wanted.limit, bench.context))
+    one = speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS)
+    return PlannedStep(task.name, f"{count} exercises of {bench.context} tokens, through both caches", 2 * count * one)
+
+
+def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
+    """Return the speed of a model, from prompts and steps at two lengths."""
+    from ...cache.subject import Subject
+
+    plan = Plan.uniform(loaded.info, BITS, BITS)
+    far = min(FAR, (loaded.max_length or 2 * FAR) - REPEATS * step - 1)
+    near = min(NEAR, far // 2)
+    vocabulary = min(loaded.vocabulary, 1000)
+    ids = [number % vocabulary for number in range(far + REPEATS * step)]
+    times = {tokens: [0.0, 0.0] for tokens in (near, far)}
+    _time(loaded, Subject(), ids, near, step)  # what is loaded or set up once is in no time
+    for tokens in times:
+        for subject in (Subject(), Subject("speed", plan)):
+            prompt, one = _time(loaded, subject, ids, tokens, step)
+            times[tokens][0] += prompt / 2
+            times[tokens][1] += one / 2
+    slope = max(0.0, (times[far][1] - times[near][1]) / (far - near))
+    base = max(times[near][1] - slope * near, 1e-9)
+    steps = ModelSpeed(step, base, slope, 1.0).read(0, far)
+    return ModelSpeed(step, base, slope, times[far][0] / steps)
+
+
+def _time(loaded: LoadedModel, subject: Subject, ids: list[int], tokens: int, step: int) -> tuple[float, float]:
+    """Return the seconds of a prompt, and of the fastest of a few steps behind it."""
+    import torch
+
+    from ...decoding.feed import feed, prefill
+    from ...models.memory import devices, synchronize
+
+    cache = subject.cache(loaded.config, reserve=len(ids))
+    on = devices(loaded.model)
+
+    def seconds(work: Callable[[], object]) -> float:
+        synchronize(on)
+        start = time.perf_counter()
+        work()
+        synchronize(on)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        prompt = seconds(lambda: prefill(loaded, cache, ids[:tokens]))
+        parts = feed(loaded, cache, ids[tokens : tokens + REPEATS * step], step)
+        return prompt, min(seconds(lambda: next(parts)) for _ in range(REPEATS))

@@ -1,0 +1,269 @@
+"""The smallest plan that is safe at a context: found by bisection on a few documents, proven on all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import state
+from ...errors import BudgetError, EvaluationError, KvmixError, ModelError, PlanError, QuantizationError, TextError
+from ...plan import ModelInfo, Plan
+from ...state import Say, unsaid
+from .bench import DIVERGENCE, Bench, Wanted, make_task, prepare
+from .judge import (
+    Judgement,
+    Outcome,
+    is_about_values,
+    is_within,
+    judge_divergence,
+    judge_number,
+    judge_values,
+    judged_metric,
+    outcome,
+)
+from .plans import WAYS, Calibrated, calibrate, first_guess
+
+if TYPE_CHECKING:
+    from ...evaluation.base import Task
+    from ...evaluation.results import Report, Row
+    from ...evaluation.runner import Progress
+    from ...evaluation.runs import RunFolders
+    from ...models.loading import LoadedModel
+
+FIRST_DOCUMENTS = 3
+"""Documents on which plans are compared before one of them is proven."""
+ORDER: tuple[Outcome, ...] = ("safe", "safe-up-to", "not-proven", "not-safe")
+
+
+class MeasuredTask(NamedTuple):
+    """A task with the report on one plan, and what it says; None if it is not about quality."""
+
+    task: Task
+    report: Report
+    judgement: Judgement | None
+
+    @property
+    def row(self) -> Row:
+        """Return the plan's row."""
+        return self.report.plans[0]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured.
+
+    Attributes:
+        measured: its tasks, up to the first one that it did not pass.
+        unmeasured: tasks that there was nothing to measure with.
+        safe_context: tokens of context for which it is safe, if any.
+    """
+
+    plan: Plan
+    path: Path
+    measured: tuple[MeasuredTask, ...]
+    unmeasured: tuple[Judgement, ...]
+    outcome: Outcome
+    safe_context: int | None
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """Return what all tasks say."""
+        return [*(each.judgement for each in self.measured if each.judgement is not None), *self.unmeasured]
+
+    @property
+    def divergence(self) -> float:
+        """Return its KL in nats a token; infinite if it is not known."""
+        return next((each.own.value for each in self.judgements if each.metric == "kl" and each.own), math.inf)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer.
+
+    Attributes:
+        context: tokens at which the plan was to be safe.
+        limit: the largest KL that counts as safe, in nats a token.
+        length: tokens of the documents that KL was measured on; fewer than `context` if the text has no longer ones.
+        best: the plan that is recommended; if none is safe, the one that came nearest to it.
+        compared: stored bits of the plans that were compared on a few documents, and their KL in nats a token.
+        weights: bytes of the model.
+        cache: bytes of the plan's cache at the context.
+    """
+
+    model: ModelInfo
+    context: int
+    limit: float
+    length: int
+    best: Trial
+    compared: Mapping[float, float]
+    weights: int
+    cache: int
+
+
+def recommend(
+    wanted: Wanted,
+    load: Callable[[], LoadedModel],
+    runs: RunFolders,
+    *,
+    command: str = "",
+    say: Say = unsaid,
+    progress: Progress | None = None,
+) -> Recommendation:
+    """Return the smallest plan that is safe at a context. Profile, plans and runs that exist are used.
+
+    Args:
+        load: function that loads the model; called once, after the options were checked.
+        runs: folders that records are kept in and resumed from.
+        command: the command line, for the head comments of files.
+        say: takes lines that the user should read, such as which file is used.
+        progress: see `evaluation.runner.Progress`.
+
+    Raises:
+        KvmixError: if what is wanted makes no sense for the model, or nothing can be measured.
+    """
+    bench = prepare(wanted, load, runs, progress)
+    path, refused = state.profile_path(wanted.model), list[KvmixError]()
+    for way in WAYS:
+        if refused:
+            say(f"method {way.method}, because {WAYS[0].method} cannot be used with this model: {refused[-1]}")
+        try:
+            made = calibrate(way, bench.loaded, path, wanted, command, say=say, progress=bench.progress)
+            plans = made.plans()
+        except (BudgetError, ModelError, PlanError, QuantizationError) as error:
+            refused.append(error)
+            continue
+        try:
+            return _Search(bench, made, bench.affordable(plans), command).run()
+        except PlanError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def smallest_passing(count: int, start: int, passes: Callable[[int], bool]) -> int:
+    """Return the smallest of `count` numbers from 0 on that passes, where all numbers above it do; `count` if none.
+
+    It begins at `start` and goes on in steps that double until numbers on both sides are known, then halves the rest.
+    """
+    fails, passing, index, step = -1, count, min(start, count - 1), 1
+    while passing - fails > 1:
+        if passes(index):
+            passing = index
+        else:
+            fails = index
+        if fails == -1 or passing == count:
+            index = max(passing - step, 0) if fails == -1 else min(fails + step, count - 1)
+            step *= 2
+        else:
+            index = (fails + passing) // 2
+    return passing
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search among the plans of one method, ascending in stored bits."""
+
+    bench: Bench
+    made: Calibrated
+    plans: Sequence[Plan]
+    command: str
+    compared: dict[float, float] = field(default_factory=dict)
+
+    def run(self) -> Recommendation:
+        """Return the recommendation. Raises PlanError if the model cannot run with the plans."""
+        bench, limit = self.bench, self.bench.wanted.loss
+        first = smallest_passing(len(self.plans), first_guess(self.plans, limit), self._may_be_safe)
+        trials: list[Trial] = []
+        for plan in self.plans[min(first, len(self.plans) - 1) :]:
+            trials.append(self._prove(plan))
+            if trials[-1].outcome == "safe" or not any(each.may_pass for each in trials[-1].judgements):
+                break
+        best = self._at_its_context(min(trials, key=_rank))
+        return Recommendation(
+            model=bench.loaded.info,
+            context=bench.context,
+            limit=limit,
+            length=bench.documents[0],
+            best=best,
+            compared=dict(sorted(self.compared.items())),
+            weights=bench.weights,
+            cache=bench.cache_bytes(best.plan),
+        )
+
+    def _may_be_safe(self, index: int) -> bool:
+        """Measure a plan on the first documents, and return whether its KL is within the limit."""
+        plan, wanted = self.plans[index], self.bench.wanted
+        few = min(FIRST_DOCUMENTS, wanted.limit or FIRST_DOCUMENTS)
+        report = self._report(make_task(DIVERGENCE), plan, few, self.bench.documents[0])
+        row = report.plans[0]
+        if row.error is not None:
+            raise _failure(row.error)
+        self.compared[plan.bits.stored] = row.value("kl") or 0.0
+        return is_within(row, wanted.loss)
+
+    def _report(self, task: Task, plan: Plan, limit: int | None, length: int) -> Report:
+        """Return the report on a plan; the plan is in its file by then."""
+        path = self.made.save(plan, self.command)
+        return self.bench.measure(task, path.stem, Plan.load(path), limit, length)
+
+    def _prove(self, plan: Plan) -> Trial:
+        """Measure a plan with one task after the other, up to the first that it does not pass."""
+        measured: list[MeasuredTask] = []
+        unmeasured: list[Judgement] = []
+        for name in (DIVERGENCE, *self.bench.wanted.other_tasks):
+            try:
+                measured.append(self._measured(name, plan, self._length(name)))
+            except (TextError, EvaluationError) as error:
+                unmeasured.append(Judgement(name, name, None, "not measured", error=str(error)))
+                continue
+            judgement = measured[-1].judgement
+            if judgement is not None and (judgement.passed is False or judgement.may_pass):
+                break
+        return self._trial(plan, measured, unmeasured)
+
+    def _trial(self, plan: Plan, measured: Sequence[MeasuredTask], unmeasured: Sequence[Judgement] = ()) -> Trial:
+        path = self.made.save(plan, self.command)
+        judgements = [*(each.judgement for each in measured if each.judgement is not None), *unmeasured]
+        return Trial(plan, path, tuple(measured), tuple(unmeasured), *outcome(judgements, self.bench.context))
+
+    def _length(self, name: str) -> int:
+        return self.bench.documents[0] if name == DIVERGENCE else self.bench.context
+
+    def _measured(self, name: str, plan: Plan, length: int) -> MeasuredTask:
+        task = make_task(name)
+        report = self._report(task, plan, self.bench.wanted.limit, length)
+        return MeasuredTask(task, report, self._judged(task, report.plans[0], report.reference))
+
+    def _judged(self, task: Task, row: Row, reference: Row) -> Judgement | None:
+        """Return what a row says about its plan; None for a task that is not about quality."""
+        if task.name == DIVERGENCE:
+            return judge_divergence(row, self.bench.wanted.loss, *self.bench.documents)
+        if is_about_values(row):
+            return judge_values(row, reference)
+        metric = judged_metric(row, reference, task.metrics)
+        if metric is None and row.error is None:
+            return None
+        return judge_number(row, reference, metric or task.metrics[0])
+
+    def _at_its_context(self, trial: Trial) -> Trial:
+        """Measure the other tasks at the shorter context up to which a plan's KL is within the limit."""
+        if trial.outcome != "safe-up-to" or trial.safe_context is None:
+            return trial
+        kept = [each for each in trial.measured if each.task.name == DIVERGENCE]
+        others = [self._measured(name, trial.plan, trial.safe_context) for name in self.bench.wanted.other_tasks]
+        return self._trial(trial.plan, [*kept, *others])
+
+
+def _failure(error: str) -> KvmixError:
+    """Return what it means that KL could not be measured: no memory, or a plan that the model cannot run with."""
+    if "out of memory" in error:
+        return EvaluationError(error.replace("--length", "--context"))
+    return PlanError(error)
+
+
+def _rank(trial: Trial) -> tuple[int, int, float]:
+    """Return what trials are sorted by, the best first; of equally good ones the smallest comes first."""
+    is_proven = trial.outcome == "safe"
+    return ORDER.index(trial.outcome), -(trial.safe_context or 0), 0.0 if is_proven else trial.divergence
