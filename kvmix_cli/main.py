@@ -39,6 +39,7 @@ from .commands import (
     run,
 )
 from .commands.grouped import GroupedCommand
+from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
@@ -62,6 +63,13 @@ class Commands(TyperGroup):
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 ctx.fail(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}")
         console.mode = console.Mode(json="--json" in args, about={"schema": SCHEMA, "kvmix": __version__})
+        if args and (command := self.get_command(ctx, args[0])) is not None:
+            try:
+                args = [args[0], *with_settings(command, ctx, args[1:])]
+            except KvmixError as error:
+                console.fail(error, args[0])
+                raise typer.Exit(FAILED) from error
+            console.mode.json = "--json" in args
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 

@@ -31,6 +31,7 @@ import typer
 
 from .. import console, state
 from ..errors import ModelError, did_you_mean
+from .settings_file import Config
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -376,11 +377,7 @@ Verbose = Annotated[
 ]
 Traceback = Annotated[
     bool,
-    typer.Option(
-        "--traceback",
-        callback=lambda value: _set_mode("traceback", value),
-        help="Show the traceback of an error, for a bug report.",
-    ),
+    typer.Option("--traceback", callback=lambda value: _set_mode("traceback", value), help="Tracebacks of errors."),
 ]
 Quiet = Annotated[
     bool,
@@ -392,7 +389,9 @@ Quiet = Annotated[
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Options of every command: how it shows its results."""
+    """Options of every command: where settings are, and how it shows its results."""
+
+    config: Config = None
 
     json: Json = False
     verbose: Verbose = False
