@@ -87,3 +87,19 @@ def test_lm_eval_asks_caches_of_several_widths(capsys):
     assert read["16"] == "0"
     assert int(read["2"]) > 50
     assert len(re.findall(r"which_text_follows acc [01]\.\d+ acc_norm", out)) == 2
+
+
+@pytest.mark.slow
+def test_a_long_prompt_is_read_once(tmp_path, capsys):
+    options = ("--text", EXAMPLES / "generate.py", "--file", tmp_path / "shared.safetensors")
+    first, second = printed("prompt_cache", capsys, *options), printed("prompt_cache", capsys, *options)
+    found = re.search(r"^(\d+) tokens in .*: [\d.]+ MiB, ([\d.]+) times less than in bfloat16\n", first)
+    assert found and float(found[2]) > 1
+    taken = [
+        tuple(map(int, pair)) for pair in re.findall(r"^(\d+) of (\d+) tokens were in the file", first, re.MULTILINE)
+    ]
+    assert len(taken) == 2
+    assert all(int(found[1]) - 1 <= held < tokens for held, tokens in taken)
+    assert "tokens in " not in second.splitlines()[0], "the file is used, not made again"
+    answers = [re.sub(r"loaded in \d+ ms", "", out) for out in (first[found.end() :], second)]
+    assert answers[0] == answers[1]
