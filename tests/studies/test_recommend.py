@@ -356,7 +356,5 @@ def test_memory_is_for_weights_and_cache_together():
         assert len(found.affordable(some)) == kept
     found = made(1400)
     found.__dict__["cache_bytes"] = lambda plan: bytes_of[plan.sha256]
-    with pytest.raises(
-        BudgetError, match=r"no plan fits .*: the weights take .* smallest cache at 4096 tokens"
-    ):
+    with pytest.raises(BudgetError, match=r"no plan fits .*: the weights take .* smallest cache at 4096 tokens"):
         found.affordable(some)
