@@ -19,8 +19,8 @@ import transformers
 from matrix import Outcome, examine
 from shrinking import model_types
 
-SECONDS = 120
-"""Most time for one architecture; most take a second or two."""
+SECONDS = 300
+"""Most time for one architecture; most take a second or two, of a core of their own."""
 AT_ONCE = 25
 """Architectures that one process examines before another takes its place, and memory is given back."""
 
@@ -134,8 +134,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("types", nargs="*", default=model_types())
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="most for one architecture")
     options = parser.parse_args(arguments)
-    run_matrix(options.results, options.types, options.workers, announce=True)
+    run_matrix(options.results, options.types, options.workers, options.seconds, announce=True)
 
 
 if __name__ == "__main__":
