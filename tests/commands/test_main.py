@@ -16,7 +16,7 @@ from typer.main import get_command
 from kvmix_cli import __version__, allocation, errors
 from kvmix_cli.main import app
 
-COMMANDS = ["profile", "allocate", "run", "eval", "report", "inspect", "export", "demo"]
+COMMANDS = ["profile", "allocate", "run", "eval", "report", "inspect", "export", "recommend", "demo"]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "kvmix_cli.plan")
 """What costs time to import. Typer loads pydantic by itself, so only our models of it can be kept out."""
 LIGHT = f"""
@@ -189,6 +189,7 @@ def test_an_interrupt_under_json_is_one_object(kvmix, monkeypatch):
         (["profile", "org/model", "--granularity", "row"], {"model": "org/model", "granularity": "row"}),
         (["run", "--model", "org/model", "--prompt", "x", "--temperature", "nan"], {"model": "org/model"}),
         (["eval", "--length", "0"], {"length": 0, "output_dir": "results"}),
+        (["recommend", "builtin:none", "--max-loss", "2%"], {"model": "builtin:none", "max_loss": 0.02}),
         (["demo", "--out", "/dev/null/demo", "--quick"], {"out": "/dev/null/demo", "quick": True}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -264,6 +265,10 @@ BOARD_FAULTS = [
         ["eval", "--leaderboard", "--plan", "x"],
         ["eval", "--scores", "kl"],
         ["eval", "--step", "0"],
+        ["eval", "--leaderboard", "--length", "1K,2K"],
+        ["eval", "--length", "1K,2K", "--contexts", "512"],
+        ["recommend"],
+        ["recommend", "builtin:tiny", "--max-loss", "1"],
         ["eval"],
         ["run"],
         ["run", "--prompt", "x", "--top-p", "2"],
