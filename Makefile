@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
+.PHONY: demo test test-quick test-network smollm2 coverage lint style gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -12,8 +12,11 @@ demo: $(STAMP)
 # One process a core, each with one thread: torch's own threads would only wait for each other.
 TEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-test: lint
-	$(TEST)
+# mypy checks beside the tests: it has one process, and a machine at least two cores.
+test: style
+	@$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
+	$(TEST); failed=$$?; \
+	wait $$types || failed=1; cat $(VENV)/mypy.txt; exit $$failed
 
 # For the inner loop: what takes no more than about half a second each.
 test-quick: $(STAMP)
@@ -30,10 +33,12 @@ test-network: smollm2
 coverage: $(STAMP)
 	$(TEST) --cov --cov-report term
 
-lint: $(STAMP)
+lint: style
+	$(BIN)/mypy
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 # On a machine with a GPU. Takes the Python it is given and installs nothing: kernels/README.md says what it needs.
 OUT ?= gpu-results
