@@ -207,7 +207,6 @@ def test_an_interrupted_search_and_demo(kvmix, monkeypatch):
     (line,) = hints(ran.err)
     assert kvmix(*line).code == 0
     interrupt_once(monkeypatch, demo, "evaluate")
-    monkeypatch.setattr(demo, "TASKS", ("perplexity",))
     (line,) = hints(kvmix("demo", "--quick", "--samples", 1, "--limit", 1).err)
     assert kvmix(*line).code == 0
 
