@@ -30,6 +30,7 @@ class Archive:
         source: the file, for errors.
         tensors, facts: everything that has been collected, or that nobody has taken yet; facts are plain data.
         is_reading: pieces take what is here; otherwise they give what they have.
+        tokens: of each sequence.
         example: keys or values `[B, H_kv, 0, D]` of the layer in hand, in the model's dtype and on its device.
         prefix: begins the names of this part.
     """
@@ -38,6 +39,7 @@ class Archive:
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     is_reading: bool
+    tokens: int
     example: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0, 0), repr=False)
     prefix: str = ""
 

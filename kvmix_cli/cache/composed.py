@@ -108,8 +108,6 @@ class ComposedLayer(WatchingLayer):
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
         super().exchange(archive, examples)
-        if self._stores is None:
-            return
         for name, chain, example in zip(("k", "v"), (self._keys, self._values), examples, strict=True):
             chain.exchange(archive.part(f"transforms.{name}", example))
         self._queries.exchange(archive.part("queries", examples[0]))

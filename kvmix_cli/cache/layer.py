@@ -151,15 +151,12 @@ class MixedLayer(CacheLayerMixin):
             CacheError: if the archive does not have what this layer of the plan must hold.
             PlanError: if these heads cannot be packed.
         """
-        tokens = archive.number("tokens", self.get_seq_length())
-        if tokens == 0:
-            return
         if self._stores is None:
             self.lazy_initialization(*examples)
         for name, store, example in zip(("keys", "values"), self.stores, examples, strict=True):
             store.exchange(archive.part(name, example))
-            if store.length != tokens:
-                raise archive.fault(name, f"has {store.length} tokens; expected {tokens}")
+            if store.length != archive.tokens:
+                raise archive.fault(name, f"has {store.length} tokens; expected {archive.tokens}")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the given batch rows, in this order (beam search)."""

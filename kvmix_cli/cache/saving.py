@@ -152,7 +152,7 @@ class CacheFile:
         self.check_plan(plan)
         self.check_model(plan, model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name != IDS}
-        archive = Archive(str(self.path), tensors, dict(self.header.facts), is_reading=True)
+        archive = Archive(str(self.path), tensors, dict(self.header.facts), True, self.header.tokens)
         _exchange(layers, archive, plan, model, self.ids.shape[0])
         if more := [*archive.tensors, *archive.facts]:
             raise archive.fault(more[0], "belongs to no layer of this plan")
@@ -166,7 +166,7 @@ class CacheFile:
         Raises:
             CacheError: if the prompt begins otherwise, or the layers cannot go back to its beginning.
         """
-        held, advice = self.header.tokens, "save one of what the prompts share, or load none"
+        held, advice = self.header.tokens, "save a cache of what the prompts share, or begin with an empty one"
         if self.ids.shape[0] != ids.shape[0]:
             raise CacheError(f"cache file {self.path} holds {self.ids.shape[0]} sequences, and {ids.shape[0]} are read")
         length = min(held, ids.shape[1])
@@ -194,7 +194,7 @@ def save_cache(path: Path, layers: Sequence[Any], plan: Plan, model: PreTrainedM
         OutputError: if the file cannot be written.
         CacheError: if a layer keeps something that no file can hold.
     """
-    archive = Archive(str(path), {}, {}, is_reading=False)
+    archive = Archive(str(path), {}, {}, False, ids.shape[1])
     _exchange(layers, archive, plan, model, ids.shape[0])
     tensors = {**archive.tensors, IDS: ids.to("cpu", torch.int32)}
     header = CacheHeader(

@@ -26,7 +26,9 @@ def exchange_stock(layer: Any, archive: Archive) -> None:
     for name in archive.fact("attributes", sorted(held)):
         if name not in held and hasattr(type(layer), name):
             raise archive.fault(name, f"is no attribute that a {type(layer).__name__} keeps")
-        setattr(layer, name, _exchanged(archive, name, held.get(name)))
+        value = _exchanged(archive, name, held.get(name))
+        if archive.is_reading:
+            setattr(layer, name, value)
 
 
 def stock_cut(layer: Any, tokens: int, held: int) -> int:
@@ -51,7 +53,7 @@ def _exchanged(archive: Archive, name: str, value: Any) -> Any:
         return {key: _exchanged(archive.part(name), f"{key}", (value or {}).get(key)) for key in keys}
     if kind == "configuration" and isinstance(value, PreTrainedConfig):
         return value
-    raise archive.fault(name, f"is a {type(value).__name__}, which no file holds")
+    raise archive.fault(name, f"is of type {type(value).__name__}, which no file holds")
 
 
 def _kind(value: Any) -> str:

@@ -170,6 +170,7 @@ class Store:
 
     def exchange(self, archive: Archive) -> None:
         """Give everything held to an archive, or take it from one, empty as this store is then."""
+        self.pack_early()  # which a forward that failed may have left to do
         self._ahead = archive.number("ahead", self._ahead)
         self._settled = archive.number("settled", self._settled)
         self._fresh = archive.number("fresh", max(0, self._fresh))

@@ -252,6 +252,9 @@ def test_what_cannot_be_saved_leaves_the_file_that_is_there(llama, plans, saved,
         MixedCache.from_plan(plans["pages"], llama.config).save(saved, TEXT[:, :0], llama)
     with pytest.raises(OutputError, match="cannot write"):
         cache.save(saved / "below a file", TEXT[:, :200], llama)
+    cache.layers[2].crop(-1)
+    with pytest.raises(CacheError, match=r"cannot be saved: layers.2.keys has 199 tokens; expected 200"):
+        cache.save(saved, TEXT[:, :200], llama)
     heads = HeadGeometry(kv_heads=1, key_dim=32, value_dim=32)
     monkeypatch.setattr(type(cache.plan.model), "heads", lambda self, layer: heads)
     with pytest.raises(CacheError, match=r"cannot be saved: layers.0.keys.sink is .* expected torch.float32 \[2, 1"):
@@ -263,7 +266,7 @@ def test_an_attribute_that_no_file_can_hold_is_named(tmp_path):
     model = build("gemma3", torch.float32)
     cache = filled(model, affine(model), TEXT[:, :40], [40])
     cache.layers[0].tree = object()
-    with pytest.raises(CacheError, match=r"layers.0.tree is a object, which no file holds"):
+    with pytest.raises(CacheError, match=r"layers.0.tree is of type object, which no file holds"):
         cache.save(tmp_path / "cache", TEXT[:, :40], model)
 
 

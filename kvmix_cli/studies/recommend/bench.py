@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...allocation import Budget
-from ...errors import BudgetError, EvaluationError, ModelError
+from ...errors import BudgetError, EvaluationError, ModelError, TextError
 from ...plan import Plan
 from ...plan.sizes import format_bytes
 from .judge import FEWEST
@@ -128,6 +128,11 @@ class Bench:
                 f"{format_bytes(memory)}: give more, or take a smaller model or --dtype"
             )
 
+    def check_text(self) -> None:
+        """Raise TextError if there is no text to measure on."""
+        if not self.documents[0]:
+            raise TextError(f"{self.wanted.text} has no text; give a longer --text")
+
     @cached_property
     def documents(self) -> tuple[int, int]:
         """Return the tokens of the documents to measure on, and the tokens that are missing for longer ones.
@@ -137,8 +142,12 @@ class Bench:
         from ...texts import load_texts
         from ...texts.tokens import encode
 
-        texts = load_texts(self.wanted.text, held_out=True, seed=self.wanted.seed)
-        return usable_length([len(encode(self.loaded.tokenizer, text)) for text in texts], self.context)
+        lengths: list[int] = []
+        for text in sorted(load_texts(self.wanted.text, held_out=True, seed=self.wanted.seed), key=len, reverse=True):
+            lengths.append(len(encode(self.loaded.tokenizer, text)))
+            if sum(tokens // self.context for tokens in lengths) >= FEWEST:
+                break
+        return usable_length(lengths, self.context)
 
     def cache_bytes(self, plan: Plan) -> int:
         """Return the bytes of a plan's cache at the context."""
@@ -202,6 +211,7 @@ def prepare(
     loaded = load()
     bench = Bench(wanted, loaded, context_of(wanted, loaded.max_length), runs, progress or no_progress)
     bench.check_memory()
+    bench.check_text()
     return bench
 
 
