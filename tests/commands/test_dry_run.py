@@ -26,13 +26,18 @@ def test_a_profile(tmp_path, loaded_once):
     assert 0 < answer["seconds"] < 3600
 
 
-@pytest.mark.slow
-def test_an_evaluation(tmp_path, loaded_once):
+SPEED = dry_run.ModelSpeed(step=32, base=0.1, slope=1e-4, prompt=0.5)
+
+
+def test_an_evaluation(tmp_path, loaded_once, monkeypatch):
+    """Tests of `recommend` measure the speed of a model; here it is given."""
+    monkeypatch.setattr(dry_run, "measure_speed", lambda loaded, step: SPEED)
     options = ["--uniform", 2, "--task", "perplexity,recall,throughput", "--length", 640, "--limit", 2]
     answer = kvmix_json("eval", "builtin:tiny", *options, "--dry-run")
     steps = {step["name"]: step for step in answer["steps"]}
     assert list(steps) == ["perplexity", "recall", "throughput"]
     assert steps["perplexity"]["what"] == "2 samples of 640 tokens with 2 caches"
+    assert steps["perplexity"]["seconds"] == pytest.approx(2 * 2 * (SPEED.prefill(256) + SPEED.read(256, 640)))
     assert steps["throughput"]["seconds"] is None
     assert answer["seconds"] == pytest.approx(steps["perplexity"]["seconds"] + steps["recall"]["seconds"])
     assert nothing_was_written(tmp_path)
@@ -40,12 +45,6 @@ def test_an_evaluation(tmp_path, loaded_once):
     assert "what eval would do with builtin:tiny; nothing was done" in shown
     assert "not known" in shown
     assert "a few passes on this machine" in shown
-
-
-def test_longer_work_takes_longer():
-    speed = dry_run.ModelSpeed(step=32, base=0.1, slope=1e-4, prompt=0.5)
-    assert speed.read(0, 640) == pytest.approx(20 * (0.1 + 320e-4))
-    assert speed.prefill(640) == pytest.approx(0.5 * speed.read(0, 640))
 
 
 def test_an_allocation_is_decided_and_not_saved(profiled, tmp_path):
