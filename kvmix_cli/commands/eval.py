@@ -12,10 +12,14 @@ import typer
 
 from .. import console, state
 from ..errors import EvaluationError
+from .dry_run import show_work
 from .eval_options import BoardOptions, EvalOptions, TaskOptions
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand, given, refuse
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
     from ..evaluation.base import Task
     from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
@@ -50,7 +54,7 @@ def evaluate(
         _check_several(work)
         own["contexts"] = work.lengths
     if board.leaderboard:
-        refuse({**work.of_plans, **own}, "has no place in a leaderboard")
+        refuse({**work.of_plans, **own, "dry_run": work.dry_run}, "has no place in a leaderboard")
     else:
         refuse(board.rules, "needs --leaderboard")
     from ..studies.measure import SubjectNames
@@ -58,9 +62,15 @@ def evaluate(
     names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
     if board.leaderboard:
         _hold_leaderboard(board, _setup(ctx, work, which, loading))
+        return
+    choice, gates = names.choose(which.model, which.revision, console.notice), work.fail_if or []
+    setup = _setup(ctx, work, which, loading)
+    if work.dry_run:
+        from ..studies.dry_run import evaluation_work
+
+        show_work("eval", evaluation_work(choice, names, setup, own, gates))
     else:
-        choice = names.choose(which.model, which.revision, console.notice)
-        _measure(choice, names, _setup(ctx, work, which, loading), own, work.fail_if or [])
+        _measure(choice, names, setup, own, gates)
 
 
 def _check_several(work: EvalOptions) -> None:

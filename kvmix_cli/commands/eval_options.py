@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EvaluationError
+from .dry_run import DryRunFlag
 from .options import (
     Encoding,
     count_option,
@@ -87,6 +88,7 @@ class EvalOptions:
     limit: Annotated[int | None, count_option("Most samples [default: the task's].", least=None)] = None
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
+    dry_run: DryRunFlag = False
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),
