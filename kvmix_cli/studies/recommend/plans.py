@@ -19,7 +19,7 @@ from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
 from ..profiles import existing_profile, make_basis, require_same_model, save_scores
-from .bench import Wanted
+from .bench import Purpose
 
 if TYPE_CHECKING:
     from ...evaluation.runner import Progress
@@ -127,7 +127,7 @@ def calibrate(
     way: Way,
     loaded: LoadedModel,
     path: Path,
-    wanted: Wanted,
+    purpose: Purpose,
     command: str,
     *,
     say: Say,
@@ -149,11 +149,11 @@ def calibrate(
         say(f"using profile {path}")
         profile = before
     else:
-        profile = _measure(way, loaded, path, wanted, command, progress)
+        profile = _measure(way, loaded, path, purpose, command, progress)
     return Calibrated(way, profile, path, make_basis(profile, path) if way.method == TRANSFORM else None)
 
 
-def _measure(way: Way, loaded: LoadedModel, path: Path, wanted: Wanted, command: str, progress: Progress) -> Profile:
+def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, progress: Progress) -> Profile:
     """Measure a way's score, add it to the profile that is there, and return that."""
     from ...profiling import default_samples, profile_lock, run_profile
     from ...texts import load_texts
@@ -164,10 +164,10 @@ def _measure(way: Way, loaded: LoadedModel, path: Path, wanted: Wanted, command:
         result = run_profile(
             loaded,
             [way.score],
-            texts=load_texts(wanted.calibration, seed=wanted.seed),
-            source=wanted.calibration,
+            texts=load_texts(purpose.calibration, seed=purpose.seed),
+            source=purpose.calibration,
             seq_len=min(SEQ_LEN, loaded.max_length or SEQ_LEN),
-            seed=wanted.seed,
+            seed=purpose.seed,
             journal=journal,
             moments=state.moments_path(path),
             resume=journal.exists(),
