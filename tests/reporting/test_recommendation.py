@@ -20,7 +20,7 @@ from kvmix_cli.reporting.recommendation import (
 )
 from kvmix_cli.studies.recommend.forecast import Forecast, PlannedStep
 from kvmix_cli.studies.recommend.judge import Judgement
-from kvmix_cli.studies.recommend.study import MeasuredTask, Recommendation, MeasuredPlan
+from kvmix_cli.studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 
 KL = Estimate(0.005, 0.004, 0.006)
 

@@ -223,7 +223,9 @@ class _Search:
                 break
         return self._tested(plan, measured, unmeasured)
 
-    def _tested(self, plan: Plan, measured: Sequence[MeasuredTask], unmeasured: Sequence[Judgement] = ()) -> MeasuredPlan:
+    def _tested(
+        self, plan: Plan, measured: Sequence[MeasuredTask], unmeasured: Sequence[Judgement] = ()
+    ) -> MeasuredPlan:
         path = self.made.save(plan, self.command)
         judgements = [*(each.judgement for each in measured if each.judgement is not None), *unmeasured]
         return MeasuredPlan(plan, path, tuple(measured), tuple(unmeasured), *outcome(judgements, self.bench.context))
