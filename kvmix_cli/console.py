@@ -17,6 +17,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 import sys
 import traceback
@@ -307,4 +308,7 @@ def _write(stream: TextIO, message: str) -> None:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
+        if stream is sys.__stdout__:  # or Python would write again at exit, and end with an error of its own
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
         raise OutputError(f"cannot write the output: {error.strerror}") from error

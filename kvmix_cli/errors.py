@@ -1,20 +1,22 @@
 """Every error a user can cause, and nothing else.
 
-KvmixError                  the command line prints one line and exits 1
-├── ModelError              a model that cannot be loaded, or that has nothing to quantize
-│   └── ProjectionError     its K and V projections cannot be found
-├── TextError               calibration or evaluation text that is missing, empty or unreadable
-├── DocumentError           a plan or profile file with faults (all of them, each with its line)
-├── PlanError               a plan that does not fit the model
-├── BudgetError             a budget that no plan can meet
-├── ExportError             a plan that another engine has no way to express
-├── StateError              which profile or plan is meant cannot be told from the folder
-├── CacheError              a cache that is used in a way it does not allow
-├── PolicyError             a transform or policy that a model's attention cannot go with
-├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
-├── EvaluationError         a task or gate that cannot be run as asked
-│   └── UnknownTaskError    a name that no task has, ours or lm-eval's
-└── OutputError             a file that cannot be written
+All are classes of one tree:
+
+    KvmixError                  the command line prints one line and exits 1
+    ├── ModelError              a model that cannot be loaded, or that has nothing to quantize
+    │   └── ProjectionError     its K and V projections cannot be found
+    ├── TextError               calibration or evaluation text that is missing, empty or unreadable
+    ├── DocumentError           a plan or profile file with faults (all of them, each with its line)
+    ├── PlanError               a plan that does not fit the model
+    ├── BudgetError             a budget that no plan can meet
+    ├── ExportError             a plan that another engine has no way to express
+    ├── StateError              which profile or plan is meant cannot be told from the folder
+    ├── CacheError              a cache that is used in a way it does not allow
+    ├── PolicyError             a transform or policy that a model's attention cannot go with
+    ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
+    ├── EvaluationError         a task or gate that cannot be run as asked
+    │   └── UnknownTaskError    a name that no task has, ours or lm-eval's
+    └── OutputError             a file that cannot be written
 """
 
 from __future__ import annotations

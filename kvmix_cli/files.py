@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -22,10 +22,16 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_bytes(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all, with its folders. Raises OutputError."""
+    return write_parts(path, (data,))
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Path:
+    """Write a file of one part after the other, whole or not at all, with its folders. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as (file, name):
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             name.chmod(0o666 & ~_umask())

@@ -24,8 +24,22 @@ from typer.core import TyperGroup
 
 from . import console
 from ._version import __version__
-from .commands import allocate, demo, eval, export, inspect, options, profile, recommend, report, run
+from .commands import (
+    allocate,
+    demo,
+    eval,
+    export,
+    fit,
+    inspect,
+    listing,
+    options,
+    profile,
+    recommend,
+    report,
+    run,
+)
 from .commands.grouped import GroupedCommand
+from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 
 RESUMABLE = ("profile", "eval", "demo")
@@ -49,6 +63,13 @@ class Commands(TyperGroup):
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 ctx.fail(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}")
         console.mode = console.Mode(json="--json" in args, about={"schema": SCHEMA, "kvmix": __version__})
+        if args and (command := self.get_command(ctx, args[0])) is not None:
+            try:
+                args = [args[0], *with_settings(command, ctx, args[1:])]
+            except KvmixError as error:
+                console.fail(error, args[0])
+                raise typer.Exit(FAILED) from error
+            console.mode.json = "--json" in args
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
@@ -139,6 +160,13 @@ _add(
     "kvmix inspect rank-2.3 ilp-2.3 --plot plans.png",
 )
 _add(
+    "fit",
+    fit.fit,
+    "Count the memory that a model and its cache need.",
+    "kvmix fit Qwen/Qwen3-8B --context 32K --memory 24GiB",
+    "kvmix fit builtin:tiny --plan rank-2.3 --batch 8",
+)
+_add(
     "export",
     export.export,
     "Write a plan for vLLM, ModelOpt, llama.cpp or KVTuner.",
@@ -158,6 +186,20 @@ _add(
     "All of it on the built-in model, in a few minutes.",
     "kvmix demo --quick",
     "kvmix demo --out here --resume",
+)
+_add(
+    "list",
+    listing.list_kind,
+    "List models, plans, presets, probes, solvers, tasks, ...",
+    "kvmix list",
+    "kvmix list presets",
+)
+_add(
+    "env",
+    listing.env,
+    "Versions, devices, kernels and folders, for bug reports.",
+    "kvmix env",
+    "kvmix env --json",
 )
 
 

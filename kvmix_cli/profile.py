@@ -189,9 +189,9 @@ class Profile(StrictModel):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Profile:
+    def load(cls, path: Path | str) -> Profile:
         """Read a profile file. Raises DocumentError with every fault and its line."""
-        document = read_yaml(path)
+        document = read_yaml(Path(path))
         document.check_format(FORMAT)
         return validate(document, cls)
 
@@ -202,9 +202,9 @@ class Profile(StrictModel):
             raise DocumentError(f"profile of {self.model.id}", [f"it has no score '{name}', only {known}"])
         return self.scores[name]
 
-    def save(self, path: Path, command: str = "") -> Path:
+    def save(self, path: Path | str, command: str = "") -> Path:
         """Write the profile file; `command` becomes its head comment. Raises OutputError."""
-        return write_text(path, self.to_yaml(command))
+        return write_text(Path(path), self.to_yaml(command))
 
     def to_yaml(self, command: str = "") -> str:
         """Return the profile as it is written to files."""

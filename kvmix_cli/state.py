@@ -113,6 +113,18 @@ def trials_path(plan: Path) -> Path:
     return plan.with_name(f"{plan.stem}.trials.jsonl")
 
 
+def recorded_models() -> dict[str, Path]:
+    """Return the models that have a profile or plans, each with the folder of these, by the names in the files."""
+    files = [*profiles_dir().glob(f"*/{PROFILE}"), *all_plans()]
+    found = {_recorded_model(path): _owner(path) for path in files}
+    return {name: folder for name, folder in found.items() if name is not None}
+
+
+def all_plans() -> list[Path]:
+    """Return the plans of all models, by model and name."""
+    return sorted(profiles_dir().glob(f"*/{PLANS}/*.yaml"))
+
+
 def find_profile(given: str | Path | None = None, *, model: str | None = None, say: Say = unsaid) -> Path:
     """Return the profile that a command means: the file given, or else the newest one of a model.
 

@@ -1,5 +1,26 @@
-"""Set-up of every test: models that tests build themselves may use kvmix's attention."""
+"""Set-up of every test: no look-ups on the hub, one compilation, kvmix's attention for models that tests build."""
 
-from kvmix_cli.cache import register
+import os
+import tempfile
+from pathlib import Path
 
-register()
+os.environ["HF_HUB_OFFLINE"] = "1"  # without a network each look-up takes a minute
+
+
+def pytest_sessionstart(session):
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # this process starts those that run the tests
+    from filelock import FileLock
+    from kvmix_kernels.runtime.native import library
+
+    from kvmix_cli.cache import register
+
+    with FileLock(Path(tempfile.gettempdir(), f"kvmix-tests-{os.getuid() if hasattr(os, 'getuid') else ''}.lock")):
+        library()
+    register()
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the files that have slow tests, so that no process waits long for another in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -69,7 +69,7 @@ def pack(kind: str, bits: int, states: Tensor) -> Segments:
 
 
 def code(kind: str, widths: tuple[str, ...], states: Tensor) -> Segments:
-    """Return all tokens as transform codes in a random basis; the first token of each page is exact."""
+    """Return all tokens as transform codes in a random basis; as many as there are pages, anywhere, are exact."""
     heads = tuple(tuple(map(int, widths[head % len(widths)])) for head in range(KV_HEADS))
     layout = TransformLayout(kind, heads, HEAD_DIM, PAGE, exact=1)  # type: ignore[arg-type]
     rotation = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM))[0]
@@ -84,8 +84,10 @@ def code(kind: str, widths: tuple[str, ...], states: Tensor) -> Segments:
     )
     pages = states.unflatten(2, (-1, PAGE))
     encoded = encode(pages, basis)
-    slots, exact = torch.zeros(*encoded.errors.shape[:3], 1, dtype=torch.int16), pages[:, :, :, :1].contiguous()
-    return Segments(None, Coded(basis, encoded.codes, encoded.scales, slots, exact), states[:, :, :0])
+    drawn = torch.rand(states.shape[:3], generator=torch.Generator().manual_seed(0))
+    places = drawn.topk(pages.shape[2]).indices.sort().values
+    exact = states.gather(2, places[..., None].expand(*places.shape, HEAD_DIM))
+    return Segments(None, Coded(basis, encoded.codes, encoded.scales, places.int(), exact), states[:, :, :0])
 
 
 def stored_bytes(*tensors: Segments) -> int:
@@ -93,7 +95,7 @@ def stored_bytes(*tensors: Segments) -> int:
     parts = [tensor.tail for tensor in tensors]
     for packed in (tensor.packed for tensor in tensors):
         if isinstance(packed, Coded):
-            parts += [part for part in (packed.codes, packed.scales, packed.slots, packed.exact) if part is not None]
+            parts += [part for part in (packed.codes, packed.scales, packed.places, packed.exact) if part is not None]
         elif isinstance(packed, Packed):
             parts += [packed.words, packed.scales]
     return sum(part.nbytes for part in parts)

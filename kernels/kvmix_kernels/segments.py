@@ -19,6 +19,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .layout import PageLayout
 from .quantize.naive import dequantize
@@ -180,15 +181,15 @@ class Coded(TokenPages):
         basis: directions, widths and frames of this layer's keys, or values.
         codes: `[B, 1, pages, page_bytes]` uint8, see `transform_layout`; those of exact tokens count for nothing.
         scales: `[B, H_kv, pages, page]` float16, of values; None for keys.
-        slots: `[B, H_kv, pages, exact]` int16, places of the exact tokens in their page, shared by keys and values;
-            None if there are none.
-        exact: `[B, H_kv, pages, exact, D]` in the model's dtype.
+        places: `[B, H_kv, N]` int32, positions of the exact tokens among those of all pages, ascending, shared by keys
+            and values; those below 0 stand for no token. None if there are none.
+        exact: `[B, H_kv, N, D]` in the model's dtype, finite.
     """
 
     basis: TransformBasis
     codes: Tensor
     scales: Tensor | None = None
-    slots: Tensor | None = None
+    places: Tensor | None = None
     exact: Tensor | None = None
 
     @property
@@ -206,15 +207,19 @@ class Coded(TokenPages):
     @property
     def quantized(self) -> int:
         """Tokens that are read in quantized form: all but the exact ones."""
-        return self.pages * (self.page - self.basis.layout.exact)
+        return self.tokens - (0 if self.places is None else self.places.shape[2])
 
     def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         scales = None if self.scales is None else self.scales[:, :, first:last]
         states = decode(self.codes[:, :, first:last], scales, self.basis, first, dtype)
-        if self.slots is None or self.exact is None:
+        if self.places is None or self.exact is None:
             return states
-        exact = self.exact[:, :, first:last].to(dtype)
-        return states.scatter(3, self.slots[:, :, first:last].long()[..., None].expand_as(exact), exact)
+        tokens, start = (last - first) * self.page, first * self.page
+        inside = (self.places >= start) & (self.places < start + tokens)
+        places = torch.where(inside, self.places.long() - start, tokens)  # others go to a row that is cut off
+        rows = pad(states.flatten(2, 3), (0, 0, 0, 1))
+        rows.scatter_(2, places[..., None].expand_as(self.exact), self.exact.to(dtype))
+        return rows[:, :, :tokens].reshape(states.shape)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ LEFT: Final = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349,
 PLANES: Final = {0: (), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 """Widths of the bit planes of a code, lowest bits first."""
 TOKEN_SCALE_BYTES: Final = 2
-SLOT_BYTES: Final = 2
-"""An exact token's place in its page is int16."""
+CHOICE_BYTES: Final = 8
+"""An exact token has its place, int32, and what it was chosen by, float32; keys and values share them."""
 MAX_PAGE: Final = 2**15
 
 
@@ -44,7 +44,7 @@ class TransformLayout:
         widths: of every KV head, the width of each run of 8 directions; the last run may be shorter.
         head_dim: directions of a head, `D`.
         page: tokens in a page, a multiple of 16.
-        exact: tokens of each page and KV head that keep their keys and values unquantized.
+        exact: tokens that keep their keys and values unquantized, of each KV head, in the mean over all pages.
 
     Raises:
         ValueError: for a value outside of the above, or for widths that rise.
@@ -122,13 +122,13 @@ class TransformLayout:
 
     @property
     def packed_bytes(self) -> int:
-        """Return the bytes of codes, token scales and, of keys, slots of a page of all KV heads."""
+        """Return the bytes of codes, token scales and, of keys, choices of exact tokens, of a page of all KV heads."""
         scales = self.page * TOKEN_SCALE_BYTES if self.is_scaled else 0
-        slots = 0 if self.is_scaled else self.exact * SLOT_BYTES
-        return self.page_bytes + self.kv_heads * (scales + slots)
+        choices = 0 if self.is_scaled else self.exact * CHOICE_BYTES
+        return self.page_bytes + self.kv_heads * (scales + choices)
 
     def exact_bytes(self, element_bytes: int) -> int:
-        """Return the bytes of a page's unquantized tokens, of all KV heads."""
+        """Return the bytes of the unquantized tokens that a page accounts for, of all KV heads."""
         return self.kv_heads * self.exact * self.head_dim * element_bytes
 
     @property
@@ -138,7 +138,7 @@ class TransformLayout:
 
     @property
     def stored_bytes(self) -> int:
-        """Return the bytes of a page of all KV heads: codes, token scales, slots, and exact tokens in 16 bits."""
+        """Return the bytes of a page of all KV heads: codes, token scales, and exact tokens in 16 bits."""
         return self.packed_bytes + self.exact_bytes(FULL_PRECISION_BITS // 8)
 
     @property

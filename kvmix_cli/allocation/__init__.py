@@ -1,8 +1,10 @@
 """Allocation: from scores to plans under a budget, without torch.
 
-allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random, transform
-frontier(profile) -> list[Plan]                                       pareto
-refine(profile, Budget(stored_bits=3), measure) -> Plan               search
+Three functions, with the methods that each takes:
+
+    allocate(profile, Budget(avg_bits=2.3)) -> Plan                       rank, ilp, cut, uniform, random, transform
+    frontier(profile) -> list[Plan]                                       pareto
+    refine(profile, Budget(stored_bits=3), measure) -> Plan               search
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
 from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
 from ..plan.document import reason
-from ..plan.presets import ALIASES, find_preset, presets
+from ..plan.presets import ALIASES, Preset, find_preset, presets
 from ..profile import Profile
 from .bases import SCORE
 from .budgets import Budget
@@ -63,27 +63,39 @@ class Start:
 
     Attributes:
         k_bits, v_bits: widths to choose from; None for the method's own.
+        method: method that decides if none is named; None for the profile's default.
     """
 
     budget: Budget
     k_bits: tuple[int, ...] | None
     v_bits: tuple[int, ...] | None
     cache: CacheSettings
+    method: str | None = None
 
 
 def preset_start(name: str) -> Start:
-    """Return the budget, widths and cache of a preset that gives a share of the layers more bits.
+    """Return the budget, widths and cache of a preset whose bits a profile is to place.
+
+    Such a preset gives a share of the layers more bits, or has a method of allocation.
 
     Raises:
-        StateError: if there is no such preset, or it does not have a share of layers.
+        StateError: if there is no such preset, or it leaves nothing to decide.
         DocumentError: if its file is faulty.
     """
-    preset = find_preset(name)
+    start = _start(find_preset(name))
+    if start is None:
+        able = [each for each in (*ALIASES, *presets()) if _start(find_preset(each)) is not None]
+        raise StateError(f"preset '{name}' has the same widths in all layers or no common share; use {', '.join(able)}")
+    return start
+
+
+def _start(preset: Preset) -> Start | None:
+    if preset.avg_bits is not None:
+        return Start(Budget(avg_bits=preset.avg_bits), None, None, preset.cache, preset.method)
     share = preset.layer_share
     if share is None:
-        able = [each for each in (*ALIASES, *presets()) if find_preset(each).layer_share is not None]
-        raise StateError(f"preset '{name}' has the same widths in all layers or no common share; use {', '.join(able)}")
-    return Start(Budget(share=share.share), share.k_bits, share.v_bits, preset.cache)
+        return None
+    return Start(Budget(share=share.share), share.k_bits, share.v_bits, preset.cache, "rank")
 
 
 def default_method(profile: Profile) -> str:

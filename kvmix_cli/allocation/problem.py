@@ -78,7 +78,10 @@ class Problem:
         if not self.model.quantizable:
             raise BudgetError(f"{self.model.id} has no layer to plan: every layer keeps its stock cache")
         try:
-            for layer in self.model.quantizable:
+            for layer, pin in self.pins.items():
+                for tensor, kind in pin.tensors:
+                    self.tensor_cost(layer, kind, tensor)
+            for layer in self.layers if self.basis is None else ():  # transform codes fit heads of any size
                 for kind in KINDS:
                     self.tensors(layer, kind)
         except ValueError as error:

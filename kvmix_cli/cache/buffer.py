@@ -78,6 +78,10 @@ class Buffer:
         self.length = length
         return self._data[:, :, first:length]
 
+    def hold(self, content: Tensor) -> None:
+        """Take a tensor `[B, H_kv, n, ...]` as the content, without a copy; it has no spare room."""
+        self._data, self.length = content, content.shape[2]
+
     def drop_first(self, count: int) -> None:
         """Forget the oldest `count`; the rest moves to the front."""
         rest = self.view[:, :, count:].clone()

@@ -1,14 +1,17 @@
-"""A layer of transform codes that keeps a few tokens of every page exact: those that its queries attend to most."""
+"""A layer of transform codes that keeps a few tokens exact: those that its queries attend to most."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvmix_kernels.layout import Kind
 from kvmix_kernels.runtime.fallback import warn_once
 from torch import Tensor
 
+from ..plan import TransformTensor
 from ..plan.sizes import exact_tokens
-from .exact_slots import ExactSlots
+from .archive import Archive
+from .exact import ExactTokens
 from .observation import AttentionCall
 from .store import Store
 from .watching import WatchingLayer
@@ -23,36 +26,45 @@ class CodedLayer(WatchingLayer):
     _is_shown = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make stores and slots. Raises PlanError."""
-        self._slots = ExactSlots(exact_tokens(self.plan, self.settings))
+        """Make stores and what chooses exact tokens. Raises PlanError."""
+        chooser: Kind = "key" if isinstance(self.plan.k, TransformTensor) else "value"
+        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), chooser)
         super().lazy_initialization(key_states, value_states)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        own = 0 if self._slots is None else self._slots.slots.nbytes + self._slots.attention.nbytes
-        return super().nbytes + own
+        return super().nbytes + (0 if self._exact is None else self._exact.nbytes)
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        own = 0 if self._slots is None else self._slots.slots.allocated_bytes + self._slots.attention.nbytes
-        return super().allocated_bytes + own
+        return super().allocated_bytes + (0 if self._exact is None else self._exact.nbytes)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._slots, self._is_shown = None, True
+        self._exact, self._is_shown = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens. The exact tokens of a page that stays are kept."""
+        """Forget the last `-tokens_to_remove` tokens. Of those that stay no other tokens become exact."""
         super().crop(tokens_to_remove)
-        if self._slots is None or not tokens_to_remove:
+        if self._exact is None or not tokens_to_remove:
             return
-        pages = max(store.packed_tokens for store in self.stores) // self.settings.page
-        reopened = pages < self._slots.slots.length
-        self._slots.attention.crop(-tokens_to_remove, self._tail_tokens, reopened)
-        self._slots.slots.truncate(pages)
+        page = self.settings.page
+        pages = max(store.packed_tokens for store in self.stores) // page
+        self._exact.attention.crop(-tokens_to_remove, self._tail_tokens, reopened=pages < self._exact.pages)
+        self._exact.truncate(pages, page)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        super().exchange(archive, examples)
+        self._is_shown = bool(archive.number("shown", self._is_shown))
+        if self._exact is not None:
+            kinds = zip(self.plan.tensors, examples, strict=True)
+            coded = {kind: example for (tensor, kind), example in kinds if isinstance(tensor, TransformTensor)}
+            pages = max(store.packed_tokens for store in self.stores) // self.settings.page
+            self._exact.exchange(archive.part("exact", examples[0]), coded, pages, self.settings.page)
 
     @property
     def _tail_tokens(self) -> int:
@@ -77,18 +89,17 @@ class CodedLayer(WatchingLayer):
 
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
         """Add the attention that tokens receive."""
-        if self._slots is not None:
-            self._slots.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
+        if self._exact is not None:
+            self._exact.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the attention of the tokens that have left the tail."""
         counts = super()._in_step(pack)
-        if self._slots is not None:
-            self._slots.attention.forget_oldest(max(counts))
+        if self._exact is not None:
+            self._exact.forget_oldest(max(counts))
         return counts
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._apply(change)
-        if self._slots is not None:
-            self._slots.slots.apply(change)
-            self._slots.attention.apply(change)
+        if self._exact is not None:
+            self._exact.apply(change)

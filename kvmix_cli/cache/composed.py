@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..plan import CacheSettings
+from .archive import Archive
 from .buffer import Buffer
 from .observation import AttentionCall, QuerySum
 from .packing import PolicyFunctions
@@ -103,6 +104,15 @@ class ComposedLayer(WatchingLayer):
         self._queries.take_back(-tokens_to_remove)
         if self._tiers is not None:
             self._tiers.crop(-tokens_to_remove, self.stores[0].tail_tokens, self.stores[0].packed_tokens)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        super().exchange(archive, examples)
+        for name, chain, example in zip(("k", "v"), (self._keys, self._values), examples, strict=True):
+            chain.exchange(archive.part(f"transforms.{name}", example))
+        self._queries.exchange(archive.part("queries", examples[0]))
+        if self._tiers is not None:
+            self._tiers.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
 
     @property
     def _needs_queries(self) -> bool:

@@ -88,7 +88,8 @@ class Handle(Tensor):
             plain = self.segments.dequantize()
             plain = plain if self.restore is None else self.restore(plain)
             is_view = self.segments.shape[2] == self.segments.tail.shape[2]
-            self._plain = plain.clone() if is_view and self.is_current is not None else plain
+            kept = is_view and self.is_current is not None
+            self._plain = plain.clone() if kept else plain.contiguous()  # as a handle's strides say
         return self._plain
 
     def numpy(self, *, force: bool = False) -> Any:

@@ -14,8 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import CacheError, PlanError
 from ..plan import CacheSettings, LayerPlan, TensorPlan
 from ..plan.sizes import storage_forms, transform_layout, window_widths
+from .archive import Archive
 from .bases import basis_of
-from .exact_slots import ExactSlots
+from .exact import ExactTokens
 from .handle import Handle
 from .packing import CodePacking, Packing, PolicyFunctions, packing_of
 from .store import Store
@@ -30,7 +31,7 @@ class MixedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    _slots: ExactSlots | None = None
+    _exact: ExactTokens | None = None
 
     def __init__(self, index: int, plan: LayerPlan, settings: CacheSettings, reserve: int = 0) -> None:
         self._stores: tuple[Store, Store] | None = None
@@ -135,6 +136,28 @@ class MixedLayer(CacheLayerMixin):
             for store in self._stores or ():
                 store.crop(-tokens_to_remove)
 
+    def cut(self, tokens: int) -> int:
+        """Return the longest length, at most `tokens`, that `crop` can go back to without decoding a packed token."""
+        return min((store.cut(tokens) for store in self._stores or ()), default=0)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it from one, empty as this layer is then.
+
+        Args:
+            archive: of this layer.
+            examples: keys and values without tokens, `[B, H_kv, 0, D]`, in the model's dtype and on the layer's device.
+
+        Raises:
+            CacheError: if the archive does not have what this layer of the plan must hold.
+            PlanError: if these heads cannot be packed.
+        """
+        if self._stores is None:
+            self.lazy_initialization(*examples)
+        for name, store, example in zip(("keys", "values"), self.stores, examples, strict=True):
+            store.exchange(archive.part(name, example))
+            if store.length != archive.tokens:
+                raise archive.fault(name, f"has {store.length} tokens; expected {archive.tokens}")
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the given batch rows, in this order (beam search)."""
         self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -170,8 +193,7 @@ class MixedLayer(CacheLayerMixin):
         layout = transform_layout(tensor, kind, self.settings, head_dim)
         basis = basis_of(self.settings.transform, self.index, layout, self.device, self.dtype)
         room = max(0, self._reserve - self.settings.sink) // self.settings.page
-        chooses = kind == "key" or isinstance(self.plan.k, TensorPlan)
-        return CodePacking(name, basis, room, self._slots, chooses)
+        return CodePacking(name, basis, room, self._exact)
 
     def _store(self, packing: Packing | None, bits: int) -> Store:
         return Store(packing, self.settings, bits, self._reserve)

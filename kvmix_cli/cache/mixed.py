@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..errors import PlanError
+from ..errors import CacheError, PlanError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
@@ -19,6 +21,7 @@ from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
+from .saving import CacheFile, save_cache
 from .sizes import cache_nbytes, stock_nbytes
 from .stateful import layer_beside
 
@@ -89,10 +92,14 @@ class MixedCache(CountingCache):
 
     Layers without full attention (sliding window, linear, shared) keep the stock layer of their kind. Where a layer
     has more than keys and values to keep (sparse indexing, hybrid layers), the rest stays as it is.
+
+    Attributes:
+        plan: the plan it was made from.
     """
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], plan: Plan) -> None:
         super().__init__(layers=layers)
+        self.plan = plan
 
     @classmethod
     def from_plan(cls, plan: Plan, config: PreTrainedConfig, reserve: int | None = None) -> MixedCache:
@@ -116,7 +123,62 @@ class MixedCache(CountingCache):
         for index, layer in plan.layers.items():
             kind = _kind(layer, plan.cache)
             layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
-        return cls(layers)
+        return cls(layers, plan)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str | CacheFile,
+        plan: Plan,
+        model: PreTrainedModel,
+        ids: Tensor | Sequence[Sequence[int]] | None = None,
+        reserve: int | None = None,
+    ) -> MixedCache:
+        """Return the cache that was saved in a file, bit for bit; on a CPU it is a memory map of the file.
+
+        Nothing is read before it is used, and nothing copied before it grows. On a GPU everything is copied there.
+
+        Args:
+            path: of the file, which must stay as it is while the cache is used; or the file, if it has been opened.
+            plan: that the cache was made from.
+            model: that filled it.
+            ids: a prompt `[B, T]` that is going to be read: the cache then holds the first tokens of the prompt only,
+                as many as are in the file, and at most all but the last. What is packed is never cut: of a page that
+                holds other tokens, too, none is kept.
+            reserve: as in `from_plan`.
+
+        Raises:
+            CacheError: if the file is missing, damaged, of another plan or model, or of no use for the prompt.
+        """
+        file = path if isinstance(path, CacheFile) else CacheFile.open(Path(path))
+        cache = cls.from_plan(plan, model.config, reserve)
+        file.fill(cache.layers, plan, model)
+        if ids is not None:
+            cache.crop(file.kept(cache.layers, torch.as_tensor(ids)) - file.header.tokens)
+        return cache
+
+    def save(self, path: Path | str, ids: Tensor | Sequence[Sequence[int]], model: PreTrainedModel) -> Path:
+        """Write everything that the cache holds to a safetensors file, whole or not at all, and return its path.
+
+        A file that is there is replaced.
+
+        Args:
+            path: of the file.
+            ids: the tokens that the cache holds, `[B, T]`. The prompt without its last token is of the most use: a
+                model needs that one for the first token of its answer.
+            model: that filled the cache.
+
+        Raises:
+            CacheError: if the cache holds another number of tokens, or something that no file can hold.
+            OutputError: if the file cannot be written.
+        """
+        tokens, held = torch.as_tensor(ids), self.get_seq_length()
+        if not held:
+            raise CacheError("the cache holds no tokens, so there is nothing to save; a prompt needs two at least")
+        if tokens.ndim != 2 or tokens.shape[1] != held:
+            raise CacheError(f"the cache holds {held} tokens of each sequence, and the ids are {list(tokens.shape)}")
+        save_cache(Path(path), self.layers, self.plan, model, tokens)
+        return Path(path)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

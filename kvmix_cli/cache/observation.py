@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .archive import Archive
 from .buffer import lasting
 
 ROWS_AT_ONCE = 32
@@ -117,6 +118,12 @@ class QuerySum:
         """Keep the columns `[start, stop)`."""
         self.apply(lambda part: part[..., start:stop])
 
+    def exchange(self, archive: Archive) -> None:
+        """Give the sum to an archive, or take it from one."""
+        batch = archive.rows[0]
+        self._earlier = archive.tensor("earlier", self._earlier, (batch, None, None), torch.float32)
+        self._last = archive.tensor("last", self._last, (batch, None, None, None), torch.float32)
+
     @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace what is held by `change` of it: a selection of the batch, another device."""
@@ -194,6 +201,11 @@ class TailAttention:
         """Apply a batch selection or a move to everything held."""
         self._weights.apply(change)
         self._observers.apply(change)
+
+    def exchange(self, archive: Archive) -> None:
+        """Give the attention to an archive, or take it from one."""
+        self._weights.exchange(archive.part("weights"))
+        self._observers.exchange(archive.part("observers"))
 
 
 def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool, sample: QuerySample) -> WeightRows:

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..plan import CacheSettings, LayerPlan
+from .archive import Archive
 from .layer import MixedLayer
 from .sizes import stock_nbytes
+from .stock import exchange_stock, stock_cut
 
 OWN = ("dtype", "device")
 """Attributes of both that differ: a state may have another dtype than keys and values."""
@@ -48,6 +50,15 @@ class StatefulLayer(MixedLayer):
         """Forget the last `-tokens_to_remove` tokens, as `MixedLayer.crop` and as the state's own `crop` do."""
         self.state.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def cut(self, tokens: int) -> int:
+        """Return the longest length that keys, values and state can go back to; see `MixedLayer.cut`."""
+        return stock_cut(self.state, super().cut(tokens), self.get_seq_length())
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        super().exchange(archive, examples)
+        exchange_stock(self.state, archive.part("state", examples[0]))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep the given batch rows, in this order (beam search)."""

@@ -10,6 +10,7 @@ from kvmix_kernels.segments import Segments
 from torch import Tensor
 
 from ..plan import CacheSettings
+from .archive import Archive
 from .buffer import Buffer
 from .packing import Packing
 
@@ -158,6 +159,26 @@ class Store:
                 self._ahead = self._settled
         self._sink.truncate(keep)
         self._changes += 1
+
+    def cut(self, tokens: int) -> int:
+        """Return the longest length, at most `tokens`, that `crop` can go back to without decoding a packed token."""
+        inside = tokens - self.sinks
+        if inside >= self.packed_tokens:
+            return tokens
+        kept = 0 if self.packing is None else self.packing.cut(inside)
+        return self.sinks + kept if kept > 0 else 0
+
+    def exchange(self, archive: Archive) -> None:
+        """Give everything held to an archive, or take it from one, empty as this store is then."""
+        self.pack_early()  # which a forward that failed may have left to do
+        self._ahead = archive.number("ahead", self._ahead)
+        self._settled = archive.number("settled", self._settled)
+        self._fresh = archive.number("fresh", max(0, self._fresh))
+        states = (*archive.rows, None, archive.example.shape[3])
+        archive.buffer("sink", self._sink, states)
+        archive.buffer("tail", self._tail, states)
+        if self.packing is not None:
+            self.packing.exchange(archive.part("packed"))
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to another device to everything held."""

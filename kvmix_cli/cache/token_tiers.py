@@ -9,6 +9,7 @@ from kvmix_kernels.segments import EVICTED
 from torch import Tensor
 
 from ..plan.policies import TokenPolicy
+from .archive import Archive
 from .buffer import Buffer
 from .observation import QuerySample, TailAttention
 from .policies import TOKEN_SCORES, Candidates
@@ -74,6 +75,11 @@ class TokenTiers:
         """Apply a batch selection or a move to everything held."""
         self.tiers.apply(change)
         self.attention.apply(change)
+
+    def exchange(self, archive: Archive, tokens: int) -> None:
+        """Give the tiers of all `tokens` that have left the tail to an archive, and the statistics, or take them."""
+        archive.buffer("tiers", self.tiers, (*archive.rows, tokens), torch.uint8)
+        self.attention.exchange(archive.part("attention"))
 
     def _candidates(self, keys: Tensor) -> Candidates:
         if not self.score.needs_queries:

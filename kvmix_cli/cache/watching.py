@@ -14,6 +14,7 @@ from typing import Any
 from kvmix_kernels.segments import Segments
 from torch import Tensor
 
+from .archive import Archive
 from .handle import Handle
 from .layer import MixedLayer
 from .observation import AttentionCall
@@ -84,6 +85,11 @@ class WatchingLayer(MixedLayer):
         """Forget the last `-tokens_to_remove` tokens. What a long prompt has chosen stays chosen."""
         self._check_seen()
         super().crop(tokens_to_remove)
+
+    def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
+        """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        self._check_seen()
+        super().exchange(archive, examples)
 
     @property
     @abstractmethod

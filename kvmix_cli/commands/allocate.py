@@ -47,18 +47,17 @@ def allocate(
     caches = [_with_presets(cache, storage) for cache in storage.caches(base.cache)]
     from ..allocation import default_method
     from ..profile import Profile
+    from ..studies.directions import read_basis
 
     path = state.find_profile(files.profile, model=files.model, say=console.notice)
     source = Profile.load(path)
-    method = budget.method or (PAPER if budget.preset else default_method(source))
-    if budget.method is None and method != PAPER:
+    method = budget.method or base.method or default_method(source)
+    if budget.method is None and base.method is None and method != PAPER:
         knows = "directions" if method == TRANSFORM else "a score that knows widths"
         console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
     if method == TRANSFORM:
-        from ..studies.profiles import make_basis
-
-        chosen["basis"] = make_basis(source, path)
+        chosen["basis"] = read_basis(source, path.parent)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier

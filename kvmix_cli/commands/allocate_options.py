@@ -60,7 +60,11 @@ class BudgetOptions:
         ),
     ] = None
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2. transform-2: transform codes of 2 bits.",
+        ),
     ] = None
     context: Annotated[int, count_option("Tokens that bytes are counted at.")] = 32768
     batch: Annotated[int, count_option("Sequences that bytes are counted at.")] = 1
@@ -200,11 +204,11 @@ def default_name(
     named: Profile | None,
 ) -> str:
     """Return a name that depends on the options alone: `rank-2.3`, `ilp-stored-3`, `rank-8GiB-32768x1`."""
-    from ..allocation import METHODS
+    from ..allocation import METHODS, preset_start
     from ..plan.sizes import format_bytes
 
     if budget.preset is not None:
-        parts = [budget.preset] if method == "rank" else [budget.preset, method]
+        parts = [budget.preset] if method == preset_start(budget.preset).method else [budget.preset, method]
     elif budget.memory is not None:
         parts = [method, format_bytes(budget.memory).replace(" ", ""), f"{budget.context}x{budget.batch}"]
     elif budget.max_loss is not None:

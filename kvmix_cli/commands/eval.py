@@ -41,7 +41,8 @@ def evaluate(
 ) -> None:
     """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
-    With --leaderboard: every score and solver, the paper's rule, uniform and random plans, at equal stored bits.
+    With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
+    stored bits.
     """
     own = given(asdict(of_tasks))
     if len(work.lengths) > 1:
@@ -81,7 +82,7 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
     return Setup(
         which.model,
         work.task,
-        Settings(work.lengths[-1], work.prefix, work.step, work.limit, work.text, loading.seed),
+        Settings(work.lengths[-1], work.prefix, work.step, work.limit, work.text, loading.seed, work.prefill_chunk),
         Loading(
             revision=which.revision,
             dtype=loading.dtype,
@@ -113,6 +114,7 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     found = hold(
         profile,
         lambda: _load(profile, setup),
+        folder=path.parent,
         tasks=tasks,
         settings=setup.settings,
         runs=RunFolders(model=state.slug(profile.model.id), **setup.results),

@@ -77,6 +77,9 @@ class EvalOptions:
     ] = "1024"
     prefix: Annotated[int, count_option("Of these, prefilled before scoring (perplexity).", least=None)] = 256
     step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.", least=None)] = 32
+    prefill_chunk: Annotated[
+        int | None, count_option("Tokens prefilled at a time, each packed before the next [default: all].", least=None)
+    ] = None
     text: Annotated[
         str,
         typer.Option(metavar="SOURCE", help="builtin (held out), wikitext2, c4, a file, a folder or hub:DATASET."),
@@ -91,10 +94,10 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         """Raise EvaluationError for a number out of its range."""
-        for name in ("length", "prefix", "step", "limit"):
+        for name in ("length", "prefix", "step", "limit", "prefill_chunk"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
-                raise EvaluationError(f"--{name} must be at least 1, got {value}")
+                raise EvaluationError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.encode and not self.uniform:
             raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
 

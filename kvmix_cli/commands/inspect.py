@@ -86,7 +86,9 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
     if form == profile.FORMAT:
         return profile.Profile.load(path)
     if form == preset.FORMAT:
-        return preset.Preset.load(path).plan(_model_of("preset", path, model), path.stem)
+        from ..studies.directions import preset_plan
+
+        return preset_plan(preset.Preset.load(path), path.stem, _model_of("preset", path, model), console.notice)
     expected = f"format must be '{plan.FORMAT}' or '{profile.FORMAT}'"
     raise document.error([(("format",), f"neither a plan nor a profile: {expected}")])
 
@@ -135,7 +137,7 @@ def _frontier(reasons: Explanation | None) -> Frontier | None:
 
 def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> None:
     from ..reporting.explain import explanation_json, explanation_table
-    from ..reporting.tables import plan_json, plan_table
+    from ..reporting.tables import plan_json, plan_table, stated_loss
 
     data = {
         **_head(path, plan),
@@ -144,7 +146,7 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
         **plan_json(plan, context, batch),
     }
     if reasons is None:
-        console.table(*plan_table(plan, path, context, batch))
+        console.table(*plan_table(plan, path, context, batch, stated_loss(plan)))
     else:
         console.table(*explanation_table(reasons, path, context, batch))
         data["explanation"] = explanation_json(reasons)

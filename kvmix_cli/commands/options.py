@@ -31,6 +31,7 @@ import typer
 
 from .. import console, state
 from ..errors import ModelError, did_you_mean
+from .settings_file import Config
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -233,7 +234,7 @@ def parse_dtype(text: str) -> str:
     return DTYPES.get(text.strip().lower(), text)
 
 
-def _parse_model_dtype(text: str) -> str:
+def parse_model_dtype(text: str) -> str:
     """Return the name of a dtype that a model can be loaded in. Raises ModelError."""
     dtype = parse_dtype(text)
     if dtype not in MODEL_DTYPES:
@@ -331,7 +332,7 @@ class LoadingOptions:
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="DTYPE", parser=_parse_model_dtype, help="auto (the checkpoint's), float32, bfloat16 or float16."
+            metavar="DTYPE", parser=parse_model_dtype, help="auto (the checkpoint's), float32, bfloat16 or float16."
         ),
     ] = "auto"
     device: Annotated[
@@ -376,11 +377,7 @@ Verbose = Annotated[
 ]
 Traceback = Annotated[
     bool,
-    typer.Option(
-        "--traceback",
-        callback=lambda value: _set_mode("traceback", value),
-        help="Show the traceback of an error, for a bug report.",
-    ),
+    typer.Option("--traceback", callback=lambda value: _set_mode("traceback", value), help="Tracebacks of errors."),
 ]
 Quiet = Annotated[
     bool,
@@ -392,7 +389,9 @@ Quiet = Annotated[
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Options of every command: how it shows its results."""
+    """Options of every command: where settings are, and how it shows its results."""
+
+    config: Config = None
 
     json: Json = False
     verbose: Verbose = False

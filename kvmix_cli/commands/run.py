@@ -6,7 +6,7 @@ import math
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -14,13 +14,14 @@ import typer
 
 from .. import console
 from ..errors import KvmixError, TextError
-from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count_option, expand
+from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count_option, expand, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..decoding.footprint import Footprint, FullContext
     from ..decoding.generate import Generation
+    from ..decoding.prompt_cache import PromptFiles
     from ..models.loading import LoadedModel
 
 MIB = 2**20
@@ -91,15 +92,52 @@ class CacheOptions:
             raise typer.BadParameter(f"choose one of --preset and {other}")
 
 
+@dataclass(frozen=True)
+class FillingOptions:
+    """The way of the prompt into the cache: fed at once or in chunks, or from a file that a run saved."""
+
+    prefill_chunk: Annotated[
+        int | None, count_option("Tokens of the prompt fed at a time, each packed before the next [default: all].")
+    ] = None
+    save_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the packed cache of the prompt in a file.")
+    ] = None
+    load_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the beginning of the prompt from such a file.")
+    ] = None
+    replace: Annotated[bool, typer.Option("--replace", help="Let --save-cache replace a file that is there.")] = False
+
+    def __post_init__(self) -> None:
+        """Raise KvmixError if a file would be replaced without consent, or cannot be written."""
+        if self.save_cache is None:
+            refuse({"replace": self.replace}, "is for --save-cache")
+            return
+        from ..files import check_writable
+
+        check_writable(self.save_cache)
+        if self.save_cache.exists() and not self.replace:
+            raise KvmixError(f"--save-cache {self.save_cache}: the file is there; add --replace, or name another file")
+
+    @property
+    def of_files(self) -> dict[str, Any]:
+        """Return the options that name a file."""
+        return {"save_cache": self.save_cache, "load_cache": self.load_cache}
+
+
 @expand
 def run(
     prompt: PromptOptions,
     storage: CacheOptions,
+    filling: FillingOptions,
     which: ModelOptions,
     loading: LoadingOptions,
     common: CommonOptions,
 ) -> None:
     """Generate with the quantized cache; then say how fast it was and what the cache took."""
+    if storage.baseline:
+        refuse(filling.of_files, "needs a plan: the unquantized cache is not packed")
+    if prompt.image:
+        refuse({**filling.of_files, "prefill_chunk": filling.prefill_chunk}, "is for prompts without images")
     text = prompt.text
     images = _images(prompt.image or [])
     from ..studies.selection import check_widths, choose
@@ -117,6 +155,7 @@ def run(
     from ..cache.subject import Subject
     from ..decoding.footprint import full_context, measure_footprint
     from ..decoding.generate import generate, room
+    from ..decoding.prompt_cache import PromptFiles
     from ..decoding.settings import reserve
     from ..models.loading import load_info
     from ..reporting.words import layers_json, layers_text
@@ -126,13 +165,16 @@ def run(
         info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
         name, plan = list(choice.plans(info, uniform, console.notice, encode=storage.encode).items())[-1]
         subject = Subject(name, plan)
+    files = PromptFiles(filling.load_cache, filling.save_cache)
+    files.check(subject.plan)
     loaded = loading.load(choice.model, choice.revision, reads_images=bool(images))
+    loaded = replace(loaded, prefill_chunk=filling.prefill_chunk)
     _check_length(loaded, text)
     ids, inputs = _prompt(loaded, text, images, chat=prompt.chat)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < prompt.max_new_tokens:
         console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
-    cache = subject.cache(loaded.config, reserve=reserve(len(ids), allowed))
+    cache = files.cache(subject, loaded, ids, reserve(len(ids), allowed))
     generation = generate(
         loaded,
         ids,
@@ -143,18 +185,19 @@ def run(
         seed=loading.seed,
         on_text=console.text,
         inputs=inputs,
+        on_prompt=files.saving(cache, loaded, ids),
     )
     console.text("\n" if common.quiet else "\n\n")
     footprint = measure_footprint(cache, subject.plan, loaded.model.dtype.itemsize)
     whole = full_context(subject.plan, loaded)
     if not common.quiet:
-        _show(subject.name, generation, footprint, whole)
+        _show(subject.name, generation, footprint, whole, files)
         if subject.plan is not None and (layers := layers_text(loaded.info, subject.plan)):
             console.notice(layers)
     if footprint.quantized_share == 0 and subject.plan is not None:
         console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
-    facts = None if subject.plan is None else layers_json(loaded.info, subject.plan)
-    console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole) | {"layers": facts})
+    more = {"layers": None if subject.plan is None else layers_json(loaded.info, subject.plan), **files.as_json()}
+    console.emit_json(_as_json(loaded.info.id, subject.name, generation, footprint, whole) | more)
 
 
 def _images(paths: Sequence[Path]) -> list[Any]:
@@ -218,7 +261,9 @@ def _check_length(loaded: LoadedModel, text: str) -> None:
         )
 
 
-def _show(name: str, generation: Generation, footprint: Footprint, whole: FullContext | None) -> None:
+def _show(
+    name: str, generation: Generation, footprint: Footprint, whole: FullContext | None, files: PromptFiles
+) -> None:
     """Show speed and bytes; for a context that is shorter than the model's limit, also the bytes at that limit."""
     decode = generation.decode_tokens_per_s
     lines = [
@@ -231,11 +276,21 @@ def _show(name: str, generation: Generation, footprint: Footprint, whole: FullCo
             f"at the model's full context of {whole.tokens} tokens: {whole.cache_bytes / MIB:.2f} MiB instead of "
             f"{whole.unquantized_bytes / MIB:.2f} MiB in the model's dtype, {whole.compression:.2f}x smaller"
         )
+    if files.loaded is not None:
+        lines.append(
+            f"{files.loaded.reused_tokens} tokens of the prompt were in {files.loaded.file}, which holds "
+            f"{files.loaded.tokens} ({files.loaded.bytes / MIB:.2f} MiB, loaded in {files.loaded.seconds:.2f} s)"
+        )
+    if files.saved is not None:
+        lines.append(
+            f"{files.saved.tokens} tokens of the prompt are saved in {files.saved.file}: {files.saved.bytes / MIB:.2f} "
+            f"MiB, {files.saved.compression:.2f}x smaller than in bf16"
+        )
     console.table(
         f"run with {name}",
         ("", "tokens", "tokens/s"),
         [
-            ("prompt", generation.prompt_tokens, f"{generation.prompt_tokens_per_s:.1f}"),
+            ("prompt", generation.prompt_tokens - generation.reused_tokens, f"{generation.prompt_tokens_per_s:.1f}"),
             ("decode", generation.new_tokens - 1, "-" if decode is None else f"{decode:.1f}"),
         ],
         "\n".join(lines),

@@ -20,10 +20,21 @@ if TYPE_CHECKING:
 def prefill(loaded: LoadedModel, cache: Cache, ids: Sequence[int] | Tensor) -> None:
     """Put a context, or several of the same length `[B, T]`, into an empty cache.
 
-    The queries of a prefill read no quantized token, so the cache's count of attended tokens begins after it.
+    The cache's count of attended tokens begins after it: if all are fed at once, its queries read no quantized token.
     """
-    last_logits(loaded, cache, _batch(loaded, ids))
+    fill(loaded, cache, _batch(loaded, ids))
     reset_attended(cache)
+
+
+def fill(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
+    """Feed rows of a prompt `[B, T]` after the tokens that a cache holds; return the last logits `[B, vocabulary]`.
+
+    A model with a `prefill_chunk` is fed so many tokens at a time: each chunk is packed as it comes, and the next one
+    reads it so. All at once, the tokens see each other in full precision, and are in memory so, a layer at a time.
+    """
+    for part in ids.split(loaded.prefill_chunk or ids.shape[1], dim=1):
+        logits = last_logits(loaded, cache, part)
+    return logits
 
 
 def feed(loaded: LoadedModel, cache: Cache, ids: Sequence[int], step: int) -> Iterator[tuple[slice, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from ..errors import KvmixError, is_out_of_memory
+from .feed import fill
 from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Generation:
     Attributes:
         text: of the answer, without special tokens.
         max_new_tokens: the most that were allowed; less than was asked for if the model's limit is near.
+        reused_tokens: tokens of the prompt that were in the cache at the start.
         prompt_seconds: from the start until the first token was there.
         decode_seconds: from the first token until the last.
     """
@@ -38,11 +40,12 @@ class Generation:
     max_new_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    reused_tokens: int = 0
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Return prompt tokens a second."""
-        return self.prompt_tokens / self.prompt_seconds
+        """Return tokens of the prompt that were fed in a second."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_seconds
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -81,8 +84,9 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] = lambda text: None,
     inputs: Mapping[str, Tensor] | None = None,
+    on_prompt: Callable[[], None] | None = None,
 ) -> Generation:
-    """Continue one prompt through a cache, an empty one.
+    """Continue one prompt through a cache, an empty one or one that holds the first tokens of the prompt.
 
     Args:
         prompt_ids: the prompt's tokens, special ones included.
@@ -90,7 +94,8 @@ def generate(
         temperature: 0 is greedy.
         top_p: share of the probability to sample from, in (0, 1].
         on_text: called with each piece of text as soon as it is final.
-        inputs: what the model reads beside the ids, such as the pixels of images.
+        inputs: what the model reads beside the ids, such as the pixels of images; such prompts are fed at once.
+        on_prompt: called when the cache holds all of the prompt but its last token, which is then fed by itself.
 
     Raises:
         KvmixError: if the prompt is empty or leaves no room for an answer, a setting is out of its range, or memory
@@ -107,7 +112,8 @@ def generate(
     if sampling:
         torch.manual_seed(seed)
     try:
-        ids = torch.tensor([list(prompt_ids)], device=loaded.device)
+        ids, reused = torch.tensor([list(prompt_ids)], device=loaded.device), cache.get_seq_length()
+        filling = _fill(loaded, ids, cache, on_prompt)
         continue_tokens(loaded, ids, cache, settings, streamer=streamer, inputs=inputs)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
@@ -115,7 +121,7 @@ def generate(
         raise KvmixError(
             f"out of memory on {loaded.device} after a prompt of {len(prompt_ids)} tokens and "
             f"{max(len(streamer.times) - 1, 0)} new ones; "
-            "use a shorter prompt, a smaller --max-new-tokens or fewer bits"
+            "use a shorter prompt, a smaller --prefill-chunk or --max-new-tokens, or fewer bits"
         ) from error
     start, first, *_, last = (*streamer.times, streamer.times[-1])
     return Generation(
@@ -123,9 +129,24 @@ def generate(
         prompt_tokens=len(prompt_ids),
         new_tokens=len(streamer.times) - 1,
         max_new_tokens=allowed,
-        prompt_seconds=first - start,
+        prompt_seconds=filling + first - start,
         decode_seconds=last - first,
+        reused_tokens=reused,
     )
+
+
+@torch.inference_mode()
+def _fill(loaded: LoadedModel, ids: Tensor, cache: Cache, on_prompt: Callable[[], None] | None) -> float:
+    """Feed the tokens of a prompt `[1, T]` that are not left to `generate`, and return the seconds that this took."""
+    start, held, tokens = time.perf_counter(), cache.get_seq_length(), ids.shape[1]
+    size = loaded.prefill_chunk or tokens
+    stop = tokens - 1 if on_prompt is not None else tokens - 1 - (tokens - 1 - held) % size
+    if stop > held:
+        fill(loaded, cache, ids[:, held:stop])
+    seconds = time.perf_counter() - start
+    if on_prompt is not None:
+        on_prompt()
+    return seconds
 
 
 def room(prompt_tokens: int, limit: int | None) -> int:

@@ -15,7 +15,7 @@ from ..cache.sizes import cache_nbytes
 from ..cache.subject import AttendedPairs, attended
 from ..models.memory import devices, synchronize, watch
 from ..quiet import hushed
-from .feed import last_logits, reset_attended
+from .feed import fill, last_logits, reset_attended
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,17 +92,12 @@ def _run(
     ids = ids.to(loaded.device)
     start = now()
     cache = subject.cache(loaded.config, reserve=ids.shape[1] + new_tokens)
-    token = _next(loaded, cache, ids)
+    token = fill(loaded, cache, ids).argmax(-1, keepdim=True)
     first = now()
     reset_attended(cache)
     for _ in range(new_tokens - 1):
-        token = _next(loaded, cache, token)
+        token = last_logits(loaded, cache, token).argmax(-1, keepdim=True)
     return cache, (start, first, now())
-
-
-def _next(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
-    """Return the likeliest next token of every row, `[B, 1]`."""
-    return last_logits(loaded, cache, ids).argmax(-1, keepdim=True)
 
 
 @contextmanager

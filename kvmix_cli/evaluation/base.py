@@ -33,6 +33,7 @@ class Settings:
         limit: the most samples; None is the task's default.
         text: source of texts, see `texts.load_texts`.
         seed: seed of all random choices.
+        prefill_chunk: tokens of a context that are prefilled at a time, each packed before the next; None for all.
     """
 
     length: int = 1024
@@ -41,13 +42,18 @@ class Settings:
     limit: int | None = None
     text: str = "builtin"
     seed: int = 0
+    prefill_chunk: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as plain data; a context that is prefilled at once needs no mention."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("prefill_chunk", None)}
 
     def check(self) -> None:
         """Raise EvaluationError for a setting out of its range."""
-        for name in ("length", "prefix", "step", "limit"):
+        for name in ("length", "prefix", "step", "limit", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise EvaluationError(f"--{name} must be at least 1, got {value}")
+                raise EvaluationError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ def machine(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         own: dict[str, str | int] = {"device": torch.cuda.get_device_name(device)}
     else:
-        own = {"device": _processor(), "threads": torch.get_num_threads()}
+        own = {"device": processor(), "threads": torch.get_num_threads()}
     return {**own, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the CPU's name, or its kind where the system does not give the name."""
     try:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -73,6 +73,8 @@ def run_task(
     """
     settings.check()
     task.check_context(settings, loaded.max_length)
+    if settings.prefill_chunk is not None:
+        loaded = replace(loaded, prefill_chunk=settings.prefill_chunk)
     samples = task.samples(loaded, settings)
     loaded.check_ids(getattr(sample, "ids", ()) for sample in samples)
     work = _Work(task, loaded, settings, samples, folders, progress)
@@ -212,7 +214,7 @@ class _Work:
             "dtype": self.loaded.dtype,
             "device": self.loaded.device.type,
             "attention": self.loaded.model.config._attn_implementation,
-            "settings": asdict(self.settings),
+            "settings": self.settings.as_json(),
             **({"options": options} if options else {}),
             **({"machine": machine(self.loaded.device)} if self.task.timed else {}),
             "plan": subject.plan and {"short": subject.plan.short, "sha256": subject.plan.sha256},

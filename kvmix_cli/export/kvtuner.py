@@ -14,7 +14,7 @@ def express(plan: Plan) -> str:
     """Return a KVTuner preset, in YAML. Raises ExportError."""
     strange = {index: what for index, layer in plan.layers.items() if (what := _inexpressible(layer))}
     rule = "its presets give every layer a width of at most 8 bits and nothing else"
-    refuse("KVTuner", rule, strange | plan.model.stock, "at most 8 bits and one --group-size")
+    refuse("KVTuner", rule, strange | plan.model.stock, "allocate with at most 8 bits and one --group-size")
     pairs = ((index, *(tensor.bits for tensor, _ in layer.affine)) for index, layer in sorted(plan.layers.items()))
     return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
 

@@ -6,16 +6,18 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import ModelError, first_sentence
+from ..network import HUB_ERRORS
 from ..quiet import hushed
 from .sources import ADAPTER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 _FAULTS = (
@@ -115,6 +117,6 @@ def _on_hub(source: str, name: str, revision: str | None) -> Path | None:
     try:
         with hushed():
             found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+    except HUB_ERRORS:
         return None
     return None if found is None else Path(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import ModelError, first_sentence, is_out_of_memory
@@ -20,8 +20,6 @@ TOKENS = 3
 TOLERANCE = 1e-3
 """Relative to the largest logit. Rows of one product differ by rounding; a token that is seen too early changes them
 much more, as the two last tokens have nothing in common."""
-PARTS_OF_ENCODER_DECODERS = frozenset({"musicgen", "musicgen_melody", "trocr", "whisper"})
-"""Model types whose decoder alone is listed as a causal language model, but was never trained without its encoder."""
 LIBRARY_ERRORS = (
     AssertionError,
     AttributeError,
@@ -35,18 +33,6 @@ LIBRARY_ERRORS = (
     ValueError,
 )
 """Errors that a model's code raises for inputs that it does not take."""
-
-
-def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
-    """Raise ModelError for an encoder or an encoder-decoder, as far as the configuration tells."""
-    if getattr(config, "is_encoder_decoder", False) or config.model_type in PARTS_OF_ENCODER_DECODERS:
-        raise ModelError(
-            f"{model_id} is an encoder-decoder ({config.model_type}): kvmix takes decoder-only language models"
-        )
-    classes = getattr(config, "architectures", None) or []
-    decodes = any(str(name).endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
-    if classes and not decodes and getattr(config, "is_decoder", True) is False:
-        raise ModelError(f"{model_id} is an encoder ({classes[0]}): kvmix takes decoder-only language models")
 
 
 def check_causal(model: PreTrainedModel, model_id: str, info: ModelInfo | None = None) -> Tensor:

@@ -12,9 +12,9 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-from transformers import MODEL_MAPPING, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers import PreTrainedConfig
 
+from .. import torchless
 from ..errors import ModelError
 from ..plan import HeadGeometry, ModelInfo
 from ..plan.document import reason
@@ -26,6 +26,22 @@ _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings"
 _REAL = ("rope_theta", "factor")
 """Settings of rotary positions that are real numbers; transformers' own defaults write them as such."""
 _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length")
+APPENDING = frozenset({"full_attention", "indexed_attention", "hybrid", "minimax_m3_sparse"})
+"""Kinds of layers whose stock cache appends keys and values, and does nothing else with them."""
+OTHER_KINDS = frozenset(
+    {
+        "sliding_attention",
+        "chunked_attention",
+        "conv",
+        "linear_attention",
+        "hybrid_sliding",
+        "dummy",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "reference_sliding_attention",
+    }
+)
+"""All other kinds of transformers 5.23."""
 
 
 def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = None) -> ModelInfo:
@@ -57,19 +73,66 @@ def stock_layers(config: PreTrainedConfig) -> dict[int, str]:
 
     Those are all whose stock cache does more with keys and values than to append them: it slides, compresses, or has
     none. What a stock cache keeps *beside* keys and values (an indexer's keys, a recurrent state) does not matter.
+    Latent attention without a rotary part has no values, so that there is one tensor to decide about, not two.
     """
     text = config.get_text_config(decoder=True)
-    kinds, _ = get_layer_types_and_kwargs(text)
+    kinds = layer_kinds(text)
     crossed = getattr(text, "cross_attention_layers", None) or ()  # Mllama: they cache an image, once
-    return {
-        index: "cross_attention" if index in crossed else kind
-        for index, kind in enumerate(kinds)
-        if index in crossed or not _appends(kind, text)
-    }
+    found = {}
+    for index, kind in enumerate(kinds):
+        if index in crossed:
+            found[index] = "cross_attention"
+        elif not _appends(kind, text):
+            found[index] = kind
+        elif not _has_values(text, index):
+            found[index] = "latent_only"
+    return found
+
+
+def _has_values(text: PreTrainedConfig, index: int) -> bool:
+    """Return whether a layer caches values: a latent is a key, and only its rotary part a value."""
+    layer = _layers(text)[index]
+    if not getattr(layer, "kv_lora_rank", None):
+        return True
+    rotates = getattr(text, "no_rope_layers", None)  # Mistral Large 4: by layer
+    return bool(layer.qk_rope_head_dim) and (rotates is None or bool(rotates[index]))
+
+
+def layer_kinds(text: PreTrainedConfig) -> list[str]:
+    """Return the kind of each layer's stock cache; `dummy` for layers that keep nothing, or share what others keep.
+
+    Where torch is hidden, this is worked out as transformers 5.23 does.
+    """
+    if not torchless.is_hidden():
+        from transformers.cache_utils import get_layer_types_and_kwargs
+
+        return list(get_layer_types_and_kwargs(text)[0])
+    kinds = getattr(text, "layer_types", None) or [_kind(layer) for layer in text.per_layer_config]
+    modes = getattr(text, "kv_sharing_modes", None) or [None] * len(kinds)
+    return [
+        "dummy" if mode == "reuse" or kind in ("moe", "mlp") else kind for kind, mode in zip(kinds, modes, strict=False)
+    ]
+
+
+def _kind(layer: Any) -> str:
+    if getattr(layer, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(layer, "attention_chunk_size", None) is None else "chunked_attention"
 
 
 def _appends(kind: str, text: PreTrainedConfig) -> bool:
-    """Return whether the stock cache of a kind of layer appends keys and values, and does nothing else with them."""
+    """Return whether the stock cache of a kind of layer appends keys and values, and does nothing else with them.
+
+    Raises:
+        TorchNeeded: for a kind that only transformers knows, where torch is hidden.
+    """
+    if torchless.is_hidden():
+        if kind not in APPENDING | OTHER_KINDS:
+            raise torchless.TorchNeeded(f"layers of {kind}")
+        return kind in APPENDING
+    from transformers import MODEL_MAPPING
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+
     if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
         with suppress(KeyError):
             MODEL_MAPPING[type(text)]  # loads the model's module, which registers the kinds that it brings along
@@ -93,7 +156,7 @@ def fingerprint(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     stock = stock_layers(config)
     shape: dict[str, Any] = {name: _number(_of_all(text, name), int) for name in _SHAPE}
-    shape["heads"] = sorted({_shape_of(*_heads(layer)) for layer in _attention_layers(text, stock).values()})
+    shape["heads"] = sorted({_shape_of(*layer_heads(layer)) for layer in _attention_layers(text, stock).values()})
     shape["rope"] = _rope(getattr(text, "rope_parameters", None))
     shape["stock"] = sorted(stock.items())
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
@@ -129,7 +192,7 @@ def _require_attention(text: PreTrainedConfig, model_id: str, stock: dict[int, s
 def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> dict[int, HeadGeometry]:
     found = {}
     for index, layer in _attention_layers(text, stock).items():
-        kv_heads, key_dim, value_dim = _heads(layer)
+        kv_heads, key_dim, value_dim = layer_heads(layer)
         try:
             found[index] = HeadGeometry(kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim)
         except ValueError as error:
@@ -142,11 +205,14 @@ def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]
 
 def _attention_layers(text: PreTrainedConfig, stock: dict[int, str]) -> dict[int, Any]:
     """Return a configuration for every layer without a stock cache; only few families (Gemma 4) make them differ."""
-    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
-    return {index: layer for index, layer in enumerate(layers) if index not in stock}
+    return {index: layer for index, layer in enumerate(_layers(text)) if index not in stock}
 
 
-def _heads(layer: Any) -> tuple[int, int, int]:
+def _layers(text: PreTrainedConfig) -> list[Any]:
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+
+
+def layer_heads(layer: Any) -> tuple[int, int, int]:
     """Return the KV heads in one layer's cache, and the channels of their keys and of their values."""
     if rank := getattr(layer, "kv_lora_rank", None):
         return 1, rank, layer.qk_rope_head_dim

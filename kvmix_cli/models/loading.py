@@ -3,60 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
-import pickle
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..cache.attention import register_attention
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
-from ..quiet import hushed, verbose
-from .adapters import Adapter, find_adapter, merge_adapter
+from .adapters import merge_adapter
 from .attention import set_attention, use_attention
-from .causality import check_causal, check_decoder
+from .causality import check_causal
+from .configuration import UNREADABLE, Checkpoint, find_config, load_info, quietly
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
-from .gguf import SUFFIX, check_gguf, drop_quantizer
 from .multimodal import find_loader, load_processor
-from .sources import BUILTIN, canonical_id, explain, has_pickles, locate, meta_sibling
+from .projections import packed_modules
+from .sources import BUILTIN, has_pickles
 from .weights import check_files
 
 __all__ = ["LoadedModel", "load_info", "load_model"]
 
-_UNREADABLE = (
-    AssertionError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    SafetensorError,
-    StrictDataclassError,
-    HfHubHTTPError,
-    pickle.UnpicklingError,
-)
-"""Errors of the libraries for a checkpoint that is missing, damaged or of an unknown kind."""
 _TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
 """Packages that read older tokenizer formats, and the module of each."""
 
@@ -74,6 +46,7 @@ class LoadedModel:
         info: its layers and heads.
         max_length: tokens it was made for, None if unbounded.
         processor: makes inputs of images and text, if they were asked for.
+        prefill_chunk: tokens of a prompt that are fed at a time, see `decoding.feed.fill`; None for all at once.
     """
 
     model: PreTrainedModel
@@ -81,6 +54,7 @@ class LoadedModel:
     info: ModelInfo
     max_length: int | None
     processor: Any = None
+    prefill_chunk: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,30 +89,6 @@ class LoadedModel:
                 )
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The place of a model, and what is needed to read from it.
-
-    Attributes:
-        id: canonical id of the model.
-        source: folder or hub id.
-        gguf: name of the GGUF file in the folder that has everything; None for the layout of transformers.
-        adapter: LoRA adapter that is merged into the model.
-    """
-
-    id: str
-    source: str
-    revision: str | None
-    trust_remote_code: bool
-    gguf: str | None = None
-    adapter: Adapter | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        file = {} if self.gguf is None else {"gguf_file": self.gguf}
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **file}
-
-
 def load_model(
     model_id: str,
     *,
@@ -165,7 +115,7 @@ def load_model(
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
     """
     device, wanted = find_device(device), find_dtype(dtype)
-    checkpoint, config = _find(model_id, revision, trust_remote_code)
+    checkpoint, config = find_config(model_id, revision, trust_remote_code)
     info = model_info(config, checkpoint.id, checkpoint.revision)
     is_builtin = checkpoint.id.startswith(BUILTIN)
     if wanted == "auto" and is_builtin and device == "cpu":
@@ -197,78 +147,11 @@ def load_model(
     return LoadedModel(model, tokenizer, info, max_length(config), processor)
 
 
-def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
-    """Return the layers and heads of a model, from its configuration alone. Raises ModelError."""
-    checkpoint, config = _find(model_id, revision, trust_remote_code)
-    return model_info(config, checkpoint.id, checkpoint.revision)
-
-
-def _find(
-    model_id: str, revision: str | None, trust_remote_code: bool, adapted_by: str | None = None
-) -> tuple[_Checkpoint, PreTrainedConfig]:
-    """Find a model and read its configuration.
-
-    Of one in Meta's layout it is that of the repository beside it, of an adapter that of the model it was trained on.
-
-    Args:
-        adapted_by: adapter that the model is wanted for.
-    """
-    source = locate(model_id)
-    checkpoint = _Checkpoint(canonical_id(model_id), source, revision, trust_remote_code)
-    if source.lower().endswith(SUFFIX):
-        check_gguf(Path(source))
-        checkpoint = replace(checkpoint, source=str(Path(source).parent), gguf=Path(source).name)
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
-        return checkpoint, _load_config(checkpoint)
-    except ModelError:
-        if (adapter := find_adapter(source, revision)) is not None:
-            if adapted_by is not None:
-                reason = f"an adapter of {model_id}, which is an adapter itself"
-                raise ModelError(f"{adapted_by} is {reason}: merge that one first") from None
-            base, config = _find(adapter.base, adapter.revision, trust_remote_code, adapted_by=model_id)
-            return replace(base, id=checkpoint.id, adapter=adapter), config
-        if (sibling := meta_sibling(model_id)) is None:
-            raise
-    if revision is not None:
-        raise ModelError(
-            f"{model_id} has Meta's own layout, which transformers does not read: "
-            f"use {sibling}, which has revisions of its own, without --revision {revision}"
-        )
-    warnings.warn(
-        f"{model_id} has Meta's own layout, which transformers does not read: using {sibling}, the same model",
-        stacklevel=3,
-    )
-    checkpoint = _Checkpoint(sibling, sibling, None, trust_remote_code)
-    return checkpoint, _load_config(checkpoint)
-
-
-def _load_config(checkpoint: _Checkpoint) -> PreTrainedConfig:
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
-    except _UNREADABLE as error:
-        if checkpoint.gguf is not None:
-            raise ModelError(
-                f"cannot load {checkpoint.id}: {first_sentence(error)}; transformers does not read every GGUF file: "
-                "give the folder or hub id of the model that it was made from"
-            ) from error
-        raise ModelError(f"cannot load {checkpoint.id}: {explain(checkpoint.id, error)}") from error
-    if find_loader(config) is None:
-        raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
-    check_decoder(config, checkpoint.id)
-    # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
-    config._attn_implementation = None
-    for each in (config, config.get_text_config(decoder=True)):
-        each.return_dict = True  # what a forward returns is decided here, whatever the checkpoint asks for
-        each.output_attentions = each.output_hidden_states = False
-    return config
-
-
-def _load_tokenizer(checkpoint: _Checkpoint) -> Any:
-    try:
-        with _quiet():
+        with quietly():
             return AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         lacking = [name for name, module in _TOKENIZER_PACKAGES.items() if not _is_installed(module)]
         older = f", or for an older format `pip install {' '.join(lacking)}`" if lacking else ""
         reason = "" if lacking else f" ({first_sentence(error)})"
@@ -277,8 +160,8 @@ def _load_tokenizer(checkpoint: _Checkpoint) -> Any:
         ) from error
 
 
-def _load_processor(checkpoint: _Checkpoint, config: PreTrainedConfig) -> Any:
-    with _quiet():
+def _load_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
+    with quietly():
         return load_processor(checkpoint.source, checkpoint.id, config, **checkpoint.options)
 
 
@@ -290,11 +173,11 @@ def _is_installed(module: str) -> bool:
 
 
 def _load_weights(
-    checkpoint: _Checkpoint, config: PreTrainedConfig, *, reads_images: bool, **options: Any
+    checkpoint: Checkpoint, config: PreTrainedConfig, *, reads_images: bool, **options: Any
 ) -> PreTrainedModel:
     loader: Any = find_loader(config, reads_images=reads_images)
     try:
-        with _quiet(without_bars=checkpoint.gguf is not None), _without_conversion():
+        with quietly(without_bars=checkpoint.gguf is not None), _without_conversion():
             model, report = loader.from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -303,7 +186,7 @@ def _load_weights(
                 **checkpoint.options,
                 **options,
             )
-    except (*_UNREADABLE, MemoryError) as error:
+    except (*UNREADABLE, MemoryError) as error:
         if is_out_of_memory(error):
             raise ModelError(
                 f"{checkpoint.id} does not fit on the device: use a smaller model or --device map"
@@ -315,8 +198,8 @@ def _load_weights(
             ) from error
         raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
     _require_complete(checkpoint.id, report)
-    if checkpoint.gguf is not None:
-        drop_quantizer(model)
+    if checkpoint.gguf is not None and not packed_modules(model):
+        model.hf_quantizer, model.is_quantized = None, False  # its weights have been unpacked: it is a dense model
     return model
 
 
@@ -365,22 +248,3 @@ def _without_conversion() -> Iterator[None]:
             del os.environ[_NO_CONVERSION]
         else:
             os.environ[_NO_CONVERSION] = before
-
-
-@contextmanager
-def _quiet(*, without_bars: bool = False) -> Iterator[None]:
-    """Silence transformers' log and its bar over weights, unless `kvmix -v`. Downloads keep theirs.
-
-    Args:
-        without_bars: silence bars that no setting turns off, too, as that over the weights of a GGUF file.
-    """
-    bars = transformers_logging.is_progress_bar_enabled()
-    nowhere = nullcontext() if verbose() or not without_bars else redirect_stderr(io.StringIO())
-    with hushed(), nowhere:
-        if not verbose():
-            transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()

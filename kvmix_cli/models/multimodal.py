@@ -1,7 +1,8 @@
 """Models that read images or sound as well as text: the class that loads them, and the processor of their images.
 
 Text alone goes through such a model as through any other. `AutoModelForCausalLM` knows some of them, of a few only
-their text part; all are known to `AutoModelForMultimodalLM`.
+their text part; all are known to `AutoModelForMultimodalLM`. Of a model that speaks, too (Qwen2.5-Omni, Qwen3-Omni),
+the part that reads and writes is loaded alone.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from transformers import (
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
+    AutoModelForMultimodalLM,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM
 
 from ..errors import ModelError, first_sentence
 
@@ -27,8 +28,16 @@ CLASSES = {
     AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
 }
 """Loaders of transformers, in the order in which they are tried, each with the configurations that it knows."""
+WHOLE = frozenset({"emu3"})
+"""Model types whose class for the text part does not find its weights in a checkpoint of the whole."""
 IMAGE_PACKAGE = "torchvision"
 """The package that many processors of images need, beside Pillow."""
+
+
+def without_speech(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the part that reads and writes, of a model that speaks; of others their own."""
+    part = getattr(config, "thinker_config", None)
+    return part if isinstance(part, PreTrainedConfig) else config
 
 
 def find_loader(config: PreTrainedConfig, *, reads_images: bool = False) -> Any | None:
@@ -38,8 +47,9 @@ def find_loader(config: PreTrainedConfig, *, reads_images: bool = False) -> Any 
         reads_images: take a class that reads images, not one for the text part alone.
     """
     own = getattr(config, "auto_map", None) or {}
+    is_whole = reads_images or config.model_type in WHOLE
     for loader, known in CLASSES.items():
-        if (type(config) in known or loader.__name__ in own) and not (reads_images and loader is AutoModelForCausalLM):
+        if (type(config) in known or loader.__name__ in own) and not (is_whole and loader is AutoModelForCausalLM):
             return loader
     return None
 
@@ -55,6 +65,8 @@ def load_processor(source: str, model_id: str, config: PreTrainedConfig, **optio
         raise ModelError(
             f"{model_id} reads text only ({config.model_type}): leave out --image, or choose a model that reads images"
         )
+    from transformers import AutoProcessor  # which takes a while, and only images need it
+
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
     except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

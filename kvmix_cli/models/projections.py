@@ -20,6 +20,7 @@ A weight may be packed into 4 or 8 bits by one of many libraries. All of them ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -102,10 +103,13 @@ def packed_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if _is_linear(module) and _dense(module) is None]
 
 
-def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> nn.ModuleList:
-    """Return the stack of decoder layers. Raises ProjectionError if there is none of the model's depth.
+def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> Sequence[nn.Module]:
+    """Return the decoder layers in order, or where these have several attentions each (LongCat), the attentions.
 
     An encoder of images inside the model may be as deep (GIT); its layers do not say which they are in a cache.
+
+    Raises:
+        ProjectionError: if there are not as many as the cache has layers.
     """
     stacks = [
         module
@@ -113,14 +117,26 @@ def decoder_layers(model: PreTrainedModel, info: ModelInfo) -> nn.ModuleList:
         for module in root.modules()
         if isinstance(module, nn.ModuleList) and len(module) == info.layers
     ]
-    if not stacks:
-        raise ProjectionError(f"cannot find the layers of {info.id}: looked for a ModuleList of {info.layers} modules")
-    return next((stack for stack in stacks if _is_cached(stack)), stacks[0])
+    if stacks:
+        cached = [stack for stack in stacks if any(map(_has_index, stack.modules()))]
+        return list((cached or stacks)[0])
+    indexed = {module.layer_idx: module for module in model.modules() if _has_index(module) and _is_innermost(module)}
+    if sorted(indexed) == list(range(info.layers)):
+        return [indexed[index] for index in range(info.layers)]
+    raise ProjectionError(
+        f"cannot find the layers of {info.id}: looked for a ModuleList of {info.layers} modules, or as many with a "
+        "layer_idx of their own"
+    )
 
 
-def _is_cached(stack: nn.ModuleList) -> bool:
-    """Return whether the layers of a stack have an index in a cache."""
-    return any(hasattr(module, "layer_idx") for module in stack.modules())
+def _has_index(module: nn.Module) -> bool:
+    """Return whether a module says which layer it is in a cache."""
+    return isinstance(getattr(module, "layer_idx", None), int)
+
+
+def _is_innermost(module: nn.Module) -> bool:
+    """Return whether no module inside this one says which layer it is."""
+    return not any(map(_has_index, (part for part in module.modules() if part is not module)))
 
 
 def _find(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError
 from ..journal import refuse_constant
 
+WEIGHT_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
+"""Bits of a weight by the name of its dtype; scales of quantized weights are not counted."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that say which shard holds which weight; the first that is there is read."""
 SINGLE = "model.safetensors"
@@ -30,7 +34,7 @@ def check_files(folder: Path, model_id: str) -> None:
             f"{model_id} has {_some(pointers)} only as git-LFS pointers, not the contents: "
             "run `git lfs pull` in the folder"
         )
-    for path in _weight_files(folder, model_id):
+    for path in weight_files(folder, model_id):
         size, whole = path.stat().st_size, _whole_size(path)
         if whole is not None and size != whole:
             raise ModelError(
@@ -38,7 +42,25 @@ def check_files(folder: Path, model_id: str) -> None:
             )
 
 
-def _weight_files(folder: Path, model_id: str) -> Iterator[Path]:
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Return elements and bytes of all tensors in safetensors files, by dtype as the files name it (`BF16`).
+
+    Raises:
+        ValueError: if a file has no header that can be read.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for path in files:
+        header = _header(path)
+        if header is None:
+            raise ValueError(f"{path.name} has no header")
+        for entry in header[1].values():
+            elements, size = found.get(entry["dtype"], (0, 0))
+            first, last = entry["data_offsets"]
+            found[entry["dtype"]] = elements + math.prod(entry["shape"]), size + last - first
+    return found
+
+
+def weight_files(folder: Path, model_id: str) -> Iterator[Path]:
     """Yield the safetensors files that would be loaded. Raises ModelError for a faulty index."""
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     if (folder / SINGLE).is_file():
@@ -88,12 +110,21 @@ def _is_pointer(path: Path) -> bool:
 
 def _whole_size(path: Path) -> int | None:
     """Return the bytes that a safetensors file should have by its header; None if it has no header that can be read."""
+    header = _header(path)
+    return None if header is None else header[0] + max(entry["data_offsets"][1] for entry in header[1].values())
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]] | None:
+    """Return where the data of a safetensors file begins, and its tensors; None if they cannot be read."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             header = json.loads(file.read(length)) if 0 < length <= MAX_HEADER else {}
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        return LENGTH_BYTES + length + max(ends)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for entry in tensors.values():
+            entry["data_offsets"] = [int(offset) for offset in entry["data_offsets"]]
+            _ = entry["data_offsets"][1]
+        return (LENGTH_BYTES + length, tensors) if tensors else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
 

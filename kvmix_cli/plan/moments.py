@@ -1,11 +1,12 @@
 """Moments of keys and values, and of the loss's gradient with respect to them, in a safetensors file beside a profile.
 
-    layers.N.k.metric       [H, D, D]   second moments of the gradient: the loss metric, in nats a predicted token
-    layers.N.k.covariance   [H, D, D]   of the keys
+    layers.N.k.metric       [H, D (D+1) / 2]   second moments of the gradient: the loss metric, nats a predicted token
+    layers.N.k.covariance   [H, D (D+1) / 2]   of the keys
     layers.N.k.mean         [H, D]
     layers.N.rope.frequencies   [n]     radians a position of each pair of channels; absent without rotary positions
 
-and the same for `v`, all float32 but the frequencies. Keys and their gradients are turned to the start of their frame:
+and the same for `v`, all float32 but the frequencies. Of a symmetric matrix the upper triangle is kept, row by row;
+files of whole matrices `[H, D, D]` are read, too. Keys and their gradients are turned to the start of their frame:
 R(-p0) k with p0 = FRAME * ((t - sink) // FRAME) for the token at position t >= sink, so that their moments are those
 of positions sink to sink + FRAME - 1 at any context length.
 """
@@ -49,7 +50,7 @@ class Rope(NamedTuple):
 
 
 class TensorMoments(NamedTuple):
-    """Moments of one layer's keys, or values: `[H, D, D]`, `[H, D, D]` and `[H, D]`."""
+    """Moments of one layer's keys, or values: `[H, D, D]`, `[H, D, D]` and `[H, D]`; the matrices are symmetric."""
 
     metric: Array
     covariance: Array
@@ -98,7 +99,8 @@ def write_moments(path: Path, layers: Mapping[int, LayerMoments]) -> str:
     for index, layer in layers.items():
         for kind, moments in (("k", layer.k), ("v", layer.v)):
             for name, array in moments._asdict().items():
-                tensors[f"layers.{index}.{kind}.{name}"] = np.ascontiguousarray(array, np.float32)
+                kept = _triangle(array) if array.ndim == 3 else array
+                tensors[f"layers.{index}.{kind}.{name}"] = np.ascontiguousarray(kept, np.float32)
         if layer.rope is not None:
             tensors[f"layers.{index}.rope.frequencies"] = np.ascontiguousarray(layer.rope.frequencies, np.float64)
             ropes[index] = {"layout": layer.rope.layout, "start": layer.rope.start}
@@ -134,12 +136,31 @@ def read_moments(folder: Path, record: MomentsFile) -> dict[int, LayerMoments]:
 
 
 def _layer(tensors: Mapping[str, Array], index: int, rope: Mapping[str, Any] | None) -> LayerMoments:
-    k, v = (
-        TensorMoments(*(tensors[f"layers.{index}.{kind}.{name}"] for name in TensorMoments._fields)) for kind in "kv"
-    )
+    k, v = (_tensor(*(tensors[f"layers.{index}.{kind}.{name}"] for name in TensorMoments._fields)) for kind in "kv")
     if rope is None:
         return LayerMoments(k, v, None)
     return LayerMoments(k, v, Rope(tensors[f"layers.{index}.rope.frequencies"], rope["layout"], int(rope["start"])))
+
+
+def _tensor(metric: Array, covariance: Array, mean: Array) -> TensorMoments:
+    return TensorMoments(_whole(metric, mean.shape[-1]), _whole(covariance, mean.shape[-1]), mean)
+
+
+def _triangle(matrices: Array) -> Array:
+    """Return the upper triangles of symmetric matrices `[H, D, D]`, row by row, `[H, D (D + 1) / 2]`."""
+    rows, columns = np.triu_indices(matrices.shape[-1])
+    upper: Array = matrices[:, rows, columns]
+    return upper
+
+
+def _whole(kept: Array, dim: int) -> Array:
+    """Return matrices `[H, D, D]`. Raises ValueError for a triangle of another size."""
+    if kept.ndim == 3:
+        return kept
+    rows, columns = np.triu_indices(dim)
+    whole = np.empty((len(kept), dim, dim), kept.dtype)
+    whole[:, rows, columns] = whole[:, columns, rows] = kept
+    return whole
 
 
 def _unusable(path: Path, why: str) -> DocumentError:

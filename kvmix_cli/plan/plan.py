@@ -147,22 +147,22 @@ class Plan(StrictModel):
         return cls.build(model, layers, cache, {"method": "short form"})
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path | str) -> Plan:
         """Read a plan file. Raises DocumentError with every fault and its line."""
-        document = read_yaml(path)
+        document = read_yaml(Path(path))
         document.check_format(FORMAT)
         _expand_short(document)
         return validate(document, cls, _early_faults(document.data))
 
     @classmethod
-    def from_kvtuner(cls, path: Path, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
+    def from_kvtuner(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
         """Read KVTuner's preset YAML (`0: {nbits_key: 8, nbits_value: 4}`); layers with a stock cache keep it.
 
         Raises:
             DocumentError: with every fault and its line.
             PlanError: if the model's heads cannot be packed.
         """
-        document = read_yaml(path)
+        document = read_yaml(Path(path))
         data = document.data
         if not _has_kvtuner_form(data):
             raise document.error([((), "not a KVTuner preset: expected `LAYER: {nbits_key: N, nbits_value: N}`")])
@@ -179,9 +179,9 @@ class Plan(StrictModel):
         layers = {index: LayerPlan.of_bits(pair["nbits_key"], pair["nbits_value"]) for index, pair in pairs.items()}
         return cls.build(model, dict(sorted(layers.items())), cache, {"method": "kvtuner"})
 
-    def save(self, path: Path, command: str = "") -> Path:
+    def save(self, path: Path | str, command: str = "") -> Path:
         """Write the plan file; `command` becomes its head comment. Raises OutputError."""
-        return write_text(path, self.to_yaml(command))
+        return write_text(Path(path), self.to_yaml(command))
 
     def to_yaml(self, command: str = "") -> str:
         """Return the plan as it is written to files."""

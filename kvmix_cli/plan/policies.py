@@ -26,6 +26,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from typing_extensions import Self
 
 from .document import StrictModel
 
@@ -87,6 +88,10 @@ class FileSetting(_Setting):
     def located(self, file: str) -> str:
         """Return the path of a file of this setting."""
         return file if self._folder is None else str(self._folder / file)
+
+    def inside(self, folder: Path) -> Self:
+        """Return the same setting as read from a plan file in a folder. Raises ValueError for a file outside of it."""
+        return self.model_validate(self.model_dump(), context={FOLDER: folder})
 
 
 class Rotate(FileSetting):

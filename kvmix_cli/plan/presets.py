@@ -1,7 +1,9 @@
 """Presets: published methods as settings of this cache, usable without a profile. See docs/presets.md.
 
 A preset is a file, `profiles/presets/NAME.yaml`: widths by layer, and a plan's cache section. Its head comment names
-its source and how it differs. `kvtuner:FILE` also is a preset: widths from KVTuner's file, with the default cache.
+its source and how it differs. Instead of widths it may have a method of allocation and its budget: such a preset is
+solved from a profile of the model (`studies/directions.py`). `kvtuner:FILE` also is a preset: widths from KVTuner's
+file, with the default cache.
 
 The paper's preset has two names, `kvmix-paper` and `paper`. It serves twice: as a plan without a profile, whose first
 layers stand for the important ones, and as the start of `kvmix allocate`, which chooses these layers by score.
@@ -16,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from kvmix_kernels.layout import FULL_PRECISION_BITS
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError, StateError, did_you_mean
@@ -93,21 +96,45 @@ class LayerShare:
 
 
 class Preset(StrictModel):
-    """A method's widths and cache settings."""
+    """A method's widths and cache settings, or a method of allocation with its budget.
+
+    Attributes:
+        bits: widths by layer; None for a method of allocation.
+        method: method of allocation, which decides from a profile.
+        avg_bits: its budget of nominal bits.
+    """
 
     format: Literal["kvmix-preset/1"] = FORMAT
-    bits: Widths
+    bits: Widths | None = None
+    method: Literal["transform"] | None = None
+    avg_bits: float | None = Field(default=None, gt=0, le=FULL_PRECISION_BITS)
     cache: CacheSettings
 
+    @model_validator(mode="after")
+    def _decided_once(self) -> Preset:
+        if (self.method is None) != (self.avg_bits is None):
+            raise ValueError("method and avg_bits go together")
+        if (self.bits is None) == (self.method is None):
+            raise ValueError("must have either bits, or method and avg_bits")
+        return self
+
     @classmethod
-    def load(cls, path: Path) -> Preset:
+    def load(cls, path: Path | str) -> Preset:
         """Read a preset file. Raises DocumentError with every fault and its line."""
-        document = read_yaml(path)
+        document = read_yaml(Path(path))
         document.check_format(FORMAT)
         return validate(document, cls)
 
     def plan(self, model: ModelInfo, name: str) -> Plan:
-        """Return the plan of a model. Raises PlanError if the model's heads cannot be packed like this."""
+        """Return the plan of a model.
+
+        Raises:
+            PlanError: if the model's heads cannot be packed like this, or a profile has to decide the widths.
+        """
+        if self.bits is None:
+            raise PlanError(
+                f"preset '{name}' states no widths: make a plan of it with --preset {name} of kvmix allocate"
+            )
         count, k, v = len(model.quantizable), self.bits.k, self.bits.v
         layers = {
             layer: LayerPlan.of_bits(k.at(place, count), v.at(place, count))
@@ -118,6 +145,8 @@ class Preset(StrictModel):
     @property
     def layer_share(self) -> LayerShare | None:
         """Return the share of layers that have more bits; None unless keys and values have the same share."""
+        if self.bits is None:
+            return None
         k, v = self.bits.k, self.bits.v
         if k.first is None or k.rest is None or v.rest is None or k.first != v.first:
             return None

@@ -11,13 +11,14 @@ A real context also has its sinks, its window, the tokens that wait to be packed
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
-from kvmix_kernels.transform_layout import SLOT_BYTES, TransformLayout
+from kvmix_kernels.transform_layout import CHOICE_BYTES, TransformLayout
 
 from .codec import TransformTensor
 from .geometry import HeadGeometry, ModelInfo
@@ -208,6 +209,17 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
     return cache.window.due(max(0, context - cache.sink), bits, unit)
 
 
+def fullest_contexts(layer: LayerPlan, cache: CacheSettings, context: int) -> set[int]:
+    """Return the last contexts before a layer packed its latest tokens: with them in 16 bits, it takes more bytes."""
+    found = set()
+    for bits in window_widths(layer, cache):
+        packed = packed_tokens(context, bits, cache)
+        if packed:
+            first = bisect_left(range(context + 1), packed, key=lambda tokens: packed_tokens(tokens, bits, cache))
+            found.add(first - 1)
+    return found
+
+
 def tensor_bytes(
     tensor: AnyTensor,
     kind: Kind,
@@ -295,20 +307,20 @@ def layer_bytes(
     for (tensor, kind), bits in zip(layer.tensors, window_widths(layer, cache), strict=True):
         total += tensor_bytes(tensor, kind, cache, heads, context, batch, element_bytes, bits)
     if exact := exact_tokens(layer, cache):
-        total += _slot_bytes(layer, cache, heads, context, exact) * batch
+        total += _choice_bytes(layer, cache, heads, context, exact) * batch
     return total
 
 
-def _slot_bytes(layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, exact: int) -> CacheBytes:
+def _choice_bytes(layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, exact: int) -> CacheBytes:
     """Return what a layer's exact tokens take beside themselves: the attention of tokens that wait to be packed.
 
-    Slots are counted with the keys; here are those of a layer that codes its values alone.
+    Choices are counted with the keys; here are those of a layer that codes its values alone.
     """
     tokens = max(packed_tokens(context, bits, cache) for bits in window_widths(layer, cache))
     lone = not isinstance(layer.k, TransformTensor)
-    slots = tokens // cache.page * heads.kv_heads * exact * SLOT_BYTES if lone else 0
+    choices = tokens // cache.page * heads.kv_heads * exact * CHOICE_BYTES if lone else 0
     waiting = max(0, context - cache.sink - tokens)
-    return CacheBytes(slots, 0, QUERY_SUMS * heads.kv_heads * waiting * STATISTIC_BYTES)
+    return CacheBytes(choices, 0, QUERY_SUMS * heads.kv_heads * waiting * STATISTIC_BYTES)
 
 
 def format_bytes(count: float) -> str:

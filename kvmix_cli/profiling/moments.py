@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from kvmix_kernels.transform import rotate
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -130,14 +131,7 @@ def remove_parts(journal: Path) -> None:
 def turned(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
     """Return keys `[..., T, D]` turned by these positions `[T]`, forth where they are positive; in float64."""
     angles = torch.outer(positions.double(), torch.from_numpy(rope.frequencies))
-    cosine, sine = angles.cos(), angles.sin()
-    states, size = states.double().clone(), 2 * len(rope.frequencies)
-    part = states[..., rope.start : rope.start + size]
-    axis = -2 if rope.layout == "half" else -1
-    first, second = part.unflatten(-1, (2, -1) if rope.layout == "half" else (-1, 2)).unbind(axis)
-    pair = torch.stack([first * cosine - second * sine, second * cosine + first * sine], axis)
-    states[..., rope.start : rope.start + size] = pair.flatten(-2)
-    return states
+    return rotate(states.double(), angles, rope.start, rope.layout == "interleaved")
 
 
 def _part(journal: Path, number: int) -> Path:

@@ -3,6 +3,9 @@
 `observed` swaps in an attention implementation for a block. It computes what `kvmix` computes, and calls back with each
 layer's query, keys and values as soon as the gradient of the layer's output is known. They travel through autograd's
 saved tensors, so they cost no memory that attention itself does not need, and a checkpointed layer recomputes them.
+
+Multi-head latent attention caches a latent and a rotary part, and expands both to the keys and values that it attends
+to. It is observed as it caches: what is changed, or differentiated, is expanded by the layer itself, `expand_kv`.
 """
 
 from __future__ import annotations
@@ -33,9 +36,13 @@ from .results import Labels, PassResults, TensorResult
 
 NAME = "kvmix-observed"
 
+EXPAND = "expand_kv"
+"""Method of a latent attention of transformers: latent and rotary part `[1, 1, T, D]` to keys and values."""
+
 Observe = Callable[[int, Attend, Tensor, Tensor, Tensor, Tensor | None], None]
-"""Called with a layer's index, its attention, query `[1, H, T, D]`, key and value `[1, H_kv, T, D]`, and in a backward
-pass the gradient of its output, `[1, T, H, D]`."""
+"""Called with a layer's index, its attention, query `[1, H, T, D]`, key and value `[1, H_kv, T, D]` as they are cached,
+and in a backward pass the gradient of its output, `[1, T, H, D]`."""
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class LayerObserver:
@@ -92,8 +99,8 @@ class LayerObserver:
         heads = self._info.heads(index)
         if (key.shape[1], key.shape[3], value.shape[3]) != (heads.kv_heads, heads.key_dim, heads.value_dim):
             raise ModelError(
-                f"layer {index} of {self._info.id} caches heads of {heads} and expands them before it attends "
-                "(multi-head latent attention), which cannot be observed: use --score grad-norm, loss or kl"
+                f"layer {index} of {self._info.id} caches heads of {heads} and attends to others, "
+                "which cannot be observed: use --score grad-norm, loss or kl"
             )
 
     def _measure(self, layer: LayerAttention, kind: Kind, probes: Sequence[ChangeProbe]) -> None:
@@ -137,24 +144,48 @@ def observed(loaded: LoadedModel, layers: Collection[int], observe: Observe) -> 
     """
     model = loaded.model
     before = text_attention(model)
-    AttentionInterface.register(NAME, partial(_attention, frozenset(layers), observe))
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
-        if not set_attention(model, NAME):
-            raise ModelError(
-                f"{type(model).__name__} computes attention on its own, where it cannot be observed: "
-                "use --score grad-norm or loss"
-            )
-        yield
+        with _latents(model) as latents:
+            AttentionInterface.register(NAME, partial(_attention, frozenset(layers), observe, latents))
+            AttentionMaskInterface.register(NAME, sdpa_mask)
+            if not set_attention(model, NAME):
+                raise ModelError(
+                    f"{type(model).__name__} computes attention on its own, where it cannot be observed: "
+                    "use --score grad-norm or loss"
+                )
+            yield
     finally:
         set_attention(model, before)
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(NAME, None)  # transformers has no opposite of `register`
 
 
+@contextmanager
+def _latents(model: nn.Module) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Within this block keep the latent and the rotary part that each latent attention has last expanded."""
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keeping(module: nn.Module, expand: Expand) -> Expand:
+        def keep(latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+            found[module] = latent, rotary
+            return expand(latent, rotary)
+
+        return keep
+
+    expanding = [module for module in model.modules() if hasattr(module, EXPAND)]
+    try:
+        for module in expanding:
+            vars(module)[EXPAND] = keeping(module, getattr(module, EXPAND))
+        yield found
+    finally:
+        for module in expanding:
+            vars(module).pop(EXPAND, None)
+
+
 def _attention(
     layers: frozenset[int],
     observe: Observe,
+    latents: dict[nn.Module, tuple[Tensor, Tensor]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -168,7 +199,8 @@ def _attention(
     The first parameters are positional only, so that options of a model may have any name.
 
     Raises:
-        ModelError: if an observed layer adds a bias of its own to its scores, which `_attend` does not know.
+        ModelError: if an observed layer adds a bias of its own to its scores, or chooses the tokens that it reads,
+            which `_attend` does not know.
     """
     output, _ = kvmix_attention(module, query, key, value, attention_mask, **options)
     index = getattr(module, "layer_idx", None)
@@ -179,7 +211,16 @@ def _attention(
             f"layer {index} adds a bias of its own to its attention scores ({type(module).__name__}), "
             "which cannot be observed: use --score grad-norm, loss or kl"
         )
-    report = partial(observe, index, partial(_attend, module, options))
+    if options.get("indices") is not None:
+        raise ModelError(
+            f"layer {index} chooses the tokens that it reads ({type(module).__name__}), "
+            "which cannot be observed: use --score grad-norm, loss or kl"
+        )
+    expand: Expand | None = None
+    if module in latents:
+        key, value = latents.pop(module)
+        expand = getattr(type(module), EXPAND).__get__(module)
+    report = partial(observe, index, partial(_attend, module, options, expand))
     if torch.is_grad_enabled():
         pass_on: Callable[..., Tensor] = _Observed.apply
         return pass_on(output.requires_grad_(), query, key, value, report), None
@@ -187,8 +228,14 @@ def _attention(
     return output, None
 
 
-def _attend(module: nn.Module, options: dict[str, Any], query: Tensor, key: Segments, value: Segments) -> Tensor:
+def _attend(
+    module: nn.Module, options: dict[str, Any], expand: Expand | None, query: Tensor, key: Segments, value: Segments
+) -> Tensor:
     """Attend as this layer does, over segments: causal, to `[1, H, S, D]`."""
+    if expand is not None:
+        dtype = next(module.parameters()).dtype
+        expanded = expand(key.dequantize().to(dtype), value.dequantize().to(dtype))
+        key, value = (Segments(None, None, states.to(query.dtype)) for states in expanded)
     return kvmix_attention(module, query, Handle(key), Handle(value), None, **options)[0].transpose(1, 2)
 
 

@@ -103,6 +103,10 @@ def profile_tables(profile: Profile, path: Path, *, ascii_only: bool = False) ->
     return tables
 
 
+MOST_NATS = 100
+"""A larger loss in a file says nothing, and its exponential may be no number."""
+
+
 def plan_table(plan: Plan, path: Path, context: int, batch: int, more: Sequence[str] = ()) -> Table:
     """Return a table of a plan's widths, with bits, bytes and cache settings in the footer.
 
@@ -154,6 +158,14 @@ def encode_text(encode: Encode) -> str:
 def loss_text(loss: float, score: str) -> str:
     """Return a predicted loss as a line for the footer of a table."""
     return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
+
+
+def stated_loss(plan: Plan) -> list[str]:
+    """Return the loss that was predicted when a plan was made, as a line for the footer of a table, if it is stated."""
+    loss, score = plan.provenance.get("predicted_loss"), plan.provenance.get("score")
+    if not isinstance(loss, float) or not isinstance(score, str) or not abs(loss) < MOST_NATS:
+        return []
+    return [loss_text(loss, score)]
 
 
 def tensor_text(tensor: AnyTensor) -> str:

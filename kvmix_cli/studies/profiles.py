@@ -1,4 +1,4 @@
-"""Profile files: scores are added to those that are there, and directions are made of a profile's moments."""
+"""Profile files: scores are added to those that are there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from .. import state
-from ..allocation import TRANSFORM_SCORE, make_bases
 from ..errors import DocumentError, KvmixError
 from ..plan import ModelInfo
-from ..plan.basis import BasisFile
-from ..plan.moments import read_moments
 from ..profile import Profile
 
 
@@ -55,12 +52,3 @@ def _head(path: Path) -> str:
     """Return the commands in the head comment of a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
-
-
-def make_basis(source: Profile, path: Path) -> BasisFile:
-    """Return the directions of a profile's moments. Raises DocumentError, or BudgetError for moments of no use."""
-    record = source.score(TRANSFORM_SCORE).moments
-    if record is None:
-        why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
-        raise DocumentError(f"profile of {source.model.id}", [why])
-    return make_bases(source, read_moments(path.parent, record))

@@ -16,6 +16,7 @@ from ..plan.policies import known_width
 from ..plan.presets import KVTUNER, find_preset, plan_of, presets, put_on, split
 from ..plan.settings import Encode
 from ..state import Say, unsaid
+from .directions import preset_plan
 
 SHORT_FORM = re.compile(r".*:k\d+v\d+\s*")
 RESERVED = "unquantized"
@@ -59,19 +60,21 @@ class NamedPlan:
 
     def resolve(self, info: ModelInfo, cache: CacheSettings | None, say: Say = unsaid) -> Plan:
         """Return the plan for a model. Raises PlanError, or DocumentError for a faulty preset."""
-        plan = self._resolve(info, cache)
+        plan = self._resolve(info, cache, say)
         if not self.put_on:
             return plan
         base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
         settings = with_presets(plan.cache, self.put_on, f"'{base}'", say)
         return Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
 
-    def _resolve(self, info: ModelInfo, cache: CacheSettings | None) -> Plan:
+    def _resolve(self, info: ModelInfo, cache: CacheSettings | None, say: Say) -> Plan:
         if self.plan is not None:
             self.plan.check_model(info)
             return self.plan
         if self.is_preset:
-            return plan_of(self.given, info)
+            if self.given.startswith(KVTUNER):
+                return plan_of(self.given, info)
+            return preset_plan(find_preset(self.given), self.given, info, say)
         if SHORT_FORM.fullmatch(self.given):
             return Plan.from_short(self.given, info, cache)
         return Plan.from_kvtuner(Path(self.given), info, cache)

@@ -8,38 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kvmix_kernels.transform_layout import LEFT, MAX_WIDTH
-from made_up import make_info, make_profile, patient
+from made_up import make_info, patient
+from with_moments import model_moments, profile_with_moments
 
 from kvmix_cli.allocation import Budget, allocate, make_bases
 from kvmix_cli.allocation.directions import Filling, expected_loss
-from kvmix_cli.errors import BudgetError
-from kvmix_cli.plan import CacheSettings, LayerPlan
-from kvmix_cli.plan.moments import LayerMoments, MomentsFile, TensorMoments
-from kvmix_cli.profile import Profile
+from kvmix_cli.errors import BudgetError, PlanError
+from kvmix_cli.plan import CacheSettings, LayerPlan, TensorPlan
 
-
-def moments(random, heads, dim):
-    """Moments of one tensor with eigenvalues over several orders of magnitude, as real heads have."""
-    basis = np.linalg.qr(random.standard_normal((heads, dim, dim)))[0]
-    metric, covariance = (
-        basis * np.exp(random.normal(mean, 3, (heads, 1, dim))) @ basis.transpose(0, 2, 1) for mean in (-9, -3)
-    )
-    return TensorMoments(metric, covariance, random.standard_normal((heads, dim)))
-
-
-def profile_of(layers=3, heads=2, dim=32, seed=0):
-    """A profile with directions, and their basis."""
-    random = np.random.default_rng(seed)
-    info = make_info(layers, head_dim=dim)
-    found = {i: LayerMoments(moments(random, heads, dim), moments(random, heads, dim), None) for i in range(layers)}
-    plain = make_profile([1.0] * layers, info=info, name="fisher-metric")
-    record = MomentsFile(file="profile.safetensors", sha256="0" * 64, documents=2, predictions=100, tokens=900)
-    score = plain.scores["fisher-metric"].model_copy(update={"moments": record})
-    profile = Profile(model=info, scores={"fisher-metric": score})
-    return profile, make_bases(profile, found)
-
-
-PROFILE, BASIS = profile_of()
+INFO = make_info(3, head_dim=32)
+PROFILE = profile_with_moments(INFO)
+BASIS = make_bases(PROFILE, model_moments(INFO))
 
 
 def plan_of(**limit):
@@ -138,26 +117,40 @@ def test_what_cannot_be_met_is_one_line(limit, options, words):
 
 
 def test_frames_of_another_size_than_whole_pages_are_refused():
-    random = np.random.default_rng(0)
-    basis = make_bases(
-        PROFILE, {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
-    )
-    assert basis.frame is None
-    plan = allocate(PROFILE, Budget(avg_bits=2), basis=basis, cache=CacheSettings(page=96))
+    assert BASIS.frame is None
+    plan = allocate(PROFILE, Budget(avg_bits=2), basis=BASIS, cache=CacheSettings(page=96))
     assert plan.cache.page == 96
 
 
 def test_moments_that_are_not_finite_name_the_layer():
-    random = np.random.default_rng(0)
-    found = {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
+    found = model_moments(INFO)
     found[1].k.metric[0, 0, 0] = np.nan
     with pytest.raises(BudgetError, match="layer 1 has no basis"):
         make_bases(PROFILE, found)
 
 
 def test_a_head_that_nobody_reads_gets_no_bits():
-    random = np.random.default_rng(0)
-    found = {i: LayerMoments(moments(random, 2, 32), moments(random, 2, 32), None) for i in range(3)}
+    found = model_moments(INFO)
     found[2].v.metric[1] = 0
     plan = allocate(PROFILE, Budget(avg_bits=2), basis=make_bases(PROFILE, found))
     assert plan.layers[2].v.widths[1] == "0000"
+
+
+def test_heads_that_are_no_multiple_of_16_are_coded_but_not_packed():
+    """Codes come in runs of 8 directions, the last of them shorter."""
+    info = make_info(2, head_dim=20)
+    profile = profile_with_moments(info)
+    basis = make_bases(profile, model_moments(info))
+    plan = allocate(profile, Budget(stored_bits=2.5), basis=basis)
+    assert plan.bits.stored <= 2.5
+    assert all(len(digits) == 3 for layer in plan.layers.values() for digits in (*layer.k.widths, *layer.v.widths))
+    pinned = allocate(profile, Budget(stored_bits=9), basis=basis, pins={0: layer_of(16)})
+    assert pinned.layers[0].short == "k16v16"
+    with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
+        allocate(profile, Budget(stored_bits=2.5), basis=basis, pins={0: layer_of(4)})
+    with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
+        allocate(profile, Budget(stored_bits=4), method="rank")
+
+
+def layer_of(bits):
+    return LayerPlan(k=TensorPlan(bits=bits), v=TensorPlan(bits=bits))

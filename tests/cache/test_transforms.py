@@ -28,7 +28,7 @@ ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.06, tor
 SAME = {"rtol": 1e-9, "atol": 1e-11}
 """Float64 products of different batch sizes: BLAS may sum in another order, which balancing and centering then see."""
 SIGNS_OF_SEED_0 = [-1, 1, 1, -1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, -1, -1]
-MEANS = Path(__file__).parents[2] / "docs" / "examples" / "means.py"
+MEANS = Path(__file__).parents[2] / "examples" / "means.py"
 
 
 def states(heads, tokens, size, dtype=torch.float64, seed=0, batch=2):
@@ -435,7 +435,7 @@ def example():
 
 
 def test_the_example_writes_means_that_a_plan_can_name(tmp_path, example):
-    """docs/examples/means.py, against the keys of one forward pass."""
+    """examples/means.py, against the keys of one forward pass."""
     path = tmp_path / "means.safetensors"
     example.main(["builtin:tiny", str(path), "--samples", "2", "--length", "64"])
     written = load_file(path)

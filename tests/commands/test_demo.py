@@ -1,8 +1,5 @@
 """`kvmix demo`: the whole pipeline, on little text."""
 
-import subprocess
-import sys
-
 import pytest
 from commandline import kvmix, kvmix_json, refused
 
@@ -10,9 +7,6 @@ from kvmix_cli.commands.demo import DemoOptions
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Profile
 from kvmix_cli.studies import demo as steps
-
-EXTRAS = ("lm_eval", "jieba", "fuzzywuzzy", "rouge", "hqq", "optimum", "accelerate")
-"""Packages of the extras of pyproject.toml, which the core installation lacks."""
 
 
 @pytest.mark.slow
@@ -50,22 +44,6 @@ def counted(make_profile, measured):
         return make_profile(*args, on_step=lambda done, total: seen.append(done), **options)
 
     return make
-
-
-@pytest.mark.slow
-def test_a_quick_demo_with_the_core_installation_only(tmp_path):
-    script = f"""
-import sys
-for name in {EXTRAS}:
-    sys.modules[name] = None
-from kvmix_cli.main import main
-main()
-"""
-    command = [sys.executable, "-c", script, "demo", "--quick", "--samples", "1", "--limit", "1"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    plans = (tmp_path / "kvmix-demo" / "builtin--tiny" / "plans").iterdir()
-    assert sorted(path.stem for path in plans) == ["kvmix", "random-0", "uniform-2"]
 
 
 def test_quick_is_less_of_everything_that_is_not_given():

@@ -27,6 +27,7 @@ FILES = {
     "plan/plan.py",
     "reporting/result_tables.py",
     "state.py",
+    "studies/directions.py",
 }
 """Files that print a command line; each has a test below (that of a full disk is in `test_full_disk.py`)."""
 
@@ -110,6 +111,13 @@ def test_an_unfinished_profile(kvmix, monkeypatch, place):
         assert kvmix("allocate", "--avg-bits", 3, *where).code == 0
         for path in Path().rglob("*.yaml"):
             path.unlink()
+
+
+def test_a_preset_without_directions(kvmix, counting):
+    preset = ("eval", "builtin:tiny", "--preset", "transform-2")
+    (profile,) = hints(kvmix(*preset).error)
+    assert profile == ["profile", "builtin:tiny", "--score", "fisher-metric"]
+    assert kvmix(*profile, "--samples", 1, "--seq-len", 300).code == kvmix(*preset).code == 0
 
 
 def test_an_interrupted_evaluation(kvmix, counting):

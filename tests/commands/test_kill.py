@@ -1,14 +1,12 @@
 """`kill -9` at random moments: what is resumed ends in the same result as what was never interrupted."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forking
 import pytest
 
 from kvmix_cli.profile import Profile
@@ -24,10 +22,6 @@ EVALUATION = ("--uniform", 2, "--length", 200, "--prefix", 100, "--limit", 6)
 BOARD = ("--leaderboard", "--profile", "profile.yaml", "--stored-bits", 3.5, "--random-plans", 1, "--methods", "rank")
 
 
-def command(*args):
-    return [sys.executable, "-m", "kvmix_cli", *map(str, args)]
-
-
 def lines(pattern):
     """The whole lines in the files of a pattern, all together."""
     return sum(path.read_bytes().count(b"\n") for path in Path().glob(pattern) if path.is_file())
@@ -39,7 +33,8 @@ def killed_and_resumed(chance, journals, *args):
     while True:
         before = lines(journals)
         resume = ["--resume"] if kills else []
-        process = subprocess.Popen(command(*args, *resume), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with Path("said.txt").open("w") as said:
+            process = forking.start(*args, *resume, stdout=said, stderr=said)
         deadline = time.monotonic() + PATIENCE
         while kills < KILLS and process.poll() is None and lines(journals) <= before + 1:
             assert time.monotonic() < deadline, "nothing was kept"
@@ -47,7 +42,9 @@ def killed_and_resumed(chance, journals, *args):
         if kills < KILLS:
             time.sleep(chance.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
+        process.wait()
+        said = Path("said.txt").read_text()
+        Path("said.txt").unlink()
         if process.returncode != -signal.SIGKILL:
             assert process.returncode == 0, said
             return kills
@@ -58,14 +55,13 @@ def killed_and_resumed(chance, journals, *args):
 def chance(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     return random.Random(0)
 
 
 def test_a_profile(chance):
     args = ("profile", "builtin:tiny", "--samples", 24, "--seq-len", 256)
     assert killed_and_resumed(chance, "killed.partial.jsonl", *args, "--out", "killed.yaml") == KILLS
-    subprocess.run(command(*args, "--out", "whole.yaml"), check=True, capture_output=True)
+    forking.run(*args, "--out", "whole.yaml", check=True)
     killed, whole = (Profile.load(Path(name)).score("grad-norm") for name in ("killed.yaml", "whole.yaml"))
     assert killed.calibration == whole.calibration
     for index, layer in whole.layers.items():
@@ -83,8 +79,7 @@ def test_an_evaluation(chance):
 
 def test_a_leaderboard(chance):
     """On short documents, and a profile with a ranking alone."""
-    profile = command("profile", "builtin:tiny", "--samples", 1, "--seq-len", 64, "--out", "profile.yaml")
-    subprocess.run(profile, check=True, capture_output=True)
+    forking.run("profile", "builtin:tiny", "--samples", 1, "--seq-len", 64, "--out", "profile.yaml", check=True)
     args = ("eval", *BOARD, "--task", "perplexity", *EVALUATION[2:])
     assert killed_and_resumed(chance, "killed/*/samples.jsonl", *args, "--output-dir", "killed") == KILLS
     assert_same_rows(args)
@@ -94,8 +89,7 @@ def test_a_leaderboard(chance):
 
 def assert_same_rows(args):
     """All rows are complete and those of an uninterrupted run, apart from when and how fast they were measured."""
-    ran = subprocess.run(command(*args, "--output-dir", "whole"), check=False, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    forking.run(*args, "--output-dir", "whole", check=True)
     found = [
         {path.parent.name: read(path) for path in Path(root).glob("*/metrics.json")} for root in ("killed", "whole")
     ]

@@ -10,6 +10,7 @@ from curves import curve, make_score, naive_loss
 from evaluating import tiny
 from full_disk import fill_disk
 from made_up import falling
+from with_moments import save_with_moments
 
 from kvmix_cli import evaluation
 from kvmix_cli.errors import EvaluationError
@@ -193,6 +194,23 @@ def test_who_has_no_plan_at_a_budget_is_left_out_and_named(foretold):
     assert "no plan has 2.4 stored bits" in absent["paper"]
 
 
+@pytest.mark.slow
+def test_transform_codes_are_a_candidate_of_a_profile_with_directions(profile):
+    path = Path("profiles/builtin--tiny/profile.yaml")
+    save_with_moments(path, tiny().info, profile.scores)
+    options = ("--stored-bits", "2.5", "--scores", "loss", "--methods", "ilp,transform", "--random-plans", 1)
+    result = kvmix_json(*BOARD, *options, "--task", "perplexity", *SHORT)
+    board = result["leaderboard"]
+    assert board["champion"] == "transform"
+    assert [each["second"].split()[0] for each in board["comparisons"]] == ["ilp", "paper", "uniform", "random"]
+    own = next(each for each in board["standings"] if each["names"] == ["transform"])
+    assert 2.45 < own["bits"]["stored"] <= 2.5
+    assert own["predicted"]["fisher-metric"] > 0
+    assert set(board["correlations"]) == {"loss", "fisher-metric"}
+    assert all("error" not in row for row in result["rows"])
+    assert len(list(path.parent.glob("plans/basis-*.safetensors"))) == 1
+
+
 def test_scores_and_methods_can_be_chosen(foretold):
     board = kvmix_json(*BOARD, *QUICK, "--scores", "loss", "--methods", "cut,rank")["leaderboard"]
     names = {name for each in board["standings"] for name in each["names"]}
@@ -216,8 +234,8 @@ def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(fo
     ("arguments", "said"),
     [
         (("--scores", "losss"), "it has no score 'losss'"),
-        (("--methods", "ilpp"), "method 'ilpp' uses no score; a leaderboard compares methods that do: rank, ilp, cut"),
-        (("--methods", "uniform"), "method 'uniform' uses no score"),
+        (("--methods", "ilpp"), "method 'ilpp' has no place in a leaderboard; it compares rank, ilp, cut, transform"),
+        (("--methods", "uniform"), "method 'uniform' has no place in a leaderboard"),
         (("--stored-bits", "99"), "no method has a plan at these budgets: no plan has 99 stored bits"),
         (("--task", "recall"), "a leaderboard is in the order of perplexity"),
         (("--profile", "nowhere.yaml"), "nowhere.yaml does not exist"),

@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import forking
 import pytest
 from made_up import falling
 from typer.main import get_command
@@ -16,7 +17,20 @@ from typer.main import get_command
 from kvmix_cli import __version__, allocation, errors
 from kvmix_cli.main import app
 
-COMMANDS = ["profile", "allocate", "run", "eval", "report", "inspect", "export", "recommend", "demo"]
+COMMANDS = [
+    "profile",
+    "allocate",
+    "run",
+    "eval",
+    "report",
+    "inspect",
+    "fit",
+    "export",
+    "recommend",
+    "demo",
+    "list",
+    "env",
+]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "kvmix_cli.plan")
 """What costs time to import. Typer loads pydantic by itself, so only our models of it can be kept out."""
 LIGHT = f"""
@@ -33,7 +47,7 @@ sys.exit(", ".join(name for name in {HEAVY} if name in sys.modules) or 0)
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(args):
-    ran = subprocess.run([sys.executable, "-c", LIGHT, *args], capture_output=True, text=True, check=False)
+    ran = forking.run(*args, code=LIGHT, imports=forking.LIGHT)
     assert ran.returncode == 0, ran.stderr
     assert "Usage: kvmix" in ran.stdout + ran.stderr or __version__ in ran.stdout
 
@@ -41,7 +55,7 @@ def test_help_loads_nothing_heavy(args):
 def test_allocate_loads_no_torch(profiled):
     script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers")))
     args = ["allocate", "--avg-bits", "2.3", "--profile", str(profiled)]
-    ran = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    ran = forking.run(*args, code=script, imports=forking.LIGHT)
     assert ran.returncode == 0, ran.stderr
     assert "nominal 2.281" in ran.stdout
 
@@ -219,27 +233,20 @@ def test_warnings_are_one_line_each(kvmix, monkeypatch):
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     path = falling(2000).save(tmp_path / "profile.yaml")
-    script = "from kvmix_cli.main import main; main()"
-    command = [sys.executable, "-c", script, "inspect", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = forking.run("inspect", path, imports=forking.LIGHT, stdout=writer)
+    os.close(writer)
+    assert ran.stderr == ""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux")
 def test_a_full_disk_under_stdout(tmp_path):
     path = falling(4).save(tmp_path / "profile.yaml")
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-c", "from kvmix_cli.main import main; main()", "inspect", str(path)]
-        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        ran = forking.run("inspect", path, imports=forking.LIGHT, stdout=full)
     assert ran.returncode == 1
     assert ran.stderr.startswith("kvmix: error: cannot write the output: No space left on device")
-
-
-def started(tmp_path, *args, **options):
-    """A command in a process of its own, in an empty folder."""
-    command = [sys.executable, "-m", "kvmix_cli", *args]
-    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_the_package_is_a_command():
@@ -289,8 +296,7 @@ BOARD_FAULTS = [
 def test_wrong_options_are_refused_without_torch(tmp_path, args):
     script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers", "matplotlib")))
     falling(4).save(tmp_path / "ranked.yaml")
-    command = [sys.executable, "-c", script, *args]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = forking.run(*args, code=script, imports=forking.LIGHT, cwd=tmp_path)
     assert ran.returncode == 0, f"loaded {ran.stderr}"
     assert "rror: " in ran.stderr
 
@@ -306,15 +312,16 @@ def test_threads_that_wait_are_passive_unless_the_user_says_otherwise():
 
 @pytest.mark.slow
 def test_termination_is_an_interrupt(tmp_path):
-    with started(tmp_path, "profile", "builtin:tiny", "--samples", "200", stdout=subprocess.DEVNULL) as process:
-        journal = tmp_path / "profiles" / "builtin--tiny" / "profile.partial.jsonl"
-        deadline = time.monotonic() + 120
-        while not journal.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.terminate()
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert said == "kvmix: interrupted; continue with `kvmix profile builtin:tiny --samples 200 --resume`\n"
+    said, journal = tmp_path / "said.txt", tmp_path / "profiles" / "builtin--tiny" / "profile.partial.jsonl"
+    with said.open("w") as stderr, Path(os.devnull).open("w") as nowhere:
+        arguments = ("profile", "builtin:tiny", "--samples", 200)
+        process = forking.start(*arguments, cwd=tmp_path, stdout=nowhere, stderr=stderr)
+    deadline = time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 130
+    assert said.read_text() == "kvmix: interrupted; continue with `kvmix profile builtin:tiny --samples 200 --resume`\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell's >&-")

@@ -1,15 +1,18 @@
 """`--preset`, `PLAN+PRESET` and `allocate --with`: rows, runs, plan files, and what does not go together."""
 
+import re
 from pathlib import Path
 
 import pytest
 from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import save_plan, tiny, uniform
-from made_up import falling
+from made_up import falling, make_info
+from with_moments import save_with_moments
 
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan import presets as preset
 
+TINY_PROFILE = Path("profiles/builtin--tiny/profile.yaml")
 PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
 
 
@@ -38,6 +41,7 @@ class TestEval:
         assert bits(rows)["paper"] == bits(rows)["kvmix-paper"]
 
     def test_every_preset_is_a_row(self, counting):
+        save_with_moments(TINY_PROFILE, tiny().info)
         names = tuple(preset.presets())
         rows = kvmix_json("eval", *TINY, *(part for name in names for part in ("--preset", name)))["rows"]
         assert [row["plan"] for row in rows] == ["unquantized", *names]
@@ -125,6 +129,7 @@ class TestMeasured:
 
     @pytest.mark.slow
     def test_what_presets_take_is_what_was_predicted(self):
+        save_with_moments(TINY_PROFILE, tiny().info)
         names = (*preset.presets(), "mikv+rotate-2", "zipcache+mixkvq")
         options = ("--task", "memory", "--length", 700, "--limit", 1)
         rows = kvmix_json("eval", *TINY, *options, *(part for name in names for part in ("--preset", name)))["rows"][1:]
@@ -156,6 +161,54 @@ class TestMeasured:
         result = kvmix("run", *TINY, "--prompt", "x", "--preset", "mikv", *options)
         assert result.exit_code == 2
         assert said in result.stderr
+
+
+class TestSolved:
+    """The preset whose widths come from a profile's moments."""
+
+    def test_it_is_the_plan_that_allocate_makes(self, counting):
+        save_with_moments(TINY_PROFILE, tiny().info)
+        said = kvmix("eval", *TINY, "--preset", "transform-2", "--json").stderr
+        assert "using profile profiles/builtin--tiny/profile.yaml" in said
+        assert not list(Path("profiles").glob("**/plans/*.yaml")), "a preset leaves no plan"
+        made = kvmix_json("allocate", "--preset", "transform-2", "--model", "builtin:tiny")
+        assert (made["method"], Path(made["plan"]).name) == ("transform", "transform-2.yaml")
+        rows = bits(kvmix_json("eval", *TINY, "--preset", "transform-2")["rows"])
+        assert rows["transform-2"] == (made["bits"]["nominal"], made["bits"]["stored"])
+        plan = Plan.load(Path(made["plan"]))
+        assert 1.98 < plan.bits.nominal <= 2
+        folders = [path.name for path in Path("results").glob("counting__*__transform-2__*")]
+        kvmix_json("eval", *TINY, "--plan", "transform-2")
+        assert [path.name for path in Path("results").glob("counting__*__transform-2__*")] == folders, "the same plan"
+
+    def test_a_run_and_inspect(self):
+        save_with_moments(TINY_PROFILE, tiny().info)
+        result = kvmix_json("run", *TINY, "--preset", "transform-2", "--prompt", PROMPT, "--max-new-tokens", 2)
+        assert result["quantized_share"] > 0
+        assert kvmix_json("inspect", "transform-2", "--model", "builtin:tiny")["provenance"]["method"] == "transform"
+        shown = kvmix("inspect", "transform-2", "--model", "builtin:tiny").stdout
+        assert re.search(r"^loss:    .* nats a token, .* % perplexity, as fisher-metric predicts$", shown, re.MULTILINE)
+
+    @pytest.mark.parametrize("has_profile", [False, True])
+    def test_without_moments_it_says_what_to_run(self, has_profile):
+        if has_profile:
+            falling(8).save(TINY_PROFILE)
+        said = "preset 'transform-2' needs the directions of builtin:tiny, which no profile has: run "
+        said += "`kvmix profile builtin:tiny --score fisher-metric`"
+        for command in (("eval",), ("run", "--prompt", "x")):
+            assert refused(kvmix(*command, *TINY, "--preset", "transform-2")) == said
+        assert refused(kvmix("inspect", "transform-2", "--model", "builtin:tiny")) == said
+
+    def test_a_profile_of_another_model_is_refused(self):
+        save_with_moments(TINY_PROFILE, make_info(4, model_id="builtin:tiny"))
+        said = refused(kvmix("eval", *TINY, "--preset", "transform-2"))
+        assert "the plan was made for builtin:tiny, not for builtin:tiny: layers 4 against 8" in said
+        assert not list(Path("profiles").glob("**/basis-*")), "nothing is written"
+
+    def test_nothing_is_put_on_it(self):
+        save_with_moments(TINY_PROFILE, tiny().info)
+        said = refused(kvmix("eval", *TINY, "--preset", "transform-2+mikv"))
+        assert "the plan's transform codes do not combine with transforms, tokens or channels" in said
 
 
 class TestAllocate:

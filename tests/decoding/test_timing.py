@@ -64,6 +64,16 @@ def test_ours_runs_under_our_attention_and_others_under_sdpa_and_the_model_is_le
         assert tiny().model.config._attn_implementation == "kvmix"
 
 
+def slow(function, seconds, clock):
+    """The same function, which moves a clock by some seconds."""
+
+    def timed(*arguments):
+        clock[0] += seconds
+        return function(*arguments)
+
+    return timed
+
+
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("a bug"), KeyboardInterrupt])
 def test_the_attention_and_the_collector_are_put_back_after_an_error(error, monkeypatch):
     def fail(*arguments):
@@ -71,7 +81,7 @@ def test_the_attention_and_the_collector_are_put_back_after_an_error(error, monk
         assert not gc.isenabled()
         raise error
 
-    monkeypatch.setattr(timing, "_next", fail)
+    monkeypatch.setattr(timing, "fill", fail)
     with pytest.raises(BaseException, match=r"CUDA out|a bug|^$"):
         time_generation(tiny(), Subject(), torch.ones(1, 4, dtype=torch.long), 2)
     assert tiny().model.config._attn_implementation == "kvmix"
@@ -81,13 +91,8 @@ def test_the_attention_and_the_collector_are_put_back_after_an_error(error, monk
 def test_prompt_and_decode_are_timed_apart(monkeypatch):
     """A clock that only forwards move: a prompt takes 100 seconds, a decoded token 1."""
     clock = [0.0]
-    true = timing._next
-
-    def slow(loaded, cache, ids):
-        clock[0] += 100.0 if ids.shape[1] > 1 else 1.0
-        return true(loaded, cache, ids)
-
-    monkeypatch.setattr(timing, "_next", slow)
+    for name, seconds in (("fill", 100.0), ("last_logits", 1.0)):
+        monkeypatch.setattr(timing, name, slow(getattr(timing, name), seconds, clock))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     made = time_generation(tiny(), Subject(), torch.arange(32).reshape(1, 32), new_tokens=8)
     assert (made.prompt_seconds, made.decode_seconds) == (100.0, 7.0)

@@ -14,7 +14,7 @@ from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")])
 FOUR_LAYERS = ModelInfo(id="example/four-layers", layers=4, kv_heads=8, head_dim=128)
 HUB = "meta-llama/Llama-2-7b"
 SHORTER = {

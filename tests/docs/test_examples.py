@@ -1,15 +1,18 @@
-"""The shell script of docs/evaluation.md, as a CI job would run it."""
+"""The programs of examples/ that users start from: the shell script as a CI job would run it, and those in Python."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GATE = ROOT / "docs" / "examples" / "gate.sh"
+EXAMPLES = ROOT / "examples"
+GATE = EXAMPLES / "gate.sh"
 PLANS = ROOT / "profiles" / "builtin--tiny" / "plans"
 
 
@@ -17,12 +20,19 @@ def run(folder, plan):
     """Run the script with a `kvmix` that evaluates shorter texts."""
     command = folder / "bin" / "kvmix"
     command.parent.mkdir()
-    shorter = f'test "$1" = eval && set -- "$@" --length 640\nexec {sys.executable} -m kvmix_cli "$@"'
+    kvmix, inherited = forking.in_shell()
+    shorter = f'test "$1" = eval && set -- "$@" --length 640\nexec {kvmix} "$@"'
     command.write_text(f"#!/bin/sh\n{shorter}\n")
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "SAMPLES": "1"}
     return subprocess.run(
-        ["bash", str(GATE), str(plan)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", str(GATE), str(plan)],
+        cwd=folder,
+        env=environment,
+        pass_fds=inherited,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -47,3 +57,49 @@ def test_a_bad_plan_fails_with_the_reason(tmp_path, plan, code, said):
     done = run(tmp_path, plan)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
+
+
+def printed(name, capsys, *arguments):
+    """Run a program as its user would, in this process; return what it prints."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_transformers_generates_from_a_plan_file(capsys):
+    out = printed("generate", capsys)
+    same = [int(count) for count in re.findall(r"^(\d+) of 24 new tokens are the same", out, re.MULTILINE)]
+    packed, plain = map(float, re.search(r"([\d.]+) MiB instead of ([\d.]+) \(2\.75 stored", out).groups())
+    assert len(same) == 2
+    assert max(same) > 12, "2.75 bits change little of what is most likely"
+    assert packed < plain / 3
+
+
+@pytest.mark.slow
+def test_lm_eval_asks_caches_of_several_widths(capsys):
+    pytest.importorskip("lm_eval")
+    out = printed("lm_eval_tasks", capsys, "--limit", 2, "--bits", "16,2")
+    read = dict(re.findall(r"^(\d+) bits, [\d.]+ stored, (\d+)% read quantized$", out, re.MULTILINE))
+    assert list(read) == ["16", "2"]
+    assert read["16"] == "0"
+    assert int(read["2"]) > 50
+    assert len(re.findall(r"which_text_follows acc [01]\.\d+ acc_norm", out)) == 2
+
+
+@pytest.mark.slow
+def test_a_long_prompt_is_read_once(tmp_path, capsys):
+    options = ("--text", EXAMPLES / "generate.py", "--file", tmp_path / "shared.safetensors")
+    first, second = printed("prompt_cache", capsys, *options), printed("prompt_cache", capsys, *options)
+    found = re.search(r"^(\d+) tokens in .*: [\d.]+ MiB, ([\d.]+) times less than in bfloat16\n", first)
+    assert found and float(found[2]) > 1
+    taken = [
+        tuple(map(int, pair)) for pair in re.findall(r"^(\d+) of (\d+) tokens were in the file", first, re.MULTILINE)
+    ]
+    assert len(taken) == 2
+    assert all(int(found[1]) - 1 <= held < tokens for held, tokens in taken)
+    assert "tokens in " not in second.splitlines()[0], "the file is used, not made again"
+    answers = [re.sub(r"loaded in \d+ ms", "", out) for out in (first[found.end() :], second)]
+    assert answers[0] == answers[1]

@@ -8,7 +8,7 @@ import pytest
 from commandline import kvmix
 from others import need_quanto
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "footguns.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "footguns.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 
+import forking
 import pytest
 from evaluating import INFO, run_folder, uniform
 from reporting import FOUR, TWO, Scripted, measured, memory, perplexity, recall, throughput
@@ -334,7 +333,7 @@ def test_plans_of_unusual_models_come_back(tmp_path):
 @pytest.mark.slow
 def test_reading_needs_no_torch():
     script = "import sys, kvmix_cli.evaluation.collect; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert forking.run(code=script, imports=forking.LIGHT).returncode == 0
 
 
 def test_one_run_can_be_read_alone(results):

@@ -1,8 +1,8 @@
 """What was recalled by where it stood, from plain records."""
 
 import json
-import subprocess
-import sys
+
+import forking
 
 from kvmix_cli.evaluation.grid import RecallCell, grid
 
@@ -86,4 +86,4 @@ def test_records_that_were_written_and_read_again_give_the_same_grid():
 
 def test_it_needs_no_torch():
     code = "import sys, kvmix_cli.evaluation.grid; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert forking.run(code=code, imports=forking.LIGHT).returncode == 0

@@ -1,10 +1,9 @@
 """Any task of lm-eval, from its name to its numbers, and all that can be wrong with one."""
 
 import json
-import subprocess
-import sys
 from itertools import takewhile
 
+import forking
 import pytest
 import yaml
 from chatty import chatty
@@ -267,7 +266,7 @@ def test_lm_eval_is_not_imported_for_our_own_tasks():
         "import sys\nfrom kvmix_cli.evaluation import get_tasks\n"
         "get_tasks(['perplexity', 'recall'], {})\nsys.exit('lm_eval' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert forking.run(code=script).returncode == 0
 
 
 def test_without_lm_eval_its_tasks_are_an_error_that_says_how_to_get_it(monkeypatch):

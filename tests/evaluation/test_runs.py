@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
 
+import forking
 import pytest
 import yaml
 from commandline import kvmix_json
@@ -559,16 +560,15 @@ def test_a_killed_evaluation_resumes_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["eval", "--model", "builtin:tiny", "--uniform", "2", "--device", "cpu"]
     arguments += ["--length", "332", "--prefix", "300", "--step", "4", "--limit", "4"]
-    command = [sys.executable, "-c", "from kvmix_cli.main import main; main()", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with (tmp_path / "said.txt").open("w") as said:
+        process = forking.start(*arguments, stdout=said, stderr=said)
     deadline = time.monotonic() + 120
     samples = None
     while not (samples and samples.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
         samples = next(tmp_path.glob("results/perplexity__builtin--tiny__uniform-2__*/samples.jsonl"), None)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     left = samples.read_text()
     assert 1 <= left.count("\n") < 4
 

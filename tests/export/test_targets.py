@@ -11,7 +11,16 @@ from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import ExportError
 from kvmix_cli.export import TARGETS
-from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
+from kvmix_cli.plan import (
+    CacheSettings,
+    HeadGeometry,
+    LayerPlan,
+    ModelInfo,
+    Plan,
+    TensorPlan,
+    TransformSettings,
+    TransformTensor,
+)
 
 STOCK = make_info(4, stock={1: "sliding_attention"})
 HYBRID = make_info(4, stock={1: "linear_attention"})
@@ -120,6 +129,27 @@ def test_every_plan_is_expressed_or_refused(plan):
             assert "layers" in str(error)
         else:
             assert shlex.split(text)
+
+
+LATENT = HeadGeometry(kv_heads=1, key_dim=512, value_dim=64)
+EVEN = HeadGeometry(kv_heads=8, key_dim=128, value_dim=128)
+
+
+@pytest.mark.parametrize("name", ["vllm", "modelopt", "llama.cpp", "kvtuner"])
+def test_keys_and_values_of_different_sizes_are_refused_by_name(name):
+    info = ModelInfo.of_heads({0: EVEN, 1: EVEN, 2: LATENT, 3: LATENT}, id="m", layers=4)
+    said = rf"^{re.escape(name)} cannot express this plan: .* heads of 1 x 512 \(values 64\) in layers 2-3; use"
+    with pytest.raises(ExportError, match=said):
+        export(name, "0-3:k8v8", info)
+    assert export(name, "0-1:k8v8", ModelInfo.of_heads({0: EVEN, 1: EVEN}, id="m", layers=2))
+
+
+def test_llama_cpp_quantizes_whole_blocks():
+    info = make_info(2, head_dim=80)
+    with pytest.raises(ExportError, match="blocks of 32 channels, but the plan has heads of 2 x 80 in layers 0-1"):
+        export("llama.cpp", "0-1:k8v8", info)
+    assert export("llama.cpp", "0-1:k16v16", info) == "--cache-type-k f16 --cache-type-v f16\n"
+    assert export("vllm", "0-1:k8v8", info)
 
 
 def test_an_unknown_engine_is_told_its_nearest():

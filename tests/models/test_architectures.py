@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models.attention import set_attention
-from kvmix_cli.models.causality import check_causal, check_decoder, sees_no_later_token, trial_logits
+from kvmix_cli.models.causality import check_causal, sees_no_later_token, trial_logits
+from kvmix_cli.models.configuration import check_decoder
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.models.sources import ASSETS
 

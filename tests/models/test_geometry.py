@@ -72,6 +72,14 @@ def test_layers_whose_cache_only_appends_are_planned_whatever_else_they_keep():
         info_of("DeepseekV4Config")
 
 
+def test_latents_without_a_rotary_part_are_left_as_they_are():
+    """There is one tensor to decide about, where a plan has two."""
+    assert info_of("MistralLarge4TextConfig", num_hidden_layers=8).stock == {3: "latent_only", 7: "latent_only"}
+    kinds = ["linear_attention", "indexed_attention"]
+    with pytest.raises(ModelError, match="its layers are 1 linear_attention, 1 latent_only"):
+        info_of("Glm5NextTextConfig", num_hidden_layers=2, layer_types=kinds, indexer_types=["full"] * 2)
+
+
 def test_layers_without_full_attention_are_named():
     assert info_of("Gemma3TextConfig", **GEMMA).stock == {0: "sliding_attention", 2: "sliding_attention"}
     kinds = ["linear_attention", "full_attention"]

@@ -157,6 +157,11 @@ def test_a_folder_without_a_config(tmp_path):
         ('{"model_type": "zork"}', "does not recognize this architecture"),
         ('{"model_type": "llama", "num_hidden_layers": "x"}', "num_hidden_layers"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "config.json must be"),
+        (
+            '{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}',
+            "refuses its config.json (The hidden size (65) is not a multiple of the number of attention heads (4))",
+        ),
+        ('{"model_type": "llama", "hidden_act": 3}', "expected str, got int (value: 3)): correct that file"),
         ('{"model_type": "t5"}', "no causal language model, but of type t5"),
         ('{"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}}', "pass --trust-remote-code"),
         ('{"model_type": "mamba"}', "nothing to quantize"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import multimodal
 import pytest
 import torch
+import transformers
 from commandline import kvmix, kvmix_json, refused
 from PIL import Image
 from transformers.cache_utils import DynamicCache
@@ -39,7 +40,7 @@ def processor(folder, monkeypatch):
     name = json.loads((Path(folder) / "config.json").read_text())["model_type"]
     if name != "gemma3":
         made = multimodal.processor_of(name, multimodal.tokenizer_of(name))
-        monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *args, **options: made)
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *args, **options: made)
 
 
 @pytest.fixture
@@ -107,6 +108,21 @@ def test_a_cache_that_quantizes_reads_pictures(folder, processor, picture, monke
     assert found["new_tokens"] == 4
 
 
+def test_of_a_model_that_speaks_the_part_that_reads_and_writes_is_loaded():
+    for name in ("Qwen2_5OmniConfig", "Qwen3OmniMoeConfig"):
+        config = getattr(transformers, name)()
+        part = loading.without_speech(config)
+        assert part is config.thinker_config
+        assert type(part) in loading.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    config = transformers.LlamaConfig()
+    assert loading.without_speech(config) is config
+
+
+def test_a_class_for_text_that_does_not_find_its_weights_in_the_whole_is_not_taken():
+    assert loading.find_loader(transformers.Emu3Config()) is transformers.AutoModelForImageTextToText
+    assert loading.find_loader(transformers.Gemma3Config()) is transformers.AutoModelForCausalLM
+
+
 def test_an_encoder_of_images_keeps_its_attention(folder, processor):
     config = load_model(folder, reads_images=True).config
     assert config.get_text_config()._attn_implementation == "kvmix"
@@ -158,7 +174,7 @@ class TestRefused:
         def from_pretrained(*args, **options):
             raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-        monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", from_pretrained)
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", from_pretrained)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         config = multimodal.config_of("qwen2_5_vl", multimodal.tokenizer_of("qwen2_5_vl"))
         with pytest.raises(ModelError, match=r"needs torchvision: pip install 'kvmix\[images\]'"):

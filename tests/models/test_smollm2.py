@@ -17,16 +17,23 @@ def place(tmp_path_factory):
 
 
 def test_a_plan_from_profile_to_measured_loss():
-    profile = command("profile", FOLDER, "--samples", "2", "--seq-len", "512", "--score", "grad-norm,fisher")
+    profile = command("profile", FOLDER, "--samples", "2", "--score", "grad-norm,fisher,fisher-metric")
     assert len(profile["layers"]) == 30
-    plan = command("allocate", "--stored-bits", "3.5")
-    assert plan["bits"]["stored"] <= 3.5
-    answer = command("run", "--prompt", "The three primary colours are", "--max-new-tokens", "16")
+    plan = command("allocate", "--stored-bits", "2.25")
+    assert plan["method"] == "transform"
+    assert 2.2 < plan["bits"]["stored"] <= 2.25
+    layers = command(
+        "allocate", "--stored-bits", "2.75", "--method", "ilp", "--group-size", "64,128", "--name", "layers"
+    )
+    answer = command("run", "--plan", "layers", "--prompt", "The three primary colours are", "--max-new-tokens", "16")
     assert answer["new_tokens"] >= 1
-    report = command("eval", "--task", "perplexity", "--uniform", "2", "--length", "1024", "--limit", "1")
-    loss = {row["plan"]: row["metrics"]["perplexity"]["value"] for row in report["rows"]}
-    best = next(name for name in loss if name.startswith("ilp"))
-    assert loss["unquantized"] < loss[best] < loss["uniform-2"]
+    options = ("--plan", plan["plan"], "--plan", layers["plan"], "--uniform", "2", "--limit", "1")
+    rows = command("eval", "--task", "perplexity", *options)["rows"]
+    names = ("uniform-2", "layers", "transform-stored-2.25")
+    rows = {row["plan"]: row["metrics"] for row in rows}
+    worst, middle, best = (rows[name]["kl"]["value"] for name in names)
+    assert worst > 2 * middle > 10 * best, "of 2.5, 2.75 and 2.25 stored bits"
+    assert rows["unquantized"]["perplexity"]["value"] < rows["uniform-2"]["perplexity"]["value"]
 
 
 @pytest.mark.parametrize("length", [2048, 8000])

@@ -1,10 +1,8 @@
 """The scripts that measure on a GPU work: they run small, without one, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 
 pytest.importorskip("triton")
@@ -17,15 +15,15 @@ ARGUMENTS = {
 
 
 def run(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "kernels" / "bench" / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    path = ROOT / "kernels" / "bench" / script
+    code = f"import interpreting; interpreting.run_script({str(path)!r})"
+    return forking.run(*arguments, code=code, imports=forking.INTERPRETER)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ARGUMENTS)
 def test_a_dry_run_measures_nothing_and_saves_nothing(script, tmp_path):
-    result = run(script, "--dry-run", "--out", str(tmp_path / "results"), *ARGUMENTS[script])
+    result = run(script, "--dry-run", "--out", tmp_path / "results", *ARGUMENTS[script])
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("a dry run: no figure means anything")
     assert "ERROR" not in result.stdout
@@ -36,5 +34,5 @@ def test_the_summary_shows_every_row(tmp_path):
     columns = "date,machine,isa,threads,torch,op,shape,context,name,ms,gb_per_s,ratio"
     row = "2026-01-01,A GPU,sm_90,,2.13,attend-gpu,llama batch 8,4096,kvmix 2,0.5,1,4.2"
     (tmp_path / "results.csv").write_text(f"{columns}\n{row}\n")
-    assert run("summary.py", str(tmp_path)).returncode == 0
+    assert run("summary.py", tmp_path).returncode == 0
     assert "| llama batch 8 | 4096 | kvmix 2 | 0.5 | 1 | 4.2 |" in (tmp_path / "summary.md").read_text()

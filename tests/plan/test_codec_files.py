@@ -53,12 +53,12 @@ def test_what_is_written_is_read_back(transform, tmp_path):
 
 
 def test_the_example_loads_and_counts_every_bit(load, tmp_path):
-    """Codes of 64 directions; a 16-bit scale a token of values; one exact token of 128 in 16 bits, with its place."""
+    """Codes of 64 directions; a 16-bit scale a token of values; one exact token of 128, with its place and score."""
     plan = load(GOOD)
     keys, values = (21 / 8 + 2) / 2, 4 / 8 / 2
     assert plan.bits.nominal == pytest.approx((keys + values + keys + 8) / 4)
-    exact, place, scale = 16 / 128, 16 / 128 / 64, 16 / 64
-    assert tensor_bits(plan.layers[0].k, "key", plan.cache, 64, "stored") == pytest.approx(keys + exact + place)
+    exact, choice, scale = 16 / 128, (32 + 32) / 128 / 64, 16 / 64
+    assert tensor_bits(plan.layers[0].k, "key", plan.cache, 64, "stored") == pytest.approx(keys + exact + choice)
     assert tensor_bits(plan.layers[0].v, "value", plan.cache, 64, "stored") == pytest.approx(values + exact + scale)
     assert plan.cache.transform.located(plan.cache.transform.basis) == str(tmp_path / "basis.safetensors")
     assert plan.short == "0:kt2.312vt0.25,1:kt2.312v8"
@@ -69,8 +69,8 @@ def test_bytes_of_a_layer(load):
     plan = load(GOOD)
     found = layer_bytes(plan.layers[0], plan.cache, plan.model.heads(0), 700)
     codes = 4 * (128 // 8 * 8 * (21 + 16) + 128 // 8 * 8 * 4)
-    scales, places = 4 * 2 * 128 * 2, 4 * 2 * 2
-    assert found.packed == codes + scales + places
+    scales, choices = 4 * 2 * 128 * 2, 4 * 2 * (4 + 4)
+    assert found.packed == codes + scales + choices
     assert found.full == 2 * 2 * 64 * 2 * (700 - 4 * 128) + 2 * 4 * 2 * 64 * 2
     assert found.extra == 2 * 2 * (700 - 4 - 4 * 128) * 4
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from made_up import make_info
+from with_moments import model_moments, profile_with_moments
 
+from kvmix_cli.allocation import allocate, make_bases, preset_start
 from kvmix_cli.errors import DocumentError, PlanError, StateError
 from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.presets import LayerShare, Preset, find_preset, has_preset, plan_of, presets, put_on, split
@@ -21,8 +23,12 @@ NAMES = (
     "mikv",
     "mixkvq",
     "rotate-2",
+    "transform-2",
     "zipcache",
 )
+SOLVED = ("transform-2",)
+"""Their widths are decided from a profile."""
+STATED = tuple(name for name in NAMES if name not in SOLVED)
 WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=128)
@@ -42,7 +48,7 @@ def test_the_head_comment_names_source_and_differences(name):
     assert "#" not in body
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STATED)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_every_preset_fits_the_usual_heads(name, head_dim):
     plan = plan_of(name, make_info(32, head_dim=head_dim, stock={3: "sliding_attention"}))
@@ -129,6 +135,29 @@ def test_faults_of_a_preset_file(tmp_path, old, new, expected):
     assert all(fault.startswith(start) for fault, start in zip(error.value.faults, expected, strict=True))
 
 
+def test_a_preset_has_widths_or_a_method_with_its_budget(tmp_path):
+    path = tmp_path / "preset.yaml"
+    for text, expected in (
+        ("method: transform", "method and avg_bits go together"),
+        ("avg_bits: 2", "method and avg_bits go together"),
+        ("bits: {k: 2, v: 2}\nmethod: transform\navg_bits: 2", "must have either bits, or method and avg_bits"),
+        ("sink: 4", "unknown key 'sink'"),
+        ("method: ilp\navg_bits: 2", "method: "),
+        ("method: transform\navg_bits: 99", "avg_bits: "),
+    ):
+        path.write_text(f"format: kvmix-preset/1\n{text}\ncache: {{page: 32}}\n")
+        with pytest.raises(DocumentError, match=expected):
+            Preset.load(path)
+    path.write_text("format: kvmix-preset/1\ncache: {page: 32}\n")
+    with pytest.raises(DocumentError, match="must have either bits, or method and avg_bits"):
+        Preset.load(path)
+
+
+def test_a_preset_without_widths_says_what_makes_a_plan_of_it():
+    with pytest.raises(PlanError, match="make a plan of it with --preset transform-2 of kvmix allocate"):
+        plan_of("transform-2", make_info(4))
+
+
 def test_kvtuners_presets(tmp_path):
     path = tmp_path / "preset.yaml"
     path.write_text("0: {nbits_key: 8, nbits_value: 4}\n1: {nbits_key: 4, nbits_value: 2}\n")
@@ -183,12 +212,12 @@ class TestPuttingOn:
         with pytest.raises(PlanError, match="preset 'h2o' cannot be put on 'mikv': both sort tokens"):
             put_on(cache, "h2o", "'mikv'")
 
-    @pytest.mark.parametrize("name", [name for name in NAMES if name not in WIDTHS_ONLY])
+    @pytest.mark.parametrize("name", [name for name in STATED if name not in WIDTHS_ONLY])
     def test_every_method_goes_with_the_default_cache(self, name):
         on = find_preset(name).cache
         assert put_on(CacheSettings(), name, "it").axes == on.axes
 
-    @pytest.mark.parametrize("name", WIDTHS_ONLY)
+    @pytest.mark.parametrize("name", (*WIDTHS_ONLY, *SOLVED))
     def test_widths_cannot_be_put_on_others(self, name):
         with pytest.raises(PlanError, match="only widths, which the plan has already"):
             put_on(CacheSettings(), name, "it")
@@ -213,13 +242,22 @@ def test_what_is_put_on_must_be_a_preset():
         split("a+mikw", lambda name: False)
 
 
+def shown_plan(name, info):
+    """The plan of a preset; one that is solved has made-up directions, on which no bits depend."""
+    if name in STATED:
+        return plan_of(name, info)
+    start, profile = preset_start(name), profile_with_moments(info)
+    basis = make_bases(profile, model_moments(info))
+    return allocate(profile, start.budget, method=start.method, cache=start.cache, basis=basis)
+
+
 def test_the_table_of_the_docs_is_what_the_code_computes():
     page = Path(__file__).parents[2] / "docs" / "presets.md"
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
     table = {row[0]: row for row in rows if row and (row[0] in NAMES or row[0].startswith("kvtuner"))}
     assert set(table) == {*NAMES, "kvtuner:FILE"}
     for name in NAMES:
-        shown = [plan_of(name, make_info(32, head_dim=head_dim)).bits for head_dim in (64, 128)]
+        shown = [shown_plan(name, make_info(32, head_dim=head_dim)).bits for head_dim in (64, 128)]
         assert table[name][3:] == [f"{bits.nominal:.2f} / {bits.stored:.2f}" for bits in shown], name
         source = re.search(r"\d{4}\.\d{5}", table[name][2])
         assert source[0] in presets()[name].read_text()

@@ -26,8 +26,9 @@ from kvmix_cli.profiling.probes.taylor import Taylor
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2, 4), group_sizes=(16,), cache=CACHE)
 TOKENS = 70
-FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gpt_oss"]
-"""Grouped heads; key biases of several hundred; a fused projection; sliding layers with a soft-cap; sink logits."""
+FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gpt_oss", "latent"]
+"""Grouped heads; key biases of several hundred; a fused projection; sliding layers with a soft-cap; sink logits;
+latents that the layer expands."""
 
 
 def sample(tokens=TOKENS, seed=0):
@@ -83,7 +84,7 @@ def outputs(loaded, ids, layer, change):
 def cases(loaded):
     for layer in loaded.info.quantizable:
         for kind in ("key", "value"):
-            for choice, layout in GRID.layouts(kind, loaded.info.head_dim).items():
+            for choice, layout in GRID.layouts(kind, loaded.info.heads(layer).dim(kind)).items():
                 yield layer, kind, choice, layout
 
 
@@ -255,6 +256,13 @@ def test_a_model_with_attention_of_its_own_cannot_be_observed():
     with pytest.raises(ModelError, match=r"FalconForCausalLM computes attention on its own.*grad-norm"):
         shared_pass(loaded, [Error()], sample(), GRID)
     assert shared_pass(loaded, [GradNorm()], sample())["grad-norm"].layers.keys() == {0, 1, 2, 3}
+
+
+def test_layers_that_choose_the_tokens_they_read_cannot_be_observed():
+    loaded = wrap(build("latent, indexed", torch.float32))
+    with pytest.raises(ModelError, match=r"layer 0 chooses the tokens that it reads .*grad-norm"):
+        shared_pass(loaded, [Error()], sample(), GRID)
+    assert not any("expand_kv" in vars(module) for module in loaded.model.modules()), "the model is as it was"
 
 
 def test_attention_that_does_not_say_which_layer_it_is_cannot_be_seen():

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+from others import need_quanto
 from profiling_models import FAMILIES, build_config, load, token_ids, wrap
 from torch import nn
 
@@ -82,7 +83,7 @@ def library(name):
 
 SETTINGS = {
     "quanto, 8 bits": lambda: library("optimum.quanto") and transformers.QuantoConfig(weights="int8"),
-    "quanto, 4 bits": lambda: library("optimum.quanto") and transformers.QuantoConfig(weights="int4"),
+    "quanto, 4 bits": lambda: need_quanto() or transformers.QuantoConfig(weights="int4"),
     "bitsandbytes, 8 bits": lambda: library("bitsandbytes") and transformers.BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes, 4 bits": lambda: (
         library("bitsandbytes")

@@ -2,13 +2,12 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import forking
 import pytest
 from commandline import kvmix, kvmix_json, refused
 from evaluating import INFO, run_folder, uniform
@@ -538,7 +537,7 @@ def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
 def test_reporting_needs_no_torch(results):
     script = "import sys; from kvmix_cli.main import app; app(['report', '-q'], standalone_mode=False); "
     script += "sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert forking.run(code=script, imports=forking.LIGHT).returncode == 0
 
 
 costs = some.lists(some.tuples(some.floats(1, 16), some.floats(-5, 5)), min_size=1, max_size=12)

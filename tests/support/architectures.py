@@ -121,7 +121,7 @@ def build(
                 parameter.normal_(0, 1)
     if name == "qwen2":
         _spike_key_biases(model)
-    if name == "gpt_oss":
+    if name in ("gpt_oss", "latent"):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
 

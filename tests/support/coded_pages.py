@@ -27,18 +27,31 @@ def basis_of(kind, menu, head_dim, page, frame=None, exact=0, seed=0):
     return TransformBasis(layout, encoder, encoder.inverse(), mean, deviation, frames)
 
 
-def coded(states, basis, slots=None):
-    """Whole pages of `[B, H_kv, T, D]` in transform codes; tokens in `slots` `[B, H_kv, pages, exact]` are exact."""
-    pages = in_pages(states, basis.layout.page)
-    found = encode(pages, basis)
-    exact = None if slots is None else pages.gather(3, slots.long()[..., None].expand(*slots.shape, states.shape[3]))
+def coded(states, basis, places=None):
+    """Whole pages of `[B, H_kv, T, D]` in transform codes; tokens at `places` `[B, H_kv, N]` are exact."""
+    found = encode(in_pages(states, basis.layout.page), basis)
     return Coded(
         basis,
         in_a_poisoned_buffer(found.codes),
         None if found.scales is None else in_a_poisoned_buffer(found.scales),
-        slots,
-        exact,
+        places,
+        None if places is None else tokens_at(states, places),
     )
+
+
+def tokens_at(states, places):
+    """Tokens of `[B, H_kv, T, D]` at `places` `[B, H_kv, N]`; large where these are below 0 and nothing is meant."""
+    index = places.long()[..., None].expand(*places.shape, states.shape[3])
+    return states.gather(2, index.clamp(min=0)).masked_fill(index < 0, 100.0)
+
+
+def random_places(batch, heads, pages, page, exact):
+    """Places of exact tokens over all pages, ascending, the first of each KV head nothing; None if there are none."""
+    if not exact or not pages:
+        return None
+    places = torch.rand(batch, heads, pages * page).argsort(-1)[..., : exact * pages].int()
+    places[..., 0] = -1
+    return places.sort().values
 
 
 def coded_segments(
@@ -46,12 +59,12 @@ def coded_segments(
 ):  # fmt: skip
     """Sinks, pages of transform codes and tail, of keys and of values; these have the menu from the other end."""
     heads = len(menu)
-    slots = torch.rand(batch, heads, pages, page).argsort(-1)[..., :exact].sort().values.short() if exact else None
+    places = random_places(batch, heads, pages, page, exact)
     made = []
     for kind, of_kind in (("key", menu), ("value", menu[::-1])):
         states = torch.randn(batch, heads, sinks + pages * page + tail, head_dim).to(dtype)
         basis = basis_of(kind, of_kind, head_dim, page, frame if kind == "key" else None, exact, seed)
         sink, middle, end = states.split([sinks, pages * page, tail], dim=2)
-        held = coded(middle, basis, slots) if pages else None
+        held = coded(middle, basis, places) if pages else None
         made.append(Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(end)))
     return made

@@ -22,15 +22,21 @@ class Decoding:
     """While it is used as `with Decoding(...) as outputs`, one layer reads packed tokens as `change` makes them.
 
     Args:
-        change: from kind and states `[1, H_kv, T, D]` to what the packed ones become.
+        change: from kind and states `[1, H_kv, T, D]` to what the packed ones become; of latent attention from the
+            latent and its rotary part.
     """
 
     def __init__(self, model, cache, layer, change):
         self.model, self.cache, self.layer, self.change = model, cache, layer, change
         self.outputs = {}
         self.states = {}
+        self.far = None
+        indexed = (module for module in model.modules() if getattr(module, "layer_idx", None) == layer)
+        self.latent = next((module for module in indexed if hasattr(module, "expand_kv")), None)
 
     def __enter__(self):
+        if self.latent is not None:
+            vars(self.latent)["expand_kv"] = self._expand
         self.before = self.model.config._attn_implementation
         AttentionInterface.register(NAME, self._attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -38,13 +44,20 @@ class Decoding:
         return self
 
     def __exit__(self, *_):
+        if self.latent is not None:
+            del vars(self.latent)["expand_kv"]
         self.model.set_attn_implementation(self.before)
+
+    def _expand(self, latent, rotary):
+        expand = type(self.latent).expand_kv
+        self.far = expand(self.latent, self.change("key", latent), self.change("value", rotary))
+        return expand(self.latent, latent, rotary)
 
     def _attend(self, module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **_):
         index, tokens = module.layer_idx, key.shape[2]
         far_key, far_value = key, value
         if index == self.layer:
-            far_key, far_value = self.change("key", key), self.change("value", value)
+            far_key, far_value = self.far or (self.change("key", key), self.change("value", value))
         heads = query.shape[1] // key.shape[1]
         key, value, far_key, far_value = (x.repeat_interleave(heads, 1) for x in (key, value, far_key, far_value))
         far = packed_mask(tokens, self.cache)

@@ -35,7 +35,7 @@ def save_plan(name, plan, folder="builtin--tiny"):
 def stand_in(**changes):
     """As much of a loaded model as the runner itself looks at."""
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="kvmix"))
-    facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096}
+    facts = {"dtype": "float32", "device": torch.device("cpu"), "info": INFO, "max_length": 4096, "prefill_chunk": None}
     model = changes.pop("model", model)
     has_weights = hasattr(model, "get_input_embeddings")
     facts["vocabulary"] = model.get_input_embeddings().weight.shape[0] if has_weights else 4096

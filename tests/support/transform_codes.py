@@ -1,6 +1,7 @@
 """Random bases and pages of transform codes, with poisoned memory around what attention reads."""
 
 import torch
+from coded_pages import tokens_at
 from kvmix_kernels.segments import Coded, Segments
 from kvmix_kernels.transform import Frames, TransformBasis, naive
 from kvmix_kernels.transform_layout import RUN, TransformLayout
@@ -30,27 +31,20 @@ def random_basis(kind, widths, head_dim, page, exact=0, frame=None, interleaved=
     return TransformBasis(layout, torch.linalg.inv(decoder).contiguous(), decoder, mean, deviation, frames)
 
 
-def coded(basis, states, slots=None):
-    """Whole pages of `[B, H_kv, T, D]`, encoded by definition; codes of exact tokens are poison."""
-    layout = basis.layout
-    pages = in_pages(states, layout.page)
-    encoded = naive.encode(pages, basis)
+def coded(basis, states, places=None):
+    """Whole pages of `[B, H_kv, T, D]`, encoded by definition; tokens at `places` are exact."""
+    encoded = naive.encode(in_pages(states, basis.layout.page), basis)
     scales = None if encoded.scales is None else in_a_poisoned_buffer(encoded.scales)
-    if slots is None:
+    if places is None:
         return Coded(basis, encoded.codes, scales)
-    exact = pages.gather(3, slots.long()[..., None].expand(*slots.shape, layout.head_dim))
-    return Coded(basis, encoded.codes, scales, in_a_poisoned_buffer(slots), in_a_poisoned_buffer(exact))
+    exact = in_a_poisoned_buffer(tokens_at(states, places))
+    return Coded(basis, encoded.codes, scales, in_a_poisoned_buffer(places), exact)
 
 
-def coded_segments(basis, sinks, pages, tail, slots=None, batch=2, dtype=torch.float32):
+def coded_segments(basis, sinks, pages, tail, places=None, batch=2, dtype=torch.float32):
     """Sink, coded pages and tail."""
     layout = basis.layout
     shape = (batch, layout.kv_heads, sinks + pages * layout.page + tail, layout.head_dim)
     sink, middle, last = torch.randn(shape).to(dtype).split([sinks, pages * layout.page, tail], dim=2)
-    held = coded(basis, middle, slots) if pages else None
+    held = coded(basis, middle, places) if pages else None
     return Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(last))
-
-
-def random_slots(batch, heads, pages, page, exact):
-    """Places of exact tokens, `[B, H_kv, pages, exact]`; None for none."""
-    return torch.rand(batch, heads, pages, page).argsort(-1)[..., :exact].to(torch.int16) if exact else None

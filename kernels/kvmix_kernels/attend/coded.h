@@ -144,13 +144,32 @@ struct CodedHead {
   const int64_t coded = s.dim - std::count(widths, widths + s.dim, 0);  // directions that have codes, in whole runs
 
   const uint8_t* codes(int64_t page) const {
-    return x.codes + b * x.codes_strides[0] + page * x.codes_strides[1] + x.places[h];
+    return x.codes + b * x.codes_strides[0] + page * x.codes_strides[1] + x.offsets[h];
   }
-  const int16_t* slots(int64_t page) const { return x.slots + offset_of(x.slots_strides, b, h, page); }
+};
 
-  // work(exact tokens of a page, in a dtype that the compiler knows)
-  template <class Work> void with_exact(int64_t page, Work work) const {
-    with_dtype(x.exact_dtype, x.exact, offset_of(x.exact_strides, b, h, page), work);
+// The exact tokens of one KV head from a page on, in the order of their places.
+class ExactTokens {
+  const Coded& x;
+  const int64_t offset, count;  // of the head, its tokens
+  const int32_t* const places;
+  int64_t next;
+
+ public:
+  ExactTokens(const CodedHead& head, int64_t page)
+      : x(head.x),
+        offset(head.b * x.exact_strides[0] + head.h * x.exact_strides[1]),
+        count(x.places ? x.exact_tokens : 0),
+        places(x.places + head.b * x.places_strides[0] + head.h * x.places_strides[1]),
+        next(std::lower_bound(places, places + count, page * head.s.page) - places) {}
+
+  // work(place, elements) of those that are left before `last`, in a dtype that the compiler knows.
+  template <class Work> void until(int64_t last, Work work) {
+    if (next == count || places[next] >= last) return;
+    with_dtype(x.exact_dtype, x.exact, offset, [&](auto tokens) {
+      for (; next < count && places[next] < last; next++)
+        work(places[next], Elements<tokens.dtype>{tokens.from(next * x.exact_strides[2])});
+    });
   }
 };
 
@@ -179,6 +198,7 @@ template <int R> class CodedKeys {
   Scratch& scratch;
   const int64_t dim = head.s.dim, page = head.s.page, stride = padded(page), vectors = stride / W;
   const int64_t quads = head.coded / 4;
+  ExactTokens exact;
   int64_t frame = -1;
   float unit[R], offset[R];
 
@@ -279,8 +299,9 @@ template <int R> class CodedKeys {
   }
 
  public:
-  CodedKeys(const Segments& s, int64_t b, int64_t h, const float* const* query, Scratch& scratch)
-      : head{s, *s.coded, b, h}, query(query), scratch(scratch) {}
+  // For pages from `first` on, in ascending order.
+  CodedKeys(const Segments& s, int64_t b, int64_t h, int64_t first, const float* const* query, Scratch& scratch)
+      : head{s, *s.coded, b, h}, query(query), scratch(scratch), exact(head, first) {}
 
   // Scores of a page's tokens; up to VB floats beyond them are written as well.
   void score(int64_t at, float* const* out) {
@@ -288,15 +309,12 @@ template <int R> class CodedKeys {
     if (next != frame) meet(next);
     unpack(at);
     multiply(out);
-    if (!head.x.slots) return;
-    const int16_t* slots = head.slots(at);
-    head.with_exact(at, [&](auto tokens) {
-      for (int64_t e = 0; e < head.x.exact_tokens; e++) {
-        float scores[R], *score[R];
-        for (int r = 0; r < R; r++) score[r] = scores + r;
-        dot_full<tokens.dtype, R>(tokens.from(e * head.x.exact_strides[3]), dim, 1, dim, query, score);
-        for (int r = 0; r < R; r++) out[r][slots[e]] = scores[r];
-      }
+    const int64_t start = at * page;
+    exact.until(start + page, [&](int64_t place, auto token) {
+      float scores[R], *score[R];
+      for (int r = 0; r < R; r++) score[r] = scores + r;
+      dot_full<token.dtype, R>(token.at, dim, 1, dim, query, score);
+      for (int r = 0; r < R; r++) out[r][place - start] = scores[r];
     });
   }
 };
@@ -306,6 +324,7 @@ template <int R> class CodedValues {
   const CodedHead head;
   Scratch& scratch;
   const int64_t dim = head.s.dim, page = head.s.page;
+  ExactTokens exact;
   float middles[R] = {};  // sums of what codes are multiplied with
   float mass[R] = {};     // sums of the weights of coded tokens
 
@@ -332,8 +351,7 @@ template <int R> class CodedValues {
       mass[r] += sum(sums[r]);
       std::fill(folded + r * room + tokens, folded + (r + 1) * room, 0.0f);
     }
-    if (head.x.slots)
-      for (int64_t p = 0; p < pages; p++) take_exact(first + p, p * page, room, weights, out);
+    take_exact(first * page, tokens, room, weights, out);
     for (int r = 0; r < R; r++) {
       const double total = round_coefficients(folded + r * room, room, scratch.rounded.data(), units + r);
       for (int64_t t = 0; t < room; t += VB) {
@@ -344,19 +362,16 @@ template <int R> class CodedValues {
     }
   }
 
-  // Give the weights of a page's exact tokens to what they are, instead of to their codes.
-  void take_exact(int64_t at, int64_t token, int64_t room, const float* const* weights, float* const* out) {
-    const int16_t* slots = head.slots(at);
-    head.with_exact(at, [&](auto tokens) {
-      for (int64_t e = 0; e < head.x.exact_tokens; e++) {
-        const float* weight[R];
-        for (int r = 0; r < R; r++) {
-          weight[r] = weights[r] + token + slots[e];
-          mass[r] -= *weight[r];
-          scratch.folded[r * room + token + slots[e]] = 0;
-        }
-        mix_full<tokens.dtype, R>(tokens.from(e * head.x.exact_strides[3]), dim, 1, dim, weight, out, true);
+  // Give the weights of exact tokens, of `tokens` from `start` on, to what they are, instead of to their codes.
+  void take_exact(int64_t start, int64_t tokens, int64_t room, const float* const* weights, float* const* out) {
+    exact.until(start + tokens, [&](int64_t place, auto token) {
+      const float* weight[R];
+      for (int r = 0; r < R; r++) {
+        weight[r] = weights[r] + place - start;
+        mass[r] -= *weight[r];
+        scratch.folded[r * room + place - start] = 0;
       }
+      mix_full<token.dtype, R>(token.at, dim, 1, dim, weight, out, true);
     });
   }
 
@@ -390,8 +405,9 @@ template <int R> class CodedValues {
   }
 
  public:
-  CodedValues(const Segments& s, int64_t b, int64_t h, Scratch& scratch)
-      : head{s, *s.coded, b, h}, scratch(scratch) {
+  // For pages from `first` on, in ascending order.
+  CodedValues(const Segments& s, int64_t b, int64_t h, int64_t first, Scratch& scratch)
+      : head{s, *s.coded, b, h}, scratch(scratch), exact(head, first) {
     scratch.sums.assign(head.coded * W, 0.0f);
   }
 

@@ -21,7 +21,7 @@ class _Folded:
     """A basis as attention reads it, all contiguous; see `struct Coded` in cpu.h."""
 
     widths: Tensor
-    places: Tensor
+    offsets: Tensor
     decoding: Tensor
     mean: Tensor
     middles: Tensor
@@ -33,7 +33,7 @@ _turns: WeakKeyDictionary[Frames, Tensor] = WeakKeyDictionary()
 
 def fits(coded: Coded) -> bool:
     """Return whether the native path takes these pages: not too long, elements in a row, dtypes that it knows."""
-    parts = (coded.codes, coded.scales, coded.slots, coded.exact)
+    parts = (coded.codes, coded.scales, coded.places, coded.exact)
     in_a_row = all(part is None or part.stride(-1) == 1 or part.shape[-1] <= 1 for part in parts)
     return coded.page <= LONGEST_PAGE and in_a_row and (coded.exact is None or coded.exact.dtype in DTYPES)
 
@@ -45,17 +45,17 @@ def pages_of(coded: Coded) -> CCoded:
         codes=coded.codes.data_ptr(),
         codes_strides=(coded.codes.stride(0), coded.codes.stride(2)),
         widths=folded.widths.data_ptr(),
-        places=folded.places.data_ptr(),
+        offsets=folded.offsets.data_ptr(),
         decoding=folded.decoding.data_ptr(),
         mean=folded.mean.data_ptr(),
         middles=folded.middles.data_ptr(),
     )
     if coded.scales is not None:
         call.scales, call.scales_strides = coded.scales.data_ptr(), coded.scales.stride()[:3]
-    if coded.slots is not None and coded.exact is not None:
-        call.slots, call.slots_strides = coded.slots.data_ptr(), coded.slots.stride()[:3]
-        call.exact, call.exact_strides = coded.exact.data_ptr(), coded.exact.stride()[:4]
-        call.exact_tokens, call.exact_dtype = coded.exact.shape[3], DTYPES[coded.exact.dtype]
+    if coded.places is not None and coded.exact is not None:
+        call.places, call.places_strides = coded.places.data_ptr(), coded.places.stride()[:2]
+        call.exact, call.exact_strides = coded.exact.data_ptr(), coded.exact.stride()[:3]
+        call.exact_tokens, call.exact_dtype = coded.exact.shape[2], DTYPES[coded.exact.dtype]
     if frames is not None and frames.turns and frames.length is not None:
         call.turns = _turns_to(frames, frames.count(coded.pages, coded.page)).data_ptr()
         call.frame, call.pairs = frames.length, frames.frequencies.numel()

@@ -99,13 +99,13 @@ template <int R> struct Pass {
     const float* in_at[R];
     float* out_at[R];
     if (is_key) {
-      CodedKeys<R> keys(s, b, h, in, scratch);
+      CodedKeys<R> keys(s, b, h, first, in, scratch);
       for (int64_t page = first; page < last; page++) {
         from(s.sinks + page * s.page, in_at, out_at);
         keys.score(page, out_at);
       }
     } else if (first < last) {
-      CodedValues<R> values(s, b, h, scratch);
+      CodedValues<R> values(s, b, h, first, scratch);
       for (int64_t page = first; page < last; page += values.pages_together()) {
         from(s.sinks + page * s.page, in_at, out_at);
         values.mix(page, least(values.pages_together(), last - page), in_at, out_at);

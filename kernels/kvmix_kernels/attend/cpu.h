@@ -17,18 +17,18 @@ struct Run {
 struct Coded {
   const uint8_t* codes;       // [B, pages, page_bytes]
   const uint16_t* scales;     // float16 [B, H_kv, pages, page] of values; null for keys
-  const int16_t* slots;       // null, or [B, H_kv, pages, exact_tokens]: their places in the page
-  const void* exact;          // [B, H_kv, pages, exact_tokens, dim]
+  const int32_t* places;      // null, or [B, H_kv, exact_tokens]: among the tokens of all pages, ascending; < 0: nothing
+  const void* exact;          // [B, H_kv, exact_tokens, dim]
   const uint8_t* widths;      // [H_kv, dim], contiguous as all that follows
-  const int64_t* places;      // [H_kv]: first byte of a head in a page
+  const int64_t* offsets;     // [H_kv]: first byte of a head in a page
   const float* decoding;      // [H_kv, dim, dim]: the decoder, each direction times its step
   const float* mean;          // [H_kv, dim]
   const float* middles;       // [H_kv, dim]: of the codes of each direction
   const float* turns;         // null, or [frames, 2, pairs]: cosines and sines that turn a query to a frame
   int64_t codes_strides[2];   // batch, page
   int64_t scales_strides[3];  // batch, head, page
-  int64_t slots_strides[3];   // batch, head, page
-  int64_t exact_strides[4];   // batch, head, page, token
+  int64_t places_strides[2];  // batch, head
+  int64_t exact_strides[3];   // batch, head, token
   int64_t exact_tokens, exact_dtype;
   int64_t frame;              // tokens of a frame; 0: one without end
   int64_t pairs, start, interleaved;  // channels that turn, as Frames has them

@@ -59,20 +59,12 @@ def uncoded_parts_of(problem: AttentionProblem, with_masks: bool = True) -> list
     coded = key.packed, value.packed
     if not isinstance(coded[0], Coded) or not isinstance(coded[1], Coded):
         raise AssertionError("expected keys and values in transform codes")
-    places = places_of(coded[0])
+    places = coded[0].places
     if places is not None and coded[0].exact is not None and coded[1].exact is not None and places.shape[2]:
-        of_places = _mask_of_places(problem, places) if with_masks else None
-        keys, values = (exact.flatten(2, 3) for exact in (coded[0].exact, coded[1].exact))
+        of_places = _mask_of_places(problem, places.long()) if with_masks else None
+        keys, values = coded[0].exact, coded[1].exact
         parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_places))
     return parts
-
-
-def places_of(coded: Coded) -> Tensor | None:
-    """Return the positions of the exact tokens among the packed ones, ascending, `[B, H_kv, N]`."""
-    if coded.slots is None:
-        return None
-    first = torch.arange(coded.pages, device=coded.slots.device)[:, None] * coded.page
-    return (coded.slots.long() + first).flatten(2)
 
 
 def _mask_of_places(problem: AttentionProblem, places: Tensor) -> Tensor:

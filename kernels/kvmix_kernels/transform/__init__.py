@@ -12,10 +12,10 @@ from torch import Tensor
 from ..runtime import gpu
 from ..runtime.native import library
 from . import cpu, naive
-from .basis import Frames, TransformBasis
+from .basis import Frames, TransformBasis, rotate
 from .naive import EncodedPages, decode
 
-__all__ = ["EncodedPages", "Frames", "TransformBasis", "decode", "encode"]
+__all__ = ["EncodedPages", "Frames", "TransformBasis", "decode", "encode", "rotate"]
 
 
 def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> EncodedPages:

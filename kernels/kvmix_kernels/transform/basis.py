@@ -11,6 +11,24 @@ from torch import Tensor
 from ..transform_layout import STEPS, TransformLayout
 
 
+def rotate(states: Tensor, angles: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+    """Turn pairs of channels as RoPE does; arithmetic is in the dtype of `states`.
+
+    Args:
+        states: `[..., D]`.
+        angles: in radians, `[..., n]` float64: of each pair, broadcast over all other axes.
+        start: first channel that is turned; those before it and after `2 n` are returned as they are.
+        interleaved: pairs are channels `(2 i, 2 i + 1)` (GPT-J), otherwise `(i, i + n)` (Llama).
+    """
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    stop = start + 2 * angles.shape[-1]
+    part = states[..., start:stop]
+    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else part.chunk(2, dim=-1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([states[..., :start], turned, states[..., stop:]], dim=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Frames:
     """Frames of consecutive tokens: a key is stored relative to the start of its frame.
@@ -54,13 +72,7 @@ class Frames:
         if not self.turns or self.length is None:
             return states
         angles = (frames * self.length)[:, None, None].double() * self.frequencies * (1 if back else -1)
-        cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-        n, start = self.frequencies.numel(), self.start
-        turned = states[..., start : start + 2 * n]
-        a, b = (turned[..., 0::2], turned[..., 1::2]) if self.interleaved else turned.chunk(2, dim=-1)
-        pair = a * cos - b * sin, b * cos + a * sin
-        together = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat([states[..., :start], together, states[..., start + 2 * n :]], dim=-1)
+        return rotate(states, angles, self.start, self.interleaved)
 
 
 @dataclass(frozen=True, eq=False)

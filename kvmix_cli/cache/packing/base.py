@@ -9,6 +9,7 @@ import torch
 from kvmix_kernels.segments import Channels, Coded, Packed, Tiers
 from torch import Tensor
 
+from ..archive import Archive
 from ..buffer import Buffer
 
 
@@ -42,6 +43,14 @@ class Packing(ABC):
         Raises:
             PlanError: if some of that rest has been evicted; nothing is forgotten then.
         """
+
+    def cut(self, tokens: int) -> int:
+        """Return the most tokens, at most so many, that `reopen` can keep without decoding the others: whole units."""
+        return tokens // self.unit * self.unit
+
+    @abstractmethod
+    def exchange(self, archive: Archive) -> None:
+        """Give everything held to an archive, or take it from one, empty as this packing is then."""
 
     @abstractmethod
     def buffers(self) -> Iterator[Buffer]:

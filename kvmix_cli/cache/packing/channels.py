@@ -9,6 +9,7 @@ from kvmix_kernels.layout import Encoder, PageLayout
 from kvmix_kernels.segments import Channels
 from torch import Tensor
 
+from ..archive import Archive
 from ..buffer import Buffer
 from .base import Packing
 from .groups import ChannelGroup, FullGroup, QuantizedGroup
@@ -75,6 +76,13 @@ class ChannelPacking(Packing):
             group.truncate(self._pages)
         self._orders.truncate(-(-self._pages // self._pages_per_order))
         return rest
+
+    def exchange(self, archive: Archive) -> None:
+        self._pages = archive.number("pages", self._pages)
+        channels, orders = archive.example.shape[3], -(-self._pages // self._pages_per_order)
+        archive.buffer("orders", self._orders, (*archive.rows, orders, channels), torch.uint8, below=channels)
+        for number, group in enumerate(self._groups):
+            group.exchange(archive.part(f"{number}"), self._pages)
 
     def buffers(self) -> Iterator[Buffer]:
         yield self._orders

@@ -11,8 +11,9 @@ from kvmix_kernels.transform import TransformBasis, encode
 from torch import Tensor
 
 from ...errors import QuantizationError
+from ..archive import Archive
 from ..buffer import Buffer
-from ..exact_slots import ExactSlots
+from ..exact import ExactTokens
 from .base import Packing
 from .groups import NOT_FINITE, PAGES_AT_ONCE
 
@@ -24,38 +25,33 @@ class CodePacking(Packing):
         name: of the tensor, for errors, e.g. `layer 3 keys`.
         basis: directions, widths and frames.
         reserve: pages to make room for at first.
-        slots: of the exact tokens, shared by keys and values; None for no exact tokens.
-        chooses: the exact tokens are chosen when this tensor is packed; otherwise they have been chosen just before.
+        exact: the layer's exact tokens, shared by keys and values; None for none.
     """
 
-    def __init__(
-        self, name: str, basis: TransformBasis, reserve: int = 0, slots: ExactSlots | None = None, chooses: bool = True
-    ) -> None:
+    def __init__(self, name: str, basis: TransformBasis, reserve: int = 0, exact: ExactTokens | None = None) -> None:
         self.unit = basis.layout.page
         self._name = name
         self._basis = basis
-        self._slots = slots
-        self._chooses = chooses
-        self._pages = 0
-        self._codes, self._scales, self._exact = Buffer(reserve), Buffer(reserve), Buffer(reserve)
+        self._exact = exact
+        self._codes, self._scales = Buffer(reserve), Buffer(reserve)
         self._watch = FiniteWatch()
 
     @property
     def tokens(self) -> int:
-        return self._pages * self.unit
+        return self._codes.length * self.unit
 
     @property
     def view(self) -> Coded:
-        scales = self._scales.view if self._basis.layout.is_scaled else None
-        if self._slots is None:
+        layout = self._basis.layout
+        scales = self._scales.view if layout.is_scaled else None
+        if self._exact is None:
             return Coded(self._basis, self._codes.view, scales)
-        slots = self._slots.slots.view[:, :, : self._pages]
-        return Coded(self._basis, self._codes.view, scales, slots, self._exact.view)
+        return Coded(self._basis, self._codes.view, scales, self._exact.places, self._exact.of(layout.kind))
 
     def pack(self, states: Tensor) -> None:
-        before = self._pages
+        before, errors = self._codes.length, []
         for pages in states.unflatten(2, (-1, self.unit)).split(PAGES_AT_ONCE, dim=2):
-            encoded = encode(pages, self._basis, self._pages)
+            encoded = encode(pages, self._basis, self._codes.length)
             with torch.inference_mode(False):  # the watch keeps a tensor of its own
                 is_bad = self._watch.watch(encoded.errors)
             if is_bad:
@@ -64,12 +60,9 @@ class CodePacking(Packing):
             self._codes.append(encoded.codes)
             if encoded.scales is not None:
                 self._scales.append(encoded.scales)
-            if self._slots is not None:
-                if self._chooses:
-                    self._slots.choose(encoded.errors, self._pages - before)
-                places = self._slots.of_pages(self._pages, pages.shape[2])[..., None]
-                self._exact.append(pages.gather(3, places.expand(*places.shape[:4], pages.shape[4])))
-            self._pages += pages.shape[2]
+            errors.append(encoded.errors)
+        if self._exact is not None and errors:
+            self._exact.add(self._basis.layout.kind, states, torch.cat(errors, dim=2))
 
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         first = keep // self.unit
@@ -77,11 +70,18 @@ class CodePacking(Packing):
         self._truncate(first)
         return rest
 
+    def exchange(self, archive: Archive) -> None:
+        if self._watch.is_bad(wait=True):
+            raise QuantizationError(f"{self._name}: {NOT_FINITE}")
+        layout, pages = self._basis.layout, archive.number("pages", self._codes.length)
+        archive.buffer("codes", self._codes, (archive.rows[0], 1, pages, layout.page_bytes), torch.uint8)
+        if layout.is_scaled:
+            archive.buffer("scales", self._scales, (*archive.rows, pages, layout.page), torch.float16)
+
     def buffers(self) -> Iterator[Buffer]:
-        yield from (self._codes, self._scales, self._exact)
+        yield from (self._codes, self._scales)
 
     def _truncate(self, pages: int) -> None:
-        self._pages = pages
         for buffer in self.buffers():
             buffer.truncate(pages)
 

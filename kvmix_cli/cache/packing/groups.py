@@ -12,6 +12,7 @@ from kvmix_kernels.segments import Packed, Plain
 from torch import Tensor
 
 from ...errors import QuantizationError
+from ..archive import Archive
 from ..buffer import Buffer
 
 PAGES_AT_ONCE = 32
@@ -71,6 +72,14 @@ class QuantizedGroup:
         self._words.truncate(pages)
         self._scales.truncate(pages)
 
+    def exchange(self, archive: Archive, pages: int) -> None:
+        """Give all `pages` to an archive, or take them. Raises QuantizationError if a GPU has found them not finite."""
+        if self._watch.is_bad(wait=True):
+            raise QuantizationError(f"{self.name}: {NOT_FINITE}")
+        dtype = getattr(torch, self.layout.scale_dtype)
+        archive.buffer("words", self._words, (*archive.rows, pages, *self.layout.words_shape), torch.int16)
+        archive.buffer("scales", self._scales, (*archive.rows, pages, *self.layout.scales_shape), dtype)
+
     def buffers(self) -> Iterator[Buffer]:
         """Yield everything that is stored."""
         yield from (self._words, self._scales)
@@ -108,6 +117,10 @@ class FullGroup:
     def truncate(self, pages: int) -> None:
         """Forget all but the first `pages`."""
         self._states.truncate(pages)
+
+    def exchange(self, archive: Archive, pages: int) -> None:
+        """Give all `pages` to an archive, or take them."""
+        archive.buffer("states", self._states, (*archive.rows, pages, self.width, None))
 
     def buffers(self) -> Iterator[Buffer]:
         """Yield everything that is stored."""

@@ -9,6 +9,7 @@ from kvmix_kernels.layout import Encoder, PageLayout
 from kvmix_kernels.segments import Packed
 from torch import Tensor
 
+from ..archive import Archive
 from ..buffer import Buffer
 from .base import Packing
 from .groups import QuantizedGroup
@@ -47,6 +48,10 @@ class PagePacking(Packing):
         rest = self.view.read(self.tokens, keep, dtype)
         self._group.truncate(self._pages)
         return rest
+
+    def exchange(self, archive: Archive) -> None:
+        self._pages = archive.number("pages", self._pages)
+        self._group.exchange(archive, self._pages)
 
     def buffers(self) -> Iterator[Buffer]:
         yield from self._group.buffers()

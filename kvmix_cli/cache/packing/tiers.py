@@ -9,6 +9,7 @@ from kvmix_kernels.segments import Channels, Packed, Tiers
 from torch import Tensor
 
 from ...errors import PlanError
+from ..archive import Archive
 from ..buffer import Buffer
 from .base import Packing
 
@@ -39,6 +40,9 @@ class FullPacking(Packing):
     def reopen(self, keep: int, dtype: torch.dtype) -> Tensor:
         self._states.truncate(keep)
         return self._states.view[:, :, :0]
+
+    def exchange(self, archive: Archive) -> None:
+        archive.buffer("states", self._states, (*archive.rows, None, archive.example.shape[3]))
 
     def buffers(self) -> Iterator[Buffer]:
         yield self._states
@@ -102,6 +106,16 @@ class TierPacking(Packing):
             tier.reopen(0, dtype)
         self._tokens = 0
         return rest
+
+    def cut(self, tokens: int) -> int:
+        """Return 0: kept tokens are in every tier, so others cannot be forgotten without decoding all."""
+        return 0
+
+    def exchange(self, archive: Archive) -> None:
+        """Give everything held to an archive, or take it, but for the tiers of tokens, which belong to the layer."""
+        self._tokens = archive.number("tokens", self._tokens)
+        for number, tier in enumerate(self._tiers):
+            tier.exchange(archive.part(f"{number}"))
 
     def buffers(self) -> Iterator[Buffer]:
         for tier in self._tiers:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..archive import Archive
 from ..buffer import lasting
 
 
@@ -62,6 +64,19 @@ class Transform(ABC):
     def tensors(self) -> list[Tensor]:
         """Return the state, `[B, ...]` each. A matrix that all sequences share is not part of it."""
         return [] if self._state is None else [self._state]
+
+    @property
+    def constant(self) -> Tensor | None:
+        """Return the tensor that the plan or its file gave, the same for all sequences; None if there is none."""
+        return None
+
+    def exchange(self, archive: Archive) -> None:
+        """Give the state to an archive, or take it. Raises CacheError if the plan gives another constant by now."""
+        if self.constant is not None:
+            checksum = zlib.crc32(self.constant.cpu().contiguous().numpy().tobytes())
+            archive.same("constant", checksum, "a rotation or means of its plan have changed since; put the file back")
+        channels, dtype = archive.example.shape[3], wide_dtype(archive.example.dtype)
+        self._state = archive.tensor("state", self._state, (*archive.rows, 1, channels), dtype)
 
     @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -32,6 +32,11 @@ class Centering(Transform):
         self._means = None if means is None else means[None, :, None]
         self._origin = origin
 
+    @property
+    def constant(self) -> Tensor | None:
+        """Return the means that were known beforehand."""
+        return self._means
+
     def fit(self, states: Tensor, query: Tensor | None) -> None:
         """Take the mean of the prompt's tokens, padding included; 0 where it is NaN or Inf.
 

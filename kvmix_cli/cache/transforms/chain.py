@@ -9,6 +9,7 @@ from kvmix_kernels.layout import Kind
 from torch import Tensor
 
 from ...plan import policies
+from ..archive import Archive
 from ..buffer import lasting
 from .arrays import find
 from .balancing import Balancing
@@ -65,6 +66,12 @@ class Chain(Transform):
     def tensors(self) -> list[Tensor]:
         """Return the state of every step."""
         return [tensor for step in self.steps for tensor in step.tensors()]
+
+    def exchange(self, archive: Archive) -> None:
+        """Give the state of every step to an archive, or take it; nothing is left to be learned then."""
+        for number, step in enumerate(self.steps):
+            step.exchange(archive.part(f"{number}"))
+        self.is_fitted = True
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to another device to the state of every step."""

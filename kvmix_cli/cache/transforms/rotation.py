@@ -30,6 +30,11 @@ class Rotation(Transform):
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
 
+    @property
+    def constant(self) -> Tensor:
+        """Return the matrix."""
+        return self._matrix
+
     def fit(self, states: Tensor, query: Tensor | None) -> None:
         """Do nothing: there is nothing to learn."""
 

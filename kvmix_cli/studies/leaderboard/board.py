@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...allocation import default_score, predicted_loss
+from ...allocation import TRANSFORM, TRANSFORM_SCORE, default_score, predicted_loss
 from ...errors import DocumentError, EvaluationError
 from ...plan import CacheSettings, GroupSize
 from ...plan.document import reason
 from ...plan.windows import parse_window
 from ...profile import Profile
+from ...state import PLANS
+from ..directions import read_basis, with_basis
 from .candidates import PAPER, RANDOM, UNIFORM, CandidatePlan, Omission, candidates, make_plans
 from .standings import Comparison, Standing, compare, rank_correlation
 
@@ -36,7 +39,8 @@ class Board:
         champion: name of the candidate that the comparisons are about.
         standings: plans by budget, each budget from the lowest measured loss.
         reports: everything that was measured, one report for each task.
-        comparisons: the champion beside the paper's rule, uniform widths and the best random plan, at each budget.
+        comparisons: the champion beside the paper's rule, uniform widths and the best random plan, at each budget; if
+            it is transform codes, beside the best other solver, too.
         correlations: by score, Spearman's correlation of predicted and measured loss, and the number of plans.
         left_out: candidates without a plan at a budget.
     """
@@ -53,6 +57,7 @@ def hold(
     profile: Profile,
     load: Callable[[], LoadedModel],
     *,
+    folder: Path | None = None,
     tasks: Sequence[str] = TASKS,
     settings: Settings | None = None,
     runs: RunFolders | None = None,
@@ -68,6 +73,8 @@ def hold(
     Args:
         profile: scores of the model.
         load: function that loads the model; called once, after all plans were made.
+        folder: folder of the profile's file, with its moments; None for no transform codes. Their basis is written
+            beside the profile's plans.
         tasks: names of evaluation tasks; perplexity must be one of them.
         settings: documents to measure on, and how.
         runs: folder where records are kept and resumed; None keeps none.
@@ -86,7 +93,11 @@ def hold(
 
     settings = settings or Settings()
     entrants, champion = candidates(profile, scores, methods, random_plans)
-    plans, left_out = make_plans(profile, entrants, stored_bits, measured_settings(profile), group_sizes)
+    is_coded = folder is not None and any(each.method == TRANSFORM for each in entrants)
+    basis = read_basis(profile, folder) if is_coded and folder is not None else None
+    plans, left_out = make_plans(profile, entrants, stored_bits, measured_settings(profile), group_sizes, basis)
+    if basis is not None and folder is not None:
+        plans = [replace(each, plan=with_basis(each.plan, basis, folder / PLANS)) for each in plans]
     if "perplexity" not in tasks:
         raise EvaluationError(f"a leaderboard is in the order of perplexity, got {','.join(tasks)}: add it to --task")
     check_names(tasks)
@@ -94,7 +105,7 @@ def hold(
     plans[0].plan.check_model(loaded.info)
     reports = _measure(plans, loaded, tasks, settings, runs, progress)
     standings = _standings(plans, profile, reports)
-    predicting = [name for name, score in profile.scores.items() if score.predicts_loss]
+    predicting = [name for name in profile.scores if any(name in each.predicted for each in standings)]
     return Board(
         champion=champion,
         standings=standings,
@@ -152,6 +163,8 @@ def _standings(plans: Sequence[CandidatePlan], profile: Profile, reports: Sequen
     for (stored_bits, name), group in alike.items():
         plan = group[0].plan
         losses = {score: predicted_loss(plan, each) for score, each in profile.scores.items()}
+        if plan.cache.transform is not None:
+            losses[TRANSFORM_SCORE] = plan.provenance.get("predicted_loss")
         predicted = {score: loss for score, loss in losses.items() if loss is not None}
         own = {report.task: rows[report.task, name] for report in reports}
         found.append(Standing(stored_bits, tuple(each.name for each in group), plan, own, predicted))
@@ -163,7 +176,10 @@ def _comparisons(standings: Sequence[Standing], champion: str, seed: int) -> lis
     for stored_bits in dict.fromkeys(each.stored_bits for each in standings):
         named = {name: each for each in standings if each.stored_bits == stored_bits for name in each.names}
         best_random = next((name for name in named if name.startswith(RANDOM)), None)
-        rivals = [name for name in (PAPER, UNIFORM, best_random) if name in named and name != champion]
+        controls = (PAPER, UNIFORM, best_random)
+        solvers = [name for name in named if name not in (champion, PAPER, UNIFORM) and not name.startswith(RANDOM)]
+        wanted = (*solvers[:1], *controls) if champion == TRANSFORM else controls
+        rivals = [name for name in wanted if name in named and name != champion]
         if champion in named:
             found += [compare((champion, named[champion]), (rival, named[rival]), seed) for rival in rivals]
     return [comparison for comparison in found if comparison is not None]

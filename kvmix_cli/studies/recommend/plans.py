@@ -18,7 +18,8 @@ from ...plan import Plan
 from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
-from ..profiles import existing_profile, make_basis, require_same_model, save_scores
+from ..directions import has_directions, read_basis
+from ..profiles import existing_profile, require_same_model, save_scores
 from .bench import Purpose
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def has_score(profile: Profile | None, way: Way) -> bool:
     if profile is None:
         return False
     if way.method == TRANSFORM:
-        return TRANSFORM_SCORE in profile.scores and profile.scores[TRANSFORM_SCORE].moments is not None
+        return has_directions(profile)
     return profile.scores[default_score(profile, way.method)].predicts_loss
 
 
@@ -150,7 +151,7 @@ def calibrate(
         profile = before
     else:
         profile = _measure(way, loaded, path, purpose, command, progress)
-    return Calibrated(way, profile, path, make_basis(profile, path) if way.method == TRANSFORM else None)
+    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
 
 
 def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, progress: Progress) -> Profile:

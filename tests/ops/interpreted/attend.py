@@ -27,8 +27,7 @@ widths = st.sampled_from([*BITS, 16])
     page=st.sampled_from([16, 32, 64, 128]),
     group=st.sampled_from([32, 64, 128, None]),
     dims=st.sampled_from([(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (96, 64)]),
-    queries=st.sampled_from([1, 2, 7, 16]),
-    ratio=st.sampled_from([1, 3, 4, 16]),
+    rows=st.sampled_from([(1, 1), (1, 3), (1, 16), (2, 4), (7, 3), (7, 4), (16, 1), (16, 3)]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     scale_dtype=st.sampled_from(["float16", "bfloat16"]),
     masking=st.sampled_from([None, "bool", "additive"]),
@@ -39,10 +38,10 @@ widths = st.sampled_from([*BITS, 16])
 )
 @settings(max_examples=9, deadline=None)
 def test_equals_dense_attention(
-    k_bits, v_bits, sinks, pages, page, group, dims, queries, ratio, dtype, scale_dtype, masking, softcap, logits,
-    split, seed,
+    k_bits, v_bits, sinks, pages, page, group, dims, rows, dtype, scale_dtype, masking, softcap, logits, split, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
+    queries, ratio = rows
     tokens = sinks + page * max(pages) + queries + seed % 70
     k_tail, v_tail = (tokens - sinks - page * count for count in pages)
     key = segments("key", k_bits, sinks, pages[0], k_tail, dims[0], page, group, dtype, scale_dtype, heads=1)

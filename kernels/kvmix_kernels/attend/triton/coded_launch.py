@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from ...segments import Coded
-from ..parts import places_of
 from ..problem import AttentionProblem
 from .coded import coded_kernel
 from .planes import decode_sums, fold, planes_of
@@ -133,10 +132,8 @@ def _pages_per_frame(key: Coded) -> int:
 
 def _exact_of(key: Coded) -> tuple[Tensor, Tensor]:
     """Return the exact tokens `[B, H_kv, N]`, and which of them is the first of each page `[B, H_kv, pages + 1]`."""
-    places = places_of(key)
-    if places is None:
-        places = torch.empty(*key.codes.shape[:1], key.basis.layout.kv_heads, 0, device=key.codes.device)
-    edges = torch.arange(key.pages + 1, dtype=torch.int32, device=places.device) * key.page
-    places = places.int().contiguous()
+    shape, device = (key.codes.shape[0], key.basis.layout.kv_heads, 0), key.codes.device
+    places = torch.empty(shape, dtype=torch.int32, device=device) if key.places is None else key.places.contiguous()
+    edges = torch.arange(key.pages + 1, dtype=torch.int32, device=device) * key.page
     firsts = torch.searchsorted(places, edges.expand(*places.shape[:2], -1).contiguous(), out_int32=True)
     return places, firsts

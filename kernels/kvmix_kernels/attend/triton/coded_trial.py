@@ -92,7 +92,7 @@ def difference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> s
 def _failure(kind: CodedKind) -> str | None:
     draw = torch.Generator().manual_seed(trial.SEED)
     pages = max(2, TOKENS // kind.page)
-    places = torch.rand(BATCH, len(WIDEST), pages, kind.page, generator=draw).argsort(-1)[..., :1]
+    places = torch.rand(BATCH, len(WIDEST), pages * kind.page, generator=draw).argsort(-1)[..., :pages].sort().values
     key, value = (_segments(kind, of, pages, places, draw) for of in ("key", "value"))
     query = torch.randn(BATCH, kind.ratio * len(WIDEST), kind.queries, kind.dims[0], generator=draw)
     problem = AttentionProblem(
@@ -107,18 +107,17 @@ def _failure(kind: CodedKind) -> str | None:
 
 
 def _segments(kind: CodedKind, of: Kind, pages: int, places: Tensor, draw: torch.Generator) -> Segments:
-    """Make random keys or values: a sink, pages of which a token each may be exact, and a tail."""
+    """Make random keys or values: a sink, pages of which some tokens may be exact, and a tail."""
     width = kind.dims[of == "value"]
     states = torch.randn(BATCH, len(WIDEST), SINKS + pages * kind.page + TAIL, width, generator=draw)
     sink, middle, tail = states.to(kind.device, kind.dtypes[1]).split([SINKS, pages * kind.page, TAIL], dim=2)
-    middle = middle.unflatten(2, (pages, kind.page))
     basis = _basis(kind, of, width, draw)
-    found = transform.encode(middle, basis)
+    found = transform.encode(middle.unflatten(2, (pages, kind.page)), basis)
     if not kind.has_exact:
         return Segments(sink, Coded(basis, found.codes, found.scales), tail)
     places = places.to(kind.device)
-    exact = middle.gather(3, places[..., None].expand(*places.shape, width))
-    return Segments(sink, Coded(basis, found.codes, found.scales, places.short(), exact), tail)
+    exact = middle.gather(2, places[..., None].expand(*places.shape, width))
+    return Segments(sink, Coded(basis, found.codes, found.scales, places.int(), exact), tail)
 
 
 def _basis(kind: CodedKind, of: Kind, width: int, draw: torch.Generator) -> TransformBasis:

@@ -62,9 +62,9 @@ std::string describe_structs() {
   FIELD(Run, data); FIELD(Run, scales); FIELD(Run, data_strides); FIELD(Run, scales_strides);
   FIELD(Run, bits); FIELD(Run, channels); FIELD(Run, group); FIELD(Run, dtype);
   STRUCT(Coded);
-  FIELD(Coded, codes); FIELD(Coded, scales); FIELD(Coded, slots); FIELD(Coded, exact); FIELD(Coded, widths);
-  FIELD(Coded, places); FIELD(Coded, decoding); FIELD(Coded, mean); FIELD(Coded, middles); FIELD(Coded, turns);
-  FIELD(Coded, codes_strides); FIELD(Coded, scales_strides); FIELD(Coded, slots_strides);
+  FIELD(Coded, codes); FIELD(Coded, scales); FIELD(Coded, places); FIELD(Coded, exact); FIELD(Coded, widths);
+  FIELD(Coded, offsets); FIELD(Coded, decoding); FIELD(Coded, mean); FIELD(Coded, middles); FIELD(Coded, turns);
+  FIELD(Coded, codes_strides); FIELD(Coded, scales_strides); FIELD(Coded, places_strides);
   FIELD(Coded, exact_strides); FIELD(Coded, exact_tokens); FIELD(Coded, exact_dtype); FIELD(Coded, frame);
   FIELD(Coded, pairs); FIELD(Coded, start); FIELD(Coded, interleaved);
   STRUCT(Segments);

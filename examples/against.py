@@ -1,6 +1,6 @@
 """Paired difference of two plans' losses on the same samples, with a 95 % interval.
 
-    python docs/examples/against.py results/perplexity__builtin--tiny__a results/perplexity__builtin--tiny__b
+    python examples/against.py results/perplexity__builtin--tiny__a results/perplexity__builtin--tiny__b
 
 Of two runs of `kvmix eval --task perplexity`: nats a token, negative where the first is better. Of two of `recall`:
 values recalled in an exercise, positive where the first is better.

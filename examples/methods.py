@@ -1,6 +1,6 @@
 """Plans of every method at 2.5, 3 and 4 stored bits, for heads of 64, to be measured side by side: see docs/methods.md.
 
-    python docs/examples/methods.py builtin:tiny plans/
+    python examples/methods.py builtin:tiny plans/
 
 A method is given the most that fits a budget. What is searched over is the layer's own bits; shares and widths of tiers
 and runs are those of the table below.
@@ -40,6 +40,7 @@ def runs(score: str, *bits: int) -> ChannelPolicy:
 
 METHODS: dict[str, dict[float, dict[str, Any]]] = {
     "uniform": {budget: {} for budget in BUDGETS},
+    "fitted": {budget: {"encode": "fitted"} for budget in BUDGETS},
     "rotate-k": {budget: {"transforms": ROTATED} for budget in BUDGETS},
     "rotate-kv": {budget: {"transforms": Transforms(k=(Rotate(),), v=(Rotate(),))} for budget in BUDGETS},
     "mikv": {
@@ -97,6 +98,7 @@ LAYERED = {
     "layers-kitty": {"channels": runs("magnitude", 4)},
 }
 """Axes for plans that `kvmix allocate` makes of the profile, in pages of 128 and groups of 64, 32 or 128."""
+LAYER_OPTIONS = ("--method", "ilp", "--group-size", "64,32,128")
 
 
 def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tuple[int, int]]) -> Plan | None:
@@ -109,7 +111,7 @@ def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tu
 def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) -> Plan | None:
     """Return the most that `kvmix allocate` can spend on layers for the whole to fit."""
     for twentieths in range(round(budget * 20), 46, -1):
-        plan = allocated(info, twentieths / 20, folder)
+        plan = allocated(info, twentieths / 20, folder / f"{twentieths / 20:g}.yaml", *LAYER_OPTIONS)
         if plan is not None:
             cache = plan.cache.model_copy(update=axes)
             whole = Plan.build(info, plan.layers, cache, plan.provenance)
@@ -118,22 +120,12 @@ def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) 
     return None
 
 
-def allocated(info: ModelInfo, stored: float, folder: Path) -> Plan | None:
-    """Return a plan of at most so many stored bits; None if there is none."""
-    path = folder / f"{stored:g}.yaml"
+def allocated(info: ModelInfo, stored: float, path: Path, *options: str) -> Plan | None:
+    """Return the plan of `kvmix allocate` with at most so many stored bits, in a file; None if there is none."""
     if not path.exists():
-        command = [
-            str(Path(sys.executable).with_name("kvmix")),
-            "allocate",
-            "--model",
-            info.id,
-            "--method",
-            "ilp",
-            "--stored-bits",
-            f"{stored:g}",
-        ]
-        command += ["--group-size", "64,32,128", "--page", "128", "--window", "recent:64", "--out", str(path), "-q"]
-        if subprocess.run(command, check=False, capture_output=True).returncode:
+        command = [str(Path(sys.executable).with_name("kvmix")), "allocate", "--model", info.id]
+        command += ["--stored-bits", f"{stored:g}", *options, "--page", "128", "--window", "recent:64"]
+        if subprocess.run([*command, "--out", str(path), "-q"], check=False, capture_output=True).returncode:
             return None
     return Plan.load(path)
 
@@ -148,10 +140,11 @@ def main(model: str, out: Path) -> None:
     for budget in BUDGETS:
         found = {name: widest(info, budget, of[budget], _widths(name)) for name, of in METHODS.items()}
         found |= {name: layered(info, budget, axes, out / "layers") for name, axes in LAYERED.items()}
+        found["transform"] = allocated(info, budget, out / f"transform-{budget:g}.yaml", "--method", "transform")
         for name, plan in found.items():
             print(f"{budget:g} {name}: " + (f"{plan.short}, {plan.bits.stored:.3f} stored" if plan else "nothing fits"))
-            if plan is not None:
-                plan.save(out / f"{name}-{budget:g}.yaml", f"python docs/examples/methods.py {model} {out.name}")
+            if plan is not None and name != "transform":
+                plan.save(out / f"{name}-{budget:g}.yaml", f"python examples/methods.py {model} {out.name}")
 
 
 def _widths(method: str) -> list[tuple[int, int]]:

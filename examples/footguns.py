@@ -1,8 +1,8 @@
 """The measurements behind docs/footguns.md, on the built-in model.
 
-    python docs/examples/footguns.py               # all of them: some minutes on one core
-    python docs/examples/footguns.py one_pass      # some of them
-    python docs/examples/footguns.py --limit 2     # fewer samples
+    python examples/footguns.py               # all of them: some minutes on one core
+    python examples/footguns.py one_pass      # some of them
+    python examples/footguns.py --limit 2     # fewer samples
 
 Each function measures one thing in the wrong way and in the right way, and gives the rows of a table.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a plan still hold? For CI: 0 if it does, 3 if a gate fails, 1 if something could not be measured.
 #
-#     docs/examples/gate.sh profiles/builtin--tiny/plans/ilp-stored-2.75.yaml
+#     examples/gate.sh profiles/builtin--tiny/plans/ilp-stored-2.75.yaml
 #
 # Leaves results/ (every sample; a job that was killed goes on from there), results.json and report.html.
 set -euo pipefail

@@ -1,7 +1,7 @@
 """Means of a model's keys and values, for `center` with `means` (docs/transforms.md).
 
-    python docs/examples/means.py builtin:tiny means.safetensors
-    python docs/examples/means.py meta-llama/Llama-2-7b means.safetensors --text c4 --samples 32 --length 2048
+    python examples/means.py builtin:tiny means.safetensors
+    python examples/means.py meta-llama/Llama-2-7b means.safetensors --text c4 --samples 32 --length 2048
 
 Writes `layers.N.k` and `layers.N.v`, each `[H_kv, D]` in float32, over all tokens of the calibration text.
 """

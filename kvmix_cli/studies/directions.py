@@ -1,0 +1,83 @@
+"""Directions of a profile's moments, and what is solved from them: plans that find their basis, and presets."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from .. import state
+from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate, make_bases
+from ..errors import DocumentError, StateError
+from ..plan import ModelInfo, Plan
+from ..plan.basis import BasisFile
+from ..plan.moments import read_moments
+from ..plan.presets import Preset
+from ..profile import Profile
+from ..state import Say, unsaid
+
+
+def has_directions(profile: Profile) -> bool:
+    """Return whether a profile has moments, from which directions are made."""
+    return TRANSFORM_SCORE in profile.scores and profile.scores[TRANSFORM_SCORE].moments is not None
+
+
+def read_basis(profile: Profile, folder: Path) -> BasisFile:
+    """Return the directions of a profile's moments.
+
+    Args:
+        folder: folder of the profile's file.
+
+    Raises:
+        DocumentError: if the profile has no moments, or their file cannot be used.
+        BudgetError: if the moments of a layer are missing, or not finite.
+    """
+    record = profile.score(TRANSFORM_SCORE).moments
+    if record is None:
+        why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
+        raise DocumentError(f"profile of {profile.model.id}", [why])
+    return make_bases(profile, read_moments(folder, record))
+
+
+def with_basis(plan: Plan, basis: BasisFile, folder: Path) -> Plan:
+    """Write the basis that a plan names into a folder, and return the plan, which finds it there. Raises OutputError.
+
+    A plan without transform codes is returned as it is.
+    """
+    settings = plan.cache.transform
+    if settings is None:
+        return plan
+    path = folder / settings.basis
+    if not path.is_file():
+        basis.save(path)
+    return plan.model_copy(update={"cache": plan.cache.model_copy(update={"transform": settings.inside(folder)})})
+
+
+def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) -> Plan:
+    """Return the plan of a model from a preset; one with a method is solved from the newest profile of the model.
+
+    The basis of such a plan is written beside the plans of the model.
+
+    Raises:
+        StateError: if no profile of the model has directions.
+        DocumentError: if a file is faulty.
+        BudgetError, PlanError: if the preset does not fit the model.
+        OutputError: if the basis cannot be written.
+    """
+    if preset.avg_bits is None:
+        return preset.plan(model, name)
+    try:
+        path = state.find_profile(model=model.id, say=say)
+        profile = Profile.load(path)
+    except StateError as error:
+        raise _unmeasured(name, model) from error
+    if not has_directions(profile):
+        raise _unmeasured(name, model)
+    basis = read_basis(profile, path.parent)
+    plan = allocate(profile, Budget(avg_bits=preset.avg_bits), method=TRANSFORM, cache=preset.cache, basis=basis)
+    plan.check_model(model)
+    return with_basis(plan, basis, state.model_dir(model.id) / state.PLANS)
+
+
+def _unmeasured(name: str, model: ModelInfo) -> StateError:
+    command = shlex.join(["kvmix", "profile", model.id, "--score", TRANSFORM_SCORE])
+    return StateError(f"preset '{name}' needs the directions of {model.id}, which no profile has: run `{command}`")

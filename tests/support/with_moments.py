@@ -1,0 +1,45 @@
+"""Profiles with made-up moments of keys and values, in memory and in files."""
+
+import numpy as np
+from made_up import make_profile
+
+from kvmix_cli.plan.moments import LayerMoments, MomentsFile, TensorMoments, write_moments
+from kvmix_cli.profile import Profile
+from kvmix_cli.state import moments_path
+
+SCORE = "fisher-metric"
+
+
+def tensor_moments(random, heads, dim):
+    """Moments of one tensor with eigenvalues over several orders of magnitude, as real heads have."""
+    basis = np.linalg.qr(random.standard_normal((heads, dim, dim)))[0]
+    metric, covariance = (
+        basis * np.exp(random.normal(mean, 3, (heads, 1, dim))) @ basis.transpose(0, 2, 1) for mean in (-9, -3)
+    )
+    return TensorMoments(metric, covariance, random.standard_normal((heads, dim)))
+
+
+def layer_moments(random, heads, dim):
+    return LayerMoments(tensor_moments(random, heads, dim), tensor_moments(random, heads, dim), None)
+
+
+def model_moments(info, seed=0):
+    random = np.random.default_rng(seed)
+    return {index: layer_moments(random, info.kv_heads, info.head_dim) for index in info.quantizable}
+
+
+def profile_with_moments(info, sha256="0" * 64, scores=None):
+    """A profile with the record of a file of moments, beside other scores."""
+    plain = make_profile([1.0] * len(info.quantizable), info=info, name=SCORE)
+    record = MomentsFile(file="profile.safetensors", sha256=sha256, documents=2, predictions=100, tokens=900)
+    score = plain.scores[SCORE].model_copy(update={"moments": record})
+    return Profile(model=info, scores={**(scores or {}), SCORE: score})
+
+
+def save_with_moments(path, info, scores=None, seed=0):
+    """Save a profile and the file of its moments, and return the profile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = write_moments(moments_path(path), model_moments(info, seed))
+    profile = profile_with_moments(info, sha256, scores)
+    profile.save(path)
+    return profile
