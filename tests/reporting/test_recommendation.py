@@ -20,7 +20,7 @@ from kvmix_cli.reporting.recommendation import (
 )
 from kvmix_cli.studies.recommend.forecast import Forecast, PlannedStep
 from kvmix_cli.studies.recommend.judge import Judgement
-from kvmix_cli.studies.recommend.study import MeasuredTask, Recommendation, Trial
+from kvmix_cli.studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 
 KL = Estimate(0.005, 0.004, 0.006)
 
@@ -47,7 +47,7 @@ def measured(task="perplexity", metrics=("kl", "same_token"), records=(), judgem
 def found(outcome, *judgements, safe=None, plan=None, tasks=()):
     """A recommendation at 32K with this outcome."""
     plan = plan or uniform(2, info=INFO)
-    trial = Trial(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
+    trial = MeasuredPlan(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
     return Recommendation(INFO, 32768, 0.00995, 16384, trial, {2.0: 0.02, 2.5: 0.005}, 2**30, 2**20)
 
 

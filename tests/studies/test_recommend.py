@@ -15,7 +15,7 @@ from kvmix_cli.evaluation import positions
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.plan import Plan
 from kvmix_cli.studies.recommend import study
-from kvmix_cli.studies.recommend.bench import Bench, Wanted, context_of, usable_length
+from kvmix_cli.studies.recommend.bench import ModelBench, Purpose, context_of, usable_length
 from kvmix_cli.studies.recommend.judge import (
     FEWEST,
     is_within,
@@ -176,16 +176,16 @@ def test_documents_are_as_long_as_the_text_has_enough_of(lengths, context):
 
 
 def test_a_context_beyond_the_models_limit_is_refused():
-    assert context_of(Wanted("m"), None) == 32768
-    assert context_of(Wanted("m"), 4096) == 4096
+    assert context_of(Purpose("m"), None) == 32768
+    assert context_of(Purpose("m"), 4096) == 4096
     with pytest.raises(EvaluationError, match="--context 5000 is more than the limit of m, 4096 tokens"):
-        context_of(Wanted("m", context=5000), 4096)
+        context_of(Purpose("m", context=5000), 4096)
 
 
 def test_a_loss_that_is_no_share_is_refused():
     with pytest.raises(BudgetError, match="max_loss is a share of the perplexity"):
-        Wanted("m", max_loss=-1).check()
-    assert Wanted("m", max_loss=0.01).loss == pytest.approx(0.00995033)
+        Purpose("m", max_loss=-1).check()
+    assert Purpose("m", max_loss=0.01).loss == pytest.approx(0.00995033)
 
 
 def rising(*bits, predicted=None):
@@ -216,11 +216,11 @@ class Scripted:
         documents: tokens of documents and tokens that are missing.
     """
 
-    def __init__(self, monkeypatch, kl, recall=None, documents=(2 * PART, 0), **wanted):
+    def __init__(self, monkeypatch, kl, recall=None, documents=(2 * PART, 0), **purpose):
         self.kl, self.recall, self.seen = kl, recall or {}, []
         self.plans = rising(*range(len(kl)))
         self.bench = SimpleNamespace(
-            wanted=Wanted("builtin:tiny", **wanted),
+            purpose=Purpose("builtin:tiny", **purpose),
             loaded=SimpleNamespace(info=INFO),
             context=2 * PART,
             documents=documents,
@@ -314,7 +314,7 @@ def tried(monkeypatch, **failures):
 
     monkeypatch.setattr(study, "calibrate", calibrate)
     monkeypatch.setattr(study._Search, "run", lambda self: self.made.way.method)
-    return study.recommend(Wanted("m"), None, None, say=said.append), said
+    return study.recommend(Purpose("m"), None, None, say=said.append), said
 
 
 def test_a_model_that_transform_codes_cannot_be_used_with_gets_widths(monkeypatch):
@@ -342,7 +342,7 @@ def test_a_plan_file_of_the_same_name_is_never_overwritten(tmp_path):
 
 def test_memory_is_for_weights_and_cache_together():
     def made(memory):
-        found = Bench(Wanted("m", memory=memory), None, 4096, None, None)
+        found = ModelBench(Purpose("m", memory=memory), None, 4096, None, None)
         found.__dict__["weights"] = 1000
         return found
 

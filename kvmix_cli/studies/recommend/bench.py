@@ -33,8 +33,8 @@ ROUND = 1024
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a plan is recommended for.
+class Purpose:
+    """The use that a plan is recommended for, and the work that proves it.
 
     Attributes:
         context: tokens; None for the model's limit, at most `CONTEXT`.
@@ -85,11 +85,11 @@ def make_task(name: str) -> Task:
     return get_task(name, {"depths": DEPTHS} if name == RECALL else {})
 
 
-def context_of(wanted: Wanted, limit: int | None) -> int:
+def context_of(purpose: Purpose, limit: int | None) -> int:
     """Return the context in tokens. Raises EvaluationError if it is beyond the model's limit."""
-    context = wanted.context or min(CONTEXT, limit or CONTEXT)
+    context = purpose.context or min(CONTEXT, limit or CONTEXT)
     if limit is not None and context > limit:
-        raise EvaluationError(f"--context {context} is more than the limit of {wanted.model}, {limit} tokens")
+        raise EvaluationError(f"--context {context} is more than the limit of {purpose.model}, {limit} tokens")
     return context
 
 
@@ -100,7 +100,7 @@ def weight_bytes(loaded: LoadedModel) -> int:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ModelBench:
     """A model, and what plans are measured with.
 
     Attributes:
@@ -108,7 +108,7 @@ class Bench:
         runs: folders that records are kept in and resumed from; None keeps none.
     """
 
-    wanted: Wanted
+    purpose: Purpose
     loaded: LoadedModel
     context: int
     runs: RunFolders | None
@@ -121,17 +121,17 @@ class Bench:
 
     def check_memory(self) -> None:
         """Raise ModelError if the weights alone are more than the memory."""
-        memory = self.wanted.memory
+        memory = self.purpose.memory
         if memory is not None and self.weights > memory:
             raise ModelError(
-                f"{self.wanted.model} needs {format_bytes(self.weights)} for its weights alone, and --memory is "
+                f"{self.purpose.model} needs {format_bytes(self.weights)} for its weights alone, and --memory is "
                 f"{format_bytes(memory)}: give more, or take a smaller model or --dtype"
             )
 
     def check_text(self) -> None:
         """Raise TextError if there is no text to measure on."""
         if not self.documents[0]:
-            raise TextError(f"{self.wanted.text} has no text; give a longer --text")
+            raise TextError(f"{self.purpose.text} has no text; give a longer --text")
 
     @cached_property
     def documents(self) -> tuple[int, int]:
@@ -143,7 +143,7 @@ class Bench:
         from ...texts.tokens import encode
 
         lengths: list[int] = []
-        for text in sorted(load_texts(self.wanted.text, held_out=True, seed=self.wanted.seed), key=len, reverse=True):
+        for text in sorted(load_texts(self.purpose.text, held_out=True, seed=self.purpose.seed), key=len, reverse=True):
             lengths.append(len(encode(self.loaded.tokenizer, text)))
             if sum(tokens // self.context for tokens in lengths) >= FEWEST:
                 break
@@ -155,7 +155,7 @@ class Bench:
 
     def affordable(self, plans: Sequence[Plan]) -> list[Plan]:
         """Return the plans whose cache fits the memory beside the weights. Raises BudgetError if none does."""
-        memory = self.wanted.memory
+        memory = self.purpose.memory
         room = math.inf if memory is None else memory - self.weights
         found = [plan for plan in plans if self.cache_bytes(plan) <= room]
         if not found and memory is not None:
@@ -187,7 +187,7 @@ class Bench:
         """Return the settings of a measurement with samples of so many tokens."""
         from ...evaluation.base import Settings
 
-        return Settings(length, prefix(length), self.wanted.step, limit, self.wanted.text, self.wanted.seed)
+        return Settings(length, prefix(length), self.purpose.step, limit, self.purpose.text, self.purpose.seed)
 
 
 def prefix(length: int) -> int:
@@ -196,9 +196,9 @@ def prefix(length: int) -> int:
 
 
 def prepare(
-    wanted: Wanted, load: Callable[[], LoadedModel], runs: RunFolders | None, progress: Progress | None = None
-) -> Bench:
-    """Check what is wanted, load the model, and return what plans are measured with.
+    purpose: Purpose, load: Callable[[], LoadedModel], runs: RunFolders | None, progress: Progress | None = None
+) -> ModelBench:
+    """Check a purpose, load the model, and return what plans are measured with.
 
     Raises:
         KvmixError: if it makes no sense for the model, or there is no such task.
@@ -206,10 +206,10 @@ def prepare(
     from ...evaluation import get_tasks
     from ...evaluation.runner import no_progress
 
-    wanted.check()
-    get_tasks([DIVERGENCE, *wanted.other_tasks], {})
+    purpose.check()
+    get_tasks([DIVERGENCE, *purpose.other_tasks], {})
     loaded = load()
-    bench = Bench(wanted, loaded, context_of(wanted, loaded.max_length), runs, progress or no_progress)
+    bench = ModelBench(purpose, loaded, context_of(purpose, loaded.max_length), runs, progress or no_progress)
     bench.check_memory()
     bench.check_text()
     return bench
