@@ -360,6 +360,6 @@ def test_memory_is_for_weights_activations_and_cache_together():
 def test_what_the_configuration_says_is_refused_before_weights_are_read():
     with pytest.raises(ModelError, match="--context 5000 is more than the 4096 tokens that builtin:tiny was made for"):
         read_purpose(Purpose("builtin:tiny", context=5000))
-    with pytest.raises(ModelError, match="builtin:tiny needs .* for its weights alone, and --memory is 1 MiB: give"):
+    with pytest.raises(ModelError, match=r"builtin:tiny needs .* for its weights alone, and --memory is 1 MiB: give"):
         read_purpose(Purpose("builtin:tiny", memory=2**20))
     assert read_purpose(Purpose("builtin:tiny"))[1] == 4096
