@@ -44,7 +44,8 @@ class RecommendOptions:
 
     context: Annotated[int | None, count_option("Tokens [default: the model's limit, at most 32K].")] = None
     memory: Annotated[
-        int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights and cache together, e.g. 8GiB.")
+        int | None,
+        typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights, prompt and cache, e.g. 8GiB."),
     ] = None
     max_loss: Annotated[
         Any,
@@ -95,6 +96,9 @@ def recommend(
         limit=what.limit,
         step=what.step,
         seed=loading.seed,
+        revision=which.revision,
+        dtype=loading.dtype,
+        trust_remote_code=loading.trust_remote_code,
     )
     if what.dry_run:
         _show_forecast(purpose, lambda: loading.load(model, which.revision))

@@ -94,7 +94,10 @@ def recommendation_tables(found: Recommendation) -> list[Table]:
     best = found.best
     rows = [(row.task, _title(row), format_estimate(row.own, row.unit), _reference(row)) for row in evidence(found)]
     notes = [f"{each.task.name}: {each.report.description}" for each in best.measured]
-    notes += [f"weights {format_bytes(found.weights)}, cache {format_bytes(found.cache)} at {tokens(found.context)}"]
+    weights, cache, prompt = map(format_bytes, (found.weights, found.cache, found.activations))
+    notes += [
+        f"weights {weights}, cache {cache} at {tokens(found.context)}, activations of such a prompt about {prompt}"
+    ]
     title = f"{best.path.stem} of {one_line(found.model.id)}"
     tables = [Table(title, COLUMNS, rows, "".join(f"{one_line(note)}\n" for note in notes))]
     tables += [table for each in best.measured for table in each.task.details([each.row])]
@@ -157,6 +160,7 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
         "nominal_bits": best.plan.bits.nominal,
         "cache_bytes": found.cache,
         "weights_bytes": found.weights,
+        "activation_bytes": found.activations,
         "max_kl": found.limit,
         "text": answer_text(found),
         "missing_tokens": next((each.missing for each in best.judgements if each.metric == "kl"), None),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ... import state
 from ...plan import ModelInfo, Plan
 from ..profiles import existing_profile
-from .bench import DIVERGENCE, ModelBench, Purpose, context_of, make_task, prefix, prepare
+from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prefix, prepare, read_purpose
 from .plans import SEQ_LEN, WAYS, has_score
 from .study import FIRST_DOCUMENTS
 
@@ -132,17 +132,15 @@ def forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> Forecast:
 
 def _unknown(purpose: Purpose) -> Forecast:
     """Return the work on a model whose weights would have to be downloaded."""
-    from ...models.loading import load_info
-
-    info = load_info(purpose.model)
-    context = context_of(purpose, None)
+    facts, context = read_purpose(purpose)
     steps = [PlannedStep("download", f"the weights of {purpose.model}", None)]
     steps += [PlannedStep("profile", WAYS[0].score, None), PlannedStep("compare", "KL of a few plans", None)]
     steps += [
         PlannedStep(name, f"of one plan at {context} tokens", None) for name in (DIVERGENCE, *purpose.other_tasks)
     ]
     basis = "no times: the weights are not on this machine, and this does not download them"
-    return Forecast(info, context, context, tuple(steps), _caches(info, context, 2), basis)
+    memory = facts.weights.total + _caches(facts.info, context, facts.element_bytes)
+    return Forecast(facts.info, context, context, tuple(steps), memory, basis)
 
 
 def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:

@@ -89,8 +89,7 @@ class Recommendation:
         length: tokens of the documents that KL was measured on; fewer than `context` if the text has no longer ones.
         best: the plan that is recommended; if none is safe, the one that came nearest to it.
         compared: stored bits of the plans that were compared on a few documents, and their KL in nats a token.
-        weights: bytes of the model.
-        cache: bytes of the plan's cache at the context.
+        weights, activations, cache: bytes at the context, of one sequence; the plan's cache.
     """
 
     model: ModelInfo
@@ -100,6 +99,7 @@ class Recommendation:
     best: MeasuredPlan
     compared: Mapping[float, float]
     weights: int
+    activations: int
     cache: int
 
 
@@ -189,6 +189,7 @@ class _Search:
             best=best,
             compared=dict(sorted(self.compared.items())),
             weights=bench.weights,
+            activations=bench.activations,
             cache=bench.cache_bytes(best.plan),
         )
 
