@@ -171,12 +171,12 @@ def _memory(loaded: LoadedModel, tokens: int, *, caches: int, kept_layers: int =
     """Return the bytes of weights, of unquantized caches of so many tokens, and of activations that are kept."""
     from ..models.activations import activation_sizes
     from ..models.stock import stock_cache
-    from .recommend.bench import weight_bytes
 
     size = loaded.model.dtype.itemsize
     cache = Plan.uniform(loaded.info, 16, 16).unquantized_bytes(tokens, element_bytes=size)
     activations = activation_sizes(loaded.config, stock_cache(loaded.config, loaded.info.id)).peak(tokens, 1, size)
-    return weight_bytes(loaded) + caches * cache + kept_layers * activations
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*loaded.model.parameters(), *loaded.model.buffers())}
+    return sum(tensors.values()) + caches * cache + kept_layers * activations
 
 
 def _has_weights(model: str, revision: str | None = None) -> bool:
