@@ -175,8 +175,9 @@ def _memory(loaded: LoadedModel, tokens: int, *, caches: int, kept_layers: int =
     size = loaded.model.dtype.itemsize
     cache = Plan.uniform(loaded.info, 16, 16).unquantized_bytes(tokens, element_bytes=size)
     activations = activation_sizes(loaded.config, stock_cache(loaded.config, loaded.info.id)).peak(tokens, 1, size)
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*loaded.model.parameters(), *loaded.model.buffers())}
-    return sum(tensors.values()) + caches * cache + kept_layers * activations
+    tensors = (*loaded.model.parameters(), *loaded.model.buffers())
+    weights: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(weights.values()) + caches * cache + kept_layers * activations
 
 
 def _has_weights(model: str, revision: str | None = None) -> bool:
