@@ -71,6 +71,8 @@ def _uri(path: str) -> str | None:
     """Return the page of a file of the repository; None if there is no such file."""
     if path in PAGES:
         return PAGES[path]
+    if path == "README.md":
+        return "index.md"  # what a reader sees first
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return _source_uri(path) if (ROOT / path).is_file() else None

@@ -143,6 +143,8 @@ class MixedLayer(CacheLayerMixin):
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it from one, empty as this layer is then.
 
+        What is given has been packed as far as the next forward would pack it before anything else.
+
         Args:
             archive: of this layer.
             examples: keys and values without tokens, `[B, H_kv, 0, D]`, in the model's dtype and on the layer's device.
@@ -153,6 +155,8 @@ class MixedLayer(CacheLayerMixin):
         """
         if self._stores is None:
             self.lazy_initialization(*examples)
+        self._pack_early()  # in case that a forward has failed before it
+        self._in_step(Store.finish)
         for name, store, example in zip(("keys", "values"), self.stores, examples, strict=True):
             store.exchange(archive.part(name, example))
             if store.length != archive.tokens:

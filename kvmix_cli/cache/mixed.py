@@ -160,7 +160,8 @@ class MixedCache(CountingCache):
     def save(self, path: Path | str, ids: Tensor | Sequence[Sequence[int]], model: PreTrainedModel) -> Path:
         """Write everything that the cache holds to a safetensors file, whole or not at all, and return its path.
 
-        A file that is there is replaced.
+        A file that is there is replaced. What the next forward would pack before anything else is packed now, so that
+        the file is as small as it can be; the last forward can then no longer be taken back without a trace.
 
         Args:
             path: of the file.

@@ -127,6 +127,15 @@ class Store:
         self._tail.append(tail[:, :, early:])
         return early
 
+    def finish(self) -> int:
+        """Pack what the next forward would pack first, and return how many tokens that is.
+
+        What is packed can no longer be taken back without a trace.
+        """
+        due = self.settle()
+        self._settled = self._fresh = 0
+        return due
+
     def segments(self) -> Segments:
         """Return what is held now, as views."""
         packed = self.packing.view if self.packing is not None and self.packed_tokens else None
@@ -169,11 +178,7 @@ class Store:
         return self.sinks + kept if kept > 0 else 0
 
     def exchange(self, archive: Archive) -> None:
-        """Give everything held to an archive, or take it from one, empty as this store is then."""
-        self.pack_early()  # which a forward that failed may have left to do
-        self._ahead = archive.number("ahead", self._ahead)
-        self._settled = archive.number("settled", self._settled)
-        self._fresh = archive.number("fresh", max(0, self._fresh))
+        """Give what a finished store holds to an archive, or take it from one, empty as this store is then."""
         states = (*archive.rows, None, archive.example.shape[3])
         archive.buffer("sink", self._sink, states)
         archive.buffer("tail", self._tail, states)

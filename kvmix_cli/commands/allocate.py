@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from .allocate_options import (
     default_name,
     options_hash,
 )
+from .dry_run import show_work
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def allocate(
     common: CommonOptions,
 ) -> None:
     """Decide every layer's bits under a budget: --avg-bits, --stored-bits, --memory, --max-loss or --preset."""
+    if budget.method == FAMILY and files.dry_run:
+        raise typer.BadParameter("pareto decides in about a second and takes no budget to try: leave out --dry-run")
     if budget.method == FAMILY and files.out is not None:
         raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
     base = _base(budget)
@@ -69,6 +73,9 @@ def allocate(
         return
     name = files.name or default_name(method, budget, storage, effort, loading.seed, source if files.profile else None)
     path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
+    if files.dry_run:
+        _show_work(source, method, base.budget, chosen, path, effort, loading)
+        return
     plan = _decide(source, method, base.budget, chosen, path, effort, loading)
     if storage.put_on:
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": storage.put_on}})
@@ -81,6 +88,25 @@ def allocate(
     _save(plan, path, command)
     with after_saving(f"the plan is saved in {path}"):
         _show(plan, source, path, budget.context, budget.batch)
+
+
+def _show_work(
+    source: Profile,
+    method: str,
+    budget: Budget,
+    chosen: AllocationOptions,
+    path: Path,
+    effort: SearchOptions,
+    loading: LoadingOptions,
+) -> None:
+    """Show what would be decided; of a search, what would be measured for that."""
+    from ..studies.dry_run import allocation_work, search_work
+
+    if method == SEARCH:
+        load = partial(loading.load, source.model.id, source.model.revision)
+        show_work("allocate", search_work(source, load, effort.trials, effort.samples, path))
+    else:
+        show_work("allocate", allocation_work(source, method, budget, chosen, path))
 
 
 def _base(budget: BudgetOptions) -> Start:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .dry_run import DryRunFlag
 from .options import (
     Encoding,
     Model,
@@ -193,6 +194,7 @@ class PlanFileOptions:
     ] = None
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None
     model: Model = None
+    dry_run: DryRunFlag = False
 
 
 def default_name(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from .. import console, state
 from ..errors import KvmixError
 from ..files import after_saving
+from .dry_run import DryRunFlag, show_work
 from .options import (
     COMMAND_LINE,
     CommonOptions,
@@ -71,6 +73,7 @@ class ProfileOptions:
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a score even if it was measured on more text, or on other text.")
     ] = False
+    dry_run: DryRunFlag = False
     checkpointing: Annotated[
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Save memory for time [default: for large models]."),
@@ -104,9 +107,16 @@ def profile(
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))
+    texts = load_texts(what.calibration, seed=loading.seed)
+    if what.dry_run:
+        from ..studies.dry_run import profile_work
+
+        sizes, writes = (what.samples, what.seq_len, loading.seed), [path, *([what.plot] if what.plot else [])]
+        load = partial(loading.load, model, which.revision)
+        show_work("profile", profile_work(model, load, what.score, how, texts, *sizes, writes))
+        return
     ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = existing_profile(path)
-    texts = load_texts(what.calibration, seed=loading.seed)
     loaded = loading.load(model, which.revision)
     if before is not None:
         require_same_model(before, loaded.info, path)

@@ -25,7 +25,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
-    from ..studies.recommend import Recommendation, Wanted
+    from ..studies.recommend import Purpose, Recommendation
 
 
 def parse_share(text: str) -> float:
@@ -40,11 +40,12 @@ def parse_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class RecommendOptions:
-    """What counts as safe, where, and the text that it is proven on."""
+    """The bound on the loss, the context, and the text that a plan is proven on."""
 
     context: Annotated[int | None, count_option("Tokens [default: the model's limit, at most 32K].")] = None
     memory: Annotated[
-        int | None, typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights and cache together, e.g. 8GiB.")
+        int | None,
+        typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights, prompt and cache, e.g. 8GiB."),
     ] = None
     max_loss: Annotated[
         Any,
@@ -82,9 +83,9 @@ def recommend(
     if model is None:
         raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
     from ..evaluation import split_tasks
-    from ..studies.recommend import Wanted
+    from ..studies.recommend import Purpose
 
-    wanted = Wanted(
+    purpose = Purpose(
         model=model,
         context=what.context,
         max_loss=what.max_loss,
@@ -95,16 +96,19 @@ def recommend(
         limit=what.limit,
         step=what.step,
         seed=loading.seed,
+        revision=which.revision,
+        dtype=loading.dtype,
+        trust_remote_code=loading.trust_remote_code,
     )
     if what.dry_run:
-        _show_forecast(wanted, lambda: loading.load(model, which.revision))
+        _show_forecast(purpose, lambda: loading.load(model, which.revision))
         return
     from ..evaluation.runs import RunFolders
     from ..studies.recommend import recommend as find
 
     command = ctx.meta[COMMAND_LINE]
     found = find(
-        wanted,
+        purpose,
         lambda: loading.load(model, which.revision),
         RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True),
         command=command,
@@ -115,11 +119,11 @@ def recommend(
         _show(found)
 
 
-def _show_forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> None:
+def _show_forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> None:
     from ..reporting.recommendation import forecast_json, forecast_table
     from ..studies.recommend import forecast
 
-    found = forecast(wanted, load)
+    found = forecast(purpose, load)
     console.table(*forecast_table(found))
     console.emit_json(forecast_json(found))
 

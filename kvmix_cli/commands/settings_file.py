@@ -60,7 +60,7 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
         name = str(key).replace("_", "-").removeprefix("--")
         parameter = known.get(name)
         if parameter is None:
-            faults.append(((key,), f"no option '{key}' of `kvmix {command.name}`{did_you_mean(name, known)}"))
+            faults.append(((key,), f"no option '{key}' of kvmix {command.name}{did_you_mean(name, known)}"))
         elif seen.setdefault(name, key) != key:
             faults.append(((key,), f"'{key}' and '{seen[name]}' are one option"))
         elif (fault := _fault(parameter, value)) is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from ..errors import ModelError, first_sentence
+from ..network import HUB_ERRORS
 from ..quiet import hushed
 from .sources import ADAPTER
 
@@ -117,6 +117,6 @@ def _on_hub(source: str, name: str, revision: str | None) -> Path | None:
     try:
         with hushed():
             found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+    except HUB_ERRORS:
         return None
     return None if found is None else Path(found)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from .. import torchless
 from ..errors import ModelError, first_sentence
+from ..network import HTTP_ERROR, is_offline
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
@@ -44,7 +45,7 @@ UNREADABLE = (
     EOFError,
     SafetensorError,
     StrictDataclassError,
-    HfHubHTTPError,
+    HTTP_ERROR,
     pickle.UnpicklingError,
 )
 """Errors of the libraries for a checkpoint that is missing, damaged or of an unknown kind."""
@@ -102,7 +103,9 @@ def find_config(
         checkpoint = replace(checkpoint, source=str(Path(source).parent), gguf=Path(source).name)
     try:
         return checkpoint, _load_config(checkpoint)
-    except ModelError:
+    except ModelError as error:
+        if is_offline(error):
+            raise
         if (adapter := find_adapter(source, revision)) is not None:
             if adapted_by is not None:
                 reason = f"an adapter of {model_id}, which is an adapter itself"

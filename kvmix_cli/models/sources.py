@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, StrictDataclassError
 
 from ..errors import ModelError, did_you_mean, first_sentence
+from ..network import HUB_ERRORS, causes
 from .gguf import SUFFIX, find_gguf
 
 BUILTIN = "builtin:"
@@ -90,7 +91,7 @@ def meta_sibling(model_id: str) -> str | None:
             return None
         sibling = model_id + META_SIBLING
         return sibling if "config.json" in huggingface_hub.list_repo_files(sibling) else None
-    except (OSError, HfHubHTTPError, HFValidationError):
+    except HUB_ERRORS:
         return None
 
 
@@ -99,14 +100,14 @@ def has_pickles(source: str) -> bool:
     try:
         files = [path.name for path in Path(source).iterdir()] if _is_folder(Path(source)) else None
         files = huggingface_hub.list_repo_files(source) if files is None else files
-    except (OSError, HfHubHTTPError, HFValidationError):
+    except HUB_ERRORS:
         return False
     return bool(fnmatch.filter(files, "*.bin")) and not fnmatch.filter(files, "*.safetensors")
 
 
 def explain(model_id: str, error: BaseException) -> str:
     """Return the reason why a model cannot be loaded and what to do about it, on one line."""
-    if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+    if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
         page = f"{constants.ENDPOINT}/{model_id}"
         return f"it is gated: accept its licence at {page}, then log in with `hf auth login`"
     if isinstance(error, StrictDataclassError):  # it names the check, and its cause what is wrong
@@ -144,12 +145,6 @@ def _without_config(model_id: str, folder: Path) -> str:
 def _has_meta_layout(files: Iterable[str]) -> bool:
     names = list(files)
     return all(fnmatch.filter(names, pattern) for pattern in META_FILES)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_folder(path: Path) -> bool:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedConfig
 
 from .. import torchless
 from ..errors import ModelError, first_sentence
+from ..network import HUB_ERRORS
 from .configuration import UNREADABLE, Checkpoint, quietly
 from .gguf import read_header
 from .multimodal import find_loader
@@ -108,7 +108,7 @@ def _cached_folder(checkpoint: Checkpoint) -> Path | None:
     """Return the folder of a hub model's files that are on this machine."""
     try:
         file = huggingface_hub.try_to_load_from_cache(checkpoint.source, "config.json", revision=checkpoint.revision)
-    except (HFValidationError, OSError, ValueError):
+    except HUB_ERRORS:
         return None
     return Path(file).parent if isinstance(file, str) else None
 
@@ -117,7 +117,7 @@ def _on_the_hub(checkpoint: Checkpoint) -> WeightBytes | None:
     """Return what the hub says about a model's safetensors; None if it says nothing, or cannot be asked."""
     try:
         info = huggingface_hub.model_info(checkpoint.source, revision=checkpoint.revision, timeout=ASK_SECONDS)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+    except HUB_ERRORS:
         return None
     counts: Any = getattr(info.safetensors, "parameters", None) or {}
     bits = FLOATS | INTEGERS

@@ -16,6 +16,7 @@ from ..studies.recommend.forecast import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
 from ..studies.recommend.study import MeasuredTask, Recommendation
 from .comparison import ITSELF
+from .dry_run import duration_text
 from .evaluation import format_estimate
 from .printable import one_line
 from .verdict import tokens
@@ -93,7 +94,10 @@ def recommendation_tables(found: Recommendation) -> list[Table]:
     best = found.best
     rows = [(row.task, _title(row), format_estimate(row.own, row.unit), _reference(row)) for row in evidence(found)]
     notes = [f"{each.task.name}: {each.report.description}" for each in best.measured]
-    notes += [f"weights {format_bytes(found.weights)}, cache {format_bytes(found.cache)} at {tokens(found.context)}"]
+    weights, cache, prompt = map(format_bytes, (found.weights, found.cache, found.activations))
+    notes += [
+        f"weights {weights}, cache {cache} at {tokens(found.context)}, activations of such a prompt about {prompt}"
+    ]
     title = f"{best.path.stem} of {one_line(found.model.id)}"
     tables = [Table(title, COLUMNS, rows, "".join(f"{one_line(note)}\n" for note in notes))]
     tables += [table for each in best.measured for table in each.task.details([each.row])]
@@ -156,6 +160,7 @@ def recommendation_json(found: Recommendation) -> dict[str, Any]:
         "nominal_bits": best.plan.bits.nominal,
         "cache_bytes": found.cache,
         "weights_bytes": found.weights,
+        "activation_bytes": found.activations,
         "max_kl": found.limit,
         "text": answer_text(found),
         "missing_tokens": next((each.missing for each in best.judgements if each.metric == "kl"), None),
@@ -172,19 +177,13 @@ def _evidence_json(row: EvidenceRow) -> dict[str, Any]:
 
 def forecast_table(found: Forecast) -> Table:
     """Return the steps of a recommendation with their times, which are estimates, and what these rest on."""
-    rows = [(step.name, step.what, _duration(step.seconds)) for step in found.steps]
-    total = f"about {_duration(found.seconds)} in all, samples that are kept already not counted off\n"
+    rows = [(step.name, step.what, duration_text(step.seconds)) for step in found.steps]
+    total = f"about {duration_text(found.seconds)} in all, samples that are kept already not counted off\n"
     unknown = any(step.seconds is None for step in found.steps)
     known = "" if unknown and not found.seconds else total
     notes = f"{known}about {format_bytes(found.memory)} of memory for weights and two caches\n{found.basis}\n"
     title = f"what a recommendation for {one_line(found.model.id)} at {tokens(found.context)} would do"
     return Table(title, ("step", "what", "about"), rows, notes)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not known"
-    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
 
 
 def forecast_json(found: Forecast) -> dict[str, Any]:

@@ -33,7 +33,7 @@ MEMORY = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Environment:
-    """The software and hardware that kvmix runs on, as plain data.
+    """Versions, devices, kernels, threads and folders, as plain data.
 
     Attributes:
         versions: of Python, kvmix and packages by name; None for what is not installed.

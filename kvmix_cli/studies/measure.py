@@ -15,11 +15,13 @@ from .baselines import baseline_subjects, check_baselines
 from .selection import Choice, check_widths, choose
 
 if TYPE_CHECKING:
+    from ..cache.subject import Subject
     from ..evaluation.base import Settings, Task
     from ..evaluation.gates import Gate, GateOutcome
     from ..evaluation.results import Report, Row
     from ..evaluation.runner import Progress
-    from ..plan import ModelInfo
+    from ..models.loading import LoadedModel
+    from ..plan import ModelInfo, Plan
     from ..plan.settings import Encode
 
 DEFAULT_TASKS = "perplexity"
@@ -97,6 +99,54 @@ class Evaluation:
         return all(row.error is None for report in self.reports for row in report.rows)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that an evaluation needs before it measures.
+
+    Attributes:
+        plans: by name.
+        subjects: plans and baselines; the unquantized cache is measured beside them.
+    """
+
+    tasks: list[Task]
+    gates: list[Gate]
+    plans: Mapping[str, Plan]
+    loaded: LoadedModel
+    subjects: list[Subject]
+
+
+def prepare(
+    choice: Choice,
+    names: SubjectNames,
+    setup: Setup,
+    options: Mapping[str, Any],
+    gates: Sequence[str] = (),
+    say: Say = unsaid,
+) -> Prepared:
+    """Find tasks and plans, and load the model; arguments as of `measure_plans`. Raises KvmixError."""
+    from ..cache.subject import Subject
+    from ..evaluation import get_tasks, split_tasks
+    from ..models.loading import load_info, load_model
+
+    check_baselines(names.baselines)
+    loading = setup.loading
+    tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
+    conditions = _conditions(gates, tasks)
+    info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
+    plans = choice.plans(info, names.uniform, say, encode=names.encode)
+    loaded = load_model(
+        choice.model,
+        revision=choice.revision,
+        dtype=loading["dtype"],
+        device=loading["device"],
+        trust_remote_code=loading["trust_remote_code"],
+        allow_pickle=loading.get("allow_pickle", False),
+    )
+    subjects = [Subject(name, plan) for name, plan in plans.items()]
+    subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)
+    return Prepared(tasks, conditions, plans, loaded, subjects)
+
+
 def measure_plans(
     choice: Choice,
     names: SubjectNames,
@@ -121,38 +171,21 @@ def measure_plans(
     Raises:
         KvmixError: before anything is measured if it cannot be.
     """
-    from ..cache.subject import Subject
-    from ..evaluation import get_tasks, split_tasks
     from ..evaluation.runner import no_progress, run_task
     from ..evaluation.runs import RunFolders
-    from ..models.loading import load_info, load_model
 
-    check_baselines(names.baselines)
-    loading = setup.loading
-    tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
-    conditions = _conditions(gates, tasks)
-    info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
-    plans = choice.plans(info, names.uniform, say, encode=names.encode)
-    loaded = load_model(
-        choice.model,
-        revision=choice.revision,
-        dtype=loading["dtype"],
-        device=loading["device"],
-        trust_remote_code=loading["trust_remote_code"],
-        allow_pickle=loading.get("allow_pickle", False),
-    )
-    subjects = [Subject(name, plan) for name, plan in plans.items()]
-    subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)
+    found = prepare(choice, names, setup, options, gates, say)
+    loaded = found.loaded
     runs = RunFolders(model=state.slug(choice.model), **setup.results)
     reports = []
-    for task in tasks:
-        report = run_task(task, loaded, subjects, setup.settings, runs, progress or no_progress)
+    for task in found.tasks:
+        report = run_task(task, loaded, found.subjects, setup.settings, runs, progress or no_progress)
         on_report(task, report, loaded.info)
         reports.append(report)
     verdicts = tuple(
-        gate.check(_judged(report, plans), report.reference)
-        for gate in conditions
-        for task, report in zip(tasks, reports, strict=True)
+        gate.check(_judged(report, found.plans), report.reference)
+        for gate in found.gates
+        for task, report in zip(found.tasks, reports, strict=True)
         if any(metric.name == gate.metric for metric in task.metrics)
     )
     return Evaluation(loaded.info, tuple(reports), verdicts)

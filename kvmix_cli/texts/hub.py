@@ -42,11 +42,13 @@ def load_rows(name: str, config: str | None, split: str | None, files: dict[str,
     """Return the rows of one split; all splits by name if none is asked for. Raises TextError."""
     import datasets
 
+    from ..network import HUB_ERRORS
+
     options = {} if files is None else {"data_files": files}
     try:
         with hushed():
             return datasets.load_dataset(name, config, split=split, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*HUB_ERRORS, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         asked = f"configuration {config or 'default'}" + (f", split {split}" if split else "")
         raise TextError(

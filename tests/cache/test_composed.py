@@ -190,7 +190,9 @@ def test_eviction_is_a_mask_over_what_attention_said():
     torch.testing.assert_close(got, expected)
 
 
-def test_a_score_of_ones_own():
+def test_a_score_of_ones_own(monkeypatch):
+    monkeypatch.setattr(TOKEN_SCORES, "_entries", dict(TOKEN_SCORES._entries))  # forgotten after the test
+
     @TOKEN_SCORES.register("test-first")
     class First(TokenScore):
         needs_queries = False

@@ -48,6 +48,24 @@ def test_every_task_runs_on_the_built_in_model():
     assert {path.name.split("__")[0] for path in Path("results").iterdir()} == set(tasks)
 
 
+@pytest.mark.slow
+def test_the_long_context_suite_runs_at_several_lengths_and_says_what_it_left_out():
+    options = ("--task", "long-context", "--length", "380,420,8K", "--limit", 2, "--uniform", 2)
+    result = kvmix_json("eval", *TINY, *options)
+    names = ["recall", "passkey", "kv_retrieval", "multi_hop", "code_completion"]
+    assert list(dict.fromkeys(row["task"] for row in result["rows"])) == names
+    assert all(row["quantized_share"] > 0 for row in result["rows"] if row["plan"] == "uniform-2")
+    assert result["warnings"] == [
+        f"{name}: left out 8192 tokens: --limit 2 is fewer than the lengths" for name in names
+    ]
+    assert all("in 2 exercises of 380 and 420 tokens" in result["descriptions"][name] for name in names)
+
+
+def test_several_lengths_are_for_tasks_that_have_contexts():
+    said = refused(kvmix("eval", *TINY, "--uniform", 2, "--length", "512,1K"))
+    assert said == "several --length are for tasks with contexts of their own, which perplexity is not; give one"
+
+
 def test_a_table_shows_bits_share_intervals_and_what_was_measured(counting):
     result = kvmix("eval", *TINY, "--uniform", 2)
     assert result.exit_code == 0

@@ -81,8 +81,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(kvmix):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (("--context", "5000"), "--context 5000 is more than the limit of builtin:tiny, 4096 tokens"),
-        (("--memory", "1MiB"), "builtin:tiny needs 26.5 MiB for its weights alone, and --memory is 1 MiB: give more"),
+        (("--context", "5000"), "--context 5000 is more than the 4096 tokens that builtin:tiny was made for"),
+        (("--memory", "1MiB"), "builtin:tiny needs 13.3 MiB for its weights alone, and --memory is 1 MiB: give more"),
         (("--text", "missing.txt"), "missing.txt"),
     ],
 )

@@ -57,7 +57,7 @@ def test_flags_and_modes(write):
 
 
 FAULTS = {
-    "limt: 3": "line 1: no option 'limt' of `kvmix eval` (did you mean 'limit'?)",
+    "limt: 3": "line 1: no option 'limt' of kvmix eval (did you mean 'limit'?)",
     "limit: {a: 1}": "limit: must be text, a number or a list of them, got {'a': 1}",
     "limit: [yes]": "put words like yes and on in quotes",
     "resume: 1": "resume: must be true or false, got 1",

@@ -21,6 +21,7 @@ SHORTER = {
     "profile": ["--samples", "2", "--seq-len", "288"],
     "eval": ["--limit", "1", "--length", "640"],
     "demo": ["--samples", "1", "--limit", "1"],
+    "recommend": ["--dry-run"],
 }
 """Added to the examples: the same work on less text."""
 

@@ -93,6 +93,16 @@ def test_an_unknown_member_of_a_list_is_named_as_a_data_set(names, said):
         get_tasks(split_tasks(names), {})
 
 
+def test_a_set_of_tasks_stands_for_its_tasks():
+    ours = ("recall", "passkey", "kv_retrieval", "multi_hop", "code_completion")
+    assert split_tasks("long-context") == ours
+    assert split_tasks("perplexity,long-context,recall") == ("perplexity", *ours)
+    assert split_tasks("longctx_bench,memory") == ("longbench:longctx", "passkey", "memory")
+    datasets = [dataset.name for dataset in get_task("longbench:longctx").datasets]
+    assert len(datasets) == 16
+    assert not any(name.endswith("_zh") for name in datasets)
+
+
 def test_an_unknown_member_is_named_without_lm_eval_too(monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EvaluationError, match=r"longbench has no data set 'trce' .*trec"):

@@ -5,12 +5,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from commandline import kvmix
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models import configuration, loading, multimodal
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, locate, meta_sibling
+from kvmix_cli.network import HTTP_ERROR
 
 META = ["params.json", "consolidated.00.pth", "tokenizer.model", "checklist.chk"]
 
@@ -85,6 +86,31 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "file_exists", file_exists)
     monkeypatch.setattr(configuration.AutoConfig, "from_pretrained", from_pretrained)
     return repositories
+
+
+@pytest.mark.parametrize("ask", [lambda: meta_sibling("org/model"), lambda: has_pickles("org/model")])
+def test_no_network_is_no_answer(monkeypatch, ask):
+    """The HTTP library beneath the hub has errors of its own, which are no OSError."""
+
+    def no_network(*args, **options):
+        raise HTTP_ERROR("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", no_network)
+    assert not ask()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def no_network(source, **options):
+        asked.append(source)
+        raise OSError("We couldn't connect to the hub") from LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(configuration.AutoConfig, "from_pretrained", no_network)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", no_network)
+    with pytest.raises(ModelError, match="couldn't connect to the hub; check the name and the network"):
+        load_info("org/model")
+    assert asked == ["org/model"]
 
 
 def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):

@@ -1,6 +1,7 @@
 """The architecture, checked: which room may import which, in every file, wherever in the file the import stands."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" /
 
 FLOORS = [
     ["_version", "errors", "kvmix_kernels.layout"],
-    ["files", "kvmix_kernels.transform_layout", "quiet", "registry", "torchless"],
+    ["files", "kvmix_kernels.transform_layout", "network", "quiet", "registry", "torchless"],
     ["plan"],
     ["journal", "profile", "state", "texts"],
     ["kvmix_kernels", "models.geometry", "models.memory"],
@@ -51,8 +52,13 @@ FILES = module_files()
 MODULES = [pytest.param(module, id=module) for module in FILES if module not in PACKAGES]
 
 
+@functools.cache
 def imports(module):
-    """Yield the full name and line of everything that a module imports: inside functions and for types, too."""
+    """Return the full name and line of everything that a module imports: inside functions and for types, too."""
+    return list(found_imports(module))
+
+
+def found_imports(module):
     path = FILES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):

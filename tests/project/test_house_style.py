@@ -1,6 +1,7 @@
 """House style that no linter checks: sizes, words and names."""
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -22,10 +23,15 @@ TERMS = ROOT / "docs" / "terms.md"
 CASES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in SOURCES]
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def classes():
     """Yield the name and place of every class."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ClassDef):
                 yield node.name, f"{path.relative_to(ROOT)}:{node.lineno}"
 
@@ -37,9 +43,8 @@ def test_files_are_one_idea_long(path):
 
 @pytest.mark.parametrize("path", CASES)
 def test_docstrings_say_what_is_done(path):
-    tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    documented = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    documented = [node for node in ast.walk(tree_of(path)) if isinstance(node, kinds)]
     wrong = [f"{node.name}: {doc}" for node in documented if OPENERS.match(doc := ast.get_docstring(node) or "")]
     assert not wrong
 
@@ -61,7 +66,7 @@ def test_every_noun_of_an_exported_class_is_a_term():
     for path in SOURCES:
         if path.name != "__init__.py":
             continue
-        for name in exported(ast.parse(path.read_text())):
+        for name in exported(tree_of(path)):
             if name[:1].isupper() and not name.isupper():
                 nouns[name] = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", name)[-1].lower()
     assert not {name: noun for name, noun in nouns.items() if noun not in known}

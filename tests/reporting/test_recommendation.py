@@ -20,7 +20,7 @@ from kvmix_cli.reporting.recommendation import (
 )
 from kvmix_cli.studies.recommend.forecast import Forecast, PlannedStep
 from kvmix_cli.studies.recommend.judge import Judgement
-from kvmix_cli.studies.recommend.study import MeasuredTask, Recommendation, Trial
+from kvmix_cli.studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 
 KL = Estimate(0.005, 0.004, 0.006)
 
@@ -47,8 +47,8 @@ def measured(task="perplexity", metrics=("kl", "same_token"), records=(), judgem
 def found(outcome, *judgements, safe=None, plan=None, tasks=()):
     """A recommendation at 32K with this outcome."""
     plan = plan or uniform(2, info=INFO)
-    trial = Trial(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
-    return Recommendation(INFO, 32768, 0.00995, 16384, trial, {2.0: 0.02, 2.5: 0.005}, 2**30, 2**20)
+    trial = MeasuredPlan(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
+    return Recommendation(INFO, 32768, 0.00995, 16384, trial, {2.0: 0.02, 2.5: 0.005}, 2**30, 2**22, 2**20)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_evidence_stands_beside_the_unquantized_caches_numbers():
     ]
     main, compared = recommendation_tables(some)
     assert main.rows[4][:2] == ("recall", "recall at depth 100%")
-    assert "weights 1 GiB, cache 1 MiB at 32K" in main.footer
+    assert "weights 1 GiB, cache 1 MiB at 32K, activations of such a prompt about 4 MiB" in main.footer
     assert compared.rows == [("2.00", "0.02"), ("2.50", "0.005")]
     data = recommendation_json(some)
     assert data["evidence"][3] == {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from evaluating import INFO, uniform
-from reporting import FOUR, TWO, Scripted, measured, memory, perplexity, recall
+from reporting import FOUR, PERPLEXITY, TWO, Scripted, measured, memory, perplexity, recall
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
@@ -82,6 +82,44 @@ def test_cannot_tell_says_why(task, why):
     (found,) = told(task)
     assert found.outcome == "cannot tell"
     assert why in found.text
+
+
+def divergence(value, low, high):
+    """A task in which every plan has this KL, and a perplexity that has got better."""
+    kl = (Metric("kl", higher_is_better=False, unit="nats/token", plans_only=True),)
+    numbers = {"perplexity": 10.0, "perplexity_increase_percent": (-0.1, -0.2, 0.1), "kl": (value, low, high)}
+    known = {"unquantized": {"perplexity": 10.0}, "four": numbers}
+    return Scripted("perplexity", PERPLEXITY + kl, lambda name: known[name])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "outcome", "said"),
+    [
+        (
+            (0.004, 0.003, 0.006),
+            "safe",
+            "four at 6 stored bits: KL 0.004 [0.003, 0.006] nats a token: safe at 1K, not tested beyond (with 95 % "
+            "confidence at most a KL of 0.01 nats a token)",
+        ),
+        (
+            (0.02, 0.015, 0.03),
+            "worse",
+            "four at 6 stored bits: KL 0.02 [0.015, 0.03] nats a token: worse in KL (safe would be at most a KL of "
+            "0.01 nats a token)",
+        ),
+        ((0.009, 0.006, 0.013), "cannot tell", "cannot tell, it may be more than a KL of 0.01 nats a token"),
+        ((0.012, 0.009, 0.014), "cannot tell", "cannot tell, it may be more than a KL of 0.01 nats a token"),
+    ],
+)
+def test_where_kl_was_measured_it_decides_and_not_perplexity(numbers, outcome, said):
+    (found,) = told(divergence(*numbers))
+    assert (found.outcome, said in found.text) == (outcome, True), found.text
+    assert "perplexity" not in found.text
+
+
+def test_one_document_has_no_interval_of_kl():
+    (found,) = told(divergence(0.001, 0.001, 0.001), settings=Settings(limit=1))
+    assert (found.outcome, "one sample of KL has no interval" in found.text) == ("cannot tell", True)
 
 
 def test_one_sample_has_no_interval():

@@ -15,7 +15,7 @@ from kvmix_cli.evaluation import positions
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.plan import Plan
 from kvmix_cli.studies.recommend import study
-from kvmix_cli.studies.recommend.bench import Bench, Wanted, context_of, usable_length
+from kvmix_cli.studies.recommend.bench import ModelBench, Purpose, read_purpose, usable_length
 from kvmix_cli.studies.recommend.judge import (
     FEWEST,
     is_within,
@@ -175,17 +175,10 @@ def test_documents_are_as_long_as_the_text_has_enough_of(lengths, context):
         assert (usable, count >= FEWEST) == (context, True)
 
 
-def test_a_context_beyond_the_models_limit_is_refused():
-    assert context_of(Wanted("m"), None) == 32768
-    assert context_of(Wanted("m"), 4096) == 4096
-    with pytest.raises(EvaluationError, match="--context 5000 is more than the limit of m, 4096 tokens"):
-        context_of(Wanted("m", context=5000), 4096)
-
-
 def test_a_loss_that_is_no_share_is_refused():
     with pytest.raises(BudgetError, match="max_loss is a share of the perplexity"):
-        Wanted("m", max_loss=-1).check()
-    assert Wanted("m", max_loss=0.01).loss == pytest.approx(0.00995033)
+        Purpose("m", max_loss=-1).check()
+    assert Purpose("m", max_loss=0.01).loss == pytest.approx(0.00995033)
 
 
 def rising(*bits, predicted=None):
@@ -216,15 +209,16 @@ class Scripted:
         documents: tokens of documents and tokens that are missing.
     """
 
-    def __init__(self, monkeypatch, kl, recall=None, documents=(2 * PART, 0), **wanted):
+    def __init__(self, monkeypatch, kl, recall=None, documents=(2 * PART, 0), **purpose):
         self.kl, self.recall, self.seen = kl, recall or {}, []
         self.plans = rising(*range(len(kl)))
         self.bench = SimpleNamespace(
-            wanted=Wanted("builtin:tiny", **wanted),
+            purpose=Purpose("builtin:tiny", **purpose),
             loaded=SimpleNamespace(info=INFO),
             context=2 * PART,
             documents=documents,
             weights=100,
+            activations=10,
             cache_bytes=lambda plan: 7,
             measure=self.measure,
         )
@@ -314,7 +308,7 @@ def tried(monkeypatch, **failures):
 
     monkeypatch.setattr(study, "calibrate", calibrate)
     monkeypatch.setattr(study._Search, "run", lambda self: self.made.way.method)
-    return study.recommend(Wanted("m"), None, None, say=said.append), said
+    return study.recommend(Purpose("m"), None, None, say=said.append), said
 
 
 def test_a_model_that_transform_codes_cannot_be_used_with_gets_widths(monkeypatch):
@@ -340,21 +334,32 @@ def test_a_plan_file_of_the_same_name_is_never_overwritten(tmp_path):
     assert Plan.load(second).sha256 == other.sha256
 
 
-def test_memory_is_for_weights_and_cache_together():
-    def made(memory):
-        found = Bench(Wanted("m", memory=memory), None, 4096, None, None)
-        found.__dict__["weights"] = 1000
-        return found
+def test_memory_is_for_weights_activations_and_cache_together():
+    facts, context = read_purpose(Purpose("builtin:tiny", context=2048))
+    assert context == 2048
+    weights = facts.weights.at("float32")
+    loaded = SimpleNamespace(dtype="float32", model=SimpleNamespace(dtype=SimpleNamespace(itemsize=4)))
+    some = [uniform(2, info=facts.info), uniform(4, info=facts.info)]
 
-    with pytest.raises(ModelError, match=r"m needs 0.977 KiB for its weights alone, and --memory is 999 B"):
-        made(999).check_memory()
-    some = [uniform(2, info=INFO), uniform(4, info=INFO)]
-    bytes_of = {plan.sha256: size for plan, size in zip(some, (500, 900), strict=True)}
-    for memory, kept in ((1600, 1), (1900, 2)):
-        found = made(memory)
-        found.__dict__["cache_bytes"] = lambda plan: bytes_of[plan.sha256]
-        assert len(found.affordable(some)) == kept
-    found = made(1400)
-    found.__dict__["cache_bytes"] = lambda plan: bytes_of[plan.sha256]
-    with pytest.raises(BudgetError, match=r"no plan fits .*: the weights take .* smallest cache at 4096 tokens"):
-        found.affordable(some)
+    def bench(memory):
+        return ModelBench(Purpose("builtin:tiny", memory=memory), facts, loaded, context, None, None)
+
+    free = bench(None)
+    assert free.weights == weights
+    small, large = map(free.cache_bytes, some)
+    assert small == some[0].cache_bytes(2048, element_bytes=4).total < large
+    beside = weights + free.activations
+    assert bench(beside + large).affordable(some) == some
+    assert bench(beside + large - 1).affordable(some) == some[:1]
+    with pytest.raises(
+        BudgetError, match=r"no plan fits .*: weights take .*, a prompt of 2048 tokens .* smallest cache"
+    ):
+        bench(beside + small - 1).affordable(some)
+
+
+def test_what_the_configuration_says_is_refused_before_weights_are_read():
+    with pytest.raises(ModelError, match="--context 5000 is more than the 4096 tokens that builtin:tiny was made for"):
+        read_purpose(Purpose("builtin:tiny", context=5000))
+    with pytest.raises(ModelError, match=r"builtin:tiny needs .* for its weights alone, and --memory is 1 MiB: give"):
+        read_purpose(Purpose("builtin:tiny", memory=2**20))
+    assert read_purpose(Purpose("builtin:tiny"))[1] == 4096

@@ -12,6 +12,9 @@ from ...allocation import Budget
 from ...errors import BudgetError, EvaluationError, ModelError, TextError
 from ...plan import Plan
 from ...plan.sizes import format_bytes
+from ..fit.answer import usual_context
+from ..fit.facts import ModelFacts, read_facts
+from ..fit.formats import PlanFormat
 from .judge import FEWEST
 
 if TYPE_CHECKING:
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     from ...evaluation.runs import RunFolders
     from ...models.loading import LoadedModel
 
-CONTEXT = 32768
-"""Tokens, for a model that takes as many or more."""
 PREFIX = 256
 """Tokens of a document that are prefilled before anything is scored; a quarter of it at most."""
 DEPTHS = 5
@@ -33,17 +34,18 @@ ROUND = 1024
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a plan is recommended for.
+class Purpose:
+    """The use that a plan is recommended for, and the work that proves it.
 
     Attributes:
-        context: tokens; None for the model's limit, at most `CONTEXT`.
+        context: tokens; None for `usual_context`.
         max_loss: share of the perplexity that may be lost at most, as in `allocation.Budget`.
-        memory: bytes for weights and cache together; None for no limit.
+        memory: bytes for weights, activations and cache together; None for no limit.
         tasks: names of evaluation tasks; `DIVERGENCE` is measured in any case.
         text, calibration: sources of the text to measure on, and to profile on.
         limit: most samples of a task; None for its own.
         step: tokens fed at a time.
+        revision, dtype, trust_remote_code: as the model is loaded.
     """
 
     model: str
@@ -56,6 +58,9 @@ class Wanted:
     limit: int | None = None
     step: int = 32
     seed: int = 0
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Raise BudgetError for a loss that is no share, EvaluationError for a number below 1."""
@@ -85,53 +90,56 @@ def make_task(name: str) -> Task:
     return get_task(name, {"depths": DEPTHS} if name == RECALL else {})
 
 
-def context_of(wanted: Wanted, limit: int | None) -> int:
-    """Return the context in tokens. Raises EvaluationError if it is beyond the model's limit."""
-    context = wanted.context or min(CONTEXT, limit or CONTEXT)
-    if limit is not None and context > limit:
-        raise EvaluationError(f"--context {context} is more than the limit of {wanted.model}, {limit} tokens")
-    return context
+def read_purpose(purpose: Purpose) -> tuple[ModelFacts, int]:
+    """Check a purpose, and return the facts of its model, which need no weights, and the context in tokens.
+
+    Raises:
+        BudgetError, EvaluationError: for options out of their range.
+        ModelError: for a context beyond the model's limit, or weights that are larger than the memory.
+    """
+    purpose.check()
+    facts = read_facts(purpose.model, purpose.revision, trust_remote_code=purpose.trust_remote_code)
+    context = usual_context(facts, purpose.context)
+    check_memory(purpose, facts.weights.at(None if purpose.dtype == "auto" else purpose.dtype))
+    return facts, context
 
 
-def weight_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes of a model's weights, each counted once."""
-    weights = {tensor.data_ptr(): tensor for tensor in (*loaded.model.parameters(), *loaded.model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+def check_memory(purpose: Purpose, weights: int) -> None:
+    """Raise ModelError if weights of so many bytes alone are more than the memory."""
+    memory = purpose.memory
+    if memory is not None and weights > memory:
+        raise ModelError(
+            f"{purpose.model} needs {format_bytes(weights)} for its weights alone, and --memory is "
+            f"{format_bytes(memory)}: give more, or take a smaller model or --dtype"
+        )
 
 
 @dataclass(frozen=True)
-class Bench:
+class ModelBench:
     """A model, and what plans are measured with.
 
     Attributes:
+        facts: what its memory depends on.
         context: tokens at which a plan is to be safe.
         runs: folders that records are kept in and resumed from; None keeps none.
     """
 
-    wanted: Wanted
+    purpose: Purpose
+    facts: ModelFacts
     loaded: LoadedModel
     context: int
     runs: RunFolders | None
     progress: Progress
 
-    @cached_property
+    @property
     def weights(self) -> int:
-        """Return the bytes of the weights."""
-        return weight_bytes(self.loaded)
-
-    def check_memory(self) -> None:
-        """Raise ModelError if the weights alone are more than the memory."""
-        memory = self.wanted.memory
-        if memory is not None and self.weights > memory:
-            raise ModelError(
-                f"{self.wanted.model} needs {format_bytes(self.weights)} for its weights alone, and --memory is "
-                f"{format_bytes(memory)}: give more, or take a smaller model or --dtype"
-            )
+        """Return the bytes of the weights, in the dtype that they were loaded in."""
+        return self.facts.weights.at(self.loaded.dtype)
 
     def check_text(self) -> None:
         """Raise TextError if there is no text to measure on."""
         if not self.documents[0]:
-            raise TextError(f"{self.wanted.text} has no text; give a longer --text")
+            raise TextError(f"{self.purpose.text} has no text; give a longer --text")
 
     @cached_property
     def documents(self) -> tuple[int, int]:
@@ -143,26 +151,40 @@ class Bench:
         from ...texts.tokens import encode
 
         lengths: list[int] = []
-        for text in sorted(load_texts(self.wanted.text, held_out=True, seed=self.wanted.seed), key=len, reverse=True):
+        for text in sorted(load_texts(self.purpose.text, held_out=True, seed=self.purpose.seed), key=len, reverse=True):
             lengths.append(len(encode(self.loaded.tokenizer, text)))
             if sum(tokens // self.context for tokens in lengths) >= FEWEST:
                 break
         return usable_length(lengths, self.context)
 
     def cache_bytes(self, plan: Plan) -> int:
-        """Return the bytes of a plan's cache at the context."""
-        return plan.cache_bytes(self.context, element_bytes=self.loaded.model.dtype.itemsize).total
+        """Return the bytes of the cache at the context, with layers that are not planned."""
+        return self._format(plan).cache_bytes(self.context, 1)
+
+    @cached_property
+    def activations(self) -> int:
+        """Return the bytes that a prompt of the context takes beside weights and cache, an estimate."""
+        size = self.loaded.model.dtype.itemsize
+        return self.facts.activations.peak(self.context, 1, size, self.context)
+
+    def _format(self, plan: Plan) -> PlanFormat:
+        return PlanFormat("", self.facts, self.loaded.model.dtype.itemsize, None, plan=plan)
 
     def affordable(self, plans: Sequence[Plan]) -> list[Plan]:
-        """Return the plans whose cache fits the memory beside the weights. Raises BudgetError if none does."""
-        memory = self.wanted.memory
-        room = math.inf if memory is None else memory - self.weights
+        """Return the plans whose cache fits the memory beside weights and activations.
+
+        Raises:
+            BudgetError: if none does.
+        """
+        memory = self.purpose.memory
+        room = math.inf if memory is None else memory - self.weights - self.activations
         found = [plan for plan in plans if self.cache_bytes(plan) <= room]
         if not found and memory is not None:
             least = min(map(self.cache_bytes, plans))
             raise BudgetError(
-                f"no plan fits {format_bytes(memory)}: the weights take {format_bytes(self.weights)} and the smallest "
-                f"cache at {self.context} tokens {format_bytes(least)}; give more --memory or a smaller --context"
+                f"no plan fits {format_bytes(memory)}: weights take {format_bytes(self.weights)}, a prompt of "
+                f"{self.context} tokens {format_bytes(self.activations)} and the smallest cache {format_bytes(least)}; "
+                "give more --memory or a smaller --context"
             )
         return found
 
@@ -187,7 +209,7 @@ class Bench:
         """Return the settings of a measurement with samples of so many tokens."""
         from ...evaluation.base import Settings
 
-        return Settings(length, prefix(length), self.wanted.step, limit, self.wanted.text, self.wanted.seed)
+        return Settings(length, prefix(length), self.purpose.step, limit, self.purpose.text, self.purpose.seed)
 
 
 def prefix(length: int) -> int:
@@ -196,21 +218,20 @@ def prefix(length: int) -> int:
 
 
 def prepare(
-    wanted: Wanted, load: Callable[[], LoadedModel], runs: RunFolders | None, progress: Progress | None = None
-) -> Bench:
-    """Check what is wanted, load the model, and return what plans are measured with.
+    purpose: Purpose, load: Callable[[], LoadedModel], runs: RunFolders | None, progress: Progress | None = None
+) -> ModelBench:
+    """Check a purpose, load the model, and return what plans are measured with.
 
     Raises:
         KvmixError: if it makes no sense for the model, or there is no such task.
     """
+    facts, context = read_purpose(purpose)
     from ...evaluation import get_tasks
     from ...evaluation.runner import no_progress
 
-    wanted.check()
-    get_tasks([DIVERGENCE, *wanted.other_tasks], {})
-    loaded = load()
-    bench = Bench(wanted, loaded, context_of(wanted, loaded.max_length), runs, progress or no_progress)
-    bench.check_memory()
+    get_tasks([DIVERGENCE, *purpose.other_tasks], {})
+    bench = ModelBench(purpose, facts, load(), context, runs, progress or no_progress)
+    check_memory(purpose, bench.weights)
     bench.check_text()
     return bench
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ... import state
 from ...plan import ModelInfo, Plan
 from ..profiles import existing_profile
-from .bench import DIVERGENCE, Bench, Wanted, context_of, make_task, prefix, prepare
+from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prefix, prepare, read_purpose
 from .plans import SEQ_LEN, WAYS, has_score
 from .study import FIRST_DOCUMENTS
 
@@ -100,7 +100,7 @@ class ModelSpeed:
         return self.prompt * self.read(0, tokens)
 
 
-def forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> Forecast:
+def forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> Forecast:
     """Return the work that `recommend` would do, and about how long it takes. Nothing is written.
 
     Where the weights are not on this machine, they are not downloaded for this, and no times are known.
@@ -110,17 +110,17 @@ def forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> Forecast:
     """
     from ...models.sources import has_weights
 
-    if not has_weights(wanted.model):
-        return _unknown(wanted)
-    bench = prepare(wanted, load, None)
-    speed = measure_speed(bench.loaded, wanted.step)
+    if not has_weights(purpose.model):
+        return _unknown(purpose)
+    bench = prepare(purpose, load, None)
+    speed = measure_speed(bench.loaded, purpose.step)
     size = bench.loaded.model.dtype.itemsize
     per_token, to_read = 1e3 / speed.step, f"{NEAR} and {FAR} tokens"
     return Forecast(
         model=bench.loaded.info,
         context=bench.context,
         length=bench.documents[0],
-        steps=tuple(_steps(wanted, bench, speed)),
+        steps=tuple(_steps(purpose, bench, speed)),
         memory=bench.weights + _caches(bench.loaded.info, bench.documents[0], size),
         basis=(
             f"a few passes on this machine: behind {to_read} a token takes {per_token * speed.at(NEAR):.3g} and "
@@ -130,17 +130,17 @@ def forecast(wanted: Wanted, load: Callable[[], LoadedModel]) -> Forecast:
     )
 
 
-def _unknown(wanted: Wanted) -> Forecast:
+def _unknown(purpose: Purpose) -> Forecast:
     """Return the work on a model whose weights would have to be downloaded."""
-    from ...models.loading import load_info
-
-    info = load_info(wanted.model)
-    context = context_of(wanted, None)
-    steps = [PlannedStep("download", f"the weights of {wanted.model}", None)]
+    facts, context = read_purpose(purpose)
+    steps = [PlannedStep("download", f"the weights of {purpose.model}", None)]
     steps += [PlannedStep("profile", WAYS[0].score, None), PlannedStep("compare", "KL of a few plans", None)]
-    steps += [PlannedStep(name, f"of one plan at {context} tokens", None) for name in (DIVERGENCE, *wanted.other_tasks)]
+    steps += [
+        PlannedStep(name, f"of one plan at {context} tokens", None) for name in (DIVERGENCE, *purpose.other_tasks)
+    ]
     basis = "no times: the weights are not on this machine, and this does not download them"
-    return Forecast(info, context, context, tuple(steps), _caches(info, context, 2), basis)
+    memory = facts.weights.total + _caches(facts.info, context, facts.element_bytes)
+    return Forecast(facts.info, context, context, tuple(steps), memory, basis)
 
 
 def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
@@ -148,25 +148,25 @@ def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
     return 2 * Plan.uniform(info, 16, 16).unquantized_bytes(tokens, element_bytes=element_bytes)
 
 
-def _steps(wanted: Wanted, bench: Bench, speed: ModelSpeed) -> Iterator[PlannedStep]:
-    yield _profiling(wanted, speed, bench.loaded)
+def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[PlannedStep]:
+    yield _profiling(purpose, speed, bench.loaded)
     length = bench.documents[0]
     start = prefix(length)
     both = 2 * (speed.prefill(start) + speed.read(start, length))
-    limit = wanted.limit or make_task(DIVERGENCE).default_limit
+    limit = purpose.limit or make_task(DIVERGENCE).default_limit
     few = min(FIRST_DOCUMENTS, limit)
     what = f"KL of about {COMPARED} plans on {few} documents of {length} tokens"
     yield PlannedStep("compare", what, COMPARED * few * both)
     what = f"KL of one plan on {limit - few} more documents"
     yield PlannedStep("prove", what, (limit - few) * both)
-    for name in wanted.other_tasks:
-        yield _proof(make_task(name), wanted, bench, speed)
+    for name in purpose.other_tasks:
+        yield _proof(make_task(name), purpose, bench, speed)
 
 
-def _profiling(wanted: Wanted, speed: ModelSpeed, loaded: LoadedModel) -> PlannedStep:
+def _profiling(purpose: Purpose, speed: ModelSpeed, loaded: LoadedModel) -> PlannedStep:
     from ...profiling import default_samples
 
-    path, way = state.profile_path(wanted.model), WAYS[0]
+    path, way = state.profile_path(purpose.model), WAYS[0]
     if has_score(existing_profile(path), way):
         return PlannedStep("profile", f"{path} is there", 0.0)
     samples, tokens = default_samples([way.score]), min(SEQ_LEN, loaded.max_length or SEQ_LEN)
@@ -174,11 +174,11 @@ def _profiling(wanted: Wanted, speed: ModelSpeed, loaded: LoadedModel) -> Planne
     return PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
 
 
-def _proof(task: Task, wanted: Wanted, bench: Bench, speed: ModelSpeed) -> PlannedStep:
-    context = task.context(bench.settings(wanted.limit, bench.context))
+def _proof(task: Task, purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> PlannedStep:
+    context = task.context(bench.settings(purpose.limit, bench.context))
     if context is None:
         return PlannedStep(task.name, "as many prompts as the task has, or --limit", None)
-    count = task.limit(bench.settings(wanted.limit, bench.context))
+    count = task.limit(bench.settings(purpose.limit, bench.context))
     one = speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS)
     return PlannedStep(task.name, f"{count} exercises of {bench.context} tokens, through both caches", 2 * count * one)
 

@@ -42,7 +42,7 @@ Outcome = Literal["safe", "safe-up-to", "not-safe", "not-proven"]
 
 
 class Judgement(NamedTuple):
-    """What one task says about a plan.
+    """One task's word on a plan.
 
     Attributes:
         metric: the number that was judged.

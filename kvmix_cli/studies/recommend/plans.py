@@ -18,9 +18,9 @@ from ...plan import Plan
 from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
-from ..directions import read_basis
+from ..directions import has_directions, read_basis
 from ..profiles import existing_profile, require_same_model, save_scores
-from .bench import Wanted
+from .bench import Purpose
 
 if TYPE_CHECKING:
     from ...evaluation.runner import Progress
@@ -120,7 +120,7 @@ def has_score(profile: Profile | None, way: Way) -> bool:
     if profile is None:
         return False
     if way.method == TRANSFORM:
-        return TRANSFORM_SCORE in profile.scores and profile.scores[TRANSFORM_SCORE].moments is not None
+        return has_directions(profile)
     return profile.scores[default_score(profile, way.method)].predicts_loss
 
 
@@ -128,7 +128,7 @@ def calibrate(
     way: Way,
     loaded: LoadedModel,
     path: Path,
-    wanted: Wanted,
+    purpose: Purpose,
     command: str,
     *,
     say: Say,
@@ -150,11 +150,11 @@ def calibrate(
         say(f"using profile {path}")
         profile = before
     else:
-        profile = _measure(way, loaded, path, wanted, command, progress)
+        profile = _measure(way, loaded, path, purpose, command, progress)
     return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
 
 
-def _measure(way: Way, loaded: LoadedModel, path: Path, wanted: Wanted, command: str, progress: Progress) -> Profile:
+def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, progress: Progress) -> Profile:
     """Measure a way's score, add it to the profile that is there, and return that."""
     from ...profiling import default_samples, profile_lock, run_profile
     from ...texts import load_texts
@@ -165,10 +165,10 @@ def _measure(way: Way, loaded: LoadedModel, path: Path, wanted: Wanted, command:
         result = run_profile(
             loaded,
             [way.score],
-            texts=load_texts(wanted.calibration, seed=wanted.seed),
-            source=wanted.calibration,
+            texts=load_texts(purpose.calibration, seed=purpose.seed),
+            source=purpose.calibration,
             seq_len=min(SEQ_LEN, loaded.max_length or SEQ_LEN),
-            seed=wanted.seed,
+            seed=purpose.seed,
             journal=journal,
             moments=state.moments_path(path),
             resume=journal.exists(),

@@ -12,7 +12,7 @@ from ... import state
 from ...errors import BudgetError, EvaluationError, KvmixError, ModelError, PlanError, QuantizationError, TextError
 from ...plan import ModelInfo, Plan
 from ...state import Say, unsaid
-from .bench import DIVERGENCE, Bench, Wanted, make_task, prepare
+from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prepare
 from .judge import (
     Judgement,
     Outcome,
@@ -52,7 +52,7 @@ class MeasuredTask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trial:
+class MeasuredPlan:
     """A plan that was measured.
 
     Attributes:
@@ -89,22 +89,22 @@ class Recommendation:
         length: tokens of the documents that KL was measured on; fewer than `context` if the text has no longer ones.
         best: the plan that is recommended; if none is safe, the one that came nearest to it.
         compared: stored bits of the plans that were compared on a few documents, and their KL in nats a token.
-        weights: bytes of the model.
-        cache: bytes of the plan's cache at the context.
+        weights, activations, cache: bytes at the context, of one sequence; the plan's cache.
     """
 
     model: ModelInfo
     context: int
     limit: float
     length: int
-    best: Trial
+    best: MeasuredPlan
     compared: Mapping[float, float]
     weights: int
+    activations: int
     cache: int
 
 
 def recommend(
-    wanted: Wanted,
+    purpose: Purpose,
     load: Callable[[], LoadedModel],
     runs: RunFolders,
     *,
@@ -122,15 +122,15 @@ def recommend(
         progress: see `evaluation.runner.Progress`.
 
     Raises:
-        KvmixError: if what is wanted makes no sense for the model, or nothing can be measured.
+        KvmixError: if the purpose makes no sense for the model, or nothing can be measured.
     """
-    bench = prepare(wanted, load, runs, progress)
-    path, refused = state.profile_path(wanted.model), list[KvmixError]()
+    bench = prepare(purpose, load, runs, progress)
+    path, refused = state.profile_path(purpose.model), list[KvmixError]()
     for way in WAYS:
         if refused:
             say(f"method {way.method}, because {WAYS[0].method} cannot be used with this model: {refused[-1]}")
         try:
-            made = calibrate(way, bench.loaded, path, wanted, command, say=say, progress=bench.progress)
+            made = calibrate(way, bench.loaded, path, purpose, command, say=say, progress=bench.progress)
             plans = made.plans()
         except (BudgetError, ModelError, PlanError, QuantizationError) as error:
             refused.append(error)
@@ -165,7 +165,7 @@ def smallest_passing(count: int, start: int, passes: Callable[[int], bool]) -> i
 class _Search:
     """The search among the plans of one method, ascending in stored bits."""
 
-    bench: Bench
+    bench: ModelBench
     made: Calibrated
     plans: Sequence[Plan]
     command: str
@@ -173,14 +173,14 @@ class _Search:
 
     def run(self) -> Recommendation:
         """Return the recommendation. Raises PlanError if the model cannot run with the plans."""
-        bench, limit = self.bench, self.bench.wanted.loss
+        bench, limit = self.bench, self.bench.purpose.loss
         first = smallest_passing(len(self.plans), first_guess(self.plans, limit), self._may_be_safe)
-        trials: list[Trial] = []
+        tested: list[MeasuredPlan] = []
         for plan in self.plans[min(first, len(self.plans) - 1) :]:
-            trials.append(self._prove(plan))
-            if trials[-1].outcome == "safe" or not any(each.may_pass for each in trials[-1].judgements):
+            tested.append(self._prove(plan))
+            if tested[-1].outcome == "safe" or not any(each.may_pass for each in tested[-1].judgements):
                 break
-        best = self._at_its_context(min(trials, key=_rank))
+        best = self._at_its_context(min(tested, key=_rank))
         return Recommendation(
             model=bench.loaded.info,
             context=bench.context,
@@ -189,30 +189,31 @@ class _Search:
             best=best,
             compared=dict(sorted(self.compared.items())),
             weights=bench.weights,
+            activations=bench.activations,
             cache=bench.cache_bytes(best.plan),
         )
 
     def _may_be_safe(self, index: int) -> bool:
         """Measure a plan on the first documents, and return whether its KL is within the limit."""
-        plan, wanted = self.plans[index], self.bench.wanted
-        few = min(FIRST_DOCUMENTS, wanted.limit or FIRST_DOCUMENTS)
+        plan, purpose = self.plans[index], self.bench.purpose
+        few = min(FIRST_DOCUMENTS, purpose.limit or FIRST_DOCUMENTS)
         report = self._report(make_task(DIVERGENCE), plan, few, self.bench.documents[0])
         row = report.plans[0]
         if row.error is not None:
             raise _failure(row.error)
         self.compared[plan.bits.stored] = row.value("kl") or 0.0
-        return is_within(row, wanted.loss)
+        return is_within(row, purpose.loss)
 
     def _report(self, task: Task, plan: Plan, limit: int | None, length: int) -> Report:
         """Return the report on a plan; the plan is in its file by then."""
         path = self.made.save(plan, self.command)
         return self.bench.measure(task, path.stem, Plan.load(path), limit, length)
 
-    def _prove(self, plan: Plan) -> Trial:
+    def _prove(self, plan: Plan) -> MeasuredPlan:
         """Measure a plan with one task after the other, up to the first that it does not pass."""
         measured: list[MeasuredTask] = []
         unmeasured: list[Judgement] = []
-        for name in (DIVERGENCE, *self.bench.wanted.other_tasks):
+        for name in (DIVERGENCE, *self.bench.purpose.other_tasks):
             try:
                 measured.append(self._measured(name, plan, self._length(name)))
             except (TextError, EvaluationError) as error:
@@ -221,25 +222,27 @@ class _Search:
             judgement = measured[-1].judgement
             if judgement is not None and (judgement.passed is False or judgement.may_pass):
                 break
-        return self._trial(plan, measured, unmeasured)
+        return self._tested(plan, measured, unmeasured)
 
-    def _trial(self, plan: Plan, measured: Sequence[MeasuredTask], unmeasured: Sequence[Judgement] = ()) -> Trial:
+    def _tested(
+        self, plan: Plan, measured: Sequence[MeasuredTask], unmeasured: Sequence[Judgement] = ()
+    ) -> MeasuredPlan:
         path = self.made.save(plan, self.command)
         judgements = [*(each.judgement for each in measured if each.judgement is not None), *unmeasured]
-        return Trial(plan, path, tuple(measured), tuple(unmeasured), *outcome(judgements, self.bench.context))
+        return MeasuredPlan(plan, path, tuple(measured), tuple(unmeasured), *outcome(judgements, self.bench.context))
 
     def _length(self, name: str) -> int:
         return self.bench.documents[0] if name == DIVERGENCE else self.bench.context
 
     def _measured(self, name: str, plan: Plan, length: int) -> MeasuredTask:
         task = make_task(name)
-        report = self._report(task, plan, self.bench.wanted.limit, length)
+        report = self._report(task, plan, self.bench.purpose.limit, length)
         return MeasuredTask(task, report, self._judged(task, report.plans[0], report.reference))
 
     def _judged(self, task: Task, row: Row, reference: Row) -> Judgement | None:
         """Return what a row says about its plan; None for a task that is not about quality."""
         if task.name == DIVERGENCE:
-            return judge_divergence(row, self.bench.wanted.loss, *self.bench.documents)
+            return judge_divergence(row, self.bench.purpose.loss, *self.bench.documents)
         if is_about_values(row):
             return judge_values(row, reference)
         metric = judged_metric(row, reference, task.metrics)
@@ -247,13 +250,13 @@ class _Search:
             return None
         return judge_number(row, reference, metric or task.metrics[0])
 
-    def _at_its_context(self, trial: Trial) -> Trial:
+    def _at_its_context(self, tested: MeasuredPlan) -> MeasuredPlan:
         """Measure the other tasks at the shorter context up to which a plan's KL is within the limit."""
-        if trial.outcome != "safe-up-to" or trial.safe_context is None:
-            return trial
-        kept = [each for each in trial.measured if each.task.name == DIVERGENCE]
-        others = [self._measured(name, trial.plan, trial.safe_context) for name in self.bench.wanted.other_tasks]
-        return self._trial(trial.plan, [*kept, *others])
+        if tested.outcome != "safe-up-to" or tested.safe_context is None:
+            return tested
+        kept = [each for each in tested.measured if each.task.name == DIVERGENCE]
+        others = [self._measured(name, tested.plan, tested.safe_context) for name in self.bench.purpose.other_tasks]
+        return self._tested(tested.plan, [*kept, *others])
 
 
 def _failure(error: str) -> KvmixError:
@@ -263,7 +266,7 @@ def _failure(error: str) -> KvmixError:
     return PlanError(error)
 
 
-def _rank(trial: Trial) -> tuple[int, int, float]:
-    """Return what trials are sorted by, the best first; of equally good ones the smallest comes first."""
-    is_proven = trial.outcome == "safe"
-    return ORDER.index(trial.outcome), -(trial.safe_context or 0), 0.0 if is_proven else trial.divergence
+def _rank(tested: MeasuredPlan) -> tuple[int, int, float]:
+    """Return what tested plans are sorted by, the best first; of equally good ones the smallest comes first."""
+    is_proven = tested.outcome == "safe"
+    return ORDER.index(tested.outcome), -(tested.safe_context or 0), 0.0 if is_proven else tested.divergence

@@ -194,11 +194,12 @@ def read_questions(source: DataSource, name: str, dataset: LongBenchDataset, str
 
 def _download() -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from ....network import HUB_ERRORS
 
     try:
         return Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset"))
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+    except HUB_ERRORS as error:
         raise EvaluationError(f"cannot fetch LongBench from the hub: {first_sentence(error)}; {_ADVICE}") from error
 
 
