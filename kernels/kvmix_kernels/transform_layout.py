@@ -30,9 +30,18 @@ LEFT: Final = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349,
 PLANES: Final = {0: (), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 """Widths of the bit planes of a code, lowest bits first."""
 TOKEN_SCALE_BYTES: Final = 2
-CHOICE_BYTES: Final = 8
-"""An exact token has its place, int32, and what it was chosen by, float32; keys and values share them."""
+CHOICE_BYTES: Final = 12
+"""An exact token has its place, int32, and what it was chosen by, error and attention, float32; keys and values share
+them."""
+LEAST_PAGES: Final = 8
+"""There are as many exact tokens as of so many pages from the first page on, so that the tokens that matter most, which
+are among the first, need not wait for pages to account for them."""
 MAX_PAGE: Final = 2**15
+
+
+def exact_count(exact: int, pages: int, page: int) -> int:
+    """Return the exact tokens of a KV head with `pages` pages of `page` tokens, `exact` for each in the long run."""
+    return min(exact * max(pages, LEAST_PAGES), pages * page)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class TransformLayout:
         widths: of every KV head, the width of each run of 8 directions; the last run may be shorter.
         head_dim: directions of a head, `D`.
         page: tokens in a page, a multiple of 16.
-        exact: tokens that keep their keys and values unquantized, of each KV head, in the mean over all pages.
+        exact: tokens of each KV head that keep their keys and values unquantized, for each page; see `exact_count`.
 
     Raises:
         ValueError: for a value outside of the above, or for widths that rise.
@@ -122,14 +131,8 @@ class TransformLayout:
 
     @property
     def packed_bytes(self) -> int:
-        """Return the bytes of codes, token scales and, of keys, choices of exact tokens, of a page of all KV heads."""
-        scales = self.page * TOKEN_SCALE_BYTES if self.is_scaled else 0
-        choices = 0 if self.is_scaled else self.exact * CHOICE_BYTES
-        return self.page_bytes + self.kv_heads * (scales + choices)
-
-    def exact_bytes(self, element_bytes: int) -> int:
-        """Return the bytes of the unquantized tokens that a page accounts for, of all KV heads."""
-        return self.kv_heads * self.exact * self.head_dim * element_bytes
+        """Return the bytes of codes and token scales of a page of all KV heads."""
+        return self.page_bytes + self.kv_heads * (self.page * TOKEN_SCALE_BYTES if self.is_scaled else 0)
 
     @property
     def token_bits(self) -> int:
@@ -138,8 +141,12 @@ class TransformLayout:
 
     @property
     def stored_bytes(self) -> int:
-        """Return the bytes of a page of all KV heads: codes, token scales, and exact tokens in 16 bits."""
-        return self.packed_bytes + self.exact_bytes(FULL_PRECISION_BITS // 8)
+        """Return the bytes of a page of all KV heads in the long run: codes, token scales, exact tokens in 16 bits.
+
+        What exact tokens were chosen by counts with the keys.
+        """
+        token = self.head_dim * FULL_PRECISION_BITS // 8 + (0 if self.is_scaled else CHOICE_BYTES)
+        return self.packed_bytes + self.kv_heads * self.exact * token
 
     @property
     def stored_bits(self) -> float:

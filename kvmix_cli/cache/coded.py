@@ -53,8 +53,7 @@ class CodedLayer(WatchingLayer):
             return
         page = self.settings.page
         pages = max(store.packed_tokens for store in self.stores) // page
-        self._exact.attention.crop(-tokens_to_remove, self._tail_tokens, reopened=pages < self._exact.pages)
-        self._exact.truncate(pages, page)
+        self._exact.crop(-tokens_to_remove, self._tail_tokens, pages, page)
 
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
@@ -90,6 +89,7 @@ class CodedLayer(WatchingLayer):
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
         """Add the attention that tokens receive."""
         if self._exact is not None:
+            self._exact.learn(call, self.stores[0].sinks)
             self._exact.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:

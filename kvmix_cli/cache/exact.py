@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from kvmix_kernels.layout import Kind
+from kvmix_kernels.transform_layout import exact_count
 from torch import Tensor
 
 from .archive import Archive
 from .buffer import lasting
-from .observation import QuerySample, TailAttention
+from .observation import AttentionCall, QuerySample, RunningMean, TailAttention, weight_rows
 
-SAMPLE = QuerySample(recent=64, spread=256)
-"""Queries of a prompt that are looked at. Of 900 in SmolLM2-135M, 2 nominal bits, 1 and 2 exact tokens of a page: .0085
-and .0069 nats a token; all of them .0086 and .0067, 64 in all .0094 and .0077."""
+SAMPLE = QuerySample(recent=32, spread=96)
+"""Queries of a prompt that are looked at."""
+HORIZON = 256
+"""Queries that the attention of an exact token is a mean over; a token in the default window has been seen by as many
+when its page is packed."""
 UNSEEN = 1e-9
 """Attention of a token that no query has looked at: among such tokens, and only among them, the error decides."""
 
 
 class ExactTokens:
-    """One layer's exact tokens: those with the largest attention received times error in the metric, of all pages.
+    """One layer's exact tokens: of all pages, those with the largest attention a query times error in the metric.
 
-    All tokens have codes, so that a token may stop being exact; one that has stopped, or never was, stays coded. Every
-    KV head has `count` exact tokens for each page, wherever they are, so that bytes are known in advance. Without
-    attention, as of a model that shows no queries, the error alone decides.
+    All tokens have codes, so that a token may stop being exact; one that has stopped, or never was, stays coded. How
+    many there are depends on the number of pages alone (`exact_count`), so that bytes are known in advance. Attention
+    is the mean over the queries that could see a token until it was packed, and goes on with later ones while it is
+    exact. Without attention, as of a model that shows no queries, the error alone decides.
 
     Args:
-        count: exact tokens of each KV head, in the mean over pages.
+        count: exact tokens of each KV head, for each page.
         chooser: keys, whose errors decide, or values, where keys have no codes.
 
     Attributes:
         attention: that the tokens in the tail have received.
         pages: pages that exact tokens have been chosen of.
-        places: `[B, H_kv, count * pages]` int32, as in `Coded`; None before the first page.
+        places: `[B, H_kv, N]` int32, as in `Coded`; None before the first page.
     """
 
     def __init__(self, count: int, chooser: Kind = "key") -> None:
@@ -42,19 +47,34 @@ class ExactTokens:
         self.pages = 0
         self.places: Tensor | None = None
         self._chooser = chooser
-        self._scores: Tensor | None = None  # [B, H_kv, N] float32; -inf where there is no token
+        self._rates = RunningMean(HORIZON)  # of [B, H_kv, N]
+        self._errors: Tensor | None = None  # [B, H_kv, N] float32; -inf where there is no token
         self._states: dict[Kind, Tensor] = {}  # [B, H_kv, N, D]
         self._chosen: Tensor | None = None  # [B, H_kv, N], of those before and the new tokens, while pages are packed
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        held = (self.places, self._scores, *self._states.values())
-        return self.attention.nbytes + sum(part.nbytes for part in held if part is not None)
+        held = (self.places, self._errors, *self._states.values())
+        return self.attention.nbytes + self._rates.nbytes + sum(part.nbytes for part in held if part is not None)
 
     def of(self, kind: Kind) -> Tensor | None:
         """Return the exact keys, or values, `[B, H_kv, N, D]`; None if none are held."""
         return self._states.get(kind)
+
+    def learn(self, call: AttentionCall, sinks: int) -> None:
+        """Let a call's queries, which have met the stored keys, say how much attention exact tokens receive now.
+
+        Args:
+            call: queries, and the logarithms of their sums of weights.
+            sinks: tokens before the pages.
+        """
+        keys = self._states.get("key")
+        if keys is None or self.places is None or call.logarithms is None or not keys.shape[2]:
+            return
+        call = replace(call, mask=_visible(call, self.places.clamp(min=0).long() + sinks))
+        rows = weight_rows(call, keys, keys.shape[2], True, SAMPLE)
+        self._rates.add(rows.weights, call.query.shape[2] if rows.is_sum else 1)
 
     @lasting
     def add(self, kind: Kind, states: Tensor, errors: Tensor) -> None:
@@ -73,40 +93,61 @@ class ExactTokens:
 
     def _choose(self, errors: Tensor) -> None:
         pages, page = errors.shape[2:]
-        scores = self._scores_of(errors.flatten(2))
-        places = torch.arange(self.pages * page, (self.pages + pages) * page, dtype=torch.int32, device=scores.device)
-        places = places.expand_as(scores)
-        if self._scores is not None and self.places is not None:
-            scores = torch.cat([self._scores, scores], dim=2)
+        errors = errors.flatten(2).float()
+        rates = self.attention.rates(errors.shape[2])
+        rates = torch.zeros_like(errors) if rates is None or rates.shape != errors.shape else rates
+        places = torch.arange(self.pages * page, (self.pages + pages) * page, dtype=torch.int32, device=errors.device)
+        places, before = places.expand_as(errors), self._rates.mean
+        if self.places is not None and self._errors is not None and before is not None:
             places = torch.cat([self.places, places], dim=2)
+            errors = torch.cat([self._errors, errors], dim=2)
+            rates = torch.cat([before, rates], dim=2)
         self.pages += pages
-        # Both parts are in the order of their places, and no token comes before any.
-        self._chosen = scores.topk(self.count * self.pages, dim=2).indices.sort(dim=2).values
-        self.places, self._scores = places.gather(2, self._chosen), scores.gather(2, self._chosen)
+        best = (errors * (rates + UNSEEN)).topk(exact_count(self.count, self.pages, page), dim=2).indices
+        self._chosen = best.sort(dim=2).values  # in the order of places: those before are, and no new one is older
+        self.places, self._errors = places.gather(2, self._chosen), errors.gather(2, self._chosen)
+        self._rates.start(rates.gather(2, self._chosen))
 
     def forget_oldest(self, count: int) -> None:
         """Forget what the choice of the oldest `count` tokens needed, which have left the tail."""
         self._chosen = None
         self.attention.forget_oldest(count)
 
+    def crop(self, count: int, tail: int, pages: int, page: int) -> None:
+        """Take the last `count` tokens back.
+
+        Of the pages that stay, what is exact stays so, even if it is more than they account for.
+
+        Args:
+            count: number of tokens, which were queries as well.
+            tail: tokens left in the tail.
+            pages: pages of `page` tokens that are left.
+        """
+        reopened = pages < self.pages
+        self.attention.crop(count, tail, reopened)
+        self._rates.take_back(count)
+        if reopened:
+            self._truncate(pages, page)
+
     @lasting
-    def truncate(self, pages: int, page: int) -> None:
-        """Forget what is after the first `pages`. What is exact in these stays so, even if it is more than `count`."""
-        if self.places is None or self._scores is None or pages >= self.pages:
-            return
-        gone = self.places >= pages * page
-        places, scores = self.places.masked_fill(gone, -1), self._scores.masked_fill(gone, -torch.inf)
-        places, order = places.sort(dim=2)
-        first = places.shape[2] - max(self.count * pages, int((places >= 0).sum(2).max()))
-        self.places, order, self.pages = places[:, :, first:], order[:, :, first:], pages
-        self._scores = scores.gather(2, order)
+    def _truncate(self, pages: int, page: int) -> None:
+        rates = self._rates.mean
+        if self.places is None or self._errors is None or rates is None:
+            raise AssertionError("there are pages to cut, so tokens have been chosen of them")
+        places, order = self.places.masked_fill(self.places >= pages * page, -1).sort(dim=2)
+        kept = max(exact_count(self.count, pages, page), int((places >= 0).sum(2).max()))
+        self.places, order = places[:, :, places.shape[2] - kept :], order[:, :, places.shape[2] - kept :]
+        self._errors = self._errors.gather(2, order).masked_fill(self.places < 0, -torch.inf)
+        self._rates.start(rates.gather(2, order))
         self._states = {kind: _rows(states, order) for kind, states in self._states.items()}
+        self.pages = pages
 
     @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to everything held."""
         self.attention.apply(change)
-        self.places, self._scores = (part if part is None else change(part) for part in (self.places, self._scores))
+        self._rates.apply(change)
+        self.places, self._errors = (part if part is None else change(part) for part in (self.places, self._errors))
         self._states = {kind: change(states) for kind, states in self._states.items()}
 
     def exchange(self, archive: Archive, examples: Mapping[Kind, Tensor], pages: int, page: int) -> None:
@@ -126,17 +167,23 @@ class ExactTokens:
         if bool((places.diff(dim=2) < 0).any()):
             raise archive.fault("places", "is not in ascending order")
         self.places, shape = places, places.shape
-        self._scores = archive.array("scores", self._scores, shape, torch.float32)
+        self._errors = archive.array("errors", self._errors, shape, torch.float32)
+        self._rates.exchange(archive.part("rates"), shape)
         for kind, example in examples.items():
             held = self._states.get(kind)
             self._states[kind] = archive.array(kind, held, (*shape, example.shape[3]), example.dtype)
 
-    def _scores_of(self, errors: Tensor) -> Tensor:
-        """Return what tokens with these errors `[B, H_kv, T]`, the oldest of the tail, are chosen by."""
-        received = self.attention.received(errors.shape[2])
-        if received is None or received.shape[2] != errors.shape[2]:
-            return errors * UNSEEN
-        return errors * (received + UNSEEN)
+
+def _visible(call: AttentionCall, tokens: Tensor) -> Tensor | None:
+    """Return a call's mask for packed `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
+    mask = call.mask
+    if mask is None:
+        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if mask.shape[3] == 1:
+        return mask
+    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
+    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
+    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
 
 
 def _rows_of_both(held: Tensor | None, new: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ prompt a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +130,60 @@ class QuerySum:
         self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
 
 
+class RunningMean:
+    """A mean over recent queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
+
+    Args:
+        horizon: queries that a mean is over: each forward moves it towards its own mean by its share of so many.
+    """
+
+    def __init__(self, horizon: int) -> None:
+        self._horizon = horizon
+        self._earlier: Tensor | None = None
+        self._last: Tensor | None = None
+        self._queries = 0  # that one row of the last forward stands for
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Return the mean `[B, H, n]`; None before `start`."""
+        if self._earlier is None or self._last is None or not self._last.shape[2]:
+            return self._earlier
+        queries = self._last.shape[2] * self._queries
+        return self._earlier.lerp(self._last.sum(2) / queries, min(1.0, queries / self._horizon))
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
+
+    @lasting
+    def start(self, mean: Tensor) -> None:
+        """Go on from a mean `[B, H, n]`, of which nothing can be taken back."""
+        self._earlier, self._last = mean.detach(), None
+
+    @lasting
+    def add(self, rows: Tensor, queries: int) -> None:
+        """Add a forward's rows, each the sum over `queries` queries; what was added before becomes final."""
+        self._earlier, self._last, self._queries = self.mean, rows.detach(), queries
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` rows, as far as they are of the last forward and of one query each."""
+        if self._last is not None and self._queries == 1:
+            self._last = self._last[:, :, : max(0, self._last.shape[2] - count)]
+
+    def exchange(self, archive: Archive, shape: Sequence[int]) -> None:
+        """Give the mean of `shape` `[B, H, n]` to an archive, or take it from one."""
+        self._queries = archive.number("queries", self._queries)
+        batch, heads, count = shape
+        self._earlier = archive.tensor("earlier", self._earlier, shape, torch.float32)
+        self._last = archive.tensor("last", self._last, (batch, heads, None, count), torch.float32)
+
+    @lasting
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held by `change` of it: a selection of the batch, another device."""
+        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
+
+
 def _plus(total: Tensor | None, rows: Tensor | None) -> Tensor | None:
     if rows is None:
         return total
@@ -172,6 +226,16 @@ class TailAttention:
     def received(self, count: int) -> Tensor | None:
         """Return the weights `[B, H_kv, count]` of the oldest tokens; None before there were queries."""
         return None if self._weights.total is None else self._weights.total[..., :count]
+
+    def rates(self, count: int) -> Tensor | None:
+        """Return the weights `[B, H_kv, count]` of the oldest tokens, in the mean over queries that could see each.
+
+        These are the queries of a token itself and of those after it. None before there were queries.
+        """
+        total = self._weights.total
+        if total is None:
+            return None
+        return total[..., :count] / torch.arange(total.shape[2], total.shape[2] - count, -1, device=total.device)
 
     def observers(self, count: int) -> Tensor | None:
         """Return the number of queries `[B, 1, count]` that could see the oldest tokens; None if not counted."""

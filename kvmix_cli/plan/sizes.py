@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
-from kvmix_kernels.transform_layout import CHOICE_BYTES, TransformLayout
+from kvmix_kernels.transform_layout import CHOICE_BYTES, TransformLayout, exact_count
 
 from .codec import TransformTensor
 from .geometry import HeadGeometry, ModelInfo
@@ -241,9 +241,9 @@ def tensor_bytes(
     """
     tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
     if isinstance(tensor, TransformTensor):
-        full = (context - tokens) * heads.elements(kind) * element_bytes
         pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
-        return CacheBytes(pages * layout.packed_bytes, full + pages * layout.exact_bytes(element_bytes)) * batch
+        full = context - tokens + exact_count(layout.exact, pages, cache.page)
+        return CacheBytes(pages * layout.packed_bytes, full * heads.elements(kind) * element_bytes) * batch
     counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
     one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
     for form, count in zip(storage_forms(tensor, kind, cache, heads.dim(kind)), counts, strict=True):
@@ -312,15 +312,11 @@ def layer_bytes(
 
 
 def _choice_bytes(layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, exact: int) -> CacheBytes:
-    """Return what a layer's exact tokens take beside themselves: the attention of tokens that wait to be packed.
-
-    Choices are counted with the keys; here are those of a layer that codes its values alone.
-    """
+    """Return what a layer keeps to choose exact tokens by: of those that are, and of tokens that wait to be packed."""
     tokens = max(packed_tokens(context, bits, cache) for bits in window_widths(layer, cache))
-    lone = not isinstance(layer.k, TransformTensor)
-    choices = tokens // cache.page * heads.kv_heads * exact * CHOICE_BYTES if lone else 0
     waiting = max(0, context - cache.sink - tokens)
-    return CacheBytes(choices, 0, QUERY_SUMS * heads.kv_heads * waiting * STATISTIC_BYTES)
+    of_exact = exact_count(exact, tokens // cache.page, cache.page) * CHOICE_BYTES
+    return CacheBytes(0, 0, heads.kv_heads * (of_exact + QUERY_SUMS * waiting * STATISTIC_BYTES))
 
 
 def format_bytes(count: float) -> str:

@@ -1,10 +1,9 @@
 """Exact tokens against the plainest choice there is: sort what is exact and what is new, keep the best."""
 
-import math
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvmix_kernels.transform_layout import LEAST_PAGES, exact_count
 
 from kvmix_cli.cache.exact import ExactTokens
 
@@ -20,7 +19,8 @@ class Lists:
     def add(self, scores):
         new = {self.pages * PAGE + place: score for place, score in enumerate(scores)}
         self.pages += len(scores) // PAGE
-        best = sorted(self.held | new, key=(self.held | new).get, reverse=True)[: self.count * self.pages]
+        many = self.count * max(self.pages, LEAST_PAGES)
+        best = sorted(self.held | new, key=(self.held | new).get, reverse=True)[:many]
         self.held = {place: (self.held | new)[place] for place in best}
 
     def truncate(self, pages):
@@ -58,7 +58,7 @@ def test_the_best_of_all_pages_are_exact(count, steps, kinds):
                 each.add(errors[row, head].flatten().tolist())
         elif step == "cut":
             pages = max(0, exact.pages - number)
-            exact.truncate(pages, PAGE)
+            exact.crop(0, 0, pages, PAGE)
             given_ = {kind: states[:, :, : pages * PAGE] for kind, states in given_.items()}
             for each in lists.values():
                 each.truncate(pages)
@@ -72,7 +72,7 @@ def test_the_best_of_all_pages_are_exact(count, steps, kinds):
 def check(exact, lists, given_, count):
     if exact.places is None:
         return
-    assert exact.places.shape[2] >= count * exact.pages
+    assert exact.places.shape[2] >= exact_count(count, exact.pages, PAGE)
     assert (exact.places.diff(dim=2) >= 0).all()
     for (row, head), each in lists.items():
         held = [place for place in exact.places[row, head].tolist() if place >= 0]
@@ -83,10 +83,11 @@ def check(exact, lists, given_, count):
 
 
 def test_as_many_as_the_pages_account_for_after_a_cut():
-    exact = ExactTokens(2)
-    for pages in (3, 1):
+    exact = ExactTokens(1)
+    for pages in (12, 1):
         exact.add("key", torch.randn(1, 1, pages * PAGE, 3), torch.rand(1, 1, pages, PAGE))
-    exact.truncate(0, PAGE)
+        assert exact.places.shape[2] == exact.pages
+    exact.crop(0, 0, 0, PAGE)
     assert exact.places.shape[2] == 0
-    exact.add("key", torch.randn(1, 1, PAGE, 3), torch.tensor([0.5, math.pi, 0.1, 1.0]).view(1, 1, 1, PAGE))
-    assert exact.places.tolist() == [[[1, 3]]]
+    exact.add("key", torch.randn(1, 1, 3 * PAGE, 3), torch.arange(3.0 * PAGE).view(1, 1, 3, PAGE))
+    assert exact.places.tolist() == [[[4, 5, 6, 7, 8, 9, 10, 11]]]

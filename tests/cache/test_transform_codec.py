@@ -21,6 +21,7 @@ from coding import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.segments import Coded
+from kvmix_kernels.transform_layout import exact_count
 from teaching import PIECES, ids, teacher_forced
 
 from kvmix_cli.cache.coded import CodedLayer
@@ -149,7 +150,7 @@ def test_every_layout_is_read_as_it_was_coded(tmp_path_factory, kv_heads, dim, s
         torch.testing.assert_close(read[:, :, rest], given_[:, :, rest], rtol=0, atol=0)
         for head in range(kv_heads):
             kept = places_of(store, head) if packed else []
-            assert len(kept) == exact * (packed // PAGE)
+            assert len(kept) == exact_count(exact, packed // PAGE, PAGE)
             for place in range(packed):
                 state = given_[0, head, SINK + place]
                 back = coded_and_back(state, basis.layers[0][kind], head, widths[kind][head], kind == "v")
@@ -300,7 +301,7 @@ def test_what_is_not_finite_is_named_with_its_layer(bad, tmp_path):
     ],
 )
 def test_predicted_bytes_are_measured_bytes(k, v, exact, tmp_path):
-    """All but the attention of one token, the one that is decoded."""
+    """All but the attention of one token, the one that is decoded, and that which it gave to exact tokens."""
     model = build("llama", torch.bfloat16)
     model.set_attn_implementation("kvmix")
     plan = coded_plan(model, tmp_path, k, v, exact)
@@ -310,7 +311,8 @@ def test_predicted_bytes_are_measured_bytes(k, v, exact, tmp_path):
             model(ids(context), past_key_values=cache)
             model(ids(1), past_key_values=cache)
         predicted = plan.cache_bytes(context, batch=2).total + 2 * plan.unquantized_bytes(1)
-        statistics = 2 * 2 * 4 * plan.model.kv_heads * len(plan.layers) if exact else 0
+        given_ = 2 + exact_count(exact, context // PAGE, PAGE)
+        statistics = 2 * given_ * 4 * plan.model.kv_heads * len(plan.layers) if exact else 0
         assert predicted <= cache.nbytes <= predicted + statistics
 
 

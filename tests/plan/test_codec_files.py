@@ -53,11 +53,11 @@ def test_what_is_written_is_read_back(transform, tmp_path):
 
 
 def test_the_example_loads_and_counts_every_bit(load, tmp_path):
-    """Codes of 64 directions; a 16-bit scale a token of values; one exact token of 128, with its place and score."""
+    """Codes of 64 directions; a 16-bit scale a token of values; one exact token of 128 with place, error, attention."""
     plan = load(GOOD)
     keys, values = (21 / 8 + 2) / 2, 4 / 8 / 2
     assert plan.bits.nominal == pytest.approx((keys + values + keys + 8) / 4)
-    exact, choice, scale = 16 / 128, (32 + 32) / 128 / 64, 16 / 64
+    exact, choice, scale = 16 / 128, (32 + 2 * 32) / 128 / 64, 16 / 64
     assert tensor_bits(plan.layers[0].k, "key", plan.cache, 64, "stored") == pytest.approx(keys + exact + choice)
     assert tensor_bits(plan.layers[0].v, "value", plan.cache, 64, "stored") == pytest.approx(values + exact + scale)
     assert plan.cache.transform.located(plan.cache.transform.basis) == str(tmp_path / "basis.safetensors")
@@ -69,10 +69,10 @@ def test_bytes_of_a_layer(load):
     plan = load(GOOD)
     found = layer_bytes(plan.layers[0], plan.cache, plan.model.heads(0), 700)
     codes = 4 * (128 // 8 * 8 * (21 + 16) + 128 // 8 * 8 * 4)
-    scales, choices = 4 * 2 * 128 * 2, 4 * 2 * (4 + 4)
-    assert found.packed == codes + scales + choices
-    assert found.full == 2 * 2 * 64 * 2 * (700 - 4 * 128) + 2 * 4 * 2 * 64 * 2
-    assert found.extra == 2 * 2 * (700 - 4 - 4 * 128) * 4
+    assert found.packed == codes + 4 * 2 * 128 * 2
+    exact = 8  # as of eight pages
+    assert found.full == 2 * 2 * 64 * 2 * (700 - 4 * 128 + exact)
+    assert found.extra == 2 * exact * (4 + 4 + 4) + 2 * 2 * (700 - 4 - 4 * 128) * 4
 
 
 @pytest.mark.parametrize(
