@@ -134,7 +134,7 @@ class TestMeasured:
         options = ("--task", "memory", "--length", 700, "--limit", 1)
         rows = kvmix_json("eval", *TINY, *options, *(part for name in names for part in ("--preset", name)))["rows"][1:]
         errors = {row["plan"]: row["metrics"]["prediction_error_percent"]["value"] for row in rows}
-        assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.01), "but for a statistic of the decoded token"
+        assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.05), "but for the decoded token's statistics, one for each exact token, too"
 
     def test_a_policy_that_only_evicts_is_not_told_that_it_quantizes_nothing(self):
         result = kvmix("eval", *TINY, "--task", "memory", "--length", 300, "--limit", 1, "--preset", "h2o")

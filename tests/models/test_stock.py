@@ -5,6 +5,7 @@ import torch
 import transformers
 from architectures import VOCABULARY
 from coding import coded_plan
+from kvmix_kernels.transform_layout import exact_count
 from stock_caches import FAMILIES, config_named, model_named
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
 
@@ -75,7 +76,8 @@ def test_plans_of_transform_codes(tmp_path):
     cache = filled(model, MixedCache.from_plan(plan, model.config), PROMPT, 1)
     stock = StockFormat("own", facts, 4, None)
     others = stock.cache_bytes(PROMPT + 1, BATCH) - stock.cache_bytes(PROMPT, BATCH)
-    statistic = sum(plan.model.heads(layer).kv_heads for layer in plan.layers) * 4 * BATCH  # of the last token
+    weights = 1 + exact_count(1, 1, plan.cache.page)  # of the last token's query: its own, and of each exact token
+    statistic = sum(plan.model.heads(layer).kv_heads for layer in plan.layers) * weights * 4 * BATCH
     assert form.cache_bytes(PROMPT, BATCH) + others + statistic == cache_nbytes(cache)
 
 

@@ -60,7 +60,8 @@ def test_equals_the_definition(case):
         got, logarithms = attend(problem)
     expected, meant = naive.attend(replace(problem, query=problem.query.double()))
     assert relative_rms(got, expected) < RMS
-    torch.testing.assert_close(logarithms.double(), meant, rtol=0, atol=LOGARITHM)
+    some = meant > -1e30  # a query that may see nothing has a logarithm near the end of float32
+    torch.testing.assert_close(logarithms.double()[some], meant[some], rtol=0, atol=LOGARITHM)
 
 
 def test_a_row_that_sees_nothing_is_zero():

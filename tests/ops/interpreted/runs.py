@@ -73,7 +73,8 @@ def test_equals_dense_attention(
         got, logarithms = attend(problem)
     assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
     expected = naive.attend(replace(problem, query=query.double()))[1]
-    torch.testing.assert_close(logarithms.double(), expected, rtol=0, atol=LOGARITHM)
+    some = expected > -1e30  # a query that may see nothing has a logarithm near the end of float32
+    torch.testing.assert_close(logarithms.double()[some], expected[some], rtol=0, atol=LOGARITHM)
 
 
 @pytest.mark.parametrize("runs", RUNS, ids=str)

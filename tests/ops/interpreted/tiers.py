@@ -66,7 +66,8 @@ def test_equals_the_definition(widths, pages, gone, sinks, tail, queries, dtype,
         got, logarithms = attend(problem)
     expected, meant = naive.attend(replace(problem, query=query.double()))
     assert relative_rms(got, expected) < RMS
-    torch.testing.assert_close(logarithms.double(), meant, rtol=0, atol=LOGARITHM)
+    some = meant > -1e30  # a query that may see nothing has a logarithm near the end of float32
+    torch.testing.assert_close(logarithms.double()[some], meant[some], rtol=0, atol=LOGARITHM)
 
 
 def test_a_row_that_sees_nothing_of_any_tier_is_zero():
