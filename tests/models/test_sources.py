@@ -8,7 +8,7 @@ from commandline import kvmix
 from huggingface_hub.errors import GatedRepoError
 
 from kvmix_cli.errors import ModelError
-from kvmix_cli.models import loading, multimodal
+from kvmix_cli.models import configuration, loading, multimodal
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, locate, meta_sibling
 
@@ -72,7 +72,7 @@ def hub(monkeypatch):
     def file_exists(repository, name):
         return name in repositories.get(repository, [])
 
-    real = loading.AutoConfig.from_pretrained
+    real = configuration.AutoConfig.from_pretrained
 
     def from_pretrained(source, **options):
         if Path(source).is_dir():
@@ -83,7 +83,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
     monkeypatch.setattr(huggingface_hub, "file_exists", file_exists)
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(configuration.AutoConfig, "from_pretrained", from_pretrained)
     return repositories
 
 
