@@ -113,7 +113,7 @@ def forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> Forecast:
     """
     from ...models.sources import has_weights
 
-    if not has_weights(purpose.model):
+    if not has_weights(purpose.model, purpose.revision):
         return _unknown(purpose)
     bench = prepare(purpose, load, None)
     speed = measure_speed(bench.loaded, purpose.step)
