@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -65,8 +65,6 @@ def load_processor(source: str, model_id: str, config: PreTrainedConfig, **optio
         raise ModelError(
             f"{model_id} reads text only ({config.model_type}): leave out --image, or choose a model that reads images"
         )
-    from transformers import AutoProcessor  # which takes a while, and only images need it
-
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
     except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

@@ -12,7 +12,7 @@ from ..evaluation.grid import by_depth
 from ..evaluation.results import Estimate, Table
 from ..export import TARGETS
 from ..plan.sizes import format_bytes
-from ..studies.recommend.forecast import Forecast
+from ..studies.recommend.cost import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
 from ..studies.recommend.study import MeasuredTask, Recommendation
 from .comparison import ITSELF

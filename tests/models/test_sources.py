@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models import configuration, loading, multimodal
 from kvmix_cli.models.loading import load_info
-from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, locate, meta_sibling
+from kvmix_cli.models.sources import ASSETS, canonical_id, explain, has_pickles, has_weights, locate, meta_sibling
 from kvmix_cli.network import HTTP_ERROR
 
 META = ["params.json", "consolidated.00.pth", "tokenizer.model", "checklist.chk"]
@@ -141,6 +141,20 @@ def test_a_model_is_profiled_by_the_name_that_users_type(hub, monkeypatch, tmp_p
     assert kvmix("allocate", "--avg-bits", 2.3).exit_code == 0
     plan = kvmix("inspect", "rank-2.3", "--json")
     assert '"model": "meta-llama/Llama-2-7b-hf"' in plan.stdout
+
+
+def test_weights_are_on_this_machine_if_their_files_are(tmp_path, monkeypatch):
+    assert has_weights("builtin:tiny")
+    assert has_weights(str(tmp_path))
+    cached = {"org/one": "model.safetensors", "org/many": "model.safetensors.index.json"}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repo, name, revision=None: f"/cache/{name}" if cached.get(repo) == name else None,
+    )
+    assert has_weights("org/one")
+    assert has_weights("org/many")
+    assert not has_weights("org/none")
 
 
 def test_pickles_on_the_hub_are_found(hub):

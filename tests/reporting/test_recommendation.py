@@ -18,7 +18,7 @@ from kvmix_cli.reporting.recommendation import (
     recommendation_json,
     recommendation_tables,
 )
-from kvmix_cli.studies.recommend.forecast import Forecast, PlannedStep
+from kvmix_cli.studies.recommend.cost import Forecast, PlannedStep
 from kvmix_cli.studies.recommend.judge import Judgement
 from kvmix_cli.studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 

@@ -13,9 +13,11 @@ from kvmix_cli.cache.subject import UNQUANTIZED
 from kvmix_cli.errors import BudgetError, EvaluationError, ModelError, PlanError
 from kvmix_cli.evaluation import positions
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
+from kvmix_cli.models import sources
 from kvmix_cli.plan import Plan
-from kvmix_cli.studies.recommend import study
+from kvmix_cli.studies.recommend import forecast, study
 from kvmix_cli.studies.recommend.bench import ModelBench, Purpose, read_purpose, usable_length
+from kvmix_cli.studies.recommend.cost import ModelSpeed
 from kvmix_cli.studies.recommend.judge import (
     FEWEST,
     is_within,
@@ -363,3 +365,22 @@ def test_what_the_configuration_says_is_refused_before_weights_are_read():
     with pytest.raises(ModelError, match=r"builtin:tiny needs .* for its weights alone, and --memory is 1 MiB: give"):
         read_purpose(Purpose("builtin:tiny", memory=2**20))
     assert read_purpose(Purpose("builtin:tiny"))[1] == 4096
+
+
+def test_a_forecast_downloads_nothing(monkeypatch):
+    monkeypatch.setattr(sources, "has_weights", lambda model, revision: False)
+    found = forecast(Purpose("builtin:tiny", context=2048), lambda: pytest.fail("the model was loaded"))
+    assert [step.name for step in found.steps] == ["download", "profile", "compare", "perplexity", "recall"]
+    assert all(step.seconds is None for step in found.steps)
+    assert "the weights are not on this machine" in found.basis
+    assert found.memory > read_purpose(Purpose("builtin:tiny"))[0].weights.total
+
+
+@PATIENT
+@given(st.floats(1e-4, 10), st.floats(0, 1e-2), st.integers(0, 500), st.integers(1, 500))
+def test_reading_takes_what_its_steps_take(base, slope, start, count):
+    speed = ModelSpeed(32, base, slope, 0.5)
+    steps = [start + 32 * number for number in range(count)]
+    exact = sum(base + slope * (tokens + 16) for tokens in steps)
+    assert speed.read(start, start + 32 * count) == pytest.approx(exact, rel=0.01)
+    assert speed.prefill(64) == pytest.approx(speed.read(0, 64) / 2)

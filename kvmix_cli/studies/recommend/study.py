@@ -201,7 +201,8 @@ class _Search:
         row = report.plans[0]
         if row.error is not None:
             raise _failure(row.error)
-        self.compared[plan.bits.stored] = row.value("kl") or 0.0
+        if (kl := row.value("kl")) is not None:
+            self.compared[plan.bits.stored] = kl
         return is_within(row, purpose.loss)
 
     def _report(self, task: Task, plan: Plan, limit: int | None, length: int) -> Report:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmix_kernels.layout import FULL_PRECISION_BITS
+
 from ... import state
+from ...errors import PlanError
 from ...plan import ModelInfo, Plan
 from ..profiles import existing_profile
 from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prefix, prepare, read_purpose
@@ -29,7 +32,7 @@ REPEATS = 3
 BITS = 4
 COMPARED = 3
 """Plans that are compared before one is proven, about: the first guess and its neighbours."""
-GRADIENTS = 6.0
+GRADIENTS = 4.0
 """Time of a calibration document over that of reading it once as a prompt: a forward and a backward pass, and the sums
 of squares of all layers' gradients, keys and values."""
 QUESTIONS = 100
@@ -110,7 +113,7 @@ def forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> Forecast:
     """
     from ...models.sources import has_weights
 
-    if not has_weights(purpose.model):
+    if not has_weights(purpose.model, purpose.revision):
         return _unknown(purpose)
     bench = prepare(purpose, load, None)
     speed = measure_speed(bench.loaded, purpose.step)
@@ -145,7 +148,9 @@ def _unknown(purpose: Purpose) -> Forecast:
 
 def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
     """Return the bytes of two unquantized caches: the plan's cache takes at most as many."""
-    return 2 * Plan.uniform(info, 16, 16).unquantized_bytes(tokens, element_bytes=element_bytes)
+    return 2 * Plan.uniform(info, FULL_PRECISION_BITS, FULL_PRECISION_BITS).unquantized_bytes(
+        tokens, element_bytes=element_bytes
+    )
 
 
 def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[PlannedStep]:
@@ -187,15 +192,15 @@ def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
     """Return the speed of a model, from prompts and steps at two lengths."""
     from ...cache.subject import Subject
 
-    plan = Plan.uniform(loaded.info, BITS, BITS)
-    far = min(FAR, (loaded.max_length or 2 * FAR) - REPEATS * step - 1)
+    limit = loaded.max_length or FAR + REPEATS * step
+    far = max(2, min(FAR, limit - REPEATS * step))
     near = min(NEAR, far // 2)
     vocabulary = min(loaded.vocabulary, 1000)
     ids = [number % vocabulary for number in range(far + REPEATS * step)]
     times = {tokens: [0.0, 0.0] for tokens in (near, far)}
     _time(loaded, Subject(), ids, near, step)  # what is loaded or set up once is in no time
     for tokens in times:
-        for subject in (Subject(), Subject("speed", plan)):
+        for subject in (Subject(), Subject("speed", _timed_plan(loaded.info))):
             prompt, one = _time(loaded, subject, ids, tokens, step)
             times[tokens][0] += prompt / 2
             times[tokens][1] += one / 2
@@ -203,6 +208,14 @@ def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
     base = max(times[near][1] - slope * near, 1e-9)
     steps = ModelSpeed(step, base, slope, 1.0).read(0, far)
     return ModelSpeed(step, base, slope, times[far][0] / steps)
+
+
+def _timed_plan(info: ModelInfo) -> Plan:
+    """Return a plan of a few bits; in full precision for heads that cannot be packed."""
+    try:
+        return Plan.uniform(info, BITS, BITS)
+    except PlanError:
+        return Plan.uniform(info, FULL_PRECISION_BITS, FULL_PRECISION_BITS)
 
 
 def _time(loaded: LoadedModel, subject: Subject, ids: list[int], tokens: int, step: int) -> tuple[float, float]:
