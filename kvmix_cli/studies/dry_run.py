@@ -1,6 +1,6 @@
 """The work that `profile`, `allocate` or `eval` would do with the same options, and about how long it takes.
 
-Nothing is written. Times are those of a few forward passes of the model itself (`recommend.forecast.ModelSpeed`), or of
+Nothing is written. Times are those of a few forward passes of the model itself (`recommend.cost.ModelSpeed`), or of
 one short sample; where weights are not on this machine they are not fetched for this, and no times are known.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..plan import Plan
 from .measure import Prepared, Setup, SubjectNames, prepare
-from .recommend.forecast import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed
+from .recommend.cost import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

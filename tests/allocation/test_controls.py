@@ -55,6 +55,7 @@ def test_random_draws_keys_and_values_apart():
     assert all(len({higher(plan, kind) for plan in plans}) == len(plans) for kind in "kv")
 
 
+@pytest.mark.slow
 @patient
 @given(scored(50), ladders, ladders, st.floats(1, 16))
 def test_uniform_is_the_highest_pair_that_fits(profile, k_bits, v_bits, asked):

@@ -79,6 +79,7 @@ def test_without_a_curve_the_error_of_a_uniform_quantizer_is_assumed():
     assert curves.at(1, "key", TensorPlan(bits=16)) == 0
 
 
+@pytest.mark.slow
 @patient
 @given(st.data(), st.sampled_from([(16, 64), (64, 64), (128, 128)]))
 def test_predicted_loss_is_the_sum_over_the_plan(data, sizes):

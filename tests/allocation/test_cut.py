@@ -34,6 +34,7 @@ def is_prefix(widths, ladder):
     return tuple(widths) in prefixes(len(widths), ladder)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 99), st.floats(2.5, 8.5))
 def test_the_best_pair_of_cuts_within_the_budget(seed, asked):

@@ -100,6 +100,7 @@ def least_by_dynamic_programming(profile, asked):
     return best[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [1.5, 2.25, 3, 5.01])
 def test_exact_at_80_layers_and_15_choices(asked):
     profile = curved(80)

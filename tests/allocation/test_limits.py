@@ -142,6 +142,7 @@ def test_bounds_that_leave_nothing(bounds):
         allocate(falling(4), Budget(avg_bits=3), **bounds)
 
 
+@pytest.mark.slow
 @every_solver
 @pytest.mark.parametrize("asked", [0.002, 0.01, 0.05, 0.3])
 def test_the_predicted_loss_is_kept_to(method, asked):

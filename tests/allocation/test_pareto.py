@@ -17,6 +17,7 @@ def losses(plans):
     return [plan.provenance["predicted_loss"] for plan in plans]
 
 
+@pytest.mark.slow
 def test_ascending_bits_falling_losses_and_each_the_optimum():
     profile = curved(4)
     plans = frontier(profile, group_sizes=GROUPS)
@@ -33,6 +34,7 @@ def test_ascending_bits_falling_losses_and_each_the_optimum():
         assert best.provenance == {**plan.provenance, "method": "ilp"}
 
 
+@pytest.mark.slow
 def test_it_spans_what_can_be_reached():
     plans = frontier(curved(4, groups=(64,)))
     assert plans[0].short == "0-3:k2v2"
@@ -47,6 +49,7 @@ def test_it_ends_where_more_bits_gain_nothing():
     assert losses(plans)[-1] == 0
 
 
+@pytest.mark.slow
 def test_there_are_a_few_dozen_at_most():
     values = curve(1.0, bits=BITS, groups=(64,))
     profile = Profile(model=make_info(40), scores={"loss": make_score([values] * 40, [values] * 40)})
@@ -55,6 +58,7 @@ def test_there_are_a_few_dozen_at_most():
     assert {step % 0.5 for step in steps(plans)} == {0}
 
 
+@pytest.mark.slow
 def test_pins_and_scores_without_curves():
     pins = parse_pins(["0:k8v8"], make_info(8))
     plans = frontier(falling(8), pins=pins)

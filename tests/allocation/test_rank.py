@@ -122,6 +122,7 @@ def test_a_budget_that_a_step_meets_exactly_gives_that_step(profile, k_bits, v_b
     assert widths_of(plan) == step
 
 
+@pytest.mark.slow
 @patient
 @given(scored(24), ladders, ladders, settings_, st.floats(1, 18))
 def test_stored_bits_are_used_up_to_the_next_move(profile, k_bits, v_bits, cache, asked):
@@ -137,6 +138,7 @@ def test_stored_bits_are_used_up_to_the_next_move(profile, k_bits, v_bits, cache
     assert widths_of(allocate(profile, Budget(stored_bits=asked), **options)) == expected
 
 
+@pytest.mark.slow
 @patient
 @given(scored(24), st.integers(1, 20000), st.integers(1, 8), st.floats(0.05, 1.2), st.integers(0, 600))
 def test_memory_is_counted_in_the_bytes_that_the_cache_will_take(profile, context, batch, share, recent):

@@ -30,6 +30,7 @@ CASES = [(family, axes) for family in CONFIGS for axes in AXES]
 CASES = [each for each in CASES if each[0] not in NO_KVMIX_ATTENTION or each[1] in WITHOUT_QUERIES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axes"), [case(*each) for each in CASES])
 def test_at_16_bits_nothing_changes(family, axes):
     model = build(family, wide=True)
@@ -48,6 +49,7 @@ def test_at_16_bits_nothing_changes(family, axes):
         torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["rotated", "recency", "everything"])
 def test_other_attention_reads_the_same(axes):
     """What looks at no queries runs under any implementation: handles give the model's own numbers back."""

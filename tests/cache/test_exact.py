@@ -1,5 +1,6 @@
 """Exact tokens against the plainest choice there is: sort what is exact and what is new, keep the best."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(count=st.integers(1, 3), steps=steps, kinds=st.sampled_from([("key",), ("value",), ("key", "value")]))
 @settings(max_examples=60, deadline=None)
 def test_the_best_of_all_pages_are_exact(count, steps, kinds):

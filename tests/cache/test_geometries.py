@@ -78,12 +78,14 @@ def test_other_heads_than_the_configuration_tells_are_refused(models):
         check_causal(model, "m", info)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_sixteen_bits_are_the_unquantized_cache(model, options):
     expected = generate(model, unquantized_cache(model.config), **options)
     assert torch.equal(generate(model, MixedCache.from_plan(plan_of(model, 16), model.config), **options), expected)
 
 
+@pytest.mark.slow
 def test_sixteen_bits_under_our_attention_are_the_unquantized_cache(model):
     before = model.config._attn_implementation
     model.set_attn_implementation("kvmix")
@@ -104,6 +106,7 @@ def test_our_attention_predicts_what_the_models_own_does(model):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.6)])
 def test_quantized_logits_are_close(model, bits, tolerance):
     """Random weights spread attention little and amplify errors; a cache that loses tokens is off by more than 1."""
@@ -158,6 +161,7 @@ def test_an_indexer_takes_tokens_back_with_its_layer(models):
     torch.testing.assert_close(again, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latent", "wider values", "heads by layer", "hybrid"])
 def test_from_a_profile_to_a_plan_that_runs(name, models):
     model = models(name)
@@ -171,6 +175,7 @@ def test_from_a_profile_to_a_plan_that_runs(name, models):
     assert generate(model, MixedCache.from_plan(plan, model.config)).max() < VOCABULARY
 
 
+@pytest.mark.slow
 def test_latents_are_observed_as_they_are_cached(models):
     model = models("latent")
     loaded = LoadedModel(model, ByteTokenizer(), model_info(model.config, "m"), None)

@@ -59,6 +59,7 @@ def logits(model, plan, change, modes):
 INSIDE, OUTSIDE = torch.inference_mode, nullcontext
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "change"),
     [(plan, "nothing") for plan in PLANS] + [(plan, change) for change in CHANGES for plan in ("pages", "everything")],

@@ -24,6 +24,7 @@ from kvmix_cli.plan.windows import Recent, Rpc
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [Recent(tokens=0), Recent(tokens=50), Rpc()])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 def test_predicted_bytes_are_measured_bytes(window, bits):
@@ -107,6 +108,7 @@ SETTINGS = CacheSettings(page=16, sink=4, group_size=16, window=Recent(tokens=0)
 AXES_WITH_STATE = [{}, AXES["all of them"], AXES["recency"], AXES["everything"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", AXES_WITH_STATE, ids=["pages", "all of them", "recency", "everything"])
 @pytest.mark.parametrize("tokens", [5, 200])
 def test_a_refused_update_leaves_the_cache_as_it_was(axes, tokens):
@@ -157,6 +159,7 @@ def test_numbers_that_cannot_be_quantized_leave_keys_and_values_of_one_length(pr
     assert cache.get_seq_length() in (prompt, 2 * prompt)
 
 
+@pytest.mark.slow
 def test_a_refused_crop_leaves_the_cache_as_it_was():
     model = build("llama", wide=True)
     model.set_attn_implementation("kvmix")

@@ -38,6 +38,7 @@ def cases():
                 yield case(family, settings, pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "settings", "pieces"), list(cases()))
 def test_every_family_equals_the_reference(family, settings, pieces):
     model = build(family)
@@ -81,6 +82,7 @@ def generate(model, cache, prompt, **options):
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "gpt_oss"])
 @pytest.mark.parametrize(
     "options",

@@ -62,6 +62,7 @@ def assert_same(ours, stock, bits):
         assert ours.get_seq_length(index) == stock.get_seq_length(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(("family", "implementation"), CASES)
 def test_every_family_can_be_read_and_changed_as_the_stock_cache(family, implementation, bits):

@@ -31,6 +31,7 @@ def state(some):
     return segments.sinks, segments.packed_tokens, segments.dequantize()
 
 
+@pytest.mark.slow
 @given(
     window=st.sampled_from(WINDOWS),
     sink=st.sampled_from([0, 4]),

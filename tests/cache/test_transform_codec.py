@@ -64,6 +64,7 @@ def left_padded(tokens, padding):
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "padding"), [*itertools.product(["llama", "gpt_neox", "gemma2", "gpt2"], [0, 25]), ("latent", 25)]
 )
@@ -82,6 +83,7 @@ def test_a_whole_model_sees_what_the_reference_sees(family, padding, tmp_path):
     assert cache.attended.share > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "v"), [("coded", 16), (16, "coded")])
 def test_one_of_both_may_be_in_full_precision(llama, k, v, tmp_path):
     plan = coded_plan(llama, tmp_path, k, v, rope=ROPE["llama"])
@@ -123,6 +125,7 @@ def states(count, seed, kv_heads=2, dim=32, batch=2, dtype=torch.float64):
     return torch.randn(batch, kv_heads, count, dim, generator=generator, dtype=dtype)
 
 
+@pytest.mark.slow
 @given(
     kv_heads=st.integers(1, 3),
     dim=st.sampled_from([8, 16, 24, 40, 64]),
@@ -220,6 +223,7 @@ def test_keys_and_values_of_a_prompt_wait_for_its_queries_and_can_be_read(tmp_pa
     assert layer.stores[0].packed_tokens > 0
 
 
+@pytest.mark.slow
 def test_beams_and_batches(llama, tmp_path):
     plan = coded_plan(llama, tmp_path, exact=1, rope=ROPE["llama"])
     tokens, step = ids(120), ids(2)
@@ -240,6 +244,7 @@ def test_beams_and_batches(llama, tmp_path):
     assert llama.generate(tokens, past_key_values=cache, num_beams=3, max_new_tokens=20).shape == (2, 140)
 
 
+@pytest.mark.slow
 @given(
     exact=st.integers(0, 2),
     steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=4),
@@ -316,6 +321,7 @@ def test_predicted_bytes_are_measured_bytes(k, v, exact, tmp_path):
         assert predicted <= cache.nbytes <= predicted + statistics
 
 
+@pytest.mark.slow
 def test_room_is_reserved_once(llama, tmp_path):
     plan = coded_plan(llama, tmp_path, exact=1)
     cache = MixedCache.from_plan(plan, llama.config, reserve=200)

@@ -59,6 +59,7 @@ def centered(scores):
     return scores - scores.mean(-1, keepdim=True)
 
 
+@pytest.mark.slow
 @given(
     steps=CHAINS,
     size=st.sampled_from(SIZES),
@@ -434,6 +435,7 @@ def example():
     return module
 
 
+@pytest.mark.slow
 def test_the_example_writes_means_that_a_plan_can_name(tmp_path, example):
     """examples/means.py, against the keys of one forward pass."""
     path = tmp_path / "means.safetensors"

@@ -141,6 +141,7 @@ def test_settings_of_the_cache(kvmix, tmp_path):
     assert {layer.k.bits for layer in plan.layers.values()} <= {1, 4}
 
 
+@pytest.mark.slow
 def test_a_name_depends_on_the_options_and_on_nothing_else(kvmix, tmp_path):
     """Options that are not in the name add a hash, so that no plan replaces another one."""
     for _ in range(2):
@@ -189,6 +190,7 @@ def test_impossible_memory(kvmix):
     assert "no plan fits 1 MiB at 32768 tokens x 1" in ran.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [

@@ -94,6 +94,7 @@ def test_a_method_that_does_not_choose_groups_says_so(kvmix, predicted):
     assert "group sizes" not in kvmix(*args).err
 
 
+@pytest.mark.slow
 def test_a_family(kvmix, tmp_path, predicted):
     ran = kvmix("allocate", "--method", "pareto")
     found = names(tmp_path)
@@ -106,6 +107,7 @@ def test_a_family(kvmix, tmp_path, predicted):
     assert (tmp_path / PLANS / "pareto-2.5.yaml").read_text().startswith("# kvmix allocate --method pareto")
 
 
+@pytest.mark.slow
 def test_a_family_of_other_options_replaces_nothing(kvmix, tmp_path, predicted):
     """Members end in a hash of the options, as single plans do; a name of the user's own is kept as it is."""
     assert kvmix("allocate", "--method", "pareto").err.count("replaced") == 0
@@ -123,6 +125,7 @@ def test_a_family_of_other_options_replaces_nothing(kvmix, tmp_path, predicted):
     assert "mine-2.5.yaml was another plan, and is replaced" in ran.err
 
 
+@pytest.mark.slow
 def test_plans_of_two_named_profiles_replace_nothing(kvmix, tmp_path):
     for count in (4, 5):
         falling(count).save(tmp_path / f"{count}.yaml")
@@ -217,6 +220,7 @@ def test_a_search_says_what_is_wrong_before_it_loads_the_model(kvmix, tiny, monk
     assert ran.code == 1
 
 
+@pytest.mark.slow
 def test_a_search_that_reads_nothing_quantized_is_an_error(kvmix, tiny):
     ran = kvmix("allocate", "--stored-bits", 3.5, "--method", "search", "--samples", 1)
     assert ran.code == 1

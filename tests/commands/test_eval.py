@@ -132,6 +132,7 @@ def test_an_interrupted_evaluation_is_gone_on_with(counting):
     )
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_measured_has_an_error_and_the_exit_code_says_so(monkeypatch):
     def broken(*arguments, **options):
         raise QuantizationError("layer 3 keys: NaN or Inf among the values to quantize")
@@ -163,6 +164,7 @@ def test_a_run_that_read_nothing_quantized_warns_loudly(counting):
     assert "kvmix: warning: uniform-2: NOTHING QUANTIZED WAS READ" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

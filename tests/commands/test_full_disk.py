@@ -19,6 +19,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *args, **options: tiny())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_the_picture_of_a_profile(kvmix, monkeypatch, ending):
     with monkeypatch.context() as patch:
@@ -48,6 +49,7 @@ def test_the_files_of_a_report(kvmix, monkeypatch, ending, saved):
     assert ("page.html" in saved) == Path("page.html").exists()
 
 
+@pytest.mark.slow
 def test_the_heat_map_of_an_evaluation(kvmix, monkeypatch):
     args = ("eval", "builtin:tiny", "--task", "recall", "--uniform", 2, "--length", 300, "--limit", 1)
     with monkeypatch.context() as patch:
@@ -59,6 +61,7 @@ def test_the_heat_map_of_an_evaluation(kvmix, monkeypatch):
     assert list(Path("out").glob("*heatmap*.png"))
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_family(kvmix, profiled, monkeypatch):
     fill_disk(monkeypatch, "-3.125.yaml")
     ran = kvmix("allocate", "--method", "pareto")

@@ -63,6 +63,7 @@ def stop_at(place):
     return before
 
 
+@pytest.mark.slow
 def test_every_file_that_prints_a_command_line_is_tested_here():
     root = Path(kvmix_cli.__file__).parent
     found = set()
@@ -76,6 +77,7 @@ def test_every_file_that_prints_a_command_line_is_tested_here():
     assert found <= FILES
 
 
+@pytest.mark.slow
 def test_from_an_empty_folder_to_an_evaluation(kvmix, counting):
     """An evaluation asks for a plan, allocate for a profile, and then each of them works."""
     ran = kvmix("eval", "builtin:tiny")
@@ -87,6 +89,7 @@ def test_from_an_empty_folder_to_an_evaluation(kvmix, counting):
         assert kvmix(*line).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(), ("--out", "some where/mine.yaml"), ("--profiles-dir", "else where")])
 def test_an_unfinished_profile(kvmix, monkeypatch, place):
     """Both the notice of the interrupt and the error of the command that needed the profile."""
@@ -113,6 +116,7 @@ def test_an_unfinished_profile(kvmix, monkeypatch, place):
             path.unlink()
 
 
+@pytest.mark.slow
 def test_a_preset_without_directions(kvmix, counting):
     preset = ("eval", "builtin:tiny", "--preset", "transform-2")
     (profile,) = hints(kvmix(*preset).error)
@@ -120,6 +124,7 @@ def test_a_preset_without_directions(kvmix, counting):
     assert kvmix(*profile, "--samples", 1, "--seq-len", 300).code == kvmix(*preset).code == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation(kvmix, counting):
     assert kvmix("eval", "builtin:tiny", "--uniform", 4).code == 0
     counting.before = stop_at(("uniform-2", "2"))
@@ -150,6 +155,7 @@ def test_an_evaluation_that_ends_before_anything_is_measured(kvmix, counting, mo
     assert kvmix(*args).code == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_row(kvmix, counting):
     assert kvmix("eval", "builtin:tiny", "--uniform", 2).code == 0
     (run_folder("results", "uniform-2", "counting") / "metrics.json").write_text('{"task": 3')
@@ -160,6 +166,7 @@ def test_a_damaged_row(kvmix, counting):
     assert hints(kvmix("report").err) == []
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_model(kvmix, counting):
     Plan.uniform(falling(4).model, 4, 4).save(Path("plan.yaml"))
     ran = kvmix("eval", "builtin:tiny", "--plan", "plan.yaml")
@@ -169,6 +176,7 @@ def test_a_plan_of_another_model(kvmix, counting):
     assert kvmix("eval", "builtin:tiny").code == 0
 
 
+@pytest.mark.slow
 def test_a_score_that_does_not_predict_a_loss(kvmix, ranked):
     budget = ("allocate", "--max-loss", "5%")
     (line,) = hints(kvmix(*budget, "--method", "ilp").error)
@@ -177,6 +185,7 @@ def test_a_score_that_does_not_predict_a_loss(kvmix, ranked):
     assert kvmix(*line, "--samples", 1, "--seq-len", 300).code == kvmix(*budget).code == 0
 
 
+@pytest.mark.slow
 def test_a_choice_that_was_not_measured(kvmix):
     args = ("profile", "builtin:tiny", "--score", "error", "--samples", 1, "--seq-len", 300)
     assert kvmix(*args, "--bits", "2,4", "--group-size", 64, "--encode", "refit", "--seed", 3).code == 0

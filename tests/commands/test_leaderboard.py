@@ -81,6 +81,7 @@ def test_on_losses_that_are_as_predicted_the_exact_solver_wins(foretold):
             assert 0 < each["ratio"] <= 1
 
 
+@pytest.mark.slow
 def test_rows_have_the_stable_keys_and_standings_name_their_row(foretold):
     result = kvmix_json(*BOARD, *QUICK)
     assert {"command", "model", "task", "tokens", "rows", "reference", "gates"} <= set(result)
@@ -211,6 +212,7 @@ def test_transform_codes_are_a_candidate_of_a_profile_with_directions(profile):
     assert len(list(path.parent.glob("plans/basis-*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_scores_and_methods_can_be_chosen(foretold):
     board = kvmix_json(*BOARD, *QUICK, "--scores", "loss", "--methods", "cut,rank")["leaderboard"]
     names = {name for each in board["standings"] for name in each["names"]}
@@ -230,6 +232,7 @@ def test_a_plan_that_cannot_be_measured_stands_last_and_the_exit_code_says_so(fo
     assert "uniform" not in {each["second"] for each in result["comparisons"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -275,6 +278,7 @@ def test_measured_for_real_and_not_twice(monkeypatch):
     assert kvmix_json(*BOARD, *options, "--resume")["leaderboard"] == result["leaderboard"]
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_a_budget_with_names_intervals_and_units(foretold, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(leaderboard_plot, "save", lambda figure, path: drawn.append(figure) or path)

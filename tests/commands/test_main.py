@@ -45,6 +45,7 @@ sys.exit(", ".join(name for name in {HEAVY} if name in sys.modules) or 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(args):
     ran = forking.run(*args, code=LIGHT, imports=forking.LIGHT)
@@ -52,6 +53,7 @@ def test_help_loads_nothing_heavy(args):
     assert "Usage: kvmix" in ran.stdout + ran.stderr or __version__ in ran.stdout
 
 
+@pytest.mark.slow
 def test_allocate_loads_no_torch(profiled):
     script = LIGHT.replace(repr(HEAVY), repr(("torch", "transformers")))
     args = ["allocate", "--avg-bits", "2.3", "--profile", str(profiled)]
@@ -240,6 +242,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     assert ran.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux")
 def test_a_full_disk_under_stdout(tmp_path):
     path = falling(4).save(tmp_path / "profile.yaml")
@@ -266,6 +269,7 @@ BOARD_FAULTS = [
 """Options of a leaderboard that do not fit the profile, or name what is not there."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -301,6 +305,7 @@ def test_wrong_options_are_refused_without_torch(tmp_path, args):
     assert "rror: " in ran.stderr
 
 
+@pytest.mark.slow
 def test_threads_that_wait_are_passive_unless_the_user_says_otherwise():
     script = "import os; from kvmix_cli.main import main\ntry: main()\nfinally: print(os.environ['OMP_WAIT_POLICY'])"
     for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
@@ -337,6 +342,7 @@ def test_an_argument_that_is_not_utf8_is_a_usage_error(kvmix):
     assert "argument 3 is not valid UTF-8: b'a\\xff'" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_ends_with_two_examples_that_the_command_takes(kvmix, name):
     *_, first, second = kvmix(name, "--help").out.rstrip().splitlines()

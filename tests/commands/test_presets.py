@@ -134,13 +134,17 @@ class TestMeasured:
         options = ("--task", "memory", "--length", 700, "--limit", 1)
         rows = kvmix_json("eval", *TINY, *options, *(part for name in names for part in ("--preset", name)))["rows"][1:]
         errors = {row["plan"]: row["metrics"]["prediction_error_percent"]["value"] for row in rows}
-        assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.05), "but for the decoded token's statistics, one for each exact token, too"
+        assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.05), (
+            "but for the decoded token's statistics, one for each exact token, too"
+        )
 
+    @pytest.mark.slow
     def test_a_policy_that_only_evicts_is_not_told_that_it_quantizes_nothing(self):
         result = kvmix("eval", *TINY, "--task", "memory", "--length", 300, "--limit", 1, "--preset", "h2o")
         assert result.exit_code == 0
         assert "NOTHING QUANTIZED" not in result.stderr
 
+    @pytest.mark.slow
     def test_a_run(self):
         options = ("run", *TINY, "--prompt", PROMPT, "--max-new-tokens", 3)
         result = kvmix_json(*options, "--preset", "mikv+rotate-2")
@@ -166,6 +170,7 @@ class TestMeasured:
 class TestSolved:
     """The preset whose widths come from a profile's moments."""
 
+    @pytest.mark.slow
     def test_it_is_the_plan_that_allocate_makes(self, counting):
         save_with_moments(TINY_PROFILE, tiny().info)
         said = kvmix("eval", *TINY, "--preset", "transform-2", "--json").stderr
@@ -181,6 +186,7 @@ class TestSolved:
         kvmix_json("eval", *TINY, "--plan", "transform-2")
         assert [path.name for path in Path("results").glob("counting__*__transform-2__*")] == folders, "the same plan"
 
+    @pytest.mark.slow
     def test_a_run_and_inspect(self):
         save_with_moments(TINY_PROFILE, tiny().info)
         result = kvmix_json("run", *TINY, "--preset", "transform-2", "--prompt", PROMPT, "--max-new-tokens", 2)
@@ -256,6 +262,7 @@ class TestAllocate:
         assert said in refused(kvmix("allocate", "--avg-bits", 2.3, *options))
         assert not Path("profiles/org--model/plans").exists()
 
+    @pytest.mark.slow
     def test_inspect_says_what_a_plan_does(self):
         for preset_name in ("kitty", "zipcache"):
             kvmix("allocate", "--avg-bits", 2.3, "--with", preset_name, "-q")

@@ -41,6 +41,7 @@ def faked(monkeypatch):
     return passed
 
 
+@pytest.mark.slow
 def test_from_nothing_on_the_built_in_model(kvmix, tmp_path):
     ran = kvmix("profile", "builtin:tiny", *SHORT, "--plot", "scores.png", "--json")
     result = ran.json
@@ -130,6 +131,7 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
 
 
+@pytest.mark.slow
 def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added(kvmix, tmp_path):
     metric = ("profile", "builtin:tiny", "--score", "fisher-metric", "--samples", 1, "--seq-len", 300)
     ran = kvmix(*metric)
@@ -195,6 +197,7 @@ def test_a_score_is_not_replaced_by_one_over_other_text(kvmix, faked, profiled):
     assert "of builtin (seed 0), which 3 of 64 of builtin (seed 1) would replace" in ran.error
 
 
+@pytest.mark.slow
 def test_a_score_is_replaced_by_one_of_the_same_settings_only(kvmix, tmp_path):
     """Whatever changes the numbers counts: text behind a name, choices, encoder, dtype. More of the same may come."""
     Path("text.txt").write_text("one two three four five six seven " * 400)
@@ -218,6 +221,7 @@ def test_a_score_is_replaced_by_one_of_the_same_settings_only(kvmix, tmp_path):
     assert kvmix(*args, "--replace").code == 0
 
 
+@pytest.mark.slow
 def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, tmp_path):
     """Files without `identity` are read, keep their checksum, and their choices are not lost either."""
     args = ("profile", "builtin:tiny", *CURVES, "--score", "error")
@@ -232,6 +236,7 @@ def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, 
     assert kvmix(*args).code == 0
 
 
+@pytest.mark.slow
 def test_fields_of_records_that_are_left_out_are_said_once_and_in_json(kvmix):
     record = {"question": "one two three four five " * 30, "answer": "six", "choices": ["six", "seven"]}
     Path("rows.jsonl").write_text((json.dumps(record) + "\n") * 3)
@@ -278,6 +283,7 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
 
 
+@pytest.mark.slow
 def test_one_sample_has_no_spread(kvmix):
     """Neither 0 in the table, nor bars of no length in the picture."""
     ran = kvmix("profile", "builtin:tiny", "--samples", 1, "--seq-len", 40, "--plot", "scores.svg")

@@ -67,6 +67,7 @@ def test_from_nothing_to_a_proven_plan_and_again_from_what_is_kept(kvmix, monkey
     assert "kvmix run" not in hopeless.out, "what is not safe is not recommended"
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(kvmix):
     found = kvmix("recommend", *LITTLE, "--dry-run", "--json").json
     assert found["dry_run"] is True

@@ -49,6 +49,7 @@ def test_layers_that_are_not_quantized_are_listed():
     assert "quantized 6 of 8 layers; 2 at 16 bits, not quantized" in result.stderr
 
 
+@pytest.mark.slow
 def test_text_comes_on_stdout_then_a_table():
     wanted = kvmix_json("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 20)
     result = kvmix("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 20)
@@ -59,6 +60,7 @@ def test_text_comes_on_stdout_then_a_table():
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_unquantized_cache_and_16_bits_write_the_same():
     baseline = kvmix_json("run", *TINY, "--baseline", "--prompt", PROMPT, "--max-new-tokens", 20)
     full = kvmix_json("run", *TINY, "--uniform", 16, "--prompt", PROMPT, "--max-new-tokens", 20)
@@ -79,6 +81,7 @@ def test_the_prompt_may_come_from_a_file_or_from_stdin(tmp_path):
         assert (result["text"], result["prompt_tokens"]) == (given["text"], given["prompt_tokens"])
 
 
+@pytest.mark.slow
 def test_the_newest_plan_is_taken_and_names_the_model():
     save_plan("first", uniform(4))
     options = ("run", "--prompt", PROMPT, "--max-new-tokens", 3)
@@ -119,6 +122,7 @@ def test_a_run_that_quantized_nothing_says_so_even_if_quiet():
     assert "nothing was quantized" in result.stderr
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_text_and_nothing_else():
     options = ("run", *TINY, "--uniform", 2, "--prompt", PROMPT * 20, "--max-new-tokens", 8)
     result = kvmix(*options, "-q")
@@ -233,6 +237,7 @@ def test_wrong_usage_exits_with_2(options):
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_plan_of_transform_codes_finds_its_basis_from_any_folder(tmp_path):
     info = tiny().info
     folder = tmp_path / "elsewhere"

@@ -28,6 +28,7 @@ def saved(first):
     return first[0]
 
 
+@pytest.mark.slow
 def test_a_loaded_cache_gives_the_same_answer(saved):
     loaded = kvmix_json(*UNIFORM, "--prompt", PROMPT, "--load-cache", "cache")
     assert (loaded["text"], loaded["prompt_tokens"]) == (saved["text"], saved["prompt_tokens"])
@@ -42,6 +43,7 @@ def test_a_loaded_cache_gives_the_same_answer(saved):
     assert loaded["quantized_share"] > saved["quantized_share"] > 0
 
 
+@pytest.mark.slow
 def test_a_longer_prompt_feeds_only_its_rest(saved):
     prompt = PROMPT + "\nprint(walk('.'))"
     loaded = kvmix_json(*UNIFORM, "--prompt", prompt, "--load-cache", "cache", "--save-cache", "longer")
@@ -51,6 +53,7 @@ def test_a_longer_prompt_feeds_only_its_rest(saved):
     assert again["text"] == loaded["text"]
 
 
+@pytest.mark.slow
 def test_both_are_told_to_people(saved):
     shown = kvmix(*UNIFORM, "--prompt", PROMPT[:1000], "--load-cache", "cache", "--save-cache", "part").stdout
     facts = kvmix_json(*UNIFORM, "--prompt", PROMPT[:1000], "--load-cache", "cache")["loaded_cache"]
@@ -61,6 +64,7 @@ def test_both_are_told_to_people(saved):
     assert "x smaller than in bf16" in words
 
 
+@pytest.mark.slow
 def test_nothing_is_replaced_without_consent(saved):
     before = Path("cache").read_bytes()
     options = (*UNIFORM, "--prompt", PROMPT + "x", "--save-cache", "cache")
@@ -115,6 +119,7 @@ def test_what_goes_with_nothing_is_wrong_usage(options):
     assert not Path("x").exists()
 
 
+@pytest.mark.slow
 def test_chunks_are_packed_as_they_come():
     """The tail is as long as after decoding, and more of what is read is quantized than if all is fed at once."""
     at_once = kvmix_json(*UNIFORM, "--prompt", PROMPT)
@@ -125,6 +130,7 @@ def test_chunks_are_packed_as_they_come():
     assert kvmix_json(*full, "--prefill-chunk", 100)["text"] == kvmix_json(*full)["text"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_chunks_has_a_folder_of_its_own():
     options = ("eval", *TINY, "--uniform", 2, "--length", 600, "--prefix", 500, "--step", 50, "--limit", 1)
     at_once, in_chunks = kvmix_json(*options), kvmix_json(*options, "--prefill-chunk", 128)

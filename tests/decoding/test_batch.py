@@ -103,6 +103,7 @@ def test_already_the_first_token_is_read_out_of_the_quantized_cache():
     assert found.attended["quantized"] == layers * (len(IDS) // page * page)
 
 
+@pytest.mark.slow
 def test_prompts_of_the_same_length_are_answered_together_as_they_are_alone():
     rows = [IDS, [*IDS[:-9], *reversed(IDS[-9:])], [IDS[0], *reversed(IDS[1:])]]
     together = generate_batch(tiny(), TWO, rows, len(IDS) - 1, StopRule(8)).tokens
@@ -122,6 +123,7 @@ def test_a_context_that_several_rows_share_is_prefilled_once(monkeypatch):
     assert shared.log_likelihoods == pytest.approx([one.log_likelihoods[0] for one in alone], rel=ROUNDING)
 
 
+@pytest.mark.slow
 def test_sampled_answers_differ_and_come_again_with_their_seed():
     def sample(seed):
         torch.manual_seed(seed)
@@ -242,6 +244,7 @@ def test_an_item_that_does_not_fit_alone_is_an_error_after_the_results_before_it
         next(found)
 
 
+@pytest.mark.slow
 def test_a_batch_is_not_halved_below_the_least_size():
     found, tried = run([1, 3, 5], lambda batch: False, size=3, least=3)
     with pytest.raises(EvaluationError, match="3 at 1"):

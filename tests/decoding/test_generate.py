@@ -22,6 +22,7 @@ def stock():
     return unquantized_cache(tiny().model.config)
 
 
+@pytest.mark.slow
 def test_it_writes_what_the_model_itself_would_write():
     pieces = []
     result = generate(tiny(), ids(), stock(), max_new_tokens=24, on_text=pieces.append)
@@ -31,6 +32,7 @@ def test_it_writes_what_the_model_itself_would_write():
     assert (result.prompt_tokens, result.new_tokens) == (len(ids()), 24)
 
 
+@pytest.mark.slow
 def test_at_16_bits_the_quantized_cache_writes_the_same():
     cache = MixedCache.from_plan(uniform(16), tiny().model.config, reserve=len(ids()) + 24)
     assert (

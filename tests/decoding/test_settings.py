@@ -51,6 +51,7 @@ def answer(loaded, plan=None, ids=IDS):
     return generate(loaded, ids, cache, max_new_tokens=NEW), cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", LEAKS.values(), ids=LEAKS)
 def test_what_a_checkpoint_says_of_generation_changes_no_answer(settings, checkpoint):
     plain = [answer(tiny(), plan)[0].text for plan in (None, uniform(2))]
@@ -83,6 +84,7 @@ def test_end_tokens_are_those_of_the_checkpoint_and_of_the_tokenizer(checkpoint)
         assert end_tokens(replace(checkpoint(eos_token_id=[7, 9, 7]), tokenizer=tokenizer)) == [7, 9, *expected]
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_the_checkpoints_end_token(checkpoint):
     settings = greedy_settings(tiny(), NEW)
     row = continue_tokens(tiny(), torch.tensor([IDS]), unquantized_cache(tiny().config), settings)[0].tolist()
@@ -94,6 +96,7 @@ def test_an_answer_ends_at_the_checkpoints_end_token(checkpoint):
     assert whole.shape == (1, len(IDS) + NEW)
 
 
+@pytest.mark.slow
 def test_penalties_stay_and_are_said_once(checkpoint):
     plain = answer(tiny())[0].text
     loaded = checkpoint(repetition_penalty=1.9, no_repeat_ngram_size=2)

@@ -42,6 +42,7 @@ def test_a_short_text_is_not_quantized_at_all(footguns):
     assert all(share > 40 and increase.value > 100 for _, share, increase in others)
 
 
+@pytest.mark.slow
 def test_that_is_said_aloud(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--length", 160, "--prefix", 100, "--uniform", 1, "--limit", 1)
@@ -90,6 +91,7 @@ def test_quantizing_again_what_was_quantized_adds_up_in_one_backend_alone(footgu
     assert len(growth) == 6
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_tables_that_are_asked_for(footguns, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["footguns.py", "first_token", "--limit", "1"])
     footguns.main()

@@ -70,6 +70,7 @@ def test_divergence_of_the_same_predictions_is_zero_and_of_nonsense_large_and_fi
     assert math.isfinite(divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1000.0]])).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 16, 1000])
 def test_every_token_is_compared_as_two_forwards_say(samples, step):
     ids, settings = list(samples[0].ids), dataclasses.replace(SETTINGS, step=step)
@@ -83,6 +84,7 @@ def test_every_token_is_compared_as_two_forwards_say(samples, step):
     assert 0 < len(record["changed"]) < 95
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_tokens_and_the_unquantized_row_has_none(samples):
     report = run_task(get_task("perplexity"), tiny(), [TWO, THREE, Subject("full", uniform(16))], SETTINGS)
     assert set(report.reference.metrics) == {"perplexity"}
@@ -98,6 +100,7 @@ def test_metrics_are_means_over_tokens_and_the_unquantized_row_has_none(samples)
     assert (full.value("kl"), full.value("kl_p99"), full.value("same_token")) == (0, 0, 1)
 
 
+@pytest.mark.slow
 def test_rows_side_by_side_measure_what_each_measures_alone(samples):
     report = run_task(get_task("perplexity"), tiny(), [TWO, THREE], SETTINGS)
     alone = [get_task("perplexity").measure(tiny(), each, samples[1], SETTINGS) for each in (Subject(), TWO, THREE)]
@@ -122,6 +125,7 @@ def _plans(count):
     return [Subject(f"plan {number}", uniform(2)) for number in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plans", "passes"), [(0, 1), (2, 1), (3, 2)])
 def test_the_unquantized_cache_reads_a_sample_once_for_as_many_plans_as_are_together(
     forwards, monkeypatch, plans, passes
@@ -157,6 +161,7 @@ class NoMemory(torch.nn.Module):
         return self.model.get_input_embeddings()
 
 
+@pytest.mark.slow
 def test_plans_have_their_perplexity_where_the_unquantized_cache_does_not_fit():
     loaded = stand_in(
         model=NoMemory(100), info=tiny().info, tokenizer=tiny().tokenizer, config=tiny().config, device=tiny().device
@@ -172,6 +177,7 @@ def kept(root, subjects, resume=False, limit=2):
     return run_task(get_task("perplexity"), tiny(), subjects, settings, RunFolders(root, "builtin--tiny", resume))
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_same_numbers_and_a_new_plan_is_compared_too(tmp_path, forwards):
     whole = kept(tmp_path / "whole", [TWO, THREE])
     kept(tmp_path / "parts", [TWO], limit=1)
@@ -195,6 +201,7 @@ def without_divergence(folder):
     (folder / "metrics.json").write_text(json.dumps(row))
 
 
+@pytest.mark.slow
 def test_runs_of_an_older_version_are_shown_and_resumed_without_a_divergence(tmp_path):
     kept(tmp_path, [TWO, THREE])
     without_divergence(run_folder(tmp_path, "two"))
@@ -221,6 +228,7 @@ def test_positions_are_those_of_the_predicted_tokens():
     assert by_position([{"nll": 1.0}]) == by_position([]) == []
 
 
+@pytest.mark.slow
 def test_positions_are_in_the_json_and_in_a_table_if_there_are_several():
     settings = Settings(length=1100, prefix=900, step=100, limit=1)
     task = get_task("perplexity")

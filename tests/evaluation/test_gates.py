@@ -105,6 +105,7 @@ def test_a_worse_value_never_passes_where_a_better_one_fails(value, worse, limit
         assert check([row("better", perplexity=better)], unquantized).passed
 
 
+@pytest.mark.slow
 @given(st.text(max_size=30))
 def test_any_text_is_a_gate_or_an_evaluation_error(text):
     try:

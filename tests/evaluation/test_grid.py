@@ -3,6 +3,7 @@
 import json
 
 import forking
+import pytest
 
 from kvmix_cli.evaluation.grid import RecallCell, grid
 
@@ -84,6 +85,7 @@ def test_records_that_were_written_and_read_again_give_the_same_grid():
     assert grid(json.loads(json.dumps(records))) == grid(records)
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch():
     code = "import sys, kvmix_cli.evaluation.grid; sys.exit('torch' in sys.modules)"
     assert forking.run(code=code, imports=forking.LIGHT).returncode == 0

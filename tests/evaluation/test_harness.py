@@ -56,6 +56,7 @@ def test_numbers_are_lm_evals_own_and_each_has_an_interval(folder, expected, nam
     assert f"{DOCUMENTS} documents of {name}, 0-shot" in report.description
 
 
+@pytest.mark.slow
 def test_a_group_and_a_tag_and_a_pattern_report_all_that_is_in_them(folder):
     assert metric_names(task(folder, "local_group"))[0] == "local_group_acc"
     assert set(metric_names(task(folder, "local_group"))) >= {"local_choose_acc_norm", "local_score_perplexity"}
@@ -140,12 +141,14 @@ def test_memory_that_runs_out_in_the_middle_keeps_what_there_is(folder, tmp_path
     assert [json.loads(line)["request"] for line in kept] == [request.name for request in before] != []
 
 
+@pytest.mark.slow
 def test_contexts_that_do_not_fit_are_counted_and_said(folder):
     report = run_task(task(folder, "local_choose", max_length=80), tiny(), [], Settings(limit=3))
     assert any("contexts do not fit and have lost their first tokens, up to" in said for said in report.warnings)
     assert run_task(task(folder, "local_choose"), tiny(), [], Settings(limit=2)).warnings == ()
 
 
+@pytest.mark.slow
 def test_a_limit_is_in_documents_of_each_task_and_may_be_more_than_there_are(folder):
     some = task(folder, "local_tag").samples(tiny(), Settings(limit=2))
     assert len({(each.task, each.document) for each in some}) == 2 * len(NAMES)
@@ -178,6 +181,7 @@ def test_a_chat_template_is_put_around_prompts(folder):
     assert not any(each.ids[: len(opening)] == opening for each in without)
 
 
+@pytest.mark.slow
 def test_a_task_that_makes_its_own_contexts_gets_the_tokenizer_and_the_length(tmp_path):
     """As RULER does: its metrics are called by the length."""
     (tmp_path / "making.py").write_text(

@@ -175,6 +175,7 @@ def test_prompts_with_examples_are_lm_evals_own(folder, tmp_path):
     assert found["results"]["local_choose"]["acc,none"] == expected["results"]["local_choose"]["acc,none"]
 
 
+@pytest.mark.slow
 def test_sampled_answers_differ_from_each_other_and_come_again():
     sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 12, "until": []}
     instances = [Instance(GENERATING, {}, ("The value is", sampled), 0, ("task", 0, 3))] * 3

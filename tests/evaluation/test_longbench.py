@@ -274,6 +274,7 @@ def test_only_samsum_stops_at_a_newline():
     assert [name for name, dataset in DATASETS.items() if dataset.stop_at_newline] == ["samsum"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", GENERATION_FILES[::4], ids=",".join)  # all of them in decoding/test_batch.py
 def test_a_checkpoints_generation_settings_change_no_answer(file, tmp_path, brief, monkeypatch):
     task = longbench("longbench:qasper", equal_prompts(tmp_path, 2), batch_size=2)
@@ -314,6 +315,7 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
     assert task.samples(ends_texts(tiny()), SETTINGS) == task.samples(tiny(), SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("members", "template", "said"),
     [
@@ -335,6 +337,7 @@ def test_the_description_names_the_protocol(members, template, said, tmp_path):
     assert "trec 30" in description
 
 
+@pytest.mark.slow
 def test_a_prompt_leaves_room_for_its_answer(tmp_path):
     (tmp_path / "qasper.jsonl").write_text(lines([record("qasper", 400)]))
     task = longbench("longbench:qasper", tmp_path)
@@ -423,6 +426,7 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief, monkeypatch):
     runs = RunFolders(tmp_path / "out", "tiny", resume=True)
     answered = exhausted(monkeypatch, lambda call, size: True)
@@ -448,6 +452,7 @@ def command(tmp_path, monkeypatch):
     return ("eval", "--model", "builtin:tiny", "--device", "cpu", "--data-dir", write(tmp_path / "data", *MEMBERS))
 
 
+@pytest.mark.slow
 def test_the_command_measures_data_sets_and_their_average(command, brief):
     options = ("--task", "longbench:qasper,trec", "--uniform", 2, "--limit", 1, "--batch-size", 2)
     result = kvmix_json(*command, *options, "--fail-if", "longbench_qasper<0")

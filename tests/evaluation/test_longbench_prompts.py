@@ -54,6 +54,7 @@ texts = st.text(st.characters(codec="utf-8"), max_size=120)
 sizes = st.none() | st.integers(0, 140)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(texts, st.booleans(), sizes, sizes)
 def test_a_prompt_that_is_too_long_keeps_its_two_ends(text, chat, most, room):

@@ -47,6 +47,7 @@ BY_HAND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction", "answers", "wanted"), BY_HAND)
 def test_every_metric_gives_what_was_computed_by_hand(name, prediction, answers, wanted):
     assert score(DATASETS[name], prediction, answers, CLASSES) == pytest.approx(wanted, abs=1e-5)
@@ -78,6 +79,7 @@ def test_the_best_reference_answer_counts():
     assert score(DATASETS["samsum"], "the cat sat", answers) == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_long_sentences_are_scored_however_deep_the_stack():
     said = " ".join(["shared", *(f"a{number}" for number in range(700))])
     wanted = " ".join(["shared", *(f"b{number}" for number in range(700))])

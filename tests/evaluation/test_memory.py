@@ -27,6 +27,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES.keys())
 @pytest.mark.parametrize("length", [32, 129, 320])
 def test_predicted_and_measured_bytes_are_the_same(settings, length):
@@ -38,6 +39,7 @@ def test_predicted_and_measured_bytes_are_the_same(settings, length):
         assert record["allocated"] >= record["measured"]
 
 
+@pytest.mark.slow
 def test_a_report_compares_with_16_bits():
     report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2)), Subject("full", uniform(16))], SETTINGS)
     reference, two, full = report.rows
@@ -72,6 +74,7 @@ def test_layers_that_keep_their_stock_cache_are_measured_but_not_predicted():
     assert metrics["prediction_error_percent"].value == 0
 
 
+@pytest.mark.slow
 def test_the_peak_is_measured_above_what_was_taken_before(monkeypatch):
     """Fakes of the system's counters: 100 bytes before, 350 at most."""
     monkeypatch.setattr(peak, "_start", lambda on: 100)
@@ -80,6 +83,7 @@ def test_the_peak_is_measured_above_what_was_taken_before(monkeypatch):
     assert [row.value("peak_bytes") for row in report.rows] == [250, 250]
 
 
+@pytest.mark.slow
 def test_a_peak_that_cannot_be_measured_is_not_there(monkeypatch):
     monkeypatch.setattr(peak, "_start", lambda on: None)
     report = run_task(get_task("memory"), tiny(), [Subject("two", uniform(2))], SETTINGS)

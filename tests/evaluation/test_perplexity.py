@@ -44,12 +44,14 @@ def test_at_16_bits_it_is_the_loss_of_a_plain_forward(samples, step):
     assert record["nll"] == pytest.approx(one_pass_nll(samples[0], first=65), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 16])
 def test_at_16_bits_it_is_what_the_stock_cache_gives(samples, step):
     full, stock = (measure(subject, samples[0], step=step) for subject in (Subject("full", uniform(16)), Subject()))
     assert full["nll"] == pytest.approx(stock["nll"], rel=1e-6)  # the same products, of tensors with other strides
 
 
+@pytest.mark.slow
 def test_the_scored_tokens_read_the_quantized_cache(samples):
     records = {bits: measure(Subject("plan", uniform(bits)), samples[0]) for bits in (1, 4, 16)}
     assert records[1]["nll"] > records[16]["nll"] + 10

@@ -93,6 +93,7 @@ def test_a_run_leaves_its_config_its_samples_and_its_row(tmp_path):
     assert [record["number"] for record in records(tmp_path, "two")] == [2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_seconds_of_all_attempts_are_added_up(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Counting(before=stop_at("two", "2", after=0.05)))

@@ -50,6 +50,7 @@ class TestWithPeft:
     def _peft(self):
         pytest.importorskip("peft")
 
+    @pytest.mark.slow
     def test_its_weights_are_added(self, tmp_path):
         folder = write(tmp_path / "adapter")
         weights = load_file(Path(folder) / "adapter_model.safetensors")

@@ -133,6 +133,7 @@ BY_COMMAND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_COMMAND)
 def test_every_command_refuses_them_in_one_line_and_leaves_nothing(name, tmp_path, monkeypatch):
     options, message = BY_COMMAND[name]

@@ -63,6 +63,7 @@ def test_heads_may_differ_by_layer():
     assert fingerprint(transformers.LlamaConfig(num_hidden_layers=4)) != info.config_sha256
 
 
+@pytest.mark.slow
 def test_layers_whose_cache_only_appends_are_planned_whatever_else_they_keep():
     assert info_of("DeepseekV32Config", num_hidden_layers=2).stock == {}
     assert info_of("FalconH1Config", num_hidden_layers=2).stock == {}

@@ -31,6 +31,7 @@ def logits(loaded):
         return loaded.model(ids).logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_the_model_inside_is_the_one_it_was_made_from(file, plain, is_folder):
     loaded = load_model(str(file.parent if is_folder else file), dtype="float32")
@@ -40,11 +41,13 @@ def test_the_model_inside_is_the_one_it_was_made_from(file, plain, is_folder):
     assert loaded.tokenizer(text).input_ids[-20:] == plain.tokenizer(text).input_ids[-20:]
 
 
+@pytest.mark.slow
 def test_loading_is_silent(file, capfd):
     load_model(str(file))
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_packed_weights_are_unpacked(tmp_path, plain):
     loaded = load_model(str(gguf_files.write(tmp_path / "tiny-Q8_0.gguf", "Q8_0")), dtype="float32")
     found, wanted = logits(loaded), logits(plain)
@@ -52,6 +55,7 @@ def test_packed_weights_are_unpacked(tmp_path, plain):
     assert not torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_file_has_one_name_and_a_folder_of_its_own(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     assert load_info("model.gguf").id == load_info("./model.gguf").id == str(file)
@@ -59,6 +63,7 @@ def test_a_file_has_one_name_and_a_folder_of_its_own(file, monkeypatch):
     assert state.slug(str(file)) != state.slug("elsewhere/model.gguf")
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_file(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--samples", 1, "--seq-len", 64, "--dtype", "float32")

@@ -303,6 +303,7 @@ def test_missing_weights_are_not_made_up(folder):
     assert "layers.3.self_attn.k_proj.weight" in message
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape(folder):
     change_weights(folder, lambda name, weight: weight[:64].clone())
     assert "has in another shape 1 of the weights" in failure(folder)

@@ -99,6 +99,7 @@ def test_pictures_are_read_as_the_model_itself_reads_them(folder, processor, pic
     assert not torch.allclose(*logits), "the picture counts"
 
 
+@pytest.mark.slow
 def test_a_cache_that_quantizes_reads_pictures(folder, processor, picture, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = ("run", folder, "--uniform", 4, "--image", picture, "--prompt", TEXT[:600], "--max-new-tokens", 4)

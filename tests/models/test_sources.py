@@ -126,6 +126,7 @@ def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):
         load_info("meta-llama/Llama-2-7b", revision="abc")
 
 
+@pytest.mark.slow
 def test_a_model_is_profiled_by_the_name_that_users_type(hub, monkeypatch, tmp_path):
     hub["meta-llama/Llama-2-7b"] = META
     hub["meta-llama/Llama-2-7b-hf"] = ["config.json", "model.safetensors"]

@@ -45,6 +45,7 @@ def filled(model, cache, *pieces):
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bytes_are_those_of_the_tensors(name):
     """transformers' cache layer by layer, ours with a plan once its window has been applied, and fp8."""

@@ -15,6 +15,7 @@ RMS = {"naive": 1e-5}
 RMS_NATIVE = 1e-3
 
 
+@pytest.mark.slow
 @given(
     k_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),
     v_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),

@@ -69,6 +69,7 @@ def test_refit_is_the_least_squares_line_for_the_codes_of_min_and_max(case):
     assert ((found.zero - intercept).abs() <= moved + largest * room + 2.0**-24).all()
 
 
+@pytest.mark.slow
 @given(groups)
 @settings(max_examples=60, deadline=None)
 def test_search_finds_what_the_same_search_in_float64_finds(case):
@@ -90,6 +91,7 @@ def test_search_finds_what_the_same_search_in_float64_finds(case):
     assert error.sum() <= 1.05 * least.sum() + 1e-12 * exact.square().sum()
 
 
+@pytest.mark.slow
 @given(groups, st.sampled_from(sorted(ROUNDING)))
 @settings(max_examples=80, deadline=None)
 def test_search_is_never_worse_than_min_and_max(case, dtype):

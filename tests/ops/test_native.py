@@ -67,6 +67,7 @@ def test_nan_and_inf_reach_the_scales(layout, encoder, bad, at):
         assert not torch.isfinite(quantize_cpu.quantize(library(), pages, layout, encoder)[1]).all(), name
 
 
+@pytest.mark.slow
 @given(
     bits=st.tuples(st.sampled_from([*BITS, 16]), st.sampled_from([*BITS, 16])),
     head_dim=st.sampled_from([16, 80, 128]),

@@ -181,6 +181,7 @@ def test_any_number_of_threads_gives_the_same(threads):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @given(
     bits=st.sampled_from(BITS),
     widths=st.lists(st.sampled_from([16, 32, 48]), min_size=1, max_size=4),

@@ -81,6 +81,7 @@ def test_error_is_at_most_half_a_scale(layout, seed, spread):
     assert (error <= scale / 2 * 1.0001 + rounding + matrix.abs() * 1e-6).all()
 
 
+@pytest.mark.slow
 @given(layout=layouts, seed=st.integers(0, 2**16))
 @settings(max_examples=40, deadline=None)
 def test_round_trip_through_words_is_exact(layout, seed):

@@ -93,6 +93,7 @@ def assert_attends(problem):
         torch.testing.assert_close(sums.double(), logarithms, rtol=0, atol=LOGARITHM)
 
 
+@pytest.mark.slow
 @given(
     head_dim=st.sampled_from([16, 32, 80, 128]),
     page_and_pages=st.sampled_from([(16, 0), (16, 9), (48, 3), (128, 1), (128, 6)]),

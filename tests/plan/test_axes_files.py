@@ -35,6 +35,7 @@ def load(tmp_path):
     return load
 
 
+@pytest.mark.slow
 @patient
 @given(composed_plans())
 def test_what_is_written_is_read_back(tmp_path_factory, plan):

@@ -28,6 +28,7 @@ def test_a_tensors_own_group_size_counts():
     assert tensor_bits(TensorPlan(bits=2, group_size=32), "value", cache, 128, "stored") == 3.0
 
 
+@pytest.mark.slow
 @patient
 @given(plans(6), st.integers(1, 5000), st.integers(1, 4))
 def test_bytes_are_those_of_the_tensors(plan, context, batch):

@@ -57,6 +57,7 @@ def test_a_tier_is_never_narrower_than_the_layer():
     assert bits(4, "key", "nominal", channels=ChannelPolicy(runs=(ChannelGroup(share=0.5, bits=2),))) == 4
 
 
+@pytest.mark.slow
 @patient
 @given(composed_plans(), st.integers(0, 3000), st.integers(1, 3), st.sampled_from([2, 4]))
 def test_bytes_add_up(plan, context, batch, element_bytes):
@@ -73,6 +74,7 @@ def test_bytes_add_up(plan, context, batch, element_bytes):
     assert whole.full <= full
 
 
+@pytest.mark.slow
 @patient
 @given(composed_plans())
 def test_a_long_context_takes_its_stored_bits(plan):

@@ -51,6 +51,7 @@ def changed(old, new, text=GOOD):
     return text.replace(old, new, 1)
 
 
+@pytest.mark.slow
 @patient
 @given(plans(12))
 def test_what_is_written_is_read_back(tmp_path_factory, plan):
@@ -61,6 +62,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, plan):
     assert plan.to_yaml("x") == Plan.load(path).to_yaml("x")
 
 
+@pytest.mark.slow
 @patient
 @given(plans(12), st.randoms(use_true_random=False))
 def test_equal_plans_have_equal_checksums_in_whatever_order_they_were_written(tmp_path_factory, plan, draw):
@@ -92,6 +94,7 @@ def test_a_ratio_of_minus_zero_is_zero():
     assert first.sha256 == second.sha256
 
 
+@pytest.mark.slow
 @patient
 @given(plans(20))
 def test_short_form_says_the_same_widths(plan):

@@ -251,6 +251,7 @@ def shown_plan(name, info):
     return allocate(profile, start.budget, method=start.method, cache=start.cache, basis=basis)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs_is_what_the_code_computes():
     page = Path(__file__).parents[2] / "docs" / "presets.md"
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]

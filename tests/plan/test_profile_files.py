@@ -33,6 +33,7 @@ def load(tmp_path):
     return load
 
 
+@pytest.mark.slow
 @patient
 @given(scored(40))
 def test_what_is_written_is_read_back(tmp_path_factory, profile):

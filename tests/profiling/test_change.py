@@ -98,6 +98,7 @@ def loaded(request):
     return wrap(build(request.param))
 
 
+@pytest.mark.slow
 def test_taylor_is_gradient_times_error(loaded):
     ids = sample()
     measured = shared_pass(loaded, [Taylor()], ids, GRID)["taylor"]
@@ -108,6 +109,7 @@ def test_taylor_is_gradient_times_error(loaded):
         assert found(measured, layer, kind).curve[choice] == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_taylor_is_the_slope_of_the_loss():
     loaded, ids, step = wrap(build("llama")), sample(), 1e-2
     measured = shared_pass(loaded, [Taylor()], ids, GRID)["taylor"]
@@ -117,6 +119,7 @@ def test_taylor_is_the_slope_of_the_loss():
         assert found(measured, layer, kind).curve[choice] == pytest.approx(slope, rel=1e-2, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_error_is_the_relative_change_of_the_output(loaded):
     ids = sample()
     measured = shared_pass(loaded, [Error()], ids, GRID)["error"]
@@ -128,6 +131,7 @@ def test_error_is_the_relative_change_of_the_output(loaded):
         assert found(measured, layer, kind).curve[choice] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fisher_squares_each_tokens_change(loaded, monkeypatch):
     ids, labels = sample(), sample(TOKENS - 1, seed=7)[0]
     monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
@@ -150,6 +154,7 @@ def test_drawn_labels_follow_the_predictions():
     assert losses == pytest.approx([entropy] * 3, rel=0.05)
 
 
+@pytest.mark.slow
 def test_scores_of_heads_are_of_a_change_in_that_head_alone():
     loaded, ids = wrap(build("llama")), sample()
     measured = shared_pass(loaded, [Error(), GradNorm()], ids, GRID, per_head=True)
@@ -176,6 +181,7 @@ def numbers(measured):
     return {name: each.layers for name, each in measured.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_together_is_the_same_as_alone(loaded, checkpointing):
     together = shared_pass(loaded, ALL, sample(), GRID, checkpointing=checkpointing)

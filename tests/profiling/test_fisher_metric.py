@@ -86,6 +86,7 @@ def reference(loaded, ids, layer, labels, rope):
     return found["key"], found["value"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_frames")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_moments_are_of_the_gradient_of_every_packed_token(loaded, monkeypatch, checkpointing):
@@ -190,11 +191,13 @@ def test_symmetric_matrices_are_kept_once_and_whole_ones_are_read(tmp_path):
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_file(model, tmp_path):
     digests = {profiled(model, tmp_path).score("fisher-metric").moments.sha256 for _ in range(2)}
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_ten_documents_are_measured_by_default(model, tmp_path):
     score = profiled(model, tmp_path, samples=None).score("fisher-metric")
     assert (score.calibration.samples, score.moments.documents) == (10, 10)
@@ -212,6 +215,7 @@ def killed_after(count):
     return step
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_the_same_file(model, tmp_path):
     whole = profiled(model, tmp_path)
     journal = tmp_path / "profile.partial.jsonl"

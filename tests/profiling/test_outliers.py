@@ -98,6 +98,7 @@ def test_the_file_keeps_it_and_earlier_files_have_none(profile, tmp_path):
     assert outlier_table(Profile.load(earlier.save(path))) is None
 
 
+@pytest.mark.slow
 def test_commands_say_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = kvmix_json("profile", "builtin:tiny", "--samples", 1, "--seq-len", 64)

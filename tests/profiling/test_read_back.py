@@ -102,6 +102,7 @@ def test_running_out_of_memory_is_an_error(error):
         read_back(loaded, Loss(), torch.ones(1, TOKENS, dtype=torch.long), GRID)
 
 
+@pytest.mark.slow
 def test_fisher_predicts_the_divergence():
     """Of 300 tokens with one drawn label each."""
     loaded, grid = wrap(build("llama", torch.float32)), Grid(bits=(4,), group_sizes=(16,), cache=CACHE)

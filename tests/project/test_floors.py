@@ -92,6 +92,7 @@ def floor_of(room):
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_strictly_down(module):
     room = room_of(module)

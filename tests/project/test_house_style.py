@@ -41,6 +41,7 @@ def test_files_are_one_idea_long(path):
     assert len(path.read_text().splitlines()) <= LARGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES)
 def test_docstrings_say_what_is_done(path):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

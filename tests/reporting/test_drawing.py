@@ -47,6 +47,7 @@ def test_a_picture_for_the_page_follows_the_theme_and_asks_for_nothing():
     assert not any(word in text for word in ("http", "<style", "metadata", "font-family", "<image"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_same_picture_is_the_same_file(tmp_path, suffix):
     def draw(folder):
@@ -72,6 +73,7 @@ def test_names_from_files_are_text_in_every_picture(tmp_path):
         ElementTree.parse(tmp_path / "picture.svg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -125,6 +127,7 @@ def test_names_hide_neither_points_nor_each_other_and_stay_inside(count):
         assert text.startswith("plan") or not box.count_overlaps(named), text
 
 
+@pytest.mark.slow
 def test_a_name_without_room_is_told():
     axes = page_axes(100)
     axes.plot([0] * 60, [0] * 60, "o")
@@ -165,6 +168,7 @@ def test_bits_of_80_layers_of_which_some_are_left_alone():
     assert {"8", "0"} <= set(shown)
 
 
+@pytest.mark.slow
 def test_a_picture_of_plans_has_titles_units_and_the_frontier(tmp_path):
     from made_up import make_info
 

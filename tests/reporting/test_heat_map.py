@@ -51,6 +51,7 @@ def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monke
     assert len(list(Path("results").glob("*/metrics.json"))) == 2
 
 
+@pytest.mark.slow
 def test_eval_says_where_the_picture_is():
     result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
     assert result.exit_code == 0, result.stderr
@@ -66,11 +67,13 @@ def test_other_settings_have_another_picture():
     assert len(list(Path("results").glob(PICTURES))) == 2
 
 
+@pytest.mark.slow
 def test_with_json_it_is_drawn_and_not_mentioned():
     kvmix_json("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
     assert len(list(Path("results").glob(PICTURES))) == 1
 
 
+@pytest.mark.slow
 def test_a_task_without_places_has_no_picture():
     assert "picture" not in kvmix("eval", *OPTIONS, "--task", "perplexity").stdout
     assert not list(Path().rglob("*.png"))

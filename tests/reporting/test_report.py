@@ -219,6 +219,7 @@ def test_every_plot_is_there_if_there_is_something_in_it(reported):
         assert text in found.text or text in reported.html
 
 
+@pytest.mark.slow
 def test_ticks_of_an_increase_have_a_sign_and_are_written_out():
     ruined = {"perplexity": 1927.0, "perplexity_increase_percent": (19898.8, 13211.0, 27412.0)}
     numbers = {
@@ -234,6 +235,7 @@ def test_ticks_of_an_increase_have_a_sign_and_are_written_out():
     assert "e+" not in page().text
 
 
+@pytest.mark.slow
 def test_a_plot_without_data_is_not_there():
     measured(Path("results"), memory())
     kvmix("report")
@@ -242,6 +244,7 @@ def test_a_plot_without_data_is_not_there():
     assert "Bits by layer" in page().text
 
 
+@pytest.mark.slow
 def test_one_context_is_drawn_as_bars_and_a_search_for_the_largest_batch_has_a_panel_of_its_own():
     task = throughput(contexts=(512,), batches=(1, 4))
     record = task.record
@@ -266,6 +269,7 @@ def test_the_page_asks_nothing_of_the_network_and_every_element_is_closed(report
     assert policy["content"].startswith("default-src 'none'")
 
 
+@pytest.mark.slow
 def test_whatever_comes_from_files_is_text_and_never_markup():
     info = INFO.model_copy(update={"id": f"org/{HOSTILE}"})
     plan = Subject(HOSTILE, uniform(2, info=info))
@@ -322,6 +326,7 @@ def _overview():
 CONTROL = "\x1b]0;owned\x07\x9b31m\u202e\x7f"
 
 
+@pytest.mark.slow
 def test_control_characters_from_files_reach_no_output():
     info = INFO.model_copy(update={"id": f"org/{CONTROL}"})
     task = perplexity()
@@ -357,6 +362,7 @@ def test_every_one_of_many_plans_is_named_in_a_figure():
     assert {f"plan {index}" for index in range(20)} <= set(ElementTree.fromstring(rows).itertext())
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
     measured(Path("results"), perplexity())
     folder = run_folder("results", "two")
@@ -412,6 +418,7 @@ def test_what_is_unfinished_damaged_or_failed_is_said():
     assert "wrote" not in result.stderr
 
 
+@pytest.mark.slow
 def test_what_failed_half_way_has_no_heat_map():
     task = recall()
     usual = task.record

@@ -18,6 +18,7 @@ def data():
     return train.Data(tokenizer, tokens, tokens)
 
 
+@pytest.mark.slow
 def test_held_out_text_is_not_trained_on(monkeypatch):
     monkeypatch.setattr(train, "SHARES", {})
     monkeypatch.setattr(train, "PROSE", ())
