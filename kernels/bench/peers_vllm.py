@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ class VllmPeer:
 
     def step(self, token: int) -> None:
         self._ask({"step": token})
+
+    def cpu_time(self) -> float:
+        """Return the seconds that its process has computed."""
+        return float(self._ask({"cpu_time": True}))
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +128,10 @@ class Engine:
         while not self._engine.step():
             pass
         self._tokens += 1
+
+    def cpu_time(self, asked: bool) -> float:
+        """Return the seconds that this process has computed."""
+        return time.process_time()
 
     def nbytes(self, asked: bool) -> int:
         """Return the bytes of the blocks that are in use."""
