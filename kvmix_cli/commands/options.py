@@ -31,6 +31,7 @@ import typer
 
 from .. import console, state
 from ..errors import ModelError, did_you_mean
+from ..extensions import load_extension
 from .settings_file import Config
 
 if TYPE_CHECKING:
@@ -270,6 +271,13 @@ def _set_verbose(value: bool) -> bool:
     return _set_mode("verbose", value)
 
 
+def _import(files: list[Path] | None) -> list[Path] | None:
+    """Run files of the user's own as soon as they are named. Raises ExtensionError."""
+    for file in files or ():
+        load_extension(file)
+    return files
+
+
 def _use_dir(folder: Path | None) -> Path | None:
     state.use_dir(folder)
     return folder
@@ -387,11 +395,23 @@ Quiet = Annotated[
 ]
 
 
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE.py",
+        callback=_import,
+        help="Run a Python file first, which registers scores, probes or transforms of your own; repeatable.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class CommonOptions:
-    """Options of every command: where settings are, and how it shows its results."""
+    """Options of every command: where settings are, what runs first, and how it shows its results."""
 
     config: Config = None
+    imports: Imports = None
 
     json: Json = False
     verbose: Verbose = False

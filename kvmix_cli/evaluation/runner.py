@@ -15,6 +15,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 from .._version import __version__
 from ..cache.subject import Subject
 from ..errors import EvaluationError, KvmixError, PlanError, QuantizationError, class_and_sentence, is_out_of_memory
+from ..extensions import loaded_extensions
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord
@@ -216,6 +217,7 @@ class _Work:
             "attention": self.loaded.model.config._attn_implementation,
             "settings": self.settings.as_json(),
             **({"options": options} if options else {}),
+            **({"imported": imported} if (imported := loaded_extensions()) else {}),
             **({"machine": machine(self.loaded.device)} if self.task.timed else {}),
             "plan": subject.plan and {"short": subject.plan.short, "sha256": subject.plan.sha256},
             **({"baseline": dict(subject.baseline.settings)} if subject.baseline else {}),

@@ -29,6 +29,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from .document import StrictModel
+from .token_scores import WaitingStatistics, statistics_of
 
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
 MOST_CHANNELS = 256
@@ -124,7 +125,17 @@ class Balance(_Setting):
     kind: Literal["balance"] = "balance"
 
 
-Transform = Annotated[Rotate | Center | Balance, Field(discriminator="kind")]
+class OwnTransform(_Setting):
+    """A transform of the user's own, registered under a name by a file that `--import` names.
+
+    What it keeps of each sequence is not in the count of bytes.
+    """
+
+    kind: Literal["own"] = "own"
+    name: str
+
+
+Transform = Annotated[Rotate | Center | Balance | OwnTransform, Field(discriminator="kind")]
 
 
 class Transforms(_Setting):
@@ -167,16 +178,18 @@ class TokenPolicy(_Setting):
     """A sorting of tokens into tiers by importance, once, when `flush` of them have left the window.
 
     Attributes:
-        score: measure of importance, a name of `cache/policies`.
+        score: measure of importance, a name of `cache/policies`, or a score of kvpress, `press:SnapKVPress()`.
         tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
         flush: tokens that are sorted together; a long prompt is sorted as a whole.
+        granularity: neighbouring tokens, a chunk, that share one place in the order: that of their mean score.
     """
 
     score: str = "attention"
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
     flush: int = Field(default=320, ge=16, le=MOST_TOKENS)
+    granularity: int = Field(default=1, ge=1, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _adds_up(self) -> TokenPolicy:
@@ -188,14 +201,9 @@ class TokenPolicy(_Setting):
         return self
 
     @property
-    def weighs_queries(self) -> bool:
-        """Return whether every KV head keeps the attention that each unsorted token has received."""
-        return self.score != "recency"
-
-    @property
-    def counts_queries(self) -> bool:
-        """Return whether the number of queries that could see each unsorted token is kept, too."""
-        return self.score == "normalised"
+    def statistics(self) -> WaitingStatistics:
+        """Return what the score keeps of tokens that wait to be sorted."""
+        return statistics_of(self.score)
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -217,6 +225,8 @@ class TokenPolicy(_Setting):
             least = next((size for size in candidates if not any((s * size) % page for s in self.shares)), None)
             advice = f"; use a flush of {least}" if least else ""
             yield f"shares of a flush of {self.flush} tokens are not whole pages of {page}{advice}"
+        if page % self.granularity:
+            yield f"granularity must be a divisor of the page of {page} tokens, got {self.granularity}"
 
 
 class ChannelGroup(_Setting):

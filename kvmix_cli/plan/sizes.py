@@ -275,8 +275,10 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
     if cache.tokens is None:
         return kept
     tier_map = tokens * heads.kv_heads * INDEX_BYTES
-    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * heads.kv_heads + cache.tokens.counts_queries)
-    return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
+    statistics = cache.tokens.statistics
+    waiting = max(0, context - cache.sink - tokens) * statistics.numbers(heads.kv_heads, context)
+    queries = statistics.queries * heads.elements("key")
+    return kept + tier_map + (waiting + queries) * STATISTIC_BYTES
 
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
