@@ -7,6 +7,7 @@ transforms the output back, and shows the layer its queries, which some policies
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from kvmix_kernels.segments import Segments
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..plan import CacheSettings
+from ..plan.policies import TokenPolicy
+from ..plan.sizes import budget_unit
 from .archive import Archive
-from .buffer import Buffer
 from .observation import AttentionCall, QuerySum
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
 from .store import ROLLBACK, Store
+from .token_budget import TokenBudget
 from .token_tiers import TokenTiers
 from .transforms import Chain, build
 from .watching import WatchingLayer
@@ -40,7 +43,7 @@ class ComposedLayer(WatchingLayer):
     _keys: Chain
     _values: Chain
     _queries: QuerySum
-    _tiers: TokenTiers | None = None
+    _tokens: TokenTiers | TokenBudget | None = None
     _channels: ChannelScore | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -49,7 +52,7 @@ class ComposedLayer(WatchingLayer):
         device, dtype = key_states.device, key_states.dtype
         self._keys = build(transforms, "key", self.index, key_states.shape[-1], device, dtype)
         self._values = build(transforms, "value", self.index, value_states.shape[-1], device, dtype)
-        self._tiers = None if policy is None else TokenTiers(policy)
+        self._tokens = None if policy is None else self._token_choice(policy)
         self._channels = None if channels is None else CHANNEL_SCORES[channels.score]()
         self._queries = QuerySum()
         super().lazy_initialization(key_states, value_states)
@@ -83,27 +86,27 @@ class ComposedLayer(WatchingLayer):
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        return super().nbytes + self._extra_bytes + (0 if self._tiers is None else self._tiers.nbytes)
+        return super().nbytes + self._extra_bytes + (0 if self._tokens is None else self._tokens.nbytes)
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        tiers = 0 if self._tiers is None else self._tiers.allocated_bytes
-        return super().allocated_bytes + self._extra_bytes + tiers
+        tokens = 0 if self._tokens is None else self._tokens.allocated_bytes
+        return super().allocated_bytes + self._extra_bytes + tokens
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._tiers = None
+        self._tokens = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens. Tiers that a long prompt has chosen stay chosen."""
+        """Forget the last `-tokens_to_remove` tokens. What a long prompt has chosen stays chosen."""
         super().crop(tokens_to_remove)
         if self._stores is None or not tokens_to_remove:
             return
         self._queries.take_back(-tokens_to_remove)
-        if self._tiers is not None:
-            self._tiers.crop(-tokens_to_remove, self.stores[0].tail_tokens, self.stores[0].packed_tokens)
+        if self._tokens is not None:
+            self._tokens.crop(-tokens_to_remove, self.stores[0].tail_tokens, self.stores[0].packed_tokens)
 
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
@@ -111,12 +114,12 @@ class ComposedLayer(WatchingLayer):
         for name, chain, example in zip(("k", "v"), (self._keys, self._values), examples, strict=True):
             chain.exchange(archive.part(f"transforms.{name}", example))
         self._queries.exchange(archive.part("queries", examples[0]))
-        if self._tiers is not None:
-            self._tiers.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
+        if self._tokens is not None:
+            self._tokens.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
 
     @property
     def _needs_queries(self) -> bool:
-        scores = (self._tiers.score if self._tiers else None, self._channels)
+        scores = (self._tokens.score if self._tokens else None, self._channels)
         return self._keys.needs_queries or any(score is not None and score.needs_queries for score in scores)
 
     @property
@@ -134,14 +137,21 @@ class ComposedLayer(WatchingLayer):
             "policies need no queries)"
         )
 
+    def _token_choice(self, policy: TokenPolicy) -> TokenTiers | TokenBudget:
+        kept = self.settings.kept
+        return TokenTiers(policy) if kept is None else TokenBudget(policy, kept, budget_unit(self.plan, self.settings))
+
     def _policy_functions(self) -> tuple[PolicyFunctions, PolicyFunctions]:
-        """Return the functions of the plan's policies: values get the tiers of their keys."""
-        tiers = self._tiers
-        if tiers is None:
-            nothing = PolicyFunctions(_no_tiers, Buffer(), self._channel_importance)
-            return nothing, nothing
-        keys = PolicyFunctions(tiers.choose, tiers.tiers, self._channel_importance)
-        return keys, PolicyFunctions(tiers.chosen_for_keys, tiers.tiers, self._channel_importance)
+        """Return the functions of the plan's policies: values get what was chosen for their keys."""
+        keys = values = PolicyFunctions(self._channel_importance)
+        tokens, unit = self._tokens, budget_unit(self.plan, self.settings)
+        if isinstance(tokens, TokenTiers):
+            keys = replace(keys, tiers_of=tokens.choose, sorted=tokens.sorted)
+            values = replace(keys, tiers_of=tokens.chosen_for_keys)
+        elif tokens is not None:
+            keys = replace(keys, kept_of=tokens.choose, sorted=tokens.sorted, unit=unit)
+            values = replace(keys, kept_of=tokens.chosen_for_keys)
+        return keys, values
 
     def _channel_importance(self, keys: Tensor) -> Tensor:
         if self._channels is None:
@@ -155,13 +165,16 @@ class ComposedLayer(WatchingLayer):
         self._add(keys, values)
 
     def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
-        return super()._add(self._keys.store(keys), self._values.store(values))
+        segments = super()._add(self._keys.store(keys), self._values.store(values))
+        if self._tokens is not None:
+            self._tokens.arrive(keys.shape[2])
+        return segments
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
         counts = super()._in_step(pack)
-        if self._tiers is not None:
-            self._tiers.forget_oldest(counts[0])
+        if self._tokens is not None:
+            self._tokens.forget_oldest(counts[0])
         return counts
 
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
@@ -170,8 +183,8 @@ class ComposedLayer(WatchingLayer):
             sizes = transformed(call.query).abs().unflatten(1, (keys.shape[1], -1))
             rows = sizes.sum(2, dtype=torch.float32)
             self._queries.add(rows, final=rows.shape[2] > ROLLBACK)
-        if self._tiers is not None and self._tiers.score.needs_queries:
-            self._tiers.attention.learn(call, keys, self.get_seq_length(), self.stores[0].tail_tokens)
+        if self._tokens is not None and self._tokens.score.needs_queries:
+            self._tokens.learn(call, keys, self.get_seq_length(), self.stores[0])
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._apply(change)
@@ -180,9 +193,5 @@ class ComposedLayer(WatchingLayer):
         self._keys.apply(change)
         self._values.apply(change)
         self._queries.apply(change)
-        if self._tiers is not None:
-            self._tiers.apply(change)
-
-
-def _no_tiers(states: Tensor) -> Tensor:
-    raise AssertionError("tokens have no tiers without a token policy")
+        if self._tokens is not None:
+            self._tokens.apply(change)

@@ -121,8 +121,8 @@ class MixedCache(CountingCache):
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
         for index, layer in plan.layers.items():
-            kind = _kind(layer, plan.cache)
-            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
+            own = layer.settings(plan.cache)
+            layers[index] = layer_beside(layers[index], _kind(layer, own), index, layer, own, reserve or 0)
         return cls(layers, plan)
 
     @classmethod

@@ -103,6 +103,11 @@ class QuerySum:
         return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
 
     @lasting
+    def start(self, total: Tensor) -> None:
+        """Go on from a sum `[B, H, n]`, of which nothing can be taken back."""
+        self._earlier, self._last = total.detach(), None
+
+    @lasting
     def add(self, rows: Tensor, final: bool = False) -> None:
         """Add a forward's rows, which can be taken back unless they are `final`; earlier ones become final."""
         self._earlier, self._last = _plus(self._earlier, self._last), rows.detach()
@@ -292,6 +297,18 @@ def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: boo
     total = torch.stack([_summed(weights, part) for (weights, _), part in zip(tiles, factors, strict=True)]).sum(0)
     counts = [visible.sum(2, keepdim=True) for _, visible in tiles if visible is not None]
     return WeightRows(total, torch.stack(counts).sum(0) if counts else None, is_sum=True)
+
+
+def visible_at(call: AttentionCall, tokens: Tensor) -> Tensor | None:
+    """Return a call's mask for `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
+    mask = call.mask
+    if mask is None:
+        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if mask.shape[3] == 1:
+        return mask
+    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
+    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
+    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
 
 
 def _summed(weights: Tensor, factors: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def allocate(
     base = _base(budget)
     caches = [_with_presets(cache, storage) for cache in storage.caches(base.cache)]
     from ..allocation import default_method
+    from ..plan.presets import by_depth
     from ..profile import Profile
     from ..studies.directions import read_basis
 
@@ -69,7 +70,8 @@ def allocate(
         family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
         options = "" if files.name else options_hash(method, storage, effort, source if files.profile else None)
         folder = _plans_folder(path, files.profile, source)
-        _show_family(frontier(source, **chosen), family, options, folder, command, budget)
+        plans = [by_depth(plan, storage.put_on or []) for plan in frontier(source, **chosen)]
+        _show_family(plans, family, options, folder, command, budget)
         return
     name = files.name or default_name(method, budget, storage, effort, loading.seed, source if files.profile else None)
     path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
@@ -78,6 +80,7 @@ def allocate(
         return
     plan = _decide(source, method, base.budget, chosen, path, effort, loading)
     if storage.put_on:
+        plan = by_depth(plan, storage.put_on)
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": storage.put_on}})
         if budget.memory is None:
             console.notice(

@@ -12,8 +12,8 @@ from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, field_va
 from .codec import CODED, TransformTensor, codec_of
 from .document import StrictModel
 from .geometry import format_ranges
-from .policies import known_width
-from .settings import GroupSize
+from .policies import TokenShares, known_width
+from .settings import CacheSettings, GroupSize
 
 _WIDTH = rf"(\d{{1,2}}|{CODED}\d(?:\.\d{{1,3}})?)"
 _PART = re.compile(rf"\s*(\d{{1,5}})(?:-(\d{{1,5}}))?:k{_WIDTH}v{_WIDTH}\s*", re.ASCII)
@@ -67,10 +67,21 @@ AnyTensor = Annotated[
 
 
 class LayerPlan(StrictModel):
-    """Storage of one layer's keys and values."""
+    """Storage of one layer's keys and values.
+
+    Attributes:
+        k, v: storage of keys, and of values.
+        tokens: what this layer has of its own in the token policy of the cache; None for the policy as it is.
+    """
 
     k: AnyTensor
     v: AnyTensor
+    tokens: TokenShares | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what files state; without tokens of its own, a layer is what it was before there were any."""
+        return {name: value for name, value in write(self).items() if name != "tokens" or value is not None}
 
     @classmethod
     def of_bits(cls, k_bits: int, v_bits: int) -> LayerPlan:
@@ -94,6 +105,18 @@ class LayerPlan(StrictModel):
         """Return whether keys or values are stored as transform codes."""
         return isinstance(self.k, TransformTensor) or isinstance(self.v, TransformTensor)
 
+    def settings(self, cache: CacheSettings) -> CacheSettings:
+        """Return a plan's cache settings with what this layer has of its own.
+
+        Raises:
+            ValueError: if what the layer has of its own does not fit the token policy, or there is none.
+        """
+        if self.tokens is None:
+            return cache
+        if cache.tokens is None:
+            raise ValueError("there is no token policy, cache.tokens, that a layer could change")
+        return cache.model_copy(update={"tokens": cache.tokens.of_layer(self.tokens)})
+
     @property
     def short(self) -> str:
         """Return the widths as text, `k4v2`; of transform codes their mean, `kt2.25vt1.75`."""
@@ -116,10 +139,11 @@ def spans_of(layers: Mapping[int, LayerPlan]) -> list[LayerSpan]:
 
 
 def format_short(layers: Mapping[int, LayerPlan]) -> str:
-    """Return the short form of layers: their widths, without group sizes."""
+    """Return the short form of layers: their widths, without group sizes and tokens of their own."""
+    widths = {index: layer.model_copy(update={"tokens": None}) for index, layer in layers.items()}
     return ",".join(
         f"{first}:{layer.short}" if first == last else f"{first}-{last}:{layer.short}"
-        for first, last, layer in spans_of(layers)
+        for first, last, layer in spans_of(widths)
     )
 
 

@@ -96,6 +96,7 @@ class Plan(StrictModel):
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
         faults += _codec_faults(self.layers, self.cache, self.model)
+        faults += _token_faults(self.layers, self.cache)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -206,6 +207,12 @@ class Plan(StrictModel):
         return format_short(self.layers)
 
     @property
+    def evicts(self) -> bool:
+        """Return whether any layer drops tokens."""
+        policies = (layer.settings(self.cache).tokens for layer in self.layers.values())
+        return any(policy is not None and policy.evicts for policy in policies)
+
+    @property
     def sha256(self) -> str:
         """Return the checksum of everything that changes what the cache does.
 
@@ -292,6 +299,18 @@ def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: 
                     yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
                 if cache.transform is None:
                     yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
+
+
+def _token_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings) -> Iterator[Fault]:
+    """Yield a fault for what a layer has of its own that does not fit the token policy of the cache."""
+    for index, layer in layers.items():
+        try:
+            own = layer.settings(cache)
+            found = [] if own is cache or own.tokens is None else [*own.tokens.faults(cache.page), *own.budget_faults()]
+        except ValueError as error:
+            found = [reason(error)]
+        for fault in found:
+            yield ("layers", index, "tokens"), f"layers.{index}.tokens: {fault}"
 
 
 def _early_faults(data: Any) -> list[Fault]:

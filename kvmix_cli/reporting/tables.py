@@ -14,7 +14,7 @@ from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
-from .words import axes_lines, blocks, heads_text
+from .words import axes_lines, blocks, heads_text, own_tokens
 
 
 class PlanBitsJson(TypedDict):
@@ -40,7 +40,7 @@ class PlanJson(TypedDict):
     """Bits, layers and bytes of a plan as plain data."""
 
     bits: PlanBitsJson
-    layers: list[dict[str, float | str | list[str]]]
+    layers: list[dict[str, Any]]
     bytes: PlanBytesJson
 
 
@@ -73,6 +73,7 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
                 "index": index,
                 **_tensor_json("k", layer.k, plan.cache),
                 **_tensor_json("v", layer.v, plan.cache),
+                **({} if layer.tokens is None else {"tokens": layer.tokens.model_dump()}),
             }
             for index, layer in sorted(plan.layers.items())
         ],
@@ -120,8 +121,12 @@ def plan_table(plan: Plan, path: Path, context: int, batch: int, more: Sequence[
         [f"{a}-{b}" if b > a else f"{a}", f"{b - a + 1}", tensor_text(layer.k), tensor_text(layer.v)]
         for a, b, layer in plan.spans
     ]
+    columns = ["layers", "count", "K bits", "V bits"]
+    if any(layer.tokens for _, _, layer in plan.spans):
+        columns.append("tokens")
+        rows = [[*row, own_tokens(layer.tokens)] for row, (_, _, layer) in zip(rows, plan.spans, strict=True)]
     footer = "\n".join([summary(plan, path, context, batch), *more])
-    return Table(plan_title(plan), ["layers", "count", "K bits", "V bits"], rows, footer)
+    return Table(plan_title(plan), columns, rows, footer)
 
 
 def plan_title(plan: Plan) -> str:

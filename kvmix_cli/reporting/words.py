@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
-from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
+from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, TokenShares, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
@@ -105,12 +105,27 @@ def _transform(step: Transform) -> str:
 
 def _tokens(policy: TokenPolicy) -> str:
     """Return `by attention: 20 % at k8v8, 80 % at the layer's bits; 160 at a time`."""
-    *tiers, own, evicted = (f"{100 * float(share):.4g} %" for share in policy.shares)
-    parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
-    parts.append(f"{own} at the layer's bits")
-    if policy.evict:
-        parts.append(f"{evicted} evicted")
-    return f"by {policy.score}: {', '.join(parts)}; {policy.flush} at a time"
+    if policy.keep is not None:
+        parts = [f"{policy.keep} kept, sinks and window included"]
+    else:
+        *tiers, own, evicted = (f"{100 * float(share):.4g} %" for share in policy.shares)
+        parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
+        parts.append(f"{own} at the layer's bits")
+        if policy.evict:
+            parts.append(f"{evicted} evicted")
+    of_prompt = ", of the prompt only" if policy.when == "prompt" else ""
+    return f"by {policy.score}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"
+
+
+def own_tokens(tokens: TokenShares | None) -> str:
+    """Return `tiers 20 %, 25 % evicted`, `512 kept` or `all kept` for what a layer has of its own; empty for nothing."""
+    if tokens is None:
+        return ""
+    if tokens.keep is not None:
+        return f"{tokens.keep} kept"
+    parts = [] if tokens.tiers is None else [f"tiers {', '.join(f'{100 * share:.4g} %' for share in tokens.tiers)}"]
+    parts += [] if tokens.evict is None else [f"{100 * tokens.evict:.4g} % evicted" if tokens.evict else "all kept"]
+    return ", ".join(parts)
 
 
 def _channels(policy: ChannelPolicy) -> str:

@@ -33,10 +33,12 @@ class TokenScore:
     Attributes:
         needs_queries: the score reads `attention`, so the model must attend through kvmix.
         extrapolates: sampled queries of a prompt represent those that are not sampled.
+        counts_places: importance is the place among the tokens that are scored together; later ones are added to it.
     """
 
     needs_queries: ClassVar[bool] = True
     extrapolates: ClassVar[bool] = True
+    counts_places: ClassVar[bool] = False
 
     def importance(self, tokens: Candidates) -> Tensor:
         """Return `[B, H_kv, n]`; more is more important."""
@@ -81,6 +83,7 @@ class Recency(TokenScore):
     """Position: later tokens are more important, as in a second window in a lower precision."""
 
     needs_queries = False
+    counts_places = True
 
     def importance(self, tokens: Candidates) -> Tensor:
         places = tokens.keys.new_ones(tokens.keys.shape[:3])
