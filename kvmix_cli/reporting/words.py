@@ -118,7 +118,7 @@ def _tokens(policy: TokenPolicy) -> str:
 
 
 def own_tokens(tokens: TokenShares | None) -> str:
-    """Return `tiers 20 %, 25 % evicted`, `512 kept` or `all kept` for what a layer has of its own; empty for nothing."""
+    """Return `tiers 20 %, 25 % evicted`, `512 kept` or `all kept` of a layer's own tokens; empty for none."""
     if tokens is None:
         return ""
     if tokens.keep is not None:
