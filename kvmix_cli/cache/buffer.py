@@ -96,7 +96,7 @@ class Buffer:
     def select(self, places: Tensor) -> None:
         """Keep what is at `places` `[B, H_kv, m]` of the third axis only, in this order, without spare room."""
         view = self.view
-        index = places[(..., *[None] * (view.ndim - 3))].expand(*places.shape, *view.shape[3:])
+        index = places.reshape(*places.shape, *[1] * (view.ndim - 3)).expand(*places.shape, *view.shape[3:])
         self._data, self.length = view.gather(2, index), places.shape[2]
 
     @lasting

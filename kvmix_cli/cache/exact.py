@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .archive import Archive
 from .buffer import lasting
-from .observation import AttentionCall, QuerySample, RunningMean, TailAttention, visible_at, weight_rows
+from .observation import AttentionCall, QuerySample, TailAttention, visible_at, weight_rows
+from .statistics import RunningMean
 
 SAMPLE = QuerySample(recent=32, spread=96)
 """Queries of a prompt that are looked at."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..errors import CacheError, PlanError
+from ..errors import CacheError, PlanError, PolicyError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
@@ -21,9 +22,11 @@ from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
 from .handle import Handle
 from .layer import MixedLayer
+from .policies import token_score
+from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
 from .sizes import cache_nbytes, stock_nbytes
-from .stateful import layer_beside
+from .stateful import StatefulLayer, layer_beside
 
 
 @dataclass
@@ -111,7 +114,9 @@ class MixedCache(CountingCache):
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
-            PlanError: if the plan does not fit the model's layers, or its basis file cannot be used.
+            PlanError: if the plan does not fit the model's layers, its basis file cannot be used, or its score of
+                tokens is unknown.
+            PolicyError: if the score reads keys before RoPE, and the model's rotary positions are not known.
         """
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
@@ -120,9 +125,12 @@ class MixedCache(CountingCache):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
+        ropes = _rotations(plan, config)
         for index, layer in plan.layers.items():
             own = layer.settings(plan.cache)
             layers[index] = layer_beside(layers[index], _kind(layer, own), index, layer, own, reserve or 0)
+            if ropes is not None:
+                layers[index].rope = ropes[index]
         return cls(layers, plan)
 
     @classmethod
@@ -193,6 +201,41 @@ class MixedCache(CountingCache):
         return keys, values
 
     @property
+    def held(self) -> dict[int, ComposedLayer]:
+        """Return the layers that hold a prompt until it is scored, by index."""
+        layers = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, ComposedLayer)}
+        return {index: layer for index, layer in layers.items() if layer.held is not None}
+
+    @contextmanager
+    def reading_again(self, part: slice) -> Iterator[None]:
+        """Within this block let the model read a part of the prompt that is held again, which scores it.
+
+        Afterwards nothing of what it was given is in the cache.
+
+        Raises:
+            PolicyError: if a layer keeps a state that cannot be put back.
+        """
+        stock = {index: layer for index, layer in enumerate(self.layers) if index not in self.held}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, StatefulLayer) or not (index in self.held or isinstance(layer, DynamicLayer)):
+                raise PolicyError(
+                    f"layer {index} ({type(layer).__name__}) keeps a state that no second reading can be taken back "
+                    "from; use a score of tokens that reads a prompt once"
+                )
+        before = {index: dict(vars(layer)) for index, layer in stock.items()}
+        counted = replace(self.attended)
+        try:
+            for layer in self.held.values():
+                layer.read_again(part)
+            yield
+        finally:
+            for index, layer in stock.items():
+                vars(layer).update(before[index])
+            for each in self.held.values():
+                each.read_again(None)
+            self.attended = counted
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes in use by all layers."""
         return cache_nbytes(self)
@@ -204,6 +247,14 @@ class MixedCache(CountingCache):
             layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
+
+
+def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:
+    """Return the rotary positions that the plan's score of tokens reads keys without; None if it does not."""
+    if plan.cache.tokens is None:
+        return None
+    name = plan.cache.tokens.score
+    return rotations_of(config, name) if token_score(name).before_rope else None
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

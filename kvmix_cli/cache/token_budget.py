@@ -9,15 +9,14 @@ import torch
 from kvmix_kernels.segments import KeptTokens
 from torch import Tensor
 
+from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from .archive import Archive
-from .observation import AttentionCall, QuerySample, QuerySum, visible_at, weight_rows
+from .observation import AttentionCall, visible_at, weight_rows
 from .packing import KeptUnits
+from .statistics import LastRows, QuerySum
 from .store import Store
-from .token_tiers import TokenChoice
-
-SAMPLE = QuerySample()
-"""Queries of a prompt that are looked at."""
+from .token_tiers import TokenChoice, sample_of
 
 
 class TokenBudget(TokenChoice):
@@ -25,21 +24,25 @@ class TokenBudget(TokenChoice):
 
     A unit is a page, whose codes are never rewritten: it is kept or dropped as a whole. New tokens are put into units
     by importance, so that the tokens of a unit are about as important as each other. The importance of a unit is the
-    sum over its tokens; with the score `attention` it goes on growing while the unit is kept (H2O, arXiv 2306.14048,
-    section 4), with other scores it is that of the moment at which the tokens left the window.
+    sum over its tokens, or the maximum if the score takes one. A score that follows attention goes on adding what is
+    received while a unit is kept (H2O, arXiv 2306.14048, section 4), or if it looks at the last queries only, takes
+    those since the last choice (MorphKV, arXiv 2503.00979, section 3). With another score the importance stays that of
+    the moment at which the tokens left the window.
 
     Args:
         policy: token policy with a number of tokens to keep.
         kept: tokens between sinks and window.
         unit: tokens that are kept or dropped together; a flush and `kept` are multiples of it.
+        layer: index of the layer.
+        rope: its rotary positions, if the score reads keys before RoPE.
     """
 
-    def __init__(self, policy: TokenPolicy, kept: int, unit: int) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: TokenPolicy, kept: int, unit: int, layer: int = 0, rope: Rope | None = None) -> None:
+        super().__init__(policy, layer, rope)
         self._kept = kept
         self._unit = unit
         self._tokens = 0
-        self._units = QuerySum()  # importance [B, H_kv, n / unit]
+        self._units = self._without_attention()  # importance [B, H_kv, n / unit]
         self._latest: tuple[int, KeptUnits] | None = None  # number of tokens, and the choice
 
     @property
@@ -56,24 +59,23 @@ class TokenBudget(TokenChoice):
     def sorted_tokens(self) -> int:
         return self._tokens
 
-    def choose(self, keys: Tensor) -> KeptUnits:
-        """Choose and return what is kept, of the units held and of the tail's oldest tokens, keys `[B, H_kv, n, D]`."""
+    def choose(self, keys: Tensor, values: Tensor, start: int) -> KeptUnits:
+        """Choose and return what is kept, of units held and the tail's oldest tokens; see `TokenTiers.choose`."""
         batch, heads, count, _ = keys.shape
-        importance = self._importance(keys).float()
-        if self.score.counts_places:
-            importance = importance + self._tokens
+        most = min(count, self._kept)
+        ranking = self.score.ranking(self._candidates(keys, values, start, most), self.policy.granularity).float()
         tokens = torch.arange(count, device=keys.device).expand(batch, heads, count)
         if self.is_sorting:
-            best = importance.argsort(dim=-1, descending=True, stable=True)[..., : min(count, self._kept)]
-            tokens = best.unflatten(2, (best.shape[2] // self._unit, self._unit)).sort(dim=-1).values.flatten(2)
-        new = importance.gather(2, tokens).unflatten(2, (tokens.shape[2] // self._unit, self._unit)).sum(-1)
-        held = self._units.total
-        units = new if held is None else torch.cat([held, new], dim=2)
-        limit, places = self._kept // self._unit, None
+            best = ranking.argsort(dim=-1, descending=True, stable=True)[..., :most]
+            tokens = best.unflatten(2, (most // self._unit, self._unit)).sort(dim=-1).values.flatten(2)
+        units, places = torch.cat([self._held(ranking), self._of_units(ranking.gather(2, tokens))], dim=2), None
+        limit = self._kept // self._unit
         if self.is_sorting and units.shape[2] > limit:
             places = units.topk(limit, dim=2).indices.sort(dim=2).values
             units = units.gather(2, places)
-        self._units.start(units)
+        self._units = self._without_attention()
+        if isinstance(self._units, QuerySum):
+            self._units.start(units)
         self._place((tokens + self._tokens).int(), places)
         self._tokens += count
         choice = KeptUnits(tokens, places)
@@ -87,18 +89,18 @@ class TokenBudget(TokenChoice):
         return self._latest[1]
 
     def learn(self, call: AttentionCall, keys: Tensor, tokens: int, store: Store) -> None:
-        """Add the attention that tokens in the tail, and those that are kept, receive; see `TokenChoice.learn`."""
+        """Add what waiting and kept tokens receive from a forward's queries; see `TokenChoice.learn`."""
         super().learn(call, keys, tokens, store)
         packed = store.segments().packed
-        if not self.policy.follows_attention or call.logarithms is None or not isinstance(packed, KeptTokens):
+        if not self._follows or call.logarithms is None or not isinstance(packed, KeptTokens):
             return
         form = packed.held[0]
         held = form if isinstance(form, Tensor) else form.read(0, form.tokens, torch.float32)
         if not held.shape[2]:
             return
         call = replace(call, mask=visible_at(call, packed.places(0) + store.sinks))
-        rows = weight_rows(call, held, held.shape[2], True, SAMPLE)
-        self._units.add(rows.weights.unflatten(3, (-1, self._unit)).sum(-1), rows.is_sum)
+        rows = weight_rows(call, held, held.shape[2], True, sample_of(self.score), self.score.reduce)
+        self._units.add(self._of_units(rows.weights), rows.is_sum)
 
     def forget_oldest(self, count: int) -> None:
         """Forget the statistics of the oldest `count` tokens, which have left the tail."""
@@ -110,7 +112,7 @@ class TokenBudget(TokenChoice):
         super().crop(count, tail, packed)
         self._units.take_back(count)
         if packed < self._tokens:
-            self._tokens, self._units = packed, QuerySum()
+            self._tokens, self._units = packed, self._without_attention()
             self.sorted.truncate(packed)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -124,6 +126,28 @@ class TokenBudget(TokenChoice):
         self._tokens = tokens
         self._units.exchange(archive.part("units"))
         super().exchange(archive, tokens)
+
+    @property
+    def _follows(self) -> bool:
+        """Return whether what is kept goes on receiving attention, for the next choice."""
+        return self.score.follows and self.policy.when == "always"
+
+    def _without_attention(self) -> QuerySum | LastRows:
+        """Return the importance of units before any is known."""
+        last = self._last if self._follows else 0
+        return LastRows(last, self.score.reduce) if last else QuerySum(self.score.reduce)
+
+    def _held(self, ranking: Tensor) -> Tensor:
+        """Return the importance of the units that are held, `[B, H_kv, m]`, in the dtype of a ranking of new tokens."""
+        held = self._units.total
+        if held is None:
+            return ranking.new_zeros(*ranking.shape[:2], self.sorted.length // self._unit)
+        return held.mean(1, keepdim=True).expand_as(held) if self.score.heads == "shared" else held
+
+    def _of_units(self, numbers: Tensor) -> Tensor:
+        """Return the sum, or the maximum, over the tokens of each unit: `[..., n]` becomes `[..., n / unit]`."""
+        units: Tensor = numbers.unflatten(-1, (numbers.shape[-1] // self._unit, self._unit))
+        return units.amax(-1) if self.score.reduce == "max" else units.sum(-1)
 
     def _place(self, positions: Tensor, units: Tensor | None) -> None:
         """Append the positions of new tokens, and keep only those of `units`."""

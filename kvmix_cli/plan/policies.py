@@ -29,6 +29,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from .document import StrictModel
+from .token_scores import WaitingStatistics, statistics_of
 
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
 MOST_CHANNELS = 256
@@ -171,13 +172,14 @@ class TokenPolicy(_Setting):
     the least important ones are dropped, also of those that were kept before.
 
     Attributes:
-        score: measure of importance, a name of `cache/policies`.
+        score: measure of importance, a name of `cache/policies`, or a score of kvpress, `press:SnapKVPress()`.
         tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
         keep: tokens that a layer keeps, sinks and window included; None for shares.
         when: tokens that are sorted and dropped: all, or only those of the prompt, which ends at the first forward of
             a single token. Later ones have the layer's own bits.
         flush: tokens that are sorted together; a long prompt is sorted as a whole.
+        granularity: neighbouring tokens, a chunk, that share one place in the order: that of their mean score.
     """
 
     score: str = "attention"
@@ -186,6 +188,7 @@ class TokenPolicy(_Setting):
     keep: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     when: Literal["always", "prompt"] = "always"
     flush: int = Field(default=320, ge=16, le=MOST_TOKENS)
+    granularity: int = Field(default=1, ge=1, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _adds_up(self) -> TokenPolicy:
@@ -216,7 +219,7 @@ class TokenPolicy(_Setting):
         evict = self.evict if own.evict is None else own.evict
         if not tiers and not evict:
             return None
-        return TokenPolicy(score=self.score, tiers=tiers, evict=evict, when=self.when, flush=self.flush)
+        return TokenPolicy.model_validate({**self.model_dump(), "tiers": tiers, "evict": evict})
 
     def _with_keep(self, own: TokenShares) -> TokenPolicy | None:
         """Return this policy with a layer's own number of tokens to keep; None for `evict: 0`, which keeps all."""
@@ -229,24 +232,14 @@ class TokenPolicy(_Setting):
         raise ValueError("cache.tokens has a number of tokens to keep: a layer may have another keep, or evict: 0")
 
     @property
-    def weighs_queries(self) -> bool:
-        """Return whether every KV head keeps the attention that each unsorted token has received."""
-        return self.score != "recency"
-
-    @property
-    def counts_queries(self) -> bool:
-        """Return whether the number of queries that could see each unsorted token is kept, too."""
-        return self.score == "normalised"
+    def statistics(self) -> WaitingStatistics:
+        """Return what the score keeps of tokens that wait to be sorted."""
+        return statistics_of(self.score)
 
     @property
     def evicts(self) -> bool:
         """Return whether tokens are dropped."""
         return bool(self.evict) or self.keep is not None
-
-    @property
-    def follows_attention(self) -> bool:
-        """Return whether the attention that kept tokens receive goes on being added, for the next choice."""
-        return self.keep is not None and self.when == "always" and self.score == "attention"
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -268,6 +261,8 @@ class TokenPolicy(_Setting):
             least = next((size for size in candidates if not any((s * size) % page for s in self.shares)), None)
             advice = f"; use a flush of {least}" if least else ""
             yield f"shares of a flush of {self.flush} tokens are not whole pages of {page}{advice}"
+        if page % self.granularity:
+            yield f"granularity must be a divisor of the page of {page} tokens, got {self.granularity}"
 
 
 class TokenShares(_Setting):

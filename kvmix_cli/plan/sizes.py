@@ -297,13 +297,13 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
     kept = (of_keys * heads.elements("key") + of_values * heads.elements("value")) * STATISTIC_BYTES
     if cache.tokens is None:
         return kept
-    index = tokens * INDEX_BYTES
+    index, statistics = tokens * INDEX_BYTES, cache.tokens.statistics
     if cache.kept is not None:
-        sums = QUERY_SUMS if cache.tokens.follows_attention else 1
-        held = min(tokens, cache.kept)
-        index = held * POSITION_BYTES + held // unit * sums * STATISTIC_BYTES
-    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * heads.kv_heads + cache.tokens.counts_queries)
-    return kept + index * heads.kv_heads + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
+        held, numbers = min(tokens, cache.kept), statistics.of_unit(cache.tokens.when == "always")
+        index = held * POSITION_BYTES + held // unit * numbers * STATISTIC_BYTES
+    waiting = max(0, context - cache.sink - tokens) * statistics.numbers(heads.kv_heads, context)
+    queries = statistics.queries * heads.elements("key")
+    return kept + index * heads.kv_heads + (waiting + queries) * STATISTIC_BYTES
 
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
+from ..cache.rotary import measure_rotations
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
@@ -29,7 +30,6 @@ from .outliers import measure_outliers
 from .probe import CacheProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
-from .rope import measure_ropes
 
 FORMAT = "kvmix-journal/2"
 
@@ -98,7 +98,8 @@ def run_profile(
     identities = [_identify(loaded, probe, options, calibration) for probe in probes]
     check_not_lost(before or {}, identities)
     settings = _settings(loaded, probes, options, calibration)
-    ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
+    layers = loaded.info.quantizable
+    ropes = measure_rotations(loaded.model, layers, loaded.max_length) if metrics else dict.fromkeys(layers)
     with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])

@@ -142,11 +142,13 @@ def _solvers() -> Iterator[ListedItem]:
 
 def _policies() -> Iterator[ListedItem]:
     """Yield the scores of tokens and of key channels: classes that a registry's decorator names."""
-    for file in ("tokens", "channels"):
-        tree = ast.parse((PACKAGE / "cache" / "policies" / f"{file}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
+    folder = PACKAGE / "cache" / "policies"
+    files = sorted(folder.glob("*.py"), key=lambda path: (path.stem == "channels", path.stem))
+    for path in files:
+        of = "channels" if path.stem == "channels" else "tokens"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and (name := _registered_name(node)) is not None:
-                yield ListedItem(name, f"{file}: {first_sentence(ast.get_docstring(node) or '')}", (("of", file),))
+                yield ListedItem(name, f"{of}: {first_sentence(ast.get_docstring(node) or '')}", (("of", of),))
 
 
 def _registered_name(node: ast.ClassDef) -> str | None:

@@ -88,6 +88,28 @@ def test_heavy_hitters_are_those_of_h2o():
     assert kept[0] != kept[1], "each KV head keeps tokens of its own"
 
 
+def test_the_last_queries_choose_again():
+    """MorphKV: of what is held and what comes, the strongest attention from the last 32 queries decides."""
+    torch.manual_seed(0)
+    layer = single_layer(TokenPolicy(score="morphkv", keep=32, flush=32))
+    keys, values, queries = (3 * torch.randn(1, 1, 129, 16, dtype=torch.float64) for _ in range(3))
+    held, sums = [], []
+    for at in range(129):
+        now = slice(at, at + 1)
+        if at and at % 32 == 0:  # a flush leaves the tail
+            strongest = torch.stack(
+                [torch.zeros(129, dtype=torch.float64).index_put((there,), row) for there, row in sums]
+            )
+            there = torch.tensor([*held, *range(at - 32, at)])
+            held = there[strongest[-32:].amax(0)[there].topk(32).indices].tolist()
+        read(layer, keys[:, :, now], values[:, :, now], queries[:, :, now])
+        there = torch.tensor([*held, *range(at - at % 32, at + 1)])
+        sums.append((there, (keys[0, 0, there] @ queries[0, 0, at] / 4).softmax(0)))
+    assert sorted(layer._tokens.sorted.view[0, 0].tolist()) == sorted(held)
+    assert max(held) >= 96
+    assert min(held) < 96, "some tokens outlive a choice"
+
+
 @pytest.mark.parametrize("padding", [0, 25])
 def test_nothing_changes_while_the_budget_holds_everything(model, padding):
     tokens, steps = ids(140), [90] + [1] * 6 + [44]
@@ -229,6 +251,9 @@ TURNED = Transforms(k=(Rotate(), Balance()), v=(Rotate(),))
         (2, 3, {"keep": 14}),
         (2, 3, {"when": "prompt"}),
         (2, 3, {"score": "normalised"}),
+        (2, 3, {"score": "morphkv"}),
+        (16, 16, {"score": "tova"}),
+        (2, 3, {"score": "key-norm"}),
     ],
 )
 def test_predicted_bytes_of_a_budget_are_measured_bytes(model, k, v, axes):
@@ -259,7 +284,7 @@ def check_bytes(model, plan, context, policy):
         model(ids(context), past_key_values=cache)
         model(ids(1), past_key_values=cache)
     predicted = plan.cache_bytes(context, 2, 4).total + 2 * plan.unquantized_bytes(1, element_bytes=4)
-    of_one_token = 2 * 4 * (policy.weighs_queries * plan.model.kv_heads + policy.counts_queries)
+    of_one_token = 2 * 4 * policy.statistics.numbers(plan.model.kv_heads, context)
     assert predicted <= cache.nbytes <= predicted + 2 * of_one_token * len(plan.layers)
     return cache
 

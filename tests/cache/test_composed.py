@@ -197,7 +197,7 @@ def test_a_score_of_ones_own(monkeypatch):
 
     @TOKEN_SCORES.register("test-first")
     class First(TokenScore):
-        needs_queries = False
+        queries = "none"
 
         def importance(self, tokens):
             return -torch.arange(tokens.keys.shape[2]).expand(tokens.keys.shape[:3])
@@ -222,6 +222,5 @@ def test_a_score_of_ones_own(monkeypatch):
 )
 def test_unknown_scores(axes, message):
     model = TAKING_BACK
-    cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
     with pytest.raises(PlanError, match=message):
-        model(ids(10), past_key_values=cache)
+        model(ids(10), past_key_values=MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config))

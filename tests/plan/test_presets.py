@@ -37,6 +37,7 @@ NAMES = (
     "mikv",
     "minikv",
     "mixkvq",
+    "morphkv-512",
     "pyramidkv",
     "rotate-2",
     "streaming-512",
