@@ -96,7 +96,7 @@ class Plan(StrictModel):
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
         faults += _codec_faults(self.layers, self.cache, self.model)
-        faults += _token_faults(self.layers, self.cache)
+        faults += _own_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -209,8 +209,13 @@ class Plan(StrictModel):
     @property
     def evicts(self) -> bool:
         """Return whether any layer drops tokens."""
-        policies = (layer.settings(self.cache).tokens for layer in self.layers.values())
+        parts = (part for index, layer in self.layers.items() for part in self._parts(index, layer))
+        policies = (part.settings(self.cache).tokens for part in parts)
         return any(policy is not None and policy.evicts for policy in policies)
+
+    def _parts(self, index: int, layer: LayerPlan) -> list[LayerPlan]:
+        """Return the storage of each group of a layer's heads."""
+        return [part for _, part in layer.parts(self.model.heads(index).kv_heads)]
 
     @property
     def sha256(self) -> str:
@@ -301,16 +306,19 @@ def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: 
                     yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
 
 
-def _token_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings) -> Iterator[Fault]:
-    """Yield a fault for what a layer has of its own that does not fit the token policy of the cache."""
-    for index, layer in layers.items():
-        try:
-            own = layer.settings(cache)
-            found = [] if own is cache or own.tokens is None else [*own.tokens.faults(cache.page), *own.budget_faults()]
-        except ValueError as error:
-            found = [reason(error)]
-        for fault in found:
-            yield ("layers", index, "tokens"), f"layers.{index}.tokens: {fault}"
+def _own_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
+    """Yield a fault for what a layer, or a group of its heads, has of its own that does not fit cache or model."""
+    for index in sorted(layers.keys() & set(model.quantizable)):
+        layer, kv_heads = layers[index], model.heads(index).kv_heads
+        faults = list(layer.head_faults(kv_heads))
+        yield from ((("layers", index, "head_groups"), f"layers.{index}.head_groups: {fault}") for fault in faults)
+        for _, part in [] if faults else layer.parts(kv_heads):
+            try:
+                own = part.settings(cache)
+                found = [*own.tokens.faults(cache.page), *own.budget_faults()] if own.tokens and part.tokens else []
+            except ValueError as error:
+                found = [reason(error)]
+            yield from ((("layers", index, "tokens"), f"layers.{index}.tokens: {fault}") for fault in found)
 
 
 def _early_faults(data: Any) -> list[Fault]:

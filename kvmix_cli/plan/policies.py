@@ -42,12 +42,14 @@ MOST_ENTRIES = 16
 FOLDER = "folder"
 """Key of a validation's context: the folder of the file that is validated."""
 
+
+def as_tuple(value: Any) -> Any:
+    """Return a list of a file as a tuple, and anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 T = TypeVar("T")
-Several = Annotated[
-    tuple[T, ...],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    Field(max_length=MOST_ENTRIES),
-]
+Several = Annotated[tuple[T, ...], BeforeValidator(as_tuple), Field(max_length=MOST_ENTRIES)]
 """A list of a file as a tuple."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -16,7 +16,7 @@ A real context also has its sinks, its window, the tokens that wait to be packed
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -159,6 +159,14 @@ def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: i
     return bits + 8 * index / (2 * head_dim)
 
 
+def parts_of(
+    layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry
+) -> Iterator[tuple[LayerPlan, CacheSettings, HeadGeometry]]:
+    """Yield the groups of a layer's heads: their storage, cache settings of their own, and the heads they are."""
+    for group, part in layer.parts(heads.kv_heads):
+        yield part, part.settings(cache), heads.model_copy(update={"kv_heads": len(group)})
+
+
 def mean_bits(
     layers: Mapping[int, LayerPlan],
     cache: CacheSettings,
@@ -172,11 +180,11 @@ def mean_bits(
     """
     bits, elements = 0.0, 0
     for index, layer in layers.items():
-        heads, settings = model.heads(index), layer.settings(cache)
-        for tensor, of in layer.tensors:
-            if kind in (None, of):
-                bits += tensor_bits(tensor, of, settings, heads.dim(of), count) * heads.elements(of)
-                elements += heads.elements(of)
+        for part, settings, heads in parts_of(layer, cache, model.heads(index)):
+            for tensor, of in part.tensors:
+                if kind in (None, of):
+                    bits += tensor_bits(tensor, of, settings, heads.dim(of), count) * heads.elements(of)
+                    elements += heads.elements(of)
     return bits / elements if elements else 0.0
 
 
@@ -226,6 +234,9 @@ def held_tokens(tokens: int, cache: CacheSettings) -> tuple[int, ...]:
 
 def fullest_contexts(layer: LayerPlan, cache: CacheSettings, context: int) -> set[int]:
     """Return the last contexts before a layer packed its latest tokens: with them in 16 bits, it takes more bytes."""
+    if layer.head_groups:
+        most = 1 + max(head for group in layer.head_groups for head in group.heads)
+        return set().union(*(fullest_contexts(part, cache, context) for _, part in layer.parts(most + 1)))
     found, cache = set(), layer.settings(cache)
     for bits in window_widths(layer, cache):
         packed = packed_tokens(context, bits, cache)
@@ -330,6 +341,10 @@ def layer_bytes(
     layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
     """Return the bytes of one layer with these KV heads after a prompt of `context` tokens."""
+    if layer.head_groups:
+        parts = ((part, geometry) for part, _, geometry in parts_of(layer, cache, heads))
+        found = (layer_bytes(part, cache, geometry, context, batch, element_bytes) for part, geometry in parts)
+        return sum(found, CacheBytes(0, 0))
     total, cache = CacheBytes(0, 0), layer.settings(cache)
     unit = budget_unit(layer, cache)
     for (tensor, kind), bits in zip(layer.tensors, window_widths(layer, cache), strict=True):
