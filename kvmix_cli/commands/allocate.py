@@ -86,11 +86,23 @@ def allocate(
             console.notice(
                 f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
             )
+    if storage.by_head is not None:
+        plan = _by_head(plan, source, effort.score, *storage.by_head)
     if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
         basis.save(path.parent / plan.cache.transform.basis)
     _save(plan, path, command)
     with after_saving(f"the plan is saved in {path}"):
         _show(plan, source, path, budget.context, budget.batch)
+
+
+def _by_head(plan: Plan, source: Profile, score: str | None, what: str, number: float) -> Plan:
+    """Return a plan whose KV heads have tokens of their own. Raises BudgetError."""
+    from ..allocation import default_score, with_budgets, with_whole_heads
+
+    score = score or default_score(source, "ilp")
+    if what == "budgets":
+        return with_budgets(plan, source, score, number)
+    return with_whole_heads(plan, source, score, number) if what == "whole" else plan
 
 
 def _show_work(
@@ -168,6 +180,7 @@ def _choices(
         "score": score or default_score(source, method),
         "seed": seed,
         "exact": EXACT if storage.exact is None else storage.exact,
+        "by_head": storage.by_head is not None and storage.by_head[0] == "widths",
     }
 
 
