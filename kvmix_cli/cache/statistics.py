@@ -41,6 +41,11 @@ class QuerySum:
         return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
 
     @lasting
+    def start(self, total: Tensor) -> None:
+        """Go on from a sum `[B, H, n]`, of which nothing can be taken back."""
+        self._earlier, self._last = total.detach(), None
+
+    @lasting
     def add(self, rows: Tensor, final: bool = False) -> None:
         """Add a forward's rows, which can be taken back unless they are `final`; earlier ones become final."""
         self._earlier, self._last = self.total, rows.detach()

@@ -272,7 +272,7 @@ def _nothing_quantized(subject: Subject, row: Row, longer: str) -> list[str]:
     """Return a warning for a row that read nothing quantized; `longer` says how to get longer contexts."""
     if subject == Subject() or row.quantized_share > 0:
         return []
-    if subject.plan is not None and subject.plan.cache.tokens is not None and subject.plan.cache.tokens.evict:
+    if subject.plan is not None and subject.plan.evicts:
         return []  # it saves memory by dropping tokens
     if row.nominal_bits >= FULL_PRECISION_BITS:
         if subject.plan is None:
