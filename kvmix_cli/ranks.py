@@ -20,7 +20,7 @@ PAUSE = 0.005
 """Seconds between two looks for a message."""
 PART_BYTES = 4 * 2**20
 """Bytes of a message's parts; torch's store closes the connection at one of more than 8 MiB."""
-_FAILED = "failed"
+_FAILED = "kvmix/failed"
 
 
 class Store(Protocol):
@@ -62,10 +62,9 @@ class Ranks:
     def connect(self) -> None:
         """Find the other ranks. Needs torch; does nothing in a process that is alone."""
         if self._store is None and self.world > 1:
-            from torch.distributed import PrefixStore, rendezvous
+            from torch.distributed.rendezvous import rendezvous
 
-            found, *_ = next(iter(rendezvous("env://")))
-            self._store = PrefixStore(f"kvmix/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+            self._store, *_ = next(iter(rendezvous("env://")))
 
     def sharded(self) -> Ranks:
         """Return the same ranks as holders of parts of one model."""
@@ -82,7 +81,7 @@ class Ranks:
     def topic(self) -> str:
         """Return a name for messages that has not been used yet, the same on every rank."""
         self._topics += 1
-        return f"{'parts' if self.is_sharded else 'copies'}/{self._topics}"
+        return f"kvmix/{'parts' if self.is_sharded else 'copies'}/{self._topics}"
 
     def send(self, topic: str, number: int, data: bytes) -> None:
         """Send the leader what was measured on a sample."""

@@ -140,7 +140,6 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
         **rules,
     )
     if not current().leads:
-        leave(found.reports)
         return
     for report in found.reports:
         warn(report)
@@ -182,6 +181,8 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
         progress=console.progress,
         on_report=lambda task, report, model: _show(task, report, model, setup.results),
     )
+    if not current().leads:  # whose exit code says how it went
+        return
     with _saved(setup.results["root"]):
         for verdict in evaluation.verdicts:
             _show_verdict(verdict)

@@ -224,7 +224,7 @@ class TaskWork:
         source = iter(self.task.records(self.loaded, subject, [self.samples[each] for each in mine], self.settings))
         topic = ranks.topic()
         if ranks.leads and len(mine) < len(numbers):
-            source = self._joined(source, numbers, topic)
+            source = self._joined(source, tuple(numbers), topic)
         row = UnfinishedRow(subject, folder, numbers if ranks.leads else mine, source, topic, records)
         row.seconds = 0.0 if folder is None else folder.seconds
         if folder is not None and len(records) > len(self.samples):
