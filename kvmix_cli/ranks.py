@@ -118,7 +118,10 @@ class Ranks:
         if self._store is None:
             return self.leads
         mine = f"{self.rank} {code}"
-        return self._store.compare_set(_FAILED, "", mine) == mine.encode()
+        try:
+            return self._store.compare_set(_FAILED, "", mine) == mine.encode()
+        except RuntimeError:  # the store went with the process that kept it, which has reported its end
+            return False
 
     @property
     def _connected(self) -> Store:
@@ -133,7 +136,7 @@ class Ranks:
         self._connected.set(key, str(len(parts)).encode())  # last: whoever finds it finds all parts
 
     def _read(self, key: str) -> bytes:
-        while not self._connected.check([key]):
+        while not self._has(key):
             self._rest()
         parts = int(self._connected.get(key))
         return b"".join(self._connected.get(f"{key}/part {number}") for number in range(parts))
@@ -142,9 +145,15 @@ class Ranks:
         for number in range(len(range(0, len(data), PART_BYTES))):
             self._connected.delete_key(f"{key}/part {number}")
 
+    def _has(self, key: str) -> bool:
+        try:
+            return self._connected.check([key])
+        except RuntimeError as error:  # the store went with the process that kept it
+            raise SystemExit(1) from error
+
     def _rest(self) -> None:
         """Pause; raise SystemExit, with its exit code, if another rank has failed."""
-        if self._connected.check([_FAILED]):
+        if self._has(_FAILED):
             raise SystemExit(int(self._connected.get(_FAILED).split()[1]))
         time.sleep(PAUSE)
 

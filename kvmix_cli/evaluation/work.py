@@ -28,6 +28,7 @@ from ..errors import (
     class_and_sentence,
     is_out_of_memory,
 )
+from ..models.parts import check_plan
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord, record_form
@@ -232,6 +233,9 @@ class TaskWork:
                 f"{folder.folder} has {len(records)} records of {len(self.samples)} samples; "
                 "leave out --resume to start over"
             )
+        if ranks.is_sharded and subject.plan is not None:
+            with self._failures(row):
+                check_plan(subject.plan)
         return row
 
     def _is_mine(self, number: int) -> bool:

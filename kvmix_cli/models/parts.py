@@ -13,8 +13,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..errors import ModelError
-from ..plan import ModelInfo
+from ..errors import ModelError, PlanError
+from ..plan import ModelInfo, Plan
 from ..ranks import Ranks
 
 
@@ -30,6 +30,16 @@ def check_shares(info: ModelInfo, ranks: Ranks) -> None:
                 f"{ranks.world} ranks cannot share the {heads.kv_heads} KV heads of {info.id}: start as many as divide "
                 "them, or leave out --tensor-parallel, and every rank gets a whole model"
             )
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise PlanError for a plan whose layers look at all of their heads."""
+    cache = plan.cache
+    if any(each is not None for each in (cache.transform, cache.transforms, cache.tokens, cache.channels)):
+        raise PlanError(
+            "the plan has transform codes, transforms or policies, which look at all heads of a layer, and every rank "
+            "has a part of them: leave out --tensor-parallel, or use a plan of plain pages"
+        )
 
 
 def split_by(ranks: Ranks) -> dict[str, Any]:
