@@ -78,6 +78,7 @@ def recommend(
     """Find the smallest plan that is safe at a context, and prove it through the quantized cache.
 
     Profile, plans and samples that exist are used; what was interrupted goes on with the same command.
+    Several processes with the same command and folders share the work.
     """
     model = which.model
     if model is None:
@@ -110,7 +111,7 @@ def recommend(
     found = find(
         purpose,
         lambda: loading.load(model, which.revision),
-        RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True),
+        RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True, is_shared=True),
         command=command,
         say=console.notice,
         progress=console.progress,
