@@ -35,5 +35,5 @@ def _inexpressible(layer: LayerPlan) -> str:
 TARGET = Target(
     "kvtuner",
     express,
-    "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink and has no encoders",
+    "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink, no encoders",
 )

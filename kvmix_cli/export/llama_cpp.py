@@ -12,7 +12,7 @@ and `--k-cache-hadamard`, which it takes only if the type of most layers is quan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ExportError, did_you_mean
@@ -63,7 +63,10 @@ def express(plan: Plan, form: str | None) -> Export:
     """Return `--cache-type-k q4_0 --cache-type-v q8_0 --flash-attn on`. Raises ExportError."""
     needs = _needs(plan, form, "llama.cpp")
     chosen = [_Types(name) for name in _named(form)] or [_Types(max(need.values(), key=_width)) for need in needs]
-    _refuse_full(plan, chosen, "llama.cpp", "it stores all layers alike")
+    if all(types.middle == "f16" for types in chosen) and quantizes(plan):
+        windowed = dict.fromkeys(_windowed(plan), "k16v16")
+        found = windowed | {index: layer.short for index, layer in plan.layers.items()}
+        refuse("llama.cpp", "it stores all layers alike", found, NARROWER)
     return _export(plan, chosen, (KEYS_TURNED, VALUES_TURNED), ())
 
 
@@ -71,7 +74,6 @@ def express_ends(plan: Plan, form: str | None) -> Export:
     """Return `--cache-type-k q4_0 --cache-type-k-first q8_0,2 ...`. Raises ExportError."""
     needs = _needs(plan, form, "ik_llama")
     chosen = [_Types(name) for name in _named(form)] or [_least(need, plan.model.layers) for need in needs]
-    _refuse_full(plan, chosen, "ik_llama", "it stores all layers alike but for those at both ends")
     turned = tuple(TURNED if types.middle != "f16" else 0 for types in chosen)
     hadamard = [f"--{kind}-cache-hadamard" for kind, most in zip("kv", turned, strict=True) if most]
     return _export(plan, chosen, (turned[0], turned[1]), hadamard)
@@ -107,13 +109,6 @@ def _needs(plan: Plan, form: str | None, engine: str) -> tuple[dict[int, str], d
     return k, v
 
 
-def _refuse_full(plan: Plan, chosen: Sequence[_Types], engine: str, rule: str) -> None:
-    """Raise ExportError where types of enough bits for every layer would quantize nothing."""
-    if quantizes(plan) and all(types.middle == "f16" and not types.first[1] and not types.last[1] for types in chosen):
-        windowed = dict.fromkeys(_windowed(plan), "k16v16")
-        refuse(engine, rule, windowed | {index: layer.short for index, layer in plan.layers.items()}, NARROWER)
-
-
 def _windowed(plan: Plan) -> list[int]:
     return [index for index, kind in plan.model.stock.items() if any(word in kind for word in WINDOWED)]
 
@@ -123,24 +118,31 @@ def _width(name: str) -> int:
 
 
 def _least(need: Mapping[int, str], layers: int) -> _Types:
-    """Return the types of fewest bytes in which no layer has less than it needs."""
-    cost = {name: GGML[name].stored_bits(GGML_BLOCK) for name in OF_CHOICE}
+    """Return the types of fewest bytes in which no layer has less than it needs; of such, those of the fewest ends.
 
-    def total(types: _Types) -> tuple[float, int]:
-        return sum(cost[types.at(layer, layers)] for layer in need), types.first[1] + types.last[1]
+    Wherever the ends begin, each part has the widest type that one of its layers needs.
+    """
+    wanted = [need.get(layer, "") for layer in range(layers)]
+    cuts = [layer for layer in range(layers + 1) if layer in (0, layers) or wanted[layer] != wanted[layer - 1]]
 
-    return min((_covered(need, layers, middle, cut) for middle in OF_CHOICE for cut in range(layers + 1)), key=total)
+    def parts(head: int, tail: int) -> tuple[float, int, _Types]:
+        spans = (0, head), (head, tail), (tail, layers)
+        first, middle, last = (_widest(wanted[start:end]) for start, end in spans)
+        return (
+            sum(
+                GGML[name].stored_bits(GGML_BLOCK) * sum(map(bool, wanted[start:end]))
+                for name, (start, end) in zip((first, middle, last), spans, strict=True)
+            ),
+            head + layers - tail,
+            _Types(middle, (first, head), (last, layers - tail)),
+        )
+
+    found = [parts(head, tail) for head in cuts for tail in cuts if head < tail]
+    return min(found, key=lambda each: each[:2])[2]
 
 
-def _covered(need: Mapping[int, str], layers: int, middle: str, cut: int) -> _Types:
-    """Return types in which layers that need more than the middle's have it: below a cut as first, the others as last."""
-    wide = [layer for layer, name in need.items() if _width(name) > _width(middle)]
-    first, last = [layer for layer in wide if layer < cut], [layer for layer in wide if layer >= cut]
-    return _Types(
-        middle,
-        (max((need[layer] for layer in first), key=_width), max(first) + 1) if first else ("", 0),
-        (max((need[layer] for layer in last), key=_width), layers - min(last)) if last else ("", 0),
-    )
+def _widest(names: Iterable[str]) -> str:
+    return max((name for name in names if name), key=_width, default=OF_CHOICE[0])
 
 
 def _export(plan: Plan, chosen: Sequence[_Types], turned: tuple[int, int], more: Sequence[str]) -> Export:
@@ -161,8 +163,8 @@ def _turned(name: str, most: int) -> EngineFormat:
 
 
 _BLOCKS = (
-    "types are blocks of 32 along a token's channels, for keys too, symmetric unless their name ends in 1, and there is "
-    f"no sink and no window in full precision: {AGAIN}"
+    "types are blocks of 32 along a token's channels, for keys too, symmetric unless their name ends in 1, and there "
+    f"is no sink and no window in full precision: {AGAIN}"
 )
 TARGET = Target("llama.cpp", express, _BLOCKS)
 ENDS = Target("ik_llama", express_ends, _BLOCKS)

@@ -54,9 +54,7 @@ def modelopt_layers(document: Document, model: ModelInfo) -> dict[int, LayerPlan
     if not listed and algo in MODELOPT:
         algos = dict.fromkeys(model.quantizable, algo)
     widths = {layer: MODELOPT[algo].bits for layer, algo in algos.items()}
-    return {
-        layer: LayerPlan.of_bits(*(2 * [widths.get(layer, FULL_PRECISION_BITS)])) for layer in model.quantizable
-    }
+    return {layer: LayerPlan.of_bits(*(2 * [widths.get(layer, FULL_PRECISION_BITS)])) for layer in model.quantizable}
 
 
 def _section(data: object) -> tuple[str, Mapping[Any, Any]] | None:
