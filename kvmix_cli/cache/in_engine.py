@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from .bases import check_bases
 from .blocks import block_layer, bytes_per_token, check_blocks
 from .mixed import CountingCache
 
-NAME = "in-engine"
-"""Name of the row that has the first plan as an engine holds it."""
-BLOCK = 128
-"""Tokens of a block; they change what is read in no way."""
+BLOCK = 16
+"""Tokens of a block, which change nothing of what is read; whole blocks are in any frame."""
 
 
 class TokenwiseLayer(DynamicLayer):
@@ -79,14 +77,12 @@ class EngineBaseline:
     """A plan as an engine holds it; see `cache.subject.Baseline`.
 
     Attributes:
-        plan: the plan.
-        dtype: of the model, for layers in full precision.
         name: of the row.
+        plan: the plan.
     """
 
+    name: str
     plan: Plan
-    dtype: torch.dtype = torch.bfloat16
-    name: str = field(default=NAME)
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -39,6 +39,8 @@ class EngineHook:
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             return f"{self.module}.{self.name}"
+        if not self.parameters:
+            return None
         known = getattr(found, "__dataclass_fields__", None) or inspect.signature(found).parameters
         missing = [each for each in self.parameters if each not in known]
         return f"{', '.join(missing)} of {self.module}.{self.name}" if missing else None
