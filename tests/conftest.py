@@ -24,7 +24,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_finish():
-    """Leave out of every later collection of garbage what lasts as long as the process: a third of the time of the suite."""
+    """Leave what lasts as long as the process out of later collections of garbage: a third of the suite's time."""
     gc.freeze()
     gc.enable()
 
