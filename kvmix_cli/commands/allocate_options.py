@@ -12,18 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
-    Model,
-    count_option,
-    given,
-    parse_bits,
-    parse_bytes,
-    parse_dtype,
-    parse_groups,
-    parse_percent,
-    parse_window,
-)
+from .options import Encoding, Model, given
+from .values import count_option, parse_bits, parse_bytes, parse_dtype, parse_groups, parse_percent, parse_window
 
 if TYPE_CHECKING:
     from ..plan import CacheSettings

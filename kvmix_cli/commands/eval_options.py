@@ -10,11 +10,9 @@ import typer
 
 from ..errors import EvaluationError
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
-    TensorParallel,
+from .options import Encoding, TensorParallel, given
+from .values import (
     count_option,
-    given,
     parse_batch,
     parse_budgets,
     parse_bytes,

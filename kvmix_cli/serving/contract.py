@@ -58,7 +58,15 @@ HOOKS = (
     EngineHook(
         "vllm.v1.attention.backend",
         "CommonAttentionMetadata",
-        ("query_start_loc", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor", "slot_mapping", "causal"),
+        (
+            "query_start_loc",
+            "seq_lens",
+            "num_reqs",
+            "num_actual_tokens",
+            "block_table_tensor",
+            "slot_mapping",
+            "causal",
+        ),
     ),
     EngineHook("vllm.v1.attention.backend", "AttentionMetadataBuilder.build", ("common_attn_metadata",)),
     EngineHook("vllm.v1.kv_cache_interface", "AttentionSpec", ("dtype", "state_content_bytes", "num_kv_heads")),

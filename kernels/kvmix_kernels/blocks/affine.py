@@ -121,9 +121,7 @@ class AffineBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            cpu.place(
-                native, self.kind, blocks, codes, slots, self._widths, self._places, self.page, self.layout.group
-            )
+            cpu.place(native, self.kind, blocks, codes, slots, self._widths, self._places, self.page, self.layout.group)
 
     def _words(self, blocks: Tensor) -> Tensor:
         """Return the words of blocks, `[N, H_kv, rows * bits / 16, columns]`."""
@@ -150,7 +148,5 @@ class AffineBlocks(BlockTensor):
         if self.kind == "value":
             return pack(codes, self.layout).flatten(1).view(torch.uint8)
         channels = codes.transpose(2, 3)
-        parts = (
-            pack(channels[:, :, start : start + layout.head_dim], layout) for start, layout in self._groups
-        )
+        parts = (pack(channels[:, :, start : start + layout.head_dim], layout) for start, layout in self._groups)
         return torch.cat(list(parts), dim=2).flatten(1).view(torch.uint8)
