@@ -36,7 +36,7 @@ class Method:
     """A way to decide.
 
     Attributes:
-        uses: the settings of a problem that change the decision, of `score`, `seed` and `group_sizes`.
+        uses: the settings of a problem that change the decision, of `score`, `seed`, `group_sizes` and `heads`.
         solve: function that decides one plan; None for a method that makes several plans or measures them.
     """
 
@@ -58,6 +58,7 @@ class Problem:
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, for the method that gives bits to these.
+        by_head: decide about every KV head by itself.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -74,6 +75,7 @@ class Problem:
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
     basis: BasisFile | None = None
+    by_head: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .archive import Archive
 from .buffer import lasting
-from .observation import AttentionCall, QuerySample, RunningMean, TailAttention, weight_rows
+from .observation import AttentionCall, QuerySample, TailAttention, visible_at, weight_rows
+from .statistics import RunningMean
 
 SAMPLE = QuerySample(recent=32, spread=96)
 """Queries of a prompt that are looked at."""
@@ -74,7 +75,7 @@ class ExactTokens:
         keys = self._states.get("key")
         if keys is None or call.logarithms is None or not keys.shape[2]:
             return
-        call = replace(call, mask=_visible(call, self.places.clamp(min=0).long() + sinks))
+        call = replace(call, mask=visible_at(call, self.places.clamp(min=0).long() + sinks))
         rows = weight_rows(call, keys, keys.shape[2], True, SAMPLE)
         self._rates.add(rows.weights, call.query.shape[2] if rows.is_sum else 1)
 
@@ -167,18 +168,6 @@ class ExactTokens:
         for kind, example in examples.items():
             held = self._states.get(kind)
             self._states[kind] = archive.array(kind, held, (*shape, example.shape[3]), example.dtype)
-
-
-def _visible(call: AttentionCall, tokens: Tensor) -> Tensor | None:
-    """Return a call's mask for packed `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
-    mask = call.mask
-    if mask is None:
-        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
-    if mask.shape[3] == 1:
-        return mask
-    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
-    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
-    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
 
 
 def _rows_of_both(held: Tensor | None, new: Tensor, index: Tensor) -> Tensor:
