@@ -12,7 +12,6 @@ from ..errors import EvaluationError
 from .dry_run import DryRunFlag
 from .options import (
     Encoding,
-    TensorParallel,
     count_option,
     given,
     parse_batch,
@@ -23,6 +22,7 @@ from .options import (
     parse_groups,
     parse_names,
 )
+from .ranks import TensorParallel
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
 SWEEPS = "Sweeps: throughput, recall and needles"

@@ -22,13 +22,13 @@ from .options import (
     Encoding,
     LoadingOptions,
     ModelOptions,
-    TensorParallel,
     count_option,
     expand,
     parse_bits,
     parse_groups,
     parse_names,
 )
+from .ranks import TensorParallel
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
