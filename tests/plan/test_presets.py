@@ -15,14 +15,24 @@ from kvmix_cli.plan.settings import CacheSettings
 
 NAMES = (
     "asymkv",
+    "chunkkv",
+    "cocktail",
+    "expected-attention",
     "h2o",
+    "keydiff",
     "kitty",
     "kivi-2",
     "kivi-4",
+    "kvcrush",
     "kvmix-paper",
+    "kvzip",
+    "leverage",
     "mikv",
     "mixkvq",
+    "morphkv",
     "rotate-2",
+    "snapkv",
+    "tova",
     "transform-2",
     "zipcache",
 )
@@ -80,7 +90,7 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     [
         ("mikw", r"\(did you mean 'mikv'\?\)"),
         ("papr", r"\(did you mean 'paper'\?\)"),
-        ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE"),
+        ("xyz", "known are asymkv, chunkkv, .* and kvtuner:FILE"),
     ],
 )
 def test_an_unknown_preset(name, hint):
