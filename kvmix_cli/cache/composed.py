@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..plan import CacheSettings
+from ..plan.moments import Rope
 from .archive import Archive
 from .buffer import Buffer
 from .observation import AttentionCall
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
 from .prompt_scores import PromptScores
-from .rotary import Rope
 from .statistics import QuerySum
 from .store import ROLLBACK, Store
 from .token_tiers import TokenTiers

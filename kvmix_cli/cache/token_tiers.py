@@ -9,13 +9,13 @@ import torch
 from kvmix_kernels.segments import EVICTED
 from torch import Tensor
 
+from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from .archive import Archive
 from .buffer import Buffer, lasting
 from .observation import AttentionCall, QuerySample, TailAttention
 from .policies import Candidates, TokenScore, token_score
 from .policies.tokens import SAMPLED_QUERIES, at_positions
-from .rotary import Rope
 from .store import ROLLBACK
 
 

@@ -94,7 +94,7 @@ def _noted(model: nn.Module) -> Iterator[dict[int, tuple[nn.Module, Tensor, dict
     notes: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
         notes[module.layer_idx] = module, hidden, kwargs
 
     attentions = [module for module in model.modules() if _is_attention(module)]
