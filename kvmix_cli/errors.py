@@ -11,6 +11,7 @@ All are classes of one tree:
     ├── BudgetError             a budget that no plan can meet
     ├── ExportError             a plan that another engine has no way to express
     ├── StateError              which profile or plan is meant cannot be told from the folder
+    │   └── InUseError          another process is writing the file, as long as it lives
     ├── CacheError              a cache that is used in a way it does not allow
     ├── PolicyError             a transform or policy that a model's attention cannot go with
     ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
@@ -76,6 +77,10 @@ class ExportError(KvmixError):
 
 class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
+
+
+class InUseError(StateError):
+    """A file that another process is writing at this moment."""
 
 
 class CacheError(KvmixError):

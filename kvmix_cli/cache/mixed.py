@@ -20,6 +20,7 @@ from ..plan.sizes import exact_tokens
 from .bases import check_bases
 from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
+from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
 from .policies import token_score
@@ -44,7 +45,7 @@ class Attended:
         """Return the quantized share of all pairs; 0 before there are any."""
         return self.quantized / self.total if self.total else 0.0
 
-    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: int = 0) -> None:
+    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: float = 0) -> None:
         """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, without what follows each query.
 
         Args:
@@ -127,10 +128,16 @@ class MixedCache(CountingCache):
         check_bases(plan)
         ropes = _rotations(plan, config)
         for index, layer in plan.layers.items():
-            kind = _kind(layer, plan.cache)
-            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
-            if ropes is not None:
-                layers[index].rope = ropes[index]
+            parts = []
+            for heads, part in layer.parts(plan.model.heads(index).kv_heads):
+                own = part.settings(plan.cache)
+                made = layer_beside(layers[index], _kind(part, own), index, part, own, reserve or 0)
+                if ropes is not None and isinstance(made, ComposedLayer):
+                    made.rope = ropes[index]
+                parts.append((heads, made))
+            if len(parts) > 1:
+                _check_groups(index, layers[index], plan)
+            layers[index] = parts[0][1] if len(parts) == 1 else GroupedLayer(index, layer, plan.cache, parts)
         return cls(layers, plan)
 
     @classmethod
@@ -194,9 +201,9 @@ class MixedCache(CountingCache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values `[B, H_kv, S, D]` and return all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        read = [handle.segments for handle in (keys, values) if isinstance(handle, Handle)]
-        quantized = sum(segments.quantized_tokens for segments in read) / 2
-        evicted = max((segments.shape[2] - segments.kept_tokens for segments in read), default=0)
+        read = [handle for handle in (keys, values) if isinstance(handle, Handle)]
+        quantized = sum(handle.quantized_tokens for handle in read) / 2
+        evicted = max((handle.evicted_tokens for handle in read), default=0)
         self.attended.add(key_states, keys, quantized, evicted)
         return keys, values
 
@@ -255,6 +262,15 @@ def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:
         return None
     name = plan.cache.tokens.score
     return rotations_of(config, name) if token_score(name).before_rope else None
+
+
+def _check_groups(index: int, stock: Any, plan: Plan) -> None:
+    """Raise PlanError if a layer cannot store its KV heads in groups."""
+    if type(stock) is not DynamicLayer:
+        raise PlanError(f"layer {index} keeps a state beside keys and values, so its KV heads cannot be in groups")
+    if plan.cache.tokens is not None and token_score(plan.cache.tokens.score).waits:
+        score = plan.cache.tokens.score
+        raise PlanError(f"layer {index}: the score `{score}` reads a prompt twice, which groups of KV heads cannot do")
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

@@ -235,6 +235,18 @@ def _one_row(weights: Tensor, factors: Tensor, reduce: Reduction) -> Tensor:
     return every @ weights.flatten(2, 3)
 
 
+def visible_at(call: AttentionCall, tokens: Tensor) -> Tensor | None:
+    """Return a call's mask for `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
+    mask = call.mask
+    if mask is None:
+        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if mask.shape[3] == 1:
+        return mask
+    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
+    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
+    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
+
+
 def _tile(
     call: AttentionCall, keys: Tensor, tokens: int, rows: Tensor | None, count: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ class WaitingStatistics:
         weighs: every KV head keeps the attention that each token has received.
         last: it is kept apart for so many of the last queries; 0 for their sum, or their maximum.
         counts: the number of queries that could see each token is kept, too.
+        follows: under a token budget, what is kept goes on receiving it.
         queries: queries of the prompt that every KV head keeps, `[queries, D]`.
     """
 
@@ -28,6 +29,11 @@ class WaitingStatistics:
     last: int = 0
     counts: bool = False
     queries: int = 0
+    follows: bool = False
+
+    def of_unit(self, is_chosen_again: bool) -> int:
+        """Return the numbers of each unit that a token budget keeps, a token after the last choice."""
+        return PARTS if self.follows and is_chosen_again and not self.last else 1
 
     def numbers(self, kv_heads: int, context: int) -> int:
         """Return the numbers of each waiting token in all KV heads, after a prompt of `context` tokens."""
@@ -37,12 +43,13 @@ class WaitingStatistics:
 
 NOTHING = WaitingStatistics()
 ATTENTION = WaitingStatistics(weighs=True)
+"""Attention of waiting tokens only."""
 _KNOWN: dict[str, WaitingStatistics] = {
-    "attention": ATTENTION,
+    "attention": WaitingStatistics(weighs=True, follows=True),
     "normalised": WaitingStatistics(weighs=True, counts=True),
-    "snapkv": WaitingStatistics(weighs=True, last=32),
-    "tova": WaitingStatistics(weighs=True, last=1),
-    "morphkv": WaitingStatistics(weighs=True, last=32),
+    "snapkv": WaitingStatistics(weighs=True, last=32, follows=True),
+    "tova": WaitingStatistics(weighs=True, last=1, follows=True),
+    "morphkv": WaitingStatistics(weighs=True, last=32, follows=True),
     "kvcrush": ATTENTION,
     "kvzip": ATTENTION,
     "bumblebee": ATTENTION,

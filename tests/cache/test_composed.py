@@ -186,7 +186,7 @@ def test_eviction_is_a_mask_over_what_attention_said():
         model(tokens, past_key_values=cache)
         got = model(step, past_key_values=cache).logits
         model(tokens, past_key_values=full)
-        gone = cache.layers[0]._tiers.tiers.view == 255
+        gone = cache.layers[0]._tokens.sorted.view == 255
         assert gone.sum(-1).tolist() == [[48, 48]]
         mask = torch.ones(1, 2, 1, tokens.shape[1] + 1, dtype=torch.bool)
         mask[:, :, 0, :64] = ~gone
@@ -209,7 +209,7 @@ def test_a_score_of_ones_own(monkeypatch):
     cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
     with torch.no_grad():
         model(ids(4 + 64 + 10 + ROLLBACK), past_key_values=cache)
-    assert cache.layers[0]._tiers.tiers.view[0, 0].tolist() == [0] * 16 + [1] * 48
+    assert cache.layers[0]._tokens.sorted.view[0, 0].tolist() == [0] * 16 + [1] * 48
 
 
 @pytest.mark.parametrize(

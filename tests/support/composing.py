@@ -34,6 +34,12 @@ AXES = {
     },
 }
 
+BUDGETS = {
+    "budget": {"tokens": TokenPolicy(keep=4 + 10 + 64, flush=32)},
+    "budget of the prompt": {"tokens": TokenPolicy(score="recency", keep=4 + 10 + 32, when="prompt", flush=32)},
+}
+"""Numbers of tokens to keep; they drop some of what the tests feed."""
+
 
 def plan_for(model, axes, k=16, v=16, sink=4):
     info = model_info(model.config, "test")

@@ -16,6 +16,8 @@ class AccumulatedAttention(TokenScore):
     every step.
     """
 
+    follows = True
+
     def importance(self, tokens: Candidates) -> Tensor:
         return tokens.received
 
@@ -45,6 +47,7 @@ class LastQueries(TokenScore):
 
     queries = "last"
     pool = ("mean", 5)
+    follows = True
 
     def importance(self, tokens: Candidates) -> Tensor:
         return tokens.received
@@ -60,6 +63,7 @@ class NewestQuery(TokenScore):
     queries = "last"
     last = 1
     heads = "shared"
+    follows = True
 
     def importance(self, tokens: Candidates) -> Tensor:
         return tokens.received
@@ -75,6 +79,7 @@ class StrongestOfLast(TokenScore):
 
     queries = "last"
     reduce = "max"
+    follows = True
 
     def importance(self, tokens: Candidates) -> Tensor:
         return tokens.received

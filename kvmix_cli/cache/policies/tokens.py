@@ -97,6 +97,7 @@ class TokenScore:
         heads: each KV head sorts tokens by its own scores, or all by the mean of theirs.
         before_rope: it reads `Candidates.keys_before_rope` or `queries`, so that the model's rotary positions must be
             known; `load_model` makes them so.
+        follows: a kept token goes on being scored by the attention that it receives, under a token budget.
         waits: a prompt waits unpacked until `decoding/prompt_scores.py` has scored it; later tokens are scored by
             the attention that they have received.
     """
@@ -108,6 +109,7 @@ class TokenScore:
     pool: ClassVar[tuple[Literal["mean", "max"], int] | None] = None
     heads: ClassVar[Literal["own", "shared"]] = "own"
     before_rope: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
     def importance(self, tokens: Candidates) -> Tensor:
@@ -131,6 +133,7 @@ class TokenScore:
             weighs=cls.queries not in ("none", "prompt"),
             last=cls.last if cls.queries == "last" else 0,
             counts=not cls.extrapolates,
+            follows=cls.follows,
             queries=SAMPLED_QUERIES if cls.queries == "prompt" else 0,
         )
 

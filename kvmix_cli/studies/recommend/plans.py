@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ from ...plan import Plan
 from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
+from ...turns import first_free
 from ..directions import has_directions, read_basis
 from ..profiles import existing_profile, require_same_model, save_scores
 from .bench import Purpose
@@ -136,6 +138,8 @@ def calibrate(
 ) -> Calibrated:
     """Return the profile of a model; a score that is missing is measured first, or its measurement continued.
 
+    While another process measures it, this one waits.
+
     Args:
         path: file of the profile.
         say: takes the line that says which file was taken.
@@ -143,15 +147,21 @@ def calibrate(
     Raises:
         KvmixError: if the model cannot be scored, or files cannot be used.
     """
+    profile = first_free([partial(_profile, way, loaded, path, purpose, command, say, progress)])
+    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
+
+
+def _profile(
+    way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, say: Say, progress: Progress
+) -> Profile:
+    """Return the profile that is there, or that is measured now. Raises InUseError while another process does that."""
     before = existing_profile(path)
     if before is not None:
         require_same_model(before, loaded.info, path)
     if before is not None and has_score(before, way):
         say(f"using profile {path}")
-        profile = before
-    else:
-        profile = _measure(way, loaded, path, purpose, command, progress)
-    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
+        return before
+    return _measure(way, loaded, path, purpose, command, progress)
 
 
 def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, progress: Progress) -> Profile:
@@ -162,6 +172,8 @@ def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, comman
     journal, samples = state.journal_path(path), default_samples([way.score])
     with profile_lock(path), progress(f"profile {way.score}", samples) as step:
         before = existing_profile(path)
+        if before is not None and has_score(before, way):  # another process has measured it meanwhile
+            return before
         result = run_profile(
             loaded,
             [way.score],
