@@ -59,7 +59,8 @@ def _press(name: str) -> Any:
         kvpress = importlib.import_module("kvpress")
     except ImportError as error:
         raise PlanError(f"the score `{name}` needs kvpress: {class_and_sentence(error)}; {INSTALL}") from error
-    scorer, found = kvpress.ScorerPress, getattr(kvpress, kind, None)
+    scorer: Any = kvpress.ScorerPress
+    found: Any = getattr(kvpress, kind, None)
     if not isinstance(found, type):
         presses = [each for each, value in vars(kvpress).items() if isinstance(value, type)]
         raise PlanError(f"kvpress has no press '{kind}'{did_you_mean(kind, presses)}")
