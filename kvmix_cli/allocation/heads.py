@@ -64,8 +64,8 @@ def decide_by_head(chosen: Mapping[HeadSlot, TensorChoice]) -> Decision:
 def grouped(heads: Mapping[int, LayerPlan]) -> LayerPlan:
     """Return a layer from the storage of each of its heads.
 
-    Heads that follow the plan's token policy as it is are the layer's own, since a group has from its layer what it does
-    not state.
+    Heads that follow the plan's token policy as it is are the layer's own: a group has from its layer what it does not
+    state.
     """
     plain = [head for head in sorted(heads) if heads[head].tokens is None] or sorted(heads)
     most = Counter(heads[head] for head in plain).most_common(1)[0][0]
@@ -174,7 +174,7 @@ def _heads(index: int, layer: LayerPlan, plan: Plan) -> Iterator[tuple[int, Laye
 def _worth(plan: Plan, profile: Profile, name: str) -> dict[tuple[int, int], float]:
     """Return the score of every KV head, of keys and values together."""
     layers = profile.score(name).layers
-    found = {}
+    found: dict[tuple[int, int], float] = {}
     for index in plan.layers:
         pair = [_of_heads(tensor, name, profile) for tensor in (layers[index].k, layers[index].v)]
         found |= {(index, head): max(0.0, k + v) for head, (k, v) in enumerate(zip(*pair, strict=True))}

@@ -18,6 +18,7 @@ from .options import (
     count_option,
     given,
     parse_bits,
+    parse_budgets,
     parse_bytes,
     parse_dtype,
     parse_groups,
@@ -150,6 +151,14 @@ class StorageOptions:
     encode: Encoding = None
     exact: Annotated[
         int | None, count_option("Tokens of a page that transform codes keep exact [default: 1].", least=0)
+    ] = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=parse_budgets,
+            help="Shares of tokens to evict, such as 0,0.25,0.5: each layer gets one (ilp, by a score with them).",
+        ),
     ] = None
     by_head: Annotated[
         Any,

@@ -24,6 +24,7 @@ from .options import (
     count_option,
     expand,
     parse_bits,
+    parse_budgets,
     parse_groups,
     parse_names,
 )
@@ -55,6 +56,12 @@ class ProfileOptions:
         Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
     ] = None
     encode: Encoding = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST", parser=parse_budgets, help="Shares of tokens whose eviction is measured (kl, loss)."
+        ),
+    ] = None
     granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer"
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
@@ -103,7 +110,7 @@ def profile(
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
-    how = ProbeOptions(what.bits, what.group_size, what.encode, per_head=per_head, checkpointing=what.checkpointing)
+    how = ProbeOptions(what.bits, what.group_size, what.encode, what.evict or (), per_head, what.checkpointing)
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))
