@@ -1,4 +1,4 @@
-"""The cost of evicting a share of one layer's tokens: measured in that layer alone, kept in the profile, asked for by name."""
+"""The cost of evicting a share of one layer's tokens: of that layer alone, and refused by name where it is not measured."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_only_that_layer_evicts():
 
     def read(cache):
         with torch.inference_mode():
-            prefill(loaded, cache, ids[:, :first])
-            steps = [logits for _, logits in feed(loaded, cache, ids[0, first:-1], 16)]
+            prefill(loaded, cache, ids[0, :first].tolist())
+            steps = [logits for _, logits in feed(loaded, cache, ids[0, first:-1].tolist(), 16)]
             return torch.cat(steps).double().log_softmax(-1)
 
     full, kept = read(unquantized_cache(loaded.model.config)), LayerPlan.of_bits(16, 16)
