@@ -17,6 +17,7 @@ All are classes of one tree:
     ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
     ├── EvaluationError         a task or gate that cannot be run as asked
     │   └── UnknownTaskError    a name that no task has, ours or lm-eval's
+    ├── ExtensionError          a file of the user's own, named by --import, that cannot be used
     └── OutputError             a file that cannot be written
 """
 
@@ -116,6 +117,10 @@ class UnknownTaskError(EvaluationError):
     def among(self, ours: Iterable[str]) -> UnknownTaskError:
         """Return the same error with the names of kvmix's own tasks."""
         return UnknownTaskError(self.name, self.theirs, self.near, ours)
+
+
+class ExtensionError(KvmixError):
+    """A Python file of the user's own that cannot be used."""
 
 
 class OutputError(KvmixError):

@@ -23,6 +23,7 @@ from .bases import SCORE as TRANSFORM_SCORE
 from .bases import make_bases
 from .budgets import Budget
 from .curves import other_settings, predicted_loss
+from .heads import SURE, with_budgets, with_whole_heads
 from .options import (
     EXACT,
     K_BITS,
@@ -47,6 +48,7 @@ __all__ = [
     "METHODS",
     "SEARCH",
     "SOLVERS",
+    "SURE",
     "TRANSFORM",
     "TRANSFORM_SCORE",
     "TRIALS",
@@ -68,6 +70,8 @@ __all__ = [
     "predicted_loss",
     "preset_start",
     "refine",
+    "with_budgets",
+    "with_whole_heads",
 ]
 
 
@@ -142,6 +146,7 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
         "score": problem.score_name if "score" in uses or predicted is not None else None,
         "seed": problem.seed if "seed" in uses else None,
         "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
+        "by_head": "widths" if problem.by_head else None,
         "budget": problem.budget.summary,
         "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,
         "predicted_loss": predicted,

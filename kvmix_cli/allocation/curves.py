@@ -61,9 +61,11 @@ class Curves:
         return self._points(layer, kind).get((tensor.bits, layout.group))
 
     def total(self, layers: Mapping[int, LayerPlan]) -> float | None:
-        """Return the loss of a plan's layers together; None if the score has no value for one of the choices."""
+        """Return the loss of a plan's layers together; None if the score has no value for a choice, or a head."""
         total = 0.0
         for layer, plan in layers.items():
+            if plan.head_groups:
+                return None
             for tensor, kind in plan.tensors:
                 loss = self.at(layer, kind, tensor)
                 if loss is None:

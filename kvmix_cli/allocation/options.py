@@ -42,6 +42,7 @@ class AllocationOptions(TypedDict, total=False):
         seed: seed of methods that draw at random.
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
         exact: tokens of each page and KV head that transform codes keep exact.
+        by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
     """
 
     k_bits: Sequence[int] | None
@@ -55,6 +56,7 @@ class AllocationOptions(TypedDict, total=False):
     seed: int
     basis: BasisFile | None
     exact: int
+    by_head: bool
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def make_problem(
     seed: int = 0,
     basis: BasisFile | None = None,
     exact: int = EXACT,
+    by_head: bool = False,
 ) -> Problem:
     """Return the problem that a method is to solve; options as in `AllocationOptions`.
 
@@ -138,6 +141,8 @@ def make_problem(
         PlanError: if the model's heads cannot be packed.
     """
     cache = cache or CacheSettings()
+    if by_head and "heads" not in METHODS[method].uses:
+        raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
     weighs = "group_sizes" in METHODS[method].uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
     if "basis" not in METHODS[method].uses:
@@ -159,6 +164,7 @@ def make_problem(
         pins=dict(pins or {}),
         seed=seed,
         basis=basis,
+        by_head=by_head,
     )
     if basis is not None and budget.max_loss is not None and pins:
         raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")

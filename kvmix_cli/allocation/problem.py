@@ -35,7 +35,7 @@ class Method:
     """A way to decide.
 
     Attributes:
-        uses: the settings of a problem that change the decision, of `score`, `seed` and `group_sizes`.
+        uses: the settings of a problem that change the decision, of `score`, `seed`, `group_sizes` and `heads`.
         solve: function that decides one plan; None for a method that makes several plans or measures them.
     """
 
@@ -57,6 +57,7 @@ class Problem:
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, for the method that gives bits to these.
+        by_head: decide about every KV head by itself.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -73,6 +74,7 @@ class Problem:
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
     basis: BasisFile | None = None
+    by_head: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:

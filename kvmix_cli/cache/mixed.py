@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..errors import CacheError, PlanError
+from ..errors import CacheError, PlanError, PolicyError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
 from .bases import check_bases
 from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
+from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
+from .policies import token_score
+from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
 from .sizes import cache_nbytes, stock_nbytes
-from .stateful import layer_beside
+from .stateful import StatefulLayer, layer_beside
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Attended:
         """Return the quantized share of all pairs; 0 before there are any."""
         return self.quantized / self.total if self.total else 0.0
 
-    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: int = 0) -> None:
+    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: float = 0) -> None:
         """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, without what follows each query.
 
         Args:
@@ -111,7 +115,9 @@ class MixedCache(CountingCache):
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
-            PlanError: if the plan does not fit the model's layers, or its basis file cannot be used.
+            PlanError: if the plan does not fit the model's layers, its basis file cannot be used, or its score of
+                tokens is unknown.
+            PolicyError: if the score reads keys before RoPE, and the model's rotary positions are not known.
         """
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
@@ -120,9 +126,18 @@ class MixedCache(CountingCache):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
+        ropes = _rotations(plan, config)
         for index, layer in plan.layers.items():
-            kind = _kind(layer, plan.cache)
-            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
+            parts = []
+            for heads, part in layer.parts(plan.model.heads(index).kv_heads):
+                own = part.settings(plan.cache)
+                made = layer_beside(layers[index], _kind(part, own), index, part, own, reserve or 0)
+                if ropes is not None and isinstance(made, ComposedLayer):
+                    made.rope = ropes[index]
+                parts.append((heads, made))
+            if len(parts) > 1:
+                _check_groups(index, layers[index], plan)
+            layers[index] = parts[0][1] if len(parts) == 1 else GroupedLayer(index, layer, plan.cache, parts)
         return cls(layers, plan)
 
     @classmethod
@@ -186,11 +201,46 @@ class MixedCache(CountingCache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values `[B, H_kv, S, D]` and return all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        read = [handle.segments for handle in (keys, values) if isinstance(handle, Handle)]
-        quantized = sum(segments.quantized_tokens for segments in read) / 2
-        evicted = max((segments.shape[2] - segments.kept_tokens for segments in read), default=0)
+        read = [handle for handle in (keys, values) if isinstance(handle, Handle)]
+        quantized = sum(handle.quantized_tokens for handle in read) / 2
+        evicted = max((handle.evicted_tokens for handle in read), default=0)
         self.attended.add(key_states, keys, quantized, evicted)
         return keys, values
+
+    @property
+    def held(self) -> dict[int, ComposedLayer]:
+        """Return the layers that hold a prompt until it is scored, by index."""
+        layers = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, ComposedLayer)}
+        return {index: layer for index, layer in layers.items() if layer.held is not None}
+
+    @contextmanager
+    def reading_again(self, part: slice) -> Iterator[None]:
+        """Within this block let the model read a part of the prompt that is held again, which scores it.
+
+        Afterwards nothing of what it was given is in the cache.
+
+        Raises:
+            PolicyError: if a layer keeps a state that cannot be put back.
+        """
+        stock = {index: layer for index, layer in enumerate(self.layers) if index not in self.held}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, StatefulLayer) or not (index in self.held or isinstance(layer, DynamicLayer)):
+                raise PolicyError(
+                    f"layer {index} ({type(layer).__name__}) keeps a state that no second reading can be taken back "
+                    "from; use a score of tokens that reads a prompt once"
+                )
+        before = {index: dict(vars(layer)) for index, layer in stock.items()}
+        counted = replace(self.attended)
+        try:
+            for layer in self.held.values():
+                layer.read_again(part)
+            yield
+        finally:
+            for index, layer in stock.items():
+                vars(layer).update(before[index])
+            for each in self.held.values():
+                each.read_again(None)
+            self.attended = counted
 
     @property
     def nbytes(self) -> int:
@@ -204,6 +254,23 @@ class MixedCache(CountingCache):
             layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
+
+
+def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:
+    """Return the rotary positions that the plan's score of tokens reads keys without; None if it does not."""
+    if plan.cache.tokens is None:
+        return None
+    name = plan.cache.tokens.score
+    return rotations_of(config, name) if token_score(name).before_rope else None
+
+
+def _check_groups(index: int, stock: Any, plan: Plan) -> None:
+    """Raise PlanError if a layer cannot store its KV heads in groups."""
+    if type(stock) is not DynamicLayer:
+        raise PlanError(f"layer {index} keeps a state beside keys and values, so its KV heads cannot be in groups")
+    if plan.cache.tokens is not None and token_score(plan.cache.tokens.score).waits:
+        score = plan.cache.tokens.score
+        raise PlanError(f"layer {index}: the score `{score}` reads a prompt twice, which groups of KV heads cannot do")
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

@@ -10,10 +10,10 @@ import typer
 
 from ..errors import EvaluationError
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
+from .options import Encoding, given
+from .ranks import TensorParallel
+from .values import (
     count_option,
-    given,
     parse_batch,
     parse_budgets,
     parse_bytes,
@@ -22,7 +22,6 @@ from .options import (
     parse_groups,
     parse_names,
 )
-from .ranks import TensorParallel
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
 SWEEPS = "Sweeps: throughput, recall and needles"

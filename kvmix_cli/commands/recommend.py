@@ -12,16 +12,8 @@ import typer
 
 from .. import console, state
 from ..files import after_saving
-from .options import (
-    COMMAND_LINE,
-    CommonOptions,
-    LoadingOptions,
-    ModelOptions,
-    count_option,
-    expand,
-    parse_bytes,
-    parse_percent,
-)
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand
+from .values import count_option, parse_bytes, parse_percent
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel

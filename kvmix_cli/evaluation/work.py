@@ -28,6 +28,7 @@ from ..errors import (
     class_and_sentence,
     is_out_of_memory,
 )
+from ..extensions import loaded_extensions
 from ..models.parts import check_plan
 from .base import Context, Sample, Settings, Task
 from .machine import machine
@@ -158,6 +159,7 @@ class TaskWork:
             "attention": self.loaded.model.config._attn_implementation,
             "settings": self.settings.as_json(),
             **({"options": options} if options else {}),
+            **({"imported": imported} if (imported := loaded_extensions()) else {}),
             **({"machine": machine(self.loaded.device)} if self.task.timed else {}),
             "plan": subject.plan and {"short": subject.plan.short, "sha256": subject.plan.sha256},
             **({"baseline": dict(subject.baseline.settings)} if subject.baseline else {}),
@@ -370,7 +372,7 @@ def _nothing_quantized(subject: Subject, row: Row, longer: str) -> list[str]:
     """Return a warning for a row that read nothing quantized; `longer` says how to get longer contexts."""
     if subject == Subject() or row.quantized_share > 0:
         return []
-    if subject.plan is not None and subject.plan.cache.tokens is not None and subject.plan.cache.tokens.evict:
+    if subject.plan is not None and subject.plan.evicts:
         return []  # it saves memory by dropping tokens
     if row.nominal_bits >= FULL_PRECISION_BITS:
         if subject.plan is None:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..cache.attention import register_attention
+from ..cache.rotary import know_rotations
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
 from ..ranks import ALONE, Ranks, current
@@ -153,6 +154,7 @@ def load_model(
         set_attention(model, attention)
     else:
         use_attention(model, attention, info, check_causal(model, checkpoint.id, info))
+    know_rotations(model)
     return LoadedModel(model, tokenizer, info, max_length(config), processor, ranks=ranks)
 
 

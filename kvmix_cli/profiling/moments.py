@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from kvmix_kernels.transform import rotate
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..cache.rotary import turned
 from ..errors import DocumentError, first_sentence
 from ..files import write_bytes
 from ..plan.moments import FRAME, LayerMoments, Rope, TensorMoments
@@ -133,12 +133,6 @@ def remove_parts(journal: Path) -> None:
     """Delete the parts beside a journal."""
     for path in journal.parent.glob(f"{journal.stem}.*.safetensors"):
         path.unlink(missing_ok=True)
-
-
-def turned(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
-    """Return keys `[..., T, D]` turned by these positions `[T]`, forth where they are positive; in float64."""
-    angles = torch.outer(positions.double(), torch.from_numpy(rope.frequencies))
-    return rotate(states.double(), angles, rope.start, rope.layout == "interleaved")
 
 
 def _part(journal: Path, number: int) -> Path:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
+from ..cache.rotary import measure_rotations
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
@@ -30,7 +31,6 @@ from .outliers import measure_outliers
 from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
-from .rope import measure_ropes
 
 FORMAT = "kvmix-journal/2"
 
@@ -106,7 +106,8 @@ def run_profile(
     identities = [_identify(loaded, probe, options, calibration) for probe in probes]
     check_not_lost(before or {}, identities)
     settings, form = _settings(loaded, probes, options, calibration), _record_form(loaded, probes, options)
-    ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
+    layers = loaded.info.quantizable
+    ropes = measure_rotations(loaded.model, layers, loaded.max_length) if metrics else dict.fromkeys(layers)
     if not ranks.leads:
         journal = moments = None
 

@@ -73,17 +73,17 @@ def profile_work(
     what = f"{', '.join(scores)} on {samples} samples of {seq_len} tokens"
     if not _has_weights(model):
         return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), _UNKNOWN)
+    from ..cache.rotary import measure_rotations
     from ..profiling import find_probes
     from ..profiling.measure import measure_sample
     from ..profiling.moments import MomentSums
-    from ..profiling.rope import measure_ropes
     from ..texts.tokens import cut_samples
 
     loaded, probes = load(), find_probes(scores)
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     tokens = min(seq_len, max([SHORT, *(2 * grid.shortest for grid in grids)]))
     ids = cut_samples(loaded.tokenizer, texts, 1, tokens, seed, max_length=loaded.max_length)[0]
-    ropes = measure_ropes(loaded)
+    ropes = measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
 
     def timed() -> float:
         begun = time.perf_counter()

@@ -45,11 +45,18 @@ def test_the_seed_chooses(loaded):
     assert first == again != other
 
 
-def test_samples_come_from_all_over_the_text(loaded):
-    samples = cut_samples(loaded.tokenizer, TEXTS, 7, 40, seed=0)
-    documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
-    sources = {number for number, ids in enumerate(documents) for sample in samples if str(sample)[1:-1] in str(ids)}
-    assert len(sources) >= 4
+def test_documents_take_turns_however_long_they_are(loaded):
+    long = "".join(chr(97 + i * i % 26) for i in range(4000))
+    texts = [long, *TEXTS]
+    documents = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in texts]
+
+    def sources(samples):
+        pieces = cut_samples(loaded.tokenizer, texts, samples, 40, seed=0)
+        return [number for piece in pieces for number, ids in enumerate(documents) if str(piece)[1:-1] in ids]
+
+    assert sorted(sources(8)) == list(range(8))
+    assert sorted(sources(16)) == sorted([*range(8)] * 2)
+    assert sources(16)[:8] == sources(8), "more samples begin with the same ones"
 
 
 def test_a_start_token_begins_every_sample():
