@@ -212,7 +212,7 @@ class LoadingOptions:
     threads: Threads = None
     profiles_dir: ProfilesDir = None
 
-    def load(self, model: str, revision: str | None, **more: bool) -> LoadedModel:
+    def load(self, model: str, revision: str | None, **more: Any) -> LoadedModel:
         """Load a model as the options say, with `more` options of `load_model`. Raises ModelError."""
         from ..models.loading import load_model
 
