@@ -64,12 +64,12 @@ def scoring(loaded: LoadedModel, cache: Cache, ids: Tensor, read: Callable[[Tens
     else:
         yield
         if cache.held:
-            _read_again(loaded, cache, ids, read)
+            read_again(loaded, cache, ids, read)
     for each in cache.held:
         each.layer.release()
 
 
-def _read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Callable[[Tensor], object]) -> None:
+def read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Callable[[Tensor], object]) -> None:
     """Read a prompt `[B, T]` again against itself, without its sinks."""
     tokens = ids.shape[1]
     requests = [encode(loaded.tokenizer, text) for text in (REPEAT, REPEAT_FROM)]
