@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class Attended:
         self.total = self.quantized = 0
 
 
-class HeldPrompt(NamedTuple):
+@dataclass(frozen=True)
+class HeldPrompt:
     """A layer that holds its prompt, or the group of its KV heads (None for all) that one layer stores."""
 
     index: int

@@ -139,7 +139,8 @@ class StorageOptions:
     ] = None
     encode: Encoding = None
     exact: Annotated[
-        int | None, count_option("Tokens of a page that transform codes keep exact [default: 1].", least=0)
+        int | None,
+        count_option("Tokens of a page that transform codes keep exact [default: what loses least].", least=0),
     ] = None
     by_head: Annotated[
         Any,

@@ -16,7 +16,8 @@ from ..errors import KvmixError
 from ..files import after_saving
 from ..ranks import current
 from .dry_run import DryRunFlag, show_work
-from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, TensorParallel, expand
+from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
+from .ranks import TensorParallel
 from .values import count_option, parse_bits, parse_groups, parse_names
 
 if TYPE_CHECKING:
@@ -163,12 +164,13 @@ def _measure(
     before: Profile | None,
 ) -> Profile:
     from ..profiling import run_profile
+    from ..studies.coded import with_coded_losses
 
     journal = state.journal_path(path)
     if journal.exists() and not what.resume:
         console.notice(f"{journal} is of an unfinished profile, which is started over; --resume goes on with one")
     with console.progress(f"profile {model}", what.samples) as bar:
-        return run_profile(
+        result = run_profile(
             loaded,
             what.score,
             texts=texts,
@@ -183,6 +185,7 @@ def _measure(
             before=None if before is None or what.replace else before.scores,
             on_step=bar.reach,
         )
+    return with_coded_losses(result, loaded, texts, path.parent, say=console.notice, progress=console.progress)
 
 
 def _save(result: Profile, before: Profile | None, path: Path, command: str) -> None:

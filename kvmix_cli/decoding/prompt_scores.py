@@ -124,7 +124,8 @@ def _is_attention(module: nn.Module) -> bool:
 def _press(press: Any, cache: MixedCache, notes: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]]) -> None:
     """Let a press score the prompt of every layer that holds it."""
     name = type(press).__name__
-    for index, _, layer in cache.held:
+    for each in cache.held:
+        index, layer = each.index, each.layer
         if index not in notes or layer.held is None:
             raise PolicyError(f"layer {index}: the press {name} needs an attention with a q_proj, which is not there")
         module, hidden, kwargs = notes[index]

@@ -142,11 +142,11 @@ def test_batch_operations_while_a_prompt_is_held(loaded):
         loaded.model(tokens, past_key_values=one)
         assert [each.index for each in one.held] == [0, 1, 2, 3]
         one.reorder_cache(torch.tensor([1, 0]))
-        for _, _, layer in one.held:
+        for layer in [each.layer for each in one.held]:
             layer.held.scores[0] = 1.0  # of what was the second sequence
             layer.release()
         loaded.model(tokens.flip(0), past_key_values=other)
-        for _, _, layer in other.held:
+        for layer in [each.layer for each in other.held]:
             layer.held.scores[0] = 1.0
             layer.release()
         logits = [loaded.model(ids(2), past_key_values=each).logits for each in (one, other)]

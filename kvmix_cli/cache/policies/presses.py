@@ -64,7 +64,8 @@ def _press(name: str) -> Any:
     if not isinstance(found, type):
         presses = [each for each, value in vars(kvpress).items() if isinstance(value, type)]
         raise PlanError(f"kvpress has no press '{kind}'{did_you_mean(kind, presses)}")
-    if not issubclass(found, scorer) or found.compress is not scorer.compress:
+    press: Any = found  # its base class is known only where kvpress is installed
+    if not issubclass(press, scorer) or press.compress is not scorer.compress:
         raise PlanError(
             f"the press {kind} does more than to score tokens (it masks tokens of single heads, or changes keys and "
             "values); use a press that derives from ScorerPress and only has a score"
