@@ -196,6 +196,7 @@ class HiddenPress(ScorerPress):
     def score(self, module, hidden_states, keys, values, attentions, kwargs):
         cos, _ = kwargs["position_embeddings"]
         assert attentions is None
+        assert module.rotary_emb is not None
         assert module.q_proj(hidden_states).shape[1] == keys.shape[2] == cos.shape[1]
         return self.sign * hidden_states[..., 0][:, None].expand(keys.shape[:3])
 
@@ -237,6 +238,7 @@ def test_a_press_scores_a_prompt(loaded, sign):
     with torch.no_grad():
         fill(loaded, cache, ids(150))
     hook.remove()
+    assert not hasattr(loaded.model.model.layers[1].self_attn, "rotary_emb")
     tiers = cache.layers[1]._tokens.sorted.view
     scores = sign * hidden["x"][..., 0][:, SINK : SINK + tiers.shape[2]]
     best = scores.argsort(dim=-1, descending=True)[:, : tiers.shape[2] // 2].sort().values
