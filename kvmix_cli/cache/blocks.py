@@ -81,7 +81,9 @@ def check_blocks(plan: Plan, block: int, ranks: int = 1) -> None:
 def losses_in_blocks(plan: Plan) -> list[str]:
     """Return what of a plan's storage is another in blocks, in words; empty if nothing is."""
     found = []
-    grouped = [i for i, each in plan.layers.items() if isinstance(each.k, TensorPlan) and each.k.bits < FULL_PRECISION_BITS]
+    grouped = [
+        i for i, each in plan.layers.items() if isinstance(each.k, TensorPlan) and each.k.bits < FULL_PRECISION_BITS
+    ]
     if grouped:
         found.append(f"keys of {len(grouped)} layers in groups along channels, not tokens")
     if plan.cache.sink:
@@ -94,7 +96,13 @@ def losses_in_blocks(plan: Plan) -> list[str]:
 
 
 def _tensor(
-    plan: Plan, index: int, tensor: TensorPlan | TransformTensor, kind: Kind, block: int, dtype: torch.dtype, shard: Shard
+    plan: Plan,
+    index: int,
+    tensor: TensorPlan | TransformTensor,
+    kind: Kind,
+    block: int,
+    dtype: torch.dtype,
+    shard: Shard,
 ) -> BlockTensor:
     heads, (rank, ranks) = plan.model.heads(index), shard
     own = slice(rank * heads.kv_heads // ranks, (rank + 1) * heads.kv_heads // ranks)

@@ -102,7 +102,9 @@ class PlanAttention(CPUAttentionBackendImpl):
 def backend_of(plan: Plan, index: int) -> type[CPUAttentionBackend]:
     """Return the backend of a layer, one for all layers whose tokens take as many bytes."""
     ranks = get_tensor_model_parallel_world_size()
-    return _backend(plan.sha256, bytes_per_token(plan, index, LEAST_BLOCK, torch.get_default_dtype(), ranks), _Held(plan))
+    return _backend(
+        plan.sha256, bytes_per_token(plan, index, LEAST_BLOCK, torch.get_default_dtype(), ranks), _Held(plan)
+    )
 
 
 class _Held:

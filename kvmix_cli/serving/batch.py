@@ -70,7 +70,9 @@ class EngineBatch:
             every = len(self.decoding) == len(self.lengths)
             rows = torch.tensor(self.starts)[self.decoding]
             queries = query[: len(rows)] if every else query[rows]
-            table, lengths = (self.table, self.lengths) if every else (self.table[self.decoding], self.lengths[self.decoding])
+            table, lengths = (
+                (self.table, self.lengths) if every else (self.table[self.decoding], self.lengths[self.decoding])
+            )
             found = layer.attend(queries[:, :, None], blocks, table, lengths, scaling, softcap, sink_logits)
             output[rows] = found[:, :, 0].to(output.dtype)
         for index, (start, stop) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):

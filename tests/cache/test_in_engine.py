@@ -93,7 +93,9 @@ def test_ranks_share_the_heads_of_a_layer(llama, tmp_path):
     halves = [block_layer(plan, 0, 16, torch.float64, (rank, 2)) for rank in range(2)]
     for name in ("keys", "values"):
         one = getattr(whole, name).round_trip(keys, positions)
-        two = [getattr(half, name).round_trip(part, positions) for half, part in zip(halves, keys.chunk(2, 1), strict=True)]
+        two = [
+            getattr(half, name).round_trip(part, positions) for half, part in zip(halves, keys.chunk(2, 1), strict=True)
+        ]
         torch.testing.assert_close(torch.cat(two, 1), one, rtol=0, atol=1e-9)
     assert bytes_per_token(plan, 0, 16, torch.float64, 2) == max(half.bytes_per_token for half in halves)
     assert sum(half.keys.nbytes + half.values.nbytes for half in halves) == whole.nbytes
@@ -137,7 +139,7 @@ def test_plans_that_no_engine_can_hold_are_refused_with_all_reasons(llama, tmp_p
     refused("has 2 KV heads, which 4 ranks do not divide", Plan.from_short("0-7:k4v4", make_info()), ranks=4)
     plan = coded_plan(llama, tmp_path, rope=ROPE)
     refused("frames of 64 positions are no whole blocks of 128 tokens", plan)
-    with pytest.raises(PlanError, match="layer 0 cannot be held .* multiples of 16 channels, got 24"):
+    with pytest.raises(PlanError, match=r"layer 0 cannot be held .* multiples of 16 channels, got 24"):
         block_layer(Plan.from_short("0-7:k4v4", make_info(), CacheSettings(group_size=24)), 0, 128, torch.float32)
 
 

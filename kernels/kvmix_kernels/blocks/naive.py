@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def place(
-    blocks: Tensor, codes: Tensor, slots: Tensor, page: int, unpack: Callable[[Tensor], Tensor], pack: Callable[[Tensor], Tensor]
+    blocks: Tensor,
+    codes: Tensor,
+    slots: Tensor,
+    page: int,
+    unpack: Callable[[Tensor], Tensor],
+    pack: Callable[[Tensor], Tensor],
 ) -> None:
     """Put codes of tokens into blocks.
 
