@@ -1,4 +1,4 @@
-"""The two places of vLLM that are changed: its configuration is checked against the plan, its layers get our backend."""
+"""The two places of vLLM that are changed: its configuration is checked, and layers of the plan get our backend."""
 
 from __future__ import annotations
 
