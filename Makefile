@@ -4,7 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
+<<<<<<< HEAD
 .PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix coverage lint gpu gpu-dry clean
+=======
+.PHONY: demo docs test test-quick test-network smollm2 matrix scale coverage lint gpu gpu-dry clean
+>>>>>>> exports
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -47,6 +51,11 @@ matrix: export OMP_NUM_THREADS := 1
 matrix: $(STAMP)
 	$(BIN)/python tests/support/matrix_pool.py matrix.jsonl
 	$(BIN)/python tests/support/matrix_page.py matrix.jsonl
+
+# The tables of docs/scale.md, from the roofline of `kvmix fit --gpu`.
+scale: export PYTHONPATH := .:kernels:tests/support
+scale: $(STAMP)
+	$(BIN)/python tests/support/scale_page.py
 
 # The site, in site/index.html. Its build asks no other host for anything.
 docs: export NO_MKDOCS_2_WARNING := 1
