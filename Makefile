@@ -4,11 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-<<<<<<< HEAD
-.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix coverage lint gpu gpu-dry clean
-=======
-.PHONY: demo docs test test-quick test-network smollm2 matrix scale coverage lint gpu gpu-dry clean
->>>>>>> exports
+.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo

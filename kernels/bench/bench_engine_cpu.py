@@ -46,9 +46,8 @@ def main() -> None:
         times.append((took(options.steps + 1) - before) / options.steps)
     blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     each = ", ".join(f"{1000 * seconds:.1f}" for seconds in times)
-    print(
-        f"prompts {first:.1f} s; {blocks} blocks; milliseconds a step: {each}, median {1000 * sorted(times)[len(times) // 2]:.1f}"
-    )
+    middle = 1000 * sorted(times)[len(times) // 2]
+    print(f"prompts {first:.1f} s; {blocks} blocks; milliseconds a step: {each}, median {middle:.1f}")
 
 
 if __name__ == "__main__":
