@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,7 +23,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from . import console, ranks
+from . import console
 from ._version import __version__
 from .commands import (
     allocate,
@@ -40,12 +40,12 @@ from .commands import (
     run,
 )
 from .commands.grouped import GroupedCommand
+from .commands.ranks import meet
 from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
+from .ranks import current
 
 RESUMABLE = ("profile", "eval", "demo")
-SHARED = ("profile", "eval")
-"""Commands whose work torchrun's ranks can share."""
 SCHEMA = "kvmix-json/1"
 """Name of the keys of `--json`, which keep their meaning; new ones may be added."""
 INTERRUPTED = 130
@@ -81,7 +81,7 @@ class Commands(TyperGroup):
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
-                _meet(shlex.split(ctx.meta[options.COMMAND_LINE])[1:2])
+                meet(shlex.split(ctx.meta[options.COMMAND_LINE])[1:2])
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise
@@ -210,7 +210,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
-    with nullcontext() if ranks.current().leads else console.muted():
+    with nullcontext() if current().leads else console.muted():
         app(prog_name="kvmix")
 
 
@@ -231,17 +231,6 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _meet(command: Sequence[str]) -> None:
-    """Find the other ranks, if torchrun has started several. Raises KvmixError for a command that cannot be shared."""
-    found = ranks.current()
-    if found.world == 1:
-        return
-    if not set(command) & set(SHARED):
-        name = shlex.join(["kvmix", *command])
-        raise KvmixError(f"torchrun is for {' and '.join(SHARED)}: start `{name}` without it, in one process")
-    found.connect()
-
-
 @contextmanager
 def _alone(code: int) -> Iterator[None]:
     """Within this block print what ends all ranks, on one of them.
@@ -249,7 +238,7 @@ def _alone(code: int) -> Iterator[None]:
     Args:
         code: exit code of all ranks.
     """
-    if ranks.current().claim_failure(code):
+    if current().claim_failure(code):
         with console.unmuted():
             yield
     else:

@@ -23,7 +23,7 @@ PART_BYTES = 4 * 2**20
 _FAILED = "kvmix/failed"
 
 
-class Store(Protocol):
+class RankStore(Protocol):
     """The methods that are used of a `torch.distributed.Store`."""
 
     def set(self, key: str, value: bytes, /) -> None: ...
@@ -48,7 +48,7 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, store: Store | None = None, *, local: int = 0, is_sharded: bool = False
+        self, rank: int = 0, world: int = 1, store: RankStore | None = None, *, local: int = 0, is_sharded: bool = False
     ) -> None:
         self.rank, self.world, self.local, self.is_sharded = rank, world, local, is_sharded
         self._store = store
@@ -124,7 +124,7 @@ class Ranks:
             return False
 
     @property
-    def _connected(self) -> Store:
+    def _connected(self) -> RankStore:
         if self._store is None:
             raise RuntimeError("the ranks have not met yet: call connect()")
         return self._store

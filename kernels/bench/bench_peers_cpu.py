@@ -6,11 +6,11 @@
 
 A cell is one model, one context and one content of the caches. With `--fill text` each peer reads the same held-out
 text as a prompt, which is timed, and then decodes what follows in it, so that KL can be told: to the unquantized cache
-of the same engine. With `--fill random` the caches are filled with random keys and values without reading a prompt,
-which takes minutes where it is long, and there is no KL. Peers take turns: one step that is not timed, then `--steps`
-that are, `--rounds` times. All have the same weights in bfloat16 (but for "DynamicCache float32") and two threads;
-with `--cpu-time` one thread, whose own time is taken, which other work on the machine disturbs less. Medians; `ratio`
-is the time of DynamicCache in bfloat16 over the peer's.
+of the same engine, and of llama.cpp's to DynamicCache. With `--fill random` the caches are filled with random keys and
+values without reading a prompt, which takes minutes where it is long, and there is no KL. Peers take turns: one step
+that is not timed, then `--steps` that are, `--rounds` times. All have the same weights in bfloat16 (but for
+"DynamicCache float32") and two threads; with `--cpu-time` one thread, whose own time is taken, which other work on the
+machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
 quantized caches of transformers `pip install optimum-quanto hqq`, and vLLM an environment of its own, whose interpreter
@@ -29,7 +29,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, RANDOM, UNQUANTIZED, Peer, Peers, versions
+from peers import BASELINE, LLAMA_CPP, RANDOM, Peer, Peers, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -94,8 +94,8 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
                     found[name]["step_ms"].append(1e3 * seconds)
     for name, peer in made.items():
         found[name]["nbytes"] = peer.nbytes
-        reference = UNQUANTIZED["llama.cpp" if name.startswith("llama.cpp") else "transformers"]
-        is_told = options.fill == "text" and peers.model != RANDOM and logits[name] and name != reference
+        reference = LLAMA_CPP if name.startswith("llama.cpp") and name != LLAMA_CPP else BASELINE
+        is_told = options.fill == "text" and peers.model != RANDOM and logits[name] and name != BASELINE
         if is_told and reference in logits:
             found[name]["kl"] = divergence(logits[reference], logits[name])
     return found
@@ -223,7 +223,8 @@ def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> Non
     room = context + options.rounds * (1 + options.steps)
     peers = Peers(options.model, options.profile, options.weights, room, options.vllm)
     names = chosen(options.peers, peers)
-    at = (peers.loaded.info.id, context, options.fill, options.cpu_time, names)
+    model = Path(options.model).name
+    at = (model, context, options.fill, options.cpu_time, names)
     for cell in journal.records:
         if (cell["model"], cell["context"], cell["fill"], cell["cpu_time"], [*cell["peers"]]) == at:
             return
@@ -235,7 +236,7 @@ def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> Non
         "machine": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "model": at[0],
+        "model": model,
         "context": context,
         "fill": options.fill,
         "cpu_time": options.cpu_time,

@@ -42,8 +42,8 @@ from kvmix_cli.studies.directions import read_basis
 RANDOM = "random-1b"
 """The name of a model with random weights, of the shape of Llama-3.2-1B: nothing has to be downloaded for its speed."""
 BASELINE = "DynamicCache bfloat16"
-UNQUANTIZED = {"transformers": BASELINE, "llama.cpp": "llama.cpp f16"}
-"""Of each engine the cache that its others are compared with for KL, so that arithmetic is the same."""
+LLAMA_CPP = "llama.cpp f16"
+"""The cache that llama.cpp's others are compared with for KL, so that arithmetic is the same."""
 TRANSFORM_BITS = 2.0
 OBSERVED = 128
 """Queries that a layer is shown which wants to see some, where its tokens are random."""
@@ -184,7 +184,7 @@ class Peers:
     def _llama_cpp(self, kind: str) -> Peer:
         from peers_llama_cpp import LlamaCppPeer, write_weights
 
-        path = write_weights(self.loaded.model, self.folder / f"{self.loaded.info.id.replace(':', '--')}.gguf")
+        path = write_weights(self.loaded.model, self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf")
         return LlamaCppPeer(path, kind, self.room, torch.get_num_threads())
 
     def _vllm(self, kind: str) -> Peer:

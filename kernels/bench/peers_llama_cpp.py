@@ -88,7 +88,8 @@ class LlamaCppPeer:
         return int(llama_cpp.llama_state_seq_get_size(self._context, 0))
 
     def _decode(self, ids: Sequence[int]) -> None:
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # a batch does not keep it
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
         if code := llama_cpp.llama_decode(self._context, batch):
             raise SystemExit(f"llama.cpp cannot decode {len(ids)} tokens: code {code}")
 

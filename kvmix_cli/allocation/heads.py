@@ -21,7 +21,7 @@ from kvmix_kernels.layout import Kind
 from ..errors import BudgetError
 from ..plan import LayerPlan, Plan
 from ..plan.layers import HeadGroup
-from ..plan.policies import TokenShares
+from ..plan.policies import MOST_TOKENS, TokenShares
 from ..profile import Profile, TensorScore
 from .choices import Choices, TensorChoice, undominated
 from .problem import KINDS, Decision, Problem
@@ -84,7 +84,7 @@ def grouped(heads: Mapping[int, LayerPlan]) -> LayerPlan:
     return most.model_copy(update={"head_groups": groups})
 
 
-def with_budgets(plan: Plan, profile: Profile, score: str, sure: float = SURE) -> Plan:
+def with_budgets(plan: Plan, profile: Profile, score: str, sure: float = SURE, context: int | None = None) -> Plan:
     """Return a plan whose heads share out the tokens that it keeps, in proportion to a score.
 
     Args:
@@ -92,6 +92,7 @@ def with_budgets(plan: Plan, profile: Profile, score: str, sure: float = SURE) -
         profile: scores of its model.
         score: score with heads.
         sure: part of the mean that every head has, whatever its score.
+        context: tokens that no head needs more of; what is left by heads that reach it goes to the others.
 
     Raises:
         BudgetError: if the plan keeps no number of tokens, or the score has no heads.
@@ -104,7 +105,8 @@ def with_budgets(plan: Plan, profile: Profile, score: str, sure: float = SURE) -
     total = sum(rooms[layer] for layer, _ in slots) // page
     certain = [int(sure * rooms[layer]) // page for layer, _ in slots]
     worth = _worth(plan, profile, score)
-    pages = shared_out(total - sum(certain), [worth[slot] for slot in slots])
+    most = [(MOST_TOKENS if context is None else max(0, context - fixed)) // page - own for own in certain]
+    pages = shared_out(total - sum(certain), [worth[slot] for slot in slots], [max(0, each) for each in most])
     keep = {slot: fixed + page * (more + own) for slot, more, own in zip(slots, pages, certain, strict=True)}
     return _with_tokens(plan, {slot: TokenShares(keep=tokens) for slot, tokens in keep.items()}, "budgets")
 
@@ -126,8 +128,23 @@ def with_whole_heads(plan: Plan, profile: Profile, score: str, share: float) -> 
     return _with_tokens(plan, own, f"whole:{share:g}")
 
 
-def shared_out(total: int, weights: Sequence[float]) -> list[int]:
-    """Return whole numbers that add up to `total`, in proportion to weights, the largest remainders rounded up."""
+def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Return whole numbers that add up to `total`, or to all of `most`, in proportion to weights, each at most `most`.
+
+    The largest remainders are rounded up. What a number cannot take goes to the others.
+    """
+    found = dict[int, int]()
+    while True:
+        rest = [place for place in range(len(weights)) if place not in found]
+        shares = _in_proportion(total - sum(found.values()), [weights[place] for place in rest])
+        full = [place for place, share in zip(rest, shares, strict=True) if share >= most[place]]
+        if not full:
+            found |= dict(zip(rest, shares, strict=True))
+            return [found[place] for place in range(len(weights))]
+        found |= {place: most[place] for place in full}
+
+
+def _in_proportion(total: int, weights: Sequence[float]) -> list[int]:
     whole = sum(weights)
     exact = [total * weight / whole if whole else total / len(weights) for weight in weights]
     floors = [int(number) for number in exact]

@@ -87,7 +87,7 @@ def allocate(
                 f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
             )
     if storage.by_head is not None:
-        plan = _by_head(plan, source, effort.score, *storage.by_head)
+        plan = _by_head(plan, source, effort.score, budget.context, *storage.by_head)
     if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
         basis.save(path.parent / plan.cache.transform.basis)
     _save(plan, path, command)
@@ -95,13 +95,13 @@ def allocate(
         _show(plan, source, path, budget.context, budget.batch)
 
 
-def _by_head(plan: Plan, source: Profile, score: str | None, what: str, number: float) -> Plan:
+def _by_head(plan: Plan, source: Profile, score: str | None, context: int, what: str, number: float) -> Plan:
     """Return a plan whose KV heads have tokens of their own. Raises BudgetError."""
     from ..allocation import default_score, with_budgets, with_whole_heads
 
     score = score or default_score(source, "ilp")
     if what == "budgets":
-        return with_budgets(plan, source, score, number)
+        return with_budgets(plan, source, score, number, context)
     return with_whole_heads(plan, source, score, number) if what == "whole" else plan
 
 

@@ -10,7 +10,8 @@ import typer
 
 from ..errors import EvaluationError
 from .dry_run import DryRunFlag
-from .options import Encoding, TensorParallel, given
+from .options import Encoding, given
+from .ranks import TensorParallel
 from .values import (
     count_option,
     parse_batch,

@@ -212,10 +212,8 @@ class LoadingOptions:
     threads: Threads = None
     profiles_dir: ProfilesDir = None
 
-    def load(
-        self, model: str, revision: str | None, *, reads_images: bool = False, tensor_parallel: bool = False
-    ) -> LoadedModel:
-        """Load a model as the options say, with what reads images if asked for. Raises ModelError."""
+    def load(self, model: str, revision: str | None, **more: Any) -> LoadedModel:
+        """Load a model as the options say, with `more` options of `load_model`. Raises ModelError."""
         from ..models.loading import load_model
 
         return load_model(
@@ -225,15 +223,8 @@ class LoadingOptions:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
-            reads_images=reads_images,
-            tensor_parallel=tensor_parallel,
+            **more,
         )
-
-
-TensorParallel = Annotated[
-    bool,
-    typer.Option("--tensor-parallel", help="Under torchrun: give each rank a part of the model instead of a copy."),
-]
 
 
 Json = Annotated[

@@ -16,7 +16,8 @@ from ..errors import KvmixError
 from ..files import after_saving
 from ..ranks import current
 from .dry_run import DryRunFlag, show_work
-from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, TensorParallel, expand
+from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
+from .ranks import TensorParallel
 from .values import count_option, parse_bits, parse_groups, parse_names
 
 if TYPE_CHECKING:

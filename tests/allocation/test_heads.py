@@ -130,7 +130,22 @@ def test_what_cannot_be_given_to_heads():
 
 
 @pytest.mark.parametrize(
-    ("total", "weights", "expected"), [(10, [1, 1, 1], [4, 3, 3]), (7, [0, 0], [4, 3]), (0, [3, 1], [0, 0])]
+    ("total", "weights", "most", "expected"),
+    [
+        (10, [1, 1, 1], [99] * 3, [4, 3, 3]),
+        (7, [0, 0], [99] * 2, [4, 3]),
+        (0, [3, 1], [99] * 2, [0, 0]),
+        (10, [8, 1, 1], [4] * 3, [4, 3, 3]),
+        (10, [8, 1, 1], [2] * 3, [2, 2, 2]),
+        (10, [1, 0, 0], [4, 9, 9], [4, 3, 3]),
+    ],
 )
-def test_whole_numbers_are_shared_out(total, weights, expected):
-    assert shared_out(total, weights) == expected
+def test_whole_numbers_are_shared_out(total, weights, most, expected):
+    assert shared_out(total, weights, most) == expected
+
+
+def test_no_head_keeps_more_than_the_context():
+    plan = with_budgets(keeping({"keep": 16 + 160, "flush": 32}), scored(), "fisher", 0.0, context=256)
+    kept = [part.settings(plan.cache).kept for layer in plan.layers.values() for _, part in layer.parts(2)]
+    assert max(kept) == 240
+    assert sum(kept) == 640

@@ -204,7 +204,7 @@ def test_chunks_stay_together():
     cache = MixedCache.from_plan(plan_for(MODEL, {"tokens": policy}, 4, 4), MODEL.config)
     with torch.no_grad():
         MODEL(ids(220), past_key_values=cache)
-    tiers = cache.layers[0]._tiers.tiers.view.unflatten(2, (-1, 8))
+    tiers = cache.layers[0]._tokens.sorted.view.unflatten(2, (-1, 8))
     assert tiers.shape[2] >= 8
     assert (tiers == tiers[..., :1]).all()
     assert list(TokenPolicy(evict=0.5, flush=64, granularity=5).faults(16)) == [

@@ -18,6 +18,8 @@ from kvmix_cli.cache.policies import presses
 from kvmix_cli.decoding.feed import fill, prefill
 from kvmix_cli.decoding.prompt_scores import OVERLAP, REPEAT, REPEAT_FROM
 from kvmix_cli.errors import PlanError, PolicyError
+from kvmix_cli.plan import Plan, TensorPlan
+from kvmix_cli.plan.layers import HeadGroup
 from kvmix_cli.plan.policies import Rotate, TokenPolicy, Transforms
 from kvmix_cli.texts.tokens import encode
 
@@ -82,12 +84,28 @@ def test_scores_are_the_largest_weights_of_the_second_reading(loaded, monkeypatc
     assert cache.get_seq_length() == 230
     for layer, given, expected in zip(cache.layers, found, reference(loaded, tokens, 100), strict=True):
         torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-5)  # the eager model's softmax is in float32
-        tiers = layer._tiers.tiers.view
+        tiers = layer._tokens.sorted.view
         packed = given[:, :, SINK : SINK + tiers.shape[2]]
         assert tiers.shape[2] == 128
         for scores, kept in zip(packed.flatten(0, 1), (tiers != EVICTED).flatten(0, 1), strict=True):
             assert kept.sum() == 64
             assert scores[kept].min() >= scores[~kept].max()
+
+
+def test_groups_of_heads_are_scored_as_all_heads_together(loaded, monkeypatch):
+    found, release = [], ComposedLayer.release
+    monkeypatch.setattr(ComposedLayer, "release", lambda layer: (found.append(layer.held.scores), release(layer)))
+    plan = zipped(loaded.model)
+    group = HeadGroup(heads=(1,), k=TensorPlan(bits=8))
+    layers = {index: layer.model_copy(update={"head_groups": (group,)}) for index, layer in plan.layers.items()}
+    with torch.no_grad():
+        for each in (plan, Plan.build(plan.model, layers, plan.cache)):
+            fill(loaded, MixedCache.from_plan(each, loaded.config), ids(150))
+    assert [scores.shape[1] for scores in found] == [2] * 4 + [1] * 8
+    for together, *apart in zip(found[:4], found[4::2], found[5::2], strict=True):
+        torch.testing.assert_close(
+            torch.cat(sorted(apart, key=lambda s: not s[0, 0].equal(together[0, 0])), 1), together
+        )
 
 
 def test_nothing_of_the_second_reading_stays():
@@ -110,10 +128,10 @@ def test_later_tokens_are_scored_by_their_attention(loaded):
     with torch.no_grad():
         prefill(loaded, cache, ids(150))
         assert cache.attended.total == 0
-        before = cache.layers[0]._tiers.tiers.length
+        before = cache.layers[0]._tokens.sorted.length
         for seed in range(4):
             loaded.model(ids(40, seed=seed), past_key_values=cache)
-    assert cache.layers[0]._tiers.tiers.length > before
+    assert cache.layers[0]._tokens.sorted.length > before
     assert cache.get_seq_length() == 310
 
 
@@ -122,13 +140,13 @@ def test_batch_operations_while_a_prompt_is_held(loaded):
     tokens = ids(150)
     with torch.no_grad():
         loaded.model(tokens, past_key_values=one)
-        assert set(one.held) == set(range(4))
+        assert [each.index for each in one.held] == [0, 1, 2, 3]
         one.reorder_cache(torch.tensor([1, 0]))
-        for layer in one.held.values():
+        for layer in [each.layer for each in one.held]:
             layer.held.scores[0] = 1.0  # of what was the second sequence
             layer.release()
         loaded.model(tokens.flip(0), past_key_values=other)
-        for layer in other.held.values():
+        for layer in [each.layer for each in other.held]:
             layer.held.scores[0] = 1.0
             layer.release()
         logits = [loaded.model(ids(2), past_key_values=each).logits for each in (one, other)]
@@ -219,7 +237,7 @@ def test_a_press_scores_a_prompt(loaded, sign):
     with torch.no_grad():
         fill(loaded, cache, ids(150))
     hook.remove()
-    tiers = cache.layers[1]._tiers.tiers.view
+    tiers = cache.layers[1]._tokens.sorted.view
     scores = sign * hidden["x"][..., 0][:, SINK : SINK + tiers.shape[2]]
     best = scores.argsort(dim=-1, descending=True)[:, : tiers.shape[2] // 2].sort().values
     for row in range(2):
