@@ -91,8 +91,12 @@ def spectrum_json(spectrum: ScoreSpectrum) -> MomentsJson:
         "tokens": record.tokens,
         "frame": record.frame,
         "spectrum": [_layer_json(index, layer) for index, layer in spectrum.layers.items()],
-        "coded": [CodedLossJson(**each.model_dump()) for each in spectrum.coded],
+        "coded": [_coded_json(each) for each in spectrum.coded],
     }
+
+
+def _coded_json(coded: CodedLoss) -> CodedLossJson:
+    return {"bits": coded.bits, "exact": coded.exact, "predicted": coded.predicted, "measured": coded.measured}
 
 
 def _coded_text(coded: Sequence[CodedLoss]) -> str:
