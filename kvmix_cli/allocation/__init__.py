@@ -23,6 +23,7 @@ from .bases import SCORE as TRANSFORM_SCORE
 from .bases import make_bases
 from .budgets import Budget
 from .curves import other_settings, predicted_loss
+from .exact import best_exact
 from .heads import SURE, with_budgets, with_whole_heads
 from .options import (
     EXACT,
@@ -96,6 +97,8 @@ def allocate(
     if solve is None:
         reason = "takes no budget" if method == FAMILY else "has to measure plans"
         raise BudgetError(f"method '{method}' {reason}; one plan from a budget: {', '.join(SOLVERS)}")
+    if method == TRANSFORM and options.get("exact") is None:
+        options["exact"] = best_exact(profile, budget, method, solve, options)
     problem = make_problem(profile, budget, method, **options)
     return _plan(problem, method, solve(problem), {})
 

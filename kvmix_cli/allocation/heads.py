@@ -64,8 +64,7 @@ def decide_by_head(chosen: Mapping[HeadSlot, TensorChoice]) -> Decision:
 def grouped(heads: Mapping[int, LayerPlan]) -> LayerPlan:
     """Return a layer from the storage of each of its heads.
 
-    Heads that follow the plan's token policy as it is are the layer's own: a group has from its layer what it does not
-    state.
+    Heads that follow the plan's token policy are the layer's own: a group has what it does not state from its layer.
     """
     plain = [head for head in sorted(heads) if heads[head].tokens is None] or sorted(heads)
     most = Counter(heads[head] for head in plain).most_common(1)[0][0]

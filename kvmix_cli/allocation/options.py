@@ -28,7 +28,7 @@ SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
 """Scores in order of preference: `fisher` predicts as well as `kl`, and knows all widths and groups."""
 PAPER_SCORE = "grad-norm"
 EXACT = 1
-"""Tokens of each page and KV head that transform codes keep exact by default."""
+"""Tokens of each page and KV head that transform codes keep exact where a profile says nothing of them."""
 
 
 class AllocationOptions(TypedDict, total=False):
@@ -43,7 +43,7 @@ class AllocationOptions(TypedDict, total=False):
         pins: layers that are decided already; their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
-        exact: tokens of each page and KV head that transform codes keep exact.
+        exact: tokens of each page and KV head that transform codes keep exact; None for `exact.best_exact`.
         by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
         evict: shares of tokens to evict that every layer chooses from, by a score that has measured them; likewise.
     """
@@ -58,7 +58,7 @@ class AllocationOptions(TypedDict, total=False):
     pins: Mapping[int, LayerPlan] | None
     seed: int
     basis: BasisFile | None
-    exact: int
+    exact: int | None
     by_head: bool
     evict: Sequence[float] | None
 
@@ -134,11 +134,11 @@ def make_problem(
     pins: Mapping[int, LayerPlan] | None = None,
     seed: int = 0,
     basis: BasisFile | None = None,
-    exact: int = EXACT,
+    exact: int | None = None,
     by_head: bool = False,
     evict: Sequence[float] | None = None,
 ) -> Problem:
-    """Return the problem that a method is to solve; options as in `AllocationOptions`.
+    """Return the problem that a method is to solve; options as in `AllocationOptions`, with `EXACT` if none is given.
 
     Raises:
         BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.
@@ -164,7 +164,7 @@ def make_problem(
             f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
         )
     else:
-        cache = _with_basis(cache, basis, exact)
+        cache = _with_basis(cache, basis, EXACT if exact is None else exact)
     problem = Problem(
         profile=profile,
         score_name=score or default_score(profile, method),

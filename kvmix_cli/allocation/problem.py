@@ -13,12 +13,13 @@ from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
-from ..plan.basis import BasisFile
+from ..plan.basis import BasisFile, Variances
 from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, layer_bytes, page_layout
 from ..profile import Profile, Score, choice_key, parse_choice
 from .budgets import TOLERANCE, Budget
+from .correction import loss_ratio
 from .curves import Curves
 from .levels import Levels
 
@@ -115,7 +116,15 @@ class Problem:
     @cached_property
     def curves(self) -> Curves:
         """Return the score's loss of each choice."""
-        return Curves(self.score, self.model, self.cache, self.basis)
+        return Curves(self.score, self.model, self.cache, self.variances)
+
+    @cached_property
+    def variances(self) -> Variances:
+        """Return the variances of all directions, as large as the losses that were measured; none without a basis."""
+        if self.basis is None or self.cache.transform is None:
+            return {}
+        ratio = loss_ratio(self.score, self.cache.transform.exact)
+        return {slot: ratio * each for slot, each in self.basis.variances(self.model.quantizable).items()}
 
     @cached_property
     def levels(self) -> Levels:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..errors import CacheError, PlanError, PolicyError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
+from ..plan.token_scores import PRESS
 from .bases import check_bases
 from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
@@ -60,6 +61,15 @@ class Attended:
     def reset(self) -> None:
         """Start again from 0."""
         self.total = self.quantized = 0
+
+
+@dataclass(frozen=True)
+class HeldPrompt:
+    """A layer that holds its prompt, or the group of its KV heads (None for all) that one layer stores."""
+
+    index: int
+    heads: tuple[int, ...] | None
+    layer: ComposedLayer
 
 
 class CountingCache(Cache):
@@ -208,10 +218,13 @@ class MixedCache(CountingCache):
         return keys, values
 
     @property
-    def held(self) -> dict[int, ComposedLayer]:
-        """Return the layers that hold a prompt until it is scored, by index."""
-        layers = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, ComposedLayer)}
-        return {index: layer for index, layer in layers.items() if layer.held is not None}
+    def held(self) -> list[HeldPrompt]:
+        """Return the layers, or groups of their KV heads, that hold a prompt until it is scored."""
+        parts: list[HeldPrompt] = []
+        for index, layer in enumerate(self.layers):
+            groups = layer.groups if isinstance(layer, GroupedLayer) else ((None, layer),)
+            parts += [HeldPrompt(index, heads, part) for heads, part in groups if _holds(part)]
+        return parts
 
     @contextmanager
     def reading_again(self, part: slice) -> Iterator[None]:
@@ -222,24 +235,27 @@ class MixedCache(CountingCache):
         Raises:
             PolicyError: if a layer keeps a state that cannot be put back.
         """
-        stock = {index: layer for index, layer in enumerate(self.layers) if index not in self.held}
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, StatefulLayer) or not (index in self.held or isinstance(layer, DynamicLayer)):
-                raise PolicyError(
-                    f"layer {index} ({type(layer).__name__}) keeps a state that no second reading can be taken back "
-                    "from; use a score of tokens that reads a prompt once"
-                )
-        before = {index: dict(vars(layer)) for index, layer in stock.items()}
-        counted = replace(self.attended)
+        held = self.held
+        others = {index: self.layers[index] for index in range(len(self.layers))}
+        for index in {each.index for each in held}:
+            others.pop(index)
+        stateful = {each.index: each.layer for each in held if isinstance(each.layer, StatefulLayer)}
+        kept = {index: layer for index, layer in others.items() if not isinstance(layer, DynamicLayer)}
+        for index, layer in {**stateful, **kept}.items():
+            raise PolicyError(
+                f"layer {index} ({type(layer).__name__}) keeps a state that no second reading can be taken back from; "
+                "use a score of tokens that reads a prompt once"
+            )
+        before, counted = {index: dict(vars(layer)) for index, layer in others.items()}, replace(self.attended)
         try:
-            for layer in self.held.values():
-                layer.read_again(part)
+            for each in held:
+                each.layer.read_again(part)
             yield
         finally:
-            for index, layer in stock.items():
+            for index, layer in others.items():
                 vars(layer).update(before[index])
-            for each in self.held.values():
-                each.read_again(None)
+            for each in held:
+                each.layer.read_again(None)
             self.attended = counted
 
     @property
@@ -256,6 +272,10 @@ class MixedCache(CountingCache):
         )
 
 
+def _holds(layer: object) -> TypeGuard[ComposedLayer]:
+    return isinstance(layer, ComposedLayer) and layer.held is not None
+
+
 def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:
     """Return the rotary positions that the plan's score of tokens reads keys without; None if it does not."""
     if plan.cache.tokens is None:
@@ -268,9 +288,9 @@ def _check_groups(index: int, stock: Any, plan: Plan) -> None:
     """Raise PlanError if a layer cannot store its KV heads in groups."""
     if type(stock) is not DynamicLayer:
         raise PlanError(f"layer {index} keeps a state beside keys and values, so its KV heads cannot be in groups")
-    if plan.cache.tokens is not None and token_score(plan.cache.tokens.score).waits:
-        score = plan.cache.tokens.score
-        raise PlanError(f"layer {index}: the score `{score}` reads a prompt twice, which groups of KV heads cannot do")
+    score = "" if plan.cache.tokens is None else plan.cache.tokens.score
+    if score.startswith(PRESS):
+        raise PlanError(f"layer {index}: the score `{score}` is of all KV heads together, and the plan groups them")
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

@@ -41,7 +41,8 @@ class PromptScores:
         """Return keys `[B, H_kv, T, D]` of the prompt followed by new ones, which read a part of it."""
         if self.part is None:
             raise AssertionError("no part is being read")
-        self._keys = torch.cat([prompt[:, :, : self.sinks], prompt[:, :, self.part], new], dim=2)
+        before = min(self.sinks, self.part.start)
+        self._keys = torch.cat([prompt[:, :, :before], prompt[:, :, self.part], new], dim=2)
         return torch.cat([prompt, new], dim=2)
 
     @lasting
@@ -53,15 +54,15 @@ class PromptScores:
         if self._keys is None or self.part is None:
             raise AssertionError("no part is being read")
         keys, self._keys = self._keys, None
-        tokens, queries = keys.shape[2], call.query.shape[2]
+        tokens, queries, before = keys.shape[2], call.query.shape[2], min(self.sinks, self.part.start)
         mask = call.mask
         if mask is not None and mask.shape[3] > 1:
             prompt = mask.shape[3] - queries
-            mask = torch.cat([mask[..., : self.sinks], mask[..., :prompt][..., self.part], mask[..., prompt:]], dim=3)
+            mask = torch.cat([mask[..., :before], mask[..., :prompt][..., self.part], mask[..., prompt:]], dim=3)
         rows = weight_rows(
             replace(call, mask=mask, logarithms=None), keys, tokens, True, QuerySample(every=True), reduce="max"
         )
-        found = rows.weights.amax(2)[..., self.sinks : tokens - queries]
+        found = rows.weights.amax(2)[..., before : tokens - queries]
         self.scores[..., self.part] = torch.maximum(self.scores[..., self.part], found)
 
     @lasting

@@ -78,18 +78,19 @@ class RunningMean:
 
     Args:
         horizon: queries that a mean is over: each forward moves it towards its own mean by its share of so many.
+        mean: `[B, H, n]` float32, to go on from.
     """
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(self, horizon: int, mean: Tensor) -> None:
         self._horizon = horizon
-        self._earlier: Tensor | None = None
+        self._earlier = mean
         self._last: Tensor | None = None
         self._queries = 0  # that one row of the last forward stands for
 
     @property
-    def mean(self) -> Tensor | None:
-        """Return the mean `[B, H, n]`; None before `start`."""
-        if self._earlier is None or self._last is None or not self._last.shape[2]:
+    def mean(self) -> Tensor:
+        """Return the mean `[B, H, n]`."""
+        if self._last is None or not self._last.shape[2]:
             return self._earlier
         queries = self._last.shape[2] * self._queries
         return self._earlier.lerp(self._last.sum(2) / queries, min(1.0, queries / self._horizon))
@@ -118,13 +119,14 @@ class RunningMean:
         """Give the mean of `shape` `[B, H, n]` to an archive, or take it from one."""
         self._queries = archive.number("queries", self._queries)
         batch, heads, count = shape
-        self._earlier = archive.tensor("earlier", self._earlier, shape, torch.float32)
+        self._earlier = archive.array("earlier", self._earlier, shape, torch.float32)
         self._last = archive.tensor("last", self._last, (batch, heads, None, count), torch.float32)
 
     @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace what is held by `change` of it: a selection of the batch, another device."""
-        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
+        self._earlier = change(self._earlier)
+        self._last = self._last if self._last is None else change(self._last)
 
 
 class LastRows:

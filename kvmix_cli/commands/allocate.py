@@ -165,7 +165,7 @@ def _choices(
     seed: int,
 ) -> AllocationOptions:
     """Return the options of the method, and say if it does not choose among several group sizes."""
-    from ..allocation import EXACT, METHODS, default_score, parse_pins
+    from ..allocation import METHODS, default_score, parse_pins
 
     if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
@@ -179,7 +179,7 @@ def _choices(
         "cache": caches[0],
         "score": score or default_score(source, method),
         "seed": seed,
-        "exact": EXACT if storage.exact is None else storage.exact,
+        "exact": storage.exact,
         "evict": storage.evict,
         "by_head": storage.by_head is not None and storage.by_head[0] == "widths",
     }

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
-    Model,
+from .options import Encoding, Model, given
+from .values import (
     count_option,
-    given,
     parse_bits,
     parse_budgets,
     parse_bytes,
@@ -150,7 +148,8 @@ class StorageOptions:
     ] = None
     encode: Encoding = None
     exact: Annotated[
-        int | None, count_option("Tokens of a page that transform codes keep exact [default: 1].", least=0)
+        int | None,
+        count_option("Tokens of a page that transform codes keep exact [default: what loses least].", least=0),
     ] = None
     evict: Annotated[
         Any,

@@ -65,8 +65,8 @@ def scoring(loaded: LoadedModel, cache: Cache, ids: Tensor, read: Callable[[Tens
         yield
         if cache.held:
             _read_again(loaded, cache, ids, read)
-    for layer in cache.held.values():
-        layer.release()
+    for each in cache.held:
+        each.layer.release()
 
 
 def _read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Callable[[Tensor], object]) -> None:
@@ -94,7 +94,7 @@ def _noted(model: nn.Module) -> Iterator[dict[int, tuple[nn.Module, Tensor, dict
     notes: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
         notes[module.layer_idx] = module, hidden, kwargs
 
     attentions = [module for module in model.modules() if _is_attention(module)]
@@ -115,7 +115,8 @@ def _is_attention(module: nn.Module) -> bool:
 def _press(press: Any, cache: MixedCache, notes: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]]) -> None:
     """Let a press score the prompt of every layer that holds it."""
     name = type(press).__name__
-    for index, layer in cache.held.items():
+    for each in cache.held:
+        index, layer = each.index, each.layer
         if index not in notes or layer.held is None:
             raise PolicyError(f"layer {index}: the press {name} needs an attention with a q_proj, which is not there")
         module, hidden, kwargs = notes[index]

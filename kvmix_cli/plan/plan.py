@@ -1,8 +1,8 @@
 """The plan: storage of every layer's keys and values. See docs/plan-format.md.
 
 A plan is frozen and complete: it names the model it was made for, each layer's bits, and how pages, groups, sinks
-and the full-precision window are cut. It loads from its own YAML, from the short form `"0-3:k4v4,4-31:k2v2"`, and
-from KVTuner's preset YAML.
+and the full-precision window are cut. It loads from its own YAML, from the short form `"0-3:k4v4,4-31:k2v2"`, from
+KVTuner's preset YAML, and from ModelOpt's map of formats.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
+from .modelopt import modelopt_layers
 from .policies import WIDTHS, ChannelPolicy
 from .settings import CacheSettings, GroupSize
 from .sizes import BitCount, CacheBytes, layer_bytes, mean_bits
@@ -37,7 +38,7 @@ class Provenance(TypedDict, total=False):
 
     Attributes:
         kvmix: version of kvmix.
-        method: method of allocation, "preset", "shuffled", "short form" or "kvtuner".
+        method: method of allocation, "preset", "shuffled", "short form", "kvtuner" or "modelopt".
         score: score that decided, or that predicts the loss.
         seed: seed of a method that draws at random.
         group_sizes: group sizes to choose from.
@@ -183,6 +184,17 @@ class Plan(StrictModel):
             raise document.error(faults)
         layers = {index: LayerPlan.of_bits(pair["nbits_key"], pair["nbits_value"]) for index, pair in pairs.items()}
         return cls.build(model, dict(sorted(layers.items())), cache, {"method": "kvtuner"})
+
+    @classmethod
+    def from_modelopt(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
+        """Read ModelOpt's `hf_quant_config.json`, or a `config.json` with it: FP8 as 8 bits, NVFP4 as 4 bits.
+
+        Raises:
+            DocumentError: with every fault.
+            PlanError: if the model's heads cannot be packed.
+        """
+        layers = modelopt_layers(read_yaml(Path(path)), model)
+        return cls.build(model, layers, cache, {"method": "modelopt"})
 
     def save(self, path: Path | str, command: str = "") -> Path:
         """Write the plan file; `command` becomes its head comment. Raises OutputError."""

@@ -128,7 +128,17 @@ class Balance(_Setting):
     kind: Literal["balance"] = "balance"
 
 
-Transform = Annotated[Rotate | Center | Balance, Field(discriminator="kind")]
+class OwnTransform(_Setting):
+    """A transform of the user's own, registered under a name by a file that `--import` names.
+
+    What it keeps of each sequence is not in the count of bytes.
+    """
+
+    kind: Literal["own"] = "own"
+    name: str
+
+
+Transform = Annotated[Rotate | Center | Balance | OwnTransform, Field(discriminator="kind")]
 
 
 class Transforms(_Setting):

@@ -3,7 +3,7 @@
 A preset is a file, `profiles/presets/NAME.yaml`: widths by layer, and a plan's cache section. Its head comment names
 its source and how it differs. Instead of widths it may have a method of allocation and its budget: such a preset is
 solved from a profile of the model (`studies/directions.py`). `kvtuner:FILE` also is a preset: widths from KVTuner's
-file, with the default cache.
+file, with the default cache. A file of the user's own is a preset by its path, if that ends in .yaml.
 
 The paper's preset has two names, `kvmix-paper` and `paper`. It serves twice: as a plan without a profile, whose first
 layers stand for the important ones, and as the start of `kvmix allocate`, which chooses these layers by score.
@@ -35,6 +35,8 @@ FORMAT: Final = "kvmix-preset/1"
 KVTUNER: Final = "kvtuner:"
 ALIASES: Final = {"paper": "kvmix-paper"}
 """Second names of presets."""
+FILE_ENDINGS: Final = (".yaml", ".yml")
+"""Ends of the path of a preset file."""
 _SHIPPED = Path(__file__).parents[1] / "presets"
 _CHECKOUT = Path(__file__).parents[2] / "profiles" / "presets"
 
@@ -183,7 +185,9 @@ def has_preset(name: str) -> bool:
 
 
 def preset_path(name: str) -> Path:
-    """Return the file of a preset by one of its names. Raises StateError with the nearest names if there is none."""
+    """Return the file of a preset by one of its names, or its path. Raises StateError if there is none."""
+    if name.endswith(FILE_ENDINGS):
+        return Path(name)
     if not has_preset(name):
         hint = did_you_mean(name, [*presets(), *ALIASES])
         raise StateError(f"unknown preset '{name}'{hint}; known are {', '.join(presets())} and {KVTUNER}FILE")

@@ -14,7 +14,7 @@ from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPolicy
 
-WITHOUT_QUERIES = ("rotated", "centered", "recency")
+WITHOUT_QUERIES = ("rotated", "centered", "recency", "before rope")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
 STEPS = [90] + [1] * 12 + [70, 5, 1]
@@ -50,7 +50,7 @@ def test_at_16_bits_nothing_changes(family, axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["rotated", "recency", "everything"])
+@pytest.mark.parametrize("axes", ["rotated", "recency", "before rope", "everything"])
 def test_other_attention_reads_the_same(axes):
     """What looks at no queries runs under any implementation: handles give the model's own numbers back."""
     axes = dict(AXES[axes])
@@ -80,7 +80,9 @@ def test_attention_that_shows_no_queries_is_a_named_error(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["attention", "normalised", "query-range", "everything"])
+@pytest.mark.parametrize(
+    "axes", ["attention", "normalised", "last queries", "queries to come", "query-range", "everything"]
+)
 def test_beams_and_batches(axes):
     model = build("llama", wide=True)
     model.set_attn_implementation("kvmix")
@@ -102,7 +104,7 @@ def test_beams_and_batches(axes):
 
 @pytest.mark.slow
 @given(
-    axes=st.sampled_from(["attention", "normalised", "recency", "query-range", "everything"]),
+    axes=st.sampled_from(["attention", "normalised", "last queries", "before rope", "query-range", "everything"]),
     steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=6),
     prompt=st.sampled_from([20, 60]),
 )

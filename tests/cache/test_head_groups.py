@@ -5,7 +5,9 @@ import torch
 from architectures import build
 from composing import plan_for
 from teaching import ids, teacher_forced
+from transformers.cache_utils import DynamicLayer
 
+from kvmix_cli.cache import mixed
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
@@ -155,10 +157,10 @@ def test_a_file_holds_every_group(model, tmp_path):
     torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
-def test_scores_that_read_a_prompt_twice_are_refused(model):
-    axes = {"tokens": TokenPolicy(score="kvzip", evict=0.5, flush=32)}
-    with pytest.raises(PlanError, match=r"layer 0: the score `kvzip` reads a prompt twice, which groups of KV heads"):
-        MixedCache.from_plan(grouped(model, CASES["budgets"][0], axes), model.config)
+def test_presses_of_kvpress_are_refused(model):
+    axes = {"tokens": TokenPolicy(score="press:SnapKVPress()", evict=0.5, flush=32)}
+    with pytest.raises(PlanError, match=r"layer 0: the score `press:SnapKVPress\(\)` is of all KV heads together"):
+        mixed._check_groups(0, DynamicLayer(), grouped(model, (HeadGroup(heads=(1,), k=FOUR),), axes))
 
 
 @pytest.mark.parametrize(

@@ -28,19 +28,29 @@ from kvmix_cli.plan.windows import Recent
 
 NAMES = (
     "asymkv",
+    "chunkkv",
+    "cocktail",
+    "expected-attention",
     "h2o",
     "h2o-512",
+    "keydiff",
     "kitty",
     "kivi-2",
     "kivi-4",
+    "kvcrush",
     "kvmix-paper",
+    "kvzip",
+    "leverage",
     "mikv",
     "minikv",
     "mixkvq",
+    "morphkv",
     "morphkv-512",
     "pyramidkv",
     "rotate-2",
+    "snapkv",
     "streaming-512",
+    "tova",
     "transform-2",
     "zipcache",
 )
@@ -98,7 +108,7 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     [
         ("mikw", r"\(did you mean 'mikv'\?\)"),
         ("papr", r"\(did you mean 'paper'\?\)"),
-        ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE"),
+        ("xyz", "known are asymkv, chunkkv, .* and kvtuner:FILE"),
     ],
 )
 def test_an_unknown_preset(name, hint):

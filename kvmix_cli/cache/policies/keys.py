@@ -52,7 +52,8 @@ class Leverage(TokenScore):
         gram = x.mT @ x
         ridge = (RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-12)
         factor = torch.linalg.cholesky(gram + ridge[..., None, None] * torch.eye(x.shape[3], device=x.device))
-        return torch.linalg.solve_triangular(factor, x.mT, upper=False).square().sum(2)
+        spanned: Tensor = torch.linalg.solve_triangular(factor, x.mT, upper=False)
+        return spanned.square().sum(2)
 
 
 @TOKEN_SCORES.register("key-norm")
@@ -62,7 +63,8 @@ class SmallKeys(TokenScore):
     queries = "none"
 
     def importance(self, tokens: Candidates) -> Tensor:
-        return -tokens.keys.float().norm(dim=-1)
+        sizes: Tensor = tokens.keys.float().norm(dim=-1)
+        return -sizes
 
 
 @TOKEN_SCORES.register("bumblebee")

@@ -59,11 +59,13 @@ def _press(name: str) -> Any:
         kvpress = importlib.import_module("kvpress")
     except ImportError as error:
         raise PlanError(f"the score `{name}` needs kvpress: {class_and_sentence(error)}; {INSTALL}") from error
-    scorer, found = kvpress.ScorerPress, getattr(kvpress, kind, None)
+    scorer: Any = kvpress.ScorerPress
+    found: Any = getattr(kvpress, kind, None)
     if not isinstance(found, type):
         presses = [each for each, value in vars(kvpress).items() if isinstance(value, type)]
         raise PlanError(f"kvpress has no press '{kind}'{did_you_mean(kind, presses)}")
-    if not issubclass(found, scorer) or found.compress is not scorer.compress:
+    press: Any = found  # its base class is known only where kvpress is installed
+    if not issubclass(press, scorer) or press.compress is not scorer.compress:
         raise PlanError(
             f"the press {kind} does more than to score tokens (it masks tokens of single heads, or changes keys and "
             "values); use a press that derives from ScorerPress and only has a score"

@@ -30,5 +30,6 @@ class ExpectedAttention(TokenScore):
         places = [torch.full((queries.shape[2],), end + ahead, device=queries.device) for ahead in FUTURE]
         mean = torch.stack([at_positions(queries, tokens.rope, each) for each in places]).mean(0)
         logits = tokens.scaling * mean @ tokens.keys.to(mean.dtype).mT
-        expected = (logits.mean(2) + logits.var(2, correction=0) / 2).softmax(-1)
-        return expected * tokens.values.float().norm(dim=-1)
+        expected: Tensor = (logits.mean(2) + logits.var(2, correction=0) / 2).softmax(-1)
+        sizes: Tensor = tokens.values.float().norm(dim=-1)
+        return expected * sizes
