@@ -1,4 +1,4 @@
-"""The cost of evicting a share of one layer's tokens: of it alone, and refused by name where it is not measured."""
+"""The cost of evicting a share of one layer's tokens: of that layer alone, refused by name where none is measured."""
 
 import pytest
 import torch
