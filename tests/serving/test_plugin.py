@@ -252,7 +252,9 @@ def test_a_gpu_is_refused(engine, plan_file):
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.3", "dev", "0.321.0"])
 def test_versions_that_were_not_tested_are_refused(version, engine, plan_file):
     engine(version)
-    with pytest.raises(KvmixError, match=rf"vLLM {version} cannot hold a plan: kvmix has been tested with vLLM 0\.32\.\*"):
+    with pytest.raises(
+        KvmixError, match=rf"vLLM {version} cannot hold a plan: kvmix has been tested with vLLM 0\.32\.\*"
+    ):
         serving.register()
 
 
