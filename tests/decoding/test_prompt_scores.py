@@ -70,6 +70,7 @@ def reference(loaded, tokens, chunk):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transforms", [None, Transforms(k=(Rotate(),))])
 def test_scores_are_the_largest_weights_of_the_second_reading(loaded, monkeypatch, transforms):
     monkeypatch.setattr("kvmix_cli.decoding.prompt_scores.CHUNK", 100)
@@ -108,6 +109,7 @@ def test_groups_of_heads_are_scored_as_all_heads_together(loaded, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_nothing_of_the_second_reading_stays():
     """A model with sliding layers, whose stock caches are put back, decodes as without eviction or a second reading."""
     loaded = loaded_model("gemma3")

@@ -35,6 +35,13 @@ def test_every_method_has_a_plan_within_every_budget(name, budget):
     assert page in (ROOT / "docs" / "methods.md").read_text()
 
 
+@pytest.mark.parametrize("name", methods.HALVES)
+def test_halves_have_the_same_bytes(name):
+    plan = methods.half(INFO, methods.HALVES[name])
+    assert (plan.bits.nominal, plan.bits.stored) == (2.0, 2.3125)
+    assert f"`{name.removesuffix('-16')}`" in (ROOT / "docs" / "methods.md").read_text()
+
+
 def in_this_process(command, **_):
     """Run `kvmix` as a subprocess would be, without starting one."""
     return SimpleNamespace(returncode=kvmix(*command[1:]).exit_code)
