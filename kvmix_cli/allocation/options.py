@@ -26,7 +26,7 @@ SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
 """Scores in order of preference: `fisher` predicts as well as `kl`, and knows all widths and groups."""
 PAPER_SCORE = "grad-norm"
 EXACT = 1
-"""Tokens of each page and KV head that transform codes keep exact by default."""
+"""Tokens of each page and KV head that transform codes keep exact where a profile says nothing of them."""
 
 
 class AllocationOptions(TypedDict, total=False):
@@ -41,7 +41,8 @@ class AllocationOptions(TypedDict, total=False):
         pins: layers that are decided already; their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
-        exact: tokens of each page and KV head that transform codes keep exact.
+        exact: tokens of each page and KV head that transform codes keep exact; None for `exact.best_exact`.
+        by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
     """
 
     k_bits: Sequence[int] | None
@@ -54,7 +55,8 @@ class AllocationOptions(TypedDict, total=False):
     pins: Mapping[int, LayerPlan] | None
     seed: int
     basis: BasisFile | None
-    exact: int
+    exact: int | None
+    by_head: bool
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,10 @@ def make_problem(
     pins: Mapping[int, LayerPlan] | None = None,
     seed: int = 0,
     basis: BasisFile | None = None,
-    exact: int = EXACT,
+    exact: int | None = None,
+    by_head: bool = False,
 ) -> Problem:
-    """Return the problem that a method is to solve; options as in `AllocationOptions`.
+    """Return the problem that a method is to solve; options as in `AllocationOptions`, with `EXACT` if none is given.
 
     Raises:
         BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.
@@ -138,6 +141,8 @@ def make_problem(
         PlanError: if the model's heads cannot be packed.
     """
     cache = cache or CacheSettings()
+    if by_head and "heads" not in METHODS[method].uses:
+        raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
     weighs = "group_sizes" in METHODS[method].uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
     if "basis" not in METHODS[method].uses:
@@ -147,7 +152,7 @@ def make_problem(
             f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
         )
     else:
-        cache = _with_basis(cache, basis, exact)
+        cache = _with_basis(cache, basis, EXACT if exact is None else exact)
     problem = Problem(
         profile=profile,
         score_name=score or default_score(profile, method),
@@ -159,6 +164,7 @@ def make_problem(
         pins=dict(pins or {}),
         seed=seed,
         basis=basis,
+        by_head=by_head,
     )
     if basis is not None and budget.max_loss is not None and pins:
         raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
-from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, count_option, expand, refuse
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse
+from .values import count_option
 
 if TYPE_CHECKING:
     from ..export import Export

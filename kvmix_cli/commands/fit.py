@@ -9,18 +9,8 @@ import typer
 
 from .. import console
 from ..errors import ModelError, did_you_mean
-from .options import (
-    CommonOptions,
-    Encoding,
-    ModelOptions,
-    ProfilesDir,
-    count_option,
-    expand,
-    parse_bytes,
-    parse_dtype,
-    parse_model_dtype,
-    refuse,
-)
+from .options import CommonOptions, Encoding, ModelOptions, ProfilesDir, expand, refuse
+from .values import count_option, parse_bytes, parse_dtype, parse_model_dtype
 
 WEIGHT_NAMES = {"fp8": "float8", "q8": "int8", "q4": "int4", "4bit": "int4", "8bit": "int8"}
 """Other names of the dtypes of weights."""

@@ -99,6 +99,8 @@ class Target:
         coded = {index: "transform codes" for index, layer in plan.layers.items() if layer.is_coded}
         rule = "it has widths of whole tensors only"
         refuse(self.name, rule, coded, "allocate with another --method, such as rank")
+        grouped = {index: "groups of KV heads" for index, layer in plan.layers.items() if layer.head_groups}
+        refuse(self.name, rule, grouped, "allocate without --by-head")
         if axes := plan.cache.axes:
             raise ExportError(
                 f"{self.name} cannot express this plan: it knows widths, but not {' and '.join(axes)} of the plan's "

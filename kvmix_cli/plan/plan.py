@@ -42,6 +42,7 @@ class Provenance(TypedDict, total=False):
         score: score that decided, or that predicts the loss.
         seed: seed of a method that draws at random.
         group_sizes: group sizes to choose from.
+        by_head: what KV heads have of their own.
         budget: limit that was asked for, see `allocation.Budget.summary`.
         pins: widths that were set by hand, in short form by layer.
         predicted_loss: predicted increase of the loss, in nats per token.
@@ -55,6 +56,7 @@ class Provenance(TypedDict, total=False):
     score: str
     seed: int
     group_sizes: list[GroupSize]
+    by_head: str
     budget: Mapping[str, float]
     pins: dict[int, str]
     predicted_loss: float
@@ -97,6 +99,7 @@ class Plan(StrictModel):
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
         faults += _codec_faults(self.layers, self.cache, self.model)
+        faults += _own_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -218,6 +221,17 @@ class Plan(StrictModel):
         return format_short(self.layers)
 
     @property
+    def evicts(self) -> bool:
+        """Return whether any layer drops tokens."""
+        parts = (part for index, layer in self.layers.items() for part in self._parts(index, layer))
+        policies = (part.settings(self.cache).tokens for part in parts)
+        return any(policy is not None and policy.evicts for policy in policies)
+
+    def _parts(self, index: int, layer: LayerPlan) -> list[LayerPlan]:
+        """Return the storage of each group of a layer's heads."""
+        return [part for _, part in layer.parts(self.model.heads(index).kv_heads)]
+
+    @property
     def sha256(self) -> str:
         """Return the checksum of everything that changes what the cache does.
 
@@ -304,6 +318,21 @@ def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: 
                     yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
                 if cache.transform is None:
                     yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
+
+
+def _own_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
+    """Yield a fault for what a layer, or a group of its heads, has of its own that does not fit cache or model."""
+    for index in sorted(layers.keys() & set(model.quantizable)):
+        layer, kv_heads = layers[index], model.heads(index).kv_heads
+        faults = list(layer.head_faults(kv_heads))
+        yield from ((("layers", index, "head_groups"), f"layers.{index}.head_groups: {fault}") for fault in faults)
+        for _, part in [] if faults else layer.parts(kv_heads):
+            try:
+                own = part.settings(cache)
+                found = [*own.tokens.faults(cache.page), *own.budget_faults()] if own.tokens and part.tokens else []
+            except ValueError as error:
+                found = [reason(error)]
+            yield from ((("layers", index, "tokens"), f"layers.{index}.tokens: {fault}") for fault in found)
 
 
 def _early_faults(data: Any) -> list[Fault]:

@@ -7,29 +7,30 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
+from ..cache.rotary import measure_rotations
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
 from ..plan.moments import FRAME, MomentsFile, write_moments
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
+from ..ranks import Ranks
 from ..texts.tokens import cut_samples
 from .grid import Grid
 from .identity import ScoreSettings, check_not_lost
 from .measure import KINDS, ProbeOptions, measure_sample
 from .moments import MomentParts, MomentSums, remove_parts
 from .outliers import measure_outliers
-from .probe import CacheProbe, MetricProbe, Probe
+from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
-from .rope import measure_ropes
 
 FORMAT = "kvmix-journal/2"
 
@@ -55,6 +56,8 @@ def run_profile(
 ) -> Profile:
     """Score every layer that can be quantized on calibration text.
 
+    Every rank of `loaded` measures its share of the samples and returns the same profile; the leader keeps the files.
+
     Args:
         scores: probes, by name or as they are. They are measured together where they can be.
         texts: documents; `source` is their name in the profile.
@@ -74,8 +77,13 @@ def run_profile(
         KvmixError: for an unknown score, an option that no score has a use for, or a score in `before` that would be
             lost.
     """
-    probes, options = find_probes(scores), options or ProbeOptions()
+    probes, options, ranks = find_probes(scores), options or ProbeOptions(), loaded.ranks
     options.check(probes)
+    if ranks.is_sharded and (whole := [each.name for each in probes if isinstance(each, ChangeProbe | MetricProbe)]):
+        raise KvmixError(
+            f"score {whole[0]} looks at all heads of a layer, and every rank has a part of them: leave out "
+            "--tensor-parallel, or use grad-norm, loss or kl"
+        )
     metrics = [probe.name for probe in probes if isinstance(probe, MetricProbe)]
     if metrics and moments is None:
         raise KvmixError(f"score {metrics[0]} measures tensors: name a file for them, moments=Path(...)")
@@ -97,27 +105,36 @@ def run_profile(
     outliers = measure_outliers(loaded, chosen[0])
     identities = [_identify(loaded, probe, options, calibration) for probe in probes]
     check_not_lost(before or {}, identities)
-    settings = _settings(loaded, probes, options, calibration)
-    ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
-    with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
+    settings, form = _settings(loaded, probes, options, calibration), _record_form(loaded, probes, options)
+    layers = loaded.info.quantizable
+    ropes = measure_rotations(loaded.model, layers, loaded.max_length) if metrics else dict.fromkeys(layers)
+    if not ranks.leads:
+        journal = moments = None
+
+    def measure(number: int) -> _Measured:
+        sums = MomentSums(ropes)
+        return _Measured(measure_sample(loaded, probes, chosen[number], options, sums), sums)
+
+    with Journal(journal, settings, form, resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
         parts = MomentParts(journal, ropes, resume=resume)
         on_step(len(record.records), len(chosen))
-        for ids in chosen[len(record.records) :]:
-            sums = MomentSums(ropes)
-            try:
-                sample = measure_sample(loaded, probes, ids, options, sums)
-            except ModelError:
-                if not record.records:
-                    record.remove()  # there is nothing to resume
-                raise
-            if metrics:
-                parts.keep(len(record.records), sums)
-            record.append(sample)
-            on_step(len(record.records), len(chosen))
+        numbers = range(int(ranks.agree(str(len(record.records)).encode())), len(chosen))
+        try:
+            for measured in _in_order(ranks, numbers, measure, form):
+                if metrics:
+                    parts.keep(len(record.records), measured.sums)
+                record.append(measured.sample)
+                on_step(len(record.records), len(chosen))
+        except (ModelError, SystemExit):
+            if not record.records:
+                record.remove()  # there is nothing to resume
+            raise
         file = _write_moments(moments, parts.total(len(chosen)), len(chosen)) if metrics and moments else None
-    return Profile(
+    if not ranks.leads:
+        return Profile.model_validate_json(ranks.agree(b""))
+    profile = Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={
@@ -126,6 +143,33 @@ def run_profile(
         },
         outliers=outliers,
     )
+    if ranks.world > 1:
+        ranks.agree(profile.model_dump_json().encode())
+    return profile
+
+
+class _Measured(NamedTuple):
+    sample: Sample
+    sums: MomentSums
+
+
+def _in_order(
+    ranks: Ranks, numbers: Sequence[int], measure: Callable[[int], _Measured], form: TypeAdapter[Sample]
+) -> Iterator[_Measured]:
+    """Yield all samples in order to the leader. Any other rank measures its share and sends it, and is given none."""
+    topic = ranks.topic()
+    for number in numbers:
+        if ranks.is_mine(number):
+            own = measure(number)
+            if ranks.leads:
+                yield own
+            elif not ranks.is_sharded:
+                ranks.send(topic, number, form.dump_json(own.sample) + b"\n" + own.sums.encode())
+        elif ranks.leads:
+            line, _, tensors = ranks.receive(topic, number).partition(b"\n")
+            sums = MomentSums({})
+            sums.merge_encoded(tensors)
+            yield _Measured(form.validate_json(line), sums)
 
 
 def default_samples(scores: Sequence[str | Probe]) -> int:

@@ -14,7 +14,7 @@ from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
-from .words import axes_lines, blocks, heads_text
+from .words import axes_lines, blocks, heads_text, own_heads, own_tokens
 
 
 class PlanBitsJson(TypedDict):
@@ -40,7 +40,7 @@ class PlanJson(TypedDict):
     """Bits, layers and bytes of a plan as plain data."""
 
     bits: PlanBitsJson
-    layers: list[dict[str, float | str | list[str]]]
+    layers: list[dict[str, Any]]
     bytes: PlanBytesJson
 
 
@@ -73,6 +73,12 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
                 "index": index,
                 **_tensor_json("k", layer.k, plan.cache),
                 **_tensor_json("v", layer.v, plan.cache),
+                **({} if layer.tokens is None else {"tokens": layer.tokens.model_dump()}),
+                **(
+                    {}
+                    if not layer.head_groups
+                    else {"head_groups": [group.model_dump() for group in layer.head_groups]}
+                ),
             }
             for index, layer in sorted(plan.layers.items())
         ],
@@ -120,8 +126,16 @@ def plan_table(plan: Plan, path: Path, context: int, batch: int, more: Sequence[
         [f"{a}-{b}" if b > a else f"{a}", f"{b - a + 1}", tensor_text(layer.k), tensor_text(layer.v)]
         for a, b, layer in plan.spans
     ]
+    columns = ["layers", "count", "K bits", "V bits"]
+    of_layers = [layer for _, _, layer in plan.spans]
+    if any(layer.tokens for layer in of_layers):
+        columns.append("tokens")
+        rows = [[*row, own_tokens(layer.tokens)] for row, layer in zip(rows, of_layers, strict=True)]
+    if any(layer.head_groups for layer in of_layers):
+        columns.append("heads of their own")
+        rows = [[*row, own_heads(layer.head_groups)] for row, layer in zip(rows, of_layers, strict=True)]
     footer = "\n".join([summary(plan, path, context, batch), *more])
-    return Table(plan_title(plan), ["layers", "count", "K bits", "V bits"], rows, footer)
+    return Table(plan_title(plan), columns, rows, footer)
 
 
 def plan_title(plan: Plan) -> str:

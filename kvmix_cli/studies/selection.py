@@ -14,7 +14,7 @@ from ..plan.document import read_yaml
 from ..plan.modelopt import is_modelopt
 from ..plan.plan import is_kvtuner
 from ..plan.policies import known_width
-from ..plan.presets import KVTUNER, find_preset, plan_of, presets, put_on, split
+from ..plan.presets import KVTUNER, by_depth, find_preset, plan_of, presets, put_on, split
 from ..plan.settings import Encode
 from ..state import Say, unsaid
 from .directions import preset_plan
@@ -66,7 +66,8 @@ class NamedPlan:
             return plan
         base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
         settings = with_presets(plan.cache, self.put_on, f"'{base}'", say)
-        return Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
+        plan = Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
+        return by_depth(plan, self.put_on)
 
     def _resolve(self, info: ModelInfo, cache: CacheSettings | None, say: Say) -> Plan:
         if self.plan is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import build, case
 from coding import coded_plan
-from composing import AXES, plan_for, quantized
+from composing import AXES, BUDGETS, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -76,6 +76,7 @@ def plans(llama, tmp_path_factory):
     """Plans of every kind of packing, by name."""
     made = {name: affine(llama, cache) for name, cache in AFFINE.items()}
     made |= {name: plan_for(llama, quantized(name), 2, 4) for name in AXES}
+    made |= {name: plan_for(llama, axes, 2, 4) for name, axes in BUDGETS.items()}
     return made | {
         name: coded_plan(llama, tmp_path_factory.mktemp("basis"), rope=ROPE, **options)
         for name, options in CODED.items()

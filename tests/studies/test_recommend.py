@@ -1,6 +1,7 @@
 """The smallest safe plan: what numbers prove, in which order plans are measured, and which of them is the answer."""
 
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from kvmix_cli.studies.recommend.judge import (
     reach,
 )
 from kvmix_cli.studies.recommend.plans import Calibrated, Way, first_guess
-from kvmix_cli.studies.recommend.study import _Search, smallest_passing
+from kvmix_cli.studies.recommend.study import _Search, questions, smallest_passing
 
 PATIENT = settings(patient, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PART = 16
@@ -161,6 +162,27 @@ def test_the_smallest_that_passes_is_found_in_few_steps(count, data):
 
     assert smallest_passing(count, data.draw(st.integers(0, count - 1)), passes) == smallest
     assert len(seen) == len(set(seen)) <= 2 * count.bit_length() + 1
+
+
+@PATIENT
+@given(st.integers(1, 20), st.data())
+def test_answers_given_ahead_are_those_that_the_search_asks_for(count, data):
+    """Whatever question is answered next, the search ends with the same number, and the first question is its own."""
+    smallest, start = data.draw(st.integers(0, count)), data.draw(st.integers(0, count - 1))
+    asked = []
+
+    def passes(index):
+        asked.append(index)
+        return index >= smallest
+
+    assert smallest_passing(count, start, passes) == smallest
+    answers = {}
+    while ahead := list(islice(questions(count, start, answers), 4)):
+        assert ahead[0] in asked and ahead[0] not in answers
+        assert len(ahead) == len(set(ahead))
+        taken = data.draw(st.sampled_from(ahead))
+        answers[taken] = taken >= smallest
+    assert smallest_passing(count, start, answers.__getitem__) == smallest
 
 
 @PATIENT

@@ -1,4 +1,4 @@
-"""builtin:tiny as a GGUF file, written by llama.cpp's own package."""
+"""Models of the Llama family as GGUF files, written by llama.cpp's own package; builtin:tiny is one."""
 
 import json
 
@@ -11,6 +11,7 @@ TINY = ASSETS / "tiny"
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -24,12 +25,23 @@ NAMES = {
 
 
 def write(path, kind="F32"):
-    """Write the model with weights of a kind: F32, or Q8_0 for its matrices."""
+    """Write builtin:tiny with weights of a kind: F32, or Q8_0 for its matrices."""
+    config = json.loads((TINY / "config.json").read_text())
+    return write_llama(path, config, load_file(TINY / "model.safetensors"), kind, _add_tokenizer)
+
+
+def write_llama(path, config, weights, kind, add_tokenizer=None):
+    """Write a model.
+
+    Args:
+        config: of transformers, as plain data.
+        weights: tensors by transformers' names; without `lm_head`, the embedding is used in its place.
+        kind: of matrices, as GGUF names it: F32, BF16, Q8_0, ...
+        add_tokenizer: function that adds a vocabulary to a writer; without one a file has none.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-    config = json.loads((TINY / "config.json").read_text())
     writer = GGUFWriter(path, "llama")
-    writer.add_name("tiny")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -42,9 +54,12 @@ def write(path, kind="F32"):
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer)
+    if add_tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for name, weight in load_file(TINY / "model.safetensors").items():
+    for name, weight in weights.items():
         place = _place(name)
         weight = _permuted(weight, heads[place.split(".")[2]]) if "attn_q" in place or "attn_k" in place else weight
         data = weight.float().numpy()
@@ -61,6 +76,7 @@ def write(path, kind="F32"):
 
 
 def _add_tokenizer(writer):
+    writer.add_name("tiny")
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     special = {token["content"] for token in tokenizer["added_tokens"]}
@@ -78,7 +94,7 @@ def _add_tokenizer(writer):
 def _place(name):
     """The name of a weight in GGUF files: `blk.3.attn_q.weight`."""
     parts = name.removesuffix(".weight").split(".")
-    if parts[1] == "layers":
+    if parts[1:2] == ["layers"]:
         return f"blk.{parts[2]}.{NAMES['.'.join(parts[3:])]}.weight"
     return f"{NAMES['.'.join(parts)]}.weight"
 

