@@ -38,7 +38,7 @@ $(VLLM)/.ready: pyproject.toml
 	touch $(VLLM)/.ready
 
 test-vllm: $(VLLM)/.ready
-	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving tests/export/test_in_vllm.py
 
 # Every architecture of transformers through the cache and the commands, and docs/models.md made of it. Interrupted, it
 # goes on; `rm matrix.jsonl` starts over.
