@@ -29,7 +29,8 @@ def best_exact(
     """
 
     def problem(limit: Budget, exact: int) -> Problem:
-        return make_problem(profile, limit, method, **{**options, "exact": exact})
+        asked: AllocationOptions = {**options, "exact": exact}
+        return make_problem(profile, limit, method, **asked)
 
     coded = profile.score(options.get("score") or default_score(profile, method)).coded
     if not coded:
