@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo docs test test-quick test-network smollm2 matrix coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -27,6 +27,19 @@ smollm2: $(STAMP)
 test-network: smollm2
 	$(TEST) -m network
 
+# vLLM's CPU engine holding plans (docs/serving.md), in an environment of its own: it wants transformers below 5.20.
+VLLM := .venv-vllm
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[vllm]" "lm-eval[api]>=0.4.13" pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.ready
+
+test-vllm: $(VLLM)/.ready
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving tests/export/test_in_vllm.py
+
 # Every architecture of transformers through the cache and the commands, and docs/models.md made of it. Interrupted, it
 # goes on; `rm matrix.jsonl` starts over.
 matrix: export PYTHONPATH := .:kernels:tests/support
@@ -34,6 +47,11 @@ matrix: export OMP_NUM_THREADS := 1
 matrix: $(STAMP)
 	$(BIN)/python tests/support/matrix_pool.py matrix.jsonl
 	$(BIN)/python tests/support/matrix_page.py matrix.jsonl
+
+# The tables of docs/scale.md, from the roofline of `kvmix fit --gpu`.
+scale: export PYTHONPATH := .:kernels:tests/support
+scale: $(STAMP)
+	$(BIN)/python tests/support/scale_page.py
 
 # The site, in site/index.html. Its build asks no other host for anything.
 docs: export NO_MKDOCS_2_WARNING := 1
@@ -73,4 +91,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) kvmix-demo site
+	rm -rf $(VENV) $(VLLM) kvmix-demo site

@@ -64,6 +64,8 @@ class Mode:
 
 
 mode = Mode()
+_heard: list[tuple[TextIO, TextIO]] = []
+"""The streams before each `muted` that goes on."""
 
 
 class Bar:
@@ -275,6 +277,29 @@ def one_line(message: str) -> str:
 def harmless(text: str) -> str:
     """Return text with `?` for every character that a terminal obeys; line ends and tabs stay."""
     return _CONTROL.sub("?", text.replace("\r\n", "\n"))
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Within this block print nothing, since another process does."""
+    _heard.append((sys.stdout, sys.stderr))
+    try:
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            yield
+    finally:
+        _heard.pop()
+
+
+@contextlib.contextmanager
+def unmuted() -> Iterator[None]:
+    """Within this block print, also inside of `muted`."""
+    stdout, stderr = _heard[0] if _heard else (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        yield
 
 
 def _duration(seconds: float) -> str:

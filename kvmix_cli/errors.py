@@ -11,11 +11,13 @@ All are classes of one tree:
     ├── BudgetError             a budget that no plan can meet
     ├── ExportError             a plan that another engine has no way to express
     ├── StateError              which profile or plan is meant cannot be told from the folder
+    │   └── InUseError          another process is writing the file, as long as it lives
     ├── CacheError              a cache that is used in a way it does not allow
     ├── PolicyError             a transform or policy that a model's attention cannot go with
     ├── QuantizationError       numbers that cannot be quantized (NaN, Inf, out of the scale's range)
     ├── EvaluationError         a task or gate that cannot be run as asked
     │   └── UnknownTaskError    a name that no task has, ours or lm-eval's
+    ├── ExtensionError          a file of the user's own, named by --import, that cannot be used
     └── OutputError             a file that cannot be written
 """
 
@@ -77,6 +79,10 @@ class StateError(KvmixError):
     """The profile or plan that a command should use cannot be determined."""
 
 
+class InUseError(StateError):
+    """A file that another process is writing at this moment."""
+
+
 class CacheError(KvmixError):
     """A cache that is used in a way it does not allow."""
 
@@ -111,6 +117,10 @@ class UnknownTaskError(EvaluationError):
     def among(self, ours: Iterable[str]) -> UnknownTaskError:
         """Return the same error with the names of kvmix's own tasks."""
         return UnknownTaskError(self.name, self.theirs, self.near, ours)
+
+
+class ExtensionError(KvmixError):
+    """A Python file of the user's own that cannot be used."""
 
 
 class OutputError(KvmixError):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from .errors import DocumentError, OutputError, StateError
+from .errors import DocumentError, InUseError, OutputError
 from .files import write_text
 from .plan.document import reason
 
@@ -54,7 +54,7 @@ class Journal(Generic[RecordT]):
             resume: go on with the records of the file, if there is one; otherwise start over.
 
         Raises:
-            StateError: if another process has it open.
+            InUseError: if another process has it open.
             DocumentError: if the file is damaged or has other settings.
             OutputError: if it cannot be written.
         """
@@ -193,7 +193,7 @@ def lock(path: Path) -> FileLock:
     """Return the held lock of a file that this process is going to write; `release` gives it back.
 
     Raises:
-        StateError: if another process holds it.
+        InUseError: if another process holds it.
         OutputError: if the folder cannot be written.
     """
     try:
@@ -201,7 +201,7 @@ def lock(path: Path) -> FileLock:
         held = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         held.acquire()
     except Timeout as error:
-        raise StateError(f"another process is writing {path}; wait for it, or write to another place") from error
+        raise InUseError(f"another process is writing {path}; wait for it, or write to another place") from error
     except OSError as error:
         raise OutputError(f"cannot write in {path.parent}: {error.strerror or error}") from error
     return held

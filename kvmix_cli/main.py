@@ -15,7 +15,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -39,8 +40,10 @@ from .commands import (
     run,
 )
 from .commands.grouped import GroupedCommand
+from .commands.ranks import meet
 from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
+from .ranks import current
 
 RESUMABLE = ("profile", "eval", "demo")
 SCHEMA = "kvmix-json/1"
@@ -78,26 +81,25 @@ class Commands(TyperGroup):
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
+                meet(shlex.split(ctx.meta[options.COMMAND_LINE])[1:2])
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise
             except KvmixError as error:
-                console.fail(error, ctx.invoked_subcommand)
+                with _alone(FAILED):
+                    console.fail(error, ctx.invoked_subcommand)
                 raise typer.Exit(FAILED) from error
             except KeyboardInterrupt:
-                console.stop(_interrupted(ctx), ctx.invoked_subcommand)
+                with _alone(INTERRUPTED):
+                    console.stop(_interrupted(ctx), ctx.invoked_subcommand)
                 raise typer.Exit(INTERRUPTED) from None
             except Exception as error:
                 if isinstance(error, _ClickException):  # Typer shows it on stderr
                     usage_error: Any = error
                     console.emit_error("UsageError", usage_error.format_message(), ctx.invoked_subcommand)
                     raise
-                if is_out_of_memory(error):
-                    shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
-                    shortage.__cause__ = error  # for --traceback
-                    console.fail(shortage, ctx.invoked_subcommand)
-                else:
-                    console.fail_bug(error, ctx.invoked_subcommand)
+                with _alone(FAILED):
+                    _report(error, ctx.invoked_subcommand)
                 raise typer.Exit(FAILED) from error
 
 
@@ -208,7 +210,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
-    app(prog_name="kvmix")
+    with nullcontext() if current().leads else console.muted():
+        app(prog_name="kvmix")
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -226,6 +229,31 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _alone(code: int) -> Iterator[None]:
+    """Within this block print what ends all ranks, on one of them.
+
+    Args:
+        code: exit code of all ranks.
+    """
+    if current().claim_failure(code):
+        with console.unmuted():
+            yield
+    else:
+        with console.muted():
+            yield
+
+
+def _report(error: Exception, command: str | None) -> None:
+    """Report an exception that is no error of the user's: no memory is left, or there is a bug."""
+    if is_out_of_memory(error):
+        shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
+        shortage.__cause__ = error  # for --traceback
+        console.fail(shortage, command)
+    else:
+        console.fail_bug(error, command)
 
 
 def _version(wanted: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from kvmix_kernels.transform_layout import MAX_PAGE
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict
 
@@ -77,10 +78,16 @@ class TensorScore(StrictModel):
 
 
 class LayerScore(StrictModel):
-    """One score of one layer's keys and values."""
+    """One score of one layer's keys and values.
+
+    Attributes:
+        k, v: score of keys, and of values.
+        evict: loss of evicting a share of the layer's tokens, in the score's unit, by share; empty if not measured.
+    """
 
     k: TensorScore
     v: TensorScore
+    evict: dict[Annotated[float, Field(gt=0, lt=1)], MeasuredFloat] = Field(default_factory=dict)
 
 
 class LayerOutliers(StrictModel):
@@ -115,6 +122,22 @@ class Calibration(StrictModel):
     tokens: Count = Field(ge=2)
 
 
+class CodedLoss(StrictModel):
+    """Loss of one plan of transform codes: what moments promise of it, and what reading text through the cache loses.
+
+    Attributes:
+        bits: nominal bits of the plan.
+        exact: tokens of each page and KV head that it keeps exact.
+        predicted: by the moments alone, nats a predicted token.
+        measured: divergence from the unquantized cache, nats a predicted token.
+    """
+
+    bits: MeasuredFloat = Field(gt=0)
+    exact: int = Field(ge=0, lt=MAX_PAGE)
+    predicted: MeasuredFloat = Field(gt=0)
+    measured: MeasuredFloat = Field(gt=0)
+
+
 class Score(StrictModel):
     """One probe's result.
 
@@ -124,6 +147,8 @@ class Score(StrictModel):
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
         moments: the file of moments of keys and values, for a score that measures them.
+        coded: losses of plans made from these moments, of different numbers of exact tokens, ascending; empty if none
+            was measured.
         identity: hash of the settings that another score of this name must have to replace it; "" in older files.
     """
 
@@ -132,8 +157,17 @@ class Score(StrictModel):
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
     moments: MomentsFile | None = None
+    coded: list[CodedLoss] = Field(default_factory=list)
     identity: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     layers: dict[int, LayerScore]
+
+    @field_validator("coded")
+    @classmethod
+    def _ascending(cls, coded: list[CodedLoss]) -> list[CodedLoss]:
+        counts = [each.exact for each in coded]
+        if counts != sorted(set(counts)):
+            raise ValueError(f"must have different numbers of exact tokens, ascending, got {counts}")
+        return coded
 
     @property
     def predicts_loss(self) -> bool:
@@ -224,6 +258,8 @@ class Profile(StrictModel):
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
             lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
+            lines += ["    coded:"] if score.coded else []
+            lines += [f"      - {flow(_digits(each.model_dump()))}" for each in score.coded]
             lines += [f"    identity: {flow(score.identity)}"] if score.identity else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]
@@ -250,10 +286,12 @@ def parse_choice(key: str) -> tuple[int, int | Literal["row"]]:
 
 def _rounded(layer: LayerScore) -> dict[str, Any]:
     """Return a layer's numbers with seven significant digits; a float32 norm has no more."""
+    data = layer.model_dump(exclude_none=True)
+    evict = data.pop("evict")
     return {
         name: {key: _digits(value) for key, value in tensor.items() if value or key in ("mean", "std")}
-        for name, tensor in layer.model_dump(exclude_none=True).items()
-    }
+        for name, tensor in data.items()
+    } | ({"evict": _digits(evict)} if evict else {})
 
 
 def _digits(value: Any, count: int = 7) -> Any:

@@ -3,7 +3,8 @@
     python kernels/bench/aot_table.py [--capabilities 80,90]
 
 One KV head with 4 query heads of 128 channels, one query each, pages of 128 tokens, one group a row of a page; then
-keys in runs of channels beside values of 2 bits, and small pages, of which 64 tokens are read together.
+keys in runs of channels beside values of 2 bits, and small pages, of which 64 tokens are read together. A second table
+is of transform codes: of the same heads, with exact tokens, and for each plane of 4, 2 and 1 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from typing import Any
 import triton
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
-from aot_cases import PAGE, RUNS, compile_attend, lane_instructions_per_code
+from aot_cases import (
+    PAGE,
+    RUNS,
+    compile_attend,
+    compile_coded,
+    compile_encode,
+    lane_instructions_per_code,
+    lane_instructions_per_plane_code,
+    plane_loops,
+)
 
 
 def _channels(runs: tuple[tuple[int, int], ...]) -> str:
@@ -34,24 +44,51 @@ CASES: dict[str, tuple[Any, int, dict[str, int]]] = {
 SMALL_PAGES = 64
 
 
+def _transform_table(capabilities: list[int]) -> None:
+    """Print what the kernels for transform codes become."""
+    print(
+        "| GPU | kernel | warps | registers | spilled bytes | shared memory | lane instructions per code of a plane |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for capability in capabilities:
+        kernels = {"attend": compile_coded(capability)}
+        kernels |= {f"encode {kind}s": compile_encode(capability, kind) for kind in ("key", "value")}
+        for name, kernel in kernels.items():
+            registers, spilled = kernel.usage
+            costs = {}
+            if name == "attend":
+                for (kind, bits), loop in plane_loops(kernel).items():
+                    costs.setdefault(kind, []).append(f"{lane_instructions_per_plane_code(kernel, loop):.2f} ({bits})")
+            cost = "; ".join(f"{kind}s {', '.join(each)}" for kind, each in costs.items())
+            shared = f"{kernel.shared / 1024:.0f} KiB"
+            print(f"| sm_{capability} | {name} | {kernel.warps} | {registers} | {spilled} | {shared} | {cost} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--capabilities", default="80,90")
+    parser.add_argument("--transform", action="store_true", help="only the table of transform codes")
     options = parser.parse_args()
     print(f"triton {triton.__version__}\n")
+    capabilities = [int(each) for each in options.capabilities.split(",")]
+    if options.transform:
+        _transform_table(capabilities)
+        return
     print("| GPU | bits | warps | registers | spilled bytes | shared memory | lane instructions per code |")
     print("|---|---|---|---|---|---|---|")
-    for capability in options.capabilities.split(","):
-        for name, (keys, v_bits, options) in CASES.items():
-            kernel = compile_attend(int(capability), keys, v_bits, **options)[0]
+    for capability in capabilities:
+        for name, (keys, v_bits, shape) in CASES.items():
+            kernel = compile_attend(capability, keys, v_bits, **shape)[0]
             registers, spilled = kernel.usage
-            tokens = max(SMALL_PAGES, options.get("page", PAGE))
+            tokens = max(SMALL_PAGES, shape.get("page", PAGE))
             cost = f"{lane_instructions_per_code(kernel, tokens=tokens):.2f}"
             shared = f"{kernel.shared / 1024:.0f} KiB"
             print(
                 f"| sm_{capability} | {name} | {kernel.warps} | {registers} | {spilled} | {shared} | {cost} |",
                 flush=True,
             )
+    print()
+    _transform_table(capabilities)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
       Coded             whole pages of transform codes, a few of their tokens exact
       Tiers             tokens sorted by importance into tiers of one width each, or evicted
         Packed, Channels, Tensor   the tokens of one tier
+      KeptTokens        a bounded number of tokens, in any order, all others evicted
 
 All of them are views of memory that the cache owns, and none ever copies it.
 """
@@ -222,22 +223,25 @@ class Coded(TokenPages):
         return rows[:, :, :tokens].reshape(states.shape)
 
 
-@dataclass(frozen=True)
-class Tiers:
-    """Tokens sorted by importance into tiers. Every KV head has as many tokens in a tier as every other.
+class SortedTokens(ABC):
+    """Tokens that were sorted by importance: held in one form or several, or dropped.
+
+    Every KV head holds as many tokens in each form as every other, but tokens of its own.
 
     Attributes:
-        tier: `[B, H_kv, T]` uint8, the tier of each token, or `EVICTED`.
-        held: the tokens of each tier in the order of their positions; a tensor `[B, H_kv, n, D]` is full precision.
+        held: the tokens of each form; a tensor `[B, H_kv, n, D]` is full precision.
     """
 
-    tier: Tensor
     held: tuple[Packed | Channels | Tensor, ...]
 
     @property
+    @abstractmethod
     def tokens(self) -> int:
-        """Number of tokens, evicted ones included."""
-        return self.tier.shape[2]
+        """Number of tokens, those that were dropped included."""
+
+    @abstractmethod
+    def places(self, form: int) -> Tensor:
+        """Return the positions of a form's tokens, in its order, `[B, H_kv, n]`, counted after the sinks."""
 
     @property
     def kept(self) -> int:
@@ -248,12 +252,6 @@ class Tiers:
     def quantized(self) -> int:
         """Tokens of every KV head that are read in quantized form."""
         return sum(held.tokens for held in self.held if not isinstance(held, Tensor))
-
-    def places(self, tier: int) -> Tensor:
-        """Return the positions of a tier's tokens (or of those evicted), `[B, H_kv, n]`, counted after the sinks."""
-        elsewhere = (self.tier != tier).byte()  # sorted, not selected: a GPU then need not say how many there are
-        there = self.tokens - self.kept if tier == EVICTED else count(self.held[tier])
-        return elsewhere.argsort(stable=True)[..., :there]
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return tokens `[start, stop)`, dequantized: `[B, H_kv, stop - start, D]`. Reads all tokens.
@@ -268,9 +266,54 @@ class Tiers:
             )
         states = [x.to(dtype) if isinstance(x, Tensor) else x.read(0, x.tokens, dtype) for x in self.held]
         sorted_states = torch.cat(states, dim=2)
-        places = torch.cat([self.places(tier) for tier in range(len(self.held))], dim=2)
+        places = torch.cat([self.places(form) for form in range(len(self.held))], dim=2).long()
         whole = torch.empty_like(sorted_states)
         return whole.scatter_(2, places[..., None].expand_as(whole), sorted_states)[:, :, start:stop]
+
+
+@dataclass(frozen=True)
+class Tiers(SortedTokens):
+    """Tokens in tiers.
+
+    Attributes:
+        tier: `[B, H_kv, T]` uint8, the tier of each token, or `EVICTED`.
+        held: the tokens of each tier in the order of their positions.
+    """
+
+    tier: Tensor
+    held: tuple[Packed | Channels | Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.tier.shape[2]
+
+    def places(self, form: int) -> Tensor:
+        """Return the positions of a tier's tokens (or of those evicted), `[B, H_kv, n]`, counted after the sinks."""
+        elsewhere = (self.tier != form).byte()  # sorted, not selected: a GPU then need not say how many there are
+        there = self.tokens - self.kept if form == EVICTED else count(self.held[form])
+        return elsewhere.argsort(stable=True)[..., :there]
+
+
+@dataclass(frozen=True)
+class KeptTokens(SortedTokens):
+    """A bounded number of tokens of all that there were, in one form, in any order.
+
+    Attributes:
+        positions: `[B, H_kv, n]` int32, of each token that is held, counted after the sinks.
+        held: the tokens, one form.
+        total: number of tokens that there were.
+    """
+
+    positions: Tensor
+    held: tuple[Packed | Channels | Tensor, ...]
+    total: int
+
+    @property
+    def tokens(self) -> int:
+        return self.total
+
+    def places(self, form: int) -> Tensor:
+        return self.positions.long()
 
 
 def count(held: Packed | Channels | Tensor) -> int:
@@ -289,7 +332,7 @@ class Segments:
     """
 
     sink: Tensor | None
-    packed: Packed | Channels | Coded | Tiers | None
+    packed: Packed | Channels | Coded | SortedTokens | None
     tail: Tensor
 
     @property
@@ -328,9 +371,9 @@ class Segments:
         """Runs of channels in which the pages are stored, none where there is no page.
 
         Raises:
-            AssertionError: for tiers, which are attended to one by one, and for transform codes, which have none.
+            AssertionError: for sorted tokens and for transform codes, which have none.
         """
-        if isinstance(self.packed, (Tiers, Coded)):
+        if isinstance(self.packed, (SortedTokens, Coded)):
             raise AssertionError(f"{type(self.packed).__name__} have no runs of channels that all tokens share")
         return () if self.packed is None or self.packed.pages == 0 else self.packed.runs
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import mul
 from typing import Final
 
 from .layout import FULL_PRECISION_BITS, Kind
@@ -112,7 +113,8 @@ class TransformLayout:
     @cached_property
     def head_bytes(self) -> tuple[int, ...]:
         """Return the bytes of a page's codes, for each KV head."""
-        return tuple(sum(widths) * self.page // 8 for widths in self.direction_widths)
+        sizes = [min(RUN, self.head_dim - first) for first in range(0, self.head_dim, RUN)]
+        return tuple(sum(map(mul, sizes, widths)) * self.page // 8 for widths in self.widths)
 
     @cached_property
     def head_offsets(self) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from .bases import SCORE as TRANSFORM_SCORE
 from .bases import make_bases
 from .budgets import Budget
 from .curves import other_settings, predicted_loss
+from .exact import best_exact
+from .heads import SURE, with_budgets, with_whole_heads
 from .options import (
     EXACT,
     K_BITS,
@@ -47,6 +49,7 @@ __all__ = [
     "METHODS",
     "SEARCH",
     "SOLVERS",
+    "SURE",
     "TRANSFORM",
     "TRANSFORM_SCORE",
     "TRIALS",
@@ -68,6 +71,8 @@ __all__ = [
     "predicted_loss",
     "preset_start",
     "refine",
+    "with_budgets",
+    "with_whole_heads",
 ]
 
 
@@ -92,6 +97,8 @@ def allocate(
     if solve is None:
         reason = "takes no budget" if method == FAMILY else "has to measure plans"
         raise BudgetError(f"method '{method}' {reason}; one plan from a budget: {', '.join(SOLVERS)}")
+    if method == TRANSFORM and options.get("exact") is None:
+        options["exact"] = best_exact(profile, budget, method, solve, options)
     problem = make_problem(profile, budget, method, **options)
     return _plan(problem, method, solve(problem), {})
 
@@ -135,13 +142,15 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
     layers = dict(sorted({**decision, **problem.pins}.items()))
     uses = METHODS[method].uses
     predicts = problem.score.predicts_loss or ("basis" in uses and not problem.pins)
-    predicted = problem.curves.total(layers) if predicts else None
+    predicted = problem.curves.total(layers) if predicts and not problem.evictions else None
     provenance: dict[str, Any] = {
         "kvmix": __version__,
         "method": method,
         "score": problem.score_name if "score" in uses or predicted is not None else None,
         "seed": problem.seed if "seed" in uses else None,
         "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
+        "evict": list(problem.evictions) or None,
+        "by_head": "widths" if problem.by_head else None,
         "budget": problem.budget.summary,
         "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,
         "predicted_loss": predicted,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BudgetError
-from ..plan.basis import BasisFile, Floats, LayerBasis, TensorName
+from ..plan.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
 from ..plan.metric import basis_of
 from ..plan.moments import LayerMoments, TensorMoments
 from ..profile import Profile
@@ -31,14 +32,17 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFi
     """
     record = profile.score(SCORE).moments
     tokens = None if record is None else record.tokens
-    layers: dict[int, dict[TensorName, LayerBasis]] = {}
-    for index in profile.model.quantizable:
+
+    def made(index: int) -> dict[TensorName, LayerBasis]:
         if index not in moments:
             raise BudgetError(f"the moments have no layer {index}; measure them again with --score {SCORE}")
         try:
-            layers[index] = {name: _basis(getattr(moments[index], name), tokens) for name in ("k", "v")}
+            return {name: _basis(getattr(moments[index], name), tokens) for name in TENSOR_NAMES}
         except ValueError as error:
             raise BudgetError(f"layer {index} has no basis: {error}; measure it again with --score {SCORE}") from error
+
+    with ThreadPoolExecutor() as pool:  # numpy leaves the interpreter to others while it finds eigenvectors
+        layers = dict(zip(profile.model.quantizable, pool.map(made, profile.model.quantizable), strict=True))
     rope = {index: each.rope for index, each in moments.items() if each.rope is not None}
     frame = record.frame if record is not None and rope else None
     return BasisFile(profile.model.id, layers, frame, rope)

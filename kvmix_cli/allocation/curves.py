@@ -20,11 +20,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
 from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan
-from ..plan.basis import BasisFile
+from ..plan.basis import Variances
 from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
 from ..plan.sizes import page_layout
@@ -35,15 +36,17 @@ from .directions import expected_loss
 class Curves:
     """Curves of every layer's keys and values, for a model with these cache settings.
 
-    The loss of transform codes is that of their basis, where it is known.
+    The loss of transform codes is that of the variances of their directions, where these are known.
 
     Attributes:
         measured: True if the score has measured curves, False if they are assumed.
     """
 
-    def __init__(self, score: Score, model: ModelInfo, settings: CacheSettings, basis: BasisFile | None = None) -> None:
+    def __init__(
+        self, score: Score, model: ModelInfo, settings: CacheSettings, variances: Variances = MappingProxyType({})
+    ) -> None:
         self.measured = any(score.choices)
-        self._variances = {} if basis is None else basis.variances(model.quantizable)
+        self._variances = variances
         self._score, self._settings, self._model = score, settings, model
         self._page = score.setup.get("page", settings.page)
         self._points = cache(self._clean)
@@ -61,9 +64,11 @@ class Curves:
         return self._points(layer, kind).get((tensor.bits, layout.group))
 
     def total(self, layers: Mapping[int, LayerPlan]) -> float | None:
-        """Return the loss of a plan's layers together; None if the score has no value for one of the choices."""
+        """Return the loss of a plan's layers together; None if the score has no value for a choice, or a head."""
         total = 0.0
         for layer, plan in layers.items():
+            if plan.head_groups:
+                return None
             for tensor, kind in plan.tensors:
                 loss = self.at(layer, kind, tensor)
                 if loss is None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
-from ..plan import WIDTHS, HeadGeometry, Plan, TensorPlan
+from ..plan import WIDTHS, CacheSettings, HeadGeometry, Plan, TensorPlan
 from ..plan.codec import TransformTensor
 from ..plan.sizes import page_layout, tensor_bits
 from ..profile import Score
@@ -85,10 +85,10 @@ def _reason(plan: Plan, layer: int, kind: Kind, importance: Score, curves: Curve
 
 
 def _upgrades(plan: Plan, reason: Reason, loss: float, curves: Curves, elements: int) -> Iterator[Upgrade]:
-    heads = plan.model.heads(reason.layer)
-    now = _stored(plan, heads, reason.kind, reason.tensor)
+    heads, settings = plan.model.heads(reason.layer), plan.layers[reason.layer].settings(plan.cache)
+    now = _stored(settings, heads, reason.kind, reason.tensor)
     for choice in _choices(plan, heads, reason.kind):
-        costs = (_stored(plan, heads, reason.kind, choice) - now) * heads.elements(reason.kind) / elements
+        costs = (_stored(settings, heads, reason.kind, choice) - now) * heads.elements(reason.kind) / elements
         other = curves.at(reason.layer, reason.kind, choice)
         if costs > 0 and other is not None and other < loss:
             yield Upgrade(choice, loss - other, costs)
@@ -106,5 +106,5 @@ def _choices(plan: Plan, heads: HeadGeometry, kind: Kind) -> list[TensorPlan]:
     return list(found.values())
 
 
-def _stored(plan: Plan, heads: HeadGeometry, kind: Kind, tensor: TensorPlan) -> float:
-    return tensor_bits(tensor, kind, plan.cache, heads.dim(kind), "stored")
+def _stored(settings: CacheSettings, heads: HeadGeometry, kind: Kind, tensor: TensorPlan) -> float:
+    return tensor_bits(tensor, kind, settings, heads.dim(kind), "stored")

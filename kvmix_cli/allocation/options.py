@@ -12,10 +12,12 @@ from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
 from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
 from ..plan.document import reason
+from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
 from ..profile import Profile
 from .bases import SCORE
 from .budgets import Budget
+from .evictions import with_evictions
 from .problem import Problem
 from .solvers import METHODS, TRANSFORM
 
@@ -26,7 +28,7 @@ SCORES = ("fisher", "kl", "loss", "taylor", "error", "grad-norm")
 """Scores in order of preference: `fisher` predicts as well as `kl`, and knows all widths and groups."""
 PAPER_SCORE = "grad-norm"
 EXACT = 1
-"""Tokens of each page and KV head that transform codes keep exact by default."""
+"""Tokens of each page and KV head that transform codes keep exact where a profile says nothing of them."""
 
 
 class AllocationOptions(TypedDict, total=False):
@@ -41,7 +43,9 @@ class AllocationOptions(TypedDict, total=False):
         pins: layers that are decided already; their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
-        exact: tokens of each page and KV head that transform codes keep exact.
+        exact: tokens of each page and KV head that transform codes keep exact; None for `exact.best_exact`.
+        by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
+        evict: shares of tokens to evict that every layer chooses from, by a score that has measured them; likewise.
     """
 
     k_bits: Sequence[int] | None
@@ -54,7 +58,9 @@ class AllocationOptions(TypedDict, total=False):
     pins: Mapping[int, LayerPlan] | None
     seed: int
     basis: BasisFile | None
-    exact: int
+    exact: int | None
+    by_head: bool
+    evict: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,11 @@ def make_problem(
     pins: Mapping[int, LayerPlan] | None = None,
     seed: int = 0,
     basis: BasisFile | None = None,
-    exact: int = EXACT,
+    exact: int | None = None,
+    by_head: bool = False,
+    evict: Sequence[float] | None = None,
 ) -> Problem:
-    """Return the problem that a method is to solve; options as in `AllocationOptions`.
+    """Return the problem that a method is to solve; options as in `AllocationOptions`, with `EXACT` if none is given.
 
     Raises:
         BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.
@@ -138,6 +146,15 @@ def make_problem(
         PlanError: if the model's heads cannot be packed.
     """
     cache = cache or CacheSettings()
+    if by_head and "heads" not in METHODS[method].uses:
+        raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
+    evictions = tuple(sorted(set(evict or ())))
+    if evictions:
+        if "evictions" not in METHODS[method].uses or by_head:
+            raise BudgetError("shares to evict need --method ilp, and go without --by-head")
+        cache = with_evictions(cache, evictions)
+        whole = {"tokens": TokenShares(evict=0.0)}
+        pins = {layer: pin.model_copy(update=whole) for layer, pin in (pins or {}).items()}
     weighs = "group_sizes" in METHODS[method].uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
     if "basis" not in METHODS[method].uses:
@@ -147,7 +164,7 @@ def make_problem(
             f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
         )
     else:
-        cache = _with_basis(cache, basis, exact)
+        cache = _with_basis(cache, basis, EXACT if exact is None else exact)
     problem = Problem(
         profile=profile,
         score_name=score or default_score(profile, method),
@@ -159,6 +176,8 @@ def make_problem(
         pins=dict(pins or {}),
         seed=seed,
         basis=basis,
+        by_head=by_head,
+        evictions=evictions,
     )
     if basis is not None and budget.max_loss is not None and pins:
         raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")

@@ -13,12 +13,13 @@ from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
-from ..plan.basis import BasisFile
+from ..plan.basis import BasisFile, Variances
 from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, layer_bytes, page_layout
 from ..profile import Profile, Score, choice_key, parse_choice
 from .budgets import TOLERANCE, Budget
+from .correction import loss_ratio
 from .curves import Curves
 from .levels import Levels
 
@@ -35,7 +36,8 @@ class Method:
     """A way to decide.
 
     Attributes:
-        uses: the settings of a problem that change the decision, of `score`, `seed` and `group_sizes`.
+        uses: the settings of a problem that change the decision, of `score`, `seed`, `group_sizes`, `heads`
+            and `evictions`.
         solve: function that decides one plan; None for a method that makes several plans or measures them.
     """
 
@@ -57,6 +59,8 @@ class Problem:
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, for the method that gives bits to these.
+        by_head: decide about every KV head by itself.
+        evictions: shares of tokens to evict that every layer chooses from; none for those of the cache's policy.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -73,6 +77,8 @@ class Problem:
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
     basis: BasisFile | None = None
+    by_head: bool = False
+    evictions: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:
@@ -110,7 +116,15 @@ class Problem:
     @cached_property
     def curves(self) -> Curves:
         """Return the score's loss of each choice."""
-        return Curves(self.score, self.model, self.cache, self.basis)
+        return Curves(self.score, self.model, self.cache, self.variances)
+
+    @cached_property
+    def variances(self) -> Variances:
+        """Return the variances of all directions, as large as the losses that were measured; none without a basis."""
+        if self.basis is None or self.cache.transform is None:
+            return {}
+        ratio = loss_ratio(self.score, self.cache.transform.exact)
+        return {slot: ratio * each for slot, each in self.basis.variances(self.model.quantizable).items()}
 
     @cached_property
     def levels(self) -> Levels:

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import PolicyError
+from .grouped import GroupedHandle
 from .handle import Handle
 from .observation import AttentionCall
 
@@ -56,6 +57,9 @@ def kvmix_attention(
         PolicyError: if the cache's transforms, or a head-wise press of kvpress, cannot be combined with this attention,
             or a model chooses blocks of keys for each head.
     """
+    if isinstance(key, GroupedHandle) and isinstance(value, GroupedHandle):
+        whole = (dropout, scaling, is_causal, softcap, indices)
+        return _by_groups(module, query, key, value, attention_mask, position_bias, s_aux, whole, kwargs), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention_mask = _bidirectional(module, query, key, is_causal) if attention_mask is None else attention_mask
     if indices is not None:
@@ -97,6 +101,31 @@ def kvmix_attention(
     if layer is not None:
         layer.observe(AttentionCall(query, scaling, attention_mask, softcap, s_aux, logarithms))
     return output.transpose(1, 2).contiguous(), None
+
+
+def _by_groups(
+    module: nn.Module,
+    query: Tensor,
+    key: GroupedHandle,
+    value: GroupedHandle,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    whole: tuple[float, float | None, bool | None, float | None, Tensor | None],
+    more: dict[str, Any],
+) -> Tensor:
+    """Return the output `[B, S, H, D_v]` of attention to each group of KV heads by its own query heads."""
+    dropout, scaling, is_causal, softcap, indices = whole
+    ratio, outputs = query.shape[1] // key.shape[1], []
+    for heads, keys, values in zip(key.heads, key.parts, value.parts, strict=True):
+        chosen = (heads[:, None] * ratio + torch.arange(ratio)).flatten().to(query.device)
+        own = [each if each is None or each.shape[1] == 1 else each[:, chosen] for each in (mask, bias)]
+        logits = None if sinks is None else sinks[chosen]
+        given = (query[:, chosen], keys, values, own[0], dropout, scaling, is_causal, own[1], softcap, logits, indices)
+        outputs.append(kvmix_attention(module, *given, **more)[0])
+    order = torch.cat(key.heads).argsort().to(query.device)
+    of_heads = torch.cat([output.unflatten(2, (-1, ratio)) for output in outputs], dim=2)
+    return of_heads.index_select(2, order).flatten(2, 3)
 
 
 def register_attention() -> None:

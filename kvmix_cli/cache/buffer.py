@@ -93,6 +93,13 @@ class Buffer:
         self.length = min(self.length, length)
 
     @lasting
+    def select(self, places: Tensor) -> None:
+        """Keep what is at `places` `[B, H_kv, m]` of the third axis only, in this order, without spare room."""
+        view = self.view
+        index = places.reshape(*places.shape, *[1] * (view.ndim - 3)).expand(*places.shape, *view.shape[3:])
+        self._data, self.length = view.gather(2, index), places.shape[2]
+
+    @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the content by `change` of it: a selection of the batch, another device."""
         if self._data is not None:

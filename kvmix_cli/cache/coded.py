@@ -28,7 +28,7 @@ class CodedLayer(WatchingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores and what chooses exact tokens. Raises PlanError."""
         chooser: Kind = "key" if isinstance(self.plan.k, TransformTensor) else "value"
-        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), chooser)
+        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), key_states, chooser)
         super().lazy_initialization(key_states, value_states)
 
     @property

@@ -7,6 +7,8 @@ transforms the output back, and shows the layer its queries, which some policies
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from kvmix_kernels.segments import Segments
@@ -14,12 +16,17 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..plan import CacheSettings
+from ..plan.moments import Rope
+from ..plan.policies import TokenPolicy
+from ..plan.sizes import budget_unit
 from .archive import Archive
-from .buffer import Buffer
-from .observation import AttentionCall, QuerySum
+from .observation import AttentionCall
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
+from .prompt_scores import PromptScores
+from .statistics import QuerySum
 from .store import ROLLBACK, Store
+from .token_budget import TokenBudget
 from .token_tiers import TokenTiers
 from .transforms import Chain, build
 from .watching import WatchingLayer
@@ -40,8 +47,11 @@ class ComposedLayer(WatchingLayer):
     _keys: Chain
     _values: Chain
     _queries: QuerySum
-    _tiers: TokenTiers | None = None
+    _tokens: TokenTiers | TokenBudget | None = None
     _channels: ChannelScore | None = None
+    _held: PromptScores | None = None
+    rope: Rope | None = None
+    """Rotary positions, if the score of tokens reads keys before RoPE."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores, transforms and policies. Raises PlanError."""
@@ -49,7 +59,7 @@ class ComposedLayer(WatchingLayer):
         device, dtype = key_states.device, key_states.dtype
         self._keys = build(transforms, "key", self.index, key_states.shape[-1], device, dtype)
         self._values = build(transforms, "value", self.index, value_states.shape[-1], device, dtype)
-        self._tiers = None if policy is None else TokenTiers(policy)
+        self._tokens = None if policy is None else self._token_choice(policy)
         self._channels = None if channels is None else CHANNEL_SCORES[channels.score]()
         self._queries = QuerySum()
         super().lazy_initialization(key_states, value_states)
@@ -80,43 +90,118 @@ class ComposedLayer(WatchingLayer):
         """Return the model's own keys (index 0) or values (1) `[B, H_kv, T, D]` of stored ones."""
         return (self._keys, self._values)[index].restore(states)
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[B, H_kv, S, D]`; see `WatchingLayer.update`. A prompt that is held stays as it is.
+
+        Raises:
+            PolicyError: if a prompt that is held is not being read again.
+        """
+        if self._held is None or self._waiting is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._check_seen()
+        if self._held.part is None:
+            self._check_scored()
+        keys = self._held.read(self._waiting[0], key_states)
+        self._unseen = True
+        return self._raw(keys), self._raw(torch.cat([self._waiting[1], value_states], dim=2))
+
+    def observe(self, call: AttentionCall) -> None:
+        """Learn from the queries of a forward, see `WatchingLayer.observe`; hold a prompt that is to be scored."""
+        is_waiting = self._waiting is not None and self._waiting[0].shape[2] > 1
+        if self._held is not None:
+            self._unseen = False
+            self._held.learn(call)
+        elif self._tokens is not None and self._tokens.score.waits and is_waiting:
+            self._hold(call)
+        else:
+            super().observe(call)
+
+    @property
+    def held(self) -> PromptScores | None:
+        """Return the scores that a prompt waits for; None if no prompt is held."""
+        return self._held
+
+    @property
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values `[B, H_kv, T, D]` of the prompt that is held, as the model made them."""
+        if self._held is None or self._waiting is None:
+            raise AssertionError("no prompt is held")
+        return self._waiting
+
+    def read_again(self, part: slice | None) -> None:
+        """Take what comes next for queries that read a part of the held prompt again; None ends it."""
+        if self._held is not None:
+            self._held.part = part
+
+    def release(self) -> None:
+        """Store and pack the prompt that is held, by the scores that it has been given."""
+        if self._held is None or self._waiting is None or self._tokens is None:
+            return
+        held, waiting = self._held, self._waiting
+        self._held = self._waiting = None
+        self._add(*waiting)
+        tail = self.stores[0].tail_tokens
+        self._tokens.attention.start(held.scores[..., held.scores.shape[2] - tail :])
+        self._pack_early()
+
+    def _check_scored(self) -> None:
+        """Raise PolicyError if a prompt is held that has not been scored."""
+        if self._held is not None:
+            raise PolicyError(
+                f"layer {self.index}: the plan's score of tokens waits for the whole prompt to be scored; leave out "
+                "--prefill-chunk, and in Python put the prompt into the cache with kvmix_cli.decoding.feed.fill"
+            )
+
+    def _hold(self, call: AttentionCall) -> None:
+        """Let a prompt wait until it is scored; transforms and channels learn from it now."""
+        if self._waiting is None:
+            raise AssertionError("no prompt waits")
+        keys, values = self._waiting
+        self._unseen = False
+        self._keys.fit(keys, call.query)
+        self._values.fit(values, call.query)
+        self._learn_channels(call, keys.shape[1], self.query)
+        self._held = PromptScores.empty(keys, self.settings.sink)
+
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        return super().nbytes + self._extra_bytes + (0 if self._tiers is None else self._tiers.nbytes)
+        return super().nbytes + self._extra_bytes + (0 if self._tokens is None else self._tokens.nbytes)
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        tiers = 0 if self._tiers is None else self._tiers.allocated_bytes
-        return super().allocated_bytes + self._extra_bytes + tiers
+        tokens = 0 if self._tokens is None else self._tokens.allocated_bytes
+        return super().allocated_bytes + self._extra_bytes + tokens
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._tiers = None
+        self._tokens = self._held = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens. Tiers that a long prompt has chosen stay chosen."""
+        """Forget the last `-tokens_to_remove` tokens. What a long prompt has chosen stays chosen."""
+        self._check_scored()
         super().crop(tokens_to_remove)
         if self._stores is None or not tokens_to_remove:
             return
         self._queries.take_back(-tokens_to_remove)
-        if self._tiers is not None:
-            self._tiers.crop(-tokens_to_remove, self.stores[0].tail_tokens, self.stores[0].packed_tokens)
+        if self._tokens is not None:
+            self._tokens.crop(-tokens_to_remove, self.stores[0].tail_tokens, self.stores[0].packed_tokens)
 
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        self._check_scored()
         super().exchange(archive, examples)
         for name, chain, example in zip(("k", "v"), (self._keys, self._values), examples, strict=True):
             chain.exchange(archive.part(f"transforms.{name}", example))
         self._queries.exchange(archive.part("queries", examples[0]))
-        if self._tiers is not None:
-            self._tiers.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
+        if self._tokens is not None:
+            self._tokens.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
 
     @property
     def _needs_queries(self) -> bool:
-        scores = (self._tiers.score if self._tiers else None, self._channels)
+        scores = (self._tokens.score if self._tokens else None, self._channels)
         return self._keys.needs_queries or any(score is not None and score.needs_queries for score in scores)
 
     @property
@@ -134,14 +219,35 @@ class ComposedLayer(WatchingLayer):
             "policies need no queries)"
         )
 
+    def _token_choice(self, policy: TokenPolicy) -> TokenTiers | TokenBudget:
+        kept = self.settings.kept
+        if kept is None:
+            return TokenTiers(policy, self.index, self.rope)
+        return TokenBudget(policy, kept, budget_unit(self.plan, self.settings), self.index, self.rope)
+
     def _policy_functions(self) -> tuple[PolicyFunctions, PolicyFunctions]:
-        """Return the functions of the plan's policies: values get the tiers of their keys."""
-        tiers = self._tiers
-        if tiers is None:
-            nothing = PolicyFunctions(_no_tiers, Buffer(), self._channel_importance)
-            return nothing, nothing
-        keys = PolicyFunctions(tiers.choose, tiers.tiers, self._channel_importance)
-        return keys, PolicyFunctions(tiers.chosen_for_keys, tiers.tiers, self._channel_importance)
+        """Return the functions of the plan's policies: values get what was chosen for their keys."""
+        keys = values = PolicyFunctions(self._channel_importance)
+        tokens, unit = self._tokens, budget_unit(self.plan, self.settings)
+        if isinstance(tokens, TokenTiers):
+            keys = replace(keys, tiers_of=lambda stored: tokens.choose(*self._oldest(stored)), sorted=tokens.sorted)
+            values = replace(keys, tiers_of=tokens.chosen_for_keys)
+        elif tokens is not None:
+            chosen = tokens
+            keys = replace(keys, kept_of=lambda stored: chosen.choose(*self._oldest(stored)), sorted=chosen.sorted)
+            keys = replace(keys, unit=unit)
+            values = replace(keys, kept_of=chosen.chosen_for_keys)
+        return keys, values
+
+    def _oldest(self, stored: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return keys and values of the tail's oldest tokens as the model made them, and the place of the first.
+
+        Args:
+            stored: their keys as they are stored, `[B, H_kv, n, D]`.
+        """
+        keys, values = self.stores
+        oldest = values.segments().tail[:, :, : stored.shape[2]]
+        return self._keys.restore(stored), self._values.restore(oldest), keys.sinks + keys.packed_tokens
 
     def _channel_importance(self, keys: Tensor) -> Tensor:
         if self._channels is None:
@@ -155,23 +261,29 @@ class ComposedLayer(WatchingLayer):
         self._add(keys, values)
 
     def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
-        return super()._add(self._keys.store(keys), self._values.store(values))
+        segments = super()._add(self._keys.store(keys), self._values.store(values))
+        if self._tokens is not None:
+            self._tokens.arrive(keys.shape[2])
+        return segments
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
         counts = super()._in_step(pack)
-        if self._tiers is not None:
-            self._tiers.forget_oldest(counts[0])
+        if self._tokens is not None:
+            self._tokens.forget_oldest(counts[0])
         return counts
 
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
         """Add a forward's queries to the statistics of the policies."""
+        self._learn_channels(call, keys.shape[1], transformed)
+        if self._tokens is not None:
+            self._tokens.learn(call, keys, self.get_seq_length(), self.stores[0])
+
+    def _learn_channels(self, call: AttentionCall, kv_heads: int, transformed: Callable[[Tensor], Tensor]) -> None:
         if self._channels is not None and self._channels.needs_queries:
-            sizes = transformed(call.query).abs().unflatten(1, (keys.shape[1], -1))
+            sizes = transformed(call.query).abs().unflatten(1, (kv_heads, -1))
             rows = sizes.sum(2, dtype=torch.float32)
             self._queries.add(rows, final=rows.shape[2] > ROLLBACK)
-        if self._tiers is not None and self._tiers.score.needs_queries:
-            self._tiers.attention.learn(call, keys, self.get_seq_length(), self.stores[0].tail_tokens)
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._apply(change)
@@ -180,9 +292,7 @@ class ComposedLayer(WatchingLayer):
         self._keys.apply(change)
         self._values.apply(change)
         self._queries.apply(change)
-        if self._tiers is not None:
-            self._tiers.apply(change)
-
-
-def _no_tiers(states: Tensor) -> Tensor:
-    raise AssertionError("tokens have no tiers without a token policy")
+        if self._tokens is not None:
+            self._tokens.apply(change)
+        if self._held is not None:
+            self._held.apply(change)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .archive import Archive
 from .buffer import lasting
-from .observation import AttentionCall, QuerySample, RunningMean, TailAttention, weight_rows
+from .observation import AttentionCall, QuerySample, TailAttention, visible_at, weight_rows
+from .statistics import RunningMean
 
 SAMPLE = QuerySample(recent=32, spread=96)
 """Queries of a prompt that are looked at."""
@@ -33,30 +34,32 @@ class ExactTokens:
 
     Args:
         count: exact tokens of each KV head, for each page.
+        example: keys or values `[B, H_kv, any, D]`, for their rows and their device.
         chooser: keys, whose errors decide, or values, where keys have no codes.
 
     Attributes:
         attention: that the tokens in the tail have received.
         pages: pages that exact tokens have been chosen of.
-        places: `[B, H_kv, N]` int32, as in `Coded`; None before the first page.
+        places: `[B, H_kv, N]` int32, as in `Coded`.
     """
 
-    def __init__(self, count: int, chooser: Kind = "key") -> None:
+    def __init__(self, count: int, example: Tensor, chooser: Kind = "key") -> None:
+        nothing = torch.zeros(*example.shape[:2], 0, dtype=torch.float32, device=example.device)
         self.count = count
         self.attention = TailAttention(SAMPLE)
         self.pages = 0
-        self.places: Tensor | None = None
+        self.places = nothing.int()
         self._chooser = chooser
-        self._rates = RunningMean(HORIZON)  # of [B, H_kv, N]
-        self._errors: Tensor | None = None  # [B, H_kv, N] float32; -inf where there is no token
+        self._rates = RunningMean(HORIZON, nothing)
+        self._errors = nothing  # -inf where there is no token
         self._states: dict[Kind, Tensor] = {}  # [B, H_kv, N, D]
-        self._chosen: Tensor | None = None  # [B, H_kv, N], of those before and the new tokens, while pages are packed
+        self._chosen = nothing.long()  # [B, H_kv, N], of those before and the new tokens, while pages are packed
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
         held = (self.places, self._errors, *self._states.values())
-        return self.attention.nbytes + self._rates.nbytes + sum(part.nbytes for part in held if part is not None)
+        return self.attention.nbytes + self._rates.nbytes + sum(part.nbytes for part in held)
 
     def of(self, kind: Kind) -> Tensor | None:
         """Return the exact keys, or values, `[B, H_kv, N, D]`; None if none are held."""
@@ -70,9 +73,9 @@ class ExactTokens:
             sinks: tokens before the pages.
         """
         keys = self._states.get("key")
-        if keys is None or self.places is None or call.logarithms is None or not keys.shape[2]:
+        if keys is None or call.logarithms is None or not keys.shape[2]:
             return
-        call = replace(call, mask=_visible(call, self.places.clamp(min=0).long() + sinks))
+        call = replace(call, mask=visible_at(call, self.places.clamp(min=0).long() + sinks))
         rows = weight_rows(call, keys, keys.shape[2], True, SAMPLE)
         self._rates.add(rows.weights, call.query.shape[2] if rows.is_sum else 1)
 
@@ -87,8 +90,6 @@ class ExactTokens:
         """
         if kind == self._chooser:
             self._choose(errors)
-        if self._chosen is None:
-            raise AssertionError("nothing has been chosen of these pages")
         self._states[kind] = _rows_of_both(self._states.get(kind), states, self._chosen)
 
     def _choose(self, errors: Tensor) -> None:
@@ -97,11 +98,9 @@ class ExactTokens:
         rates = self.attention.rates(errors.shape[2])
         rates = torch.zeros_like(errors) if rates is None or rates.shape != errors.shape else rates
         places = torch.arange(self.pages * page, (self.pages + pages) * page, dtype=torch.int32, device=errors.device)
-        places, before = places.expand_as(errors), self._rates.mean
-        if self.places is not None and self._errors is not None and before is not None:
-            places = torch.cat([self.places, places], dim=2)
-            errors = torch.cat([self._errors, errors], dim=2)
-            rates = torch.cat([before, rates], dim=2)
+        places = torch.cat([self.places, places.expand_as(errors)], dim=2)
+        errors = torch.cat([self._errors, errors], dim=2)
+        rates = torch.cat([self._rates.mean, rates], dim=2)
         self.pages += pages
         best = (errors * (rates + UNSEEN)).topk(exact_count(self.count, self.pages, page), dim=2).indices
         self._chosen = best.sort(dim=2).values  # in the order of places: those before are, and no new one is older
@@ -110,7 +109,7 @@ class ExactTokens:
 
     def forget_oldest(self, count: int) -> None:
         """Forget what the choice of the oldest `count` tokens needed, which have left the tail."""
-        self._chosen = None
+        self._chosen = self._chosen.new_empty(*self.places.shape[:2], 0)
         self.attention.forget_oldest(count)
 
     def crop(self, count: int, tail: int, pages: int, page: int) -> None:
@@ -131,14 +130,11 @@ class ExactTokens:
 
     @lasting
     def _truncate(self, pages: int, page: int) -> None:
-        rates = self._rates.mean
-        if self.places is None or self._errors is None or rates is None:
-            raise AssertionError("there are pages to cut, so tokens have been chosen of them")
         places, order = self.places.masked_fill(self.places >= pages * page, -1).sort(dim=2)
         kept = max(exact_count(self.count, pages, page), int((places >= 0).sum(2).max()))
         self.places, order = places[:, :, places.shape[2] - kept :], order[:, :, places.shape[2] - kept :]
         self._errors = self._errors.gather(2, order).masked_fill(self.places < 0, -torch.inf)
-        self._rates.start(rates.gather(2, order))
+        self._rates.start(self._rates.mean.gather(2, order))
         self._states = {kind: _rows(states, order) for kind, states in self._states.items()}
         self.pages = pages
 
@@ -147,7 +143,7 @@ class ExactTokens:
         """Apply a batch selection or a move to everything held."""
         self.attention.apply(change)
         self._rates.apply(change)
-        self.places, self._errors = (part if part is None else change(part) for part in (self.places, self._errors))
+        self.places, self._errors = change(self.places), change(self._errors)
         self._states = {kind: change(states) for kind, states in self._states.items()}
 
     def exchange(self, archive: Archive, examples: Mapping[Kind, Tensor], pages: int, page: int) -> None:
@@ -172,18 +168,6 @@ class ExactTokens:
         for kind, example in examples.items():
             held = self._states.get(kind)
             self._states[kind] = archive.array(kind, held, (*shape, example.shape[3]), example.dtype)
-
-
-def _visible(call: AttentionCall, tokens: Tensor) -> Tensor | None:
-    """Return a call's mask for packed `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
-    mask = call.mask
-    if mask is None:
-        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
-    if mask.shape[3] == 1:
-        return mask
-    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
-    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
-    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
 
 
 def _rows_of_both(held: Tensor | None, new: Tensor, index: Tensor) -> Tensor:

@@ -72,6 +72,16 @@ class Handle(Tensor):
         return f"Handle(shape={list(self.shape)}, packed={self.segments.packed_tokens})"
 
     @property
+    def quantized_tokens(self) -> float:
+        """Return the number of tokens that are read in quantized form, in the mean over KV heads."""
+        return self.segments.quantized_tokens
+
+    @property
+    def evicted_tokens(self) -> float:
+        """Return the number of tokens that are gone, in the mean over KV heads."""
+        return self.shape[2] - self.segments.kept_tokens
+
+    @property
     def is_raw(self) -> bool:
         """Return whether it stands for a model's own prompt, of which nothing has been stored yet."""
         return self.layer is not None and self.restore is None

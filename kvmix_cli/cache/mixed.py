@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..errors import CacheError, PlanError
+from ..errors import CacheError, PlanError, PolicyError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
+from ..plan.token_scores import PRESS
 from .bases import check_bases
 from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
+from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
+from .policies import token_score
+from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
 from .sizes import cache_nbytes, stock_nbytes
-from .stateful import layer_beside
+from .stateful import StatefulLayer, layer_beside
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Attended:
         """Return the quantized share of all pairs; 0 before there are any."""
         return self.quantized / self.total if self.total else 0.0
 
-    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: int = 0) -> None:
+    def add(self, new: Tensor, read: Tensor, quantized: float | None, evicted: float = 0) -> None:
         """Count what the queries of `new` keys `[B, H_kv, S, D]` read: all of `read`, without what follows each query.
 
         Args:
@@ -56,6 +61,15 @@ class Attended:
     def reset(self) -> None:
         """Start again from 0."""
         self.total = self.quantized = 0
+
+
+@dataclass(frozen=True)
+class HeldPrompt:
+    """A layer that holds its prompt, or the group of its KV heads (None for all) that one layer stores."""
+
+    index: int
+    heads: tuple[int, ...] | None
+    layer: ComposedLayer
 
 
 class CountingCache(Cache):
@@ -111,7 +125,9 @@ class MixedCache(CountingCache):
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
-            PlanError: if the plan does not fit the model's layers, or its basis file cannot be used.
+            PlanError: if the plan does not fit the model's layers, its basis file cannot be used, or its score of
+                tokens is unknown.
+            PolicyError: if the score reads keys before RoPE, and the model's rotary positions are not known.
         """
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
@@ -120,9 +136,18 @@ class MixedCache(CountingCache):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
+        ropes = _rotations(plan, config)
         for index, layer in plan.layers.items():
-            kind = _kind(layer, plan.cache)
-            layers[index] = layer_beside(layers[index], kind, index, layer, plan.cache, reserve or 0)
+            parts = []
+            for heads, part in layer.parts(plan.model.heads(index).kv_heads):
+                own = part.settings(plan.cache)
+                made = layer_beside(layers[index], _kind(part, own), index, part, own, reserve or 0)
+                if ropes is not None and isinstance(made, ComposedLayer):
+                    made.rope = ropes[index]
+                parts.append((heads, made))
+            if len(parts) > 1:
+                _check_groups(index, layers[index], plan)
+            layers[index] = parts[0][1] if len(parts) == 1 else GroupedLayer(index, layer, plan.cache, parts)
         return cls(layers, plan)
 
     @classmethod
@@ -186,11 +211,52 @@ class MixedCache(CountingCache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values `[B, H_kv, S, D]` and return all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        read = [handle.segments for handle in (keys, values) if isinstance(handle, Handle)]
-        quantized = sum(segments.quantized_tokens for segments in read) / 2
-        evicted = max((segments.shape[2] - segments.kept_tokens for segments in read), default=0)
+        read = [handle for handle in (keys, values) if isinstance(handle, Handle)]
+        quantized = sum(handle.quantized_tokens for handle in read) / 2
+        evicted = max((handle.evicted_tokens for handle in read), default=0)
         self.attended.add(key_states, keys, quantized, evicted)
         return keys, values
+
+    @property
+    def held(self) -> list[HeldPrompt]:
+        """Return the layers, or groups of their KV heads, that hold a prompt until it is scored."""
+        parts: list[HeldPrompt] = []
+        for index, layer in enumerate(self.layers):
+            groups = layer.groups if isinstance(layer, GroupedLayer) else ((None, layer),)
+            parts += [HeldPrompt(index, heads, part) for heads, part in groups if _holds(part)]
+        return parts
+
+    @contextmanager
+    def reading_again(self, part: slice) -> Iterator[None]:
+        """Within this block let the model read a part of the prompt that is held again, which scores it.
+
+        Afterwards nothing of what it was given is in the cache.
+
+        Raises:
+            PolicyError: if a layer keeps a state that cannot be put back.
+        """
+        held = self.held
+        others = {index: self.layers[index] for index in range(len(self.layers))}
+        for index in {each.index for each in held}:
+            others.pop(index)
+        stateful = {each.index: each.layer for each in held if isinstance(each.layer, StatefulLayer)}
+        kept = {index: layer for index, layer in others.items() if not isinstance(layer, DynamicLayer)}
+        for index, layer in {**stateful, **kept}.items():
+            raise PolicyError(
+                f"layer {index} ({type(layer).__name__}) keeps a state that no second reading can be taken back from; "
+                "use a score of tokens that reads a prompt once"
+            )
+        before, counted = {index: dict(vars(layer)) for index, layer in others.items()}, replace(self.attended)
+        try:
+            for each in held:
+                each.layer.read_again(part)
+            yield
+        finally:
+            for index, layer in others.items():
+                vars(layer).update(before[index])
+            for each in held:
+                each.layer.read_again(None)
+            self.attended = counted
 
     @property
     def nbytes(self) -> int:
@@ -204,6 +270,27 @@ class MixedCache(CountingCache):
             layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
+
+
+def _holds(layer: object) -> TypeGuard[ComposedLayer]:
+    return isinstance(layer, ComposedLayer) and layer.held is not None
+
+
+def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:
+    """Return the rotary positions that the plan's score of tokens reads keys without; None if it does not."""
+    if plan.cache.tokens is None:
+        return None
+    name = plan.cache.tokens.score
+    return rotations_of(config, name) if token_score(name).before_rope else None
+
+
+def _check_groups(index: int, stock: Any, plan: Plan) -> None:
+    """Raise PlanError if a layer cannot store its KV heads in groups."""
+    if type(stock) is not DynamicLayer:
+        raise PlanError(f"layer {index} keeps a state beside keys and values, so its KV heads cannot be in groups")
+    score = "" if plan.cache.tokens is None else plan.cache.tokens.score
+    if score.startswith(PRESS):
+        raise PlanError(f"layer {index}: the score `{score}` is of all KV heads together, and the plan groups them")
 
 
 def _kind(layer: LayerPlan, settings: CacheSettings) -> type[MixedLayer]:

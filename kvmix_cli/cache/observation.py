@@ -6,18 +6,19 @@ prompt a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .archive import Archive
-from .buffer import lasting
+from .statistics import LastRows, QuerySum, Reduction, combined, reduced
 
 ROWS_AT_ONCE = 32
 """Queries whose weights are computed together; bounds the float32 temporaries."""
+SINGLE_ROWS = 64
+"""Queries of a forward that have a row each, where none is left out; those of a longer one are put into one row."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,28 @@ class QuerySample:
     """The queries of a long prompt that are looked at: the last ones, and some spread evenly over the rest.
 
     ZipCache takes 5 % and 5 %, the latter at random (section 4.3); a fixed number costs little at any length.
+
+    Attributes:
+        recent: queries at the end of a forward that are looked at.
+        spread: queries before these, spread evenly; with 0 there are none, and the recent ones have a row each.
+        every: all queries are looked at instead.
     """
 
     recent: int = 32
     spread: int = 32
+    every: bool = False
 
     def of(self, queries: int) -> tuple[list[int], list[float]]:
         """Return the sample of a forward's queries, and the number of queries that each of them represents."""
         rest = queries - self.recent
-        if rest <= self.spread:
+        if self.every or rest <= self.spread:
             return list(range(queries)), [1.0] * queries
         spread = [(2 * i + 1) * rest // (2 * self.spread) for i in range(self.spread)]
-        return [*spread, *range(rest, queries)], [rest / self.spread] * self.spread + [1.0] * self.recent
+        return [*spread, *range(rest, queries)], [rest / max(1, self.spread)] * self.spread + [1.0] * self.recent
+
+    def is_reduced(self, queries: int) -> bool:
+        """Return whether the sample of a forward is put into one row."""
+        return queries > SINGLE_ROWS if self.every else 0 < self.spread < queries - self.recent
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,9 @@ class WeightRows:
     """Attention weights that some queries give to some tokens.
 
     Attributes:
-        weights: `[B, H_kv, R, n]`, summed over the query heads of a group: one row for each query, or one for all.
+        weights: `[B, H_kv, R, n]`, reduced over the query heads of a group: one row for each query, or one for all.
         visible: `[B, 1, R, n]`, number of queries of a row that could see a token; None where it is not needed.
-        is_sum: True if the one row is the sum over many queries.
+        is_sum: True if the one row is of many queries.
     """
 
     weights: Tensor
@@ -82,115 +93,6 @@ class WeightRows:
         )
 
 
-class QuerySum:
-    """A sum over queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
-
-    `n` may grow from one forward to the next.
-    """
-
-    def __init__(self) -> None:
-        self._earlier: Tensor | None = None
-        self._last: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor | None:
-        """Return the sum `[B, H, n]`; None before anything was added."""
-        return _plus(self._earlier, self._last)
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes held."""
-        return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
-
-    @lasting
-    def add(self, rows: Tensor, final: bool = False) -> None:
-        """Add a forward's rows, which can be taken back unless they are `final`; earlier ones become final."""
-        self._earlier, self._last = _plus(self._earlier, self._last), rows.detach()
-        if final:
-            self._earlier, self._last = _plus(self._earlier, rows), None
-
-    def take_back(self, count: int) -> None:
-        """Forget the last `count` rows, as far as they are of the last forward."""
-        if self._last is not None:
-            self._last = self._last[:, :, : max(0, self._last.shape[2] - count)]
-
-    def narrow(self, start: int, stop: int | None = None) -> None:
-        """Keep the columns `[start, stop)`."""
-        self.apply(lambda part: part[..., start:stop])
-
-    def exchange(self, archive: Archive) -> None:
-        """Give the sum to an archive, or take it from one."""
-        batch = archive.rows[0]
-        self._earlier = archive.tensor("earlier", self._earlier, (batch, None, None), torch.float32)
-        self._last = archive.tensor("last", self._last, (batch, None, None, None), torch.float32)
-
-    @lasting
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by `change` of it: a selection of the batch, another device."""
-        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
-
-
-class RunningMean:
-    """A mean over recent queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
-
-    Args:
-        horizon: queries that a mean is over: each forward moves it towards its own mean by its share of so many.
-    """
-
-    def __init__(self, horizon: int) -> None:
-        self._horizon = horizon
-        self._earlier: Tensor | None = None
-        self._last: Tensor | None = None
-        self._queries = 0  # that one row of the last forward stands for
-
-    @property
-    def mean(self) -> Tensor | None:
-        """Return the mean `[B, H, n]`; None before `start`."""
-        if self._earlier is None or self._last is None or not self._last.shape[2]:
-            return self._earlier
-        queries = self._last.shape[2] * self._queries
-        return self._earlier.lerp(self._last.sum(2) / queries, min(1.0, queries / self._horizon))
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes held."""
-        return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
-
-    @lasting
-    def start(self, mean: Tensor) -> None:
-        """Go on from a mean `[B, H, n]`, of which nothing can be taken back."""
-        self._earlier, self._last = mean.detach(), None
-
-    @lasting
-    def add(self, rows: Tensor, queries: int) -> None:
-        """Add a forward's rows, each the sum over `queries` queries; what was added before becomes final."""
-        self._earlier, self._last, self._queries = self.mean, rows.detach(), queries
-
-    def take_back(self, count: int) -> None:
-        """Forget the last `count` rows, as far as they are of the last forward and of one query each."""
-        if self._last is not None and self._queries == 1:
-            self._last = self._last[:, :, : max(0, self._last.shape[2] - count)]
-
-    def exchange(self, archive: Archive, shape: Sequence[int]) -> None:
-        """Give the mean of `shape` `[B, H, n]` to an archive, or take it from one."""
-        self._queries = archive.number("queries", self._queries)
-        batch, heads, count = shape
-        self._earlier = archive.tensor("earlier", self._earlier, shape, torch.float32)
-        self._last = archive.tensor("last", self._last, (batch, heads, None, count), torch.float32)
-
-    @lasting
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by `change` of it: a selection of the batch, another device."""
-        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
-
-
-def _plus(total: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    if rows is None:
-        return total
-    more = rows.sum(2)
-    return more if total is None else pad(total, (0, more.shape[2] - total.shape[2])) + more
-
-
 class TailAttention:
     """The attention that the tokens in the tail have received so far, each KV head's by itself.
 
@@ -198,12 +100,22 @@ class TailAttention:
         sample: queries of a long prompt that are looked at.
         extrapolates: queries that are spread over a prompt weigh as much as those they represent. Otherwise the
             queries that could see each token are counted.
+        reduce: what becomes of the weights of several queries.
+        last: only so many of the last queries count; 0 for all.
     """
 
-    def __init__(self, sample: QuerySample, extrapolates: bool = True) -> None:
+    def __init__(
+        self, sample: QuerySample, extrapolates: bool = True, reduce: Reduction = "sum", last: int = 0
+    ) -> None:
         self._sample = sample
         self._extrapolates = extrapolates
-        self._weights = QuerySum()
+        self._reduce: Reduction = reduce
+        self._last = last
+        self.forget()
+
+    def forget(self) -> None:
+        """Start without attention."""
+        self._weights = LastRows(self._last, self._reduce) if self._last else QuerySum(self._reduce)
         self._observers = QuerySum()
 
     @property
@@ -218,10 +130,14 @@ class TailAttention:
             keys: `[B, H_kv, n, D]`, as in `weight_rows`.
             tokens: cached tokens, of which the last `tail` are in the tail.
         """
-        rows = weight_rows(call, keys, tokens, self._extrapolates, self._sample).last(tail)
+        rows = weight_rows(call, keys, tokens, self._extrapolates, self._sample, self._reduce).last(tail)
         self._weights.add(rows.weights, rows.is_sum)
         if rows.visible is not None:
             self._observers.add(rows.visible, rows.is_sum)
+
+    def start(self, received: Tensor) -> None:
+        """Start from attention `[B, H_kv, n]` that the tokens of the tail have received, and that stays."""
+        self._weights.add(received[:, :, None], final=True)
 
     def received(self, count: int) -> Tensor | None:
         """Return the weights `[B, H_kv, count]` of the oldest tokens; None before there were queries."""
@@ -256,7 +172,7 @@ class TailAttention:
             reopened: some of these have come back from pages; all then start without attention.
         """
         if reopened:
-            self._weights, self._observers = QuerySum(), QuerySum()
+            self.forget()
         for part in (self._weights, self._observers):
             part.take_back(count)
             part.narrow(0, tail)
@@ -272,7 +188,14 @@ class TailAttention:
         self._observers.exchange(archive.part("observers"))
 
 
-def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: bool, sample: QuerySample) -> WeightRows:
+def weight_rows(
+    call: AttentionCall,
+    keys: Tensor,
+    tokens: int,
+    extrapolate: bool,
+    sample: QuerySample,
+    reduce: Reduction = "sum",
+) -> WeightRows:
     """Return the weights that a call's queries give to its last tokens; of a long prompt, a sample's in one row.
 
     Args:
@@ -280,24 +203,48 @@ def weight_rows(call: AttentionCall, keys: Tensor, tokens: int, extrapolate: boo
         extrapolate: queries that are spread over a prompt weigh as much as those they represent. Otherwise the
             queries that could see each token are counted.
         sample: queries of a long prompt that are looked at.
+        reduce: what becomes of the weights of a group's query heads, and of queries that share a row.
     """
     queries = call.query.shape[2]
     chosen, represented = sample.of(queries)
-    if len(chosen) == queries:
-        weights, visible = _tile(call, keys, tokens, None, not extrapolate)
-        return WeightRows(weights.sum(2), visible, is_sum=False)
-    rows = torch.tensor(chosen, device=keys.device).split(ROWS_AT_ONCE)
+    if not sample.is_reduced(queries):
+        rows = None if len(chosen) == queries else torch.tensor(chosen, device=keys.device)
+        weights, visible = _tile(call, keys, tokens, rows, not extrapolate)
+        return WeightRows(reduced(weights, reduce), visible, is_sum=False)
+    parts = torch.tensor(chosen, device=keys.device).split(ROWS_AT_ONCE)
     factors = torch.tensor(represented if extrapolate else [1.0] * len(chosen), device=keys.device).split(ROWS_AT_ONCE)
-    tiles = [_tile(call, keys, tokens, part, not extrapolate) for part in rows]
-    total = torch.stack([_summed(weights, part) for (weights, _), part in zip(tiles, factors, strict=True)]).sum(0)
-    counts = [visible.sum(2, keepdim=True) for _, visible in tiles if visible is not None]
-    return WeightRows(total, torch.stack(counts).sum(0) if counts else None, is_sum=True)
+    total: Tensor | None = None
+    counts: Tensor | None = None
+    for part, factor in zip(parts, factors, strict=True):
+        weights, visible = _tile(call, keys, tokens, part, not extrapolate)
+        row = _one_row(weights, factor, reduce)
+        total = row if total is None else combined(total, row, reduce)
+        if visible is not None:
+            seen = visible.sum(2, keepdim=True)
+            counts = seen if counts is None else counts + seen
+    if total is None:
+        raise AssertionError("a forward has queries")
+    return WeightRows(total, counts, is_sum=True)
 
 
-def _summed(weights: Tensor, factors: Tensor) -> Tensor:
-    """Return weights `[B, H_kv, G, R, n]` as one row `[B, H_kv, 1, n]`."""
+def _one_row(weights: Tensor, factors: Tensor, reduce: Reduction) -> Tensor:
+    """Return weights `[B, H_kv, G, R, n]` as one row `[B, H_kv, 1, n]`; a sum is weighted."""
+    if reduce == "max":
+        return weights.flatten(2, 3).amax(2, keepdim=True)
     every = factors.repeat(weights.shape[2]).expand(*weights.shape[:2], 1, -1)
     return every @ weights.flatten(2, 3)
+
+
+def visible_at(call: AttentionCall, tokens: Tensor) -> Tensor | None:
+    """Return a call's mask for `tokens` `[B, H_kv, N]`, none newer than a query; None if all are seen."""
+    mask = call.mask
+    if mask is None:
+        return None if call.query.shape[2] == 1 else call.query.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if mask.shape[3] == 1:
+        return mask
+    index = tokens.repeat_interleave(call.query.shape[1] // tokens.shape[1], dim=1)[:, :, None]
+    columns = mask.expand(*index.shape[:2], *mask.shape[2:])
+    return columns.gather(3, index.expand(-1, -1, columns.shape[2], -1))
 
 
 def _tile(

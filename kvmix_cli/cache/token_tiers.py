@@ -2,54 +2,193 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from kvmix_kernels.segments import EVICTED
 from torch import Tensor
 
+from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from .archive import Archive
-from .buffer import Buffer
-from .observation import QuerySample, TailAttention
-from .policies import TOKEN_SCORES, Candidates
+from .buffer import Buffer, lasting
+from .observation import AttentionCall, QuerySample, TailAttention
+from .policies import Candidates, TokenScore, token_score
+from .policies.tokens import SAMPLED_QUERIES, at_positions
+from .store import ROLLBACK, Store
 
 
-class TokenTiers:
-    """The statistics of the tokens in the tail, and the tiers of those that have left it.
+class TokenChoice(ABC):
+    """The decisions of a token policy about tokens that leave the tail, and the statistics that they rest on.
+
+    Args:
+        policy: of the plan.
+        layer: index of the layer.
+        rope: its rotary positions, if the score reads keys before RoPE.
 
     Attributes:
         attention: that the tokens in the tail have received.
-        tiers: `[B, H_kv, T]` uint8, the tier of every token that has left the tail.
+        sorted: what is stored about tokens that have left the tail, shared by keys and values.
     """
 
-    def __init__(self, policy: TokenPolicy) -> None:
+    def __init__(self, policy: TokenPolicy, layer: int = 0, rope: Rope | None = None) -> None:
         self.policy = policy
-        self.score = TOKEN_SCORES[policy.score]()
-        self.tiers = Buffer()
-        self.attention = TailAttention(QuerySample(), self.score.extrapolates)
-        self._latest: Tensor | None = None
+        self.score = token_score(policy.score)
+        self.sorted = Buffer()
+        self.attention = TailAttention(sample_of(self.score), self.score.extrapolates, self.score.reduce, self._last)
+        self._layer = layer
+        self._rope = rope
+        self._queries: Tensor | None = None  # [B, H_kv, R, D], of the prompt, before RoPE
+        self._scaling = 1.0
+        self._arrived = 0
+        self._prompt: int | None = None  # tokens of the prompt, once it has ended
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        return self.tiers.nbytes + self.attention.nbytes
+        return self.sorted.nbytes + self._statistic_bytes
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        return self.tiers.allocated_bytes + self.attention.nbytes
+        return self.sorted.allocated_bytes + self._statistic_bytes
 
-    def choose(self, keys: Tensor) -> Tensor:
-        """Choose and return the tiers `[B, H_kv, n]` uint8 of the tail's oldest tokens, of keys `[B, H_kv, n, D]`."""
+    @property
+    def is_sorting(self) -> bool:
+        """Return whether tokens that leave the tail now are sorted, and may be evicted."""
+        return self.policy.when == "always" or self._prompt is None
+
+    @property
+    @abstractmethod
+    def sorted_tokens(self) -> int:
+        """Return the number of tokens that have left the tail."""
+
+    def arrive(self, count: int) -> None:
+        """Note that a forward has brought `count` tokens; the first single one ends the prompt."""
+        if count == 1 and self._arrived and self._prompt is None:
+            self._prompt = self._arrived
+        self._arrived += count
+
+    def learn(self, call: AttentionCall, keys: Tensor, tokens: int, store: Store) -> None:
+        """Add what the score declares of a forward's queries.
+
+        Args:
+            call: with the last of all tokens as queries.
+            keys: `[B, H_kv, n, D]`, the last of them as stored.
+            tokens: number of all tokens.
+            store: of the layer's keys.
+        """
+        if self.score.weighs:
+            self.attention.learn(call, keys, tokens, store.tail_tokens)
+        elif self.score.queries == "prompt" and self._queries is None:
+            self._keep_queries(call, keys.shape[1], tokens)
+
+    def forget_oldest(self, count: int) -> None:
+        """Forget the statistics of the oldest `count` tokens, which have left the tail."""
+        self.attention.forget_oldest(count)
+
+    def crop(self, count: int, tail: int, packed: int) -> None:
+        """Take the last `count` tokens back, so that `tail` are left in the tail and `packed` sorted.
+
+        Tokens that come back from what is sorted start without attention.
+        """
+        self.attention.crop(count, tail, reopened=packed < self.sorted_tokens)
+        self._arrived -= count
+        if self._prompt is not None and self._arrived <= self._prompt:
+            self._prompt = None
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch selection or a move to everything held."""
+        self.sorted.apply(change)
+        self.attention.apply(change)
+        self._apply_to_queries(change)
+
+    def exchange(self, archive: Archive, tokens: int) -> None:
+        """Give everything about the `tokens` that have left the tail to an archive, and the statistics, or take it."""
+        self.attention.exchange(archive.part("attention"))
+        if self.score.queries == "prompt":
+            shape = (*archive.rows, None, archive.example.shape[3])
+            self._queries = archive.tensor("queries", self._queries, shape, torch.float32)
+            self._scaling = float(archive.fact("scaling", self._scaling))
+        if self.policy.when == "prompt":
+            self._arrived = archive.tokens
+            self._prompt = archive.number("prompt", self._prompt or 0) or None
+
+    @property
+    def _statistic_bytes(self) -> int:
+        return self.attention.nbytes + (0 if self._queries is None else self._queries.nbytes)
+
+    @property
+    def _last(self) -> int:
+        """Return how many of the last queries count; 0 for all."""
+        return self.score.last if self.score.queries == "last" else 0
+
+    def _candidates(self, keys: Tensor, values: Tensor, start: int, kept: int) -> Candidates:
+        """Return the tail's oldest tokens, as the model made them, for the score.
+
+        Args:
+            start: place of the first.
+            kept: how many are going to be kept.
+        """
+        queries, scaling, rope = self._queries, self._scaling, self._rope
+        candidates = Candidates(keys, values, start, self._layer, kept, queries=queries, scaling=scaling, rope=rope)
+        if not self.score.weighs:
+            return candidates
+        count = keys.shape[2]
+        nothing = keys.new_zeros(keys.shape[:3], dtype=torch.float32)  # tokens that have come back from tiers
+        weights, observers = self.attention.received(count), self.attention.observers(count)
+        seen = None if self.score.extrapolates else nothing if observers is None else observers
+        return replace(candidates, attention=nothing if weights is None else weights, observers=seen)
+
+    @lasting
+    def _keep_queries(self, call: AttentionCall, kv_heads: int, tokens: int) -> None:
+        """Keep queries of a prompt, as the model made them: of all heads of a group, spread evenly over its tokens."""
+        grouped = call.query.unflatten(1, (kv_heads, -1))
+        count = min(max(1, SAMPLED_QUERIES // grouped.shape[2]), grouped.shape[3])
+        rows = torch.linspace(0, grouped.shape[3] - 1, count, device=grouped.device).round().long()
+        places = tokens - grouped.shape[3] + rows
+        self._queries = at_positions(grouped.index_select(3, rows), self._rope, -places).flatten(2, 3).float()
+        self._scaling = call.scaling
+
+    @lasting
+    def _apply_to_queries(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._queries = None if self._queries is None else change(self._queries)
+
+
+class TokenTiers(TokenChoice):
+    """Tiers by shares; `sorted` is `[B, H_kv, T]` uint8, the tier of every token that has left the tail."""
+
+    _latest: Tensor | None = None
+
+    @property
+    def sorted_tokens(self) -> int:
+        return self.sorted.length
+
+    def choose(self, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        """Choose and return the tiers `[B, H_kv, n]` uint8 of the tail's oldest tokens.
+
+        Args:
+            keys: `[B, H_kv, n, D]`, as the model made them.
+            values: `[B, H_kv, n, D_v]`, likewise.
+            start: place of the first.
+        """
         batch, heads, count, _ = keys.shape
-        order = self.score.importance(self._candidates(keys)).argsort(dim=-1, descending=True, stable=True)
         *counts, evicted = self.policy.counts(count)
-        sizes = torch.tensor([*counts, evicted], device=keys.device)
-        numbers = torch.tensor([*range(len(counts)), EVICTED], dtype=torch.uint8, device=keys.device)
-        in_order = numbers.repeat_interleave(sizes, output_size=count).expand(batch, heads, count)
-        self._latest = torch.empty_like(order, dtype=torch.uint8).scatter_(-1, order, in_order)
-        self.tiers.append(self._latest)
+        if not self.is_sorting:
+            own = torch.tensor(len(counts) - 1, dtype=torch.uint8, device=keys.device)
+            self._latest = own.expand(batch, heads, count)
+        else:
+            kept = count - evicted if evicted else count - counts[-1]
+            candidates = self._candidates(keys, values, start, kept)
+            ranking = self.score.ranking(candidates, self.policy.granularity)
+            order = ranking.argsort(dim=-1, descending=True, stable=True)
+            sizes = torch.tensor([*counts, evicted], device=keys.device)
+            numbers = torch.tensor([*range(len(counts)), EVICTED], dtype=torch.uint8, device=keys.device)
+            in_order = numbers.repeat_interleave(sizes, output_size=count).expand(batch, heads, count)
+            self._latest = torch.empty_like(order, dtype=torch.uint8).scatter_(-1, order, in_order)
+        self.sorted.append(self._latest)
         return self._latest
 
     def chosen_for_keys(self, values: Tensor) -> Tensor:
@@ -60,33 +199,22 @@ class TokenTiers:
 
     def forget_oldest(self, count: int) -> None:
         """Forget the statistics of the oldest `count` tokens, which have left the tail."""
-        self.attention.forget_oldest(count)
+        super().forget_oldest(count)
         self._latest = None
 
     def crop(self, count: int, tail: int, packed: int) -> None:
-        """Take the last `count` tokens back, so that `tail` are left in the tail and `packed` in tiers.
-
-        Tokens that come back from tiers start without attention.
-        """
-        self.attention.crop(count, tail, reopened=packed < self.tiers.length)
-        self.tiers.truncate(packed)
-
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch selection or a move to everything held."""
-        self.tiers.apply(change)
-        self.attention.apply(change)
+        """Take the last `count` tokens back; see `TokenChoice.crop`."""
+        super().crop(count, tail, packed)
+        self.sorted.truncate(packed)
 
     def exchange(self, archive: Archive, tokens: int) -> None:
         """Give the tiers of all `tokens` that have left the tail to an archive, and the statistics, or take them."""
-        archive.buffer("tiers", self.tiers, (*archive.rows, tokens), torch.uint8)
-        self.attention.exchange(archive.part("attention"))
+        archive.buffer("tiers", self.sorted, (*archive.rows, tokens), torch.uint8)
+        super().exchange(archive, tokens)
 
-    def _candidates(self, keys: Tensor) -> Candidates:
-        if not self.score.needs_queries:
-            return Candidates(keys)
-        count = keys.shape[2]
-        weights, observers = self.attention.received(count), self.attention.observers(count)
-        nothing = keys.new_zeros(keys.shape[:3], dtype=torch.float32)  # tokens that have come back from tiers
-        if self.score.extrapolates:
-            return Candidates(keys, nothing if weights is None else weights)
-        return Candidates(keys, *(nothing if each is None else each for each in (weights, observers)))
+
+def sample_of(score: TokenScore) -> QuerySample:
+    """Return the queries of a forward that a score looks at."""
+    if score.queries == "last":
+        return QuerySample(recent=max(score.last, ROLLBACK), spread=0)
+    return QuerySample(every=score.queries == "all")

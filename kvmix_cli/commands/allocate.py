@@ -50,6 +50,7 @@ def allocate(
     base = _base(budget)
     caches = [_with_presets(cache, storage) for cache in storage.caches(base.cache)]
     from ..allocation import default_method
+    from ..plan.presets import by_depth
     from ..profile import Profile
     from ..studies.directions import read_basis
 
@@ -69,7 +70,8 @@ def allocate(
         family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
         options = "" if files.name else options_hash(method, storage, effort, source if files.profile else None)
         folder = _plans_folder(path, files.profile, source)
-        _show_family(frontier(source, **chosen), family, options, folder, command, budget)
+        plans = [by_depth(plan, storage.put_on or []) for plan in frontier(source, **chosen)]
+        _show_family(plans, family, options, folder, command, budget)
         return
     name = files.name or default_name(method, budget, storage, effort, loading.seed, source if files.profile else None)
     path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
@@ -78,16 +80,29 @@ def allocate(
         return
     plan = _decide(source, method, base.budget, chosen, path, effort, loading)
     if storage.put_on:
+        plan = by_depth(plan, storage.put_on)
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": storage.put_on}})
         if budget.memory is None:
             console.notice(
                 f"the budget is of the layers' own bits; the table counts {' and '.join(storage.put_on)}, too"
             )
+    if storage.by_head is not None:
+        plan = _by_head(plan, source, effort.score, budget.context, *storage.by_head)
     if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
         basis.save(path.parent / plan.cache.transform.basis)
     _save(plan, path, command)
     with after_saving(f"the plan is saved in {path}"):
         _show(plan, source, path, budget.context, budget.batch)
+
+
+def _by_head(plan: Plan, source: Profile, score: str | None, context: int, what: str, number: float) -> Plan:
+    """Return a plan whose KV heads have tokens of their own. Raises BudgetError."""
+    from ..allocation import default_score, with_budgets, with_whole_heads
+
+    score = score or default_score(source, "ilp")
+    if what == "budgets":
+        return with_budgets(plan, source, score, number, context)
+    return with_whole_heads(plan, source, score, number) if what == "whole" else plan
 
 
 def _show_work(
@@ -150,7 +165,7 @@ def _choices(
     seed: int,
 ) -> AllocationOptions:
     """Return the options of the method, and say if it does not choose among several group sizes."""
-    from ..allocation import EXACT, METHODS, default_score, parse_pins
+    from ..allocation import METHODS, default_score, parse_pins
 
     if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
@@ -164,7 +179,9 @@ def _choices(
         "cache": caches[0],
         "score": score or default_score(source, method),
         "seed": seed,
-        "exact": EXACT if storage.exact is None else storage.exact,
+        "exact": storage.exact,
+        "evict": storage.evict,
+        "by_head": storage.by_head is not None and storage.by_head[0] == "widths",
     }
 
 

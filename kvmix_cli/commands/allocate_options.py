@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
-    Model,
+from .options import Encoding, Model, given
+from .values import (
     count_option,
-    given,
     parse_bits,
+    parse_budgets,
     parse_bytes,
     parse_dtype,
     parse_groups,
@@ -31,6 +30,16 @@ if TYPE_CHECKING:
 
 FAMILY, SEARCH, PAPER, TRANSFORM = "pareto", "search", "rank", "transform"
 """The methods that write several plans, that measure plans, of the paper, and that code directions."""
+
+
+def parse_by_head(text: str) -> tuple[str, float]:
+    """Return what KV heads have of their own, with its number. Raises typer.BadParameter for another text."""
+    what, colon, number = text.partition(":")
+    if what in ("widths", "budgets") and not colon:
+        return what, 0.2
+    if what in ("budgets", "whole") and re.fullmatch(r"0|1|0?\.\d+|1\.0*|0\.", number):
+        return what, float(number)
+    raise typer.BadParameter(f"'{text}': use widths, budgets, budgets:SURE or whole:SHARE, numbers from 0 to 1")
 
 
 def _file_name(name: str | None) -> str | None:
@@ -139,7 +148,25 @@ class StorageOptions:
     ] = None
     encode: Encoding = None
     exact: Annotated[
-        int | None, count_option("Tokens of a page that transform codes keep exact [default: 1].", least=0)
+        int | None,
+        count_option("Tokens of a page that transform codes keep exact [default: what loses least].", least=0),
+    ] = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=parse_budgets,
+            help="Shares of tokens to evict, such as 0,0.25,0.5: each layer gets one (ilp, by a score with them).",
+        ),
+    ] = None
+    by_head: Annotated[
+        Any,
+        typer.Option(
+            metavar="WHAT",
+            parser=parse_by_head,
+            help="KV heads differ, by a score with heads: widths, budgets[:SURE] of tokens kept, or whole:SHARE that "
+            "keeps all tokens.",
+        ),
     ] = None
     put_on: Annotated[
         list[str] | None,

@@ -11,7 +11,8 @@ import typer
 
 from .. import console
 from ..files import after_saving
-from .options import COMMAND_LINE, CommonOptions, Seed, Threads, count_option, expand
+from .options import COMMAND_LINE, CommonOptions, Seed, Threads, expand
+from .values import count_option
 
 if TYPE_CHECKING:
     from ..evaluation.results import Report, Row

@@ -10,6 +10,7 @@ import typer
 
 from .. import console, state
 from ..errors import EvaluationError
+from ..ranks import current
 from .dry_run import show_work
 from .eval_options import BoardOptions, EvalOptions, TaskOptions
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand, given, refuse
@@ -46,6 +47,8 @@ def evaluate(
     With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
     stored bits.
     """
+    if work.join and current().world > 1:
+        raise EvaluationError("--join is for processes that were started apart: leave it out, or torchrun")
     own = given(asdict(of_tasks))
     if len(work.lengths) > 1:
         refuse({"contexts": of_tasks.contexts, "leaderboard": board.leaderboard}, "does not go with several --length")
@@ -97,15 +100,23 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
             device=loading.device,
             trust_remote_code=loading.trust_remote_code,
             allow_pickle=loading.allow_pickle,
+            tensor_parallel=work.tensor_parallel,
         ),
-        Results(root=work.output_dir, resume=work.resume, command=ctx.meta[COMMAND_LINE]),
+        Results(
+            root=work.output_dir,
+            resume=work.resume or work.join,
+            command=ctx.meta[COMMAND_LINE],
+            may_begin=work.join,
+            is_shared=work.join,
+        ),
     )
 
 
 def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
     from ..evaluation import split_tasks
-    from ..evaluation.runs import RunFolders, short_checksum
+    from ..evaluation.identity import short_checksum
+    from ..evaluation.runs import RunFolders
     from ..files import check_writable, write_text
     from ..profile import Profile
     from ..reporting.leaderboard import board_json, plan_names, tables
@@ -130,6 +141,8 @@ def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
         progress=console.progress,
         **rules,
     )
+    if not current().leads:
+        return
     for report in found.reports:
         warn(report)
     shown = tables(found)
@@ -170,6 +183,8 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
         progress=console.progress,
         on_report=lambda task, report, model: _show(task, report, model, setup.results),
     )
+    if not current().leads:  # whose exit code says how it went
+        return
     with _saved(setup.results["root"]):
         for verdict in evaluation.verdicts:
             _show_verdict(verdict)
@@ -204,6 +219,8 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
     from ..evaluation.runs import RunFolders
     from ..reporting.evaluation import report_tables
 
+    if not current().leads:
+        return
     warn(report)
     with _saved(results["root"]):
         for table in report_tables(task, report, model):

@@ -10,10 +10,10 @@ import typer
 
 from ..errors import EvaluationError
 from .dry_run import DryRunFlag
-from .options import (
-    Encoding,
+from .options import Encoding, given
+from .ranks import TensorParallel
+from .values import (
     count_option,
-    given,
     parse_batch,
     parse_budgets,
     parse_bytes,
@@ -88,7 +88,12 @@ class EvalOptions:
     limit: Annotated[int | None, count_option("Most samples [default: the task's].", least=None)] = None
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Share the rows with other processes of this command; implies --resume."),
+    ] = False
     dry_run: DryRunFlag = False
+    tensor_parallel: TensorParallel = False
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),

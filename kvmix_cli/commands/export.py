@@ -1,46 +1,95 @@
-"""`kvmix export PLAN --to ENGINE`: write a plan in the form of another engine."""
+"""`kvmix export PLAN --to ENGINE`: write a plan in the form of another engine, and measure what it costs there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console, state
-from .options import CommonOptions, Model, ProfilesDir, expand
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse
+from .values import count_option
+
+if TYPE_CHECKING:
+    from ..export import Export
+    from ..plan import Plan
+    from ..studies.exported import ExportCost
+
+COST = "Cost, with --measure"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """The plan, and the engine to write it for."""
 
-    to: Annotated[str, typer.Option(metavar="ENGINE", help="vllm, modelopt, llama.cpp or kvtuner.")]
+    to: Annotated[str, typer.Option(metavar="ENGINE", help="vllm, modelopt, llama.cpp, ik_llama or kvtuner.")]
     plan: Annotated[
         str | None, typer.Argument(metavar="[PLAN]", help="File or name of a plan [default: the newest].")
     ] = None
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A format of the engine, such as int4_per_token_head [default: the smallest in which no layer has "
+            "fewer bits].",
+        ),
+    ] = None
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write [default: standard output].")] = None
     model: Model = None
-    profiles_dir: ProfilesDir = None
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the divergence here, and there by a simulation of its formats.")
+    ] = False
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", rich_help_panel=COST, help="Text, as of eval [default: the profile's]."),
+    ] = None
+    length: Annotated[Any, count_option("Tokens of a document [default: 1024].", least=4, rich_help_panel=COST)] = None
+    limit: Annotated[Any, count_option("Most documents [default: 10].", rich_help_panel=COST)] = None
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=COST, help="Where every sample is kept [default: results]."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raise typer.BadParameter for an option of a measurement that is not asked for."""
+        if not self.measure:
+            names = ("text", "length", "limit", "output_dir")
+            refuse({name: getattr(self, name) for name in names}, "needs --measure")
 
 
 @expand
-def export(what: ExportOptions, common: CommonOptions) -> None:
-    """Write a plan for another engine, if that engine can express it."""
+def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, common: CommonOptions) -> None:
+    """Write a plan for another engine, if that engine can express it, and say what it stores other than the plan.
+
+    With --measure: the divergence from the unquantized cache, of the plan here and of the engine's formats, simulated.
+    """
     from ..export import TARGETS
-    from ..files import write_text
+    from ..files import check_writable, write_text
     from ..plan import Plan
 
     target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
     found = Plan.load(path)
-    text = target.write(found)
+    made = target.export(found, what.format)
+    if what.out is not None:
+        check_writable(what.out)
+    for line in made.rounded:
+        console.notice(f"rounded: {line}")
+    console.notice(f"stored: {made.stored_bits:.3g} bits an element there, {found.bits.stored:.3g} of the plan here")
+    cost = _measure(ctx, what, loading, path.stem, found, made) if what.measure else None
+    if cost is not None:
+        here, there = cost.here.value, cost.there.value
+        console.notice(
+            f"divergence: {there:.3g} nats a token there, simulated, {here:.3g} of the plan here, on {cost.tokens} "
+            f"tokens of {cost.text}"
+        )
     console.notice(f"caution: {target.caution}")
     if what.out is None:
-        console.text(text)
+        console.text(made.text)
     else:
-        write_text(what.out, text)
+        write_text(what.out, made.text)
         console.notice(f"wrote {what.out}")
     console.emit_json(
         {
@@ -48,8 +97,41 @@ def export(what: ExportOptions, common: CommonOptions) -> None:
             "model": found.model.id,
             "plan": path,
             "to": what.to,
-            "text": text,
+            "text": made.text,
             "out": what.out,
             "caution": target.caution,
+            "rounded": made.rounded,
+            "stored_bits": made.stored_bits,
+            "plan_stored_bits": found.bits.stored,
+            "layers": _layers(made),
+            "measured": None if cost is None else cost.as_json(),
         }
     )
+
+
+def _layers(made: Export) -> list[dict[str, Any]] | None:
+    if made.formats is None:
+        return None
+    return [{"index": layer, "k": k.name, "v": v.name} for layer, (k, v) in sorted(made.formats.items())]
+
+
+def _measure(
+    ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, name: str, plan: Plan, made: Export
+) -> ExportCost:
+    from ..evaluation.base import Settings
+    from ..evaluation.runs import RunFolders
+    from ..studies.exported import measure_export, profile_text
+
+    model = what.model or plan.model.id
+    length = what.length or Settings.length
+    text = what.text or profile_text(plan)
+    settings = Settings(length, prefix=length // 4, limit=what.limit, text=text, seed=loading.seed)
+    loaded = loading.load(model, plan.model.revision)
+    folders = RunFolders(
+        model=state.slug(model),
+        root=what.output_dir or Path("results"),
+        resume=True,
+        may_begin=True,
+        command=ctx.meta[COMMAND_LINE],
+    )
+    return measure_export(what.to, name, plan, made, loaded, settings, folders, console.progress)

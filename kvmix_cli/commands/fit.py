@@ -9,17 +9,8 @@ import typer
 
 from .. import console
 from ..errors import ModelError, did_you_mean
-from .options import (
-    CommonOptions,
-    Encoding,
-    ModelOptions,
-    ProfilesDir,
-    count_option,
-    expand,
-    parse_bytes,
-    parse_dtype,
-    parse_model_dtype,
-)
+from .options import CommonOptions, Encoding, ModelOptions, ProfilesDir, expand, refuse
+from .values import count_option, parse_bytes, parse_dtype, parse_model_dtype
 
 WEIGHT_NAMES = {"fp8": "float8", "q8": "int8", "q4": "int4", "4bit": "int4", "8bit": "int8"}
 """Other names of the dtypes of weights."""
@@ -76,6 +67,13 @@ class FitOptions:
     prefill_chunk: Annotated[Any, count_option("Tokens of a prompt that are fed at once [default: all].", least=1)] = (
         None
     )
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What GPUs hold, and how fast they decode at most: h100, b200, mi300x, ..."),
+    ] = None
+    tp: Annotated[
+        Any, count_option("GPUs that share the model's heads (tensor parallelism) [default: 1].", least=1)
+    ] = None
     images: Annotated[int, count_option("Images, for a model that attends to them apart (Mllama).", least=0)] = 0
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -83,21 +81,29 @@ class FitOptions:
     profiles_dir: ProfilesDir = None
 
     def __post_init__(self) -> None:
-        """Raise typer.BadParameter for an encoder without a width, which changes no byte."""
+        """Raise typer.BadParameter for an encoder without a width, which changes no byte, and for GPUs of no name."""
         if self.encode and not self.uniform:
             raise typer.BadParameter("--encode is for --uniform; a plan file has `encode` in its cache section")
+        if self.gpu is None:
+            refuse({"tp": self.tp}, "needs --gpu")
+        else:
+            refuse({"memory": self.memory}, "does not go with --gpu, whose memory is known")
 
 
 @expand
 def fit(which: ModelOptions, what: FitOptions, common: CommonOptions) -> None:
     """Count the memory that a model needs: weights, activations and cache, without loading it.
 
-    With --memory: what fits, the longest context, the largest batch, and the bits that are needed.
+    With --memory: what fits, the longest context, the largest batch, and the bits that are needed. With --gpu: the
+    same on each of --tp GPUs, and the most tokens a second that their bandwidth allows.
     """
     from ..studies.fit.answer import FitQuestion, answer, average_plan, usual_context, usual_plans
     from ..studies.fit.facts import ELEMENT_BYTES, read_facts
+    from ..studies.fit.gpus import GPUS
+    from ..studies.fit.roofline import GpuGroup
     from ..studies.selection import check_widths, choose
 
+    gpus = None if what.gpu is None else GpuGroup(what.gpu.lower(), GPUS[what.gpu.lower()], what.tp or 1)
     check_widths(what.uniform or [])
     choice = choose(
         what.plan or [],
@@ -120,6 +126,7 @@ def fit(which: ModelOptions, what: FitOptions, common: CommonOptions) -> None:
         weights_dtype=what.weights_dtype or (None if what.dtype == "auto" else what.dtype),
         at_once=what.prefill_chunk,
         images=what.images,
+        gpus=gpus,
     )
     found = answer(facts, plans or usual_plans(facts.info), question)
     from ..reporting.fit import fit_json, fit_tables

@@ -14,19 +14,11 @@ import typer
 from .. import console, state
 from ..errors import KvmixError
 from ..files import after_saving
+from ..ranks import current
 from .dry_run import DryRunFlag, show_work
-from .options import (
-    COMMAND_LINE,
-    CommonOptions,
-    Encoding,
-    LoadingOptions,
-    ModelOptions,
-    count_option,
-    expand,
-    parse_bits,
-    parse_groups,
-    parse_names,
-)
+from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
+from .ranks import TensorParallel
+from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_names
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -55,6 +47,12 @@ class ProfileOptions:
         Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
     ] = None
     encode: Encoding = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST", parser=parse_budgets, help="Shares of tokens whose eviction is measured (kl, loss)."
+        ),
+    ] = None
     granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer"
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
@@ -74,6 +72,7 @@ class ProfileOptions:
         bool, typer.Option("--replace", help="Replace a score even if it was measured on more text, or on other text.")
     ] = False
     dry_run: DryRunFlag = False
+    tensor_parallel: TensorParallel = False
     checkpointing: Annotated[
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Save memory for time [default: for large models]."),
@@ -103,7 +102,7 @@ def profile(
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
-    how = ProbeOptions(what.bits, what.group_size, what.encode, per_head=per_head, checkpointing=what.checkpointing)
+    how = ProbeOptions(what.bits, what.group_size, what.encode, what.evict or (), per_head, what.checkpointing)
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))
@@ -115,14 +114,18 @@ def profile(
         load = partial(loading.load, model, which.revision)
         show_work("profile", profile_work(model, load, what.score, how, texts, *sizes, writes))
         return
-    ctx.with_resource(profile_lock(path))  # until the profile is saved
+    ranks = current()
+    if ranks.leads:
+        ctx.with_resource(profile_lock(path))  # until the profile is saved
     before = existing_profile(path)
-    loaded = loading.load(model, which.revision)
+    loaded = loading.load(model, which.revision, tensor_parallel=what.tensor_parallel)
     if before is not None:
         require_same_model(before, loaded.info, path)
     _check_replaced(before, what, loading.seed, path)
     started = time.perf_counter()
     result = _measure(loaded, model, texts, what, how, path, loading.seed, before)
+    if not ranks.leads:
+        return
     _save(result, before, path, ctx.meta[COMMAND_LINE])
     with after_saving(
         f"the profile is saved: `{shlex.join(['kvmix', 'inspect', str(path)])}` shows it, --plot draws it"
@@ -167,12 +170,13 @@ def _measure(
     before: Profile | None,
 ) -> Profile:
     from ..profiling import run_profile
+    from ..studies.coded import with_coded_losses
 
     journal = state.journal_path(path)
     if journal.exists() and not what.resume:
         console.notice(f"{journal} is of an unfinished profile, which is started over; --resume goes on with one")
     with console.progress(f"profile {model}", what.samples) as bar:
-        return run_profile(
+        result = run_profile(
             loaded,
             what.score,
             texts=texts,
@@ -187,6 +191,7 @@ def _measure(
             before=None if before is None or what.replace else before.scores,
             on_step=bar.reach,
         )
+    return with_coded_losses(result, loaded, texts, path.parent, say=console.notice, progress=console.progress)
 
 
 def _save(result: Profile, before: Profile | None, path: Path, command: str) -> None:

@@ -12,16 +12,8 @@ import typer
 
 from .. import console, state
 from ..files import after_saving
-from .options import (
-    COMMAND_LINE,
-    CommonOptions,
-    LoadingOptions,
-    ModelOptions,
-    count_option,
-    expand,
-    parse_bytes,
-    parse_percent,
-)
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand
+from .values import count_option, parse_bytes, parse_percent
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -78,6 +70,7 @@ def recommend(
     """Find the smallest plan that is safe at a context, and prove it through the quantized cache.
 
     Profile, plans and samples that exist are used; what was interrupted goes on with the same command.
+    Several processes with the same command and folders share the work.
     """
     model = which.model
     if model is None:
@@ -110,7 +103,7 @@ def recommend(
     found = find(
         purpose,
         lambda: loading.load(model, which.revision),
-        RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True),
+        RunFolders(what.output_dir, state.slug(model), resume=True, command=command, may_begin=True, is_shared=True),
         command=command,
         say=console.notice,
         progress=console.progress,

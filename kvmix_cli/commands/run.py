@@ -14,7 +14,8 @@ import typer
 
 from .. import console
 from ..errors import KvmixError, TextError
-from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, count_option, expand, refuse
+from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, expand, refuse
+from .values import count_option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from .prompt_scores import scoring
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
@@ -31,9 +33,11 @@ def fill(loaded: LoadedModel, cache: Cache, ids: Tensor) -> Tensor:
 
     A model with a `prefill_chunk` is fed so many tokens at a time: each chunk is packed as it comes, and the next one
     reads it so. All at once, the tokens see each other in full precision, and are in memory so, a layer at a time.
+    Where the plan's score of tokens needs the whole prompt, it is scored before it is packed (`prompt_scores.py`).
     """
-    for part in ids.split(loaded.prefill_chunk or ids.shape[1], dim=1):
-        logits = last_logits(loaded, cache, part)
+    with scoring(loaded, cache, ids, lambda part: last_logits(loaded, cache, part)):
+        for part in ids.split(loaded.prefill_chunk or ids.shape[1], dim=1):
+            logits = last_logits(loaded, cache, part)
     return logits
 
 

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from ..errors import KvmixError, is_out_of_memory
 from .feed import fill
+from .prompt_scores import scores_prompts
 from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def _fill(loaded: LoadedModel, ids: Tensor, cache: Cache, on_prompt: Callable[[]
     """Feed the tokens of a prompt `[1, T]` that are not left to `generate`, and return the seconds that this took."""
     start, held, tokens = time.perf_counter(), cache.get_seq_length(), ids.shape[1]
     size = loaded.prefill_chunk or tokens
-    stop = tokens - 1 if on_prompt is not None else tokens - 1 - (tokens - 1 - held) % size
+    is_whole = on_prompt is not None or scores_prompts(cache)
+    stop = tokens - 1 if is_whole else tokens - 1 - (tokens - 1 - held) % size
     if stop > held:
         fill(loaded, cache, ids[:, held:stop])
     seconds = time.perf_counter() - start

@@ -82,11 +82,13 @@ class Task(ABC, Generic[SampleT, RecordT]):
 
     Attributes:
         timed: the numbers are times, which another machine would not give again.
+        is_local: the numbers are of one process, such as times and bytes: no rank measures for another one.
         side_by_side: rows measure a sample together, part by part, and compare their parts.
     """
 
     default_limit: ClassVar[int]
     timed: ClassVar[bool] = False
+    is_local: ClassVar[bool] = False
     side_by_side: ClassVar[bool] = False
 
     @property

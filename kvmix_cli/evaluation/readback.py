@@ -18,9 +18,10 @@ from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.codec import CODED
 from ..plan.document import read_yaml, reason, validate
 from ..plan.layers import parse_mean_widths
+from .identity import FORMAT, plan_of
 from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
-from .runs import CONFIG, FORMAT, METRICS, SAMPLES, plan_of
+from .runs import CONFIG, METRICS, SAMPLES
 
 
 class LineKey(NamedTuple):

@@ -11,9 +11,7 @@ Runs with other settings have other folders, so that nothing finished is ever ov
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,23 +23,26 @@ from typing import Any
 from ..cache.subject import UNQUANTIZED
 from ..errors import DocumentError, EvaluationError, OutputError
 from ..files import write_text
-from ..journal import Journal, canonical, check_same_settings, lock, plain, read_records, refuse_constant, release
+from ..journal import Journal, check_same_settings, lock, read_records, refuse_constant, release
 from ..plan.document import flow, head_comment, read_yaml
+from .identity import (
+    Config,
+    checksum,
+    compared,
+    identity,
+    independent,
+    old_name,
+    safe_name,
+    short_checksum,
+    with_samples,
+    without_hash,
+    without_samples,
+)
 from .records import SampleRecord, record_form
 
-FORMAT = "kvmix-run/1"
 CONFIG, SAMPLES, METRICS, RERUN = "config.yaml", "samples.jsonl", "metrics.json", "rerun.jsonl"
 ORIGIN = ("finished", "machine")
 """Of a row: when and where it was measured."""
-SHARED = ("kvmix", "model", "dtype", "device", "attention", "settings")
-"""Keys of a config that do not depend on its task and plan."""
-HASH_DIGITS = 8
-PART_BYTES = 78
-"""Bytes of a task, model or plan in a folder's name: three of them, a hash and what joins them stay below 255."""
-_HASH = re.compile(rf"__[0-9a-f]{{{HASH_DIGITS}}}$")
-
-Config = Mapping[str, Any]
-"""Everything that a run's numbers depend on, as plain data."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class RunFolders:
         resume: continue what an interrupted run has left, and read what is finished; otherwise measure everything.
         command: the command line, for the head comment of `config.yaml`.
         may_begin: with `resume`, also measure settings under which nothing was measured yet.
+        is_shared: with `resume`, other processes measure other rows at the same time. A row whose files are damaged is
+            then measured anew, with a warning, since nobody may be there to decide it.
     """
 
     root: Path
@@ -61,6 +64,7 @@ class RunFolders:
     resume: bool = False
     command: str = ""
     may_begin: bool = False
+    is_shared: bool = False
 
     def check(self, task: str, configs: Mapping[str, Config], samples: Sequence[Any]) -> None:
         """Look at the folders of all rows before any of them is measured.
@@ -76,7 +80,7 @@ class RunFolders:
             UserWarning: if finished rows are going to be measured anew, or if a row cannot be resumed because another
                 plan of its name, or other data, was measured.
         """
-        complete = {plan: _complete(config, samples) for plan, config in configs.items()}
+        complete = {plan: with_samples(config, samples) for plan, config in configs.items()}
         folders = {plan: self._folder(task, plan, config) for plan, config in complete.items()}
         plans = [plan for plan in folders if plan != UNQUANTIZED and not self.resume]
         finished = [folders[plan] for plan in plans if _has_metrics(folders[plan] / METRICS)]
@@ -104,13 +108,22 @@ class RunFolders:
         With `resume`, a run of fewer of the same samples gives its records to this one, and stays as it is.
 
         Raises:
-            StateError: if another process has it open.
-            DocumentError: if it is to be resumed but damaged.
+            InUseError: if another process has it open.
+            DocumentError: if it is to be resumed but damaged, unless it is shared.
             OutputError: if it cannot be written.
         """
-        config = _complete(config, samples)
+        config = with_samples(config, samples)
         run = RunFolder(self._folder(task, plan, config), task, config, self.command)
-        run.open(self.resume, self._earlier_records(task, plan, config, samples) if self.resume else [])
+        earlier = self._earlier_records(task, plan, config, samples) if self.resume else []
+        try:
+            run.open(self.resume, earlier)
+        except DocumentError as error:
+            if not self.is_shared:
+                raise
+            warnings.warn(f"{error.source} is damaged, so its row is measured anew", stacklevel=2)
+            run.open(False, earlier)
+        if self.is_shared and (run.folder / METRICS).exists() and not _read_json(run.folder / METRICS):
+            warnings.warn(f"{run.folder / METRICS} is damaged, so it is written anew", stacklevel=2)
         return run
 
     def picture(self, task: str, results: Sequence[Any]) -> Path:
@@ -120,7 +133,7 @@ class RunFolders:
     def _folder(self, task: str, plan: str, config: Config) -> Path:
         """Return the folder of a run; with `resume` it may have the name of an older version, without a hash."""
         folder = self.root / f"{self._head(task, plan)}__{identity(config)}"
-        before = self.root / _old_name(task, self.model, plan)
+        before = self.root / old_name(task, self.model, plan)
         if self.resume and not folder.exists() and identity(_read_config(before)) == identity(config):
             folder = before
         if folder.is_symlink():
@@ -144,7 +157,7 @@ class RunFolders:
         for folder in self._others(task, plan):
             found = _read_config(folder)
             count = found["samples"]["count"] if found else 0
-            same = 0 < count < len(samples) and _without_samples(found) == _without_samples(config)
+            same = 0 < count < len(samples) and without_samples(found) == without_samples(config)
             if same and checksum(samples[:count]) == found["samples"]["sha256"]:
                 yield folder, count
 
@@ -152,23 +165,23 @@ class RunFolders:
         """Return how a row's settings differ from those of the runs that are there; "" if a run can be resumed."""
         if any(self._shorter_runs(task, plan, config, samples)):
             return ""
-        wanted, changed = _compared(config), ""
+        wanted, changed = compared(config), ""
         for other in self._others(task, plan):
-            found = _compared(_read_config(other))
+            found = compared(_read_config(other))
             names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
             changed = f"{other.name} was measured with another {', '.join(names)}"
         return changed
 
     def _has_begun(self, config: Config) -> bool:
         """Return whether any row of any task was measured with the settings that all tasks share."""
-        wanted = _shared(config)
-        return any(_shared(_read_config(folder)) == wanted for folder in self.root.iterdir() if folder.is_dir())
+        wanted = independent(config)
+        return any(independent(_read_config(folder)) == wanted for folder in self.root.iterdir() if folder.is_dir())
 
     def _others(self, task: str, plan: str) -> Iterator[Path]:
         """Yield the run folders of a task and plan, whatever their settings."""
-        head, before = self._head(task, plan), _old_name(task, self.model, plan)
+        head, before = self._head(task, plan), old_name(task, self.model, plan)
         for folder in sorted(self.root.iterdir()) if self.root.is_dir() else []:
-            if folder.name == before or _HASH.sub("", folder.name) == head:
+            if folder.name == before or without_hash(folder.name) == head:
                 yield folder
 
     def _head(self, task: str, plan: str) -> str:
@@ -207,7 +220,7 @@ class RunFolder:
             earlier: records to begin with if there is none.
 
         Raises:
-            StateError: if another process has it open.
+            InUseError: if another process has it open.
             DocumentError: if what is there has other settings or is damaged.
             OutputError: if it cannot be written.
         """
@@ -216,7 +229,7 @@ class RunFolder:
             resume = resume and (self.folder / CONFIG).exists()
             if resume:
                 path = self.folder / CONFIG
-                check_same_settings(path, _compared(read_yaml(path).data), _compared(self.config))
+                check_same_settings(path, compared(read_yaml(path).data), compared(self.config))
             self._rerun = (self.folder / RERUN).exists() if resume else _has_metrics(self.folder / METRICS)
             if not resume and not self._rerun:
                 self._remove(CONFIG)
@@ -301,75 +314,6 @@ class RunFolder:
             (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-
-
-def identity(config: Config) -> str:
-    """Return the hash of all settings that a run's numbers depend on, for the name of its folder; "" for none.
-
-    The limit is left out: the samples themselves are in it.
-    """
-    if not config:
-        return ""
-    text = canonical(_compared(config))
-    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
-
-
-def plan_of(folder: Path, config: Config) -> str:
-    """Return the plan in a run folder's name."""
-    return folder.name.removesuffix(f"__{identity(config)}").split("__", 2)[-1]
-
-
-def checksum(samples: Sequence[Any]) -> str:
-    """Return the SHA-256 of samples, by their content."""
-    return hashlib.sha256(repr(samples).encode()).hexdigest()
-
-
-def short_checksum(results: Sequence[Any]) -> str:
-    """Return the digits of results in the name of a file that shows them."""
-    return checksum(results)[:HASH_DIGITS]
-
-
-def safe_name(name: str) -> str:
-    """Return a name as part of a file's name, at most `PART_BYTES` long, and still different for different names."""
-    safe = re.sub(r"[^\w.+-]+", "-", name)
-    if safe == name and len(safe.encode()) <= PART_BYTES:
-        return safe
-    digits = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:HASH_DIGITS]
-    return f"{safe.encode()[: PART_BYTES - HASH_DIGITS - 1].decode(errors='ignore')}-{digits}"
-
-
-def _old_name(task: str, model: str, plan: str) -> str:
-    """Return the name of a run folder in version 0.1, which had no hash."""
-    parts = []
-    for name in (task, plan):
-        safe = re.sub(r"[^\w.+-]+", "-", name)[:80]
-        digits = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:HASH_DIGITS]
-        parts.append(safe if safe == name else f"{safe}-{digits}")
-    return f"{parts[0]}__{model}__{parts[1]}"
-
-
-def _complete(config: Config, samples: Sequence[Any]) -> Config:
-    """Return settings with what makes them those of a run, as plain data."""
-    counted = {"count": len(samples), "sha256": checksum(samples)}
-    return plain({"format": FORMAT, **config, "samples": counted})
-
-
-def _compared(config: Config, head: str = "") -> dict[str, Any]:
-    """Return all settings that two equal runs share, flat: `settings.length`. Their limits may differ."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        flat.update(_compared(value, f"{head}{key}.") if nested else {f"{head}{key}": value})
-    flat.pop("settings.limit", None)
-    return flat
-
-
-def _without_samples(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in _compared(config).items() if not key.startswith("samples.")}
-
-
-def _shared(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in _compared(config).items() if key.split(".")[0] in SHARED}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Exports: plans as configuration of other engines, as far as these can express them. One file each, without torch.
 
-TARGETS["vllm"].write(plan) -> str
+TARGETS["vllm"].export(plan).text
 """
 
 from __future__ import annotations
 
 from ..errors import ExportError
 from ..registry import Registry
-from .target import Target
+from .target import Export, Target
 
 TARGETS: Registry[Target] = Registry(
     "engine",
@@ -17,8 +17,9 @@ TARGETS: Registry[Target] = Registry(
         "vllm": "vllm:TARGET",
         "modelopt": "modelopt:TARGET",
         "llama.cpp": "llama_cpp:TARGET",
+        "ik_llama": "llama_cpp:ENDS",
         "kvtuner": "kvtuner:TARGET",
     },
 )
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["TARGETS", "Export", "Target"]

@@ -6,17 +6,22 @@ every layer, and one group size for all (https://github.com/cmd2001/KVTuner, arX
 
 from __future__ import annotations
 
+from ..errors import ExportError
 from ..plan import LayerPlan, Plan
-from .target import Target, refuse
+from .target import Export, Target, refuse, widths
 
 
-def express(plan: Plan) -> str:
+def express(plan: Plan, form: str | None) -> Export:
     """Return a KVTuner preset, in YAML. Raises ExportError."""
+    if form is not None:
+        raise ExportError(f"KVTuner has one format, in every width: leave out --format {form}")
     strange = {index: what for index, layer in plan.layers.items() if (what := _inexpressible(layer))}
     rule = "its presets give every layer a width of at most 8 bits and nothing else"
     refuse("KVTuner", rule, strange | plan.model.stock, "allocate with at most 8 bits and one --group-size")
-    pairs = ((index, *(tensor.bits for tensor, _ in layer.affine)) for index, layer in sorted(plan.layers.items()))
-    return "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, k, v in pairs)
+    pairs = widths(plan).items()
+    text = "".join(f"{index}: {{nbits_key: {k}, nbits_value: {v}}}\n" for index, (k, v) in pairs)
+    there = plan.cache.model_copy(update={"sink": 0, "encode": "minmax"})
+    return Export(text, None, Plan.build(plan.model, plan.layers, there, plan.provenance))
 
 
 def _inexpressible(layer: LayerPlan) -> str:
@@ -30,5 +35,5 @@ def _inexpressible(layer: LayerPlan) -> str:
 TARGET = Target(
     "kvtuner",
     express,
-    "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink",
+    "a preset has widths alone: give KVTuner the plan's group size as q_group_size; it keeps no sink, no encoders",
 )

@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from ..errors import ModelError, did_you_mean
+from ..ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -14,13 +15,17 @@ SPREAD = "map"
 """The device name that spreads a model over all devices."""
 
 
-def find_device(name: str) -> str:
-    """Return the name of a torch device, or `map`; `auto` becomes CUDA where there is any.
+def find_device(name: str, ranks: Ranks = ALONE) -> str:
+    """Return the name of a torch device, or `map`; `auto` becomes CUDA where there is any, one device a rank.
 
     Raises:
         ModelError: if there is no such device here.
     """
     has_accelerate = importlib.util.find_spec("accelerate") is not None
+    if ranks.world > 1 and name == SPREAD:
+        raise ModelError("--device map gives all GPUs to one process: use auto, or leave out torchrun")
+    if ranks.world > 1 and name == "auto" and torch.cuda.is_available():
+        return f"cuda:{ranks.local % torch.cuda.device_count()}"
     if name == "auto":
         if torch.cuda.device_count() > 1 and has_accelerate:
             return SPREAD

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..cache.attention import register_attention
+from ..cache.rotary import know_rotations
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
 from ..plan import ModelInfo
+from ..ranks import ALONE, Ranks, current
 from .adapters import merge_adapter
 from .attention import set_attention, use_attention
 from .causality import check_causal
@@ -23,6 +25,7 @@ from .configuration import UNREADABLE, Checkpoint, find_config, load_info, quiet
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
 from .multimodal import find_loader, load_processor
+from .parts import check_shares, split_by
 from .projections import packed_modules
 from .sources import BUILTIN, has_pickles
 from .weights import check_files
@@ -47,6 +50,7 @@ class LoadedModel:
         max_length: tokens it was made for, None if unbounded.
         processor: makes inputs of images and text, if they were asked for.
         prefill_chunk: tokens of a prompt that are fed at a time, see `decoding.feed.fill`; None for all at once.
+        ranks: the processes that measure with this model, each with a copy or with a part of it.
     """
 
     model: PreTrainedModel
@@ -55,6 +59,7 @@ class LoadedModel:
     max_length: int | None
     processor: Any = None
     prefill_chunk: int | None = None
+    ranks: Ranks = field(default=ALONE, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -99,8 +104,9 @@ def load_model(
     allow_pickle: bool = False,
     attention: str = "kvmix",
     reads_images: bool = False,
+    tensor_parallel: bool = False,
 ) -> LoadedModel:
-    """Load a model with its tokenizer.
+    """Load a model with its tokenizer. Under torchrun every rank loads a copy of it, or its part.
 
     Args:
         model_id: hub id, local folder or `builtin:tiny`.
@@ -110,13 +116,17 @@ def load_model(
         allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
         attention: attention implementation; a class that rejects it keeps its own, with a warning.
         reads_images: also load what reads images, with its processor.
+        tensor_parallel: load this rank's part, by the plan that transformers has for the model's class.
 
     Raises:
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
     """
-    device, wanted = find_device(device), find_dtype(dtype)
+    ranks = current().sharded() if tensor_parallel else current()
+    device, wanted = find_device(device, ranks), find_dtype(dtype)
     checkpoint, config = find_config(model_id, revision, trust_remote_code)
     info = model_info(config, checkpoint.id, checkpoint.revision)
+    if tensor_parallel:
+        check_shares(info, ranks)
     is_builtin = checkpoint.id.startswith(BUILTIN)
     if wanted == "auto" and is_builtin and device == "cpu":
         wanted = torch.float32
@@ -124,7 +134,7 @@ def load_model(
         check_files(folder, checkpoint.id)
     tokenizer = _load_tokenizer(checkpoint)
     processor = _load_processor(checkpoint, config) if reads_images else None
-    placement = {"device_map": "auto"} if device == SPREAD else {}
+    placement = split_by(ranks) if tensor_parallel else {"device_map": "auto"} if device == SPREAD else {}
     model = _load_weights(
         checkpoint,
         config,
@@ -135,7 +145,7 @@ def load_model(
     )
     if checkpoint.adapter is not None:
         model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
-    if device != SPREAD:
+    if device != SPREAD and not tensor_parallel:
         model = _move(model, checkpoint.id, device)
     model.eval()
     _check_vocabulary(tokenizer, model, checkpoint.id)
@@ -144,7 +154,8 @@ def load_model(
         set_attention(model, attention)
     else:
         use_attention(model, attention, info, check_causal(model, checkpoint.id, info))
-    return LoadedModel(model, tokenizer, info, max_length(config), processor)
+    know_rotations(model)
+    return LoadedModel(model, tokenizer, info, max_length(config), processor, ranks=ranks)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -185,7 +186,8 @@ def _dense(module: nn.Module) -> nn.Parameter | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
         return None
     # A quantizer has a class of its own for packed tensors, or packs several numbers into an integer.
-    is_packed = type(weight.data) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2
+    is_foreign = not isinstance(weight.data, DTensor) and type(weight.data) is not Tensor
+    is_packed = is_foreign or not weight.is_floating_point() or weight.itemsize < 2
     return None if is_packed else weight
 
 

@@ -33,6 +33,8 @@ FORMAT: Final = "kvmix-basis/1"
 TensorName = Literal["k", "v"]
 TENSOR_NAMES: Final[tuple[TensorName, ...]] = ("k", "v")
 Floats = NDArray[np.float32]
+Variances = Mapping[tuple[int, TensorName], NDArray[np.float64]]
+"""Of the directions of each layer's keys and values, `[H_kv, D]`, half of which is a loss in nats a token."""
 
 
 class _Turn(TypedDict):
@@ -96,22 +98,23 @@ class BasisFile:
     frame: int | None = None
     rope: Mapping[int, Rope] = field(default_factory=dict)
 
-    def variances(self, layers: Collection[int]) -> dict[tuple[int, TensorName], NDArray[np.float64]]:
-        """Return the variances `[H_kv, D]` of the directions of these layers, half of which is a loss in nats."""
+    def variances(self, layers: Collection[int]) -> Variances:
+        """Return the variances of the directions of these layers."""
         kinds = ((index, name, self.layers[index][name]) for index in layers for name in TENSOR_NAMES)
         return {(index, name): each.deviation.astype(np.float64) ** 2 for index, name, each in kinds}
 
     @cached_property
     def sha256(self) -> str:
         """Return the checksum of the file."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     def save(self, path: Path) -> str:
         """Write the file, and return its checksum. Raises OutputError."""
-        write_bytes(path, self.to_bytes())
+        write_bytes(path, self.content)
         return self.sha256
 
-    def to_bytes(self) -> bytes:
+    @cached_property
+    def content(self) -> bytes:
         """Return the file's content, the same for equal bases."""
         arrays: dict[str, NDArray[Any]] = {}
         for index, kinds in sorted(self.layers.items()):

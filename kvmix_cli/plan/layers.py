@@ -7,13 +7,21 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from kvmix_kernels.layout import Encoder, Kind
-from pydantic import Discriminator, SerializerFunctionWrapHandler, Tag, field_validator, model_serializer
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+)
 
 from .codec import CODED, TransformTensor, codec_of
 from .document import StrictModel
-from .geometry import format_ranges
-from .policies import known_width
-from .settings import GroupSize
+from .geometry import MAX_HEADS, format_ranges
+from .policies import TokenShares, as_tuple, known_width
+from .settings import CacheSettings, GroupSize
 
 _WIDTH = rf"(\d{{1,2}}|{CODED}\d(?:\.\d{{1,3}})?)"
 _PART = re.compile(rf"\s*(\d{{1,5}})(?:-(\d{{1,5}}))?:k{_WIDTH}v{_WIDTH}\s*", re.ASCII)
@@ -66,11 +74,77 @@ AnyTensor = Annotated[
 """Storage of one layer's keys, or values, in any codec."""
 
 
+class HeadGroup(StrictModel):
+    """Some KV heads of a layer, and what they have of their own.
+
+    Attributes:
+        heads: the KV heads, ascending.
+        k, v: storage of their keys, and of their values; None for the layer's.
+        tokens: what they have of their own in the token policy; None for what the layer has.
+    """
+
+    heads: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_HEADS)], ...], BeforeValidator(as_tuple)]
+    k: TensorPlan | None = None
+    v: TensorPlan | None = None
+    tokens: TokenShares | None = None
+
+    @field_validator("heads")
+    @classmethod
+    def _ascending(cls, heads: tuple[int, ...]) -> tuple[int, ...]:
+        if not heads or list(heads) != sorted(set(heads)):
+            raise ValueError(f"must be KV heads in ascending order, at least one, got {list(heads)}")
+        return heads
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what files state: what the group has of its own."""
+        return {name: value for name, value in write(self).items() if value is not None}
+
+
 class LayerPlan(StrictModel):
-    """Storage of one layer's keys and values."""
+    """Storage of one layer's keys and values.
+
+    Attributes:
+        k, v: storage of keys, and of values.
+        tokens: what this layer has of its own in the token policy of the cache; None for the policy as it is.
+        head_groups: KV heads that are stored otherwise than the others of the layer.
+    """
 
     k: AnyTensor
     v: AnyTensor
+    tokens: TokenShares | None = None
+    head_groups: Annotated[tuple[HeadGroup, ...], BeforeValidator(as_tuple)] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return what files state; without tokens and groups of its own, a layer is what it was before they existed."""
+        unused = {name for name in ("tokens", "head_groups") if not getattr(self, name)}
+        return {name: value for name, value in write(self).items() if name not in unused}
+
+    def parts(self, kv_heads: int) -> list[tuple[tuple[int, ...], LayerPlan]]:
+        """Return the groups of a layer's `kv_heads` heads, each with its storage as that of a layer.
+
+        Heads that no group has are the first part.
+        """
+        if not self.head_groups:
+            return [(tuple(range(kv_heads)), self)]
+        grouped = {head for group in self.head_groups for head in group.heads}
+        rest = tuple(head for head in range(kv_heads) if head not in grouped)
+        own = [(rest, LayerPlan(k=self.k, v=self.v, tokens=self.tokens))] if rest else []
+        return own + [
+            (group.heads, LayerPlan(k=group.k or self.k, v=group.v or self.v, tokens=group.tokens or self.tokens))
+            for group in self.head_groups
+        ]
+
+    def head_faults(self, kv_heads: int) -> Iterator[str]:
+        """Yield why the head groups are not some of a layer's `kv_heads` heads, each in one group at most."""
+        heads = [head for group in self.head_groups for head in group.heads]
+        if self.head_groups and self.is_coded:
+            yield "transform codes have widths of each KV head, and no groups of heads"
+        if wrong := [head for head in heads if head >= kv_heads]:
+            yield f"the layer has KV heads 0-{kv_heads - 1}, and no head {wrong[0]}"
+        if twice := [head for head in set(heads) if heads.count(head) > 1]:
+            yield f"KV head {twice[0]} is in two groups"
 
     @classmethod
     def of_bits(cls, k_bits: int, v_bits: int) -> LayerPlan:
@@ -94,6 +168,18 @@ class LayerPlan(StrictModel):
         """Return whether keys or values are stored as transform codes."""
         return isinstance(self.k, TransformTensor) or isinstance(self.v, TransformTensor)
 
+    def settings(self, cache: CacheSettings) -> CacheSettings:
+        """Return a plan's cache settings with what this layer has of its own.
+
+        Raises:
+            ValueError: if what the layer has of its own does not fit the token policy, or there is none.
+        """
+        if self.tokens is None:
+            return cache
+        if cache.tokens is None:
+            raise ValueError("there is no token policy, cache.tokens, that a layer could change")
+        return cache.model_copy(update={"tokens": cache.tokens.of_layer(self.tokens)})
+
     @property
     def short(self) -> str:
         """Return the widths as text, `k4v2`; of transform codes their mean, `kt2.25vt1.75`."""
@@ -116,10 +202,11 @@ def spans_of(layers: Mapping[int, LayerPlan]) -> list[LayerSpan]:
 
 
 def format_short(layers: Mapping[int, LayerPlan]) -> str:
-    """Return the short form of layers: their widths, without group sizes."""
+    """Return the short form of layers: their widths, without group sizes, tokens and heads of their own."""
+    widths = {index: layer.model_copy(update={"tokens": None, "head_groups": ()}) for index, layer in layers.items()}
     return ",".join(
         f"{first}:{layer.short}" if first == last else f"{first}-{last}:{layer.short}"
-        for first, last, layer in spans_of(layers)
+        for first, last, layer in spans_of(widths)
     )
 
 

@@ -63,15 +63,14 @@ def basis_of(
     weights, axes = np.linalg.eigh(m)
     seen = weights[:, -1] > 0  # a head that nobody attends to has no metric
     weights = np.where(seen[:, None], np.maximum(weights, floor * weights[:, -1:]), 1.0)
-    root, inverse = (_with_spectrum(axes, power) for power in (np.sqrt(weights), 1 / np.sqrt(weights)))
-    variances, directions = np.linalg.eigh(root @ s @ root)
-    variances, directions = np.maximum(variances[:, ::-1], 0.0), directions[:, :, ::-1]
-    identity = np.eye(m.shape[-1])
-    return DirectionBasis(
-        np.where(seen[:, None, None], directions.transpose(0, 2, 1) @ root, identity),
-        np.where(seen[:, None, None], inverse @ directions, identity),
-        np.where(seen[:, None], variances, 0.0),
-    )
+    sizes = np.sqrt(weights)
+    root = sizes[:, :, None] * axes.transpose(0, 2, 1)  # M^1/2 in its own axes, which leaves z as it is
+    variances, directions = np.linalg.eigh(root @ s @ root.transpose(0, 2, 1))
+    variances, directions = np.maximum(variances[:, ::-1], 0.0), directions[:, :, ::-1].copy()  # BLAS goes forward
+    encode, decode = directions.transpose(0, 2, 1) @ root, (axes / sizes[:, None]) @ directions
+    encode[~seen] = decode[~seen] = np.eye(m.shape[-1])
+    variances[~seen] = 0.0
+    return DirectionBasis(encode, decode, variances)
 
 
 def carrying(eigenvalues: ArrayLike, share: float) -> int:
@@ -103,9 +102,3 @@ def _shrunk(matrices: Matrix, tokens: int) -> Matrix:
     level = np.trace(matrices, axis1=1, axis2=2) / directions
     shrunk: Matrix = (1 - share) * matrices + share * level[:, None, None] * np.eye(directions)
     return shrunk
-
-
-def _with_spectrum(axes: Matrix, values: Matrix) -> Matrix:
-    """Return the symmetric matrices of these axes `[H, D, D]` and eigenvalues `[H, D]`."""
-    matrices: Matrix = (axes * values[:, None, :]) @ axes.transpose(0, 2, 1)
-    return matrices

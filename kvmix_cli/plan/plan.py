@@ -1,8 +1,8 @@
 """The plan: storage of every layer's keys and values. See docs/plan-format.md.
 
 A plan is frozen and complete: it names the model it was made for, each layer's bits, and how pages, groups, sinks
-and the full-precision window are cut. It loads from its own YAML, from the short form `"0-3:k4v4,4-31:k2v2"`, and
-from KVTuner's preset YAML.
+and the full-precision window are cut. It loads from its own YAML, from the short form `"0-3:k4v4,4-31:k2v2"`, from
+KVTuner's preset YAML, and from ModelOpt's map of formats.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
+from .modelopt import modelopt_layers
 from .policies import WIDTHS, ChannelPolicy
 from .settings import CacheSettings, GroupSize
 from .sizes import BitCount, CacheBytes, layer_bytes, mean_bits
@@ -37,10 +38,12 @@ class Provenance(TypedDict, total=False):
 
     Attributes:
         kvmix: version of kvmix.
-        method: method of allocation, "preset", "shuffled", "short form" or "kvtuner".
+        method: method of allocation, "preset", "shuffled", "short form", "kvtuner" or "modelopt".
         score: score that decided, or that predicts the loss.
         seed: seed of a method that draws at random.
         group_sizes: group sizes to choose from.
+        evict: shares of tokens to evict to choose from.
+        by_head: what KV heads have of their own.
         budget: limit that was asked for, see `allocation.Budget.summary`.
         pins: widths that were set by hand, in short form by layer.
         predicted_loss: predicted increase of the loss, in nats per token.
@@ -54,6 +57,8 @@ class Provenance(TypedDict, total=False):
     score: str
     seed: int
     group_sizes: list[GroupSize]
+    evict: list[float]
+    by_head: str
     budget: Mapping[str, float]
     pins: dict[int, str]
     predicted_loss: float
@@ -96,6 +101,7 @@ class Plan(StrictModel):
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
         faults += _channel_faults(self.cache.channels, self.model)
         faults += _codec_faults(self.layers, self.cache, self.model)
+        faults += _own_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -179,6 +185,17 @@ class Plan(StrictModel):
         layers = {index: LayerPlan.of_bits(pair["nbits_key"], pair["nbits_value"]) for index, pair in pairs.items()}
         return cls.build(model, dict(sorted(layers.items())), cache, {"method": "kvtuner"})
 
+    @classmethod
+    def from_modelopt(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
+        """Read ModelOpt's `hf_quant_config.json`, or a `config.json` with it: FP8 as 8 bits, NVFP4 as 4 bits.
+
+        Raises:
+            DocumentError: with every fault.
+            PlanError: if the model's heads cannot be packed.
+        """
+        layers = modelopt_layers(read_yaml(Path(path)), model)
+        return cls.build(model, layers, cache, {"method": "modelopt"})
+
     def save(self, path: Path | str, command: str = "") -> Path:
         """Write the plan file; `command` becomes its head comment. Raises OutputError."""
         return write_text(Path(path), self.to_yaml(command))
@@ -204,6 +221,17 @@ class Plan(StrictModel):
     def short(self) -> str:
         """Return the plan's widths in the short form; layers with a stock cache are left out."""
         return format_short(self.layers)
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether any layer drops tokens."""
+        parts = (part for index, layer in self.layers.items() for part in self._parts(index, layer))
+        policies = (part.settings(self.cache).tokens for part in parts)
+        return any(policy is not None and policy.evicts for policy in policies)
+
+    def _parts(self, index: int, layer: LayerPlan) -> list[LayerPlan]:
+        """Return the storage of each group of a layer's heads."""
+        return [part for _, part in layer.parts(self.model.heads(index).kv_heads)]
 
     @property
     def sha256(self) -> str:
@@ -292,6 +320,21 @@ def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: 
                     yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
                 if cache.transform is None:
                     yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
+
+
+def _own_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
+    """Yield a fault for what a layer, or a group of its heads, has of its own that does not fit cache or model."""
+    for index in sorted(layers.keys() & set(model.quantizable)):
+        layer, kv_heads = layers[index], model.heads(index).kv_heads
+        faults = list(layer.head_faults(kv_heads))
+        yield from ((("layers", index, "head_groups"), f"layers.{index}.head_groups: {fault}") for fault in faults)
+        for _, part in [] if faults else layer.parts(kv_heads):
+            try:
+                own = part.settings(cache)
+                found = [*own.tokens.faults(cache.page), *own.budget_faults()] if own.tokens and part.tokens else []
+            except ValueError as error:
+                found = [reason(error)]
+            yield from ((("layers", index, "tokens"), f"layers.{index}.tokens: {fault}") for fault in found)
 
 
 def _early_faults(data: Any) -> list[Fault]:

@@ -29,6 +29,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from .document import StrictModel
+from .token_scores import WaitingStatistics, statistics_of
 
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
 MOST_CHANNELS = 256
@@ -41,13 +42,16 @@ MOST_ENTRIES = 16
 FOLDER = "folder"
 """Key of a validation's context: the folder of the file that is validated."""
 
+
+def as_tuple(value: Any) -> Any:
+    """Return a list of a file as a tuple, and anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 T = TypeVar("T")
-Several = Annotated[
-    tuple[T, ...],
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    Field(max_length=MOST_ENTRIES),
-]
+Several = Annotated[tuple[T, ...], BeforeValidator(as_tuple), Field(max_length=MOST_ENTRIES)]
 """A list of a file as a tuple."""
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Setting(StrictModel):
@@ -124,7 +128,17 @@ class Balance(_Setting):
     kind: Literal["balance"] = "balance"
 
 
-Transform = Annotated[Rotate | Center | Balance, Field(discriminator="kind")]
+class OwnTransform(_Setting):
+    """A transform of the user's own, registered under a name by a file that `--import` names.
+
+    What it keeps of each sequence is not in the count of bytes.
+    """
+
+    kind: Literal["own"] = "own"
+    name: str
+
+
+Transform = Annotated[Rotate | Center | Balance | OwnTransform, Field(discriminator="kind")]
 
 
 class Transforms(_Setting):
@@ -166,36 +180,78 @@ class Tier(_Setting):
 class TokenPolicy(_Setting):
     """A sorting of tokens into tiers by importance, once, when `flush` of them have left the window.
 
+    With `keep`, a layer keeps a number of tokens instead of shares: whenever more have left the window, whole pages of
+    the least important ones are dropped, also of those that were kept before.
+
     Attributes:
-        score: measure of importance, a name of `cache/policies`.
+        score: measure of importance, a name of `cache/policies`, or a score of kvpress, `press:SnapKVPress()`.
         tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
+        keep: tokens that a layer keeps, sinks and window included; None for shares.
+        when: tokens that are sorted and dropped: all, or only those of the prompt, which ends at the first forward of
+            a single token. Later ones have the layer's own bits.
         flush: tokens that are sorted together; a long prompt is sorted as a whole.
+        granularity: neighbouring tokens, a chunk, that share one place in the order: that of their mean score.
     """
 
     score: str = "attention"
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
+    keep: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    when: Literal["always", "prompt"] = "always"
     flush: int = Field(default=320, ge=16, le=MOST_TOKENS)
+    granularity: int = Field(default=1, ge=1, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _adds_up(self) -> TokenPolicy:
+        if self.keep is not None:
+            if self.tiers or self.evict:
+                raise ValueError("a number of tokens to keep goes with neither tiers nor evict; leave these out")
+            return self
         if not self.tiers and not self.evict:
-            raise ValueError("a token policy needs tiers, or a share of tokens to evict")
+            raise ValueError("a token policy needs tiers, a share of tokens to evict, or a number to keep")
         if self.shares[-2] <= 0:
             claimed = ", ".join(f"{tier.share:g}" for tier in self.tiers)
             raise ValueError(f"shares {claimed} and {self.evict:g} to evict leave nothing for the layer's own bits")
         return self
 
-    @property
-    def weighs_queries(self) -> bool:
-        """Return whether every KV head keeps the attention that each unsorted token has received."""
-        return self.score != "recency"
+    def of_layer(self, own: TokenShares) -> TokenPolicy | None:
+        """Return this policy with what a layer has of its own; None if the layer then sorts and drops nothing.
+
+        Raises:
+            ValueError: if the layer's shares do not fit the policy, or leave nothing for the layer's own bits.
+        """
+        if self.keep is not None or own.keep is not None:
+            return self._with_keep(own)
+        shares = tuple(tier.share for tier in self.tiers) if own.tiers is None else own.tiers
+        if len(shares) != len(self.tiers):
+            raise ValueError(f"tiers must be {len(self.tiers)} shares, as cache.tokens has tiers, got {len(shares)}")
+        pairs = zip(self.tiers, shares, strict=True)
+        tiers = tuple(tier.model_copy(update={"share": share}) for tier, share in pairs if share)
+        evict = self.evict if own.evict is None else own.evict
+        if not tiers and not evict:
+            return None
+        return TokenPolicy.model_validate({**self.model_dump(), "tiers": tiers, "evict": evict})
+
+    def _with_keep(self, own: TokenShares) -> TokenPolicy | None:
+        """Return this policy with a layer's own number of tokens to keep; None for `evict: 0`, which keeps all."""
+        if own.keep is not None and self.keep is not None:
+            return self.model_copy(update={"keep": own.keep})
+        if own.evict == 0 and own.tiers is None:
+            return None
+        if self.keep is None:
+            raise ValueError("cache.tokens has shares, not a number of tokens to keep, which a layer could change")
+        raise ValueError("cache.tokens has a number of tokens to keep: a layer may have another keep, or evict: 0")
 
     @property
-    def counts_queries(self) -> bool:
-        """Return whether the number of queries that could see each unsorted token is kept, too."""
-        return self.score == "normalised"
+    def statistics(self) -> WaitingStatistics:
+        """Return what the score keeps of tokens that wait to be sorted."""
+        return statistics_of(self.score)
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether tokens are dropped."""
+        return bool(self.evict) or self.keep is not None
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -217,6 +273,30 @@ class TokenPolicy(_Setting):
             least = next((size for size in candidates if not any((s * size) % page for s in self.shares)), None)
             advice = f"; use a flush of {least}" if least else ""
             yield f"shares of a flush of {self.flush} tokens are not whole pages of {page}{advice}"
+        if page % self.granularity:
+            yield f"granularity must be a divisor of the page of {page} tokens, got {self.granularity}"
+
+
+class TokenShares(_Setting):
+    """The part of a plan's token policy that one layer, or a group of its heads, has of its own.
+
+    Attributes:
+        tiers: share of each of the policy's tiers, in their order; None for the policy's own.
+        evict: share of the least important tokens, which are dropped; None for the policy's own.
+        keep: tokens that are kept, sinks and window included; None for the policy's own.
+    """
+
+    tiers: Several[Share] | None = None
+    evict: Share | None = None
+    keep: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> TokenShares:
+        if self.keep is not None and not (self.tiers is None and self.evict is None):
+            raise ValueError("a number of tokens to keep goes with neither tiers nor evict; leave these out")
+        if self.tiers is None and self.evict is None and self.keep is None:
+            raise ValueError("a layer's tokens need shares of tiers, a share to evict, or a number to keep")
+        return self
 
 
 class ChannelGroup(_Setting):

@@ -3,7 +3,7 @@
 A preset is a file, `profiles/presets/NAME.yaml`: widths by layer, and a plan's cache section. Its head comment names
 its source and how it differs. Instead of widths it may have a method of allocation and its budget: such a preset is
 solved from a profile of the model (`studies/directions.py`). `kvtuner:FILE` also is a preset: widths from KVTuner's
-file, with the default cache.
+file, with the default cache. A file of the user's own is a preset by its path, if that ends in .yaml.
 
 The paper's preset has two names, `kvmix-paper` and `paper`. It serves twice: as a plan without a profile, whose first
 layers stand for the important ones, and as the start of `kvmix allocate`, which chooses these layers by score.
@@ -11,7 +11,7 @@ layers stand for the important ones, and as the start of `kvmix allocate`, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -28,12 +28,15 @@ from .geometry import ModelInfo
 from .layers import LayerPlan
 from .plan import Plan
 from .policies import known_width
+from .pyramids import Pyramid
 from .settings import CacheSettings
 
 FORMAT: Final = "kvmix-preset/1"
 KVTUNER: Final = "kvtuner:"
 ALIASES: Final = {"paper": "kvmix-paper"}
 """Second names of presets."""
+FILE_ENDINGS: Final = (".yaml", ".yml")
+"""Ends of the path of a preset file."""
 _SHIPPED = Path(__file__).parents[1] / "presets"
 _CHECKOUT = Path(__file__).parents[2] / "profiles" / "presets"
 
@@ -102,16 +105,20 @@ class Preset(StrictModel):
         bits: widths by layer; None for a method of allocation.
         method: method of allocation, which decides from a profile.
         avg_bits: its budget of nominal bits.
+        tokens: what the layers have of their own in the token policy of the cache, by depth; None for the same in all.
     """
 
     format: Literal["kvmix-preset/1"] = FORMAT
     bits: Widths | None = None
     method: Literal["transform"] | None = None
     avg_bits: float | None = Field(default=None, gt=0, le=FULL_PRECISION_BITS)
+    tokens: Pyramid | None = None
     cache: CacheSettings
 
     @model_validator(mode="after")
     def _decided_once(self) -> Preset:
+        if self.tokens is not None and self.cache.tokens is None:
+            raise ValueError("tokens by depth need a token policy, cache.tokens")
         if (self.method is None) != (self.avg_bits is None):
             raise ValueError("method and avg_bits go together")
         if (self.bits is None) == (self.method is None):
@@ -140,7 +147,16 @@ class Preset(StrictModel):
             layer: LayerPlan.of_bits(k.at(place, count), v.at(place, count))
             for place, layer in enumerate(model.quantizable)
         }
-        return Plan.build(model, layers, self.cache, {"method": "preset", "preset": name})
+        return Plan.build(model, self.by_depth(layers), self.cache, {"method": "preset", "preset": name})
+
+    def by_depth(self, layers: dict[int, LayerPlan], cache: CacheSettings | None = None) -> dict[int, LayerPlan]:
+        """Return layers with what they have of their own in this preset's token policy.
+
+        Args:
+            layers: of a plan.
+            cache: settings that have the policy; by default the preset's own.
+        """
+        return layers if self.tokens is None else self.tokens.put_on(layers, cache or self.cache)
 
     @property
     def layer_share(self) -> LayerShare | None:
@@ -158,7 +174,7 @@ def presets() -> Registry[Path]:
     """Return the files of all presets by name, second names left out."""
     found: Registry[Path] = Registry("preset", StateError)
     folder = _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem):
         found.add(path.stem, path)
     return found
 
@@ -169,7 +185,9 @@ def has_preset(name: str) -> bool:
 
 
 def preset_path(name: str) -> Path:
-    """Return the file of a preset by one of its names. Raises StateError with the nearest names if there is none."""
+    """Return the file of a preset by one of its names, or its path. Raises StateError if there is none."""
+    if name.endswith(FILE_ENDINGS):
+        return Path(name)
     if not has_preset(name):
         hint = did_you_mean(name, [*presets(), *ALIASES])
         raise StateError(f"unknown preset '{name}'{hint}; known are {', '.join(presets())} and {KVTUNER}FILE")
@@ -215,6 +233,19 @@ def put_on(cache: CacheSettings, name: str, base: str) -> CacheSettings:
         return cache.with_axes(find_preset(name).cache)
     except ValueError as error:
         raise PlanError(f"preset '{name}' cannot be put on {base}: {error}") from error
+
+
+def by_depth(plan: Plan, names: Sequence[str]) -> Plan:
+    """Return a plan with what its layers have of their own in the token policies of presets that were put on it.
+
+    Raises:
+        StateError, DocumentError: as `plan_of`.
+        PlanError: if shares and the plan's pages do not fit together.
+    """
+    layers = plan.layers
+    for name in names:
+        layers = find_preset(name).by_depth(layers, plan.cache)
+    return plan if layers is plan.layers else Plan.build(plan.model, layers, plan.cache, plan.provenance)
 
 
 def split(given: str, is_whole: Callable[[str], bool]) -> tuple[str, tuple[str, ...]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from kvmix_kernels.layout import ENCODERS, Encoder, Kind
+from kvmix_kernels.layout import ENCODERS, FULL_PRECISION_BITS, Encoder, Kind
 from pydantic import (
     BeforeValidator,
     Field,
@@ -17,7 +17,7 @@ from pydantic import (
 from .codec import TransformSettings
 from .document import Faults, StrictModel
 from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
-from .windows import Recent, Window
+from .windows import Recent, Rpc, Window
 
 AXES: Final = ("transforms", "tokens", "channels")
 """Settings that change the data or sort it; see `CacheSettings.axes`."""
@@ -68,7 +68,8 @@ class CacheSettings(StrictModel):
 
     @model_validator(mode="after")
     def _whole_pages(self) -> CacheSettings:
-        faults = [*_unfit(self.axes, self.page), *(() if self.transform is None else self.transform.faults(self.page))]
+        faults = [*_unfit(self.axes, self.page), *(("tokens", fault) for fault in self.budget_faults())]
+        faults += [] if self.transform is None else self.transform.faults(self.page)
         if self.transform is not None and self.axes:
             faults.append(("transform", f"transform codes do not combine with {', '.join(self.axes)}; take one out"))
         if faults:
@@ -88,6 +89,25 @@ class CacheSettings(StrictModel):
     def encoder(self, kind: Kind) -> Encoder:
         """Return the encoder of keys, or values, that do not have one of their own."""
         return FITTED[kind] if self.encode == "fitted" else self.encode
+
+    def budget_faults(self) -> Iterator[str]:
+        """Yield why this cache cannot keep the number of tokens that its token policy has, if it has one."""
+        if self.tokens is None or self.tokens.keep is None:
+            return
+        if isinstance(self.window, Rpc):
+            yield "keep needs a window of a fixed size, recent or none; rpc is a share of the tokens"
+        elif self.tokens.keep < (least := self.sink + self.window.keep(0, FULL_PRECISION_BITS)):
+            yield f"keep is {self.tokens.keep} tokens, and sinks and window alone are {least}; keep at least as many"
+        if self.channels is not None and self.channels.refresh:
+            yield "keep drops pages, so channels must be sorted once for all of them: set refresh: 0"
+
+    @property
+    def kept(self) -> int | None:
+        """Return the tokens between sinks and window that a budget of tokens keeps, whole pages; None without one."""
+        if self.tokens is None or self.tokens.keep is None:
+            return None
+        room = self.tokens.keep - self.sink - self.window.keep(0, FULL_PRECISION_BITS)
+        return room // self.page * self.page
 
     @property
     def axes(self) -> dict[str, Transforms | TokenPolicy | ChannelPolicy]:
@@ -121,7 +141,10 @@ class CacheSettings(StrictModel):
         page = next((page for page in (self.page, other.page) if not _unfit(axes, page)), None)
         if page is None:
             raise ValueError("; ".join(f"{name}: {fault}" for name, fault in _unfit(axes, self.page)))
-        return self.model_copy(update={**axes, "page": page})
+        both = self.model_copy(update={**axes, "page": page})
+        if faults := list(both.budget_faults()):
+            raise ValueError(f"tokens: {faults[0]}")
+        return both
 
 
 def _unfit(axes: Mapping[str, Any], page: int) -> list[tuple[str, str]]:

@@ -5,6 +5,10 @@ Two counts, always shown together:
     nominal   bits of the codes alone, the papers' convention; an evicted token has none
     stored    bits of everything between sinks and window: codes, scales and zeros, tier maps, channel orders
 
+Of a number of tokens to keep (`keep` of a token policy) both are of a kept token, since a share has no meaning there.
+
+Functions of a layer take the plan's cache settings, those of a tensor the layer's own (`LayerPlan.settings`).
+
 A real context also has its sinks, its window, the tokens that wait to be packed, and per-sequence statistics;
 `layer_bytes` counts those too. Budgets and the cache read the same forms, so predicted and allocated bytes agree.
 """
@@ -12,7 +16,7 @@ A real context also has its sinks, its window, the tokens that wait to be packed
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -31,6 +35,8 @@ ChannelStorage = PageLayout | int
 
 INDEX_BYTES = 1
 """A token's tier and a channel's place are uint8."""
+POSITION_BYTES = 4
+"""Positions of the tokens that a budget keeps are int32."""
 STATISTIC_BYTES = 4
 """Statistics of a token or a channel are float32."""
 QUERY_SUMS = 2
@@ -147,8 +153,18 @@ def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: i
         return layout.nominal_bits if count == "nominal" else layout.stored_bits
     forms = storage_forms(tensor, kind, cache, head_dim)
     bits = sum(float(form.share) * form.bits_per_element(cache, head_dim, count) for form in forms)
-    half_a_map = 8 * INDEX_BYTES / (2 * head_dim)
-    return bits if cache.tokens is None or count == "nominal" else bits + half_a_map
+    if cache.tokens is None or count == "nominal":
+        return bits
+    index = INDEX_BYTES if cache.kept is None else POSITION_BYTES
+    return bits + 8 * index / (2 * head_dim)
+
+
+def parts_of(
+    layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry
+) -> Iterator[tuple[LayerPlan, CacheSettings, HeadGeometry]]:
+    """Yield the groups of a layer's heads: their storage, cache settings of their own, and the heads they are."""
+    for group, part in layer.parts(heads.kv_heads):
+        yield part, part.settings(cache), heads.model_copy(update={"kv_heads": len(group)})
 
 
 def mean_bits(
@@ -164,11 +180,11 @@ def mean_bits(
     """
     bits, elements = 0.0, 0
     for index, layer in layers.items():
-        heads = model.heads(index)
-        for tensor, of in layer.tensors:
-            if kind in (None, of):
-                bits += tensor_bits(tensor, of, cache, heads.dim(of), count) * heads.elements(of)
-                elements += heads.elements(of)
+        for part, settings, heads in parts_of(layer, cache, model.heads(index)):
+            for tensor, of in part.tensors:
+                if kind in (None, of):
+                    bits += tensor_bits(tensor, of, settings, heads.dim(of), count) * heads.elements(of)
+                    elements += heads.elements(of)
     return bits / elements if elements else 0.0
 
 
@@ -209,9 +225,19 @@ def packed_tokens(context: int, bits: int, cache: CacheSettings) -> int:
     return cache.window.due(max(0, context - cache.sink), bits, unit)
 
 
+def held_tokens(tokens: int, cache: CacheSettings) -> tuple[int, ...]:
+    """Return how many of the `tokens` that have left the window are held in each tier, the layer's own bits last."""
+    if cache.tokens is None:
+        return (tokens,)
+    return cache.tokens.counts(tokens)[:-1] if cache.kept is None else (min(tokens, cache.kept),)
+
+
 def fullest_contexts(layer: LayerPlan, cache: CacheSettings, context: int) -> set[int]:
     """Return the last contexts before a layer packed its latest tokens: with them in 16 bits, it takes more bytes."""
-    found = set()
+    if layer.head_groups:
+        most = 1 + max(head for group in layer.head_groups for head in group.heads)
+        return set().union(*(fullest_contexts(part, cache, context) for _, part in layer.parts(most + 1)))
+    found, cache = set(), layer.settings(cache)
     for bits in window_widths(layer, cache):
         packed = packed_tokens(context, bits, cache)
         if packed:
@@ -229,6 +255,7 @@ def tensor_bytes(
     batch: int = 1,
     element_bytes: int = 2,
     window_bits: int | None = None,
+    unit: int | None = None,
 ) -> CacheBytes:
     """Return the bytes of one layer's keys or values after a prompt, with half of what the layer keeps for both.
 
@@ -238,17 +265,19 @@ def tensor_bytes(
         batch: number of sequences.
         element_bytes: size of an unquantized element, 2 for bfloat16 and float16, 4 for float32.
         window_bits: the width whose window applies, see `packed_tokens`; by default the tensor's own.
+        unit: tokens that a budget of tokens keeps or drops together, see `budget_unit`; by default the tensor's own.
     """
     tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
     if isinstance(tensor, TransformTensor):
         pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
         full = context - tokens + exact_count(layout.exact, pages, cache.page)
         return CacheBytes(pages * layout.packed_bytes, full * heads.elements(kind) * element_bytes) * batch
-    counts = [tokens] if cache.tokens is None else cache.tokens.counts(tokens)[:-1]
     one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
-    for form, count in zip(storage_forms(tensor, kind, cache, heads.dim(kind)), counts, strict=True):
+    forms = storage_forms(tensor, kind, cache, heads.dim(kind))
+    for form, count in zip(forms, held_tokens(tokens, cache), strict=True):
         one += _form_bytes(form, count, cache, element_bytes)
-    kept = _policy_bytes(cache, heads, tokens, context)
+    unit = (1 if tensor.bits == FULL_PRECISION_BITS else cache.page) if unit is None else unit
+    kept = _policy_bytes(cache, heads, tokens, context, unit)
     half = kept // 2 if kind == "value" else kept - kept // 2
     return (one * heads.kv_heads + CacheBytes(0, 0, half)) * batch
 
@@ -264,8 +293,13 @@ def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_by
     return CacheBytes(packed, full, orders * width * INDEX_BYTES)
 
 
-def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, context: int) -> int:
-    """Return the bytes of tier maps and statistics of one sequence, of which `tokens` are sorted."""
+def budget_unit(layer: LayerPlan, cache: CacheSettings) -> int:
+    """Return the tokens that a budget keeps or drops together: one where nothing is packed, else a page."""
+    return 1 if layer.k.window_bits == layer.v.window_bits == FULL_PRECISION_BITS else cache.page
+
+
+def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, context: int, unit: int) -> int:
+    """Return the bytes of tier maps, positions and statistics of one sequence, of which `tokens` are sorted."""
     of_keys = QUERY_SUMS if cache.channels is not None and cache.channels.weighs_queries else 0
     of_values = 0
     if cache.transforms is not None:
@@ -274,9 +308,13 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
     kept = (of_keys * heads.elements("key") + of_values * heads.elements("value")) * STATISTIC_BYTES
     if cache.tokens is None:
         return kept
-    tier_map = tokens * heads.kv_heads * INDEX_BYTES
-    of_tokens = QUERY_SUMS * (cache.tokens.weighs_queries * heads.kv_heads + cache.tokens.counts_queries)
-    return kept + tier_map + max(0, context - cache.sink - tokens) * of_tokens * STATISTIC_BYTES
+    index, statistics = tokens * INDEX_BYTES, cache.tokens.statistics
+    if cache.kept is not None:
+        held, numbers = min(tokens, cache.kept), statistics.of_unit(cache.tokens.when == "always")
+        index = held * POSITION_BYTES + held // unit * numbers * STATISTIC_BYTES
+    waiting = max(0, context - cache.sink - tokens) * statistics.numbers(heads.kv_heads, context)
+    queries = statistics.queries * heads.elements("key")
+    return kept + index * heads.kv_heads + (waiting + queries) * STATISTIC_BYTES
 
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:
@@ -303,9 +341,14 @@ def layer_bytes(
     layer: LayerPlan, cache: CacheSettings, heads: HeadGeometry, context: int, batch: int = 1, element_bytes: int = 2
 ) -> CacheBytes:
     """Return the bytes of one layer with these KV heads after a prompt of `context` tokens."""
-    total = CacheBytes(0, 0)
+    if layer.head_groups:
+        parts = ((part, geometry) for part, _, geometry in parts_of(layer, cache, heads))
+        found = (layer_bytes(part, cache, geometry, context, batch, element_bytes) for part, geometry in parts)
+        return sum(found, CacheBytes(0, 0))
+    total, cache = CacheBytes(0, 0), layer.settings(cache)
+    unit = budget_unit(layer, cache)
     for (tensor, kind), bits in zip(layer.tensors, window_widths(layer, cache), strict=True):
-        total += tensor_bytes(tensor, kind, cache, heads, context, batch, element_bytes, bits)
+        total += tensor_bytes(tensor, kind, cache, heads, context, batch, element_bytes, bits, unit)
     if exact := exact_tokens(layer, cache):
         total += _choice_bytes(layer, cache, heads, context, exact) * batch
     return total

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..models.loading import LoadedModel
+from ..models.parts import whole
 from ..models.projections import Projection, find_projections
 from .packed import watch_outputs
 from .probe import WeightProbe
@@ -96,7 +97,7 @@ def _take(measure: Callable[[Tensor], None], weight: Tensor) -> None:
     """Measure the gradient that a weight has got, and free it."""
     gradient, weight.grad = weight.grad, None
     if gradient is not None:
-        measure(gradient)
+        measure(whole(gradient))
 
 
 def loss_scale(model: PreTrainedModel) -> float:

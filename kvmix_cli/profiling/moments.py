@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from kvmix_kernels.transform import rotate
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..cache.rotary import turned
 from ..errors import DocumentError, first_sentence
 from ..files import write_bytes
 from ..plan.moments import FRAME, LayerMoments, Rope, TensorMoments
@@ -76,16 +76,23 @@ class MomentSums:
         for name, value in other._sums.items():
             self._add(name, value)
 
+    def encode(self) -> bytes:
+        """Return the sums as the bytes of a safetensors file."""
+        return save({name: value.contiguous() for name, value in self._sums.items()})
+
+    def merge_encoded(self, data: bytes) -> None:
+        """Add sums that were encoded."""
+        for name, value in load(data).items():
+            self._add(name, value)
+
     def save(self, path: Path) -> None:
         """Write a file, whole or not at all. Raises OutputError."""
-        write_bytes(path, save({name: value.contiguous() for name, value in self._sums.items()}))
+        write_bytes(path, self.encode())
 
     def merge_file(self, path: Path) -> None:
         """Add the sums in a file. Raises DocumentError if it is missing or damaged."""
         try:
-            sums = load(path.read_bytes())
-            for name, value in sums.items():
-                self._add(name, value)
+            self.merge_encoded(path.read_bytes())
         except (OSError, SafetensorError, RuntimeError) as error:
             why = f"cannot resume with this file: {first_sentence(error)}; leave out --resume to start over"
             raise DocumentError(str(path), [why]) from error
@@ -126,12 +133,6 @@ def remove_parts(journal: Path) -> None:
     """Delete the parts beside a journal."""
     for path in journal.parent.glob(f"{journal.stem}.*.safetensors"):
         path.unlink(missing_ok=True)
-
-
-def turned(states: Tensor, rope: Rope, positions: Tensor) -> Tensor:
-    """Return keys `[..., T, D]` turned by these positions `[T]`, forth where they are positive; in float64."""
-    angles = torch.outer(positions.double(), torch.from_numpy(rope.frequencies))
-    return rotate(states.double(), angles, rope.start, rope.layout == "interleaved")
 
 
 def _part(journal: Path, number: int) -> Path:

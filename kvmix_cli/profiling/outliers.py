@@ -16,6 +16,7 @@ from ..cache.mixed import unquantized_cache
 from ..decoding.feed import prefill
 from ..errors import ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
+from ..models.parts import largest
 from ..plan import CacheSettings
 from ..profile import LayerOutliers
 from .measure import precision_advice
@@ -45,11 +46,10 @@ def measure_outliers(loaded: LoadedModel, tokens: Sequence[int]) -> dict[int, La
     for index in loaded.info.quantizable:
         keys, values = _states(loaded, index, cache.layers[index].keys, "keys"), cache.layers[index].values
         values = _states(loaded, index, values, "values")
-        found[index] = LayerOutliers(
-            key_channel=_ratio(keys.square().mean(1).sqrt()),
-            key_token=_ratio(keys.norm(dim=-1)),
-            value_token=_ratio(values.norm(dim=-1)),
-        )
+        sizes = keys.square().mean(1).sqrt(), keys.norm(dim=-1), values.norm(dim=-1)
+        ratios = torch.stack([_ratio(each) for each in sizes])
+        key_channel, key_token, value_token = largest(ratios, loaded.ranks).tolist()
+        found[index] = LayerOutliers(key_channel=key_channel, key_token=key_token, value_token=value_token)
     return found
 
 
@@ -65,8 +65,8 @@ def _states(loaded: LoadedModel, index: int, states: Tensor | None, kind: str) -
     return states[0, :, sink:].float()
 
 
-def _ratio(sizes: Tensor) -> float:
+def _ratio(sizes: Tensor) -> Tensor:
     """Return the largest of sizes `[H_kv, N]` over the median one, of the head in which that is most."""
     largest, median = sizes.max(1).values, sizes.median(1).values
     ratios = torch.where(largest > 0, largest / median.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
-    return float(ratios.max().clamp(max=LARGEST))
+    return ratios.max().clamp(max=LARGEST)

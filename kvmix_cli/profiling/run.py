@@ -7,31 +7,33 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter
 
 from .. import journal as journals
 from .._version import __version__
+from ..cache.rotary import measure_rotations
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
 from ..plan.moments import FRAME, MomentsFile, write_moments
 from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
+from ..ranks import Ranks
 from ..texts.tokens import cut_samples
 from .grid import Grid
 from .identity import ScoreSettings, check_not_lost
 from .measure import KINDS, ProbeOptions, measure_sample
 from .moments import MomentParts, MomentSums, remove_parts
 from .outliers import measure_outliers
-from .probe import CacheProbe, MetricProbe, Probe
+from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .results import SampleResult, TensorResult
-from .rope import measure_ropes
 
 FORMAT = "kvmix-journal/2"
+K = TypeVar("K")
 
 Sample = dict[str, SampleResult]
 """The results of one sample by score, a record of the journal."""
@@ -55,6 +57,8 @@ def run_profile(
 ) -> Profile:
     """Score every layer that can be quantized on calibration text.
 
+    Every rank of `loaded` measures its share of the samples and returns the same profile; the leader keeps the files.
+
     Args:
         scores: probes, by name or as they are. They are measured together where they can be.
         texts: documents; `source` is their name in the profile.
@@ -74,8 +78,13 @@ def run_profile(
         KvmixError: for an unknown score, an option that no score has a use for, or a score in `before` that would be
             lost.
     """
-    probes, options = find_probes(scores), options or ProbeOptions()
+    probes, options, ranks = find_probes(scores), options or ProbeOptions(), loaded.ranks
     options.check(probes)
+    if ranks.is_sharded and (whole := [each.name for each in probes if isinstance(each, ChangeProbe | MetricProbe)]):
+        raise KvmixError(
+            f"score {whole[0]} looks at all heads of a layer, and every rank has a part of them: leave out "
+            "--tensor-parallel, or use grad-norm, loss or kl"
+        )
     metrics = [probe.name for probe in probes if isinstance(probe, MetricProbe)]
     if metrics and moments is None:
         raise KvmixError(f"score {metrics[0]} measures tensors: name a file for them, moments=Path(...)")
@@ -97,27 +106,36 @@ def run_profile(
     outliers = measure_outliers(loaded, chosen[0])
     identities = [_identify(loaded, probe, options, calibration) for probe in probes]
     check_not_lost(before or {}, identities)
-    settings = _settings(loaded, probes, options, calibration)
-    ropes = measure_ropes(loaded) if metrics else dict.fromkeys(loaded.info.quantizable)
-    with Journal(journal, settings, _record_form(loaded, probes, options), resume=resume) as record:
+    settings, form = _settings(loaded, probes, options, calibration), _record_form(loaded, probes, options)
+    layers = loaded.info.quantizable
+    ropes = measure_rotations(loaded.model, layers, loaded.max_length) if metrics else dict.fromkeys(layers)
+    if not ranks.leads:
+        journal = moments = None
+
+    def measure(number: int) -> _Measured:
+        sums = MomentSums(ropes)
+        return _Measured(measure_sample(loaded, probes, chosen[number], options, sums), sums)
+
+    with Journal(journal, settings, form, resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
         parts = MomentParts(journal, ropes, resume=resume)
         on_step(len(record.records), len(chosen))
-        for ids in chosen[len(record.records) :]:
-            sums = MomentSums(ropes)
-            try:
-                sample = measure_sample(loaded, probes, ids, options, sums)
-            except ModelError:
-                if not record.records:
-                    record.remove()  # there is nothing to resume
-                raise
-            if metrics:
-                parts.keep(len(record.records), sums)
-            record.append(sample)
-            on_step(len(record.records), len(chosen))
+        numbers = range(int(ranks.agree(str(len(record.records)).encode())), len(chosen))
+        try:
+            for measured in _in_order(ranks, numbers, measure, form):
+                if metrics:
+                    parts.keep(len(record.records), measured.sums)
+                record.append(measured.sample)
+                on_step(len(record.records), len(chosen))
+        except (ModelError, SystemExit):
+            if not record.records:
+                record.remove()  # there is nothing to resume
+            raise
         file = _write_moments(moments, parts.total(len(chosen)), len(chosen)) if metrics and moments else None
-    return Profile(
+    if not ranks.leads:
+        return Profile.model_validate_json(ranks.agree(b""))
+    profile = Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={
@@ -126,6 +144,33 @@ def run_profile(
         },
         outliers=outliers,
     )
+    if ranks.world > 1:
+        ranks.agree(profile.model_dump_json().encode())
+    return profile
+
+
+class _Measured(NamedTuple):
+    sample: Sample
+    sums: MomentSums
+
+
+def _in_order(
+    ranks: Ranks, numbers: Sequence[int], measure: Callable[[int], _Measured], form: TypeAdapter[Sample]
+) -> Iterator[_Measured]:
+    """Yield all samples in order to the leader. Any other rank measures its share and sends it, and is given none."""
+    topic = ranks.topic()
+    for number in numbers:
+        if ranks.is_mine(number):
+            own = measure(number)
+            if ranks.leads:
+                yield own
+            elif not ranks.is_sharded:
+                ranks.send(topic, number, form.dump_json(own.sample) + b"\n" + own.sums.encode())
+        elif ranks.leads:
+            line, _, tensors = ranks.receive(topic, number).partition(b"\n")
+            sums = MomentSums({})
+            sums.merge_encoded(tensors)
+            yield _Measured(form.validate_json(line), sums)
 
 
 def default_samples(scores: Sequence[str | Probe]) -> int:
@@ -200,6 +245,7 @@ def _settings(
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
         **({} if options.encode is None else {"encode": options.encode}),
+        **({"evict": options.evict} if options.evict else {}),
         **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),
     }
@@ -214,6 +260,7 @@ def _identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibrat
         choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
         setup=ScoreSetup() if grid is None else _setup(grid),
         per_head=options.per_head and not isinstance(probe, CacheProbe),
+        evict=options.evict if isinstance(probe, CacheProbe) else (),
         calibration=calibration,
     )
 
@@ -230,6 +277,7 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     for probe in probes:
         grid = options.grid(probe)
         choices[probe.name] = {heads: [[], []] if grid is None else _choices(grid, heads) for heads in info.geometries}
+    evict = {probe.name: options.evict if isinstance(probe, CacheProbe) else () for probe in probes}
     has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
 
     def check(sample: Sample) -> Sample:
@@ -242,6 +290,8 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
                 heads = info.heads(index)
                 if [sorted(each.curve) for each in layer] != choices[name][heads]:
                     raise ValueError("other choices")
+                if sorted(result.evict.get(index, ())) != sorted(evict[name]):
+                    raise ValueError("other shares evicted")
                 if {len(each.heads) for each in layer} != {heads.kv_heads if has_heads[name] else 0}:
                     raise ValueError("other heads")
         return sample
@@ -269,6 +319,7 @@ def _score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings, mom
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),
                 v=_mean([each.layers[index].v for each in measured]),
+                evict=_mean_curve([each.evict.get(index, {}) for each in measured]),
             )
             for index in measured[0].layers
         },
@@ -290,10 +341,13 @@ def _setup(grid: Grid) -> ScoreSetup:
 
 def _mean(results: Sequence[TensorResult]) -> TensorScore:
     values = [each.value for each in results]
-    curves = [each.curve for each in results]
     return TensorScore(
         mean=statistics.fmean(values),
         std=statistics.stdev(values) if len(values) > 1 else 0.0,
-        curve={choice: statistics.fmean(curve[choice] for curve in curves) for choice in curves[0]},
+        curve=_mean_curve([each.curve for each in results]),
         heads=[statistics.fmean(head) for head in zip(*(each.heads for each in results), strict=True)] or None,
     )
+
+
+def _mean_curve(curves: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    return {choice: statistics.fmean(curve[choice] for curve in curves) for choice in curves[0]}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..evaluation.results import Table
-from ..plan import LayerPlan, TransformSettings
+from ..plan import LayerPlan
 from ..plan.settings import AXES
 from ..studies.compare import PlanDifference, ProfileDifference
-from .words import codes_in_words, in_words
+from .words import codes_in_words, in_words, own_heads, own_tokens
 
 Names = tuple[object, object]
 """The files of the first and of the second, for titles."""
@@ -69,16 +69,17 @@ def profiles_json(difference: ProfileDifference) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, TransformSettings):
-        return codes_in_words(value)
+    if name == "cache.transform":
+        return "none" if value is None else codes_in_words(value)
     return in_words(value) if name.removeprefix("cache.") in AXES else getattr(value, "short", value)
 
 
 def _widths(layer: LayerPlan | None) -> str:
-    """Return `k3v4`, with group sizes and encoders of tensors' own; empty for a layer that the plan does not have."""
+    """Return `k3v4`, with all that the layer has of its own; empty for a layer that the plan does not have."""
     if layer is None:
         return ""
-    return "".join(f"{kind[0]}{'/'.join([tensor.short, *tensor.own])}" for tensor, kind in layer.tensors)
+    widths = "".join(f"{kind[0]}{'/'.join([tensor.short, *tensor.own])}" for tensor, kind in layer.tensors)
+    return "; ".join(filter(None, (widths, own_tokens(layer.tokens), own_heads(layer.head_groups))))
 
 
 def _title(names: Names) -> str:

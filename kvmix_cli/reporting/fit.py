@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from ..evaluation.results import Table
 from ..plan.sizes import format_bytes
 from ..studies.fit.answer import FitAnswer, FitRow, widest
 from ..studies.fit.formats import PlanFormat
+from ..studies.fit.roofline import USABLE, GpuGroup
 
 
 def fit_tables(found: FitAnswer) -> list[Table]:
@@ -22,6 +24,8 @@ def fit_tables(found: FitAnswer) -> list[Table]:
     full = found.rows[0].cache_bytes
     rows = [_cells(row, full, question.memory) for row in found.rows]
     tables = [Table(title, columns, rows, "\n".join(_footer(found)) + "\n")]
+    if question.gpus is not None:
+        tables.append(_gpu_table(found, question.gpus))
     kinds = list(found.rows[0].by_kind)
     if len(kinds) > 1:
         shown = [row for row in found.rows if row.format is found.rows[0].format or isinstance(row.format, PlanFormat)]
@@ -41,6 +45,36 @@ def _cells(row: FitRow, full: int, memory: int | None) -> list[str]:
     if memory is not None:
         cells += ["fits" if row.fits(memory) else "no", f"{row.max_context}", f"{row.max_batch}"]
     return cells
+
+
+def _gpu_table(found: FitAnswer, gpus: GpuGroup) -> Table:
+    """Return the memory of one GPU, and the speed of all."""
+    question = found.question
+    columns = ["cache", "stored", "bytes a GPU", "with weights", "fits", "max context", "max batch"]
+    columns += ["ms a step", "tokens/s", "at max batch", "waits for"]
+    rows = []
+    for row in found.rows:
+        on = row.on_gpus
+        if on is None:
+            continue
+        fastest = "-" if on.max_tokens_per_s is None else f"{on.max_tokens_per_s:.0f}"
+        cells = [
+            row.format.name,
+            f"{row.format.bits[1]:.4g}",
+            format_bytes(on.cache_bytes),
+            format_bytes(on.total_bytes),
+        ]
+        cells += ["fits" if on.fits else "no", f"{on.max_context}", f"{on.max_batch}"]
+        rows.append([*cells, f"{1000 * on.step_seconds:.3g}", f"{on.tokens_per_s:.0f}", fastest, on.bound])
+    copies = {gpus.copies(layer.heads) for layer in found.facts.layers if layer.heads is not None}
+    repeated = f"each KV head is on {max(copies)} GPUs\n" if copies and max(copies) > 1 else ""
+    prompt = next((row.on_gpus.prefill_seconds for row in found.rows if row.on_gpus is not None), 0.0)
+    footer = (
+        f"{repeated}a bound, not a forecast: everything is read once at {gpus.gpu.bandwidth / 1e12:.3g} TB/s, of "
+        f"{USABLE:.0%} of {gpus.gpu.memory / 1e9:.0f} GB; docs/scale.md\n"
+        f"prompt:  {question.context} tokens take at least {prompt:.3g} s\n"
+    )
+    return Table(f"on {gpus.count} x {gpus.gpu.name}", columns, rows, footer)
 
 
 def _footer(found: FitAnswer) -> list[str]:
@@ -98,6 +132,7 @@ def fit_json(found: FitAnswer) -> dict[str, Any]:
         "max_length": facts.max_length,
         "layers": dict(Counter(layer.kind for layer in facts.layers)),
         "needed_bits": found.needed_bits,
+        "gpu": None if question.gpus is None else {"name": question.gpus.key, "tp": question.gpus.count},
         "rows": [_row_json(row, question.memory) for row in found.rows],
     }
 
@@ -116,4 +151,5 @@ def _row_json(row: FitRow, memory: int | None) -> dict[str, Any]:
         "fits": row.fits(memory),
         "max_context": row.max_context,
         "max_batch": row.max_batch,
+        "gpu": None if row.on_gpus is None else asdict(row.on_gpus),
     }

@@ -138,7 +138,7 @@ def commands(found: Recommendation) -> dict[str, str]:
     lines = {"transformers": shlex.join(["kvmix", "run", "--plan", path, "--prompt", "..."])}
     for engine, name in ENGINES.items():
         try:
-            TARGETS[name].write(found.best.plan)
+            TARGETS[name].export(found.best.plan)
         except ExportError as error:
             lines[engine] = one_line(str(error).removeprefix(f"{engine} ").removeprefix(f"{name} "))
         else:

@@ -14,7 +14,7 @@ from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
 from ..plan.sizes import format_bytes, mean_bits
 from ..profile import Profile, Score, TensorScore, parse_choice
-from .words import axes_lines, blocks, heads_text
+from .words import axes_lines, blocks, heads_text, own_heads, own_tokens
 
 
 class PlanBitsJson(TypedDict):
@@ -40,14 +40,19 @@ class PlanJson(TypedDict):
     """Bits, layers and bytes of a plan as plain data."""
 
     bits: PlanBitsJson
-    layers: list[dict[str, float | str | list[str]]]
+    layers: list[dict[str, Any]]
     bytes: PlanBytesJson
 
 
 def score_json(score: Score) -> list[dict[str, Any]]:
     """Return mean scores and their spread by layer, with curves and heads where the score has them."""
     return [
-        {"index": index, **_tensor_score_json("k", layer.k), **_tensor_score_json("v", layer.v)}
+        {
+            "index": index,
+            **_tensor_score_json("k", layer.k),
+            **_tensor_score_json("v", layer.v),
+            **({"evict": {f"{share:g}": loss for share, loss in layer.evict.items()}} if layer.evict else {}),
+        }
         for index, layer in sorted(score.layers.items())
     ]
 
@@ -73,6 +78,12 @@ def plan_json(plan: Plan, context: int, batch: int) -> PlanJson:
                 "index": index,
                 **_tensor_json("k", layer.k, plan.cache),
                 **_tensor_json("v", layer.v, plan.cache),
+                **({} if layer.tokens is None else {"tokens": layer.tokens.model_dump()}),
+                **(
+                    {}
+                    if not layer.head_groups
+                    else {"head_groups": [group.model_dump() for group in layer.head_groups]}
+                ),
             }
             for index, layer in sorted(plan.layers.items())
         ],
@@ -120,8 +131,16 @@ def plan_table(plan: Plan, path: Path, context: int, batch: int, more: Sequence[
         [f"{a}-{b}" if b > a else f"{a}", f"{b - a + 1}", tensor_text(layer.k), tensor_text(layer.v)]
         for a, b, layer in plan.spans
     ]
+    columns = ["layers", "count", "K bits", "V bits"]
+    of_layers = [layer for _, _, layer in plan.spans]
+    if any(layer.tokens for layer in of_layers):
+        columns.append("tokens")
+        rows = [[*row, own_tokens(layer.tokens)] for row, layer in zip(rows, of_layers, strict=True)]
+    if any(layer.head_groups for layer in of_layers):
+        columns.append("heads of their own")
+        rows = [[*row, own_heads(layer.head_groups)] for row, layer in zip(rows, of_layers, strict=True)]
     footer = "\n".join([summary(plan, path, context, batch), *more])
-    return Table(plan_title(plan), ["layers", "count", "K bits", "V bits"], rows, footer)
+    return Table(plan_title(plan), columns, rows, footer)
 
 
 def plan_title(plan: Plan) -> str:
@@ -204,11 +223,18 @@ def _mean_rows(score: Score, ascii_only: bool) -> list[list[str]]:
 def _curve_rows(score: Score) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: the loss at every width, in the groups that plans have by default."""
     k, v = (_usual(choices) for choices in score.choices)
-    rows = [
-        [f"{index}", *(f"{layer.k.curve[key]:.2g}" for key in k), *(f"{layer.v.curve[key]:.2g}" for key in v)]
-        for index, layer in sorted(score.layers.items())
+    shares = sorted({share for layer in score.layers.values() for share in layer.evict})
+    rows = []
+    for index, layer in sorted(score.layers.items()):
+        losses = [*(layer.k.curve[key] for key in k), *(layer.v.curve[key] for key in v)]
+        losses += [layer.evict.get(share, math.nan) for share in shares]
+        rows.append([f"{index}", *(f"{loss:.2g}" for loss in losses)])
+    columns = [
+        *(f"K {key}" for key in k),
+        *(f"V {key}" for key in v),
+        *(f"evict {100 * share:g} %" for share in shares),
     ]
-    return ["layer", *(f"K {key}" for key in k), *(f"V {key}" for key in v)], rows
+    return ["layer", *columns], rows
 
 
 def _usual(choices: list[str]) -> list[str]:

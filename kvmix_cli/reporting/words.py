@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
-from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, Transform, Transforms
+from ..plan.layers import HeadGroup
+from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, TokenShares, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
@@ -52,7 +54,8 @@ def layers_text(model: ModelInfo, plan: Plan | None = None) -> str:
 
 def layers_json(model: ModelInfo, plan: Plan | None = None) -> LayerFacts:
     """Return the number of layers that are quantized, that stay at 16 bits, and that keep each kind of stock cache."""
-    full = 0 if plan is None else sum(layer.short == "k16v16" for layer in plan.layers.values())
+    whole = () if plan is None else (layer for layer in plan.layers.values() if not layer.head_groups)
+    full = sum(layer.short == "k16v16" for layer in whole)
     return {
         "quantized": len(model.quantizable) - full,
         "total": model.layers,
@@ -105,12 +108,43 @@ def _transform(step: Transform) -> str:
 
 def _tokens(policy: TokenPolicy) -> str:
     """Return `by attention: 20 % at k8v8, 80 % at the layer's bits; 160 at a time`."""
-    *tiers, own, evicted = (f"{100 * float(share):.4g} %" for share in policy.shares)
-    parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
-    parts.append(f"{own} at the layer's bits")
-    if policy.evict:
-        parts.append(f"{evicted} evicted")
-    return f"by {policy.score}: {', '.join(parts)}; {policy.flush} at a time"
+    if policy.keep is not None:
+        parts = [f"{policy.keep} kept, sinks and window included"]
+    else:
+        *tiers, own, evicted = (f"{100 * float(share):.4g} %" for share in policy.shares)
+        parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
+        parts.append(f"{own} at the layer's bits")
+        if policy.evict:
+            parts.append(f"{evicted} evicted")
+    of_prompt = ", of the prompt only" if policy.when == "prompt" else ""
+    return f"by {policy.score}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"
+
+
+def own_tokens(tokens: TokenShares | None) -> str:
+    """Return `tiers 20 %, 25 % evicted`, `512 kept` or `all kept` of a layer's own tokens; empty for none."""
+    if tokens is None:
+        return ""
+    if tokens.keep is not None:
+        return f"{tokens.keep} kept"
+    parts = [] if tokens.tiers is None else [f"tiers {', '.join(f'{100 * share:.4g} %' for share in tokens.tiers)}"]
+    parts += [] if tokens.evict is None else [f"{100 * tokens.evict:.4g} % evicted" if tokens.evict else "all kept"]
+    return ", ".join(parts)
+
+
+def own_heads(groups: Sequence[HeadGroup]) -> str:
+    """Return `heads 1,3: k4v2, 512 kept; head 2: all kept` for groups of KV heads; empty for none."""
+    return "; ".join(
+        f"{_heads(group)}: {', '.join(filter(None, (_widths(group), own_tokens(group.tokens))))}" for group in groups
+    )
+
+
+def _heads(group: HeadGroup) -> str:
+    return f"head{'s' if len(group.heads) > 1 else ''} {','.join(map(str, group.heads))}"
+
+
+def _widths(group: HeadGroup) -> str:
+    """Return `k4v2`, or what of it the group has of its own."""
+    return "".join(f"{kind}{tensor.short}" for kind, tensor in (("k", group.k), ("v", group.v)) if tensor is not None)
 
 
 def _channels(policy: ChannelPolicy) -> str:

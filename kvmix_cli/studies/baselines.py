@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
 
 ALL = "all"
+IN_ENGINE = "in-engine"
+"""The first plan as a serving engine holds it: every token by itself."""
 UNIFORM = re.compile(r"uniform-([0-9]{1,2})")
 RANDOM = re.compile(r"random-plan(?:-([0-9]{1,9}))?")
 
@@ -24,12 +26,12 @@ def check_baselines(names: Sequence[str]) -> None:
     from ..cache.baselines.named import BASELINES
 
     for name in names:
-        if name not in (ALL, *BASELINES) and not _widths(name) and not RANDOM.fullmatch(name):
-            known = (*BASELINES, *(f"uniform-{bits}" for bits in WIDTHS), "random-plan", ALL)
+        if name not in (ALL, IN_ENGINE, *BASELINES) and not _widths(name) and not RANDOM.fullmatch(name):
+            known = (*BASELINES, *(f"uniform-{bits}" for bits in WIDTHS), "random-plan", IN_ENGINE, ALL)
             raise EvaluationError(
                 f"no baseline '{name}'{did_you_mean(name, known)}; there are {', '.join(BASELINES)}, "
                 f"uniform-N with N one of {', '.join(map(str, WIDTHS))}, random-plan, random-plan-SEED, "
-                f"and {ALL} for the first {len(BASELINES)}"
+                f"{IN_ENGINE}, and {ALL} for the first {len(BASELINES)}"
             )
     _refuse_twice(_each(names), ())
 
@@ -39,15 +41,19 @@ def baseline_subjects(names: Sequence[str], loaded: LoadedModel, plans: Mapping[
 
     Raises:
         EvaluationError: for a name that `check_baselines` refuses or that a plan has, or a random plan of nothing.
-        PlanError: if the model's heads cannot be packed.
+        PlanError: if the model's heads cannot be packed, or an engine cannot hold the first plan.
     """
     from ..cache.baselines.named import named_cache
+    from ..cache.in_engine import EngineBaseline
     from ..cache.subject import Subject
 
     check_baselines(names)
     _refuse_twice(_each(names), plans)
     subjects = []
     for name in _each(names):
+        if name == IN_ENGINE:
+            subjects.append(Subject(name, baseline=EngineBaseline(name, _first(plans, name))))
+            continue
         plan = _plan(name, loaded, plans, seed)
         if plan is not None:
             subjects.append(Subject(name, plan))
@@ -86,12 +92,18 @@ def _plan(name: str, loaded: LoadedModel, plans: Mapping[str, Plan], seed: int) 
     match = RANDOM.fullmatch(name)
     if match is None:
         return None
-    if first is None:
-        raise EvaluationError(f"{name} needs a plan to be equal to in bytes: give one with --plan")
+    plan = _first(plans, name)
     try:
-        return shuffled(plans[first], int(match[1] or seed))
+        return shuffled(plan, int(match[1] or seed))
     except EvaluationError as error:
         raise EvaluationError(f"{name} would be plan '{first}': {error}; put another --plan first") from error
+
+
+def _first(plans: Mapping[str, Plan], name: str) -> Plan:
+    """Return the first plan. Raises EvaluationError if there is none that a baseline could be made of."""
+    if not plans:
+        raise EvaluationError(f"{name} needs a plan to be made of: give one with --plan")
+    return next(iter(plans.values()))
 
 
 def _widths(name: str) -> int | None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..allocation import TRANSFORM_SCORE
 from ..plan import Plan
 from .measure import Prepared, Setup, SubjectNames, prepare
-from .recommend.cost import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed
+from .recommend.cost import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed, reading_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,17 +74,18 @@ def profile_work(
     what = f"{', '.join(scores)} on {samples} samples of {seq_len} tokens"
     if not _has_weights(model):
         return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), _UNKNOWN)
+    from ..cache.rotary import measure_rotations
     from ..profiling import find_probes
     from ..profiling.measure import measure_sample
     from ..profiling.moments import MomentSums
-    from ..profiling.rope import measure_ropes
     from ..texts.tokens import cut_samples
+    from .coded import STEP
 
     loaded, probes = load(), find_probes(scores)
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     tokens = min(seq_len, max([SHORT, *(2 * grid.shortest for grid in grids)]))
     ids = cut_samples(loaded.tokenizer, texts, 1, tokens, seed, max_length=loaded.max_length)[0]
-    ropes = measure_ropes(loaded)
+    ropes = measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
 
     def timed() -> float:
         begun = time.perf_counter()
@@ -93,10 +95,12 @@ def profile_work(
     one = timed()
     if one < AGAIN_SECONDS:  # what is loaded or compiled once may be much of it
         one = timed()
-    step = PlannedStep("profile", what, samples * one * seq_len / len(ids))
+    steps = [PlannedStep("profile", what, samples * one * seq_len / len(ids))]
+    if TRANSFORM_SCORE in scores:
+        steps.append(reading_step(measure_speed(loaded, STEP), seq_len))
     basis = f"one sample of {len(ids)} tokens took {one:.3g} s; longer ones in proportion"
     layers = loaded.info.layers
-    return DryRun(model, (step,), _memory(loaded, seq_len, caches=0, kept_layers=layers), tuple(writes), basis)
+    return DryRun(model, tuple(steps), _memory(loaded, seq_len, caches=0, kept_layers=layers), tuple(writes), basis)
 
 
 def evaluation_work(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +142,22 @@ def _solvers() -> Iterator[ListedItem]:
 
 
 def _policies() -> Iterator[ListedItem]:
-    """Yield the scores of tokens and of key channels: classes that a registry's decorator names."""
-    for file in ("tokens", "channels"):
-        tree = ast.parse((PACKAGE / "cache" / "policies" / f"{file}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
+    """Yield the scores of tokens and of key channels: classes that a registry's decorator names, then the user's."""
+    folder = PACKAGE / "cache" / "policies"
+    shipped = set()
+    files = sorted(folder.glob("*.py"), key=lambda path: (path.stem == "channels", path.stem))
+    for path in files:
+        of = "channels" if path.stem == "channels" else "tokens"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and (name := _registered_name(node)) is not None:
-                yield ListedItem(name, f"{file}: {first_sentence(ast.get_docstring(node) or '')}", (("of", file),))
+                yield ListedItem(name, f"{of}: {first_sentence(ast.get_docstring(node) or '')}", (("of", of),))
+                shipped.add(name)
+    if (module := sys.modules.get("kvmix_cli.cache.policies")) is None:  # no file of the user's has loaded it
+        return
+    for of, registry in (("tokens", module.TOKEN_SCORES), ("channels", module.CHANNEL_SCORES)):
+        for name in registry:
+            if name not in shipped:
+                yield ListedItem(name, f"{of}: {first_sentence(registry[name].__doc__ or '')}", (("of", of),))
 
 
 def _registered_name(node: ast.ClassDef) -> str | None:

@@ -35,14 +35,17 @@ class Loading(TypedDict):
     device: str
     trust_remote_code: bool
     allow_pickle: NotRequired[bool]
+    tensor_parallel: NotRequired[bool]
 
 
 class Results(TypedDict):
-    """Options of `RunFolders`: where records go, whether to resume, and the command that made them."""
+    """Options of `RunFolders`: where records go, whether to resume or to share them, and the command that made them."""
 
     root: Path
     resume: bool
     command: str
+    may_begin: NotRequired[bool]
+    is_shared: NotRequired[bool]
 
 
 class Setup(NamedTuple):
@@ -141,6 +144,7 @@ def prepare(
         device=loading["device"],
         trust_remote_code=loading["trust_remote_code"],
         allow_pickle=loading.get("allow_pickle", False),
+        tensor_parallel=loading.get("tensor_parallel", False),
     )
     subjects = [Subject(name, plan) for name, plan in plans.items()]
     subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)
@@ -171,17 +175,21 @@ def measure_plans(
     Raises:
         KvmixError: before anything is measured if it cannot be.
     """
-    from ..evaluation.runner import no_progress, run_task
+    from ..evaluation.runner import no_progress, run_tasks
     from ..evaluation.runs import RunFolders
 
     found = prepare(choice, names, setup, options, gates, say)
     loaded = found.loaded
     runs = RunFolders(model=state.slug(choice.model), **setup.results)
-    reports = []
-    for task in found.tasks:
-        report = run_task(task, loaded, found.subjects, setup.settings, runs, progress or no_progress)
-        on_report(task, report, loaded.info)
-        reports.append(report)
+    reports = run_tasks(
+        found.tasks,
+        loaded,
+        found.subjects,
+        setup.settings,
+        runs,
+        progress or no_progress,
+        lambda task, report: on_report(task, report, loaded.info),
+    )
     verdicts = tuple(
         gate.check(_judged(report, found.plans), report.reference)
         for gate in found.gates

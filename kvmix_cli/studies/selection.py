@@ -11,9 +11,10 @@ from .. import state
 from ..errors import EvaluationError, PlanError, StateError
 from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.document import read_yaml
+from ..plan.modelopt import is_modelopt
 from ..plan.plan import is_kvtuner
 from ..plan.policies import known_width
-from ..plan.presets import KVTUNER, find_preset, plan_of, presets, put_on, split
+from ..plan.presets import KVTUNER, by_depth, find_preset, plan_of, presets, put_on, split
 from ..plan.settings import Encode
 from ..state import Say, unsaid
 from .directions import preset_plan
@@ -47,7 +48,7 @@ class NamedPlan:
     Attributes:
         name: its name in tables.
         given: its file, short form or preset, without the presets that are put on it.
-        plan: None for the short form, for KVTuner's presets and for our own.
+        plan: None for the short form, for KVTuner's presets and ModelOpt's maps, and for our own presets.
         is_preset: whether `given` is the name of a preset.
         put_on: names of presets, whose transforms and policies the plan gets as well.
     """
@@ -65,7 +66,8 @@ class NamedPlan:
             return plan
         base = self.name.removesuffix("".join(f"+{preset}" for preset in self.put_on))
         settings = with_presets(plan.cache, self.put_on, f"'{base}'", say)
-        return Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
+        plan = Plan.build(plan.model, plan.layers, settings, {**plan.provenance, "with": list(self.put_on)})
+        return by_depth(plan, self.put_on)
 
     def _resolve(self, info: ModelInfo, cache: CacheSettings | None, say: Say) -> Plan:
         if self.plan is not None:
@@ -77,7 +79,9 @@ class NamedPlan:
             return preset_plan(find_preset(self.given), self.given, info, say)
         if SHORT_FORM.fullmatch(self.given):
             return Plan.from_short(self.given, info, cache)
-        return Plan.from_kvtuner(Path(self.given), info, cache)
+        path = Path(self.given)
+        read = Plan.from_modelopt if is_modelopt(read_yaml(path)) else Plan.from_kvtuner
+        return read(path, info, cache)
 
     @property
     def states_cache(self) -> bool:
@@ -182,7 +186,8 @@ def _named(given: str, model: str | None, say: Say) -> NamedPlan:
     if SHORT_FORM.fullmatch(base):
         return NamedPlan(given, base, put_on=on)
     path = _find_plan(base, model, say)
-    plan = None if is_kvtuner(read_yaml(path)) else Plan.load(path)
+    document = read_yaml(path)
+    plan = None if is_kvtuner(document) or is_modelopt(document) else Plan.load(path)
     return NamedPlan("+".join((path.stem, *on)), str(path), plan, put_on=on)
 
 

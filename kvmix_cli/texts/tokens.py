@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ..errors import TextError
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
 MIN_TOKENS = 32
 """Shorter pieces say little about attention and are dropped."""
-POOL = 16
-"""Full-length pieces to choose from for every sample wanted; further documents are not even tokenized."""
 
 Samples = list[list[int]]
 
@@ -41,8 +40,10 @@ def cut_samples(
     shortest: int = 0,
     max_length: int | None = None,
 ) -> Samples:
-    """Return the token ids of `samples` pieces of at most `seq_len` tokens, chosen by seed, full-length ones first.
+    """Return the token ids of `samples` pieces of at most `seq_len` tokens, full-length ones first.
 
+    Each is of another document, which the seed chooses as it chooses the piece; only where these are too few does a
+    document give a second one. So a long document counts no more than a short one, and text of several kinds is mixed.
     There are fewer if the text has no more.
 
     Args:
@@ -56,11 +57,12 @@ def cut_samples(
     least = max(shortest, min(MIN_TOKENS, seq_len))
     chooser = random.Random(seed)
     documents = chooser.sample(texts, len(texts))
-    pieces = _pool(tokenizer, documents, seq_len, least, POOL * samples)
-    if not pieces:
+    found = list(_documents(tokenizer, documents, seq_len, least, samples))
+    if not found:
         raise TextError(f"no calibration text of at least {least} tokens: give more text")
-    chooser.shuffle(pieces)
-    return sorted(pieces, key=len, reverse=True)[:samples]
+    ranked = [sorted(chooser.sample(pieces, len(pieces)), key=len, reverse=True) for pieces in found]
+    turns = [piece for turn in zip_longest(*ranked) for piece in turn if piece is not None]
+    return sorted(turns, key=len, reverse=True)[:samples]
 
 
 def _check(samples: int, seq_len: int, shortest: int, max_length: int | None) -> None:
@@ -74,22 +76,20 @@ def _check(samples: int, seq_len: int, shortest: int, max_length: int | None) ->
         raise TextError(f"the model takes at most {max_length} tokens, not {seq_len}: use a smaller --seq-len")
 
 
-def _pool(
+def _documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, least: int, enough: int
-) -> Samples:
-    """Return pieces of the documents, in order, until there are `enough` of full length.
+) -> Iterator[Samples]:
+    """Yield the pieces of each document that has any, until `enough` of them have had one of full length.
 
-    Each begins with the opening token and has at least `least` tokens.
+    Each begins with the opening token and has at least `least` tokens. Further documents are not even tokenized.
     """
     first = opening(tokenizer)
     room = seq_len - len(first)
-    pieces: Samples = []
-    full = 0
     for document in documents:
         ids = encode(tokenizer, document)
         cut = [first + ids[start : start + room] for start in range(0, len(ids), room)]
-        pieces += [piece for piece in cut if len(piece) >= least]
-        full += sum(len(piece) == seq_len for piece in cut)
-        if full >= enough:
-            break
-    return pieces
+        if pieces := [piece for piece in cut if len(piece) >= least]:
+            yield pieces
+            enough -= len(pieces[0]) == seq_len
+        if enough == 0:
+            return

@@ -14,7 +14,7 @@ from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPolicy
 
-WITHOUT_QUERIES = ("rotated", "centered", "recency")
+WITHOUT_QUERIES = ("rotated", "centered", "recency", "before rope")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
 STEPS = [90] + [1] * 12 + [70, 5, 1]
@@ -50,7 +50,7 @@ def test_at_16_bits_nothing_changes(family, axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["rotated", "recency", "everything"])
+@pytest.mark.parametrize("axes", ["rotated", "recency", "before rope", "everything"])
 def test_other_attention_reads_the_same(axes):
     """What looks at no queries runs under any implementation: handles give the model's own numbers back."""
     axes = dict(AXES[axes])
@@ -80,7 +80,9 @@ def test_attention_that_shows_no_queries_is_a_named_error(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", ["attention", "normalised", "query-range", "everything"])
+@pytest.mark.parametrize(
+    "axes", ["attention", "normalised", "last queries", "queries to come", "query-range", "everything"]
+)
 def test_beams_and_batches(axes):
     model = build("llama", wide=True)
     model.set_attn_implementation("kvmix")
@@ -102,7 +104,7 @@ def test_beams_and_batches(axes):
 
 @pytest.mark.slow
 @given(
-    axes=st.sampled_from(["attention", "normalised", "recency", "query-range", "everything"]),
+    axes=st.sampled_from(["attention", "normalised", "last queries", "before rope", "query-range", "everything"]),
     steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=6),
     prompt=st.sampled_from([20, 60]),
 )
@@ -184,7 +186,7 @@ def test_eviction_is_a_mask_over_what_attention_said():
         model(tokens, past_key_values=cache)
         got = model(step, past_key_values=cache).logits
         model(tokens, past_key_values=full)
-        gone = cache.layers[0]._tiers.tiers.view == 255
+        gone = cache.layers[0]._tokens.sorted.view == 255
         assert gone.sum(-1).tolist() == [[48, 48]]
         mask = torch.ones(1, 2, 1, tokens.shape[1] + 1, dtype=torch.bool)
         mask[:, :, 0, :64] = ~gone
@@ -197,7 +199,7 @@ def test_a_score_of_ones_own(monkeypatch):
 
     @TOKEN_SCORES.register("test-first")
     class First(TokenScore):
-        needs_queries = False
+        queries = "none"
 
         def importance(self, tokens):
             return -torch.arange(tokens.keys.shape[2]).expand(tokens.keys.shape[:3])
@@ -207,7 +209,7 @@ def test_a_score_of_ones_own(monkeypatch):
     cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
     with torch.no_grad():
         model(ids(4 + 64 + 10 + ROLLBACK), past_key_values=cache)
-    assert cache.layers[0]._tiers.tiers.view[0, 0].tolist() == [0] * 16 + [1] * 48
+    assert cache.layers[0]._tokens.sorted.view[0, 0].tolist() == [0] * 16 + [1] * 48
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,5 @@ def test_a_score_of_ones_own(monkeypatch):
 )
 def test_unknown_scores(axes, message):
     model = TAKING_BACK
-    cache = MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config)
     with pytest.raises(PlanError, match=message):
-        model(ids(10), past_key_values=cache)
+        model(ids(10), past_key_values=MixedCache.from_plan(plan_for(model, axes, 2, 2), model.config))

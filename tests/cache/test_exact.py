@@ -45,7 +45,7 @@ steps = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_the_best_of_all_pages_are_exact(count, steps, kinds):
     torch.manual_seed(0)
-    exact = ExactTokens(count, kinds[0])
+    exact = ExactTokens(count, torch.empty(BATCH, HEADS, 0, 1), kinds[0])
     lists = {(row, head): Lists(count) for row in range(BATCH) for head in range(HEADS)}
     given_ = {kind: torch.empty(BATCH, HEADS, 0, WIDTHS[kind]) for kind in kinds}
     for step, number in steps:
@@ -72,7 +72,7 @@ def test_the_best_of_all_pages_are_exact(count, steps, kinds):
 
 
 def check(exact, lists, given_, count):
-    if exact.places is None:
+    if exact.of(next(iter(given_))) is None:
         return
     assert exact.places.shape[2] >= exact_count(count, exact.pages, PAGE)
     assert (exact.places.diff(dim=2) >= 0).all()
@@ -85,7 +85,7 @@ def check(exact, lists, given_, count):
 
 
 def test_as_many_as_the_pages_account_for_after_a_cut():
-    exact = ExactTokens(1)
+    exact = ExactTokens(1, torch.empty(1, 1, 0, 3))
     for pages in (12, 1):
         exact.add("key", torch.randn(1, 1, pages * PAGE, 3), torch.rand(1, 1, pages, PAGE))
         assert exact.places.shape[2] == exact.pages

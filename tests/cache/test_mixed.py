@@ -10,7 +10,6 @@ from teaching import ids
 from transformers import MistralConfig
 
 from kvmix_cli.cache.baselines.named import named_cache
-from kvmix_cli.cache.buffer import Buffer
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.packing import PolicyFunctions, packing_of
 from kvmix_cli.cache.sizes import cache_nbytes
@@ -222,7 +221,7 @@ def test_heads_that_cannot_be_packed_are_named():
 def test_the_encoders_of_a_plan_make_the_scales(in_groups):
     states, scales = torch.randn(1, 2, 64, 32), {}
     channels = ChannelPolicy(runs=(ChannelGroup(channels=16, bits=4),)) if in_groups else None
-    functions = PolicyFunctions(lambda tokens: tokens, Buffer(), lambda tokens: tokens.abs().sum(2))
+    functions = PolicyFunctions(lambda tokens: tokens.abs().sum(2))
     for encode in ("minmax", "refit", "search", "fitted"):
         settings = CacheSettings(page=32, group_size=32, encode=encode, channels=channels)
         for kind in ("key", "value"):

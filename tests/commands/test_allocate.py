@@ -321,3 +321,49 @@ def test_verbose_shows_where_an_error_came_from(kvmix):
 
 def test_help_names_all_methods(kvmix):
     assert all(name in kvmix("allocate", "--help").out for name in METHODS)
+
+
+def by_heads(tmp_path):
+    """A profile whose score has two KV heads in each of four layers, the second worth more."""
+    profile = falling(4)
+    score = profile.scores["grad-norm"]
+    layers = {
+        index: layer.model_copy(
+            update={kind: getattr(layer, kind).model_copy(update={"heads": [1.0, 3.0 + index]}) for kind in "kv"}
+        )
+        for index, layer in score.layers.items()
+    }
+    scores = {"grad-norm": score.model_copy(update={"layers": layers})}
+    profile.model_copy(update={"scores": scores}).save(tmp_path / "heads.yaml")
+    return "--profile", "heads.yaml"
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (("--by-head", "whole:0.5", "--with", "streaming-512"), "head 1: all kept"),
+        (("--by-head", "budgets", "--with", "h2o-512"), "kept"),
+        (("--by-head", "widths", "--method", "ilp"), "heads of their own"),
+    ],
+)
+def test_what_heads_have_of_their_own(kvmix, tmp_path, options, shown):
+    ran = kvmix("allocate", *by_heads(tmp_path), "--avg-bits", 3, *options, "--out", "plan.yaml")
+    assert ran.code == 0, ran.err
+    assert shown in ran.out
+    plan = Plan.load(tmp_path / "plan.yaml")
+    assert any(layer.head_groups for layer in plan.layers.values())
+    assert plan.provenance["by_head"] == options[1].replace("budgets", "budgets")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--by-head", "whole"), "use widths, budgets, budgets:SURE or whole:SHARE"),
+        (("--by-head", "whole:2"), "use widths, budgets, budgets:SURE or whole:SHARE"),
+        (("--by-head", "budgets"), "need a number of tokens to keep: add --with h2o-512"),
+    ],
+)
+def test_heads_that_cannot_be_given_anything(kvmix, tmp_path, options, message):
+    ran = kvmix("allocate", *by_heads(tmp_path), "--avg-bits", 3, *options)
+    assert ran.code in (1, 2)
+    assert message in " ".join(ran.err.replace("│", " ").split())

@@ -124,7 +124,7 @@ def test_random_plans_are_of_the_first_plan_and_have_seeds():
 
 
 def test_a_random_plan_needs_a_plan_with_several_widths():
-    with pytest.raises(EvaluationError, match="random-plan needs a plan to be equal to in bytes: give one with --plan"):
+    with pytest.raises(EvaluationError, match="random-plan needs a plan to be made of: give one with --plan"):
         subjects("random-plan")
     with pytest.raises(EvaluationError, match="random-plan-3 would be plan 'two': in every layer"):
         subjects("random-plan-3", plans={"two": uniform(2, info=INFO)})

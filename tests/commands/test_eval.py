@@ -112,6 +112,13 @@ def test_a_preset_of_kvtuner_is_a_plan(counting):
     assert (row["plan"], row["nominal_bits"]) == ("preset", 6)
 
 
+def test_a_map_of_modelopt_is_a_plan(counting):
+    layers = {f"model.layers.{i}.self_attn": {"quant_algo": "FP8"} for i in range(4)}
+    Path("hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quantized_layers": layers}}))
+    row = kvmix_json("eval", *TINY, "--plan", "hf_quant_config.json")["rows"][1]
+    assert (row["plan"], row["nominal_bits"]) == ("hf_quant_config", 12)
+
+
 def test_an_interrupted_evaluation_is_gone_on_with(counting):
     def stop(subject, sample):
         if (subject.name, sample.name) == ("uniform-2", "2"):

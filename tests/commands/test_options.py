@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from kvmix_cli import main
-from kvmix_cli.commands import options
+from kvmix_cli.commands import options, values
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def test_what_options_say_about_each_other_is_a_usage_error(app, args):
 @pytest.mark.parametrize("text", ["", "x", "8i", "8iB", "-1", "1e9", "8 G B", "nan", "٣"])
 def test_what_is_not_a_size(text):
     with pytest.raises(typer.BadParameter):
-        options.parse_bytes(text)
+        values.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -79,20 +79,20 @@ def test_what_is_not_a_size(text):
     [("0", 0), ("17", 17), ("17B", 17), ("2k", 2048), ("2KB", 2000), ("2KiB", 2048), ("1.5gib", 3 * 2**29)],
 )
 def test_sizes(text, count):
-    assert options.parse_bytes(text) == count
+    assert values.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("1", 1), (7, 7), ("128K", 131072), ("128k", 131072), ("1.5Ki", 1536), ("2M", 2**21)]
 )
 def test_counts(text, count):
-    assert options.count(1)(text) == count
+    assert values.count(1)(text) == count
 
 
 @pytest.mark.parametrize("text", ["1_000", "1000", " 1_0_0_0 "])
 def test_counts_and_sizes_may_have_underscores(text):
-    assert options.parse_count(text) == options.parse_bytes(text) == 1000
-    assert options.parse_bytes("1_0GiB") == 10 * 2**30
+    assert values.parse_count(text) == values.parse_bytes(text) == 1000
+    assert values.parse_bytes("1_0GiB") == 10 * 2**30
 
 
 def test_every_count_of_every_command_has_all_spellings():
@@ -112,11 +112,11 @@ def test_every_count_of_every_command_has_all_spellings():
 
 
 def test_counts_inside_other_options():
-    assert options.parse_groups("1_28,row,1K") == (128, "row", 1024)
-    assert [options.parse_window(text) for text in ("recent:4K", "recent", "rpc", "recent:x")] == [
+    assert values.parse_groups("1_28,row,1K") == (128, "row", 1024)
+    assert [values.parse_window(text) for text in ("recent:4K", "recent", "rpc", "recent:x")] == [
         *("recent:4096", "recent", "rpc", "recent:x")
     ]
-    assert options.parse_batch("1k") == 1024
+    assert values.parse_batch("1k") == 1024
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,18 @@ def test_counts_inside_other_options():
 )
 def test_what_is_not_a_count(text):
     with pytest.raises(typer.BadParameter):
-        options.count(1)(text)
+        values.count(1)(text)
 
 
 def test_lists_of_counts_are_sorted():
-    assert options.parse_counts("4K, 1024,4096") == (1024, 4096)
+    assert values.parse_counts("4K, 1024,4096") == (1024, 4096)
     with pytest.raises(typer.BadParameter, match="write it like 1024,4096 or 1K,4K"):
-        options.parse_counts("1024,,2")
+        values.parse_counts("1024,,2")
 
 
 @pytest.mark.parametrize(("text", "dtype"), [("bf16", "bfloat16"), ("FP16", "float16"), ("float32", "float32")])
 def test_dtypes_have_several_names(text, dtype):
-    assert options.parse_dtype(text) == dtype
+    assert values.parse_dtype(text) == dtype
 
 
 @pytest.mark.parametrize("command", ["profile", "run", "eval", "allocate"])

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from commandline import kvmix
 
-from kvmix_cli.plan import ModelInfo, Plan
+from kvmix_cli import extensions
+from kvmix_cli.cache.policies import TOKEN_SCORES
+from kvmix_cli.cache.transforms import TRANSFORMS
+from kvmix_cli.plan import ModelInfo, Plan, token_scores
 from kvmix_cli.plan.document import parse_yaml
 from kvmix_cli.plan.plan import is_kvtuner
 from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
+from kvmix_cli.profiling import PROBES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -24,6 +28,7 @@ SHORTER = {
     "recommend": ["--dry-run"],
 }
 """Added to the examples: the same work on less text."""
+FENCED = re.MULTILINE | re.DOTALL
 
 
 def blocks(language):
@@ -35,7 +40,17 @@ def blocks(language):
     return found
 
 
+@pytest.fixture
+def forgetful(monkeypatch):
+    """Forget afterwards what an example registers."""
+    for registry in (TOKEN_SCORES, TRANSFORMS, PROBES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
+    monkeypatch.setattr(extensions, "_LOADED", {})
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -61,11 +76,17 @@ def test_file_examples_load(page, text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_examples_run(page, tmp_path, monkeypatch):
-    """In order, in one empty folder. A hub model is replaced by the built-in one, and there is less text."""
+    """In order, in one folder, with the files that the page shows and names in a comment at their head.
+
+    A hub model is replaced by the built-in one, and there is less text.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("A prompt of the user's own.\n")
+    for name, text in re.findall(r"^```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)^```", page.read_text(), FENCED):
+        (tmp_path / name).write_text(text)
     lines = re.findall(r"^\$ (kvmix .*)$", page.read_text(), re.MULTILINE)
     for line in lines:
         arguments = shlex.split(line.replace(HUB, "builtin:tiny"), comments=True)[1:]

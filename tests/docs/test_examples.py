@@ -69,6 +69,38 @@ def printed(name, capsys, *arguments):
 
 
 @pytest.mark.slow
+def test_jobs_of_an_array_finish_one_leaderboard(tmp_path):
+    """Two at a time, on a few documents: every row is measured once, and both come to the same table."""
+    forking.run("profile", "builtin:tiny", "--samples", 1, "--seq-len", 64, cwd=tmp_path, check=True)
+    kvmix, inherited = forking.in_shell()
+    fewer = "--methods rank --random-plans 1 --stored-bits 3,3.5 --limit 2 --length 200 --prefix 100 --threads 1"
+    command = tmp_path / "bin" / "kvmix"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {kvmix} "$@" {fewer}\n')
+    command.chmod(0o755)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    jobs = [
+        subprocess.Popen(
+            ["bash", str(EXAMPLES / "sweep.sbatch"), "builtin:tiny"],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "TASKS": "perplexity", "SLURM_ARRAY_TASK_ID": str(number)},
+            pass_fds=inherited,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    tables = [job.communicate(timeout=600)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert tables[0] == tables[1]
+    folders = list((tmp_path / "results").glob("perplexity__*"))
+    assert len(folders) > 4
+    for folder in folders:
+        assert len((folder / "samples.jsonl").read_text().splitlines()) == 2
+        assert "metrics" in json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.slow
 def test_transformers_generates_from_a_plan_file(capsys):
     out = printed("generate", capsys)
     same = [int(count) for count in re.findall(r"^(\d+) of 24 new tokens are the same", out, re.MULTILINE)]

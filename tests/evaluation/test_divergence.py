@@ -11,7 +11,7 @@ from evaluating import run_folder, stand_in, tiny, uniform
 
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.evaluation import alongside, get_task, runner
+from kvmix_cli.evaluation import alongside, get_task, work
 from kvmix_cli.evaluation.alongside import divergence
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.bootstrap import pooled_quantile
@@ -130,7 +130,7 @@ def _plans(count):
 def test_the_unquantized_cache_reads_a_sample_once_for_as_many_plans_as_are_together(
     forwards, monkeypatch, plans, passes
 ):
-    monkeypatch.setattr(runner, "TOGETHER", 2)
+    monkeypatch.setattr(work, "TOGETHER", 2)
     run_task(get_task("perplexity"), tiny(), _plans(plans), SETTINGS)
     of_one = 1 + 6  # the prefix, and 95 tokens in steps of 16
     assert sum(not ours for _, ours in forwards) == passes * 2 * of_one

@@ -21,11 +21,12 @@ from evaluating import INFO, Counting, run_folder, stand_in, uniform
 from kvmix_cli import journal
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import DocumentError, EvaluationError, OutputError, QuantizationError, StateError
-from kvmix_cli.evaluation import runner, runs
+from kvmix_cli.evaluation import runs, work
 from kvmix_cli.evaluation.base import Settings
+from kvmix_cli.evaluation.identity import safe_name
 from kvmix_cli.evaluation.readback import read_run
 from kvmix_cli.evaluation.runner import run_task
-from kvmix_cli.evaluation.runs import RunFolders, safe_name
+from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.files import write_text
 
 TWO = Subject("two", uniform(2, info=INFO))
@@ -349,7 +350,7 @@ def test_times_are_not_gone_on_with_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(Counting, "timed", True)
     run(tmp_path)
     run(tmp_path, resume=True)
-    monkeypatch.setattr(runner, "machine", lambda device: {"device": "another"})
+    monkeypatch.setattr(work, "machine", lambda device: {"device": "another"})
     task = Counting()
     with pytest.warns(UserWarning, match=r"measured with another machine\.device, machine\."):
         run(tmp_path, task, resume=True)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,22 +12,25 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-from profiling_models import load
+from profiling_models import load, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
 import kvmix_cli
-from kvmix_cli.cache.mixed import unquantized_cache
+from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.decoding.batch import StopRule, generate_batch, score_batch
 from kvmix_cli.decoding.feed import document_loss
 from kvmix_cli.decoding.generate import generate
-from kvmix_cli.errors import ModelError, TextError
+from kvmix_cli.errors import ModelError, ProjectionError, TextError
 from kvmix_cli.evaluation import get_task
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.models import devices, loading, multimodal
 from kvmix_cli.models.loading import load_info, load_model
+from kvmix_cli.models.projections import find_projections
+from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.quiet import hushed
 from kvmix_cli.texts.tokens import encode
@@ -93,6 +97,28 @@ def test_a_device_map_needs_accelerate(monkeypatch):
     assert load_model("builtin:tiny", device="map").device == torch.device("cpu")
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     assert failure("builtin:tiny", device="map").endswith("pip install 'kvmix[multi-gpu]'")
+
+
+def test_a_spread_model_decodes_through_the_cache_as_a_whole_one_does(tmp_path):
+    """One layer is on the disk: it comes to where its input is, and its cache is allocated there."""
+    pytest.importorskip("accelerate")
+    plain = load("llama", head_dim=32)
+    plain.model.save_pretrained(tmp_path)
+    places = {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(plain.info.layers)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    options = {"device_map": {**places, **rest}, "offload_folder": tmp_path / "offload"}
+    spread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    assert next(spread.model.layers[1].parameters()).is_meta
+    plan = Plan.uniform(plain.info, 4, 4, CacheSettings(page=16, sink=0, group_size=16, window=NoWindow()))
+    ids, losses = token_ids(60)[0].tolist(), []
+    for model in (plain.model, spread):
+        loaded, cache = replace(plain, model=model), MixedCache.from_plan(plan, model.config)
+        losses.append(document_loss(loaded, cache, ids, 20, 8))
+        assert cache.attended.quantized > 0
+        assert {layer.device for layer in cache.layers} == {torch.device("cpu")}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    with pytest.raises(ProjectionError, match="layer 1 of small is offloaded"):
+        find_projections(spread, plain.info)
 
 
 def test_a_class_without_the_attention_interface_keeps_its_own(tmp_path):

@@ -9,7 +9,18 @@ import pytest
 pytest.importorskip("triton")
 import aot
 import torch
-from aot_cases import RUNS, compile_attend, compile_quantize, lane_instructions_per_code, main_loop, segments
+from aot_cases import (
+    RUNS,
+    compile_attend,
+    compile_coded,
+    compile_encode,
+    compile_quantize,
+    lane_instructions_per_code,
+    lane_instructions_per_plane_code,
+    main_loop,
+    plane_loops,
+    segments,
+)
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
 
@@ -23,6 +34,8 @@ BUDGET = {2: 2.2, 3: 3.5, 4: 2.5}
 """Lane instructions per code, by bits; kernels/README.md has today's figures."""
 RUNS_BUDGET = {"16, 4 and 2": 3.1, "3 and 8": 4.4}
 SMALL_PAGES_BUDGET = 6.6
+PLANES_BUDGET = {4: 3.3, 2: 2.8, 1: 2.5}
+"""Of transform codes, by the bits of a plane; keys and values alike."""
 SPILLS = ("STL", "LDL")
 CONVERSIONS = ("I2F", "I2FP", "F2I")
 
@@ -63,6 +76,25 @@ def test_mixed_widths_compile_for_tensor_cores():
     kernel, _ = compile_attend(80, 8, 1, group=64)
     check(kernel, 80)
     assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_to_transform_codes_is_as_cheap_as_it_was(capability):
+    kernel = compile_coded(capability)
+    check(kernel, capability)
+    for (kind, bits), loop in plane_loops(kernel).items():
+        assert not any(loop[name] for name in CONVERSIONS), f"codes of {kind}s are converted to numbers"
+        assert lane_instructions_per_plane_code(kernel, loop) <= PLANES_BUDGET[bits]
+
+
+@pytest.mark.parametrize(("capability", "kind"), [(80, "key"), (90, "value")])
+def test_transform_codes_are_made_with_exact_divisions(capability, kind):
+    kernel = compile_encode(capability, kind)
+    check(kernel, capability)
+    assert "div.full" not in kernel.ptx
+    assert "div.rn.f32" in kernel.ptx
+    assert "fma.rn.f32" not in kernel.ptx
+    assert ".ftz" not in kernel.ptx.replace("cvt.rmi.ftz", "")  # of a number of at least 1/2, which is never flushed
 
 
 def test_quantizing_divides_as_exactly_as_the_reference():

@@ -197,3 +197,107 @@ def test_all_faults_at_once(load):
 def test_a_plan_that_is_built_is_checked_too(cache, head_dim, message):
     with pytest.raises(PlanError, match=message):
         Plan.uniform(make_info(2, head_dim=head_dim), 2, 2, CacheSettings(page=32, **cache))
+
+
+OWN = """\
+format: kvmix-plan/1
+model: {id: org/model, layers: 3, kv_heads: 2, head_dim: 64}
+cache: {page: 32, group_size: 32, sink: 4, window: {kind: recent, tokens: 60}, tokens: {evict: 0.5, flush: 128}}
+bits: {nominal: 1.3333, stored: 2.0417}
+layers:
+  0: {k: {bits: 2}, v: {bits: 2}, tokens: {evict: 0.25}}
+  1: {k: {bits: 2}, v: {bits: 2}, tokens: {evict: 0.75}}
+  2: {k: {bits: 2}, v: {bits: 2}, tokens: {evict: 0.0}}
+"""
+"""A layer that keeps everything has no tier map: (0.75 + 0.25 + 1) / 3 of 3 bits, and two maps of 1/16."""
+KEPT = (
+    OWN.replace("tokens: {evict: 0.5, flush", "tokens: {keep: 512, flush")
+    .replace("1.3333", "2.0")
+    .replace("2.0417", "3.1667")
+)
+KEPT = KEPT.replace("evict: 0.25", "keep: 64").replace("evict: 0.75", "keep: 1024")
+
+
+def test_shares_by_layer(load):
+    plan = load(OWN)
+    assert [layer.settings(plan.cache).tokens for layer in plan.layers.values()] == [
+        TokenPolicy(evict=0.25, flush=128),
+        TokenPolicy(evict=0.75, flush=128),
+        None,
+    ]
+    assert load(plan.to_yaml()) == plan
+    assert plan.short == "0-2:k2v2"
+    assert len(plan.spans) == 3
+    assert "2: {k: {bits: 2}, v: {bits: 2}, tokens: {evict: 0.0}}" in plan.to_yaml()
+
+
+def test_numbers_to_keep_by_layer(load):
+    """Bits are those of a kept token, with 32 bits of its position."""
+    plan = load(KEPT)
+    kept = [layer.settings(plan.cache).kept for layer in plan.layers.values()]
+    assert kept == [0, 960, None]
+    assert load(plan.to_yaml()).sha256 == plan.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "expected"),
+    [
+        (
+            OWN,
+            "evict: 0.25",
+            "evict: 0.3",
+            "line 6: layers.0.tokens: shares of a flush of 128 tokens are not whole pages",
+        ),
+        (OWN, "evict: 0.25", "evict: 1.25", "line 6: layers.0.tokens.evict: should be less than 1, got 1.25"),
+        (
+            OWN,
+            "evict: 0.25",
+            "tiers: [0.25]",
+            "line 6: layers.0.tokens: tiers must be 0 shares, as cache.tokens has tiers",
+        ),
+        (
+            OWN,
+            "evict: 0.25",
+            "keep: 64",
+            "line 6: layers.0.tokens: cache.tokens has shares, not a number of tokens to keep",
+        ),
+        (OWN, "{evict: 0.25}", "{}", "line 6: layers.0.tokens: a layer's tokens need shares of tiers"),
+        (
+            OWN,
+            "{evict: 0.25}",
+            "{evict: 0.25, keep: 9}",
+            "line 6: layers.0.tokens: a number of tokens to keep goes with",
+        ),
+        (OWN, ", tokens: {evict: 0.5, flush: 128}}", "}", "line 6: layers.0.tokens: there is no token policy"),
+        (
+            OWN,
+            "{evict: 0.5, flush",
+            "{evict: 0.5, keep: 512, flush",
+            "line 3: cache.tokens: a number of tokens to keep goes",
+        ),
+        (KEPT, "keep: 64", "keep: 63", "line 6: layers.0.tokens: keep is 63 tokens, and sinks and window alone are 64"),
+        (KEPT, "keep: 64", "evict: 0.5", "line 6: layers.0.tokens: cache.tokens has a number of tokens to keep"),
+        (KEPT, "keep: 512", "keep: 9", "line 3: cache.tokens: keep is 9 tokens, and sinks and window alone are 64"),
+        (KEPT, "kind: recent, tokens: 60", "kind: rpc", "line 3: cache.tokens: keep needs a window of a fixed size"),
+        (KEPT, "keep: 512", "keep: 512, when: never", "line 3: cache.tokens.when: should be 'always' or 'prompt'"),
+        (
+            KEPT,
+            "tokens: {keep",
+            "channels: {runs: [{channels: 16, bits: 4}], refresh: 32}, tokens: {keep",
+            "line 3: cache.tokens: keep drops pages, so channels must be sorted once",
+        ),
+    ],
+)
+def test_faults_of_a_layers_own_tokens(load, text, old, new, expected):
+    assert old in text
+    with pytest.raises(DocumentError) as error:
+        load(text.replace(old, new, 1))
+    assert error.value.faults[0].startswith(expected), error.value.faults
+
+
+def test_tiers_of_a_layer_that_claim_too_much(load):
+    text = OWN.replace("evict: 0.5, flush", "tiers: [{share: 0.25, k: 8, v: 8}], evict: 0.5, flush")
+    with pytest.raises(
+        DocumentError, match=r"layers\.0\.tokens: shares 0\.75 and 0\.25 to evict leave nothing for the"
+    ):
+        load(text.replace("{evict: 0.25}", "{evict: 0.25, tiers: [0.75]}"))

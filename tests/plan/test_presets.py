@@ -1,6 +1,7 @@
 """Presets: each loads, names its source, and amounts to what its comment says; how they are put on a cache."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,47 @@ from with_moments import model_moments, profile_with_moments
 
 from kvmix_cli.allocation import allocate, make_bases, preset_start
 from kvmix_cli.errors import DocumentError, PlanError, StateError
+from kvmix_cli.plan import Plan
 from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
-from kvmix_cli.plan.presets import LayerShare, Preset, find_preset, has_preset, plan_of, presets, put_on, split
+from kvmix_cli.plan.presets import (
+    LayerShare,
+    Preset,
+    by_depth,
+    find_preset,
+    has_preset,
+    plan_of,
+    presets,
+    put_on,
+    split,
+)
 from kvmix_cli.plan.settings import CacheSettings
+from kvmix_cli.plan.windows import Recent
 
 NAMES = (
     "asymkv",
+    "chunkkv",
+    "cocktail",
+    "expected-attention",
     "h2o",
+    "h2o-512",
+    "keydiff",
     "kitty",
     "kivi-2",
     "kivi-4",
+    "kvcrush",
     "kvmix-paper",
+    "kvzip",
+    "leverage",
     "mikv",
+    "minikv",
     "mixkvq",
+    "morphkv",
+    "morphkv-512",
+    "pyramidkv",
     "rotate-2",
+    "snapkv",
+    "streaming-512",
+    "tova",
     "transform-2",
     "zipcache",
 )
@@ -80,7 +108,7 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     [
         ("mikw", r"\(did you mean 'mikv'\?\)"),
         ("papr", r"\(did you mean 'paper'\?\)"),
-        ("xyz", "known are asymkv, h2o, .* and kvtuner:FILE"),
+        ("xyz", "known are asymkv, chunkkv, .* and kvtuner:FILE"),
     ],
 )
 def test_an_unknown_preset(name, hint):
@@ -122,6 +150,13 @@ cache: {page: 32, tokens: {evict: 0.5, flush: 64}}
             ["line 3: cache.tokens: flush must be a multiple of the page of 32 tokens, got 100"],
         ),
         ("page: 32", "paeg: 32", ["line 3: unknown key 'cache.paeg'"]),
+        (
+            "cache:",
+            "tokens: {evict: {first: 0.5, last: 1.5}}\ncache:",
+            ["line 3: tokens.evict.last: should be less than"],
+        ),
+        ("cache:", "tokens: {evict: {first: 0.5}}\ncache:", ["line 3: 'tokens.evict.last' is missing"]),
+        ("cache:", "tokens: {}\ncache:", ["line 3: tokens: must have either evict or keep"]),
     ],
 )
 def test_faults_of_a_preset_file(tmp_path, old, new, expected):
@@ -164,6 +199,31 @@ def test_kvtuners_presets(tmp_path):
     assert plan_of(f"kvtuner:{path}", make_info(2)).short == "0:k8v4,1:k4v2"
     with pytest.raises(DocumentError, match="cannot be read"):
         plan_of("kvtuner:none.yaml", make_info(2))
+
+
+@pytest.mark.parametrize(("name", "ends", "mean"), [("minikv", (0.3, 0.7), 0.5), ("pyramidkv", (976, 64), 516)])
+def test_a_pyramid_falls_evenly_and_keeps_its_mean(name, ends, mean):
+    layers = plan_of(name, make_info(32)).layers
+    of = "evict" if name == "minikv" else "keep"
+    found = [getattr(layer.tokens, of) for layer in layers.values()]
+    assert (found[0], found[-1]) == pytest.approx(ends, abs=16 if of == "keep" else 0.05)
+    assert sum(found) / 32 == pytest.approx(mean, abs=16 / 32)
+    steps = [abs(one - other) for one, other in pairwise(found)]
+    assert max(steps) <= (48 if of == "keep" else 0.051)
+
+
+def test_a_pyramid_goes_with_the_layers_of_another_plan():
+    plan = plan_of("kivi-4", make_info(4))
+    both = by_depth(Plan.build(plan.model, plan.layers, put_on(plan.cache, "minikv", "it")), ["minikv"])
+    assert [layer.tokens.evict for layer in both.layers.values()] == pytest.approx([0.3, 0.4, 0.55, 0.75], abs=0.051)
+    assert both.short == "0-3:k4v4"
+    assert both.bits.nominal == pytest.approx(2, abs=0.01)
+
+
+def test_a_budget_that_does_not_hold_the_window_cannot_be_put_on():
+    cache = CacheSettings(window=Recent(tokens=2000))
+    with pytest.raises(PlanError, match="keep is 512 tokens, and sinks and window alone are 2004; keep at least as"):
+        put_on(cache, "h2o-512", "it")
 
 
 class TestPuttingOn:

@@ -5,7 +5,7 @@ from hypothesis import given
 from made_up import make_info, make_profile, patient, scored
 
 from kvmix_cli.errors import DocumentError
-from kvmix_cli.profile import LayerScore, Profile, TensorScore
+from kvmix_cli.profile import CodedLoss, LayerScore, Profile, TensorScore
 
 GOOD = """\
 # kvmix profile org/model
@@ -49,6 +49,36 @@ def test_scores_keep_seven_digits(load):
     assert layers[0].k.mean == 1.234568e-30
     assert (layers[0].v.mean, layers[1].k.mean) == (3.0e20, 0.0)
     assert layers[1].v.mean == 5e-324
+
+
+LOSSES = "      - {bits: 2.0, exact: 1, predicted: 0.001, measured: 0.002}\n"
+CODED = GOOD.replace("    layers:", f"    coded:\n{LOSSES}    layers:")
+
+
+def test_measured_losses_of_transform_codes_are_read_and_written(load):
+    profile = load(CODED)
+    assert profile.score("grad-norm").coded == [CodedLoss(bits=2.0, exact=1, predicted=0.001, measured=0.002)]
+    assert load(profile.to_yaml()) == profile
+    assert profile.sha256 != load(GOOD).sha256, "plans name the profile that they were made from"
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ("exact: -1", "line 11: scores.grad-norm.coded.0.exact: should be greater than or equal to 0, got -1"),
+        ("measured: 0.0", "line 11: scores.grad-norm.coded.0.measured: should be greater than 0, got 0.0"),
+    ],
+)
+def test_losses_that_make_no_ratio_are_refused(load, new, expected):
+    old = {"e": "exact: 1", "m": "measured: 0.002"}[new[0]]
+    with pytest.raises(DocumentError) as caught:
+        load(CODED.replace(old, new))
+    assert expected in str(caught.value)
+
+
+def test_a_number_of_exact_tokens_is_measured_once(load):
+    with pytest.raises(DocumentError, match="must have different numbers of exact tokens, ascending"):
+        load(CODED.replace(LOSSES, 2 * LOSSES))
 
 
 def test_the_example_loads(load):

@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 from torch.nn.functional import cross_entropy
 from with_moments import model_moments, profile_with_moments
 
+from kvmix_cli.cache.rotary import measure_rotations
 from kvmix_cli.errors import DocumentError, KvmixError, ModelError, TextError
 from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.moments import MomentsFile, Rope, read_moments, write_moments
@@ -27,7 +28,6 @@ from kvmix_cli.profiling.moments import MomentSums
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.fisher_metric import FisherMetric
 from kvmix_cli.profiling.probes.taylor import Taylor
-from kvmix_cli.profiling.rope import measure_ropes
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2,), group_sizes=(16,), cache=CACHE)
@@ -93,7 +93,7 @@ def test_moments_are_of_the_gradient_of_every_packed_token(loaded, monkeypatch, 
     ids, labels = sample(), sample(TOKENS - 1, seed=7)[0]
     monkeypatch.setattr(FisherMetric, "grid", GRID)
     monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
-    ropes = measure_ropes(loaded)
+    ropes = measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
     assert (None in ropes.values()) == ("DeepseekV3" in type(loaded.model).__name__), "a latent has no position"
     sums = MomentSums(ropes)
     measured = shared_pass(loaded, [FisherMetric()], ids, GRID, sums=sums, checkpointing=checkpointing, per_head=True)
@@ -113,7 +113,7 @@ def test_together_with_others_is_the_same_as_alone():
     loaded = wrap(build("llama"))
     measured = []
     for probes in ([FisherMetric()], [Taylor(), Fisher(), FisherMetric()]):
-        sums = MomentSums(measure_ropes(loaded))
+        sums = MomentSums(measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length))
         shared_pass(loaded, probes, sample(), GRID, sums=sums)
         measured.append(sums.layers())
     for alone, together in zip(*(each.values() for each in measured), strict=True):

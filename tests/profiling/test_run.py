@@ -9,12 +9,15 @@ import pytest
 import torch
 from architectures import build
 from profiling_models import ByteTokenizer, load, wrap
+from ranking import together
 
 from kvmix_cli.errors import DocumentError, KvmixError, ModelError, OutputError, StateError, TextError
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samples, profile_lock, run_profile
 from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
+from kvmix_cli.ranks import Ranks
+from kvmix_cli.texts import load_texts, reference_topics
 from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
@@ -43,11 +46,24 @@ def test_the_seed_chooses(loaded):
     assert first == again != other
 
 
-def test_samples_come_from_all_over_the_text(loaded):
-    samples = cut_samples(loaded.tokenizer, TEXTS, 7, 40, seed=0)
-    documents = [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
-    sources = {number for number, ids in enumerate(documents) for sample in samples if str(sample)[1:-1] in str(ids)}
-    assert len(sources) >= 4
+def test_documents_take_turns_however_long_they_are(loaded):
+    long = "".join(chr(97 + i * i % 26) for i in range(4000))
+    texts = [long, *TEXTS]
+    documents = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in texts]
+
+    def sources(samples):
+        pieces = cut_samples(loaded.tokenizer, texts, samples, 40, seed=0)
+        return [number for piece in pieces for number, ids in enumerate(documents) if str(piece)[1:-1] in ids]
+
+    assert sorted(sources(8)) == list(range(8))
+    assert sorted(sources(16)) == sorted([*range(8)] * 2)
+    assert sources(16)[:8] == sources(8), "more samples begin with the same ones"
+
+
+def test_samples_of_the_builtin_text_are_prose_and_code(loaded):
+    prose = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in reference_topics(held_out=False)]
+    samples = cut_samples(loaded.tokenizer, load_texts(), 10, 1024, seed=0)
+    assert 2 <= sum(any(str(piece)[1:-1] in ids for ids in prose) for piece in samples) <= 8
 
 
 def test_a_start_token_begins_every_sample():
@@ -470,3 +486,33 @@ def test_a_full_disk_keeps_what_is_there(loaded, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert measured(run_profile(loaded, **RUN, journal=journal, resume=True)) == measured(run_profile(loaded, **RUN))
+
+
+# Ranks
+
+
+def test_ranks_share_the_samples_and_come_to_the_same_profile(tmp_path):
+    alone = run_profile(load("llama"), **RUN, journal=tmp_path / "alone.jsonl")
+    models = [load("llama") for _ in range(2)]
+
+    def work(ranks):
+        steps = []
+        loaded = replace(models[ranks.rank], ranks=ranks)
+        path = tmp_path / f"{ranks.rank}.jsonl"
+        profile = run_profile(loaded, **RUN, journal=path, on_step=lambda done, total: steps.append(done))
+        return profile, steps, path.exists()
+
+    (leaders, steps, is_kept), (others, own_steps, is_kept_twice) = together(work)
+    assert (steps, own_steps) == ([0, 1, 2, 3, 4, 5], [0])
+    assert is_kept and not is_kept_twice
+    assert leaders == others
+    for index, layer in alone.score("grad-norm").layers.items():
+        assert leaders.score("grad-norm").layers[index].k.mean == pytest.approx(layer.k.mean, rel=1e-5)
+    journals = [(tmp_path / name).read_text().splitlines() for name in ("alone.jsonl", "0.jsonl")]
+    assert len(journals[0]) == len(journals[1]) == 6
+
+
+def test_scores_that_look_at_all_heads_are_refused_where_a_rank_has_some(loaded):
+    part = replace(loaded, ranks=Ranks(0, 2, is_sharded=True))
+    with pytest.raises(KvmixError, match=r"score taylor looks at all heads of a layer.* use grad-norm, loss or kl"):
+        run_profile(part, ["grad-norm", "taylor"], **RUN)

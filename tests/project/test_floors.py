@@ -13,7 +13,17 @@ PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" /
 
 FLOORS = [
     ["_version", "errors", "kvmix_kernels.layout"],
-    ["files", "kvmix_kernels.transform_layout", "network", "quiet", "registry", "torchless"],
+    [
+        "extensions",
+        "files",
+        "kvmix_kernels.transform_layout",
+        "network",
+        "quiet",
+        "ranks",
+        "registry",
+        "torchless",
+        "turns",
+    ],
     ["plan"],
     ["journal", "profile", "state", "texts"],
     ["kvmix_kernels", "models.geometry", "models.memory"],

@@ -8,6 +8,7 @@ from evaluating import INFO, uniform
 
 from kvmix_cli.cache.subject import UNQUANTIZED
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
+from kvmix_cli.plan import Plan
 from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.reporting.recommendation import (
     answer_text,
@@ -141,11 +142,11 @@ def test_engines_that_can_express_a_plan_get_a_command_and_others_a_reason():
     four = uniform(4, uniform(4, info=INFO).cache.model_copy(update={"window": NoWindow()}), INFO)
     assert commands(found("safe", plan=four)) == {
         "transformers": "kvmix run --plan plans/small.yaml --prompt ...",
-        "vLLM": "cannot express this plan: it stores the keys and values of a layer both in fp8 (k8v8) or both in full "
-        "precision (k16v16), but the plan has k4v4 in layers 0-7; allocate with --k-bits 8 --v-bits 8 and --pin "
-        "LAYERS:k16v16",
+        "vLLM": "kvmix export plans/small.yaml --to vllm",
         "llama.cpp": "kvmix export plans/small.yaml --to llama.cpp",
     }
+    last = Plan.from_short("0-6:k8v8,7:k16v16", INFO)
+    assert commands(found("safe", plan=last))["llama.cpp"].startswith("cannot express this plan: it stores all layers")
 
 
 def test_a_forecast_says_what_is_there_what_takes_how_long_and_what_cannot_be_told():

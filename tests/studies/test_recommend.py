@@ -1,6 +1,7 @@
 """The smallest safe plan: what numbers prove, in which order plans are measured, and which of them is the answer."""
 
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up import patient
 
+from kvmix_cli import turns
 from kvmix_cli.cache.subject import UNQUANTIZED
-from kvmix_cli.errors import BudgetError, EvaluationError, ModelError, PlanError
+from kvmix_cli.errors import BudgetError, EvaluationError, InUseError, ModelError, PlanError
 from kvmix_cli.evaluation import positions
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.models import sources
@@ -28,7 +30,7 @@ from kvmix_cli.studies.recommend.judge import (
     reach,
 )
 from kvmix_cli.studies.recommend.plans import Calibrated, Way, first_guess
-from kvmix_cli.studies.recommend.study import _Search, smallest_passing
+from kvmix_cli.studies.recommend.study import _Search, questions, smallest_passing
 
 PATIENT = settings(patient, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PART = 16
@@ -164,6 +166,27 @@ def test_the_smallest_that_passes_is_found_in_few_steps(count, data):
 
 
 @PATIENT
+@given(st.integers(1, 20), st.data())
+def test_answers_given_ahead_are_those_that_the_search_asks_for(count, data):
+    """Whatever question is answered next, the search ends with the same number, and the first question is its own."""
+    smallest, start = data.draw(st.integers(0, count)), data.draw(st.integers(0, count - 1))
+    asked = []
+
+    def passes(index):
+        asked.append(index)
+        return index >= smallest
+
+    assert smallest_passing(count, start, passes) == smallest
+    answers = {}
+    while ahead := list(islice(questions(count, start, answers), 4)):
+        assert ahead[0] in asked and ahead[0] not in answers
+        assert len(ahead) == len(set(ahead))
+        taken = data.draw(st.sampled_from(ahead))
+        answers[taken] = taken >= smallest
+    assert smallest_passing(count, start, answers.__getitem__) == smallest
+
+
+@PATIENT
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=30), st.integers(64, 8192))
 def test_documents_are_as_long_as_the_text_has_enough_of(lengths, context):
     usable, missing = usable_length(lengths, context)
@@ -260,6 +283,26 @@ def test_the_smallest_plan_within_the_limit_is_proven_on_all_documents_and_tasks
     few = [plan for task, plan, limit, _ in scripted.seen if limit == study.FIRST_DOCUMENTS]
     assert len(few) == len(found.compared) <= 4
     assert found.compared[scripted.plans[2].bits.stored] == pytest.approx(0.008)
+
+
+@pytest.mark.slow
+def test_what_another_process_is_at_is_come_back_to(monkeypatch):
+    """Whichever measurements are in other hands at first, the answer is that of a process alone."""
+    monkeypatch.setattr(turns, "PAUSE", 0)
+    scripted = Scripted(monkeypatch, [0.1, 0.03, 0.008, 0.002, 0.001], recall={2: 0.3})
+    alone, measure, left = scripted.run(), scripted.bench.measure, {}
+
+    def shared(task, name, plan, limit, length):
+        what = (task.name, plan, limit)
+        left[what] = left.get(what, (plan + len(task.name)) % 3) - 1
+        if left[what] >= 0:
+            raise InUseError("another process is at it")
+        return measure(task, name, plan, limit, length)
+
+    scripted.bench.measure = shared
+    found = scripted.run()
+    assert (found.best.path, found.best.outcome) == (alone.best.path, alone.best.outcome) == (3, "safe")
+    assert alone.compared.items() <= found.compared.items()
 
 
 def test_a_plan_that_loses_recall_makes_way_for_the_next_one(monkeypatch):

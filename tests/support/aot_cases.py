@@ -5,8 +5,12 @@ from aot import LANES, ahead_of_time
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
+from kvmix_kernels.attend.triton.planes import CHUNK, PLANE_BITS
 from kvmix_kernels.quantize import triton as quantizing
-from kvmix_kernels.segments import Channels, Packed, Plain, Segments
+from kvmix_kernels.segments import Channels, Coded, Packed, Plain, Segments
+from kvmix_kernels.transform import TransformBasis
+from kvmix_kernels.transform import triton as transforming
+from kvmix_kernels.transform_layout import RUN, TransformLayout
 
 PAGE, PAGES = 128, 2
 RUNS = {
@@ -37,6 +41,20 @@ def run(kind, channels, bits, group, pages, page):
     return Packed(layout, words, torch.zeros(1, 1, pages, *layout.scales_shape, dtype=torch.float16))
 
 
+def coded(kind, head_dim, pages=PAGES, tail=16, page=PAGE, exact=8):
+    """Pages of transform codes of one KV head, its planes of every kind, and a tail; zeros."""
+    widths = tuple(max(0, 6 - 7 * run // (head_dim // RUN)) for run in range(head_dim // RUN))
+    layout = TransformLayout(kind, (widths,), head_dim, page, 1)
+    matrix, vector = torch.eye(head_dim).expand(1, -1, -1), torch.ones(1, head_dim)
+    basis = TransformBasis(layout, matrix, matrix, vector, vector)
+    codes = torch.zeros(1, 1, pages, layout.page_bytes, dtype=torch.uint8)
+    scales = torch.zeros(1, 1, pages, page, dtype=torch.float16) if kind == "value" else None
+    states = torch.zeros(1, 1, max(exact, tail), head_dim, dtype=torch.bfloat16)
+    places = torch.arange(exact, dtype=torch.int32).expand(1, 1, -1) if exact else None
+    held = Coded(basis, codes, scales, places, states[:, :, :exact] if exact else None)
+    return Segments(None, held, states[:, :, :tail])
+
+
 def compile_attend(capability, k_bits, v_bits, *, group=None, head_dim=128, queries=1, ratio=4, page=PAGE):
     """The attention kernel and the merging one, compiled."""
     query = torch.zeros(1, ratio, queries, head_dim, dtype=torch.bfloat16)
@@ -53,6 +71,35 @@ def compile_quantize(capability, kind, bits, *, head_dim=128, group=None, encode
         pages = torch.zeros(1, 1, PAGES, PAGE, head_dim, dtype=torch.bfloat16)
         quantizing.quantize(pages, PageLayout(kind, bits, head_dim, PAGE, group), encoder)
     return compiled[0]
+
+
+def compile_coded(capability, *, head_dim=128, queries=1, ratio=4, page=PAGE, exact=8):
+    """The attention kernel for transform codes, compiled."""
+    query = torch.zeros(1, ratio, queries, head_dim, dtype=torch.bfloat16)
+    key, value = (coded(kind, head_dim, page=page, exact=exact) for kind in ("key", "value"))
+    with ahead_of_time(capability) as compiled:
+        attend(AttentionProblem(query, key, value, scaling=0.1))
+    return next(each for each in compiled if each.name == "coded_kernel")
+
+
+def compile_encode(capability, kind, *, head_dim=128, page=PAGE):
+    """The kernel that makes transform codes, compiled."""
+    basis = coded(kind, head_dim, page=page).packed.basis
+    with ahead_of_time(capability) as compiled:
+        transforming.encode(torch.zeros(1, 1, PAGES, page, head_dim, dtype=torch.bfloat16), basis)
+    return compiled[0]
+
+
+def plane_loops(kernel):
+    """Instructions of the loops over chunks of planes of 4, 2 and 1 bits: of keys, then of values."""
+    loops = [loop for loop in kernel.loops() if loop["HMMA"] and loop["BRA"] == 1]  # others have loops in them
+    assert len(loops) == 2 * len(PLANE_BITS)
+    return {(kind, bits): loops.pop(0) for kind in ("key", "value") for bits in PLANE_BITS}
+
+
+def lane_instructions_per_plane_code(kernel, loop, page=PAGE):
+    """What a loop over chunks of planes issues, by the lane, for each code of a plane."""
+    return sum(loop.values()) * LANES * kernel.warps / (page * CHUNK)
 
 
 def main_loop(kernel):

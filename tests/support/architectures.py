@@ -6,6 +6,8 @@ import transformers
 from reference import dense_attention
 from transformers.masking_utils import sdpa_mask
 
+from kvmix_cli.cache.rotary import know_rotations
+
 VOCABULARY = 199
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -123,7 +125,9 @@ def build(
         _spike_key_biases(model)
     if name in ("gpt_oss", "latent"):
         model.set_experts_implementation("eager")  # the grouped product has no float64
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    know_rotations(model)
+    return model
 
 
 def case(family: str, *others: object) -> object:

@@ -18,6 +18,14 @@ AXES = {
         )
     },
     "recency": {"tokens": TokenPolicy(score="recency", tiers=(Tier(share=0.5, k=16, v=16),), flush=32)},
+    "last queries": {"tokens": TokenPolicy(score="snapkv", tiers=(Tier(share=0.2, k=16, v=16),), flush=80)},
+    "before rope": {
+        "tokens": TokenPolicy(score="leverage", tiers=(Tier(share=0.2, k=16, v=16),), flush=80, granularity=8)
+    },
+    "queries to come": {
+        "transforms": Transforms(k=(Rotate(),)),
+        "tokens": TokenPolicy(score="expected-attention", tiers=(Tier(share=0.2, k=16, v=16),), flush=80),
+    },
     "query-range": {"channels": ChannelPolicy(runs=(ChannelGroup(channels=16, bits=16),))},
     "everything": {
         "transforms": Transforms(k=(Rotate(), Balance()), v=(Rotate(),)),
@@ -25,6 +33,12 @@ AXES = {
         "channels": ChannelPolicy(score="magnitude", runs=(ChannelGroup(channels=16, bits=16),), refresh=32),
     },
 }
+
+BUDGETS = {
+    "budget": {"tokens": TokenPolicy(keep=4 + 10 + 64, flush=32)},
+    "budget of the prompt": {"tokens": TokenPolicy(score="recency", keep=4 + 10 + 32, when="prompt", flush=32)},
+}
+"""Numbers of tokens to keep; they drop some of what the tests feed."""
 
 
 def plan_for(model, axes, k=16, v=16, sink=4):

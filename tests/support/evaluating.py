@@ -12,6 +12,7 @@ from kvmix_cli.evaluation.results import Estimate, Metric
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
 from kvmix_cli.plan.windows import NoWindow
+from kvmix_cli.ranks import ALONE
 
 SHORT = CacheSettings(page=16, sink=0, group_size=16, window=NoWindow())
 INFO = ModelInfo(id="builtin:tiny", layers=8, kv_heads=2, head_dim=64)
@@ -39,7 +40,7 @@ def stand_in(**changes):
     model = changes.pop("model", model)
     has_weights = hasattr(model, "get_input_embeddings")
     facts["vocabulary"] = model.get_input_embeddings().weight.shape[0] if has_weights else 4096
-    facts["check_ids"] = lambda rows: None
+    facts["check_ids"], facts["ranks"] = (lambda rows: None), ALONE
     return SimpleNamespace(**{"model": model, "config": getattr(model, "config", None), **facts, **changes})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from made_up import make_profile
 
 from kvmix_cli.plan.moments import LayerMoments, MomentsFile, TensorMoments, write_moments
-from kvmix_cli.profile import Profile
+from kvmix_cli.profile import CodedLoss, Profile
 from kvmix_cli.state import moments_path
 
 SCORE = "fisher-metric"
@@ -34,6 +34,13 @@ def profile_with_moments(info, sha256="0" * 64, scores=None):
     record = MomentsFile(file="profile.safetensors", sha256=sha256, documents=2, predictions=100, tokens=900)
     score = plain.scores[SCORE].model_copy(update={"moments": record})
     return Profile(model=info, scores={**(scores or {}), SCORE: score})
+
+
+def with_coded(profile, ratios):
+    """The profile with measured losses of transform codes, `ratios` times what moments promise, by exact tokens."""
+    coded = [CodedLoss(bits=2, exact=exact, predicted=1e-3, measured=1e-3 * ratio) for exact, ratio in ratios.items()]
+    score = profile.score(SCORE).model_copy(update={"coded": coded})
+    return profile.model_copy(update={"scores": {**profile.scores, SCORE: score}})
 
 
 def save_with_moments(path, info, scores=None, seed=0):

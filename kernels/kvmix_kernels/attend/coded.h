@@ -144,7 +144,7 @@ struct CodedHead {
   const int64_t coded = s.dim - std::count(widths, widths + s.dim, 0);  // directions that have codes, in whole runs
 
   const uint8_t* codes(int64_t page) const {
-    return x.codes + b * x.codes_strides[0] + page * x.codes_strides[1] + x.offsets[h];
+    return x.codes + b * x.codes_strides[0] + s.place(b, page) * x.codes_strides[1] + x.offsets[h];
   }
 };
 
@@ -337,7 +337,7 @@ template <int R> class CodedValues {
     float* folded = scratch.folded.data();
     vf sums[R] = {};
     for (int64_t p = 0, token = 0; p < pages; p++) {
-      const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, first + p);
+      const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, head.s.place(head.b, first + p));
       for (int64_t t = 0; t < page; t += W, token += W) {
         const vf scale = half_to_float(scales + t);
         for (int r = 0; r < R; r++) {
@@ -411,8 +411,8 @@ template <int R> class CodedValues {
     scratch.sums.assign(head.coded * W, 0.0f);
   }
 
-  // Pages that fit a block, or one.
-  int64_t pages_together() const { return page < BLOCK ? BLOCK / page : 1; }
+  // Pages that fit a block, or one; those of a table need not follow one another in memory.
+  int64_t pages_together() const { return page < BLOCK && !head.s.table ? BLOCK / page : 1; }
 
   void mix(int64_t first, int64_t pages, const float* const* weights, float* const* out) {
     const int64_t room = padded(pages * page);

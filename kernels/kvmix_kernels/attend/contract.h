@@ -33,7 +33,7 @@ template <class T> using Array = std::vector<T, Aligned<T>>;
 
 // One thread's working memory, kept from call to call.
 struct Scratch {
-  Array<float> scores, sorted, scales, folded, turned, sums;
+  Array<float> scores, sorted, scales, folded, turned, sums, products;
   Array<int16_t> rounded;
   Array<int32_t> words, split;
   Array<uint8_t> run, codes;
@@ -190,13 +190,42 @@ static inline void widen(const uint16_t* source, int64_t dtype, int64_t count, i
   }
 }
 
+// out[r] (+)= a[r] · page, for one page of a run of keys whose tokens have scales of their own. These do not fold into the
+// coefficients, so they are met by what the codes amount to.
+template <int BITS, int R>
+static void score_page(const Run& x, int64_t b, int64_t h, int64_t place, int rows, int64_t columns,
+                       const float* const* a, float* const* out, bool add, Scratch& scratch) {
+  const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, place);
+  const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, place);
+  scratch.scales.resize(2 * columns);
+  scratch.sums.assign(rows, 1.0f);
+  scratch.folded.resize(R * rows);
+  scratch.rounded.resize(R * rows);
+  scratch.products.resize(R * columns);
+  Coefficients<R> coefficients{scratch.folded.data(), scratch.rounded.data(), {}, {}};
+  fold<R>(a, scratch.sums.data(), scratch.sums.data(), rows, (1 << BITS) - 1, coefficients);
+  float total[R], *products[R];
+  for (int r = 0; r < R; r++) {
+    total[r] = coefficients.offset[r], coefficients.offset[r] = 0;
+    products[r] = scratch.products.data() + r * columns;
+  }
+  contract_group<BITS, R>(words_at, columns, columns, words_at + x.data_strides[2], rows, coefficients, products, false);
+  widen(scales_at, x.dtype, 2 * columns, 0, scratch.scales.data());
+  const float *scale = scratch.scales.data(), *zero = scale + columns;
+  for (int r = 0; r < R; r++)
+    for (int64_t t = 0; t < columns; t += W) {
+      const vf before = add ? load<vf>(out[r] + t) : vf{};
+      store(out[r] + t, before + (load<vf>(products[r] + t) * load<vf>(scale + t) + load<vf>(zero + t) * total[r]));
+    }
+}
+
 // out[r] (+)= a[r] · page, for one page of a run; `a[r]` has `rows` floats, `out[r]` has `columns`.
 template <int BITS, int R>
-static void contract_page(const Run& x, int64_t b, int64_t h, int64_t page, int rows, int64_t columns,
+static void contract_page(const Run& x, int64_t b, int64_t h, int64_t place, int rows, int64_t columns,
                           const float* const* a, float* const* out, bool add, Scratch& scratch) {
   const int64_t groups = (columns + x.group - 1) / x.group;
-  const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, page);
-  const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, page);
+  const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, place);
+  const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, place);
   scratch.scales.resize(2 * groups * rows);
   scratch.folded.resize(R * rows);
   scratch.rounded.resize(R * rows);

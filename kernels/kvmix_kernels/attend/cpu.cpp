@@ -77,18 +77,23 @@ template <int R> struct Pass {
     const bool add = !is_key || channel > 0;
     int64_t order = -1;
     for (int64_t token = first; token < last; token += s.page) {
-      const int64_t page = (token - s.sinks) / s.page;
+      const int64_t page = (token - s.sinks) / s.page, place = s.place(b, page);
       const float* in_at[R];
       float* out_at[R];
       from(token, in_at, out_at);
       if (s.order) {
         if (order != page / s.pages_per_order) sort(order = page / s.pages_per_order, channel, rows);
         for (int r = 0; r < R; r++) in_at[r] = scratch.sorted.data() + r * rows;
+      } else if (is_key) {
+        for (int r = 0; r < R; r++) in_at[r] += channel;
       }
-      if constexpr (BITS < 16)
-        contract_page<BITS, R>(x, b, h, page, rows, columns, in_at, out_at, add, scratch);
-      else
-        with_dtype(x.dtype, x.data, offset_of(x.data_strides, b, h, page), [&](auto states) {
+      if constexpr (BITS < 16) {
+        if (x.by_token)
+          score_page<BITS, R>(x, b, h, place, rows, columns, in_at, out_at, add, scratch);
+        else
+          contract_page<BITS, R>(x, b, h, place, rows, columns, in_at, out_at, add, scratch);
+      } else
+        with_dtype(x.dtype, x.data, offset_of(x.data_strides, b, h, place), [&](auto states) {
           mix_full<states.dtype, R>(states.at, columns, rows, columns, in_at, out_at, add);
         });
     }
@@ -133,6 +138,9 @@ static const Segments* coded_values(const Attention& x) {
 // Floats of a row's unnormalised output, before its maximum and sum.
 static int64_t partial_width(const Attention& x) { return coded_values(x) ? coded_width(x.value_dim) : x.value_dim; }
 
+// The tokens of a sequence.
+static int64_t tokens_of(const Part& part, int64_t b) { return part.lengths ? part.lengths[b] : part.tokens; }
+
 // Tokens [start, stop) of a part.
 struct Split {
   const Part* part;
@@ -156,7 +164,7 @@ static void softmax_row(const Attention& x, const Split& split, int64_t b, int64
       for (int64_t t = 0; t < count; t++) scores[t] += mask[t * part.mask_strides[3]];
     }
   } else {
-    const int64_t seen = part.tokens - x.queries + row + 1;
+    const int64_t seen = tokens_of(part, b) - x.queries + row + 1;
     for (int64_t t = seen > start ? seen : start; t < stop; t++) scores[t - start] = NEVER;
   }
   for (int64_t t = count; t % W; t++) scores[t] = NEVER;
@@ -175,10 +183,19 @@ static void softmax_row(const Attention& x, const Split& split, int64_t b, int64
   *total = sum(sums);
 }
 
+// The pages of a split that a sequence has tokens in.
+static Split of_sequence(const Split& split, int64_t b) {
+  const int64_t page = split.part->key.page;
+  if (!split.part->lengths) return split;
+  const int64_t end = (split.part->lengths[b] + page - 1) / page * page;
+  return {split.part, split.start, end < split.start ? split.start : end < split.stop ? end : split.stop};
+}
+
 // One KV head, R query rows, the tokens of a split: unnormalised output, maximum and sum of each row.
 template <int R>
-static void attend_rows(const Attention& x, const Split& split, int64_t b, int64_t h, int64_t first_row, float* partial,
+static void attend_rows(const Attention& x, const Split& of_all, int64_t b, int64_t h, int64_t first_row, float* partial,
                         Scratch& scratch) {
+  const Split split = of_sequence(of_all, b);
   const int64_t ratio = x.heads / x.kv_heads, start = split.start, stop = split.stop;
   const int64_t room = (stop - start + W) / W * W + VB, width = partial_width(x);
   scratch.scores.resize(R * room);
@@ -189,7 +206,9 @@ static void attend_rows(const Attention& x, const Split& split, int64_t b, int64
     scores[r] = scratch.scores.data() + r * room;
     output[r] = partial + r * (width + 2);
     for (int64_t d = 0; d < width; d++) output[r][d] = 0;
+    output[r][width] = NEVER, output[r][width + 1] = 0;
   }
+  if (start == stop) return;
   Pass<R>{split.part->key, b, h, start, stop, true, query, scores, scratch}.run();
   for (int r = 0; r < R; r++) {
     const int64_t head = h * ratio + (first_row + r) / x.queries, row = (first_row + r) % x.queries;

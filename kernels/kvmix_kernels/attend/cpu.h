@@ -6,11 +6,12 @@
 // Channels that are stored alike, in pages: as codes with their scales, or with 16 bits as they are.
 struct Run {
   const void* data;           // int16 [B, H_kv, pages, rows * bits / 16, columns], or [B, H_kv, pages, rows, columns]
-  const void* scales;         // [B, H_kv, pages, 2, groups, rows]
+  const void* scales;         // [B, H_kv, pages, 2, groups, rows], or of keys by token [B, H_kv, pages, 2, columns]
   int64_t data_strides[3];    // batch, head, page
   int64_t scales_strides[3];  // batch, head, page
   int64_t bits, channels, group;
   int64_t dtype;              // of the scales, or of the data where that is not codes
+  int64_t by_token;           // of keys: every token has a scale and a zero for these channels
 };
 
 // Pages of transform codes, with the basis folded for attention; see transform_layout.py and transform/basis.py.
@@ -41,12 +42,15 @@ struct Segments {
   const Run* runs;           // of values only one
   const Coded* coded;        // null, or the pages instead of runs
   const uint8_t* order;      // null, or [B, H_kv, orders, dim]: the channel at each place of the runs
+  const int32_t* table;      // null, or [B, pages]: which of the pages in memory each page of a sequence is
   int64_t sink_strides[3];   // batch, head, token
   int64_t tail_strides[3];   // batch, head, token
   int64_t order_strides[3];  // batch, head, order
   int64_t sinks, pages, page, tail_tokens, dim;
-  int64_t run_count, pages_per_order;
+  int64_t run_count, pages_per_order, table_stride;
   int64_t dtype;             // of sink and tail
+
+  int64_t place(int64_t b, int64_t page) const { return table ? table[b * table_stride + page] : page; }
 };
 
 // Some of the tokens, and who may see them.
@@ -55,6 +59,7 @@ struct Part {
   const void* mask;         // null (causal, the queries being the last tokens), or [B, 1 or H, S or 1, tokens or 1]
   int64_t mask_strides[4];  // 0 where it is broadcast
   int64_t mask_is_bool;     // otherwise it is float32 and added
+  const int64_t* lengths;   // null, or [B]: the tokens of each sequence, the others being nothing; then all are in pages
   int64_t tokens;
 };
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CRun, CSegments
-from ..segments import Channels, Coded, Packed, Plain, Segments, Tiers
+from ..segments import Channels, Coded, Packed, Plain, Segments, SortedTokens
 from . import coded
 from .parts import Part, parts_of
 from .problem import AttentionProblem
@@ -74,7 +74,7 @@ def _fits(part: Part) -> bool:
 def _page(tensor: Segments) -> int:
     """Return the tokens of a page; 0 where there is none."""
     packed = tensor.packed
-    return 0 if packed is None or isinstance(packed, Tiers) or packed.pages == 0 else packed.page
+    return 0 if packed is None or isinstance(packed, SortedTokens) or packed.pages == 0 else packed.page
 
 
 def _is_segment(tensor: Segments) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Channels, Coded, Packed, Segments, Tiers, count
+from ..segments import Channels, Coded, Packed, Segments, SortedTokens, count
 from .problem import AttentionProblem
 
 
@@ -39,7 +39,7 @@ def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
         with_masks: whether to make the masks, which takes time for tiers; without, every mask is None.
     """
     key, value, mask = problem.key, problem.value, problem.mask if with_masks else None
-    if not isinstance(key.packed, Tiers) or not isinstance(value.packed, Tiers):
+    if not isinstance(key.packed, SortedTokens) or not isinstance(value.packed, SortedTokens):
         return [Part(key, value, mask)]
     parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
     for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):
@@ -96,7 +96,7 @@ def _mask_of_ends(mask: Tensor | None, key: Segments) -> Tensor | None:
     return torch.cat([mask[..., :first], mask[..., last:]], dim=-1) if first else mask[..., last:]
 
 
-def _mask_of_tier(problem: AttentionProblem, tiers: Tiers, index: int) -> Tensor | None:
+def _mask_of_tier(problem: AttentionProblem, tiers: SortedTokens, index: int) -> Tensor | None:
     """Return the mask's columns of a tier's tokens, which are older than all queries: nothing causal is left."""
     mask, queries = problem.mask, problem.queries
     if mask is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Coded, Segments, Tiers
+from ..segments import Coded, Segments, SortedTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class AttentionProblem:
             )
         if query[2] > key[2]:
             raise ValueError(f"{query[2]} queries but only {key[2]} cached tokens; expected at most one query a token")
-        tiered = [isinstance(tensor.packed, Tiers) for tensor in (self.key, self.value)]
+        tiered = [isinstance(tensor.packed, SortedTokens) for tensor in (self.key, self.value)]
         if tiered[0] != tiered[1] or (tiered[0] and self.key.edges != self.value.edges):
             raise ValueError("keys and values are not in the same tiers; expected one token policy for both")
 

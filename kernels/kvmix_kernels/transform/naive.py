@@ -47,18 +47,25 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
         ValueError: if the pages do not have the layout's heads, tokens and channels.
     """
     check(pages, basis)
-    layout = basis.layout
-    z = project(pages, basis, first_page)
+    codes, scales, errors = code(project(pages, basis, first_page), basis)
+    return EncodedPages(pack(codes, basis), scales, errors)
+
+
+def code(z: Tensor, basis: TransformBasis) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return codes `[B, H_kv, pages, page, D]` uint8, scales and errors of tokens that are in the basis.
+
+    Scales and errors are those of `EncodedPages`. Every token stands alone, so that pages may be of any length.
+    """
     units = z / basis.deviation[:, None, None]
     scales = None
-    if layout.is_scaled:
+    if basis.layout.is_scaled:
         scales = _scales(units, basis)
         units = units / scales.to(units.dtype)[..., None]
     codes = _codes(units, basis)
     if scales is not None:
         scales = _refined(units, codes, scales, basis)
     errors = (z - _values(codes, scales, basis)).square().sum(-1)
-    return EncodedPages(pack(codes, basis), scales, errors.float())
+    return codes, scales, errors.float()
 
 
 def check(pages: Tensor, basis: TransformBasis) -> None:
@@ -71,8 +78,12 @@ def check(pages: Tensor, basis: TransformBasis) -> None:
 
 def project(pages: Tensor, basis: TransformBasis, first_page: int) -> Tensor:
     """Return pages `[B, H_kv, pages, page, D]` in the basis, turned to their frames first."""
+    return project_tokens(pages, basis, basis.frames_of(first_page, pages.shape[2]))
+
+
+def project_tokens(pages: Tensor, basis: TransformBasis, frames: Tensor | None) -> Tensor:
+    """Return pages of any length in the basis, turned to `frames` `[pages]` first; None where nothing is turned."""
     states = pages.to(torch.promote_types(pages.dtype, torch.float32))
-    frames = basis.frames_of(first_page, pages.shape[2])
     if basis.frames is not None and frames is not None:
         states = basis.frames.turn(states, frames)
     z: Tensor = (states - basis.mean[:, None, None]) @ basis.encoder.transpose(-1, -2)[:, None]
@@ -83,9 +94,15 @@ def decode(
     codes: Tensor, scales: Tensor | None, basis: TransformBasis, first_page: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return pages `[B, H_kv, pages, page, D]` in `dtype`: what `encode` packed, up to its errors."""
-    z = _values(unpack(codes, basis), scales, basis)
+    return states_of(unpack(codes, basis), scales, basis, basis.frames_of(first_page, codes.shape[2]), dtype)
+
+
+def states_of(
+    codes: Tensor, scales: Tensor | None, basis: TransformBasis, frames: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the tokens that codes `[B, H_kv, pages, page, D]` stand for, turned back from `frames` `[pages]`."""
+    z = _values(codes, scales, basis)
     states = z @ basis.decoder.transpose(-1, -2)[:, None] + basis.mean[:, None, None]
-    frames = basis.frames_of(first_page, codes.shape[2])
     if basis.frames is not None and frames is not None:
         states = basis.frames.turn(states, frames, back=True)
     return states.to(dtype)

@@ -175,9 +175,9 @@ def encode_kernel(
         scale = tl.maximum(tl.sqrt_rn(mean), SMALLEST).to(tl.float16)
         scaled = tl.div_rn(units, tl.broadcast_to(scale.to(tl.float32)[:, None], [8 * BLOCK, WIDTH]))
     ratio = tl.div_rn(scaled, tl.broadcast_to(unit_step[None, :], [8 * BLOCK, WIDTH]))
-    code = tl.floor(ratio + level[None, :] / 2)
+    code = tl.floor(ratio + level[None, :] * 0.5)
     code = tl.minimum(tl.maximum(code, 0.0), level[None, :] - 1)
-    middle = (code - level[None, :] / 2 + 0.5) * step[None, :]
+    middle = (code - level[None, :] * 0.5 + 0.5) * step[None, :]
     if SCALED:
         values = tl.div_rn(middle, tl.broadcast_to(deviation[None, :], [8 * BLOCK, WIDTH]))
         factor = tl.sum(values * scaled, 1)

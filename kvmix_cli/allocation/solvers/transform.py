@@ -9,20 +9,17 @@ from bisect import bisect_right
 
 from ...errors import BudgetError
 from ...plan import LayerPlan, TransformTensor
-from ...plan.basis import TensorName
 from ..directions import Filling
 from ..problem import Decision, Method, Problem
 
 
 def solve(problem: Problem) -> Decision:
     """Give bits to directions in the order of what they are worth, as far as the budget allows. Raises BudgetError."""
-    if problem.basis is None:
-        raise AssertionError("options without a basis are refused before")
     if not problem.layers:
         return {}
     if problem.budget.limit is None:
         raise BudgetError("method transform has no levels for a share of the layers: give bits, bytes or a loss")
-    filling: Filling[tuple[int, TensorName]] = Filling.of(problem.basis.variances(problem.layers))
+    filling = Filling.of({slot: each for slot, each in problem.variances.items() if slot[0] in problem.layers})
 
     def decision(count: int) -> Decision:
         widths = {

@@ -1,4 +1,4 @@
-"""Storage of the tokens that leave the window: pages, with channel groups, of transform codes, and tiers of tokens."""
+"""Storage of the tokens that leave the window: pages, with channel groups, of transform codes, and sorted tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import Packing
 from .channels import ChannelPacking
 from .codes import CodePacking
 from .pages import PagePacking
-from .tiers import FullPacking, TierPacking
+from .sorted import BudgetPacking, FullPacking, KeptUnits, TierPacking
 
-__all__ = ["CodePacking", "Packing", "PolicyFunctions", "packing_of"]
+__all__ = ["CodePacking", "KeptUnits", "Packing", "PolicyFunctions", "packing_of"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,19 @@ class PolicyFunctions:
     """The decisions of a layer's policies about tokens that are packed next.
 
     Attributes:
-        tiers_of: tiers `[B, H_kv, n]` uint8 of tokens `[B, H_kv, n, D]`.
-        tiers: the tiers of all tokens packed so far, shared by keys and values.
         channel_importance: importance `[B, H_kv, D]` of the channels of tokens `[B, H_kv, n, D]`.
+        tiers_of: tiers `[B, H_kv, n]` uint8 of tokens `[B, H_kv, n, D]`.
+        kept_of: what a budget keeps, of what is held and of tokens `[B, H_kv, n, D]`.
+        sorted: the tiers of all tokens packed so far, or the positions of those that a budget keeps, shared by keys
+            and values.
+        unit: tokens that a budget keeps or drops together.
     """
 
-    tiers_of: Callable[[Tensor], Tensor]
-    tiers: Buffer
     channel_importance: Callable[[Tensor], Tensor]
+    tiers_of: Callable[[Tensor], Tensor] | None = None
+    kept_of: Callable[[Tensor], KeptUnits] | None = None
+    sorted: Buffer | None = None
+    unit: int = 1
 
 
 def packing_of(
@@ -45,21 +50,27 @@ def packing_of(
         forms: one for each tier, see `plan.sizes.storage_forms`.
         settings: of the cache.
         reserve: tokens that the layer will hold in all, if known.
-        functions: needed for tiers and for channel groups.
+        functions: needed for tokens that are sorted and for channel groups.
     """
-    room = max(0, reserve - settings.sink)
+    room, kept = max(0, reserve - settings.sink), settings.kept
     if settings.tokens is None:
         return None if forms[0].is_full else _pages(name, forms[0], settings, room // settings.page, functions)
-    tiers: list[Packing] = []
-    for form in forms:
-        share = int(room * form.share)
-        if form.is_full:
-            tiers.append(FullPacking(share))
-        else:
-            tiers.append(_pages(name, form, settings, share // settings.page, functions))
-    if functions is None:
-        raise AssertionError("tiers need a token policy")
-    return TierPacking(name, tiers, settings.tokens.flush, functions.tiers_of, functions.tiers)
+    if functions is None or functions.sorted is None:
+        raise AssertionError("tokens are sorted by a token policy")
+    room, flush = room if kept is None else min(room, kept), settings.tokens.flush
+    parts = [_part(name, form, settings, int(room * form.share), functions) for form in forms]
+    if functions.tiers_of is not None:
+        return TierPacking(name, parts, flush, functions.tiers_of, functions.sorted)
+    if functions.kept_of is not None:
+        return BudgetPacking(name, parts[0], flush, functions.unit, functions.kept_of, functions.sorted)
+    raise AssertionError("a token policy has tiers, or a number of tokens to keep")
+
+
+def _part(name: str, form: StorageForm, settings: CacheSettings, reserve: int, functions: PolicyFunctions) -> Packing:
+    """Return the storage of a form, with room for `reserve` tokens."""
+    if form.is_full:
+        return FullPacking(reserve)
+    return _pages(name, form, settings, reserve // settings.page, functions)
 
 
 def _pages(

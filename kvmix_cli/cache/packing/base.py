@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.segments import Channels, Coded, Packed, Tiers
+from kvmix_kernels.segments import Channels, Coded, Packed, SortedTokens
 from torch import Tensor
 
 from ..archive import Archive
@@ -29,7 +29,7 @@ class Packing(ABC):
 
     @property
     @abstractmethod
-    def view(self) -> Packed | Channels | Coded | Tiers | Tensor:
+    def view(self) -> Packed | Channels | Coded | SortedTokens | Tensor:
         """Return what is held, without a copy; there must be something."""
 
     @abstractmethod
@@ -47,6 +47,10 @@ class Packing(ABC):
     def cut(self, tokens: int) -> int:
         """Return the most tokens, at most so many, that `reopen` can keep without decoding the others: whole units."""
         return tokens // self.unit * self.unit
+
+    def select(self, places: Tensor) -> None:
+        """Keep the units at `places` `[B, H_kv, n]` only, in this order; a unit is `unit` tokens."""
+        raise AssertionError(f"{type(self).__name__} never drops some of its tokens")
 
     @abstractmethod
     def exchange(self, archive: Archive) -> None:

@@ -77,6 +77,11 @@ class ChannelPacking(Packing):
         self._orders.truncate(-(-self._pages // self._pages_per_order))
         return rest
 
+    def select(self, places: Tensor) -> None:
+        for group in self._groups:
+            group.select(places)
+        self._pages = places.shape[2]
+
     def exchange(self, archive: Archive) -> None:
         self._pages = archive.number("pages", self._pages)
         channels, orders = archive.example.shape[3], -(-self._pages // self._pages_per_order)

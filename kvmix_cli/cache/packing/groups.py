@@ -72,6 +72,11 @@ class QuantizedGroup:
         self._words.truncate(pages)
         self._scales.truncate(pages)
 
+    def select(self, places: Tensor) -> None:
+        """Keep the pages at `places` `[B, H_kv, n]` only, in this order."""
+        self._words.select(places)
+        self._scales.select(places)
+
     def exchange(self, archive: Archive, pages: int) -> None:
         """Give all `pages` to an archive, or take them. Raises QuantizationError if a GPU has found them not finite."""
         if self._watch.is_bad(wait=True):
@@ -117,6 +122,10 @@ class FullGroup:
     def truncate(self, pages: int) -> None:
         """Forget all but the first `pages`."""
         self._states.truncate(pages)
+
+    def select(self, places: Tensor) -> None:
+        """Keep the pages at `places` `[B, H_kv, n]` only, in this order."""
+        self._states.select(places)
 
     def exchange(self, archive: Archive, pages: int) -> None:
         """Give all `pages` to an archive, or take them."""

@@ -49,6 +49,10 @@ class PagePacking(Packing):
         self._group.truncate(self._pages)
         return rest
 
+    def select(self, places: Tensor) -> None:
+        self._group.select(places)
+        self._pages = places.shape[2]
+
     def exchange(self, archive: Archive) -> None:
         self._pages = archive.number("pages", self._pages)
         self._group.exchange(archive, self._pages)

@@ -4,7 +4,7 @@ None of them touches what is packed. `query` transforms queries to meet the stor
 attention output over stored values back.
 """
 
-from .base import Transform
+from .base import TRANSFORMS, Transform
 from .chain import Chain, build
 
-__all__ = ["Chain", "Transform", "build"]
+__all__ = ["TRANSFORMS", "Chain", "Transform", "build"]

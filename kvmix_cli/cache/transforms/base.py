@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...errors import PlanError
+from ...registry import Registry
 from ..archive import Archive
 from ..buffer import lasting
 
@@ -83,6 +85,10 @@ class Transform(ABC):
         """Apply a batch selection or a move to another device to the state."""
         if self._state is not None:
             self._state = change(self._state)
+
+
+TRANSFORMS: Registry[type[Transform]] = Registry("transform", PlanError)
+"""Transforms of a user's own by name, for `kind: own` in plans; each is made without arguments, for one layer."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

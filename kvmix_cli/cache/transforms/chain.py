@@ -13,7 +13,7 @@ from ..archive import Archive
 from ..buffer import lasting
 from .arrays import find
 from .balancing import Balancing
-from .base import Transform, wide_dtype
+from .base import TRANSFORMS, Transform, wide_dtype
 from .centering import Centering
 from .rotation import Rotation, hadamard, loaded
 
@@ -107,7 +107,7 @@ def build(
         dtype: of these keys, or values.
 
     Raises:
-        PlanError: if a file of the plan is missing, or not for this model.
+        PlanError: if a file of the plan is missing, or not for this model, or a transform is unknown.
     """
     chosen = () if settings is None else settings.k if kind == "key" else settings.v
     wide = wide_dtype(dtype)
@@ -117,6 +117,8 @@ def build(
 def _step(
     setting: policies.Transform, kind: Kind, layer: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Transform:
+    if isinstance(setting, policies.OwnTransform):
+        return TRANSFORMS[setting.name]()
     name = f"layers.{layer}.{kind[0]}"
     if isinstance(setting, policies.Rotate):
         if setting.matrix is None:

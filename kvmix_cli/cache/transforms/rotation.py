@@ -69,15 +69,15 @@ def hadamard(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> 
     (`diag(s) H` with rows as vectors, as in the randomized Hadamard transform of QuIP#, arXiv 2402.04396): without them
     a mean common to all channels would end up in one. The matrix is shared between layers.
     """
-    odd = size
-    while odd % 2 == 0:
-        odd //= 2
     with torch.inference_mode(False):
-        matrix = _hartley(odd)
-        step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu") / math.sqrt(2)
-        for _ in range((size // odd).bit_length() - 1):
-            matrix = torch.kron(step, matrix)
-        return (_signs(size, seed)[:, None] * matrix).to(device, dtype)
+        return (_signs(size, seed)[:, None] * _flat(size)).to(device, dtype)
+
+
+@lru_cache(maxsize=32)
+def sylvester(size: int, device: torch.device) -> Tensor:
+    """Return the symmetric Hadamard matrix `[size, size]` of a power of two, without signs, orthonormal, float32."""
+    with torch.inference_mode(False):
+        return _flat(size).to(device, torch.float32)
 
 
 @lru_cache(maxsize=512)
@@ -100,6 +100,18 @@ def loaded(stored: FileTensor, size: int, device: torch.device, dtype: torch.dty
         left, _, right = torch.linalg.svd(matrix)
         nearest: Tensor = left @ right
         return nearest.to(device, dtype)
+
+
+def _flat(size: int) -> Tensor:
+    """Return `hadamard` without its signs, float64."""
+    odd = size
+    while odd % 2 == 0:
+        odd //= 2
+    matrix = _hartley(odd)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu") / math.sqrt(2)
+    for _ in range((size // odd).bit_length() - 1):
+        matrix = torch.kron(step, matrix)
+    return matrix
 
 
 def _hartley(size: int) -> Tensor:

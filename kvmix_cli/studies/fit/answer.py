@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import BudgetError, ModelError, PlanError
@@ -12,12 +12,11 @@ from ...plan.policies import WIDTHS
 from ...plan.sizes import format_bytes
 from .facts import ModelFacts
 from .formats import CacheFormat, LlamaCppFormat, PlanFormat, StockFormat, other_formats
+from .roofline import FED_AT_ONCE, MOST_SEQUENCES, MOST_TOKENS, GpuGroup, GpuRow, Roofline, largest
 
 USUAL_WIDTHS = (8, 4, 3, 2)
 """Widths that are shown where nothing is named."""
 USUAL_CONTEXT = 32768
-MOST_TOKENS = 2**31 - 1
-MOST_SEQUENCES = 2**20
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class FitQuestion:
         weights_dtype: of the weights; None as they are stored.
         at_once: tokens of a prompt that our cache, or transformers', is fed at once; None for all.
         images: that a model with cross-attention reads.
+        gpus: GPUs that hold the model together; None if that is not asked.
     """
 
     context: int
@@ -41,6 +41,7 @@ class FitQuestion:
     weights_dtype: str | None = None
     at_once: int | None = None
     images: int = 0
+    gpus: GpuGroup | None = None
 
 
 def usual_context(facts: ModelFacts, context: int | None) -> int:
@@ -72,6 +73,7 @@ class FitRow:
         max_context: most tokens, at the batch asked for; None without a memory.
         max_batch: most sequences, at the context asked for.
         fault: why the format does not take this model; None if it does.
+        on_gpus: memory and speed on GPUs; None where that is not asked, or the format is not shared by heads.
     """
 
     format: CacheFormat
@@ -81,6 +83,7 @@ class FitRow:
     max_context: int | None = None
     max_batch: int | None = None
     fault: str | None = None
+    on_gpus: GpuRow | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -121,7 +124,7 @@ def answer(facts: ModelFacts, plans: dict[str, Plan], question: FitQuestion) -> 
     """Return the memory that a model takes with each plan, and in other formats.
 
     Raises:
-        BudgetError: if the memory does not hold the weights.
+        BudgetError: if the memory does not hold the weights, or GPUs cannot share the KV heads.
     """
     weights = facts.weights.at(question.weights_dtype)
     if question.memory is not None and question.memory < weights:
@@ -142,8 +145,9 @@ def _row(form: CacheFormat, question: FitQuestion, weights: int) -> FitRow:
     activations = activation_bytes(form, question, context, batch)
     by_kind = form.by_kind(context, batch, question.images)
     total = weights + activations + sum(by_kind.values())
+    on_gpus = _on_gpus(form, question, weights)
     if memory is None or fault is not None:
-        return FitRow(form, by_kind, activations, total, fault=fault)
+        return FitRow(form, by_kind, activations, total, fault=fault, on_gpus=on_gpus)
 
     def needed(context: int, batch: int) -> int:
         return weights + max(
@@ -152,9 +156,9 @@ def _row(form: CacheFormat, question: FitQuestion, weights: int) -> FitRow:
         )
 
     limit = form.facts.max_length or MOST_TOKENS
-    longest = _largest(limit, lambda context: needed(context, batch) <= memory)
-    most = _largest(MOST_SEQUENCES, lambda batch: needed(context, batch) <= memory)
-    return FitRow(form, by_kind, activations, total, longest, most)
+    longest = largest(limit, lambda context: needed(context, batch) <= memory)
+    most = largest(MOST_SEQUENCES, lambda batch: needed(context, batch) <= memory)
+    return FitRow(form, by_kind, activations, total, longest, most, on_gpus=on_gpus)
 
 
 def activation_bytes(form: CacheFormat, question: FitQuestion, context: int, batch: int) -> int:
@@ -163,9 +167,20 @@ def activation_bytes(form: CacheFormat, question: FitQuestion, context: int, bat
     return form.facts.activations.peak(tokens, batch, question.element_bytes, context)
 
 
-def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number up to a limit that fits, given that what fits has no gap; 0 if none does."""
-    return bisect_right(range(1, limit + 1), 0, key=lambda number: 0 if fits(number) else 1)
+def _on_gpus(form: CacheFormat, question: FitQuestion, weights: int) -> GpuRow | None:
+    if question.gpus is None:
+        return None
+    facts, dtype = form.facts, question.weights_dtype
+    roofline = Roofline(
+        facts,
+        question.gpus,
+        weights,
+        question.element_bytes,
+        FED_AT_ONCE if question.at_once is None else question.at_once,
+        question.images,
+        is_fp8=dtype == "float8" if dtype is not None else facts.weights.is_fp8,
+    )
+    return roofline.row(form, question.context, question.batch)
 
 
 def _left(facts: ModelFacts, question: FitQuestion, weights: int) -> int | None:

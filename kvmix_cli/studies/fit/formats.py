@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ...plan import LayerPlan, Plan
+from ...plan.engine_formats import GGML, GGML_BLOCK
 from ...plan.sizes import fullest_contexts, layer_bytes
 from .facts import ModelFacts
 
@@ -31,10 +32,6 @@ LLAMA_CPP_PAD = 256
 """Cells that a context is rounded up to."""
 LLAMA_CPP_BATCHED = 512
 """Tokens that llama.cpp feeds at once by default, which a layer with a window makes room for."""
-LLAMA_CPP_GROUP = 32
-"""Numbers of a block of llama.cpp."""
-LLAMA_CPP_TYPES = {"f16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
-"""Bytes of such a block, by type."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +178,8 @@ class LlamaCppFormat(CacheFormat):
 
     @property
     def bits(self) -> tuple[float, float]:
-        stored = 8 * LLAMA_CPP_TYPES[self.type] / LLAMA_CPP_GROUP
-        return (16.0 if self.type == "f16" else float(self.type[1])), stored
+        form = GGML[self.type]
+        return float(form.bits), form.stored_bits(GGML_BLOCK)
 
     @property
     def fault(self) -> str | None:
@@ -190,10 +187,10 @@ class LlamaCppFormat(CacheFormat):
         dims = {
             dim for layer in self.facts.layers if layer.heads for dim in (layer.heads.key_dim, layer.heads.value_dim)
         }
-        odd = sorted(dim for dim in dims if dim % LLAMA_CPP_GROUP)
+        odd = sorted(dim for dim in dims if dim % GGML_BLOCK)
         if self.type == "f16" or not odd:
             return None
-        return f"heads of {odd[0]} channels are not whole blocks of {LLAMA_CPP_GROUP}"
+        return f"heads of {odd[0]} channels are not whole blocks of {GGML_BLOCK}"
 
     def layer_bytes(self, layer: StockLayer, plan: LayerPlan | None, context: int, batch: int, images: int) -> int:
         beside = layer.side_bytes(context, batch, self.element_bytes)
@@ -203,7 +200,7 @@ class LlamaCppFormat(CacheFormat):
         cells = _padded(cells)
         if layer.window is not None:
             cells = _padded(min(cells, layer.window + 1 + LLAMA_CPP_BATCHED))
-        return batch * cells * layer.heads.token_elements * LLAMA_CPP_TYPES[self.type] // LLAMA_CPP_GROUP + beside
+        return batch * cells * layer.heads.token_elements * GGML[self.type].nbytes(GGML_BLOCK) // GGML_BLOCK + beside
 
 
 def _padded(cells: int) -> int:
@@ -218,4 +215,4 @@ def other_formats(facts: ModelFacts, element_bytes: int, at_once: int | None) ->
         VllmFormat("vllm-bf16", *both, VLLM_BATCHED, number_bytes=2),
         VllmFormat("vllm-fp8", *both, VLLM_BATCHED, number_bytes=1),
     ]
-    return found + [LlamaCppFormat(f"llama.cpp-{name}", *both, LLAMA_CPP_BATCHED, name) for name in LLAMA_CPP_TYPES]
+    return found + [LlamaCppFormat(f"llama.cpp-{name}", *both, LLAMA_CPP_BATCHED, name) for name in GGML]

@@ -141,16 +141,14 @@ def _measure(
     """Measure every different plan with every task, under one progress bar."""
     from ...cache.subject import Subject
     from ...evaluation import get_task
-    from ...evaluation.runner import no_progress, run_task
+    from ...evaluation.runner import no_progress, run_tasks
 
     by_name = {each.plan.sha256[:NAME_LENGTH]: each.plan for each in plans}
     subjects = [Subject(name, plan) for name, plan in by_name.items()]
     tasks = [get_task(name) for name in names]
     steps = (1 + len(subjects)) * sum(task.limit(settings) for task in tasks)
     with (progress or no_progress)(f"{len(by_name)} plans", steps) as bar:
-        return [
-            run_task(task, loaded, subjects, settings, runs, lambda title, total: nullcontext(bar)) for task in tasks
-        ]
+        return run_tasks(tasks, loaded, subjects, settings, runs, lambda title, total: nullcontext(bar))
 
 
 def _standings(plans: Sequence[CandidatePlan], profile: Profile, reports: Sequence[Report]) -> list[Standing]:

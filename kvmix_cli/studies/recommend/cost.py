@@ -16,6 +16,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 from ... import state
 from ...errors import PlanError
 from ...plan import ModelInfo, Plan
+from ..coded import DOCUMENTS, EXACT, PROMPT
 from ..profiles import existing_profile
 from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prefix, prepare, read_purpose
 from .plans import SEQ_LEN, WAYS, has_score
@@ -154,7 +155,7 @@ def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
 
 
 def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[PlannedStep]:
-    yield _profiling(purpose, speed, bench.loaded)
+    yield from _profiling(purpose, speed, bench.loaded)
     length = bench.documents[0]
     start = prefix(length)
     both = 2 * (speed.prefill(start) + speed.read(start, length))
@@ -168,15 +169,25 @@ def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[P
         yield _proof(make_task(name), purpose, bench, speed)
 
 
-def _profiling(purpose: Purpose, speed: ModelSpeed, loaded: LoadedModel) -> PlannedStep:
+def reading_step(speed: ModelSpeed, tokens: int) -> PlannedStep:
+    """Return the work of reading calibration documents through plans of transform codes, after their profile."""
+    first = min(PROMPT, tokens)
+    one = speed.prefill(first) + speed.read(first, tokens)
+    what = f"{DOCUMENTS} of the documents through caches of {len(EXACT)} plans"
+    return PlannedStep("read codes", what, DOCUMENTS * (len(EXACT) + 1) * one)
+
+
+def _profiling(purpose: Purpose, speed: ModelSpeed, loaded: LoadedModel) -> Iterator[PlannedStep]:
     from ...profiling import default_samples
 
     path, way = state.profile_path(purpose.model), WAYS[0]
     if has_score(existing_profile(path), way):
-        return PlannedStep("profile", f"{path} is there", 0.0)
+        yield PlannedStep("profile", f"{path} is there", 0.0)
+        return
     samples, tokens = default_samples([way.score]), min(SEQ_LEN, loaded.max_length or SEQ_LEN)
     what = f"{way.score} on {samples} documents of {tokens} tokens"
-    return PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
+    yield PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
+    yield reading_step(speed, tokens)
 
 
 def _proof(task: Task, purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> PlannedStep:

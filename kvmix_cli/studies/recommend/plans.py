@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,8 @@ from ...plan import Plan
 from ...plan.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
+from ...turns import first_free
+from ..coded import with_coded_losses
 from ..directions import has_directions, read_basis
 from ..profiles import existing_profile, require_same_model, save_scores
 from .bench import Purpose
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 
 STORED_BITS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8)
 """Budgets that are tried; a method reaches some of them."""
-OPTIMISM = 3.0
-"""Measured over predicted KL of transform codes, about: 2.6 to 3.6 in docs/transform-coding.md."""
+OPTIMISM = 2.0
+"""Measured over predicted KL of transform codes, at most about, in contexts longer than those of the profile
+(docs/transform-coding.md)."""
 SEQ_LEN = 1024
 """Tokens of a calibration document, if the model takes so many."""
 NAME_DIGITS = 6
@@ -136,6 +140,8 @@ def calibrate(
 ) -> Calibrated:
     """Return the profile of a model; a score that is missing is measured first, or its measurement continued.
 
+    While another process measures it, this one waits.
+
     Args:
         path: file of the profile.
         say: takes the line that says which file was taken.
@@ -143,38 +149,51 @@ def calibrate(
     Raises:
         KvmixError: if the model cannot be scored, or files cannot be used.
     """
+    profile = first_free([partial(_profile, way, loaded, path, purpose, command, say, progress)])
+    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
+
+
+def _profile(
+    way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, say: Say, progress: Progress
+) -> Profile:
+    """Return the profile that is there, or that is measured now. Raises InUseError while another process does that."""
     before = existing_profile(path)
     if before is not None:
         require_same_model(before, loaded.info, path)
     if before is not None and has_score(before, way):
         say(f"using profile {path}")
-        profile = before
-    else:
-        profile = _measure(way, loaded, path, purpose, command, progress)
-    return Calibrated(way, profile, path, read_basis(profile, path.parent) if way.method == TRANSFORM else None)
+        return before
+    return _measure(way, loaded, path, purpose, command, say, progress)
 
 
-def _measure(way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, progress: Progress) -> Profile:
+def _measure(
+    way: Way, loaded: LoadedModel, path: Path, purpose: Purpose, command: str, say: Say, progress: Progress
+) -> Profile:
     """Measure a way's score, add it to the profile that is there, and return that."""
     from ...profiling import default_samples, profile_lock, run_profile
     from ...texts import load_texts
 
     journal, samples = state.journal_path(path), default_samples([way.score])
-    with profile_lock(path), progress(f"profile {way.score}", samples) as step:
+    texts = load_texts(purpose.calibration, seed=purpose.seed)
+    with profile_lock(path):
         before = existing_profile(path)
-        result = run_profile(
-            loaded,
-            [way.score],
-            texts=load_texts(purpose.calibration, seed=purpose.seed),
-            source=purpose.calibration,
-            seq_len=min(SEQ_LEN, loaded.max_length or SEQ_LEN),
-            seed=purpose.seed,
-            journal=journal,
-            moments=state.moments_path(path),
-            resume=journal.exists(),
-            before=None if before is None else before.scores,
-            on_step=_counted(step),
-        )
+        if before is not None and has_score(before, way):  # another process has measured it meanwhile
+            return before
+        with progress(f"profile {way.score}", samples) as step:
+            result = run_profile(
+                loaded,
+                [way.score],
+                texts=texts,
+                source=purpose.calibration,
+                seq_len=min(SEQ_LEN, loaded.max_length or SEQ_LEN),
+                seed=purpose.seed,
+                journal=journal,
+                moments=state.moments_path(path),
+                resume=journal.exists(),
+                before=None if before is None else before.scores,
+                on_step=_counted(step),
+            )
+        result = with_coded_losses(result, loaded, texts, path.parent, say=say, progress=progress)
         save_scores(result, before, path, command)
     return Profile.load(path)
 

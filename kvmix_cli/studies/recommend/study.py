@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +14,7 @@ from ... import state
 from ...errors import BudgetError, EvaluationError, KvmixError, ModelError, PlanError, QuantizationError, TextError
 from ...plan import ModelInfo, Plan
 from ...state import Say, unsaid
+from ...turns import first_free, take_turns
 from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prepare
 from .judge import (
     Judgement,
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 FIRST_DOCUMENTS = 3
 """Documents on which plans are compared before one of them is proven."""
+AHEAD = 8
+"""Plans that may be compared next, of which one is taken that no other process is at."""
 ORDER: tuple[Outcome, ...] = ("safe", "safe-up-to", "not-proven", "not-safe")
 
 
@@ -114,6 +119,9 @@ def recommend(
 ) -> Recommendation:
     """Return the smallest plan that is safe at a context. Profile, plans and runs that exist are used.
 
+    Processes that do the same with the same folders share the work: each measures what no other is at, also what may
+    turn out to be needed, and comes to the same answer.
+
     Args:
         load: function that loads the model; called once, after the options were checked.
         runs: folders that records are kept in and resumed from.
@@ -161,6 +169,26 @@ def smallest_passing(count: int, start: int, passes: Callable[[int], bool]) -> i
     return passing
 
 
+def questions(count: int, start: int, answers: Mapping[int, bool]) -> Iterator[int]:
+    """Yield the numbers that `smallest_passing` asks for next, given some answers, and may ask for after that.
+
+    The first one is needed, the others only if the answers before them turn out so. None are left when it is done.
+    """
+    asked, ways = set[int](), [dict(answers)]
+    while ways:
+        following = []
+        for way in ways:
+            try:
+                smallest_passing(count, start, way.__getitem__)
+            except KeyError as error:
+                number = int(error.args[0])
+                if number not in asked:
+                    asked.add(number)
+                    yield number
+                following += [{**way, number: passes} for passes in (True, False)]
+        ways = following
+
+
 @dataclass(frozen=True)
 class _Search:
     """The search among the plans of one method, ascending in stored bits."""
@@ -174,7 +202,7 @@ class _Search:
     def run(self) -> Recommendation:
         """Return the recommendation. Raises PlanError if the model cannot run with the plans."""
         bench, limit = self.bench, self.bench.purpose.loss
-        first = smallest_passing(len(self.plans), first_guess(self.plans, limit), self._may_be_safe)
+        first = self._first_passing(first_guess(self.plans, limit))
         tested: list[MeasuredPlan] = []
         for plan in self.plans[min(first, len(self.plans) - 1) :]:
             tested.append(self._prove(plan))
@@ -192,6 +220,17 @@ class _Search:
             activations=bench.activations,
             cache=bench.cache_bytes(best.plan),
         )
+
+    def _first_passing(self, start: int) -> int:
+        """Return the index of the smallest plan that may be safe; while another process compares one, take another."""
+        answers: dict[int, bool] = {}
+
+        def compare(index: int) -> None:
+            answers[index] = self._may_be_safe(index)
+
+        while asked := list(islice(questions(len(self.plans), start, answers), AHEAD)):
+            first_free([partial(compare, index) for index in asked])
+        return smallest_passing(len(self.plans), start, answers.__getitem__)
 
     def _may_be_safe(self, index: int) -> bool:
         """Measure a plan on the first documents, and return whether its KL is within the limit."""
@@ -212,16 +251,26 @@ class _Search:
 
     def _prove(self, plan: Plan) -> MeasuredPlan:
         """Measure a plan with one task after the other, up to the first that it does not pass."""
+        names = (DIVERGENCE, *self.bench.purpose.other_tasks)
+        done: dict[str, MeasuredTask | Judgement] = {}
+
+        def measure(name: str) -> None:
+            try:
+                done[name] = self._measured(name, plan, self._length(name))
+            except (TextError, EvaluationError) as error:
+                done[name] = Judgement(name, name, None, "not measured", error=str(error))
+
         measured: list[MeasuredTask] = []
         unmeasured: list[Judgement] = []
-        for name in (DIVERGENCE, *self.bench.purpose.other_tasks):
-            try:
-                measured.append(self._measured(name, plan, self._length(name)))
-            except (TextError, EvaluationError) as error:
-                unmeasured.append(Judgement(name, name, None, "not measured", error=str(error)))
+        for number, name in enumerate(names):
+            while name not in done:  # a later task first, while another process is at this one
+                first_free([partial(measure, each) for each in names[number:] if each not in done])
+            found = done[name]
+            if isinstance(found, Judgement):
+                unmeasured.append(found)
                 continue
-            judgement = measured[-1].judgement
-            if judgement is not None and (judgement.passed is False or judgement.may_pass):
+            measured.append(found)
+            if found.judgement is not None and (found.judgement.passed is False or found.judgement.may_pass):
                 break
         return self._tested(plan, measured, unmeasured)
 
@@ -256,7 +305,8 @@ class _Search:
         if tested.outcome != "safe-up-to" or tested.safe_context is None:
             return tested
         kept = [each for each in tested.measured if each.task.name == DIVERGENCE]
-        others = [self._measured(name, tested.plan, tested.safe_context) for name in self.bench.purpose.other_tasks]
+        names, context = self.bench.purpose.other_tasks, tested.safe_context
+        others = take_turns([partial(self._measured, name, tested.plan, context) for name in names])
         return self._tested(tested.plan, [*kept, *others])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
+    "blocks/cpu.cpp": (),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
     "transform/cpu.cpp": ("-ffp-contract=off",),
 }
@@ -29,6 +30,7 @@ HEADERS = (
     "attend/plain.h",
     "attend/contract.h",
     "attend/coded.h",
+    "blocks/cpu.h",
     "quantize/cpu.h",
     "transform/cpu.h",
 )

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../../attend/cpu.h"
+#include "../../blocks/cpu.h"
 #include "../../quantize/cpu.h"
 #include "../../transform/cpu.h"
 
@@ -13,6 +14,7 @@
   void attend(const Attention&);            \
   void quantize(const Quantization&);       \
   void encode(const Encoding&);             \
+  void place(const Placement&);             \
   }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -31,6 +33,7 @@ struct Variant {
   void (*attend)(const Attention&);
   void (*quantize)(const Quantization&);
   void (*encode)(const Encoding&);
+  void (*place)(const Placement&);
 };
 
 // The best variant that the processor has, or the one asked for if it has that.
@@ -42,11 +45,13 @@ Variant choose(const char* wanted) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_vnni = has512 && __builtin_cpu_supports("avx512vnni");
   const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize, vnni::encode};
-  if (has512 && (any || !std::strcmp(wanted, "avx512"))) return {"avx512", avx512::attend, avx512::quantize, avx512::encode};
-  if (has2 && (any || !std::strcmp(wanted, "avx2"))) return {"avx2", avx2::attend, avx2::quantize, avx2::encode};
+  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize, vnni::encode, vnni::place};
+  if (has512 && (any || !std::strcmp(wanted, "avx512")))
+    return {"avx512", avx512::attend, avx512::quantize, avx512::encode, avx512::place};
+  if (has2 && (any || !std::strcmp(wanted, "avx2")))
+    return {"avx2", avx2::attend, avx2::quantize, avx2::encode, avx2::place};
 #endif
-  return {"generic", generic::attend, generic::quantize, generic::encode};
+  return {"generic", generic::attend, generic::quantize, generic::encode, generic::place};
 }
 
 Variant current = choose(std::getenv("KVMIX_ISA"));
@@ -61,6 +66,7 @@ std::string describe_structs() {
   STRUCT(Run);
   FIELD(Run, data); FIELD(Run, scales); FIELD(Run, data_strides); FIELD(Run, scales_strides);
   FIELD(Run, bits); FIELD(Run, channels); FIELD(Run, group); FIELD(Run, dtype);
+  FIELD(Run, by_token);
   STRUCT(Coded);
   FIELD(Coded, codes); FIELD(Coded, scales); FIELD(Coded, places); FIELD(Coded, exact); FIELD(Coded, widths);
   FIELD(Coded, offsets); FIELD(Coded, decoding); FIELD(Coded, mean); FIELD(Coded, middles); FIELD(Coded, turns);
@@ -69,13 +75,15 @@ std::string describe_structs() {
   FIELD(Coded, pairs); FIELD(Coded, start); FIELD(Coded, interleaved);
   STRUCT(Segments);
   FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, coded); FIELD(Segments, order);
+  FIELD(Segments, table);
   FIELD(Segments, sink_strides); FIELD(Segments, tail_strides); FIELD(Segments, order_strides);
   FIELD(Segments, sinks); FIELD(Segments, pages); FIELD(Segments, page); FIELD(Segments, tail_tokens);
   FIELD(Segments, dim);
-  FIELD(Segments, run_count); FIELD(Segments, pages_per_order); FIELD(Segments, dtype);
+  FIELD(Segments, run_count); FIELD(Segments, pages_per_order); FIELD(Segments, table_stride);
+  FIELD(Segments, dtype);
   STRUCT(Part);
   FIELD(Part, key); FIELD(Part, value); FIELD(Part, mask); FIELD(Part, mask_strides); FIELD(Part, mask_is_bool);
-  FIELD(Part, tokens);
+  FIELD(Part, lengths); FIELD(Part, tokens);
   STRUCT(Attention);
   FIELD(Attention, parts); FIELD(Attention, query); FIELD(Attention, sink_logits); FIELD(Attention, output);
   FIELD(Attention, logarithms);
@@ -95,6 +103,11 @@ std::string describe_structs() {
   FIELD(Encoding, widths); FIELD(Encoding, places); FIELD(Encoding, deviation); FIELD(Encoding, steps);
   FIELD(Encoding, batch); FIELD(Encoding, heads); FIELD(Encoding, count); FIELD(Encoding, page);
   FIELD(Encoding, dim); FIELD(Encoding, page_bytes); FIELD(Encoding, threads);
+  STRUCT(Placement);
+  FIELD(Placement, codes); FIELD(Placement, slots); FIELD(Placement, blocks); FIELD(Placement, widths);
+  FIELD(Placement, places); FIELD(Placement, block_bytes); FIELD(Placement, tokens); FIELD(Placement, heads);
+  FIELD(Placement, dim); FIELD(Placement, page); FIELD(Placement, form); FIELD(Placement, group);
+  FIELD(Placement, threads);
 #undef FIELD
 #undef STRUCT
   return out.substr(1);
@@ -111,3 +124,4 @@ EXPORT const char* kvmix_structs() {
 EXPORT void kvmix_attend(const Attention* x) { current.attend(*x); }
 EXPORT void kvmix_quantize(const Quantization* x) { current.quantize(*x); }
 EXPORT void kvmix_encode(const Encoding* x) { current.encode(*x); }
+EXPORT void kvmix_place(const Placement* x) { current.place(*x); }

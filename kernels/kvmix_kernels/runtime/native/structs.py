@@ -1,7 +1,7 @@
 """The C structs that the native library takes, mirrored in ctypes, and the check that both sides agree.
 
 Class `CRun` mirrors `struct Run`, and so on: the same fields in the same order. What the fields mean is said in
-`attend/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
+`attend/cpu.h`, `blocks/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """`enum Dtype` of simd.h."""
 ENCODER_NUMBERS: Final[dict[Encoder, int]] = {"minmax": 0, "refit": 1, "search": 2}
 """`enum Encoder` of quantize/cpu.h."""
+FORMS: Final = {"direction": 0, "key": 1, "value": 2}
+"""`enum Form` of blocks/cpu.h."""
 
 _Strides = ctypes.c_int64 * 3
 
@@ -35,6 +37,7 @@ class CRun(ctypes.Structure):
         ("channels", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
+        ("by_token", ctypes.c_int64),
     )
 
 
@@ -74,6 +77,7 @@ class CSegments(ctypes.Structure):
         ("runs", ctypes.POINTER(CRun)),
         ("coded", ctypes.POINTER(CCoded)),
         ("order", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
         ("sink_strides", _Strides),
         ("tail_strides", _Strides),
         ("order_strides", _Strides),
@@ -84,6 +88,7 @@ class CSegments(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("run_count", ctypes.c_int64),
         ("pages_per_order", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
     )
 
@@ -97,6 +102,7 @@ class CPart(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("mask_strides", ctypes.c_int64 * 4),
         ("mask_is_bool", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
     )
 
@@ -170,7 +176,27 @@ class CEncoding(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding)
+class CPlacement(ctypes.Structure):
+    """Everything that `kvmix_place` takes."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("block_bytes", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+        ("form", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CPlacement)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:

@@ -75,6 +75,7 @@ class Throughput(Task[Point, ThroughputRecord]):
         Metric("largest_batch_cache_bytes", higher_is_better=False, unit="bytes"),
     )
     timed = True
+    is_local = True
 
     def limit(self, settings: Settings) -> int:
         count = len(self.lengths(settings)) * len(self.batches) * self.repeats

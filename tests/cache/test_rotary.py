@@ -5,9 +5,8 @@ import torch
 import transformers
 from profiling_models import wrap
 
-from kvmix_cli.profiling.moments import turned
+from kvmix_cli.cache.rotary import measure_rotations, turned
 from kvmix_cli.profiling.observer import observed
-from kvmix_cli.profiling.rope import measure_ropes
 
 SIZES = {
     "vocab_size": 97,
@@ -72,6 +71,10 @@ def build(name, options, dtype=torch.float32, seed=0):
     return wrap(model.to(dtype).eval())
 
 
+def measure_ropes(loaded):
+    return measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
+
+
 def keys_at(loaded, start, tokens=12):
     """Return the keys of one text that begins at this position, by layer: `[H_kv, T, D]`."""
     ids = torch.arange(3, 3 + tokens)[None]
@@ -92,7 +95,7 @@ def test_the_rotation_that_is_found_is_that_of_a_shifted_text(family, dtype):
     for index, rope in ropes.items():
         assert rope is not None, index
         assert (rope.layout, rope.start, 2 * len(rope.frequencies)) == (layout, start, channels)
-        moved = turned(here[index], rope, torch.full((12,), 1024))
+        moved = turned(here[index].double(), rope, torch.full((12,), 1024))
         # angles are float32: 6e-5 of a radian at 1,024; bfloat16 has 8 bits, and deeper layers add up their roundings
         tolerance = 1e-3 if dtype == torch.float32 else 5e-2
         assert (moved - there[index]).norm() <= tolerance * there[index].norm()

@@ -1,0 +1,113 @@
+"""Blocks of transform codes: pages of `kvmix_kernels.transform_layout`, then the scales of values, `[H_kv, page]`.
+
+Exact tokens are chosen among those of whole pages, and blocks have none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..attend.coded import LONGEST_PAGE, pages_of
+from ..runtime.native import library
+from ..runtime.native.structs import CSegments
+from ..segments import Coded
+from ..transform import TransformBasis
+from ..transform.naive import code, pack, project_tokens, states_of, unpack
+from ..transform_layout import TOKEN_SCALE_BYTES
+from . import cpu, naive
+from .base import BlockTensor
+
+
+class CodedBlocks(BlockTensor):
+    """Keys or values as transform codes.
+
+    Args:
+        basis: directions, widths and frames; its layout's page is the block.
+
+    Raises:
+        ValueError: if blocks are longer than native attention takes.
+    """
+
+    def __init__(self, basis: TransformBasis) -> None:
+        layout = basis.layout
+        if layout.page > LONGEST_PAGE:
+            raise ValueError(f"blocks of transform codes have at most {LONGEST_PAGE} tokens, got {layout.page}")
+        self.basis, self.kind, self.kv_heads = basis, layout.kind, layout.kv_heads
+        self.head_dim, self.page = layout.head_dim, layout.page
+
+    @property
+    def nbytes(self) -> int:
+        layout = self.basis.layout
+        return layout.page_bytes + (self.kv_heads * self.page * TOKEN_SCALE_BYTES if layout.is_scaled else 0)
+
+    @cached_property
+    def _widths(self) -> Tensor:
+        return self.basis.widths.to(torch.uint8).contiguous()
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return torch.tensor(self.basis.layout.head_offsets)
+
+    def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
+        codes, scales = self._encode(states, positions)
+        self._place(self._codes(blocks), codes[0, :, :, 0].transpose(0, 1), slots)
+        if scales is not None:
+            largest = torch.finfo(scales.dtype).max  # one token that is not finite must not reach others
+            room = self._scales(blocks)
+            room[slots // self.page, :, slots % self.page] = scales[0, :, :, 0].T.nan_to_num(0.0, largest, -largest)
+
+    def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
+
+    def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
+        codes, scales = self._encode(states, positions)
+        return states_of(codes, scales, self.basis, self._frames(positions), states.dtype)[0, :, :, 0].transpose(0, 1)
+
+    def native(self, blocks: Tensor) -> CSegments:
+        call = pages_of(self._pages(blocks))
+        call.codes_strides[0] = call.scales_strides[0] = 0  # every sequence has the same blocks
+        return CSegments(coded=ctypes.pointer(call), page=self.page, dim=self.head_dim)
+
+    def _encode(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return codes `[1, H_kv, n, 1, D]` uint8 and scales `[1, H_kv, n, 1]` of tokens: pages of one token each."""
+        pages = states.transpose(0, 1)[None, :, :, None]
+        codes, scales, _ = code(project_tokens(pages, self.basis, self._frames(positions)), self.basis)
+        return codes, scales
+
+    def _frames(self, positions: Tensor) -> Tensor | None:
+        """Return the frame of every token, `[n]`; None where nothing is turned."""
+        frames = self.basis.frames
+        if frames is None or not frames.turns or frames.length is None:
+            return None
+        return positions // frames.length
+
+    def _place(self, blocks: Tensor, codes: Tensor, slots: Tensor) -> None:
+        native = library() if codes.device.type == "cpu" else None
+        if native is None:
+            naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
+        else:
+            cpu.place(native, "direction", blocks, codes, slots, self._widths, self._places, self.page)
+
+    def _codes(self, blocks: Tensor) -> Tensor:
+        return blocks[:, : self.basis.layout.page_bytes]
+
+    def _scales(self, blocks: Tensor) -> Tensor:
+        """Return the scales of blocks of values, `[N, H_kv, page]`."""
+        scales = blocks[:, self.basis.layout.page_bytes :].view(torch.float16)
+        by_head: Tensor = scales.unflatten(1, (self.kv_heads, self.page))
+        return by_head
+
+    def _pages(self, blocks: Tensor) -> Coded:
+        """Return blocks as the pages of one sequence."""
+        scales = self._scales(blocks).transpose(0, 1)[None] if self.basis.layout.is_scaled else None
+        return Coded(self.basis, self._codes(blocks)[None, None], scales)
+
+    def _unpack(self, blocks: Tensor) -> Tensor:
+        return unpack(blocks[None, None], self.basis)[0].transpose(0, 1)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return pack(codes.transpose(0, 1)[None], self.basis)[0, 0]

@@ -1,0 +1,110 @@
+"""Writing codes into blocks on a CPU through the native library (`cpu.cpp`), and attention over blocks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..runtime.native.structs import FORMS, CAttention, CPart, CPlacement, CSegments
+
+
+def place(
+    library: ctypes.CDLL,
+    form: str,
+    blocks: Tensor,
+    codes: Tensor,
+    slots: Tensor,
+    widths: Tensor,
+    places: Tensor,
+    page: int,
+    group: int = 0,
+) -> None:
+    """Put codes of tokens into blocks, as `naive.place` does.
+
+    Args:
+        library: the native library.
+        form: `"direction"`, `"key"` or `"value"`: how the codes of a block lie.
+        blocks: `[N, bytes]` uint8, the codes of every block.
+        codes: `[n, H_kv, D]` uint8.
+        slots: `[n]` int64.
+        widths: `[H_kv, D]` uint8, bits of the codes.
+        places: `[H_kv]` int64, first byte of each head in a block.
+        page: tokens of a block.
+        group: channels of keys that are packed together.
+    """
+    codes, slots = codes.contiguous(), slots.contiguous()
+    call = CPlacement(
+        codes=codes.data_ptr(),
+        slots=slots.data_ptr(),
+        blocks=blocks.data_ptr(),
+        widths=widths.data_ptr(),
+        places=places.data_ptr(),
+        block_bytes=blocks.stride(0),
+        tokens=codes.shape[0],
+        heads=codes.shape[1],
+        dim=codes.shape[2],
+        page=page,
+        form=FORMS[form],
+        group=group,
+        threads=torch.get_num_threads(),
+    )
+    library.kvmix_place(ctypes.byref(call))
+
+
+def attend(
+    library: ctypes.CDLL,
+    query: Tensor,
+    key: CSegments,
+    value: CSegments,
+    table: Tensor,
+    lengths: Tensor,
+    kv_heads: int,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Return the output `[B, H, S, D_v]` float32 of causal attention over the blocks of every sequence.
+
+    Args:
+        library: the native library.
+        query: `[B, H, S, D]` float32, contiguous and scaled: the last `S` tokens of each sequence.
+        key: keys of all blocks.
+        value: values of all blocks.
+        table: `[B, pages]` int32, the blocks of each sequence.
+        lengths: `[B]` int64, tokens of each sequence; those that are read may have been written just now.
+        kv_heads: number of KV heads.
+        softcap: 0 for none.
+        sink_logits: `[H]` float32, contiguous, or None.
+    """
+    batch, heads, queries, _ = query.shape
+    pages = -(-int(lengths.max()) // key.page)
+    output, logarithms = torch.empty(batch, heads, queries, value.dim), torch.empty(batch, heads, queries)
+    for segments in (key, value):
+        segments.pages, segments.table, segments.table_stride = pages, table.data_ptr(), table.stride(0)
+    part = CPart(key, value, lengths=lengths.data_ptr(), tokens=pages * key.page)
+    call = CAttention(
+        parts=ctypes.pointer(part),
+        query=query.data_ptr(),
+        output=output.data_ptr(),
+        logarithms=logarithms.data_ptr(),
+        part_count=1,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        dim=query.shape[3],
+        value_dim=value.dim,
+        threads=torch.get_num_threads(),
+        softcap=softcap,
+    )
+    if sink_logits is not None:
+        call.sink_logits = sink_logits.data_ptr()
+    library.kvmix_attend(ctypes.byref(call))
+    return output
+
+
+def strides(view: Tensor, axes: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Return the strides of these axes for batch, head and block, of which the batch has none: all share the blocks."""
+    return (ctypes.c_int64 * 3)(0, *(view.stride(axis) for axis in axes))

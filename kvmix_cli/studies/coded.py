@@ -1,0 +1,130 @@
+"""Transform codes read back through the real cache: how much more they lose than moments promise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate
+from ..errors import EvaluationError, KvmixError
+from ..plan import Plan
+from ..profile import CodedLoss, Profile
+from ..state import Say
+from .directions import has_directions, read_basis, with_basis
+
+if TYPE_CHECKING:
+    from ..evaluation.runner import Progress
+    from ..models.loading import LoadedModel
+
+EXACT = (1, 2, 4)
+"""Exact tokens of a page that are measured."""
+BITS = 2.0
+"""Nominal bits of the plans. The ratio of measured and promised loss hardly depends on them."""
+DOCUMENTS = 2
+"""Calibration documents that are read: differences between numbers of exact tokens are alike in all of them."""
+STEP, PROMPT = 32, 256
+"""Tokens that are fed at a time, and before them; the window and the page of a plan by default."""
+
+
+def with_coded_losses(
+    profile: Profile, loaded: LoadedModel, texts: Sequence[str], folder: Path, *, say: Say, progress: Progress
+) -> Profile:
+    """Return a profile with the losses of plans that are made from its moments, measured on its first documents.
+
+    A profile without moments is returned as it is, and so is one whose plans cannot be measured, after saying why.
+
+    Args:
+        texts: the calibration text.
+        folder: folder of the file of moments.
+    """
+    if not has_directions(profile):
+        return profile
+    try:
+        with progress("read transform codes", DOCUMENTS) as step:
+            coded = measure_coded(profile, loaded, _documents(profile, loaded, texts), folder, step)
+    except KvmixError as error:
+        say(f"losses of transform codes are not measured, so those of plans are what moments promise: {error}")
+        return profile
+    return _with_coded(profile, coded)
+
+
+def measure_coded(
+    profile: Profile,
+    loaded: LoadedModel,
+    documents: Sequence[Sequence[int]],
+    folder: Path,
+    step: Callable[[], object] = lambda: None,
+) -> list[CodedLoss]:
+    """Return promised and measured losses of a plan for each number of exact tokens.
+
+    Args:
+        documents: token ids.
+        folder: folder of the file of moments.
+        step: called after each document.
+
+    Raises:
+        KvmixError: if there is no such plan, or it cannot be measured.
+    """
+    plain = _with_coded(profile, [])
+    basis = read_basis(plain, folder)
+    with tempfile.TemporaryDirectory(prefix="kvmix-") as temporary:
+        plans = {}
+        for exact in EXACT:
+            plan = allocate(plain, Budget(avg_bits=BITS), method=TRANSFORM, basis=basis, exact=exact)
+            plans[exact] = with_basis(plan, basis, Path(temporary))
+        losses = []
+        for ids in documents:
+            losses.append(_divergences(loaded, list(plans.values()), ids))
+            step()
+    measured = dict(zip(EXACT, map(statistics.fmean, zip(*losses, strict=True)), strict=True))
+    return [
+        CodedLoss(bits=BITS, exact=exact, predicted=plan.provenance["predicted_loss"], measured=measured[exact])
+        for exact, plan in plans.items()
+    ]
+
+
+def _divergences(loaded: LoadedModel, plans: Sequence[Plan], ids: Sequence[int]) -> list[float]:
+    """Return the mean divergence of each plan on a document, in nats a token that is predicted after a prompt.
+
+    Raises:
+        EvaluationError: if predictions are not finite, or those of a plan are the unquantized cache's.
+    """
+    import torch
+
+    from ..cache.subject import Subject
+    from ..decoding.feed import feed, prefill
+    from ..evaluation.alongside import divergence
+
+    first = plans[0].cache.sink + PROMPT
+    totals = [0.0] * len(plans)
+    with torch.inference_mode():
+        caches = [Subject(plan=plan).cache(loaded.config, reserve=len(ids)) for plan in (None, *plans)]
+        for cache in caches:
+            prefill(loaded, cache, ids[:first])
+        for (_, reference), *others in zip(
+            *(feed(loaded, cache, ids[first:-1], STEP) for cache in caches), strict=True
+        ):
+            for index, (_, logits) in enumerate(others):
+                totals[index] += divergence(reference, logits).sum().item()
+    if not all(0 < total < math.inf for total in totals):
+        raise EvaluationError(f"plans of {BITS:g} bits diverge by {', '.join(f'{each:g}' for each in totals)} nats")
+    return [total / (len(ids) - first - 1) for total in totals]
+
+
+def _with_coded(profile: Profile, coded: list[CodedLoss]) -> Profile:
+    """Return a profile whose moments have these losses."""
+    score = profile.score(TRANSFORM_SCORE).model_copy(update={"coded": coded})
+    return profile.model_copy(update={"scores": {**profile.scores, TRANSFORM_SCORE: score}})
+
+
+def _documents(profile: Profile, loaded: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
+    """Return the first documents that the profile was measured on. Raises TextError."""
+    from ..texts.tokens import cut_samples
+
+    text = profile.score(TRANSFORM_SCORE).calibration
+    limit = loaded.max_length
+    return cut_samples(loaded.tokenizer, texts, text.samples, text.seq_len, text.seed, max_length=limit)[:DOCUMENTS]

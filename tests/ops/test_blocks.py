@@ -1,0 +1,193 @@
+"""Blocks of a serving engine: tokens written one by one in any order, and attention over tables of blocks."""
+
+import pytest
+import torch
+from attending import INSTRUCTION_SETS
+from coded_pages import basis_of
+from kvmix_kernels.blocks import AffineBlocks, BlockLayer, CodedBlocks, PlainBlocks
+from kvmix_kernels.blocks import affine as affine_blocks
+from kvmix_kernels.blocks import coded as coded_blocks
+from kvmix_kernels.blocks import layer as layer_blocks
+from kvmix_kernels.layout import BITS, PageLayout
+from kvmix_kernels.quantize import naive
+from kvmix_kernels.runtime.native import library, use_instruction_set
+from torch.nn.functional import scaled_dot_product_attention
+
+HEADS, DIM, RATIO = 2, 64, 3
+LENGTHS = torch.tensor([70, 33, 5])
+
+
+def affine(kind, bits, page, group=None):
+    return AffineBlocks(kind, HEADS, PageLayout("value", bits, DIM, page, group))
+
+
+def layer_of(name, page):
+    """A layer of each kind of storage, keys and values apart."""
+    if name == "coded":
+        keys = basis_of("key", ["6543", "3322"], DIM, page, frame=page)
+        return BlockLayer(CodedBlocks(keys), CodedBlocks(basis_of("value", ["5510", "4100"], DIM, page)))
+    if name == "plain":
+        return BlockLayer(*(PlainBlocks(kind, HEADS, DIM, page, torch.float32) for kind in ("key", "value")))
+    if name == "mixed":
+        return BlockLayer(affine("key", 3, page, 48), CodedBlocks(basis_of("value", ["5510", "4100"], DIM, page)))
+    bits = int(name)
+    return BlockLayer(affine("key", bits, page, 16), affine("value", bits, page))
+
+
+def without_library(monkeypatch):
+    for module in (affine_blocks, coded_blocks, layer_blocks):
+        monkeypatch.setattr(module, "library", lambda: None)
+
+
+class Sequences:
+    """Sequences of `LENGTHS` tokens in blocks in a random order, written in two shares of tokens in a random order."""
+
+    def __init__(self, layer, page, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        pages = [-(-length // page) for length in LENGTHS.tolist()]
+        blocks = torch.randperm(sum(pages) + 2, generator=draw)
+        self.layer, self.page = layer, page
+        self.blocks = torch.zeros(len(blocks), layer.nbytes + 16, dtype=torch.uint8)
+        self.table = torch.full((len(pages), max(pages) + 1), -7, dtype=torch.int32)  # nothing reads what is not there
+        self.keys, self.values, self.slots = [], [], []
+        for row, length in enumerate(LENGTHS.tolist()):
+            first = sum(pages[:row])
+            self.table[row, : pages[row]] = blocks[first : first + pages[row]].int()
+            positions = torch.arange(length)
+            slots = self.table[row].long()[positions // page] * page + positions % page
+            keys, values = torch.randn(2, length, HEADS, DIM, generator=draw)
+            order = torch.randperm(length, generator=draw)
+            for some in order.tensor_split(2):
+                layer.write(self.blocks, keys[some], values[some], slots[some], positions[some])
+            self.keys.append(layer.keys.round_trip(keys, positions))
+            self.values.append(layer.values.round_trip(values, positions))
+            self.slots.append(slots)
+        self.draw = draw
+
+    def attended(self, query):
+        """The definition, over the tokens as they are read back: float64."""
+        rows = []
+        for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            length, queries = len(keys), query.shape[2]
+            mask = torch.arange(length) <= torch.arange(length - queries, length)[:, None]
+            states = (each.double().transpose(0, 1)[None] for each in (keys, values))
+            rows.append(scaled_dot_product_attention(query[row][None].double(), *states, mask, enable_gqa=True))
+        return torch.cat(rows)
+
+
+STORAGES = [*map(str, BITS), "coded", "plain", "mixed"]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "naive"])
+def test_tokens_are_read_as_they_were_written(storage, native, monkeypatch):
+    if not native:
+        without_library(monkeypatch)
+    held = Sequences(layer_of(storage, 32), 32)
+    for row, length in enumerate(LENGTHS.tolist()):
+        table = held.table[row, : -(-length // 32)]
+        parts = held.layer.parts(held.blocks)
+        for tensor, part, expected in (
+            (held.layer.keys, parts[0], held.keys[row]),
+            (held.layer.values, parts[1], held.values[row]),
+        ):
+            got = tensor.read(part, table, torch.float32)[:, :length].transpose(0, 1)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # the order of a product's sums
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_native_path_writes_what_the_definition_writes(storage, monkeypatch):
+    if library() is None:
+        pytest.skip("there is no native library")
+    native = Sequences(layer_of(storage, 32), 32)
+    without_library(monkeypatch)
+    assert torch.equal(Sequences(layer_of(storage, 32), 32).blocks, native.blocks)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("queries", "page"), [(1, 128), (1, 32), (5, 32)])
+def test_attention_over_blocks_is_attention_over_what_is_read_from_them(storage, queries, page):
+    held = Sequences(layer_of(storage, page), page)
+    query = torch.randn(len(LENGTHS), HEADS * RATIO, queries, DIM, generator=held.draw)
+    expected = held.attended(query)
+    for name in INSTRUCTION_SETS:
+        try:
+            if use_instruction_set(name) != name:
+                continue
+            got = held.layer.attend(query, held.blocks, held.table, LENGTHS, DIM**-0.5)
+        finally:
+            use_instruction_set()
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < 1e-3, f"{name}: coefficients are rounded to 16 bits, which moves results by about 5e-5"
+
+
+@pytest.mark.parametrize("storage", ["2", "coded", "plain"])
+def test_attention_without_the_library(storage, monkeypatch):
+    without_library(monkeypatch)
+    held = Sequences(layer_of(storage, 32), 32)
+    query = torch.randn(len(LENGTHS), HEADS * RATIO, 5, DIM, generator=held.draw)
+    got = held.layer.attend(query, held.blocks, held.table, LENGTHS, DIM**-0.5)
+    torch.testing.assert_close(got.double(), held.attended(query), rtol=1e-4, atol=1e-5)  # float32 against float64
+
+
+def test_long_prompts_attend_in_shares_of_their_queries(monkeypatch):
+    held = Sequences(layer_of("4", 32), 32)
+    query = torch.randn(len(LENGTHS), HEADS * RATIO, 5, DIM, generator=held.draw)
+    whole = held.layer.attend(query, held.blocks, held.table, LENGTHS, DIM**-0.5)
+    monkeypatch.setattr(layer_blocks, "QUERIES_AT_ONCE", 2)
+    shares = held.layer.attend(query, held.blocks, held.table, LENGTHS, DIM**-0.5)
+    torch.testing.assert_close(shares, whole, rtol=0, atol=1e-4)  # coefficients are rounded four rows at a time
+
+
+def test_soft_cap_and_sink_logits():
+    held = Sequences(layer_of("8", 32), 32)
+    query = torch.randn(len(LENGTHS), HEADS * RATIO, 1, DIM, generator=held.draw)
+    logits = torch.randn(HEADS * RATIO, generator=held.draw)
+    got = held.layer.attend(query, held.blocks, held.table, LENGTHS, 0.1, 5.0, logits)
+    keys = held.keys[0].repeat_interleave(RATIO, dim=1).double()
+    values = held.values[0].repeat_interleave(RATIO, dim=1).double()
+    scores = 5.0 * torch.tanh(torch.einsum("hd,thd->ht", query[0, :, 0].double(), keys) * 0.1 / 5.0)
+    weights = torch.cat([scores, logits.double()[:, None]], dim=1).softmax(-1)[:, :-1]
+    expected = torch.einsum("ht,thd->hd", weights, values)
+    torch.testing.assert_close(got[0, :, 0].double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("storage", ["4", "coded", "plain"])
+def test_a_token_that_is_not_finite_reaches_no_other_sequence(storage):
+    held = Sequences(layer_of(storage, 32), 32)
+    bad = torch.full((1, HEADS, DIM), float("nan"))
+    after = held.slots[2][-1:] + 1  # behind the last token of the shortest sequence, in its block
+    held.layer.write(held.blocks, bad, bad, after, torch.tensor([5]))
+    query = torch.randn(len(LENGTHS), HEADS * RATIO, 1, DIM, generator=held.draw)
+    got = held.layer.attend(query, held.blocks, held.table, LENGTHS, DIM**-0.5)
+    torch.testing.assert_close(got.double(), held.attended(query), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_token_has_groups_of_its_own(kind, bits):
+    """Codes and scales are those of a page of values, whatever else is in the block."""
+    tensor = affine(kind, bits, 32, 16)
+    states = torch.randn(9, HEADS, DIM)
+    one = PageLayout("value", bits, DIM, 16, 16)
+    padded = torch.cat([states, torch.zeros(7, HEADS, DIM)]).transpose(0, 1)[:, None]
+    expected = naive.dequantize(*naive.quantize(padded, one), one)[:, 0, :9].transpose(0, 1)
+    torch.testing.assert_close(tensor.round_trip(states, torch.arange(9)), expected, rtol=0, atol=0)
+
+
+def test_bytes_are_those_of_codes_and_scales():
+    layer = layer_of("3", 128)
+    tokens = 128 * HEADS
+    assert layer.keys.nbytes == tokens * (DIM * 3 / 8 + 4 * 4)  # four groups of 16, each with two 16-bit numbers
+    assert layer.values.nbytes == tokens * (DIM * 3 / 8 + 4)
+    assert layer.bytes_per_token == DIM * 3 / 4 + 20
+    assert layer_of("plain", 32).bytes_per_token == 2 * DIM * 4
+
+
+def test_groups_and_blocks_that_cannot_be_packed():
+    with pytest.raises(ValueError, match="multiples of 16 channels, got 24"):
+        affine("key", 4, 32, 24)
+    with pytest.raises(ValueError, match="expected a layout of values"):
+        AffineBlocks("key", HEADS, PageLayout("key", 4, DIM, 32))
+    with pytest.raises(ValueError, match="at most 1024 tokens, got 2048"):
+        CodedBlocks(basis_of("key", ["6543"], DIM, 2048))

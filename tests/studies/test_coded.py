@@ -1,0 +1,89 @@
+"""Losses of transform codes measured on calibration text, and the predictions that they correct."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fetch_smollm2 import model_folder
+
+from kvmix_cli.allocation import Budget, allocate
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.decoding.feed import feed, prefill
+from kvmix_cli.errors import QuantizationError
+from kvmix_cli.evaluation.alongside import divergence
+from kvmix_cli.models.loading import load_model
+from kvmix_cli.profile import Profile
+from kvmix_cli.studies import coded
+from kvmix_cli.studies.directions import read_basis, with_basis
+from kvmix_cli.texts import load_texts
+from kvmix_cli.texts.tokens import cut_samples
+
+FOLDER = Path(__file__).parents[2] / "profiles" / "builtin--tiny"
+PROFILE = Profile.load(FOLDER / "profile.yaml")
+HELD_OUT = 700
+"""Tokens of a document that nothing was calibrated on."""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("builtin:tiny")
+
+
+def loss_of(loaded, plan, ids):
+    """The divergence of a plan, by reading the document through one cache after the other."""
+    with torch.inference_mode():
+        logits = []
+        for subject in (Subject(), Subject(plan=plan)):
+            cache = subject.cache(loaded.config, reserve=len(ids))
+            prefill(loaded, cache, ids[:260])
+            logits.append(torch.cat([part for _, part in feed(loaded, cache, ids[260:-1], 32)]))
+        return divergence(*logits).mean().item()
+
+
+def check_predictions(loaded, profile, folder, place, widths):
+    """Predictions are within a factor of three of what a held-out document loses."""
+    basis = read_basis(profile, folder)
+    (ids,) = cut_samples(loaded.tokenizer, load_texts(held_out=True), 1, HELD_OUT, 0)
+    for bits in widths:
+        plan = allocate(profile, Budget(avg_bits=bits), method="transform", basis=basis)
+        predicted = plan.provenance["predicted_loss"]
+        assert predicted / 3 < loss_of(loaded, with_basis(plan, basis, place), ids) < 3 * predicted
+
+
+@pytest.mark.slow
+def test_predictions_are_what_is_lost_within_a_factor_of_three(tiny, tmp_path):
+    check_predictions(tiny, PROFILE, FOLDER, tmp_path, (2, 3))
+
+
+@pytest.mark.network
+def test_predictions_for_smollm2_are_as_good(tmp_path):
+    folder = FOLDER.parent / "smollm2-135m"
+    loaded = load_model(str(model_folder()), dtype="float32")
+    check_predictions(loaded, Profile.load(folder / "profile.yaml"), folder, tmp_path, (2,))
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_the_divergence_of_each_plan(tiny, tmp_path):
+    ids = cut_samples(tiny.tokenizer, load_texts(), 1, 420, 0)[0]
+    found = coded.measure_coded(PROFILE, tiny, [ids], FOLDER)
+    assert [each.exact for each in found] == list(coded.EXACT)
+    basis = read_basis(PROFILE, FOLDER)
+    plan = allocate(PROFILE, Budget(avg_bits=coded.BITS), method="transform", basis=basis, exact=2)
+    # of batches of the same size, so that products are the same
+    assert found[1].measured == pytest.approx(loss_of(tiny, with_basis(plan, basis, tmp_path), ids), rel=1e-4)
+    promised = PROFILE.score("fisher-metric").coded[1].predicted
+    assert found[1].predicted == pytest.approx(promised, rel=1e-5), "what moments promise, uncorrected"
+
+
+def test_a_profile_whose_plans_cannot_be_measured_is_kept(monkeypatch):
+    def fails(*arguments):
+        raise QuantizationError("layer 3 keys: NaN or Inf")
+
+    monkeypatch.setattr(coded, "measure_coded", fails)
+    monkeypatch.setattr(coded, "_documents", lambda *arguments: [])
+    said = []
+    plain = PROFILE.model_copy(update={"scores": {"fisher-metric": PROFILE.scores["fisher-metric"]}})
+    from kvmix_cli.evaluation.runner import no_progress
+
+    assert coded.with_coded_losses(plain, None, [], FOLDER, say=said.append, progress=no_progress) == plain
+    assert len(said) == 1 and "layer 3 keys" in said[0]
