@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix coverage lint gpu gpu-dry clean
+.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -38,7 +38,7 @@ $(VLLM)/.ready: pyproject.toml
 	touch $(VLLM)/.ready
 
 test-vllm: $(VLLM)/.ready
-	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving
+	OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest -m engine tests/serving tests/export/test_in_vllm.py
 
 # Every architecture of transformers through the cache and the commands, and docs/models.md made of it. Interrupted, it
 # goes on; `rm matrix.jsonl` starts over.
@@ -47,6 +47,11 @@ matrix: export OMP_NUM_THREADS := 1
 matrix: $(STAMP)
 	$(BIN)/python tests/support/matrix_pool.py matrix.jsonl
 	$(BIN)/python tests/support/matrix_page.py matrix.jsonl
+
+# The tables of docs/scale.md, from the roofline of `kvmix fit --gpu`.
+scale: export PYTHONPATH := .:kernels:tests/support
+scale: $(STAMP)
+	$(BIN)/python tests/support/scale_page.py
 
 # The site, in site/index.html. Its build asks no other host for anything.
 docs: export NO_MKDOCS_2_WARNING := 1

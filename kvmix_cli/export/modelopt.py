@@ -56,6 +56,6 @@ def _text(chosen: dict[int, str]) -> str:
 TARGET = Target(
     "modelopt",
     express,
-    f"layers are named as in Llama (model.layers.N.self_attn): rename them if the model's differ; {FP8_CAUTION}; 4 "
-    f"bits are nvfp4 and need a Blackwell GPU: {AGAIN}",
+    "layers are named as in Llama (model.layers.N.self_attn): rename them if the model's differ; vLLM up to 0.32 reads "
+    f"one algorithm for all layers and no map; {FP8_CAUTION}; 4 bits are nvfp4 and need a Blackwell GPU: {AGAIN}",
 )

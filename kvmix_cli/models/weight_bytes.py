@@ -51,6 +51,11 @@ class WeightBytes:
         """Return the number of elements."""
         return sum(elements for elements, _ in self.by_dtype.values())
 
+    @property
+    def is_fp8(self) -> bool:
+        """Return whether most elements are fp8."""
+        return max(self.by_dtype, key=lambda name: self.by_dtype[name][0], default="").startswith("F8_")
+
     def at(self, dtype: str | None) -> int:
         """Return the bytes with all floating-point weights in another dtype; None for the stored one."""
         if dtype is None:

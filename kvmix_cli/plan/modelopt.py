@@ -6,6 +6,9 @@
         model.layers.0.self_attn: {quant_algo: FP8}
       kv_cache_schema_version: 1
 
+In `config.json` ModelOpt writes the algorithm as `kv_cache_scheme`: `{num_bits: 8, type: float, dynamic: false}`, or by
+its name.
+
 Source: NVIDIA Model-Optimizer's main branch (https://github.com/NVIDIA/Model-Optimizer/pull/2272). Layers that the map
 leaves out keep full precision. FP8 becomes 8 bits here and NVFP4 4 bits, in our codec, not in theirs.
 """
@@ -26,6 +29,7 @@ from .layers import LayerPlan
 ALGO: Final = "kv_cache_quant_algo"
 MAP: Final = "kv_cache_quantized_layers"
 VERSION: Final = "kv_cache_schema_version"
+SCHEME: Final = "kv_cache_scheme"
 MIXED: Final = "MIXED_PRECISION"
 SCHEMA: Final = 1
 _SECTIONS = ("quantization", "quantization_config")
@@ -49,7 +53,7 @@ def modelopt_layers(document: Document, model: ModelInfo) -> dict[int, LayerPlan
     name, section = found
     if faults := list(_faults(name, section, model)):
         raise document.error(faults)
-    algo, listed = section.get(ALGO), section.get(MAP) or {}
+    algo, listed = _algo(section), section.get(MAP) or {}
     algos = {_layer(module): entry["quant_algo"] for module, entry in listed.items()}
     if not listed and algo in MODELOPT:
         algos = dict.fromkeys(model.quantizable, algo)
@@ -62,17 +66,28 @@ def _section(data: object) -> tuple[str, Mapping[Any, Any]] | None:
         return None
     for name in _SECTIONS:
         section = data.get(name)
-        if isinstance(section, Mapping) and (ALGO in section or MAP in section):
+        if isinstance(section, Mapping) and section.keys() & {ALGO, MAP, SCHEME}:
             return name, section
     return None
 
 
+def _algo(section: Mapping[Any, Any]) -> Any:
+    """Return the algorithm of all layers, from either of its forms."""
+    scheme = section.get(SCHEME)
+    if section.get(ALGO) is not None or scheme is None:
+        return section.get(ALGO)
+    if not isinstance(scheme, Mapping):
+        return scheme
+    bits = {form.bits: name for name, form in MODELOPT.items()}
+    return bits.get(scheme.get("num_bits"), scheme) if scheme.get("type") == "float" else scheme
+
+
 def _faults(name: str, section: Mapping[Any, Any], model: ModelInfo) -> Iterator[Fault]:
-    algo, listed, version = section.get(ALGO), section.get(MAP), section.get(VERSION, SCHEMA)
+    algo, listed, version = _algo(section), section.get(MAP), section.get(VERSION, SCHEMA)
     known = ", ".join(MODELOPT)
     if version != SCHEMA:
         yield (name, VERSION), f"{VERSION} must be {SCHEMA}, got {version!r}"
-    if algo not in (None, MIXED, *MODELOPT):
+    if algo is not None and (not isinstance(algo, str) or algo not in (MIXED, *MODELOPT)):
         yield (name, ALGO), f"{ALGO} must be {known}, {MIXED} or null, got {algo!r}"
     if listed is not None and not isinstance(listed, Mapping):
         yield (name, MAP), f"{MAP} must be a map of modules, got {listed!r}"

@@ -21,7 +21,7 @@ def save(tmp_path):
 def test_the_text_is_on_stdout_and_the_caution_on_stderr(kvmix, save):
     ran = kvmix("export", save("0:k16v16,1-3:k8v8"), "--to", "vllm")
     assert ran.out == "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0\n"
-    assert ran.err.splitlines()[0] == "kvmix: stored: 10 bits an element there, 10.1 of the plan here"
+    assert ran.err.splitlines()[0] == "kvmix: stored: 10 bits an element there, 10.4 of the plan here"
     assert "kvmix: caution: 8 bits are fp8" in ran.err
     assert "rounded" not in ran.err
 
@@ -110,5 +110,3 @@ def test_the_text_is_the_profiles(kvmix, loaded_once, tmp_path):
     plan = save_plan("eight", uniform(8))
     ran = kvmix("export", plan, "--to", "vllm", "--measure", "--length", 64, "--limit", 1, "--json")
     assert ran.json["measured"]["text"] == "own.txt"
-    other = kvmix("export", plan, "--to", "vllm", "--measure", "--model", "org/other", "--length", 64)
-    assert other.code == 1

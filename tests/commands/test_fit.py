@@ -51,6 +51,40 @@ def test_plans_presets_widths_and_averages(tmp_path):
     assert rows["avg-2.3"]["nominal_bits"] == 2.25  # two of eight layers at 3 bits
 
 
+def test_gpus_have_bytes_of_their_own_and_a_speed():
+    answer = kvmix_json("fit", "builtin:tiny", "--gpu", "H100", "--tp", 2, "--uniform", 4, "--context", "4K")
+    assert answer["gpu"] == {"name": "h100", "tp": 2}
+    rows = rows_of(answer)
+    for name in ("unquantized", "uniform-4", "vllm-fp8"):
+        on = rows[name]["gpu"]
+        assert 2 * on["cache_bytes"] == rows[name]["cache_bytes"]
+        assert on["tokens_per_s"] == pytest.approx(1 / on["step_seconds"])
+        assert (on["fits"], on["max_context"], on["bound"]) == (True, 4096, "memory")
+    assert rows["llama.cpp-q8_0"]["gpu"] is None
+    assert rows["uniform-4"]["gpu"]["max_tokens_per_s"] > 2 * rows["unquantized"]["gpu"]["max_tokens_per_s"]
+    shown = kvmix("fit", "builtin:tiny", "--gpu", "h100", "--tp", 4, "--uniform", 4)
+    for words in ("on 4 x NVIDIA H100 SXM 80 GB", "each KV head is on 2 GPUs", "a bound, not a forecast", "waits for"):
+        assert words in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--gpu", "h10"), "unknown GPU 'h10' (did you mean 'h100'?)"),
+        (("--gpu", "h100", "--tp", 3), "--tp 3 neither divides 2 KV heads nor is a multiple of them"),
+    ],
+)
+def test_gpus_that_cannot_be(options, said):
+    assert said in refused(kvmix("fit", "builtin:tiny", *options))
+
+
+@pytest.mark.parametrize("options", [("--tp", 2), ("--gpu", "h100", "--memory", "1GiB")])
+def test_options_of_gpus_that_do_not_go_together(options):
+    ran = kvmix("fit", "builtin:tiny", *options)
+    assert ran.exit_code == 2
+    assert "--gpu" in ran.stderr
+
+
 def test_the_model_of_a_plan_is_enough(tmp_path):
     file = Plan.uniform(load_info("builtin:tiny"), 2, 2).save(tmp_path / "mine.yaml")
     assert list(rows_of(kvmix_json("fit", "--plan", file)))[:2] == ["unquantized", "mine"]

@@ -1,6 +1,7 @@
 """Exports against vLLM's own parser, validators, sizes and numbers, in vLLM's environment (`make test-vllm`)."""
 
 import importlib.metadata
+import json
 from typing import get_args
 
 import pytest
@@ -56,6 +57,18 @@ def test_the_layers_that_turboquant_leaves_alone():
         if layers > 4:
             formats = TARGETS["vllm"].export(plan, "turboquant_4bit_nc").formats
             assert {layer for layer, (k, _) in formats.items() if k.is_full} == theirs
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype"),
+    [("0-3:k8v8", "fp8_e4m3"), ("0-3:k4v4", "nvfp4"), ("0:k8v8,1-3:k4v4", "auto"), ("0:k16v16,1-3:k8v8", "fp8_e4m3")],
+)
+def test_it_reads_one_algorithm_of_modelopt_and_no_map(short, dtype):
+    """So a map that leaves layers out, or mixes, needs a later version: the caution says so."""
+    from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
+
+    section = json.loads(TARGETS["modelopt"].export(Plan.from_short(short, make_info(4))).text)["quantization"]
+    assert get_kv_cache_quant_algo_string({"quant_method": "modelopt", **section}) == dtype
 
 
 def test_bytes_of_a_token_and_head():

@@ -130,6 +130,7 @@ def test_a_map_of_modelopt_comes_back_as_the_same_widths(tmp_path_factory, width
         ({"kv_cache_quantized_layers": {"model.layers.9.self_attn": {"quant_algo": "FP8"}}}, "none of the layers 0-3"),
         ({"kv_cache_quantized_layers": {"model.layers.1.self_attn": {"quant_algo": "W4"}}}, "must be FP8, NVFP4"),
         ({"kv_cache_quantized_layers": []}, "must be a map of modules"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "null, got {'num_bits': 8, 'type': 'int'}"),
         ({"kv_cache_quant_algo": None, "kv_cache_schema_version": 2}, "kv_cache_schema_version must be 1, got 2"),
     ],
 )
@@ -142,8 +143,14 @@ def test_a_faulty_map_of_modelopt_names_its_faults(tmp_path, section, said):
 
 def test_one_algorithm_of_modelopt_is_of_all_layers(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "llama", "quantization_config": {"kv_cache_quant_algo": "FP8"}}))
-    assert Plan.from_modelopt(path, make_info(4)).short == "0-3:k8v8"
+    for section, short in (
+        ({"kv_cache_quant_algo": "FP8"}, "0-3:k8v8"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, "0-3:k8v8"),
+        ({"kv_cache_scheme": "NVFP4"}, "0-3:k4v4"),
+        ({"kv_cache_quant_algo": None}, "0-3:k16v16"),
+    ):
+        path.write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
+        assert Plan.from_modelopt(path, make_info(4)).short == short
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def _nvfp4(given: Tensor, block: int = 16) -> Tensor:
     scale = cast_fp8(x.abs().amax(dim=-1, keepdim=True) / _E2M1[-1])
     ratio = (x * _inverse(scale)).clamp(-_E2M1[-1], _E2M1[-1])
     edges = torch.tensor(_EDGES, device=x.device)
-    at = torch.bucketize(ratio.abs(), edges)
+    at = torch.bucketize(ratio.abs().contiguous(), edges)
     at += (at < len(_EDGES)) & (at % 2 == 1) & (ratio.abs() == edges[at.clamp(max=len(_EDGES) - 1)])
     return (torch.tensor(_E2M1, device=x.device)[at] * ratio.sign() * scale).flatten(-2)
 
@@ -129,7 +129,9 @@ def _turbo_keys(given: Tensor, bits: int) -> Tensor:
     matrix = sylvester(x.shape[-1], x.device)
     norm = x.norm(dim=-1, keepdim=True)
     levels = gaussian_levels(bits).to(x.device) / math.sqrt(x.shape[-1])
-    chosen = levels[torch.bucketize(x / (norm + 1e-8) @ matrix, (levels[1:] + levels[:-1]) / 2, right=True)]
+    chosen = levels[
+        torch.bucketize((x / (norm + 1e-8) @ matrix).contiguous(), (levels[1:] + levels[:-1]) / 2, right=True)
+    ]
     return _half(norm) * (chosen / chosen.norm(dim=-1, keepdim=True)) @ matrix
 
 

@@ -12,7 +12,7 @@ from ...plan.policies import WIDTHS
 from ...plan.sizes import format_bytes
 from .facts import ModelFacts
 from .formats import CacheFormat, LlamaCppFormat, PlanFormat, StockFormat, other_formats
-from .roofline import MOST_SEQUENCES, MOST_TOKENS, GpuGroup, GpuRow, Roofline, largest
+from .roofline import FED_AT_ONCE, MOST_SEQUENCES, MOST_TOKENS, GpuGroup, GpuRow, Roofline, largest
 
 USUAL_WIDTHS = (8, 4, 3, 2)
 """Widths that are shown where nothing is named."""
@@ -170,8 +170,16 @@ def activation_bytes(form: CacheFormat, question: FitQuestion, context: int, bat
 def _on_gpus(form: CacheFormat, question: FitQuestion, weights: int) -> GpuRow | None:
     if question.gpus is None:
         return None
-    sizes = {"at_once": question.at_once} if question.at_once is not None else {}
-    roofline = Roofline(form.facts, question.gpus, weights, question.element_bytes, images=question.images, **sizes)
+    facts, dtype = form.facts, question.weights_dtype
+    roofline = Roofline(
+        facts,
+        question.gpus,
+        weights,
+        question.element_bytes,
+        FED_AT_ONCE if question.at_once is None else question.at_once,
+        question.images,
+        is_fp8=dtype == "float8" if dtype is not None else facts.weights.is_fp8,
+    )
     return roofline.row(form, question.context, question.batch)
 
 

@@ -117,6 +117,7 @@ class Roofline:
         element_bytes: of hidden states.
         at_once: tokens of a prompt that are fed at once.
         images: that a model with cross-attention reads.
+        is_fp8: weights are fp8, and so are the products with them.
     """
 
     facts: ModelFacts
@@ -125,6 +126,12 @@ class Roofline:
     element_bytes: int = 2
     at_once: int = FED_AT_ONCE
     images: int = 0
+    is_fp8: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Return the products and sums a second of one GPU; those of attention are counted as fast as the others."""
+        return self.group.gpu.fp8_flops if self.is_fp8 else self.group.gpu.flops
 
     def row(self, form: CacheFormat, context: int, batch: int) -> GpuRow | None:
         """Return a format's row; None for one that is not split by heads, or does not take the model.
@@ -195,7 +202,7 @@ class Roofline:
         gpu, count, sizes = self.group.gpu, self.group.count, self.facts.activations
         reads = (self.weights_bytes / count + self.cache_bytes(form, context, batch)) / gpu.bandwidth
         attended = sum(layer.tokens(context, self.images) for layer in self.facts.layers if layer.heads is not None)
-        products = (2 * self.facts.weights.parameters + 4 * sizes.queries * attended) * batch / count / gpu.flops
+        products = (2 * self.facts.weights.parameters + 4 * sizes.queries * attended) * batch / count / self.flops
         ring = 2 * (count - 1) / count * batch * sizes.hidden * self.element_bytes / self.group.link
         links = 2 * len(self.facts.layers) * ring
         times = {"memory": reads, "products": products, "links": links}
@@ -207,7 +214,7 @@ class Roofline:
         queries = self.facts.activations.queries
         attended = sum(layer.tokens(context, self.images) for layer in self.facts.layers if layer.heads is not None)
         products = 2 * self.facts.weights.parameters * context + 2 * queries * context * attended
-        return products / self.group.count / self.group.gpu.flops
+        return products / self.group.count / self.flops
 
 
 def _even(heads: int) -> list[int]:
