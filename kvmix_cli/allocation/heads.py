@@ -173,7 +173,7 @@ def _heads(index: int, layer: LayerPlan, plan: Plan) -> Iterator[tuple[int, Laye
 def _worth(plan: Plan, profile: Profile, name: str) -> dict[tuple[int, int], float]:
     """Return the score of every KV head, of keys and values together."""
     layers = profile.score(name).layers
-    found = {}
+    found: dict[tuple[int, int], float] = {}
     for index in plan.layers:
         pair = [_of_heads(tensor, name, profile) for tensor in (layers[index].k, layers[index].v)]
         found |= {(index, head): max(0.0, k + v) for head, (k, v) in enumerate(zip(*pair, strict=True))}

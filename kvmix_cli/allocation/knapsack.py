@@ -14,13 +14,12 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ..errors import BudgetError
 from ..quiet import mute_stdout
-from .choices import Choices, TensorChoice
 
 SCALE = 1e4
 """Sum of the losses of the cheapest choices after scaling."""
@@ -30,7 +29,22 @@ SECONDS = 60.0
 """Time limit of HiGHS; 80 layers with 15 choices per tensor take a fraction of a second."""
 
 
-def least_loss(slots: Sequence[Choices], allowance: float) -> list[TensorChoice]:
+class WeighedChoice(Protocol):
+    """A choice with a cost and a loss."""
+
+    @property
+    def cost(self) -> int:
+        """Return the cost, in whole units."""
+
+    @property
+    def loss(self) -> float:
+        """Return the loss."""
+
+
+C = TypeVar("C", bound=WeighedChoice)
+
+
+def least_loss(slots: Sequence[tuple[C, ...]], allowance: float) -> list[C]:
     """Return one choice for every slot, with the least loss together and a cost of at most `allowance`.
 
     Raises:
@@ -42,7 +56,7 @@ def least_loss(slots: Sequence[Choices], allowance: float) -> list[TensorChoice]
     return knapsack.within(math.floor((allowance - knapsack.floor) / knapsack.unit))
 
 
-def least_cost(slots: Sequence[Choices], limit: float) -> list[TensorChoice]:
+def least_cost(slots: Sequence[tuple[C, ...]], limit: float) -> list[C]:
     """Return one choice for every slot, with the least cost together and a loss of at most `limit`.
 
     Raises:
@@ -56,7 +70,7 @@ def least_cost(slots: Sequence[Choices], limit: float) -> list[TensorChoice]:
     return knapsack.within(costs.start + bisect_left(costs, True, key=lambda cost: knapsack.loss(cost) <= most))
 
 
-class _Knapsack:
+class _Knapsack(Generic[C]):
     """Choices of all slots as arrays; costs in units above the cheapest plan.
 
     Attributes:
@@ -64,7 +78,7 @@ class _Knapsack:
         unit: cost of one unit.
     """
 
-    def __init__(self, slots: Sequence[Choices]) -> None:
+    def __init__(self, slots: Sequence[tuple[C, ...]]) -> None:
         above = [choice.cost - choices[0].cost for choices in slots for choice in choices]
         self.floor = sum(choices[0].cost for choices in slots)
         self.unit = math.gcd(*above) or 1
@@ -74,7 +88,7 @@ class _Knapsack:
         self._losses = np.array([choice.loss for choice in self._choices])
         self._sizes = [len(choices) for choices in slots]
 
-    def within(self, most: int) -> list[TensorChoice]:
+    def within(self, most: int) -> list[C]:
         """Return the choices with the least loss for at most `most` units."""
         total = sum(choices[0].loss for choices in self._slots)
         shares = self._minimise(self._losses * (SCALE / total if total else 1), self._costs, most, whole=True)
@@ -117,9 +131,9 @@ class _Knapsack:
         return result.x
 
 
-def _earlier_first(slots: Sequence[Choices], chosen: list[TensorChoice]) -> list[TensorChoice]:
+def _earlier_first(slots: Sequence[tuple[C, ...]], chosen: list[C]) -> list[C]:
     """Return the choices with the costlier ones first among slots that have the same choices."""
-    alike = defaultdict(list)
+    alike = defaultdict[tuple[C, ...], list[int]](list)
     for place, choices in enumerate(slots):
         alike[choices].append(place)
     ordered = list(chosen)

@@ -12,10 +12,12 @@ from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
 from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
 from ..plan.document import reason
+from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
 from ..profile import Profile
 from .bases import SCORE
 from .budgets import Budget
+from .evictions import with_evictions
 from .problem import Problem
 from .solvers import METHODS, TRANSFORM
 
@@ -43,6 +45,7 @@ class AllocationOptions(TypedDict, total=False):
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
         exact: tokens of each page and KV head that transform codes keep exact; None for `exact.best_exact`.
         by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
+        evict: shares of tokens to evict that every layer chooses from, by a score that has measured them; likewise.
     """
 
     k_bits: Sequence[int] | None
@@ -57,6 +60,7 @@ class AllocationOptions(TypedDict, total=False):
     basis: BasisFile | None
     exact: int | None
     by_head: bool
+    evict: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def make_problem(
     basis: BasisFile | None = None,
     exact: int | None = None,
     by_head: bool = False,
+    evict: Sequence[float] | None = None,
 ) -> Problem:
     """Return the problem that a method is to solve; options as in `AllocationOptions`, with `EXACT` if none is given.
 
@@ -143,6 +148,13 @@ def make_problem(
     cache = cache or CacheSettings()
     if by_head and "heads" not in METHODS[method].uses:
         raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
+    evictions = tuple(sorted(set(evict or ())))
+    if evictions:
+        if "evictions" not in METHODS[method].uses or by_head:
+            raise BudgetError("shares to evict need --method ilp, and go without --by-head")
+        cache = with_evictions(cache, evictions)
+        whole = {"tokens": TokenShares(evict=0.0)}
+        pins = {layer: pin.model_copy(update=whole) for layer, pin in (pins or {}).items()}
     weighs = "group_sizes" in METHODS[method].uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
     if "basis" not in METHODS[method].uses:
@@ -165,6 +177,7 @@ def make_problem(
         seed=seed,
         basis=basis,
         by_head=by_head,
+        evictions=evictions,
     )
     if basis is not None and budget.max_loss is not None and pins:
         raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")

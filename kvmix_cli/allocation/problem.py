@@ -36,7 +36,8 @@ class Method:
     """A way to decide.
 
     Attributes:
-        uses: the settings of a problem that change the decision, of `score`, `seed`, `group_sizes` and `heads`.
+        uses: the settings of a problem that change the decision, of `score`, `seed`, `group_sizes`, `heads`
+            and `evictions`.
         solve: function that decides one plan; None for a method that makes several plans or measures them.
     """
 
@@ -59,6 +60,7 @@ class Problem:
         seed: seed of methods that draw at random.
         basis: directions of the layers, for the method that gives bits to these.
         by_head: decide about every KV head by itself.
+        evictions: shares of tokens to evict that every layer chooses from; none for those of the cache's policy.
 
     Raises:
         BudgetError: if the model has no layer to plan.
@@ -76,6 +78,7 @@ class Problem:
     seed: int = 0
     basis: BasisFile | None = None
     by_head: bool = False
+    evictions: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model.quantizable:

@@ -39,15 +39,16 @@ class TokenwiseLayer(DynamicLayer):
         first = self.get_seq_length()
         keys = _stored(self._held.keys, key_states, first)
         values = _stored(self._held.values, value_states, first)
-        return super().update(keys, values, *args, **kwargs)
+        held: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)
+        return held
 
 
 def _stored(tensor: BlockTensor, states: Tensor, first: int) -> Tensor:
     """Return `[B, H_kv, S, D]` as it is read back; `first` is the position of the first token."""
     batch, _, count, _ = states.shape
     positions = torch.arange(first, first + count).repeat(batch)
-    tokens = tensor.round_trip(states.transpose(1, 2).flatten(0, 1), positions)
-    return tokens.unflatten(0, (batch, count)).transpose(1, 2).contiguous()
+    tokens: Tensor = tensor.round_trip(states.transpose(1, 2).flatten(0, 1), positions).unflatten(0, (batch, count))
+    return tokens.transpose(1, 2).contiguous()
 
 
 class TokenwiseCache(CountingCache):

@@ -21,7 +21,7 @@ from .store import ROLLBACK, Store
 
 
 class TokenChoice(ABC):
-    """What a token policy decides about the tokens that leave the tail, and the statistics that it decides by.
+    """The decisions of a token policy about tokens that leave the tail, and the statistics that they rest on.
 
     Args:
         policy: of the plan.

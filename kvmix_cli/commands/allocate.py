@@ -180,6 +180,7 @@ def _choices(
         "score": score or default_score(source, method),
         "seed": seed,
         "exact": storage.exact,
+        "evict": storage.evict,
         "by_head": storage.by_head is not None and storage.by_head[0] == "widths",
     }
 

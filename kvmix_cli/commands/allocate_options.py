@@ -13,7 +13,16 @@ import typer
 
 from .dry_run import DryRunFlag
 from .options import Encoding, Model, given
-from .values import count_option, parse_bits, parse_bytes, parse_dtype, parse_groups, parse_percent, parse_window
+from .values import (
+    count_option,
+    parse_bits,
+    parse_budgets,
+    parse_bytes,
+    parse_dtype,
+    parse_groups,
+    parse_percent,
+    parse_window,
+)
 
 if TYPE_CHECKING:
     from ..plan import CacheSettings
@@ -141,6 +150,14 @@ class StorageOptions:
     exact: Annotated[
         int | None,
         count_option("Tokens of a page that transform codes keep exact [default: what loses least].", least=0),
+    ] = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=parse_budgets,
+            help="Shares of tokens to evict, such as 0,0.25,0.5: each layer gets one (ilp, by a score with them).",
+        ),
     ] = None
     by_head: Annotated[
         Any,

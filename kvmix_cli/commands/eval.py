@@ -47,6 +47,8 @@ def evaluate(
     With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
     stored bits.
     """
+    if work.join and current().world > 1:
+        raise EvaluationError("--join is for processes that were started apart: leave it out, or torchrun")
     own = given(asdict(of_tasks))
     if len(work.lengths) > 1:
         refuse({"contexts": of_tasks.contexts, "leaderboard": board.leaderboard}, "does not go with several --length")

@@ -18,7 +18,7 @@ from ..ranks import current
 from .dry_run import DryRunFlag, show_work
 from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
 from .ranks import TensorParallel
-from .values import count_option, parse_bits, parse_groups, parse_names
+from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_names
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -47,6 +47,12 @@ class ProfileOptions:
         Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
     ] = None
     encode: Encoding = None
+    evict: Annotated[
+        Any,
+        typer.Option(
+            metavar="LIST", parser=parse_budgets, help="Shares of tokens whose eviction is measured (kl, loss)."
+        ),
+    ] = None
     granularity: Annotated[str, typer.Option(metavar="WHAT", help="layer, or head: also score KV heads.")] = "layer"
     calibration: Annotated[
         str, typer.Option(metavar="TEXT", help="builtin, a file, a folder, a .jsonl, or hub:NAME[:CONFIG[:SPLIT]].")
@@ -96,7 +102,7 @@ def profile(
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
-    how = ProbeOptions(what.bits, what.group_size, what.encode, per_head=per_head, checkpointing=what.checkpointing)
+    how = ProbeOptions(what.bits, what.group_size, what.encode, what.evict or (), per_head, what.checkpointing)
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))

@@ -64,12 +64,12 @@ def scoring(loaded: LoadedModel, cache: Cache, ids: Tensor, read: Callable[[Tens
     else:
         yield
         if cache.held:
-            _read_again(loaded, cache, ids, read)
+            read_again(loaded, cache, ids, read)
     for each in cache.held:
         each.layer.release()
 
 
-def _read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Callable[[Tensor], object]) -> None:
+def read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Callable[[Tensor], object]) -> None:
     """Read a prompt `[B, T]` again against itself, without its sinks."""
     tokens = ids.shape[1]
     requests = [encode(loaded.tokenizer, text) for text in (REPEAT, REPEAT_FROM)]
@@ -90,7 +90,10 @@ def _read_again(loaded: LoadedModel, cache: MixedCache, ids: Tensor, read: Calla
 
 @contextmanager
 def _noted(model: nn.Module) -> Iterator[dict[int, tuple[nn.Module, Tensor, dict[str, Any]]]]:
-    """Within this block note what each attention module is called with, by its layer: presses look at it."""
+    """Within this block note what each attention module is called with, by its layer: presses look at it.
+
+    Some look at the rotary module as well, which they expect in every attention.
+    """
     notes: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -98,12 +101,18 @@ def _noted(model: nn.Module) -> Iterator[dict[int, tuple[nn.Module, Tensor, dict
         notes[module.layer_idx] = module, hidden, kwargs
 
     attentions = [module for module in model.modules() if _is_attention(module)]
+    rotary = next((module.rotary_emb for module in model.modules() if hasattr(module, "rotary_emb")), None)
+    without = [module for module in attentions if not hasattr(module, "rotary_emb")]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
     try:
+        for module in without:
+            vars(module)["rotary_emb"] = rotary
         yield notes
     finally:
         for hook in hooks:
             hook.remove()
+        for module in without:
+            vars(module).pop("rotary_emb", None)
 
 
 def _is_attention(module: nn.Module) -> bool:

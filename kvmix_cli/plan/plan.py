@@ -42,6 +42,7 @@ class Provenance(TypedDict, total=False):
         score: score that decided, or that predicts the loss.
         seed: seed of a method that draws at random.
         group_sizes: group sizes to choose from.
+        evict: shares of tokens to evict to choose from.
         by_head: what KV heads have of their own.
         budget: limit that was asked for, see `allocation.Budget.summary`.
         pins: widths that were set by hand, in short form by layer.
@@ -56,6 +57,7 @@ class Provenance(TypedDict, total=False):
     score: str
     seed: int
     group_sizes: list[GroupSize]
+    evict: list[float]
     by_head: str
     budget: Mapping[str, float]
     pins: dict[int, str]

@@ -278,7 +278,7 @@ class TokenPolicy(_Setting):
 
 
 class TokenShares(_Setting):
-    """What one layer has of its own in the token policy of its plan.
+    """The part of a plan's token policy that one layer, or a group of its heads, has of its own.
 
     Attributes:
         tiers: share of each of the policy's tiers, in their order; None for the policy's own.

@@ -29,7 +29,7 @@ class KeptByDepth(StrictModel):
 
 
 class Pyramid(StrictModel):
-    """What the layers of a token policy have of their own, a line between two ends.
+    """Shares, or numbers of tokens, of the layers of a token policy: a line between two ends.
 
     Attributes:
         evict: shares that are evicted.

@@ -24,6 +24,7 @@ class ScoreSettings:
         setup: cache settings of the curves.
         per_head: whether KV heads are scored, too.
         calibration: the text, with the checksum of its tokens.
+        evict: shares whose eviction is measured, too.
     """
 
     score: str
@@ -32,6 +33,7 @@ class ScoreSettings:
     setup: ScoreSetup
     per_head: bool
     calibration: Calibration
+    evict: tuple[float, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -70,6 +72,8 @@ def _lost(old: Score, now: ScoreSettings) -> Iterator[str]:
     missing = sorted({*old.choices[0], *old.choices[1]} - {*now.choices[0], *now.choices[1]})
     if missing:
         yield f"at {', '.join(missing)}"
+    if shares := sorted({share for layer in old.layers.values() for share in layer.evict} - set(now.evict)):
+        yield f"with {', '.join(f'{share:g}' for share in shares)} evicted"
     if not now.per_head and any(layer.k.heads is not None for layer in old.layers.values()):
         yield "by KV head"
     changed = [f"{name} {value}" for name, value in old.setup.items() if now.setup.get(name) != value]

@@ -22,7 +22,8 @@ from ..cache.mixed import MixedCache
 from ..errors import KvmixError, ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
 from ..models.projections import decoder_layers
-from ..plan import GroupSize, LayerPlan, Plan, TensorPlan
+from ..plan import CacheSettings, GroupSize, LayerPlan, Plan, TensorPlan
+from ..plan.policies import TokenPolicy, TokenShares
 from ..plan.settings import Encode
 from . import gradients
 from .grid import Grid, reference
@@ -34,6 +35,10 @@ from .results import Labels, LayerResult, PassResults, SampleResult, TensorResul
 
 KINDS: tuple[Kind, Kind] = ("key", "value")
 _FULL = TensorPlan(bits=FULL_PRECISION_BITS)
+EIGHTHS = 8
+"""Shares that can be evicted are eighths."""
+EVICTING_PAGE = 16
+"""Tokens of a page where eviction is measured: small, so that shares of few tokens are whole pages."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class ProbeOptions:
     Attributes:
         bits, group_sizes: choices of every curve; None for each probe's own.
         encode: encoder that curves are measured with.
+        evict: shares of a layer's tokens whose eviction is measured, for cache probes; multiples of an eighth.
         per_head: also score every KV head.
         checkpointing: recompute activations in the backward pass to save memory; None decides by size.
     """
@@ -50,6 +56,7 @@ class ProbeOptions:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[GroupSize, ...] | None = None
     encode: Encode | None = None
+    evict: tuple[float, ...] = ()
     per_head: bool = False
     checkpointing: bool | None = None
 
@@ -71,6 +78,10 @@ class ProbeOptions:
         looks_at_widths = any(isinstance(probe, ChangeProbe | CacheProbe) for probe in probes)
         if (self.bits or self.group_sizes or self.encode) and not looks_at_widths:
             raise KvmixError(f"score {names} does not look at widths; leave out --bits, --group-size and --encode")
+        if self.evict and not all(isinstance(probe, CacheProbe) for probe in probes):
+            raise KvmixError(f"score {names} does not measure eviction; use --score kl, or leave out --evict")
+        if wrong_shares := [share for share in self.evict if not 0 < share < 1 or share * EIGHTHS % 1]:
+            raise KvmixError(f"cannot measure a share of {wrong_shares[0]:g} evicted; use eighths between 0 and 1")
         if self.checkpointing is not None and not any(getattr(probe, "labels", None) for probe in probes):
             raise KvmixError(f"score {names} has no backward pass; leave out --checkpointing")
         if self.per_head and (whole := [probe.name for probe in probes if isinstance(probe, CacheProbe)]):
@@ -102,7 +113,7 @@ def measure_sample(
         found = shared_pass(loaded, sharing, ids, grid, per_head=per_head, checkpointing=checkpointing, sums=sums)
     for probe in probes:
         if isinstance(probe, CacheProbe):
-            found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid)
+            found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid, options.evict)
     return {probe.name: found[probe.name] for probe in probes}
 
 
@@ -195,8 +206,10 @@ def _layers(
     return layers
 
 
-def read_back(loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid) -> SampleResult:
-    """Measure one sample, token ids `[1, T]`, through the real cache. Raises KvmixError."""
+def read_back(
+    loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid, evict: Sequence[float] = ()
+) -> SampleResult:
+    """Measure one sample, token ids `[1, T]`, through the real cache; also these shares evicted. Raises KvmixError."""
     start = time.perf_counter()
     tokens = ids[0].tolist()
 
@@ -208,17 +221,29 @@ def read_back(loaded: LoadedModel, probe: CacheProbe, ids: Tensor, grid: Grid) -
         return TensorResult(curve[reference(layouts)], curve)
 
     layers: dict[int, LayerResult] = {}
+    evicted: dict[int, dict[float, float]] = {}
     try:
         cost = probe.prepared(loaded, tokens, grid)
         for layer in loaded.info.quantizable:
             layers[layer] = LayerResult(result(layer, "key"), result(layer, "value"))
+            if evict:
+                evicted[layer] = {share: cost(_evicting(loaded, grid, layer, share, len(tokens))) for share in evict}
             _require_finite(layers[layer], f"losses of {loaded.info.id} are not finite", layer, loaded)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             what = f"read {len(tokens)} tokens back through {loaded.info.id}"
             raise ModelError(f"no memory to {what}: use a smaller --seq-len") from error
         raise
-    return SampleResult(time.perf_counter() - start, layers)
+    return SampleResult(time.perf_counter() - start, layers, evicted)
+
+
+def _evicting(loaded: LoadedModel, grid: Grid, layer: int, share: float, tokens: int) -> MixedCache:
+    """Return an empty cache at 16 bits that evicts a share of one layer's tokens, by the attention they received."""
+    policy = TokenPolicy(evict=share, flush=EIGHTHS * EVICTING_PAGE)
+    cache = CacheSettings(page=EVICTING_PAGE, sink=grid.cache.sink, window=grid.cache.window, tokens=policy)
+    whole = LayerPlan(k=_FULL, v=_FULL, tokens=TokenShares(evict=0.0))
+    layers = {**dict.fromkeys(loaded.info.quantizable, whole), layer: LayerPlan(k=_FULL, v=_FULL)}
+    return MixedCache.from_plan(Plan.build(loaded.info, layers, cache), loaded.config, reserve=tokens)
 
 
 def _cache(loaded: LoadedModel, grid: Grid, layer: int, kind: Kind, layout: PageLayout, tokens: int) -> MixedCache:

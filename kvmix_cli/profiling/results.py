@@ -47,12 +47,14 @@ class SampleResult:
 
     Attributes:
         seconds: time it took, with that of the passes that it shared.
+        evict: of each layer the cost of evicting shares of its tokens, by share; empty if it was not asked for.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     layers: dict[int, LayerResult]
+    evict: dict[int, dict[float, Finite]] = field(default_factory=dict)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, TypeAdapter
@@ -33,6 +33,7 @@ from .probes import PROBES
 from .results import SampleResult, TensorResult
 
 FORMAT = "kvmix-journal/2"
+K = TypeVar("K")
 
 Sample = dict[str, SampleResult]
 """The results of one sample by score, a record of the journal."""
@@ -244,6 +245,7 @@ def _settings(
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
         **({} if options.encode is None else {"encode": options.encode}),
+        **({"evict": options.evict} if options.evict else {}),
         **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),
     }
@@ -258,6 +260,7 @@ def _identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibrat
         choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
         setup=ScoreSetup() if grid is None else _setup(grid),
         per_head=options.per_head and not isinstance(probe, CacheProbe),
+        evict=options.evict if isinstance(probe, CacheProbe) else (),
         calibration=calibration,
     )
 
@@ -274,6 +277,7 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     for probe in probes:
         grid = options.grid(probe)
         choices[probe.name] = {heads: [[], []] if grid is None else _choices(grid, heads) for heads in info.geometries}
+    evict = {probe.name: options.evict if isinstance(probe, CacheProbe) else () for probe in probes}
     has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
 
     def check(sample: Sample) -> Sample:
@@ -286,6 +290,8 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
                 heads = info.heads(index)
                 if [sorted(each.curve) for each in layer] != choices[name][heads]:
                     raise ValueError("other choices")
+                if sorted(result.evict.get(index, ())) != sorted(evict[name]):
+                    raise ValueError("other shares evicted")
                 if {len(each.heads) for each in layer} != {heads.kv_heads if has_heads[name] else 0}:
                     raise ValueError("other heads")
         return sample
@@ -313,6 +319,7 @@ def _score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings, mom
             index: LayerScore(
                 k=_mean([each.layers[index].k for each in measured]),
                 v=_mean([each.layers[index].v for each in measured]),
+                evict=_mean_curve([each.evict.get(index, {}) for each in measured]),
             )
             for index in measured[0].layers
         },
@@ -334,10 +341,13 @@ def _setup(grid: Grid) -> ScoreSetup:
 
 def _mean(results: Sequence[TensorResult]) -> TensorScore:
     values = [each.value for each in results]
-    curves = [each.curve for each in results]
     return TensorScore(
         mean=statistics.fmean(values),
         std=statistics.stdev(values) if len(values) > 1 else 0.0,
-        curve={choice: statistics.fmean(curve[choice] for curve in curves) for choice in curves[0]},
+        curve=_mean_curve([each.curve for each in results]),
         heads=[statistics.fmean(head) for head in zip(*(each.heads for each in results), strict=True)] or None,
     )
+
+
+def _mean_curve(curves: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    return {choice: statistics.fmean(curve[choice] for curve in curves) for choice in curves[0]}

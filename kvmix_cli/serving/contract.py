@@ -1,7 +1,7 @@
 """The versions of vLLM that the plugin is made for, and everything of vLLM that it relies on.
 
-vLLM has no interface for a cache whose layers differ, so a few names inside it are used. They change every few releases:
-a version that has not been tested is refused, and a test looks for the names in whatever version is installed.
+vLLM has no interface for a cache whose layers differ, so a few names inside it are used. They change every few
+releases: a version that has not been tested is refused, and a test looks for the names in the version installed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import KvmixError
 
@@ -34,7 +35,7 @@ class EngineHook:
     def fault(self) -> str | None:
         """Return what of it is missing, or None."""
         try:
-            found = importlib.import_module(self.module)
+            found: Any = importlib.import_module(self.module)
             for part in self.name.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""The two places of vLLM that are changed: its configuration is checked against the plan, its layers get our backend."""
+"""The two places of vLLM that are changed: its configuration is checked, and layers of the plan get our backend."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def install(path: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention.attention import Attention
 
-    EngineArgs.create_engine_config = _checked(EngineArgs.create_engine_config, plan)
+    EngineArgs.create_engine_config = _checked(EngineArgs.create_engine_config, plan, path)
     Attention.__init__ = _with_backend(Attention.__init__, plan)
 
 
-def _checked(create: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+def _checked(create: Callable[..., Any], plan: Plan, path: str) -> Callable[..., Any]:
     """Return vLLM's function that makes its configuration, with a check that the plan can be held under it."""
 
     @functools.wraps(create)
@@ -52,7 +52,7 @@ def _checked(create: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
 
         config = create(*args, **kwargs)
         check_engine(plan, config)
-        if said := difference(plan):
+        if said := difference(plan, path):
             LOG.warning(said)
         return config
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..plan.geometry import format_ranges
 from ..plan.metric import carrying, needs_shrinkage, spectrum
 from ..plan.moments import MomentsFile, Rope, TensorMoments, read_moments
-from ..profile import Profile
+from ..profile import CodedLoss, Profile
 
 SHARE = 0.99
 """Share of the loss that the counted directions carry."""
@@ -41,11 +42,12 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class ScoreSpectrum:
-    """The spectra of all layers, from the moments of one score."""
+    """The spectra of all layers, from the moments of one score, and measured losses of plans made from these."""
 
     score: str
     record: MomentsFile
     layers: dict[int, LayerSpectrum]
+    coded: Sequence[CodedLoss]
 
     @property
     def notices(self) -> list[str]:
@@ -84,7 +86,7 @@ def measure_spectra(profile: Profile, folder: Path) -> list[ScoreSpectrum]:
                 index: LayerSpectrum(_tensor(layer.k, tokens), _tensor(layer.v, tokens), layer.rope)
                 for index, layer in read_moments(folder, score.moments).items()
             }
-            found.append(ScoreSpectrum(name, score.moments, layers))
+            found.append(ScoreSpectrum(name, score.moments, layers, score.coded))
     return found
 
 

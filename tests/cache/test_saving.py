@@ -93,7 +93,7 @@ def saved(llama, plans, tmp_path):
 
 @pytest.mark.slow
 @given(
-    plan=st.sampled_from([*AFFINE, *AXES, *CODED]),
+    plan=st.sampled_from([*AFFINE, *AXES, *BUDGETS, *CODED]),
     steps=st.lists(st.sampled_from([1, 3, 17, 40, 90, 150]), min_size=1, max_size=4),
     more=st.integers(1, 90),
     batch=st.integers(1, 2),

@@ -15,6 +15,7 @@ from kvmix_cli import evaluation, profiling
 from kvmix_cli.models import loading as models
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Profile
+from kvmix_cli.serving.checks import difference
 from kvmix_cli.studies import demo, search
 
 SHORT = ("--samples", 2, "--seq-len", 40)
@@ -26,6 +27,7 @@ FILES = {
     "main.py",
     "plan/plan.py",
     "reporting/result_tables.py",
+    "serving/checks.py",
     "state.py",
     "studies/directions.py",
 }
@@ -122,6 +124,14 @@ def test_a_preset_without_directions(kvmix, counting):
     (profile,) = hints(kvmix(*preset).error)
     assert profile == ["profile", "builtin:tiny", "--score", "fisher-metric"]
     assert kvmix(*profile, "--samples", 1, "--seq-len", 300).code == kvmix(*preset).code == 0
+
+
+@pytest.mark.slow
+def test_a_plan_that_an_engine_holds_otherwise(kvmix, counting):
+    path = Plan.uniform(tiny().info, 4, 4).save(Path("some where.yaml"))
+    (line,) = hints(difference(Plan.load(path), str(path)))
+    assert kvmix(*line).code == 0
+    assert {name for name, _ in counting.measured} == {"unquantized", "some where", "in-engine"}
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def plan(cache):
     return "own.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded_once")
 def test_a_score_of_ones_own_runs_and_is_listed():
     path = plan({"tokens": {"score": "every-other", "evict": 0.5, "flush": 64}})
@@ -80,6 +81,7 @@ def test_a_score_of_ones_own_runs_and_is_listed():
     assert token_scores.statistics_of("every-other") == token_scores.NOTHING
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded_once")
 def test_a_transform_of_ones_own():
     own = {"kind": "own", "name": "negated"}
@@ -92,6 +94,7 @@ def test_a_transform_of_ones_own():
     assert negated["text"] == plain["text"]  # codes of -x are those of x, mirrored
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded_once")
 def test_a_probe_of_ones_own():
     given = ("--score", "own-error", "--samples", "1", "--seq-len", "288")
@@ -117,6 +120,7 @@ def test_a_file_that_is_not_there():
     assert "its name must end in .py" in refused(kvmix("list", "--import", write("text.txt", "x = 1\n")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded_once")
 def test_numbers_depend_on_the_file(counting):
     path = plan({"tokens": {"score": "every-other", "evict": 0.5, "flush": 64}})

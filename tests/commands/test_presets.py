@@ -291,3 +291,14 @@ class TestAllocate:
         kvmix("allocate", "--avg-bits", 8, "--k-bits", "8", "--v-bits", "8", "--with", "rotate-2", "--name", "x", "-q")
         said = refused(kvmix("export", "x", "--to", "vllm"))
         assert said.startswith("vllm cannot express this plan: it knows widths, but not transforms of the plan's cache")
+
+
+@pytest.mark.slow
+def test_run_reads_a_prompt_twice_and_keeps_it(tmp_path):
+    given = ("--preset", "kvzip", "--prompt", PROMPT, "--max-new-tokens", "3")
+    first = kvmix_json("run", *TINY, *given, "--save-cache", str(tmp_path / "cache.safetensors"))
+    second = kvmix_json("run", *TINY, *given, "--load-cache", str(tmp_path / "cache.safetensors"))
+    assert first["text"] == second["text"]
+    assert first["quantized_share"] > 0
+    assert first["cache_bytes"] == second["cache_bytes"]
+    assert "leave out --prefill-chunk" in refused(kvmix("run", *TINY, *given, "--prefill-chunk", "100"))

@@ -92,6 +92,7 @@ def test_parts_of_a_model_give_the_numbers_of_the_whole(alone, tmp_path):
         (("eval", "builtin:tiny", "--uniform", 2, "--length", 100000), 2, "more than the model's limit of 4096"),
         (("eval", "builtin:tiny", "--plan", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("run", "builtin:tiny", "--prompt", "x"), 2, "start `kvmix run` without it"),
+        (("eval", "builtin:tiny", "--uniform", 2, "--join"), 2, "--join is for processes that were started apart"),
         (("profile", "builtin:tiny", "--device", "map"), 2, "--device map gives all GPUs to one process"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,

@@ -70,6 +70,7 @@ def reference(loaded, tokens, chunk):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transforms", [None, Transforms(k=(Rotate(),))])
 def test_scores_are_the_largest_weights_of_the_second_reading(loaded, monkeypatch, transforms):
     monkeypatch.setattr("kvmix_cli.decoding.prompt_scores.CHUNK", 100)
@@ -108,6 +109,7 @@ def test_groups_of_heads_are_scored_as_all_heads_together(loaded, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_nothing_of_the_second_reading_stays():
     """A model with sliding layers, whose stock caches are put back, decodes as without eviction or a second reading."""
     loaded = loaded_model("gemma3")
@@ -196,6 +198,7 @@ class HiddenPress(ScorerPress):
     def score(self, module, hidden_states, keys, values, attentions, kwargs):
         cos, _ = kwargs["position_embeddings"]
         assert attentions is None
+        assert module.rotary_emb is not None
         assert module.q_proj(hidden_states).shape[1] == keys.shape[2] == cos.shape[1]
         return self.sign * hidden_states[..., 0][:, None].expand(keys.shape[:3])
 
@@ -237,6 +240,7 @@ def test_a_press_scores_a_prompt(loaded, sign):
     with torch.no_grad():
         fill(loaded, cache, ids(150))
     hook.remove()
+    assert not hasattr(loaded.model.model.layers[1].self_attn, "rotary_emb")
     tiers = cache.layers[1]._tokens.sorted.view
     scores = sign * hidden["x"][..., 0][:, SINK : SINK + tiers.shape[2]]
     best = scores.argsort(dim=-1, descending=True)[:, : tiers.shape[2] // 2].sort().values

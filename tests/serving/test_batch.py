@@ -42,7 +42,8 @@ def test_every_token_attends_to_its_own_sequence(counts):
     states = [torch.randn(3, length, RATIO * HEADS, DIM, generator=draw) for length in total]
     for before, new in steps(counts):
         spans = [slice(start, start + count) for start, count in zip(before, new, strict=True)]
-        query, keys, values = (torch.cat([each[i, span] for each, span in zip(states, spans, strict=True)]) for i in range(3))
+        new_states = [each[:, span] for each, span in zip(states, spans, strict=True)]
+        query, keys, values = torch.cat(new_states, dim=1)
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         row = torch.repeat_interleave(torch.arange(sequences), torch.tensor(new))
         slots = table[row, positions // PAGE].long() * PAGE + positions % PAGE

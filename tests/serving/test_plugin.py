@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import torch
 from evaluating import tiny
 
 from kvmix_cli import serving
@@ -51,7 +53,7 @@ def configuration(**changes):
 class Attention:
     """Records the backend that each layer was given."""
 
-    backends: dict = {}
+    backends: ClassVar[dict] = {}
 
     def __init__(self, num_heads, head_size, scale, num_kv_heads=None, prefix="", attn_backend=None):
         self.backends[prefix] = attn_backend
@@ -192,7 +194,7 @@ def test_layers_get_a_backend_by_their_size(engine, plan_file):
     for name, backend in backends.items():
         index = int(name.split(".")[2])
         spec = backend.customize_spec(Spec())
-        size = bytes_per_token(plan, index, 128, __import__("torch").get_default_dtype())
+        size = bytes_per_token(plan, index, 128, torch.get_default_dtype())
         assert (str(spec.dtype), spec.state_content_bytes) == ("torch.uint8", size)
         assert found.registered[backend.get_name()] == f"kvmix_cli.serving.backend.{backend.__name__}"
         assert getattr(sys.modules["kvmix_cli.serving.backend"], backend.__name__) is backend
@@ -237,7 +239,7 @@ def test_a_plan_for_another_model_is_refused(engine, plan_file):
     found = engine()
     serving.register()
     config = tiny().config.__class__(**{**tiny().config.to_dict(), "num_hidden_layers": 7})
-    with pytest.raises(PlanError, match="the plan was made for .*layers 8 against 7"):
+    with pytest.raises(PlanError, match=r"the plan was made for .*layers 8 against 7"):
         created(found, config=config)
 
 
@@ -252,7 +254,9 @@ def test_a_gpu_is_refused(engine, plan_file):
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.3", "dev", "0.321.0"])
 def test_versions_that_were_not_tested_are_refused(version, engine, plan_file):
     engine(version)
-    with pytest.raises(KvmixError, match=rf"vLLM {version} cannot hold a plan: kvmix has been tested with vLLM 0\.32\.\*"):
+    with pytest.raises(
+        KvmixError, match=rf"vLLM {version} cannot hold a plan: kvmix has been tested with vLLM 0\.32\.\*"
+    ):
         serving.register()
 
 

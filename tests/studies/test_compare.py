@@ -4,7 +4,8 @@ import pytest
 from made_up import falling, make_info, make_profile
 
 from kvmix_cli.errors import KvmixError
-from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformSettings
+from kvmix_cli.reporting.compare import plans_json
 from kvmix_cli.studies.compare import compare_plans, compare_profiles
 
 
@@ -43,3 +44,11 @@ def test_what_cannot_be_compared_is_named():
         compare_profiles(falling(2), make_profile([1.0, 2.0], name="loss"), ("a.yaml", "b.yaml"))
     with pytest.raises(KvmixError, match="first and second cannot be compared: their models have different layers"):
         compare_profiles(falling(2), falling(3))
+
+
+def test_transform_codes_and_none_are_named_in_words():
+    basis = TransformSettings(basis="basis.safetensors", sha256="0" * 64, exact=2)
+    first = Plan.uniform(make_info(2), 2, 2)
+    second = Plan.uniform(make_info(2), 2, 2, CacheSettings(transform=basis))
+    (words,) = plans_json(compare_plans(first, second))["settings"].values()
+    assert words == ["none", "basis basis.safetensors, no frames, 2 exact tokens of each page and KV head"]

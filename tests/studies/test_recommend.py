@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up import patient
 
+from kvmix_cli import turns
 from kvmix_cli.cache.subject import UNQUANTIZED
-from kvmix_cli.errors import BudgetError, EvaluationError, ModelError, PlanError
+from kvmix_cli.errors import BudgetError, EvaluationError, InUseError, ModelError, PlanError
 from kvmix_cli.evaluation import positions
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.models import sources
@@ -282,6 +283,26 @@ def test_the_smallest_plan_within_the_limit_is_proven_on_all_documents_and_tasks
     few = [plan for task, plan, limit, _ in scripted.seen if limit == study.FIRST_DOCUMENTS]
     assert len(few) == len(found.compared) <= 4
     assert found.compared[scripted.plans[2].bits.stored] == pytest.approx(0.008)
+
+
+@pytest.mark.slow
+def test_what_another_process_is_at_is_come_back_to(monkeypatch):
+    """Whichever measurements are in other hands at first, the answer is that of a process alone."""
+    monkeypatch.setattr(turns, "PAUSE", 0)
+    scripted = Scripted(monkeypatch, [0.1, 0.03, 0.008, 0.002, 0.001], recall={2: 0.3})
+    alone, measure, left = scripted.run(), scripted.bench.measure, {}
+
+    def shared(task, name, plan, limit, length):
+        what = (task.name, plan, limit)
+        left[what] = left.get(what, (plan + len(task.name)) % 3) - 1
+        if left[what] >= 0:
+            raise InUseError("another process is at it")
+        return measure(task, name, plan, limit, length)
+
+    scripted.bench.measure = shared
+    found = scripted.run()
+    assert (found.best.path, found.best.outcome) == (alone.best.path, alone.best.outcome) == (3, "safe")
+    assert alone.compared.items() <= found.compared.items()
 
 
 def test_a_plan_that_loses_recall_makes_way_for_the_next_one(monkeypatch):

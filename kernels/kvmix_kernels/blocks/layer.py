@@ -101,10 +101,7 @@ class BlockLayer:
         rows = []
         for row, blocks_of_row, length in zip(query, table, lengths.tolist(), strict=True):
             found = blocks_of_row[: -(-length // self.keys.page)]
-            states = (
-                each.read(part, found, torch.float32)[None, :, :length]
-                for each, part in ((self.keys, keys), (self.values, values))
-            )
-            key, value = (Segments(None, None, each) for each in states)
-            rows.append(attend_naive(AttentionProblem(row[None], key, value, scaling, None, softcap, sink_logits))[0])
+            read = (self.keys.read(keys, found, torch.float32), self.values.read(values, found, torch.float32))
+            one, other = (Segments(None, None, states[None, :, :length]) for states in read)
+            rows.append(attend_naive(AttentionProblem(row[None], one, other, scaling, None, softcap, sink_logits))[0])
         return torch.cat(rows)

@@ -1,4 +1,7 @@
-"""Blocks of keys or values in the model's own dtype: `[H_kv, head_dim, page]` of keys, `[H_kv, page, head_dim]` of values."""
+"""Blocks of keys or values in the model's own dtype.
+
+Keys lie as `[H_kv, head_dim, page]`, values as `[H_kv, page, head_dim]`: what is contracted comes first.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,6 @@ class PlainBlocks(BlockTensor):
 
     def _states(self, blocks: Tensor) -> Tensor:
         """Return the states of blocks, `[N, H_kv, page, D]`."""
-        states = blocks.view(self.dtype)
-        if self.kind == "value":
-            return states.unflatten(1, (self.kv_heads, self.page, self.head_dim))
-        return states.unflatten(1, (self.kv_heads, self.head_dim, self.page)).transpose(2, 3)
+        axes = (self.page, self.head_dim) if self.kind == "value" else (self.head_dim, self.page)
+        states: Tensor = blocks.view(self.dtype).unflatten(1, (self.kv_heads, *axes))
+        return states if self.kind == "value" else states.transpose(2, 3)

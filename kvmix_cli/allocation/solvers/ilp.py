@@ -7,13 +7,16 @@ summed over tensors. Under `max_loss` it finds the smallest plan within the pred
 from __future__ import annotations
 
 from ..choices import Choices, TensorChoice, choices_by_slot, decide
+from ..evictions import solve_with_evictions
 from ..heads import choices_by_head, decide_by_head
 from ..knapsack import least_cost, least_loss
 from ..problem import Decision, Method, Problem
 
 
 def solve(problem: Problem) -> Decision:
-    """Decide the optimum, by KV head if the problem says so. Raises BudgetError."""
+    """Decide the optimum, by KV head, or with shares of tokens to evict, if the problem says so. Raises BudgetError."""
+    if problem.evictions:
+        return solve_with_evictions(problem)
     if problem.by_head:
         of_heads = choices_by_head(problem)
         return decide_by_head(dict(zip(of_heads, _optimum(problem, list(of_heads.values())), strict=True)))
@@ -30,4 +33,4 @@ def _optimum(problem: Problem, slots: list[Choices]) -> list[TensorChoice]:
     return least_cost(slots, problem.loss_limit)
 
 
-METHOD = Method(uses=("score", "group_sizes", "heads"), solve=solve)
+METHOD = Method(uses=("score", "group_sizes", "heads", "evictions"), solve=solve)

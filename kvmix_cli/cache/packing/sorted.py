@@ -166,7 +166,7 @@ class KeptUnits:
 
 
 class BudgetPacking(SortedPacking):
-    """As many tokens as a budget has, the most important ones; when others take their place, whole units are dropped.
+    """The most important tokens, as many as a budget has; when others take their place, whole units are dropped.
 
     Args:
         form: storage of the tokens.
