@@ -149,7 +149,7 @@ def table(cell: Cell) -> list[str]:
     prompts, steps = medians(cell, "prompt_s"), medians(cell, "step_ms")
     libraries = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
     rows = [
-        f"\n{cell['model']}, {cell['context']} tokens, {cell['fill']}: {cell['machine']}, {cell['threads']} threads"
+        f"\n{cell['model']}, {cell['context']} tokens, {cell['fill']}: {cell['machine']}, threads: {cell['threads']}"
         f"{', time of the thread' if cell['cpu_time'] else ''}, "
         f"{libraries}, {cell['date']}\n",
         "| cache | prompt, tokens/s | decode, tokens/s | ms | ratio | cache, MiB | KL |",

@@ -29,9 +29,8 @@ def best_exact(
     """
 
     def problem(limit: Budget, exact: int) -> Problem:
-        chosen = options.copy()
-        chosen["exact"] = exact
-        return make_problem(profile, limit, method, **chosen)
+        asked: AllocationOptions = {**options, "exact": exact}
+        return make_problem(profile, limit, method, **asked)
 
     coded = profile.score(options.get("score") or default_score(profile, method)).coded
     if not coded:

@@ -191,6 +191,8 @@ def _measure(
             before=None if before is None or what.replace else before.scores,
             on_step=bar.reach,
         )
+    if not current().leads:
+        return result
     return with_coded_losses(result, loaded, texts, path.parent, say=console.notice, progress=console.progress)
 
 

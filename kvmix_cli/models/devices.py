@@ -24,7 +24,7 @@ def find_device(name: str, ranks: Ranks = ALONE) -> str:
     has_accelerate = importlib.util.find_spec("accelerate") is not None
     if ranks.world > 1 and name == SPREAD:
         raise ModelError("--device map gives all GPUs to one process: use auto, or leave out torchrun")
-    if ranks.world > 1 and name == "auto" and torch.cuda.is_available():
+    if ranks.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{ranks.local % torch.cuda.device_count()}"
     if name == "auto":
         if torch.cuda.device_count() > 1 and has_accelerate:

@@ -79,7 +79,7 @@ def _algo(section: Mapping[Any, Any]) -> Any:
     if not isinstance(scheme, Mapping):
         return scheme
     bits = {form.bits: name for name, form in MODELOPT.items()}
-    return bits.get(scheme.get("num_bits"), scheme) if scheme.get("type") == "float" else scheme
+    return bits.get(scheme.get("num_bits", 0), scheme) if scheme.get("type") == "float" else scheme
 
 
 def _faults(name: str, section: Mapping[Any, Any], model: ModelInfo) -> Iterator[Fault]:

@@ -17,8 +17,8 @@ from .contract import check_version, missing_hooks
 
 LOG = logging.getLogger("kvmix")
 """Logger of what is held otherwise than planned, at level WARNING: without a handler Python writes it to stderr."""
-COMMAND = "vllm"
-"""Name of vLLM's own program, whose user reads one line instead of a traceback."""
+PROGRAMS = ("vllm", "api_server.py")
+"""Names of vLLM's own programs, whose users read one line instead of a traceback."""
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def install(path: str) -> None:
     """
     import vllm
 
-    if Path(sys.argv[0]).name == COMMAND:
+    if Path(sys.argv[0]).name in PROGRAMS:
         sys.excepthook = one_line
     check_version(vllm.__version__)
     if missing := missing_hooks():

@@ -33,6 +33,7 @@ from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.quiet import hushed
+from kvmix_cli.ranks import Ranks
 from kvmix_cli.texts.tokens import encode
 
 TINY = Path(kvmix_cli.__file__).parent / "assets" / "tiny"
@@ -97,6 +98,17 @@ def test_a_device_map_needs_accelerate(monkeypatch):
     assert load_model("builtin:tiny", device="map").device == torch.device("cpu")
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     assert failure("builtin:tiny", device="map").endswith("pip install 'kvmix[multi-gpu]'")
+
+
+def test_every_rank_of_a_machine_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks = [Ranks(rank, 6, local=rank % 3) for rank in range(6)]
+    assert [devices.find_device("auto", each) for each in ranks] == [f"cuda:{number}" for number in (0, 1, 0) * 2]
+    assert devices.find_device("cuda", ranks[1]) == "cuda:1"
+    assert devices.find_device("cpu", ranks[1]) == "cpu"
+    with pytest.raises(ModelError, match="--device map gives all GPUs to one process"):
+        devices.find_device("map", ranks[0])
 
 
 def test_a_spread_model_decodes_through_the_cache_as_a_whole_one_does(tmp_path):

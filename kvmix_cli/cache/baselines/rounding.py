@@ -59,29 +59,33 @@ def _turned(round_it: Rounding, given: Tensor, limit: int) -> Tensor:
         return round_it(given)
     matrix = sylvester(size, given.device)
     blocks = given.float().unflatten(-1, (-1, size)) @ matrix
-    return (round_it(blocks.flatten(-2)).unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    read: Tensor = round_it(blocks.flatten(-2)).unflatten(-1, (-1, size)) @ matrix
+    return read.flatten(-2)
 
 
 def _ggml(given: Tensor, bits: int, block: int, has_minimum: bool) -> Tensor:
     """Return llama.cpp's blocks: from the number of largest magnitude, or from minimum and maximum."""
-    x = given.float().unflatten(-1, (-1, block))
+    x: Tensor = given.float().unflatten(-1, (-1, block))
     top = 2**bits - 1
     if has_minimum:
         low, high = x.aminmax(dim=-1, keepdim=True)
         step = (high - low) / top
         codes = ((x - low) * _inverse(step) + 0.5).trunc().clamp(0, top)
-        return (codes * _half(step) + _half(low)).flatten(-2)
+        read: Tensor = codes * _half(step) + _half(low)
+        return read.flatten(-2)
     middle = 2 ** (bits - 1)
     largest = x.gather(-1, x.abs().argmax(dim=-1, keepdim=True))
     step = largest / -middle
     codes = (x * _inverse(step) + (middle + 0.5)).trunc().clamp(0, top)
-    return ((codes - middle) * _half(step)).flatten(-2)
+    read = (codes - middle) * _half(step)
+    return read.flatten(-2)
 
 
 def _q8_0(given: Tensor, block: int = 32) -> Tensor:
-    x = given.float().unflatten(-1, (-1, block))
+    x: Tensor = given.float().unflatten(-1, (-1, block))
     step = x.abs().amax(dim=-1, keepdim=True) / 127
-    return (_nearest(x * _inverse(step)) * _half(step)).flatten(-2)
+    read: Tensor = _nearest(x * _inverse(step)) * _half(step)
+    return read.flatten(-2)
 
 
 def _nvfp4(given: Tensor, block: int = 16) -> Tensor:
@@ -92,7 +96,8 @@ def _nvfp4(given: Tensor, block: int = 16) -> Tensor:
     edges = torch.tensor(_EDGES, device=x.device)
     at = torch.bucketize(ratio.abs().contiguous(), edges)
     at += (at < len(_EDGES)) & (at % 2 == 1) & (ratio.abs() == edges[at.clamp(max=len(_EDGES) - 1)])
-    return (torch.tensor(_E2M1, device=x.device)[at] * ratio.sign() * scale).flatten(-2)
+    read: Tensor = torch.tensor(_E2M1, device=x.device)[at] * ratio.sign() * scale
+    return read.flatten(-2)
 
 
 def _int8_of_head(given: Tensor) -> Tensor:
@@ -120,7 +125,8 @@ def _int4_of_head(given: Tensor) -> Tensor:
     codes = _nearest(x * (1 / scale) + zero).clamp(0, 15)
     kept = (scale.view(torch.int32) & -16 | zero.int()).view(torch.float32)
     read = ((codes - zero) * kept).unflatten(-1, (-1, size))
-    return (read @ turn.T / size).flatten(-2)
+    back: Tensor = read @ turn.T / size
+    return back.flatten(-2)
 
 
 def _turbo_keys(given: Tensor, bits: int) -> Tensor:
@@ -132,7 +138,8 @@ def _turbo_keys(given: Tensor, bits: int) -> Tensor:
     chosen = levels[
         torch.bucketize((x / (norm + 1e-8) @ matrix).contiguous(), (levels[1:] + levels[:-1]) / 2, right=True)
     ]
-    return _half(norm) * (chosen / chosen.norm(dim=-1, keepdim=True)) @ matrix
+    read: Tensor = _half(norm) * (chosen / chosen.norm(dim=-1, keepdim=True)) @ matrix
+    return read
 
 
 def _turbo_values(given: Tensor, bits: int) -> Tensor:
@@ -140,7 +147,8 @@ def _turbo_values(given: Tensor, bits: int) -> Tensor:
     low, high = x.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_TURBO_SCALE)
     codes = ((x - low) / scale + 0.5).trunc().clamp(0, 2**bits - 1)
-    return codes * _half(scale) + _half(low)
+    read: Tensor = codes * _half(scale) + _half(low)
+    return read
 
 
 @cache
@@ -169,7 +177,8 @@ def _signs(size: int) -> Tensor:
 
 def _nearest(x: Tensor) -> Tensor:
     """Return the nearest integers, halves away from zero."""
-    return (x.abs() + 0.5).trunc() * x.sign()
+    nearest: Tensor = (x.abs() + 0.5).trunc() * x.sign()
+    return nearest
 
 
 def _inverse(step: Tensor) -> Tensor:
