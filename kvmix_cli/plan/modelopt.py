@@ -49,7 +49,7 @@ def modelopt_layers(document: Document, model: ModelInfo) -> dict[int, LayerPlan
     """
     found = _section(document.data)
     if found is None:
-        raise document.error([((), f"no map of ModelOpt: expected `quantization` with `{ALGO}` or `{MAP}`")])
+        raise document.error([((), f"no map of ModelOpt: expected `quantization` that has `{ALGO}` or `{MAP}`")])
     name, section = found
     if faults := list(_faults(name, section, model)):
         raise document.error(faults)
