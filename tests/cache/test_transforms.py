@@ -445,10 +445,13 @@ def test_the_example_writes_means_that_a_plan_can_name(tmp_path, example):
     assert all(tensor.shape == (2, 64) and tensor.dtype == torch.float32 for tensor in written.values())
     loaded = load_model("builtin:tiny", device="cpu")
     keys = [layer.keys for layer in example.prompt(loaded, list(range(10, 50))).layers]
+    stored, given = 0.0, 0.0
     for layer in range(8):
         some = chain((Center(means=str(path)),), "key", 64, torch.float32, layer)
         some.fit(keys[layer], None)
-        assert some.store(keys[layer]).square().mean() < keys[layer].square().mean()
+        stored += some.store(keys[layer]).square().mean().item()
+        given += keys[layer].square().mean().item()
+    assert stored < 0.9 * given
 
 
 def test_means_of_several_texts_count_every_token_once(example):

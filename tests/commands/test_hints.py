@@ -20,6 +20,8 @@ from kvmix_cli.studies import demo, search
 
 SHORT = ("--samples", 2, "--seq-len", 40)
 FILES = {
+    "allocation/evictions.py",
+    "allocation/heads.py",
     "allocation/options.py",
     "allocation/problem.py",
     "commands/profile.py",
@@ -206,6 +208,26 @@ def test_a_choice_that_was_not_measured(kvmix):
     (line,) = hints(ran.error)
     assert kvmix(*line).code == 0
     assert kvmix(*budget, "--v-bits", "2", "--method", "ilp").code == 0
+
+
+@pytest.mark.slow
+def test_a_score_without_kv_heads(kvmix):
+    few = ("--samples", 1, "--seq-len", 300)
+    assert kvmix("profile", "builtin:tiny", "--score", "fisher", *few).code == 0
+    budget = ("allocate", "--stored-bits", 3, "--by-head", "widths")
+    (line,) = hints(kvmix(*budget).error)
+    assert kvmix(*line, *few).code == kvmix(*budget).code == 0
+
+
+@pytest.mark.slow
+def test_evictions_that_were_not_measured(kvmix):
+    few = ("--samples", 1, "--seq-len", 300, "--bits", "2,4", "--group-size", 64)
+    assert kvmix("profile", "builtin:tiny", "--score", "fisher", *few).code == 0
+    budget = ("allocate", "--stored-bits", 2.5, "--page", 64, "--k-bits", "2,4", "--v-bits", "2,4", "--evict", "0,0.5")
+    ran = kvmix(*budget, "--method", "ilp")
+    assert "and add --score kl" in ran.error
+    (line,) = hints(ran.error)
+    assert kvmix(*line, *few).code == kvmix(*budget, "--method", "ilp", "--score", "kl").code == 0
 
 
 @pytest.mark.slow

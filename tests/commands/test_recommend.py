@@ -71,7 +71,7 @@ def test_from_nothing_to_a_proven_plan_and_again_from_what_is_kept(kvmix, monkey
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(kvmix):
     found = kvmix("recommend", *LITTLE, "--dry-run", "--json").json
     assert found["dry_run"] is True
-    assert [step["name"] for step in found["steps"]] == ["profile", "compare", "prove", "recall"]
+    assert [step["name"] for step in found["steps"]] == ["profile", "read codes", "compare", "prove", "recall"]
     assert found["seconds"] == pytest.approx(sum(step["seconds"] for step in found["steps"]))
     assert all(step["seconds"] > 0 for step in found["steps"])
     assert found["memory_bytes"] > 2**20

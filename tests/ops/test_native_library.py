@@ -184,10 +184,10 @@ def test_a_library_without_a_function_is_compiled_again(compiled, monkeypatch, c
 @needs_library
 def test_structs_that_differ_are_named_and_compiled_again_once(compiled, monkeypatch, caplog):
     cache.install(cache.entry())
-    fields = (*structs.CRun._fields_[:-1], ("dtype", ctypes.c_int32))
+    fields = (*structs.CRun._fields_[:-1], ("by_token", ctypes.c_int32))
     other = type("CRun", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr(structs, "STRUCTS", (other, *structs.STRUCTS[1:]))
-    with pytest.warns(UserWarning, match="struct Run has dtype:88:8 in C and dtype:88:4 in CRun") as warned:
+    with pytest.warns(UserWarning, match="struct Run has by_token:96:8 in C and by_token:96:4 in CRun") as warned:
         assert load() is None
     assert len(warned) == 1
     assert len(compiled) == 2
