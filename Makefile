@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo docs test test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
+.PHONY: demo docs test pytest test-quick test-network smollm2 vllm-env test-vllm matrix scale coverage lint gpu gpu-dry clean
 
 demo: $(STAMP)
 	$(BIN)/kvmix demo
@@ -12,7 +12,11 @@ demo: $(STAMP)
 # One process a core, each with one thread: torch's own threads would only wait for each other.
 TEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-test: lint
+# Side by side: mypy by itself would leave a core idle.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest: $(STAMP)
 	$(TEST)
 
 # For the inner loop: what takes no more than about half a second each.

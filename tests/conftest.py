@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # without a network each look-up takes a minute
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but importing hqq would load the compiler
 
 gc.disable()  # until the tests are collected: nothing of what imports and collecting make is garbage
 
