@@ -41,6 +41,7 @@ class Store:
         self._ahead = 0  # tokens packed before the window's rule asked for them
         self._settled = 0  # tokens packed under the rule when the last forward arrived
         self._fresh = 0  # tokens of the last forward that are still there
+        self._is_finished = False  # what the next forward packs first was packed ahead of it
         self._changes = 0
         self._waiting: Tensor | None = None  # a tail that is too long to be kept, until `pack_early`
         self._sink = Buffer(0 if packing is None else settings.sink)
@@ -96,6 +97,8 @@ class Store:
 
     def settle(self) -> int:
         """Pack what the window stopped keeping after the last forward, and return how many tokens that is."""
+        if self._is_finished:
+            return 0
         due = max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
         if due:
             self._pack(self._tail.view[:, :, :due])
@@ -107,6 +110,7 @@ class Store:
     def add(self, new: Tensor) -> Segments:
         """Add tokens as `append` does, between `settle` and `pack_early`."""
         self._changes += 1
+        self._is_finished = False
         self._fresh = new.shape[2]
         rest = self._fill_sink(new.detach())
         if rest.shape[2] <= ROLLBACK or self._early(self._tail.length + rest.shape[2]) == 0:
@@ -134,6 +138,7 @@ class Store:
         """
         due = self.settle()
         self._settled = self._fresh = 0
+        self._is_finished = True  # a window that is a share of the tail would pack more each time it is asked
         return due
 
     def segments(self) -> Segments:
@@ -179,6 +184,7 @@ class Store:
 
     def exchange(self, archive: Archive) -> None:
         """Give what a finished store holds to an archive, or take it from one, empty as this store is then."""
+        self._is_finished = True
         states = (*archive.rows, None, archive.example.shape[3])
         archive.buffer("sink", self._sink, states)
         archive.buffer("tail", self._tail, states)
