@@ -9,8 +9,9 @@ from architectures import build
 from others import need_quanto
 from transformers.cache_utils import QuantizedCache
 
-from kvmix_cli.cache.baselines.casting import FP8, CastCache, CastLayer
+from kvmix_cli.cache.baselines.casting import CastCache, CastLayer
 from kvmix_cli.cache.baselines.named import BASELINES, named_cache
+from kvmix_cli.cache.baselines.rounding import FP8
 from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.errors import EvaluationError
 

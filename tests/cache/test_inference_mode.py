@@ -12,7 +12,8 @@ from architectures import build
 from composing import AXES, plan_for, quantized
 from teaching import ids
 
-from kvmix_cli.cache.baselines.casting import FP8, CastCache
+from kvmix_cli.cache.baselines.casting import CastCache
+from kvmix_cli.cache.baselines.rounding import FP8
 from kvmix_cli.cache.buffer import Buffer
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.observation import QuerySum

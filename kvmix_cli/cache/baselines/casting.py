@@ -14,9 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from ...errors import EvaluationError
 from ...plan.engine_formats import EngineFormat
 from ..mixed import CountingCache, unquantized_cache
-from .rounding import Rounding, rounding
-
-FP8 = torch.float8_e4m3fn
+from .rounding import FP8, Rounding, rounding, to_fp8
 
 FormatPair = tuple[EngineFormat, EngineFormat]
 """Formats of a layer's keys and of its values."""
@@ -55,11 +53,8 @@ class CastLayer(RoundedLayer):
 
 
 def _cast(states: Tensor, stored: torch.dtype) -> Tensor:
-    """Return states in the stored dtype; numbers beyond its range become its largest, not NaN."""
-    if stored == FP8:
-        largest = torch.finfo(FP8).max
-        states = states.clamp(-largest, largest)
-    return states.to(stored)
+    """Return states in the stored dtype; numbers beyond fp8's range become its largest, not NaN."""
+    return to_fp8(states) if stored == FP8 else states.to(stored)
 
 
 class RoundedCache(CountingCache):

@@ -18,7 +18,8 @@ from ...errors import EvaluationError, KvmixError, did_you_mean
 from ...models.geometry import model_info
 from ..mixed import CountingCache
 from ..sizes import layer_nbytes
-from .casting import FP8, CastCache
+from .casting import CastCache
+from .rounding import FP8
 
 SAMPLE_TOKENS = 1024
 """Tokens of the cache whose bytes are counted: whole groups, and enough that a single scale does not show."""

@@ -20,7 +20,7 @@ from ..transforms.rotation import sylvester
 Rounding = Callable[[Tensor], Tensor]
 """A function from keys or values to what an engine reads back, in float32."""
 
-E4M3 = torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fn
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Middles between neighbours. At a tie the even code wins, as the rounding of IEEE 754 has it."""
@@ -37,10 +37,15 @@ def rounding(form: EngineFormat) -> Rounding:
     return partial(_turned, _ROUNDINGS[form.name], limit=form.turned) if form.turned else _ROUNDINGS[form.name]
 
 
+def to_fp8(given: Tensor) -> Tensor:
+    """Return the nearest e4m3 numbers; what is beyond their range becomes the largest, not NaN."""
+    largest = torch.finfo(FP8).max
+    return given.clamp(-largest, largest).to(FP8)
+
+
 def cast_fp8(given: Tensor) -> Tensor:
-    """Return the nearest e4m3 numbers, in float32; what is beyond their range becomes the largest, not NaN."""
-    largest = torch.finfo(E4M3).max
-    return given.float().clamp(-largest, largest).to(E4M3).float()
+    """Return the nearest e4m3 numbers in float32; see `to_fp8`."""
+    return to_fp8(given.float()).float()
 
 
 def _whole(given: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def _int8_of_head(given: Tensor) -> Tensor:
 
 
 def _fp8_of_head(given: Tensor) -> Tensor:
-    scale = (given.float().abs().amax(dim=-1, keepdim=True) / torch.finfo(E4M3).max).clamp(min=_LEAST_SCALE)
+    scale = (given.float().abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max).clamp(min=_LEAST_SCALE)
     return cast_fp8(given.float() * (1 / scale)) * scale
 
 

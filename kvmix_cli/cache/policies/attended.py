@@ -18,9 +18,6 @@ class AccumulatedAttention(TokenScore):
 
     follows = True
 
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received
-
 
 @TOKEN_SCORES.register("normalised")
 class NormalisedAttention(TokenScore):
@@ -49,9 +46,6 @@ class LastQueries(TokenScore):
     pool = ("mean", 5)
     follows = True
 
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received
-
 
 @TOKEN_SCORES.register("tova")
 class NewestQuery(TokenScore):
@@ -65,9 +59,6 @@ class NewestQuery(TokenScore):
     heads = "shared"
     follows = True
 
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received
-
 
 @TOKEN_SCORES.register("morphkv")
 class StrongestOfLast(TokenScore):
@@ -80,9 +71,6 @@ class StrongestOfLast(TokenScore):
     queries = "last"
     reduce = "max"
     follows = True
-
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received
 
 
 @TOKEN_SCORES.register("kvcrush")
@@ -119,6 +107,3 @@ class ReadAgain(TokenScore):
 
     reduce = "max"
     waits = True
-
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received

@@ -12,11 +12,9 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
 from ...errors import PlanError, class_and_sentence, did_you_mean
 from ...plan.token_scores import PRESS
-from .tokens import TOKEN_SCORES, Candidates, TokenScore
+from .tokens import TOKEN_SCORES, TokenScore
 
 INSTALL = (
     "`pip install --no-deps kvpress`, then `pip install accelerate cachetools datasets fire pandas peft` as far as "
@@ -37,9 +35,6 @@ class PressScore(TokenScore):
 
     def __init__(self, name: str) -> None:
         self.press = _press(name)
-
-    def importance(self, tokens: Candidates) -> Tensor:
-        return tokens.received
 
 
 def token_score(name: str) -> TokenScore:

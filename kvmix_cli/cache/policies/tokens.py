@@ -113,8 +113,8 @@ class TokenScore:
     waits: ClassVar[bool] = False
 
     def importance(self, tokens: Candidates) -> Tensor:
-        """Return `[B, H_kv, n]`; more is more important."""
-        raise NotImplementedError
+        """Return `[B, H_kv, n]`, more is more important: the attention received, unless a score overrides it."""
+        return tokens.received
 
     @property
     def needs_queries(self) -> bool:
@@ -124,7 +124,7 @@ class TokenScore:
     @property
     def weighs(self) -> bool:
         """Return whether the attention that tokens receive is kept."""
-        return self.queries not in ("none", "prompt")
+        return self.statistics().weighs
 
     @classmethod
     def statistics(cls) -> WaitingStatistics:
