@@ -62,6 +62,21 @@ def test_equals_dense_attention(
     assert relative_rms(got, dense_attention(query, *plain, *options)) < RMS
 
 
+def test_rows_that_the_lowest_number_masks_are_even_means_over_splits_of_different_lengths():
+    torch.manual_seed(0)
+    key, value = (
+        segments(kind, bits, 3, pages, 39 - 16 * pages + 16, 64, 16, 64, torch.bfloat16, heads=1)
+        for kind, bits, pages in (("key", 2, 2), ("value", 2, 2))
+    )
+    query, lowest = torch.randn(2, 1, 3, 64), torch.finfo(torch.float32).min
+    mask = torch.full((2, 1, 3, key.shape[2]), lowest)
+    mask[1] = 0
+    with splits_of(16):
+        got, _ = attend(AttentionProblem(query, key, value, 0.125, mask))
+    even = value.read(0, value.shape[2], torch.float32)[:1].double().mean(2, keepdim=True)
+    assert relative_rms(got[:1], even.expand(1, 1, 3, 64)) < RMS
+
+
 @pytest.mark.parametrize(
     ("page", "k_bits", "v_bits"), [(16, 1, 3), (16, 16, 2), (32, 3, 1), (32, 8, 4), (32, 2, 8), (32, 4, 16)]
 )

@@ -16,7 +16,7 @@ from ...runtime.triton_numbers import INTERPRETED, dot, round_to, to_float32
 from .packed import joined
 from .planes import CHUNK as CHUNK_PLANES
 from .planes import PLANE_BITS
-from .softmax import Scoring, Softmax, score, weigh
+from .softmax import Scoring, Softmax, logarithm_of_total, score, weigh
 
 CHUNK = tl.constexpr(CHUNK_PLANES)
 KINDS = tl.constexpr(len(PLANE_BITS))
@@ -178,7 +178,7 @@ def coded_kernel(
     tl.debug_barrier()  # weights are read by other threads than wrote them
 
     at = (head * splits + split) * rows + row
-    tl.store(logarithms + at, running.peak + tl.log2(running.total), mask=is_row)
+    tl.store(logarithms + at, logarithm_of_total(running), mask=is_row)
     divisor = tl.where(running.total == 0, 1.0, running.total)
     plane = tl.arange(0, CHUNK)
     means += at * value_rows

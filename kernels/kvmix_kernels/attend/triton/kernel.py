@@ -15,7 +15,7 @@ from .channels import chunk_of, load_query, run_products
 from .memory import QueryRows, in_sink_or_tail, in_tail, load_rows, of_head, of_pages
 from .packed import add_page_values, cut, size_of
 from .plain import add_token_values, padded_channels, token_products
-from .softmax import LOG2_E, Scoring, Softmax, score, weigh
+from .softmax import LOG2_E, Scoring, Softmax, logarithm_of_total, score, weigh
 
 
 class ProgramInputs(NamedTuple):
@@ -133,7 +133,7 @@ def attend_kernel(
         )
 
     at = (head.to(tl.int64) * splits + first_split + split) * RATIO * queries + row
-    tl.store(logarithms + at, running.peak + tl.log2(running.total), mask=is_row)
+    tl.store(logarithms + at, logarithm_of_total(running), mask=is_row)
     divisor = tl.where(running.total == 0, 1.0, running.total)
     within = tl.arange(0, WIDTH)
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")

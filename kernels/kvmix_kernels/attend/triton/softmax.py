@@ -9,6 +9,7 @@ CAUSAL, BOOLEAN, ADDITIVE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """Kinds of mask; 0 is none. A boolean mask is one of bytes."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3e38)
+LOWEST_LOGARITHM = tl.constexpr(-16384.0)
 
 
 class Softmax(NamedTuple):
@@ -50,6 +51,16 @@ def score(products, token, limit, scoring, MASK: tl.constexpr, SOFTCAP: tl.const
     mask = mask.to(tl.float32)
     # What is finite stays so: a row that the lowest number masks is an even mean.
     return products + tl.where(mask == float("-inf"), mask, tl.maximum(mask * LOG2_E, LOWEST))
+
+
+@triton.jit
+def logarithm_of_total(running):
+    """Return the logarithms to base 2 of the sums of weights, `[M]`, and -inf where a row attends to nothing.
+
+    Where the lowest number masks all tokens, float32 would lose the sum beside the peak: `LOWEST_LOGARITHM` is the peak
+    then, so that splits of different lengths still merge to an even mean.
+    """
+    return tl.where(running.peak < LOWEST / 2, LOWEST_LOGARITHM, running.peak) + tl.log2(running.total)
 
 
 @triton.jit
