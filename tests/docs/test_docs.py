@@ -22,7 +22,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "do
 FOUR_LAYERS = ModelInfo(id="example/four-layers", layers=4, kv_heads=8, head_dim=128)
 HUB = "meta-llama/Llama-2-7b"
 SHORTER = {
-    "profile": ["--samples", "2", "--seq-len", "288"],
+    "profile": ["--samples", "1", "--seq-len", "288"],
+    "run": ["--max-new-tokens", "8"],
     "eval": ["--limit", "1", "--length", "640"],
     "demo": ["--samples", "1", "--limit", "1"],
     "recommend": ["--dry-run"],

@@ -5,10 +5,13 @@ import os
 import time
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmix_cli.errors import DocumentError
 from kvmix_cli.plan import document
-from kvmix_cli.plan.document import parse_yaml, read_yaml
+from kvmix_cli.plan.document import flow, parse_yaml, read_yaml
 
 
 def fault(text):
@@ -107,3 +110,18 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert read_yaml(path).data == {"a": 1}
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["yes", "a: \n😀"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=150), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(plain)
+def test_what_is_written_does_not_depend_on_how_pyyaml_was_built(value):
+    with_pyyaml = yaml.dump(
+        value, Dumper=document._OneLineDumper, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
+    assert flow(value) == with_pyyaml.removesuffix("\n").removesuffix("\n...")

@@ -1,10 +1,15 @@
 """Calling `kvmix` inside the test's process."""
 
+import functools
 import json
 
+from typer import testing
 from typer.testing import CliRunner, Result
 
 from kvmix_cli.main import app
+
+# Once a process: making every command and option of the app anew takes longer than many a command itself.
+testing._get_command = functools.cache(testing._get_command)
 
 TINY = ("--model", "builtin:tiny", "--device", "cpu")
 """The built-in model, as options."""
