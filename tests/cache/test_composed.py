@@ -1,5 +1,7 @@
 """Transforms, tiers and channel groups in whole models: exact at 16 bits, the same on every path."""
 
+import functools
+
 import pytest
 import torch
 from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, case, implementations
@@ -17,7 +19,7 @@ from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Tier, TokenPoli
 WITHOUT_QUERIES = ("rotated", "centered", "recency", "before rope")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
-STEPS = [90] + [1] * 12 + [70, 5, 1]
+STEPS = [90] + [1] * 5 + [70, 5, 1]
 
 
 def left_padded(tokens, padding):
@@ -28,6 +30,15 @@ def left_padded(tokens, padding):
 
 CASES = [(family, axes) for family in CONFIGS for axes in AXES]
 CASES = [each for each in CASES if each[0] not in NO_KVMIX_ATTENTION or each[1] in WITHOUT_QUERIES]
+
+
+@functools.cache
+def unquantized_logits(family, padding):
+    """What the stock cache answers, once for all axes: it knows none of them."""
+    model = build(family, wide=True)
+    model.set_attn_implementation(implementations(family)[-1])
+    tokens = ids(sum(STEPS))
+    return teacher_forced(model, unquantized_cache(model.config), tokens, STEPS, left_padded(tokens, padding))
 
 
 @pytest.mark.slow
@@ -43,7 +54,7 @@ def test_at_16_bits_nothing_changes(family, axes):
         return
     for padding in (0, 25) if family == "llama" else (25,):  # of the first of two rows
         mask = left_padded(tokens, padding)
-        expected = teacher_forced(model, unquantized_cache(model.config), tokens, STEPS, mask)
+        expected = unquantized_logits(family, padding)
         got = teacher_forced(model, MixedCache.from_plan(plan, model.config), tokens, STEPS, mask)
         torch.testing.assert_close(got[0, padding:], expected[0, padding:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)

@@ -83,24 +83,24 @@ def turned(states, positions, frequencies):
 
 
 def coded_and_back(state, directions, head, digits, is_value):
-    """One token `[D]` of one head, coded and decoded in float64, one direction after the other."""
+    """One token `[D]` of one head, coded and decoded in float64."""
     encode, decode = (torch.from_numpy(array[head]).double() for array in (directions.encode, directions.decode))
     mean, deviation = (torch.from_numpy(array[head]).double() for array in (directions.mean, directions.deviation))
-    units = encode @ (state.double() - mean) / deviation
     widths = [int(digits[d // 8]) for d in range(len(state))]
     some = [d for d, width in enumerate(widths) if width]
+    if not some:
+        return mean
+    units = (encode @ (state.double() - mean) / deviation)[some]
+    step = torch.tensor([STEPS[widths[d]] for d in some], dtype=torch.float64)
+    levels = torch.tensor([2.0 ** widths[d] for d in some], dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64)
     if is_value:
-        rms = units[some].square().mean().sqrt() if some else torch.zeros(())
-        scale = rms.clamp(min=1e-4).half().double()
-    coded = torch.zeros_like(units)
-    for d in some:
-        step, levels = STEPS[widths[d]], 2 ** widths[d]
-        code = ((units[d] / scale / step + levels / 2).floor()).clamp(0, levels - 1)
-        coded[d] = (code - levels / 2 + 0.5) * step
-    if is_value and some:
+        scale = units.square().mean().sqrt().clamp(min=1e-4).half().double()
+    codes = (units / scale / step + levels / 2).floor().clamp(min=0).minimum(levels - 1)
+    coded = (codes - levels / 2 + 0.5) * step
+    if is_value:
         scale = (scale * (coded * units / scale).sum() / coded.square().sum().clamp(min=1e-6)).half().double()
-    return mean + decode @ (coded * scale * deviation)
+    return mean + decode[:, some] @ (coded * scale * deviation[some])
 
 
 class CodedReferenceLayer(DynamicLayer):

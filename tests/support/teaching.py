@@ -4,9 +4,9 @@ import torch
 from architectures import VOCABULARY
 
 PIECES = {
-    "decode": [90] + [1] * 20,
+    "decode": [90] + [1] * 17,
     "chunks": [70, 70, 33, 1, 1, 5, 1],
-    "one token first": [1] * 25 + [80, 1],
+    "one token first": [1] * 17 + [88, 1],
 }
 
 
