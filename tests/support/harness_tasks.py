@@ -9,7 +9,7 @@ from evaluating import tiny
 
 from kvmix_cli.texts import load_texts
 
-DOCUMENTS = 4
+DOCUMENTS = 3
 """Of each task, of different lengths."""
 
 GENERATE = {
