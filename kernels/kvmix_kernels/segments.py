@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -53,7 +54,7 @@ class TokenPages(ABC):
     def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Return pages `[first, last)`, dequantized: `[B, H_kv, pages, page, width]`."""
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of tokens."""
         return self.pages * self.page
@@ -75,7 +76,7 @@ class TokenPages(ABC):
         return states.flatten(2, 3)[:, :, start - first * self.page : stop - first * self.page]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed(TokenPages):
     """Quantized pages.
 
@@ -110,7 +111,7 @@ class Packed(TokenPages):
         return dequantize(self.words[:, :, first:last], self.scales[:, :, first:last], self.layout, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plain(TokenPages):
     """Pages of a run of key channels in full precision, laid out as packed keys are: channels, then tokens.
 
@@ -141,7 +142,7 @@ class Plain(TokenPages):
         return self.states[:, :, first:last].transpose(-1, -2).to(dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Channels(TokenPages):
     """Pages of keys whose channels are sorted and cut into runs, each of its own precision (MixKVQ, Kitty).
 
@@ -335,7 +336,7 @@ class Segments:
     packed: Packed | Channels | Coded | SortedTokens | None
     tail: Tensor
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """`[B, H_kv, T, D]`, as if it were one tensor."""
         batch, heads, tail, width = self.tail.shape

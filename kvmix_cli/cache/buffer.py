@@ -41,14 +41,17 @@ class Buffer:
     def __init__(self, reserve: int = 0) -> None:
         self._reserve = reserve
         self._data: Tensor | None = None
+        self._view: Tensor | None = None  # a slice costs more than most of what a decoding step does with it
         self.length = 0
 
     @property
     def view(self) -> Tensor:
-        """Return everything appended so far, `[B, H_kv, length, ...]`, without a copy."""
-        if self._data is None:
-            raise IndexError("an empty buffer has no shape yet")
-        return self._data[:, :, : self.length]
+        """Return everything appended so far, `[B, H_kv, length, ...]`, no copy: one object until it changes."""
+        if self._view is None:
+            if self._data is None:
+                raise IndexError("an empty buffer has no shape yet")
+            self._view = self._data[:, :, : self.length]
+        return self._view
 
     @property
     def has_shape(self) -> bool:
@@ -75,35 +78,35 @@ class Buffer:
         first, length = self.length, self.length + shape[2]
         if self._data is None or length > self._data.shape[2]:
             self._data = self._moved(length, shape, dtype, device)
-        self.length = length
+        self.length, self._view = length, None
         return self._data[:, :, first:length]
 
     def hold(self, content: Tensor) -> None:
         """Take a tensor `[B, H_kv, n, ...]` as the content, without a copy; it has no spare room."""
-        self._data, self.length = content, content.shape[2]
+        self._data, self.length, self._view = content, content.shape[2], None
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest `count`; the rest moves to the front."""
         rest = self.view[:, :, count:].clone()
-        self.length = rest.shape[2]
+        self.truncate(rest.shape[2])
         self.view.copy_(rest)
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length`."""
-        self.length = min(self.length, length)
+        self.length, self._view = min(self.length, length), None
 
     @lasting
     def select(self, places: Tensor) -> None:
         """Keep what is at `places` `[B, H_kv, m]` of the third axis only, in this order, without spare room."""
         view = self.view
         index = places.reshape(*places.shape, *[1] * (view.ndim - 3)).expand(*places.shape, *view.shape[3:])
-        self._data, self.length = view.gather(2, index), places.shape[2]
+        self.hold(view.gather(2, index))
 
     @lasting
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the content by `change` of it: a selection of the batch, another device."""
         if self._data is not None:
-            self._data = change(self._data)
+            self._data, self._view = change(self._data), None
 
     @lasting
     def _moved(self, length: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -46,6 +46,7 @@ class Store:
         self._waiting: Tensor | None = None  # a tail that is too long to be kept, until `pack_early`
         self._sink = Buffer(0 if packing is None else settings.sink)
         self._tail = Buffer(reserve if packing is None else 0)
+        self._segments: Segments | None = None
 
     @property
     def shape(self) -> torch.Size | None:
@@ -142,10 +143,14 @@ class Store:
         return due
 
     def segments(self) -> Segments:
-        """Return what is held now, as views."""
+        """Return what is held now, as views: one object until one of them changes."""
+        sink = self._sink.view if self.sinks else None
         packed = self.packing.view if self.packing is not None and self.packed_tokens else None
         tail = self._tail.view if self._waiting is None else self._waiting
-        return Segments(self._sink.view if self.sinks else None, packed, tail)  # type: ignore[arg-type]
+        held = self._segments
+        if held is None or held.sink is not sink or held.packed is not packed or held.tail is not tail:
+            held = self._segments = Segments(sink, packed, tail)  # type: ignore[arg-type]
+        return held
 
     def is_unchanged(self) -> Callable[[], bool]:
         """Return a function that says whether the store is still as it is now."""

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.layout import PageLayout
 
+from kvmix_cli.cache.buffer import Buffer
 from kvmix_cli.cache.packing.pages import PagePacking
 from kvmix_cli.cache.store import ROLLBACK, Store
 from kvmix_cli.errors import QuantizationError
@@ -81,8 +82,6 @@ def test_pages_are_packed_once_and_never_move_while_there_is_room():
 
 
 def test_growth_is_amortised(monkeypatch):
-    from kvmix_cli.cache.buffer import Buffer
-
     moved = []
     move = Buffer._moved
     monkeypatch.setattr(Buffer, "_moved", lambda self, *args: moved.append(self.length) or move(self, *args))
@@ -147,6 +146,45 @@ def test_batch_changes_apply_to_every_part():
     before = some.segments().dequantize()
     some.apply(lambda x: x[torch.tensor([2, 0])])
     assert torch.equal(some.segments().dequantize(), before[[2, 0]])
+
+
+CHANGES = {
+    "append": lambda buffer: buffer.append(tokens(3, 7)),
+    "drop_first": lambda buffer: buffer.drop_first(2),
+    "truncate": lambda buffer: buffer.truncate(4),
+    "hold": lambda buffer: buffer.hold(tokens(5, 8)),
+    "select": lambda buffer: buffer.select(torch.tensor([[[4, 1], [0, 2]]])),
+    "apply": lambda buffer: buffer.apply(lambda x: x.neg()),
+}
+CONTENTS = {
+    "append": lambda x: torch.cat([x, tokens(3, 7)], dim=2),
+    "drop_first": lambda x: x[:, :, 2:],
+    "truncate": lambda x: x[:, :, :4],
+    "hold": lambda x: tokens(5, 8),
+    "select": lambda x: torch.stack([x[0, 0, [4, 1]], x[0, 1, [0, 2]]])[None],
+    "apply": torch.neg,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_view_is_one_object_until_the_buffer_changes(change):
+    buffer = Buffer()
+    buffer.append(tokens(6))
+    view, before = buffer.view, buffer.view.clone()
+    assert buffer.view is view
+    CHANGES[change](buffer)
+    assert buffer.view is not view
+    assert torch.equal(buffer.view, CONTENTS[change](before))
+
+
+def test_a_step_that_packs_nothing_reads_the_same_pages():
+    some = store()
+    some.append(tokens(300))
+    packed = some.append(tokens(1)).packed
+    assert packed.tokens == 272
+    assert all(some.append(tokens(1, seed)).packed is packed for seed in range(3))
+    some.append(tokens(20))
+    assert some.append(tokens(1)).packed is not packed
 
 
 def test_paper_window_collapses_as_in_the_released_code():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attending import instruction_sets, relative_rms
 from coded_pages import random_places
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend, cpu, naive
 from kvmix_kernels.runtime.fallback import warn_once
@@ -35,6 +35,7 @@ LOGARITHM = 1e-3
     first_page=st.sampled_from([0, 5]),
     seed=st.integers(0, 2**16),
 )
+@example(kind="value", head_dim=64, page=16, dtype=torch.float32, first_page=0, seed=4979)  # a code and a scale differ
 @settings(max_examples=25, deadline=None)
 def test_encodes_like_the_definition(kind, head_dim, page, dtype, first_page, seed):
     torch.manual_seed(seed)
@@ -46,10 +47,13 @@ def test_encodes_like_the_definition(kind, head_dim, page, dtype, first_page, se
         got = transform_cpu.encode(library(), pages, basis, first_page)
         if got.scales is None:
             assert torch.equal(got.codes, expected.codes), name  # the same operations on the same projection
-        else:  # sums over directions are in another order: a scale may round to the next float16, and move a code
-            torch.testing.assert_close(got.scales, expected.scales, rtol=2e-3, atol=0)
+            same = torch.ones_like(expected.errors, dtype=torch.bool)
+        else:  # sums over directions are in another order: a scale may round to the next float16, and move a code,
+            same = torch.isclose(got.scales, expected.scales, rtol=2e-3, atol=0)  # which seldom moves the scale as well
+            assert (~same).sum() <= 2e-2 * same.numel(), name
+            torch.testing.assert_close(got.scales, expected.scales, rtol=5e-2, atol=0)
             assert (got.codes != expected.codes).sum() <= 1e-2 * got.codes.numel(), name
-        torch.testing.assert_close(got.errors, expected.errors, rtol=2e-2, atol=1e-4)
+        torch.testing.assert_close(got.errors[same], expected.errors[same], rtol=2e-2, atol=1e-4)
 
 
 def test_tokens_that_are_not_finite_have_errors_that_are_not():
@@ -195,12 +199,18 @@ def test_a_row_that_sees_nothing_is_zero():
 
 
 def test_more_frames_later_are_turned_to_as_well():
-    """Cosines and sines are kept from call to call, and there are more frames as the context grows."""
-    problem = problem_of(pages=12, frame=32)
+    """Cosines and sines are kept from call to call, and there are more frames as the context grows.
+
+    The first pages are described for C before there are more frames, and read again after that.
+    """
+    problem = problem_of(pages=40, frame=16)
     key, value = problem.key, problem.value
-    for pages in (2, 12, 4):
-        some = [replace(tensor, packed=first_pages(tensor.packed, pages)) for tensor in (key, value)]
-        assert_attends(replace(problem, key=some[0], value=some[1]))
+    contexts = {
+        pages: [replace(tensor, packed=first_pages(tensor.packed, pages)) for tensor in (key, value)]
+        for pages in (2, 40, 4)
+    }
+    for pages in (2, 40, 4, 2):
+        assert_attends(replace(problem, key=contexts[pages][0], value=contexts[pages][1]))
 
 
 def first_pages(coded, pages):

@@ -15,6 +15,9 @@ from ..transform import Frames, TransformBasis
 LONGEST_PAGE = 1024
 """Tokens whose codes times 16-bit weights have a sum of 31 bits."""
 
+FEWEST_FRAMES = 16
+"""Frames that a query can be turned to at first."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Folded:
@@ -28,7 +31,7 @@ class _Folded:
 
 
 _folded: WeakKeyDictionary[TransformBasis, _Folded] = WeakKeyDictionary()
-_turns: WeakKeyDictionary[Frames, Tensor] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[Frames, list[Tensor]] = WeakKeyDictionary()
 
 
 def fits(coded: Coded) -> bool:
@@ -39,7 +42,7 @@ def fits(coded: Coded) -> bool:
 
 
 def pages_of(coded: Coded) -> CCoded:
-    """Return the struct of these pages; what it points to lives as long as `coded` and its basis."""
+    """Return the struct of these pages; what it points to lives as long as `coded`, its basis and its frames."""
     folded, frames = _fold(coded.basis), coded.basis.frames
     call = CCoded(
         codes=coded.codes.data_ptr(),
@@ -77,10 +80,13 @@ def _fold(basis: TransformBasis) -> _Folded:
 
 
 def _turns_to(frames: Frames, count: int) -> Tensor:
-    """Return cosines and sines of at least `count` frames, `[frames, 2, pairs]`: those that turn a query to each."""
-    turns = _turns.get(frames)
-    if turns is None or turns.shape[0] < count:
-        starts = torch.arange(count) * (frames.length or 0)
+    """Return cosines and sines of at least `count` frames, `[frames, 2, pairs]`: those that turn a query to each.
+
+    Earlier ones are kept, since structs point to them; of each twice as many frames, they are few.
+    """
+    made = _turns.setdefault(frames, [])
+    if not made or made[-1].shape[0] < count:
+        starts = torch.arange(max(count, 2 * len(made[-1]) if made else FEWEST_FRAMES)) * (frames.length or 0)
         angles = starts[:, None].double() * frames.frequencies * -1
-        turns = _turns[frames] = torch.stack([angles.cos(), angles.sin()], dim=1).float()
-    return turns
+        made.append(torch.stack([angles.cos(), angles.sin()], dim=1).float())
+    return made[-1]

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..layout import FULL_PRECISION_BITS
-from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CRun, CSegments
-from ..segments import Channels, Coded, Packed, Plain, Segments, SortedTokens
-from . import coded
+from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CSegments
+from ..segments import Channels, Coded, Packed, Segments
+from .pages import is_plain, native_pages
 from .parts import Part, parts_of
 from .problem import AttentionProblem
 
@@ -26,7 +25,7 @@ def describe(problem: AttentionProblem) -> str:
     parts = parts_of(problem, with_masks=False)
     tensors = [tensor for part in parts for tensor in (part.key, part.value)]
     runs = [run for tensor in tensors if not isinstance(tensor.packed, Coded) for run in tensor.runs]
-    pages = sorted({page for tensor in tensors if (page := _page(tensor))})
+    pages = sorted({known.page for tensor in tensors if (known := native_pages(tensor.packed)).count})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
     sorted_values = "values in channel runs, " if any(isinstance(p.value.packed, Channels) for p in parts) else ""
     dtype = str(problem.key.tail.dtype).removeprefix("torch.")
@@ -65,33 +64,15 @@ def attend(library: ctypes.CDLL, problem: AttentionProblem) -> tuple[Tensor, Ten
 
 
 def _fits(part: Part) -> bool:
-    pages = [_page(tensor) for tensor in (part.key, part.value)]
-    if all(pages) and (pages[0] != pages[1] or part.key.sinks != part.value.sinks):
+    keys, values = native_pages(part.key.packed), native_pages(part.value.packed)
+    if keys.count and values.count and (keys.page != values.page or part.key.sinks != part.value.sinks):
         return False  # tokens are split on the edges of pages of both
-    return not isinstance(part.value.packed, Channels) and _is_segment(part.key) and _is_segment(part.value)
+    is_sorted = isinstance(part.value.packed, Channels)
+    return keys.fits and values.fits and not is_sorted and _is_tail(part.key.tail) and _is_tail(part.value.tail)
 
 
-def _page(tensor: Segments) -> int:
-    """Return the tokens of a page; 0 where there is none."""
-    packed = tensor.packed
-    return 0 if packed is None or isinstance(packed, SortedTokens) or packed.pages == 0 else packed.page
-
-
-def _is_segment(tensor: Segments) -> bool:
-    if tensor.tail.shape[3] % WIDEST_VECTOR or not _is_plain(tensor.tail):
-        return False
-    return coded.fits(tensor.packed) if isinstance(tensor.packed, Coded) else all(map(_is_run, tensor.runs))
-
-
-def _is_run(run: Packed | Plain) -> bool:
-    if isinstance(run, Packed):
-        return run.layout.group % WIDEST_VECTOR == 0
-    return _is_plain(run.states) and run.states.stride(3) == run.page
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Return whether elements are in a row, and of a dtype that the native path knows."""
-    return x.dtype in DTYPES and x.stride(-1) == 1
+def _is_tail(tail: Tensor) -> bool:
+    return tail.shape[3] % WIDEST_VECTOR == 0 and is_plain(tail)
 
 
 def _part(part: Part, problem: AttentionProblem) -> CPart:
@@ -103,46 +84,11 @@ def _part(part: Part, problem: AttentionProblem) -> CPart:
 
 
 def _segments(tensor: Segments) -> CSegments:
-    tail, sink, packed = tensor.tail, tensor.sink, tensor.packed
-    call = CSegments(
-        tail=tail.data_ptr(),
-        tail_strides=tail.stride()[:3],
-        tail_tokens=tail.shape[2],
-        dim=tail.shape[3],
-        dtype=DTYPES[tail.dtype],
-    )
+    """Return sink and tail in C, with the pages, which `tensor` keeps alive."""
+    tail, sink = tensor.tail, tensor.sink
+    call = CSegments.from_buffer_copy(native_pages(tensor.packed).segments)
+    call.tail, call.tail_strides, call.tail_tokens = tail.data_ptr(), tail.stride()[:3], tail.shape[2]
+    call.dim, call.dtype = tail.shape[3], DTYPES[tail.dtype]
     if sink is not None:
         call.sink, call.sink_strides, call.sinks = sink.data_ptr(), sink.stride()[:3], sink.shape[2]
-    if isinstance(packed, Coded):
-        if packed.pages:
-            call.coded = ctypes.pointer(coded.pages_of(packed))
-            call.pages, call.page = packed.pages, packed.page
-    elif runs := tensor.runs:
-        call.runs, call.run_count = (CRun * len(runs))(*map(_run, runs)), len(runs)
-        call.pages, call.page = runs[0].pages, runs[0].page
-    if isinstance(packed, Channels):
-        call.order, call.order_strides = packed.order.data_ptr(), packed.order.stride()[:3]
-        call.pages_per_order = packed.pages_per_order
     return call
-
-
-def _run(run: Packed | Plain) -> CRun:
-    if isinstance(run, Plain):
-        return CRun(
-            data=run.states.data_ptr(),
-            data_strides=run.states.stride()[:3],
-            bits=FULL_PRECISION_BITS,
-            channels=run.width,
-            dtype=DTYPES[run.states.dtype],
-        )
-    layout = run.layout
-    return CRun(
-        data=run.words.data_ptr(),
-        scales=run.scales.data_ptr(),
-        data_strides=run.words.stride()[:3],
-        scales_strides=run.scales.stride()[:3],
-        bits=layout.bits,
-        channels=layout.head_dim,
-        group=layout.group,
-        dtype=DTYPES[run.scales.dtype],
-    )

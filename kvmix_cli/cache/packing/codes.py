@@ -34,6 +34,7 @@ class CodePacking(Packing):
         self._basis = basis
         self._exact = exact
         self._codes, self._scales = Buffer(reserve), Buffer(reserve)
+        self._held: Coded | None = None
         self._watch = FiniteWatch()
 
     @property
@@ -42,11 +43,14 @@ class CodePacking(Packing):
 
     @property
     def view(self) -> Coded:
-        layout = self._basis.layout
-        scales = self._scales.view if layout.is_scaled else None
-        if self._exact is None:
-            return Coded(self._basis, self._codes.view, scales)
-        return Coded(self._basis, self._codes.view, scales, self._exact.places, self._exact.of(layout.kind))
+        layout, chosen, held = self._basis.layout, self._exact, self._held
+        codes, scales = self._codes.view, self._scales.view if layout.is_scaled else None
+        places, exact = (None, None) if chosen is None else (chosen.places, chosen.of(layout.kind))
+        if held is None or not (
+            held.codes is codes and held.scales is scales and held.places is places and held.exact is exact
+        ):
+            held = self._held = Coded(self._basis, codes, scales, places, exact)
+        return held
 
     def pack(self, states: Tensor) -> None:
         before, errors = self._codes.length, []

@@ -36,6 +36,7 @@ class QuantizedGroup:
         self.encoder = encoder
         self._words = Buffer(reserve)
         self._scales = Buffer(reserve)
+        self._held: Packed | None = None
         self._watch = FiniteWatch()
 
     @property
@@ -45,8 +46,11 @@ class QuantizedGroup:
 
     @property
     def view(self) -> Packed:
-        """Return what is held, without a copy."""
-        return Packed(self.layout, self._words.view, self._scales.view)
+        """Return what is held, without a copy: one object until that changes."""
+        words, scales, held = self._words.view, self._scales.view, self._held
+        if held is None or held.words is not words or held.scales is not scales:
+            held = self._held = Packed(self.layout, words, scales)
+        return held
 
     def pack(self, pages: Tensor) -> None:
         """Append `[B, H_kv, n, page, width]`.
