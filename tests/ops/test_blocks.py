@@ -104,6 +104,31 @@ def test_the_native_path_writes_what_the_definition_writes(storage, monkeypatch)
     assert torch.equal(Sequences(layer_of(storage, 32), 32).blocks, native.blocks)
 
 
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scales", "encoder"), [("float16", "minmax"), ("bfloat16", "minmax"), ("float16", "refit")])
+def test_every_dtype_and_instruction_set_stores_what_the_definition_stores(scales, encoder, dtype, name, monkeypatch):
+    """Keys and values are parts of a wider tensor, as those of a joint projection are; one group is shorter."""
+    if use_instruction_set(name) != name:
+        pytest.skip(f"the processor lacks {name}")
+    states = torch.randn(40, HEADS, 2 * DIM, generator=torch.Generator().manual_seed(3)).to(dtype)
+    states[3], states[5, 0] = 0.0, 7.5  # a constant group has scale 0
+    slots = torch.randperm(96)[:40]
+    try:
+        for kind, bits, group in (("key", 3, 48), ("value", 3, 48), ("key", 8, 16), ("value", 4, 64)):
+            layout = PageLayout("value", bits, DIM, 32, group, scales)
+            tensor, written = AffineBlocks(kind, HEADS, layout, encoder), []
+            for native in (True, False):
+                with monkeypatch.context() as patch:
+                    if not native:
+                        without_library(patch)
+                    written.append(torch.full((3, tensor.nbytes), 0, dtype=torch.uint8))
+                    tensor.write(written[-1], states[..., DIM:], slots, slots)
+            assert torch.equal(*written), (kind, bits, group)
+    finally:
+        use_instruction_set()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(("queries", "page"), [(1, 128), (1, 32), (5, 32)])
 def test_attention_over_blocks_is_attention_over_what_is_read_from_them(storage, queries, page):

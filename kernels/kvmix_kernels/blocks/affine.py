@@ -74,9 +74,16 @@ class AffineBlocks(BlockTensor):
         return torch.arange(self.kv_heads) * (self._code_bytes // self.kv_heads)
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
+        own, room = blocks[:, : self._code_bytes], self._scales(blocks)
+        native = library() if self._is_native(states) else None
+        if native is not None:
+            by_group = room if self.kind == "key" else room.transpose(2, 3)
+            group = self.layout.group
+            cpu.store(native, self.kind, own, by_group, states, slots, self._widths, self._places, group)
+            return
         codes, scales = self._encode(states)
-        self._place(blocks[:, : self._code_bytes], codes, slots)
-        room, dtype = self._scales(blocks), getattr(torch, self.layout.scale_dtype)
+        self._place(own, codes, slots)
+        dtype = getattr(torch, self.layout.scale_dtype)
         largest = torch.finfo(dtype).max  # one token that is not finite must not reach others, not even with weight 0
         scales = scales.nan_to_num(0.0, largest, -largest)
         scales = scales.transpose(2, 3) if self.kind == "key" else scales
@@ -117,6 +124,11 @@ class AffineBlocks(BlockTensor):
         """Return codes `[n, H_kv, D]` uint8 and scales `[n, H_kv, 2, groups]` of tokens `[n, H_kv, D]`."""
         codes, scales = encode(states.transpose(0, 1), self.layout, self.encoder)
         return codes.transpose(0, 1), scales.permute(3, 0, 1, 2)
+
+    def _is_native(self, states: Tensor) -> bool:
+        """Return whether the native path makes scales and codes of these tokens, and does not only pack them."""
+        is_read = states.dtype in DTYPES and states.stride(2) == 1
+        return is_read and states.device.type == "cpu" and self.encoder == "minmax"
 
     def _place(self, blocks: Tensor, codes: Tensor, slots: Tensor) -> None:
         native = library() if codes.device.type == "cpu" else None

@@ -1,5 +1,5 @@
-// The arguments of placing codes. runtime/native/structs.py mirrors this struct, native.cpp lists its fields for the check
-// of that.
+// The arguments of placing codes and of storing tokens. runtime/native/structs.py mirrors these structs, native.cpp lists
+// their fields for the check of that.
 #pragma once
 #include <cstdint>
 
@@ -17,4 +17,15 @@ struct Placement {
   int64_t tokens, heads, dim, page;
   int64_t form, group;    // of keys: channels that are packed together
   int64_t threads;
+};
+
+// Keys or values of single tokens that become codes, each group of channels by its smallest and largest. Strides are in
+// elements.
+struct Storing {
+  Placement to;               // without codes
+  const void* states;         // [tokens, H_kv, dim], channels contiguous
+  uint16_t* scales;           // [blocks, H_kv, groups, 2, page], tokens contiguous
+  int64_t states_strides[2];  // token, head
+  int64_t scales_strides[4];  // block, head, group, from scale to zero
+  int64_t dtype, scale_dtype;
 };

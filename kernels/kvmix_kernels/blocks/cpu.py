@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..runtime.native.structs import FORMS, CAttention, CPart, CPlacement, CSegments
+from ..runtime.native.structs import DTYPES, FORMS, CAttention, CPart, CPlacement, CSegments, CStoring
 
 
 def place(
@@ -36,22 +36,73 @@ def place(
         group: channels of keys that are packed together.
     """
     codes, slots = codes.contiguous(), slots.contiguous()
-    call = CPlacement(
-        codes=codes.data_ptr(),
+    call = _placement(form, blocks, slots, codes.shape, widths, places, page, group)
+    call.codes = codes.data_ptr()
+    library.kvmix_place(ctypes.byref(call))
+
+
+def store(
+    library: ctypes.CDLL,
+    form: str,
+    blocks: Tensor,
+    scales: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    widths: Tensor,
+    places: Tensor,
+    group: int,
+) -> None:
+    """Put tokens into blocks as codes, each group of channels by its smallest and largest element.
+
+    Args:
+        library: the native library.
+        form: `"key"` or `"value"`: how the codes of a block lie.
+        blocks: `[N, bytes]` uint8, the codes of every block.
+        scales: `[N, H_kv, groups, 2, page]`, scale and zero of every block, one token after the other.
+        states: `[n, H_kv, D]` in a dtype of `DTYPES`, channels contiguous.
+        slots: `[n]` int64.
+        widths: `[H_kv, D]` uint8, bits of the codes, all alike.
+        places: `[H_kv]` int64, first byte of each head in a block.
+        group: channels of a group, a multiple of 16.
+    """
+    slots = slots.contiguous()
+    call = CStoring(
+        to=_placement(form, blocks, slots, states.shape, widths, places, scales.shape[-1], group),
+        states=states.data_ptr(),
+        scales=scales.data_ptr(),
+        states_strides=states.stride()[:2],
+        scales_strides=scales.stride()[:4],
+        dtype=DTYPES[states.dtype],
+        scale_dtype=DTYPES[scales.dtype],
+    )
+    library.kvmix_store(ctypes.byref(call))
+
+
+def _placement(
+    form: str,
+    blocks: Tensor,
+    slots: Tensor,
+    shape: Sequence[int],
+    widths: Tensor,
+    places: Tensor,
+    page: int,
+    group: int,
+) -> CPlacement:
+    """Return where tokens `[n, H_kv, D]` of this shape go, without their codes; `slots` must outlive it."""
+    return CPlacement(
         slots=slots.data_ptr(),
         blocks=blocks.data_ptr(),
         widths=widths.data_ptr(),
         places=places.data_ptr(),
         block_bytes=blocks.stride(0),
-        tokens=codes.shape[0],
-        heads=codes.shape[1],
-        dim=codes.shape[2],
+        tokens=shape[0],
+        heads=shape[1],
+        dim=shape[2],
         page=page,
         form=FORMS[form],
         group=group,
         threads=torch.get_num_threads(),
     )
-    library.kvmix_place(ctypes.byref(call))
 
 
 def attend(

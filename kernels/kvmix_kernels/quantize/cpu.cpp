@@ -7,11 +7,9 @@
 #include <cmath>
 #include <vector>
 
-#include "../runtime/native/simd.h"
+#include "grids.h"
 
 namespace KVMIX_ISA {
-
-constexpr float TINY_SCALE = 0x1p-24f;  // as in naive.py
 
 struct Scratch {
   std::vector<float> page, scales;    // [page][dim]; scale, zero and 1 / scale, each [groups][rows]
@@ -29,54 +27,16 @@ static void read_page(const Quantization& q, const void* from, float* page) {
     }
 }
 
-// The smallest and largest so far. NaN compares false and would be lost: it is kept in `poison`, as is infinity.
-struct Range {
-  vf low = splat(INFINITY), high = splat(-INFINITY), poison = {};
-
-  void add(vf x) {
-    low = x < low ? x : low;
-    high = x > high ? x : high;
-    poison += x * splat(0.0f);
-  }
-};
-
-static vf raw_scale(vf low, vf high, vf poison, float levels) {
-  vf scale = (high - low) / splat(levels);
-  return (scale < splat(TINY_SCALE) ? vf{} : scale) + poison;
-}
-
-static vh to_stored(const Quantization& q, vf x) {
-  return q.scale_dtype == FLOAT16 ? float_to_half(x) : float_to_bfloat(x);
-}
-
-static vf from_stored(const Quantization& q, const void* x) {
-  return q.scale_dtype == FLOAT16 ? half_to_float(x) : bfloat_to_float(x);
-}
-
-static vf reciprocal(vf scale) { return scale > vf{} ? splat(1.0f) / scale : vf{}; }
-
 // Round scale and zero to how they are stored, and read them back for the codes.
 static void finish_scales(const Quantization& q, int64_t count, float* scales, uint16_t* out) {
   float *scale = scales, *zero = scales + count, *inverse = scales + 2 * count;
   for (int64_t i = 0; i < count; i += W)
     for (float* x : {scale, zero}) {
       uint16_t* stored = out + (x - scales) + i;
-      store(stored, to_stored(q, load<vf>(x + i)));
-      store(x + i, from_stored(q, stored));
+      store(stored, to_stored(q.scale_dtype, load<vf>(x + i)));
+      store(x + i, from_stored(q.scale_dtype, stored));
     }
   for (int64_t i = 0; i < count; i += W) store(inverse + i, reciprocal(load<vf>(scale + i)));
-}
-
-static vf whole_code(vf x, vf zero, vf inverse, float levels) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to nearest even
-  vf scaled = (x - zero) * inverse;
-  scaled = scaled > vf{} ? scaled : vf{};
-  scaled = scaled < splat(levels) ? scaled : splat(levels);
-  return (scaled + magic) - magic;
-}
-
-static vi code(vf x, vf zero, vf inverse, float levels) {
-  return __builtin_convertvector(whole_code(x, zero, inverse, levels), vi);
 }
 
 // Where a search starts (share of the range, share below it), and how often each start is refitted: as in grids.py.
@@ -149,8 +109,8 @@ struct Groups {
   }
 
   Grid grid(vf scale, vf zero) const {
-    const vh stored[] = {to_stored(q, scale < splat(TINY_SCALE) ? vf{} : scale), to_stored(q, zero + splat(0.0f))};
-    return {from_stored(q, &stored[0]), from_stored(q, &stored[1])};
+    const vh stored[] = {to_stored(q.scale_dtype, scale < splat(TINY_SCALE) ? vf{} : scale), to_stored(q.scale_dtype, zero + splat(0.0f))};
+    return {from_stored(q.scale_dtype, &stored[0]), from_stored(q.scale_dtype, &stored[1])};
   }
 
   Sums sums(const Grid& grid) const {
@@ -214,7 +174,7 @@ static void fit_scales(const Quantization& q, const float* matrix, int64_t colum
     store(scale + i, kept.scale), store(zero + i, kept.zero), store(inverse + i, reciprocal(kept.scale));
     const vh change = __builtin_convertvector(is_finite, vh);  // NaN stays as it is: `from_stored` may lose it
     for (uint16_t* at : {out + i, out + count + i}) {
-      const vh fit = to_stored(q, at == out + i ? kept.scale : kept.zero);
+      const vh fit = to_stored(q.scale_dtype, at == out + i ? kept.scale : kept.zero);
       store(at, (fit & change) | (load<vh>(at) & ~change));
     }
   }

@@ -18,7 +18,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
-    "blocks/cpu.cpp": (),
+    "blocks/cpu.cpp": ("-ffp-contract=off",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
     "transform/cpu.cpp": ("-ffp-contract=off",),
 }
@@ -32,6 +32,7 @@ HEADERS = (
     "attend/coded.h",
     "blocks/cpu.h",
     "quantize/cpu.h",
+    "quantize/grids.h",
     "transform/cpu.h",
 )
 

@@ -15,6 +15,7 @@
   void quantize(const Quantization&);       \
   void encode(const Encoding&);             \
   void place(const Placement&);             \
+  void store(const Storing&);               \
   }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -34,7 +35,10 @@ struct Variant {
   void (*quantize)(const Quantization&);
   void (*encode)(const Encoding&);
   void (*place)(const Placement&);
+  void (*store)(const Storing&);
 };
+
+#define VARIANT(isa) {#isa, isa::attend, isa::quantize, isa::encode, isa::place, isa::store}
 
 // The best variant that the processor has, or the one asked for if it has that.
 Variant choose(const char* wanted) {
@@ -45,13 +49,11 @@ Variant choose(const char* wanted) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_vnni = has512 && __builtin_cpu_supports("avx512vnni");
   const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return {"vnni", vnni::attend, vnni::quantize, vnni::encode, vnni::place};
-  if (has512 && (any || !std::strcmp(wanted, "avx512")))
-    return {"avx512", avx512::attend, avx512::quantize, avx512::encode, avx512::place};
-  if (has2 && (any || !std::strcmp(wanted, "avx2")))
-    return {"avx2", avx2::attend, avx2::quantize, avx2::encode, avx2::place};
+  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return VARIANT(vnni);
+  if (has512 && (any || !std::strcmp(wanted, "avx512"))) return VARIANT(avx512);
+  if (has2 && (any || !std::strcmp(wanted, "avx2"))) return VARIANT(avx2);
 #endif
-  return {"generic", generic::attend, generic::quantize, generic::encode, generic::place};
+  return VARIANT(generic);
 }
 
 Variant current = choose(std::getenv("KVMIX_ISA"));
@@ -108,6 +110,9 @@ std::string describe_structs() {
   FIELD(Placement, places); FIELD(Placement, block_bytes); FIELD(Placement, tokens); FIELD(Placement, heads);
   FIELD(Placement, dim); FIELD(Placement, page); FIELD(Placement, form); FIELD(Placement, group);
   FIELD(Placement, threads);
+  STRUCT(Storing);
+  FIELD(Storing, to); FIELD(Storing, states); FIELD(Storing, scales); FIELD(Storing, states_strides);
+  FIELD(Storing, scales_strides); FIELD(Storing, dtype); FIELD(Storing, scale_dtype);
 #undef FIELD
 #undef STRUCT
   return out.substr(1);
@@ -125,3 +130,4 @@ EXPORT void kvmix_attend(const Attention* x) { current.attend(*x); }
 EXPORT void kvmix_quantize(const Quantization* x) { current.quantize(*x); }
 EXPORT void kvmix_encode(const Encoding* x) { current.encode(*x); }
 EXPORT void kvmix_place(const Placement* x) { current.place(*x); }
+EXPORT void kvmix_store(const Storing* x) { current.store(*x); }

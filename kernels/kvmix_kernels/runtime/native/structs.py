@@ -196,7 +196,21 @@ class CPlacement(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CPlacement)
+class CStoring(ctypes.Structure):
+    """Everything that `kvmix_store` takes."""
+
+    _fields_ = (
+        ("to", CPlacement),
+        ("states", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("states_strides", ctypes.c_int64 * 2),
+        ("scales_strides", ctypes.c_int64 * 4),
+        ("dtype", ctypes.c_int64),
+        ("scale_dtype", ctypes.c_int64),
+    )
+
+
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CPlacement, CStoring)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:
