@@ -13,6 +13,7 @@ from ..plan.sizes import exact_tokens
 from .archive import Archive
 from .exact import ExactTokens
 from .observation import AttentionCall
+from .queued import QueryQueue, QueuedCall
 from .store import Store
 from .watching import WatchingLayer
 
@@ -24,22 +25,28 @@ class CodedLayer(WatchingLayer):
     """
 
     _is_shown = True
+    _queue: QueryQueue
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores and what chooses exact tokens. Raises PlanError."""
         chooser: Kind = "key" if isinstance(self.plan.k, TransformTensor) else "value"
         self._exact = ExactTokens(exact_tokens(self.plan, self.settings), key_states, chooser)
+        self._queue = QueryQueue()
         super().lazy_initialization(key_states, value_states)
 
     @property
     def nbytes(self) -> int:
         """Return the bytes in use."""
-        return super().nbytes + (0 if self._exact is None else self._exact.nbytes)
+        return super().nbytes + self._chosen_bytes
 
     @property
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
-        return super().allocated_bytes + (0 if self._exact is None else self._exact.nbytes)
+        return super().allocated_bytes + self._chosen_bytes
+
+    @property
+    def _chosen_bytes(self) -> int:
+        return 0 if self._exact is None else self._exact.nbytes + self._queue.nbytes
 
     def reset(self) -> None:
         """Forget everything."""
@@ -48,6 +55,7 @@ class CodedLayer(WatchingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. Of those that stay no other tokens become exact."""
+        self._catch_up()
         super().crop(tokens_to_remove)
         if self._exact is None or not tokens_to_remove:
             return
@@ -57,6 +65,7 @@ class CodedLayer(WatchingLayer):
 
     def exchange(self, archive: Archive, examples: tuple[Tensor, Tensor]) -> None:
         """Give everything held to an archive, or take it; see `MixedLayer.exchange`."""
+        self._catch_up()
         super().exchange(archive, examples)
         self._is_shown = bool(archive.number("shown", self._is_shown))
         if self._exact is not None:
@@ -87,19 +96,32 @@ class CodedLayer(WatchingLayer):
         self._pack_early()
 
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
-        """Add the attention that tokens receive."""
+        """Add the attention that tokens receive, now or a few decoding steps later."""
         if self._exact is not None:
-            self._exact.learn(call, self.stores[0].sinks)
-            self._exact.attention.learn(call, keys, self.get_seq_length(), self._tail_tokens)
+            queued = QueuedCall(call, keys, self.get_seq_length(), self._tail_tokens)
+            self._learn_from(self._exact, self._queue.add(queued))
+
+    def _catch_up(self) -> None:
+        """Learn from the queries that wait, before what they attended to changes."""
+        if self._exact is not None:
+            self._learn_from(self._exact, self._queue.take())
+
+    def _learn_from(self, exact: ExactTokens, calls: list[QueuedCall]) -> None:
+        for queued in calls:
+            exact.learn(queued.call, self.stores[0].sinks)
+            exact.attention.learn(queued.call, queued.keys, queued.tokens, queued.tail)
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the attention of the tokens that have left the tail."""
+        if any(store.due for store in self.stores):
+            self._catch_up()
         counts = super()._in_step(pack)
         if self._exact is not None:
             self._exact.forget_oldest(max(counts))
         return counts
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._catch_up()
         super()._apply(change)
         if self._exact is not None:
             self._exact.apply(change)

@@ -76,8 +76,10 @@ class QuerySum:
 class RunningMean:
     """A mean over recent queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
 
+    It is the same whether queries come in one forward or in several, but for those that share a row.
+
     Args:
-        horizon: queries that a mean is over: each forward moves it towards its own mean by its share of so many.
+        horizon: queries that a mean is over: each moves it by this share towards its own row.
         mean: `[B, H, n]` float32, to go on from.
     """
 
@@ -92,8 +94,10 @@ class RunningMean:
         """Return the mean `[B, H, n]`."""
         if self._last is None or not self._last.shape[2]:
             return self._earlier
-        queries = self._last.shape[2] * self._queries
-        return self._earlier.lerp(self._last.sum(2) / queries, min(1.0, queries / self._horizon))
+        rows = self._last.shape[2]
+        keeps = (1 - 1 / self._horizon) ** self._queries  # what a row leaves of the mean before it
+        shares = [(1 - keeps) * keeps ** (rows - 1 - row) / self._queries for row in range(rows)]
+        return keeps**rows * self._earlier + torch.einsum("bhrn,r->bhn", self._last, self._last.new_tensor(shares))
 
     @property
     def nbytes(self) -> int:

@@ -96,11 +96,18 @@ class Store:
         self.pack_early()
         return seen
 
+    @property
+    def due(self) -> int:
+        """Return how many tokens `settle` packs."""
+        if self._is_finished:
+            return 0
+        return max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
+
     def settle(self) -> int:
         """Pack what the window stopped keeping after the last forward, and return how many tokens that is."""
         if self._is_finished:
             return 0
-        due = max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
+        due = self.due
         if due:
             self._pack(self._tail.view[:, :, :due])
             self._tail.drop_first(due)
