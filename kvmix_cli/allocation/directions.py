@@ -8,7 +8,8 @@ loss takes bits in the order of their worth until the budget is spent (Cover and
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -81,6 +82,23 @@ class Filling(Generic[Tensor]):
     def within(self, bits: float) -> int:
         """Return how many bits, in order, take at most `bits` code bits a token, summed over all tensors."""
         return int(np.searchsorted(np.cumsum(self.directions), bits, side="right"))
+
+    def affording(self, cost: Callable[[int], int], allowance: float) -> int:
+        """Return the most bits, in order, whose cost is within an allowance; none at all must be within it.
+
+        The search begins where a cost proportional to code bits would meet the allowance, and leaves that place in
+        growing steps. A cost is that of a whole plan: four of them are worked out, not one for every halving.
+        """
+        low, high, step = 0, len(self.worth) + 1, 1  # within the allowance, and beyond it
+        floor, most = cost(0), cost(len(self.worth))
+        place = max(1, self.within(self.most * (allowance - floor) / max(1, most - floor)))
+        while low < place < high:
+            if cost(place) <= allowance:
+                low, place = place, place + step
+            else:
+                high, place = place, place - step
+            step *= 2
+        return low + bisect_right(range(low + 1, high), allowance, key=cost)
 
     def reaching(self, loss: float) -> int:
         """Return how many bits, in order, bring the loss down to `loss` nats; all of them if none do."""

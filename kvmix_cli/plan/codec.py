@@ -19,6 +19,7 @@ from .policies import MOST_TOKENS, FileSetting
 CODED = "t"
 """Mark of a mean width of transform codes in the short form of plans."""
 _SHA256 = r"^[0-9a-f]{64}$"
+_DIGITS = frozenset(map(str, range(MAX_WIDTH + 1)))
 
 
 class TransformTensor(StrictModel):
@@ -40,9 +41,9 @@ class TransformTensor(StrictModel):
     @classmethod
     def _falling(cls, widths: tuple[str, ...]) -> tuple[str, ...]:
         for head, digits in enumerate(widths):
-            if not digits or len(digits) > MAX_DIM // RUN or set(digits) - set(map(str, range(MAX_WIDTH + 1))):
+            if not digits or len(digits) > MAX_DIM // RUN or not _DIGITS.issuperset(digits):
                 raise ValueError(f"KV head {head} must have a digit from 0 to {MAX_WIDTH} for each run, got {digits!r}")
-            if list(digits) != sorted(digits, reverse=True):
+            if digits != "".join(sorted(digits, reverse=True)):
                 raise ValueError(f"KV head {head} has widths that rise, {digits!r}; expected the widest first")
         return widths
 

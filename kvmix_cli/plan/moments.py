@@ -158,8 +158,11 @@ def _whole(kept: Array, dim: int) -> Array:
     if kept.ndim == 3:
         return kept
     rows, columns = np.triu_indices(dim)
-    whole = np.empty((len(kept), dim, dim), kept.dtype)
-    whole[:, rows, columns] = whole[:, columns, rows] = kept
+    if kept.shape[1:] != rows.shape:
+        raise ValueError(f"a triangle of {dim} channels has {len(rows)} entries, got {list(kept.shape[1:])}")
+    place = np.empty((dim, dim), np.intp)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    whole: Array = np.take(kept, place, axis=1)
     return whole
 
 

@@ -59,6 +59,23 @@ def test_widths_fall_along_a_head_and_a_short_last_run_counts_for_less(dim, bits
     assert filling.within(math.inf) == len(filling.worth) and filling.most == 2 * dim * MAX_WIDTH
 
 
+@patient
+@given(st.integers(1, 40), st.integers(0, 9), st.floats(0, 1), st.sampled_from([1, 7, 64]))
+def test_a_budget_buys_the_most_bits_that_it_pays_for(dim, seed, share, rounding):
+    """Against all counts, also where costs are rounded up or far from proportional."""
+    filling = Filling.of({"k": -np.sort(-np.random.default_rng(seed).lognormal(0, 2, (2, dim)), axis=1)})
+    bits = [0, *np.cumsum(filling.directions).tolist()]
+    for power in (1, 2):
+        costs = [100 + -(-(spent**power) // rounding) * rounding for spent in bits]
+        allowance = costs[0] + share * (costs[-1] - costs[0])
+        asked = []
+        found = filling.affording(
+            lambda count, costs=costs, asked=asked: asked.append(count) or costs[count], allowance
+        )
+        assert found == max(count for count, cost in enumerate(costs) if cost <= allowance)
+        assert len(asked) <= 4 or power > 1 or rounding > 1
+
+
 @pytest.mark.parametrize(
     ("limit", "spent"),
     [

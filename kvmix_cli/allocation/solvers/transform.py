@@ -5,7 +5,7 @@ Source: docs/transform-coding.md; the rule is reverse water-filling, see `alloca
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from functools import cache
 
 from ...errors import BudgetError
 from ...plan import LayerPlan, TransformTensor
@@ -31,10 +31,9 @@ def solve(problem: Problem) -> Decision:
     if problem.loss_limit is not None:
         problem.check_loss(filling.lowest)
         return decision(filling.reaching(problem.loss_limit))
-    last = len(filling.worth)
-    problem.check_cost(problem.cost(decision(0)), problem.cost(decision(last)))
-    counts = range(last + 1)
-    return decision(bisect_right(counts, problem.allowance, key=lambda count: problem.cost(decision(count))) - 1)
+    cost = cache(lambda count: problem.cost(decision(count)))
+    problem.check_cost(cost(0), cost(len(filling.worth)))
+    return decision(filling.affording(cost, problem.allowance))
 
 
 METHOD = Method(uses=("basis",), solve=solve)
