@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kvmix_kernels.layout import Kind
 from kvmix_kernels.runtime.fallback import warn_once
+from kvmix_kernels.segments import Segments
 from torch import Tensor
 
 from ..plan import TransformTensor
@@ -111,10 +112,13 @@ class CodedLayer(WatchingLayer):
             exact.learn(queued.call, self.stores[0].sinks)
             exact.attention.learn(queued.call, queued.keys, queued.tokens, queued.tail)
 
+    def _add(self, keys: Tensor, values: Tensor) -> tuple[Segments, Segments]:
+        if self._queue and any(store.due for store in self.stores):
+            self._catch_up()
+        return super()._add(keys, values)
+
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the attention of the tokens that have left the tail."""
-        if any(store.due for store in self.stores):
-            self._catch_up()
         counts = super()._in_step(pack)
         if self._exact is not None:
             self._exact.forget_oldest(max(counts))

@@ -109,8 +109,9 @@ class ExactTokens:
 
     def forget_oldest(self, count: int) -> None:
         """Forget what the choice of the oldest `count` tokens needed, which have left the tail."""
-        self._chosen = self._chosen.new_empty(*self.places.shape[:2], 0)
-        self.attention.forget_oldest(count)
+        if count:
+            self._chosen = self._chosen.new_empty(*self.places.shape[:2], 0)
+            self.attention.forget_oldest(count)
 
     def crop(self, count: int, tail: int, pages: int, page: int) -> None:
         """Take the last `count` tokens back.

@@ -207,10 +207,10 @@ class MixedLayer(CacheLayerMixin):
         if self._stores is None:
             self.lazy_initialization(key_states, value_states)
         for name, store, new in zip(("keys", "values"), self.stores, (key_states, value_states), strict=True):
-            held = store.shape
-            if held is not None and (*held[:2], held[3]) != (*new.shape[:2], new.shape[3]):
+            held, given = store.rows, _rows(new)
+            if held is not None and held != given:
                 raise CacheError(
-                    f"layer {self.index} holds {name} of {_shape(held)}, and was given {_shape(new.shape)}; use a new "
+                    f"layer {self.index} holds {name} of {_shape(held)}, and was given {_shape(given)}; use a new "
                     "cache, or `batch_repeat_interleave` or `batch_select_indices` to change its batch"
                 )
 
@@ -232,7 +232,7 @@ class MixedLayer(CacheLayerMixin):
         if self._stores is None:
             return None
         store = self._stores[index]
-        if store.shape is None:
+        if store.rows is None:
             return torch.empty(0, dtype=self.dtype, device=self.device)
         return self._handle(index, store.segments(), store.is_unchanged())
 
@@ -251,5 +251,10 @@ class MixedLayer(CacheLayerMixin):
             store.apply(change)
 
 
-def _shape(shape: torch.Size) -> str:
-    return f"{shape[0]} sequences x {shape[1]} KV heads x {shape[3]} channels"
+def _rows(states: Tensor) -> tuple[int, int, int]:
+    batch, heads, _, width = states.shape
+    return batch, heads, width
+
+
+def _shape(rows: tuple[int, int, int]) -> str:
+    return "{} sequences x {} KV heads x {} channels".format(*rows)

@@ -44,6 +44,9 @@ class QueryQueue:
         self._calls: list[QueuedCall] = []
         self._is_decoding = False  # the last call was such a step
 
+    def __len__(self) -> int:
+        return len(self._calls)
+
     @property
     def nbytes(self) -> int:
         """Return the bytes held: of queries and logarithms."""

@@ -49,11 +49,12 @@ class Store:
         self._segments: Segments | None = None
 
     @property
-    def shape(self) -> torch.Size | None:
-        """Return `[B, H_kv, T, D]`; None before the first tokens."""
+    def rows(self) -> tuple[int, int, int] | None:
+        """Return `B`, `H_kv` and `D` of the tokens; None before the first."""
         if self._waiting is None and not self._tail.has_shape:
             return None
-        return self.segments().shape
+        batch, heads, _, width = (self._tail.view if self._waiting is None else self._waiting).shape
+        return batch, heads, width
 
     @property
     def sinks(self) -> int:
