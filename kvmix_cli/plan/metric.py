@@ -86,12 +86,13 @@ def needs_shrinkage(tokens: int, directions: int) -> bool:
 
 
 def _symmetric(matrices: ArrayLike) -> Matrix:
-    found = np.asarray(matrices, np.float64)
-    if found.ndim != 3 or found.shape[1] != found.shape[2]:
-        raise ValueError(f"expected matrices [H, D, D], got {list(found.shape)}")
-    if not np.isfinite(found).all():
+    given = np.asarray(matrices)
+    if given.ndim != 3 or given.shape[1] != given.shape[2]:
+        raise ValueError(f"expected matrices [H, D, D], got {list(given.shape)}")
+    if not np.isfinite(given).all():
         raise ValueError("expected finite statistics")
-    half: Matrix = (found + found.transpose(0, 2, 1)) / 2
+    half: Matrix = np.add(given, given.transpose(0, 2, 1), dtype=np.float64)
+    half *= 0.5
     return half
 
 

@@ -1,6 +1,8 @@
 """Texts: documents to calibrate on and to evaluate on, as plain strings.
 
-    builtin                     the language reference and library sources that every Python carries
+    builtin                     the language reference and library sources that every Python carries; to calibrate on,
+                                as much ordinary prose beside them
+    builtin-library             the same without the prose: text of the kind that the built-in model was trained on
     wikitext2[:PATH]            WikiText-2, its rows joined into one document; from the hub, or a file or folder of rows
     c4[:PATH]                   C4 in English, the first shard
     FILE                        a text file is one document; .jsonl, .json, .csv, .tsv, .parquet and .arrow have one a
@@ -25,6 +27,7 @@ from .builtin import (
     builtin_texts,
     is_held_out_topic,
     module_sources,
+    prose,
     reference_topics,
 )
 from .files import path_texts, read_text
@@ -41,6 +44,7 @@ __all__ = [
     "is_one_document",
     "load_texts",
     "module_sources",
+    "prose",
     "read_text",
     "reference_topics",
 ]
@@ -86,8 +90,8 @@ def is_one_document(source: str) -> bool:
 
 
 def _load(source: str, held_out: bool, seed: int) -> list[str]:
-    if source == "builtin":
-        return builtin_texts(held_out=held_out)
+    if source in ("builtin", "builtin-library"):
+        return builtin_texts(held_out=held_out, with_prose=source == "builtin")
     if (named := find_named(source)) is not None:
         return named.load(held_out, seed)
     if source.startswith(HUB):

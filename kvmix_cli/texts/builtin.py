@@ -1,10 +1,15 @@
-"""The built-in text, which every Python installation carries: its language reference and sources of its library."""
+"""The built-in text: the language reference and library sources that every Python carries, and prose.
+
+The prose (`assets/prose`) was written for this project and is there to calibrate on only: what is held out is of the
+reference and the library.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sysconfig
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 from ..errors import TextError
@@ -20,6 +25,10 @@ HELD_OUT_MODULES = frozenset(_HELD_OUT.split())
 CALIBRATION_MODULES = frozenset(_CALIBRATION.split())
 MIN_CHARACTERS = 400
 """Library files shorter than this are left out."""
+PARTS = 9
+"""Documents that the reference, and the library, are joined into for calibration: half as many as there are of prose.
+Samples are pieces of different documents, so that half of them are prose."""
+_PROSE = Path(__file__).parent.parent / "assets" / "prose"
 
 
 def is_held_out_topic(name: str) -> bool:
@@ -27,10 +36,28 @@ def is_held_out_topic(name: str) -> bool:
     return zlib.crc32(name.encode()) % 4 == 0
 
 
-def builtin_texts(*, held_out: bool) -> list[str]:
-    """Return one side of the built-in text: reference topics, then library modules."""
-    modules = HELD_OUT_MODULES if held_out else CALIBRATION_MODULES
-    return reference_topics(held_out=held_out) + [text for name in sorted(modules) for text in module_sources(name)]
+def builtin_texts(*, held_out: bool, with_prose: bool = True) -> list[str]:
+    """Return one side of the built-in text: prose, the reference, then the library.
+
+    Held out is no prose, and every topic and library file is a document. To calibrate on, they are joined (`PARTS`).
+
+    Args:
+        with_prose: put prose before the rest of what is calibrated on.
+
+    Raises:
+        TextError: if this Python lacks the reference.
+    """
+    topics = reference_topics(held_out=held_out)
+    modules = sorted(HELD_OUT_MODULES if held_out else CALIBRATION_MODULES)
+    sources = [text for name in modules for text in module_sources(name)]
+    if held_out:
+        return topics + sources
+    return (prose() if with_prose else []) + _joined(topics) + _joined(sources)
+
+
+def prose() -> list[str]:
+    """Return the prose: a story, a letter, news, articles, instructions and others, a page or two each."""
+    return [path.read_text(encoding="utf-8") for path in sorted(_PROSE.glob("*.txt"))]
 
 
 def reference_topics(*, held_out: bool) -> list[str]:
@@ -54,3 +81,9 @@ def module_sources(name: str) -> list[str]:
     paths = [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
     return [text for text in texts if len(text) >= MIN_CHARACTERS]
+
+
+def _joined(texts: list[str]) -> list[str]:
+    """Return texts joined into `PARTS` documents of as many consecutive ones each, to one."""
+    ends = [len(texts) * part // PARTS for part in range(PARTS + 1)]
+    return ["\n\n".join(texts[start:end]) for start, end in pairwise(ends)]

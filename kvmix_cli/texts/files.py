@@ -36,8 +36,8 @@ def path_texts(path: Path, held_out: bool) -> list[str]:
         return [text for file in _text_files(path) for text in _file_texts(file)]
     if not path.exists():
         raise TextError(
-            f"no text at {path}: no such file or folder (names are builtin, wikitext2 and c4; "
-            "a data set of the hub is hub:NAME)"
+            f"no text at {path}: no such file or folder (names are builtin, builtin-library, wikitext2 and "
+            "c4; a data set of the hub is hub:NAME)"
         )
     return _file_texts(path)
 

@@ -43,8 +43,8 @@ def cut_samples(
     """Return the token ids of `samples` pieces of at most `seq_len` tokens, full-length ones first.
 
     Each is of another document, which the seed chooses as it chooses the piece; only where these are too few does a
-    document give a second one. So a long document counts no more than a short one, and text of several kinds is mixed.
-    There are fewer if the text has no more.
+    document give a second one. So a long document counts no more than a short one. Documents are taken evenly from the
+    whole list, and text of several kinds is mixed. There are fewer samples if the text has no more.
 
     Args:
         shortest: tokens that a sample must have for the scores that are measured on it.
@@ -56,13 +56,24 @@ def cut_samples(
     _check(samples, seq_len, shortest, max_length)
     least = max(shortest, min(MIN_TOKENS, seq_len))
     chooser = random.Random(seed)
-    documents = chooser.sample(texts, len(texts))
-    found = list(_documents(tokenizer, documents, seq_len, least, samples))
+    found = list(_documents(tokenizer, spread(texts, chooser), seq_len, least, samples))
     if not found:
         raise TextError(f"no calibration text of at least {least} tokens: give more text")
     ranked = [sorted(chooser.sample(pieces, len(pieces)), key=len, reverse=True) for pieces in found]
     turns = [piece for turn in zip_longest(*ranked) for piece in turn if piece is not None]
     return sorted(turns, key=len, reverse=True)[:samples]
+
+
+def spread(texts: Sequence[str], chooser: random.Random) -> list[str]:
+    """Return texts in a random order in which the halves of the list take turns, and their halves likewise.
+
+    So the first of them are from all parts of the list, where neighbours are often of one kind.
+    """
+    if len(texts) < 2:
+        return list(texts)
+    middle = (len(texts) + 1) // 2
+    halves = [spread(half, chooser) for half in chooser.sample((texts[:middle], texts[middle:]), 2)]
+    return [text for pair in zip_longest(*halves) for text in pair if text is not None]
 
 
 def _check(samples: int, seq_len: int, shortest: int, max_length: int | None) -> None:

@@ -1,6 +1,7 @@
 """`run_profile`: what is sampled, what is recorded, and going on after an interruption."""
 
 import json
+import random
 import resource
 import statistics
 from dataclasses import replace
@@ -8,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import build
+from hypothesis import given
+from hypothesis import strategies as st
 from profiling_models import ByteTokenizer, load, wrap
 from ranking import together
 
@@ -17,8 +20,8 @@ from kvmix_cli.profiling import PROBES, ChangeProbe, ProbeOptions, describe_samp
 from kvmix_cli.profiling.measure import shared_pass
 from kvmix_cli.profiling.probes.grad_norm import GradNorm
 from kvmix_cli.ranks import Ranks
-from kvmix_cli.texts import load_texts, reference_topics
-from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples
+from kvmix_cli.texts import load_texts, prose
+from kvmix_cli.texts.tokens import MIN_TOKENS, cut_samples, spread
 
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(300)) for number in range(1, 8)]
 RUN = {"texts": TEXTS, "source": "test", "samples": 5, "seq_len": 40, "seed": 3}
@@ -60,10 +63,21 @@ def test_documents_take_turns_however_long_they_are(loaded):
     assert sources(16)[:8] == sources(8), "more samples begin with the same ones"
 
 
-def test_samples_of_the_builtin_text_are_prose_and_code(loaded):
-    prose = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in reference_topics(held_out=False)]
-    samples = cut_samples(loaded.tokenizer, load_texts(), 10, 1024, seed=0)
-    assert 2 <= sum(any(str(piece)[1:-1] in ids for ids in prose) for piece in samples) <= 8
+def test_half_of_the_samples_of_the_builtin_text_are_prose(loaded):
+    written = [str(loaded.tokenizer(text)["input_ids"])[1:-1] for text in prose()]
+    for seed in range(3):
+        samples = cut_samples(loaded.tokenizer, load_texts(), 10, 1024, seed=seed)
+        assert sum(any(str(piece)[1:-1] in ids for ids in written) for piece in samples) == 5
+
+
+@given(count=st.integers(0, 40), seed=st.integers(0, 9))
+def test_the_first_documents_are_from_all_parts_of_the_list(count, seed):
+    texts = list(map(str, range(count)))
+    order = spread(texts, random.Random(seed))
+    assert sorted(order, key=int) == texts
+    for first in range(count + 1):
+        front = sum(int(text) < (count + 1) // 2 for text in order[:first])
+        assert min(first // 2, count // 2) <= front <= -(-first // 2)
 
 
 def test_a_start_token_begins_every_sample():
