@@ -1,4 +1,4 @@
-"""`kvmix eval`: measure plans against the unquantized cache, or (`--leaderboard`) methods against each other."""
+"""`kvmix eval`: measure plans against the unquantized cache, or methods against each other (`boards`)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ import typer
 from .. import console, state
 from ..errors import EvaluationError
 from ..ranks import current
+from .boards import hold_leaderboard, hold_systems, leave, saved, warn
 from .dry_run import show_work
 from .eval_options import BoardOptions, EvalOptions, TaskOptions
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand, given, refuse
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
     from ..evaluation.base import Task
     from ..evaluation.gates import GateOutcome
     from ..evaluation.results import Report
-    from ..models.loading import LoadedModel
     from ..plan import ModelInfo
-    from ..profile import Profile
     from ..studies.measure import Results, Setup, SubjectNames
     from ..studies.selection import Choice
 
-ROW_FAILED = 1
 GATE_FAILED = 3
 
 
@@ -45,25 +40,23 @@ def evaluate(
     """Measure plans through the quantized cache, beside the unquantized one on the same tokens.
 
     With --leaderboard: every score and solver, transform codes, the paper's rule, uniform and random plans, at equal
-    stored bits.
+    stored bits. With --systems: every preset, scaled to the same stored bytes, and combinations of them.
     """
     if work.join and current().world > 1:
         raise EvaluationError("--join is for processes that were started apart: leave it out, or torchrun")
     own = given(asdict(of_tasks))
     if len(work.lengths) > 1:
-        refuse({"contexts": of_tasks.contexts, "leaderboard": board.leaderboard}, "does not go with several --length")
+        one = {"contexts": of_tasks.contexts, "leaderboard": board.leaderboard, "systems": board.systems}
+        refuse(one, "does not go with several --length")
         _check_several(work)
         own["contexts"] = work.lengths
-    if board.leaderboard:
-        refuse({**work.of_plans, **own, "dry_run": work.dry_run}, "has no place in a leaderboard")
-    else:
-        refuse(board.rules, "needs --leaderboard")
+    if board.leaderboard or board.systems:
+        _hold_board(board, work, own, _setup(ctx, work, which, loading))
+        return
+    refuse(board.rules, "needs --leaderboard")
     from ..studies.measure import SubjectNames
 
     names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
-    if board.leaderboard:
-        _hold_leaderboard(board, _setup(ctx, work, which, loading))
-        return
     choice, gates = names.choose(which.model, which.revision, console.notice), work.fail_if or []
     setup = _setup(ctx, work, which, loading)
     if work.dry_run:
@@ -72,6 +65,17 @@ def evaluate(
         show_work("eval", evaluation_work(choice, names, setup, own, gates))
     else:
         _measure(choice, names, setup, own, gates)
+
+
+def _hold_board(board: BoardOptions, work: EvalOptions, own: dict[str, Any], setup: Setup) -> None:
+    """Hold the leaderboard that is asked for. Raises typer.BadParameter for options that it does not have."""
+    others = {**work.of_plans, "dry_run": work.dry_run}
+    if board.leaderboard:
+        refuse({**others, **own, "systems": board.systems}, "has no place in a leaderboard")
+        hold_leaderboard(board, setup)
+    else:
+        refuse({**others, "preset": None, **board.of_scores}, "does not go with --systems")
+        hold_systems(board, work.preset or [], own, setup)
 
 
 def _check_several(work: EvalOptions) -> None:
@@ -112,62 +116,6 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
     )
 
 
-def _hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
-    """Hold a leaderboard, show it, and leave a table and a plot of it beside the records."""
-    from ..evaluation import split_tasks
-    from ..evaluation.identity import short_checksum
-    from ..evaluation.runs import RunFolders
-    from ..files import check_writable, write_text
-    from ..profile import Profile
-    from ..reporting.leaderboard import board_json, plan_names, tables
-    from ..reporting.markdown import markdown_document
-    from ..reporting.plan_names import NAMES, names_text, read_names
-    from ..studies.leaderboard import hold
-
-    rules = board.rules
-    path = state.find_profile(rules.pop("profile", None), model=setup.model, say=console.notice)
-    profile = Profile.load(path)
-    tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
-    root = setup.results["root"]
-    check_writable(root / "leaderboard.png")
-    found = hold(
-        profile,
-        lambda: _load(profile, setup),
-        folder=path.parent,
-        tasks=tasks,
-        settings=setup.settings,
-        runs=RunFolders(model=state.slug(profile.model.id), **setup.results),
-        group_sizes=rules.pop("group_size", ()),
-        progress=console.progress,
-        **rules,
-    )
-    if not current().leads:
-        return
-    for report in found.reports:
-        warn(report)
-    shown = tables(found)
-    from ..reporting.leaderboard_plot import plot_board
-
-    page = root / f"leaderboard__{short_checksum(shown)}.md"
-    picture = page.with_suffix(".png")
-    with _saved(root):
-        for table in shown:
-            console.table(*table)
-        write_text(page, markdown_document(shown, setup.results["command"]))
-        write_text(root / NAMES, names_text({**read_names(root / NAMES), **plan_names(found)}))
-        plot_board(found, picture)
-        console.text(f"tables:  {page}\npicture: {picture}\n")
-        head = {"command": "eval", "model": profile.model.id, "task": ",".join(tasks)}
-        console.emit_json({**head, **board_json(found), "page": page, "plot": picture})
-    leave(found.reports)
-
-
-def _load(profile: Profile, setup: Setup) -> LoadedModel:
-    from ..models.loading import load_model  # torch, after all options are checked
-
-    return load_model(profile.model.id, **setup.loading)
-
-
 def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[str, Any], gates: Sequence[str]) -> None:
     """Measure, show each task's results as soon as they are there, and leave with the exit code of the outcome."""
     from ..reporting.evaluation import evaluation_json
@@ -185,33 +133,13 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
     )
     if not current().leads:  # whose exit code says how it went
         return
-    with _saved(setup.results["root"]):
+    with saved(setup.results["root"]):
         for verdict in evaluation.verdicts:
             _show_verdict(verdict)
         console.emit_json(evaluation_json(evaluation))
     if not evaluation.passed:
         raise typer.Exit(GATE_FAILED)
     leave(evaluation.reports)
-
-
-def _saved(root: Path) -> AbstractContextManager[None]:
-    from ..files import after_saving
-
-    return after_saving(f"all samples and rows are saved in {root}: the same command with --resume writes the rest")
-
-
-def leave(reports: Sequence[Report]) -> None:
-    """Leave with code 1 if a subject could not be measured."""
-    if any(row.error is not None for report in reports for row in report.rows):
-        raise typer.Exit(ROW_FAILED)
-
-
-def warn(report: Report) -> None:
-    """Show the lines about a report that even a quiet user must see."""
-    from ..reporting.evaluation import report_warnings
-
-    for line in report_warnings(report):
-        console.alert(line)
 
 
 def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> None:
@@ -222,7 +150,7 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
     if not current().leads:
         return
     warn(report)
-    with _saved(results["root"]):
+    with saved(results["root"]):
         for table in report_tables(task, report, model):
             console.table(*table)
     if any("answers" in record for row in report.rows for record in row.records):
@@ -231,7 +159,7 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
         path = RunFolders(model=state.slug(model.id), **results).picture(
             report.task, [(row.plan, row.records) for row in report.rows]
         )
-        with _saved(results["root"]):
+        with saved(results["root"]):
             is_drawn = plot_heat_maps(report, path)
         if is_drawn:
             console.text(f"picture: {path}\n\n")

@@ -177,6 +177,12 @@ class BoardOptions:
     leaderboard: Annotated[
         bool, typer.Option("--leaderboard", rich_help_panel=BOARD, help="Compare methods instead of plans of your own.")
     ] = False
+    systems: Annotated[
+        bool,
+        typer.Option(
+            "--systems", rich_help_panel=BOARD, help="Compare published methods; some of them with --preset NAME."
+        ),
+    ] = False
     stored_bits: Annotated[
         Any,
         typer.Option(metavar="LIST", parser=parse_budgets, rich_help_panel=BOARD, help="Budgets, e.g. 2.5,3,3.5,4."),
@@ -201,5 +207,12 @@ class BoardOptions:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Return the options that were given, without `--leaderboard` itself."""
-        return given({name: value for name, value in asdict(self).items() if name != "leaderboard"})
+        """Return the options that were given, without `--leaderboard` and `--systems` themselves."""
+        kinds = ("leaderboard", "systems")
+        return given({name: value for name, value in asdict(self).items() if name not in kinds})
+
+    @property
+    def of_scores(self) -> dict[str, Any]:
+        """Return the options of methods of allocation."""
+        names = ("scores", "methods", "group_size", "random_plans")
+        return {name: getattr(self, name) for name in names}

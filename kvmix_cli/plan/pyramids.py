@@ -28,16 +28,25 @@ class KeptByDepth(StrictModel):
     last: int = Field(ge=0, le=MOST_TOKENS)
 
 
+class WholeEnds(StrictModel):
+    """Numbers of layers, of the first ones and of the last ones, that keep all tokens."""
+
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+
+
 class Pyramid(StrictModel):
     """Shares, or numbers of tokens, of the layers of a token policy: a line between two ends.
 
     Attributes:
         evict: shares that are evicted.
         keep: tokens that are kept; exactly one of both.
+        whole: layers at both ends that keep all tokens; the line is of those between them.
     """
 
     evict: EvictedByDepth | None = None
     keep: KeptByDepth | None = None
+    whole: WholeEnds = Field(default_factory=WholeEnds)
 
     @model_validator(mode="after")
     def _decided_once(self) -> Pyramid:
@@ -49,23 +58,24 @@ class Pyramid(StrictModel):
         """Return layers with their part of the pyramid, in whole pages; what is rounded is made up for by later layers.
 
         Raises:
-            ValueError: if the cache sorts no tokens.
+            ValueError: if the cache sorts no tokens, or no layer is left between those that keep all of them.
         """
         if cache.tokens is None:
             raise ValueError("a pyramid of tokens needs a token policy, cache.tokens")
-        order = sorted(layers)
+        order = sorted(layers)[self.whole.first : len(layers) - self.whole.last]
+        if not order:
+            ends = f"the first {self.whole.first} and the last {self.whole.last}"
+            raise ValueError(f"no layer is left between {ends}, which keep all tokens: there are {len(layers)}")
         if self.evict is not None:
             pages = cache.tokens.flush // cache.page
             counts = _rounded([share * pages for share in _line(self.evict.first, self.evict.last, len(order))])
             shares = [TokenShares(evict=count / pages) for count in counts]
         else:
-            ends = self.keep or KeptByDepth(first=0, last=0)
-            counts = _rounded([count / cache.page for count in _line(ends.first, ends.last, len(order))])
+            kept = self.keep or KeptByDepth(first=0, last=0)
+            counts = _rounded([count / cache.page for count in _line(kept.first, kept.last, len(order))])
             shares = [TokenShares(keep=count * cache.page) for count in counts]
-        return {
-            index: layers[index].model_copy(update={"tokens": share})
-            for index, share in zip(order, shares, strict=True)
-        }
+        own = {**dict.fromkeys(layers, TokenShares(evict=0.0)), **dict(zip(order, shares, strict=True))}
+        return {index: layer.model_copy(update={"tokens": own[index]}) for index, layer in layers.items()}
 
 
 def _line(first: float, last: float, count: int) -> Iterator[Fraction]:

@@ -41,6 +41,8 @@ class WaitingStatistics:
         return rows * self.weighs * kv_heads + PARTS * self.counts
 
 
+READ_AGAIN = frozenset({"kvzip"})
+"""Scores of a prompt that is read a second time, which only layers that sort tokens can take back."""
 NOTHING = WaitingStatistics()
 ATTENTION = WaitingStatistics(weighs=True)
 """Attention of waiting tokens only."""

@@ -30,6 +30,7 @@ NAMES = (
     "asymkv",
     "chunkkv",
     "cocktail",
+    "d2o",
     "expected-attention",
     "h2o",
     "h2o-512",
@@ -39,6 +40,7 @@ NAMES = (
     "kivi-4",
     "kvcrush",
     "kvmix-paper",
+    "kvquant",
     "kvzip",
     "leverage",
     "mikv",
@@ -52,12 +54,14 @@ NAMES = (
     "streaming-512",
     "tova",
     "transform-2",
+    "vl-cache",
     "zipcache",
+    "zipvl",
 )
 SOLVED = ("transform-2",)
 """Their widths are decided from a profile."""
 STATED = tuple(name for name in NAMES if name not in SOLVED)
-WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper")
+WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper", "kvquant")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=128)
 ROTATED = Transforms(k=(Rotate(),), v=(Rotate(),))
@@ -218,6 +222,13 @@ def test_a_pyramid_goes_with_the_layers_of_another_plan():
     assert [layer.tokens.evict for layer in both.layers.values()] == pytest.approx([0.3, 0.4, 0.55, 0.75], abs=0.051)
     assert both.short == "0-3:k4v4"
     assert both.bits.nominal == pytest.approx(2, abs=0.01)
+
+
+def test_layers_at_both_ends_may_keep_all_tokens():
+    shares = [layer.tokens.evict for layer in plan_of("d2o", make_info(6)).layers.values()]
+    assert shares == [0.0, 0.0, 0.6, 0.6, 0.6, 0.0]
+    with pytest.raises(ValueError, match=r"no layer is left between the first 2 and the last 1, .*: there are 3"):
+        plan_of("d2o", make_info(3))
 
 
 def test_a_budget_that_does_not_hold_the_window_cannot_be_put_on():

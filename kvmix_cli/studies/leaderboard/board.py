@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...allocation import TRANSFORM, TRANSFORM_SCORE, default_score, predicted_loss
 from ...errors import DocumentError, EvaluationError
-from ...plan import CacheSettings, GroupSize
+from ...plan import CacheSettings, GroupSize, Plan
 from ...plan.document import reason
 from ...plan.windows import parse_window
 from ...profile import Profile
@@ -88,7 +88,6 @@ def hold(
             fit the profile or that no candidate can meet.
         KvmixError: if the model cannot be loaded or measured.
     """
-    from ...evaluation import check_names
     from ...evaluation.base import Settings
 
     settings = settings or Settings()
@@ -98,13 +97,11 @@ def hold(
     plans, left_out = make_plans(profile, entrants, stored_bits, measured_settings(profile), group_sizes, basis)
     if basis is not None and folder is not None:
         plans = [replace(each, plan=with_basis(each.plan, basis, folder / PLANS)) for each in plans]
-    if "perplexity" not in tasks:
-        raise EvaluationError(f"a leaderboard is in the order of perplexity, got {','.join(tasks)}: add it to --task")
-    check_names(tasks)
+    check_tasks(tasks)
     loaded = load()
     plans[0].plan.check_model(loaded.info)
-    reports = _measure(plans, loaded, tasks, settings, runs, progress)
-    standings = _standings(plans, profile, reports)
+    reports = measure(plans, loaded, tasks, settings, runs, progress)
+    standings = rank(plans, reports, profile)
     predicting = [name for name in profile.scores if any(name in each.predicted for each in standings)]
     return Board(
         champion=champion,
@@ -114,6 +111,15 @@ def hold(
         correlations={score: rank_correlation(standings, score) for score in predicting},
         left_out=left_out,
     )
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise EvaluationError for a task that does not exist, or a list without perplexity."""
+    from ...evaluation import check_names
+
+    if "perplexity" not in names:
+        raise EvaluationError(f"a leaderboard is in the order of perplexity, got {','.join(names)}: add it to --task")
+    check_names(names)
 
 
 def measured_settings(profile: Profile) -> CacheSettings:
@@ -130,29 +136,40 @@ def measured_settings(profile: Profile) -> CacheSettings:
         raise DocumentError(f"profile of {profile.model.id}", [f"setup: {reason(error)}"]) from error
 
 
-def _measure(
+def measure(
     plans: Sequence[CandidatePlan],
     loaded: LoadedModel,
     names: Sequence[str],
     settings: Settings,
     runs: RunFolders | None,
     progress: Progress | None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Report]:
-    """Measure every different plan with every task, under one progress bar."""
+    """Measure every different plan with every task, under one progress bar.
+
+    Args:
+        names: names of evaluation tasks.
+        options: options of single tasks.
+    """
     from ...cache.subject import Subject
     from ...evaluation import get_task
     from ...evaluation.runner import no_progress, run_tasks
 
     by_name = {each.plan.sha256[:NAME_LENGTH]: each.plan for each in plans}
     subjects = [Subject(name, plan) for name, plan in by_name.items()]
-    tasks = [get_task(name) for name in names]
+    tasks = [get_task(name, options) for name in names]
     steps = (1 + len(subjects)) * sum(task.limit(settings) for task in tasks)
     with (progress or no_progress)(f"{len(by_name)} plans", steps) as bar:
         return run_tasks(tasks, loaded, subjects, settings, runs, lambda title, total: nullcontext(bar))
 
 
-def _standings(plans: Sequence[CandidatePlan], profile: Profile, reports: Sequence[Report]) -> list[Standing]:
-    """Return one standing for each budget and different plan; plans that could not be measured come last."""
+def rank(plans: Sequence[CandidatePlan], reports: Sequence[Report], profile: Profile | None = None) -> list[Standing]:
+    """Return one standing for each budget and different plan; plans that could not be measured come last.
+
+    Args:
+        reports: measurements of the plans.
+        profile: scores that predict losses; None for no predictions.
+    """
     rows = {(report.task, row.plan): row for report in reports for row in report.plans}
     alike: dict[tuple[float, str], list[CandidatePlan]] = {}
     for each in plans:
@@ -160,13 +177,18 @@ def _standings(plans: Sequence[CandidatePlan], profile: Profile, reports: Sequen
     found = []
     for (stored_bits, name), group in alike.items():
         plan = group[0].plan
-        losses = {score: predicted_loss(plan, each) for score, each in profile.scores.items()}
-        if plan.cache.transform is not None:
-            losses[TRANSFORM_SCORE] = plan.provenance.get("predicted_loss")
+        losses = {} if profile is None else _predictions(plan, profile)
         predicted = {score: loss for score, loss in losses.items() if loss is not None}
         own = {report.task: rows[report.task, name] for report in reports}
         found.append(Standing(stored_bits, tuple(each.name for each in group), plan, own, predicted))
     return sorted(found, key=lambda each: (each.stored_bits, each.loss.value if each.loss else float("inf")))
+
+
+def _predictions(plan: Plan, profile: Profile) -> dict[str, float | None]:
+    losses = {score: predicted_loss(plan, each) for score, each in profile.scores.items()}
+    if plan.cache.transform is not None:
+        losses[TRANSFORM_SCORE] = plan.provenance.get("predicted_loss")
+    return losses
 
 
 def _comparisons(standings: Sequence[Standing], champion: str, seed: int) -> list[Comparison]:

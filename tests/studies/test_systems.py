@@ -1,0 +1,204 @@
+"""Published systems at equal stored bytes: their rows, what is left out, and every row run on a small model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from commandline import kvmix, kvmix_json, refused
+from curves import curved
+from evaluating import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+from with_moments import save_with_moments
+
+from kvmix_cli.cache.subject import Subject
+from kvmix_cli.errors import EvaluationError, StateError
+from kvmix_cli.models.loading import load_model
+from kvmix_cli.plan.presets import presets
+from kvmix_cli.studies.leaderboard.systems import (
+    CHAMPION,
+    COMBINATIONS,
+    Measured,
+    hold_systems,
+    rows_of_systems,
+    system_plans,
+)
+
+LAYERS = 4
+SIZE = 3.0
+TOO_LARGE = {"minikv", "d2o"}
+"""They have no plan of 3 bits in four layers: less is all there is, or three of the layers evict nothing."""
+SHORT = ("--length", 640, "--prefix", 560, "--step", 80, "--limit", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of four layers with random weights and the tokenizer of builtin:tiny, and its profile."""
+    place = tmp_path_factory.mktemp("systems")
+    config = AutoConfig.for_model(**{**tiny().config.to_dict(), "num_hidden_layers": LAYERS, "hidden_size": 64})
+    config.intermediate_size, config.layer_types = 64, None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(place / "model")
+    tiny().tokenizer.save_pretrained(place / "model")
+    scores = curved(LAYERS, head_dim=64, name="fisher").scores
+    info = load_model(str(place / "model"), device="cpu").info
+    save_with_moments(place / "profile.yaml", info, scores)
+    return place
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    return load_model(str(folder / "model"), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def measured(folder):
+    return Measured.load(folder / "profile.yaml")
+
+
+def test_every_preset_is_a_row_beside_the_combinations():
+    assert rows_of_systems() == (*presets(), *COMBINATIONS)
+
+
+@pytest.mark.slow
+def test_every_row_has_a_plan_of_every_size_or_a_reason(small, measured):
+    plans, left_out = system_plans(small.info, 2048, measured=measured)
+    found = {(each.stored_bits, each.name) for each in plans}
+    absent = {(each.stored_bits, each.name): each.reason for each in left_out}
+    assert found | set(absent) == {(size, name) for size in (2.0, 2.5, 3.0, 4.0) for name in rows_of_systems()}
+    assert not found & set(absent)
+    assert {name for size, name in absent if size == SIZE} == TOO_LARGE
+    budgets = [each for each in plans if (tokens := each.plan.cache.tokens) is not None and tokens.keep is not None]
+    assert all(each.plan.bits.stored <= each.stored_bits + 0.005 for each in plans if each not in budgets)
+
+
+def test_what_is_put_on_a_row_takes_no_bytes_of_its_own(small):
+    names = ("mikv", "mikv+rotate-2")
+    plans, _ = system_plans(small.info, 2048, names=names, stored_bits=(3.0,))
+    alone, both = (each.plan for each in plans)
+    assert both.bits == alone.bits
+    assert both.layers == alone.layers
+    assert [each.kind for each in both.cache.transforms.k] == ["balance", "rotate"]
+
+
+def test_without_a_profile_rows_that_need_one_are_left_out(small):
+    names = ("kivi-2", "transform-2", "layers", "layers+rotate-2")
+    plans, left_out = system_plans(small.info, 2048, names=names, stored_bits=(3.0,))
+    assert [each.name for each in plans] == ["kivi-2"]
+    assert [each.name for each in left_out] == list(names[1:])
+    assert all(f"run `kvmix profile {small.info.id} --score fisher" in each.reason for each in left_out)
+
+
+def test_a_row_that_is_no_preset_is_refused(small):
+    with pytest.raises(StateError, match="unknown preset 'mikw' \\(did you mean 'mikv'"):
+        system_plans(small.info, 2048, names=("kivi-2", "mikw"))
+    with pytest.raises(EvaluationError, match="no system has a plan at these sizes: preset 'minikv' has no plan of 4"):
+        system_plans(small.info, 2048, names=("minikv",), stored_bits=(4.0,))
+
+
+@pytest.mark.slow
+def test_every_row_runs_on_a_small_model_in_the_bytes_that_it_promises(folder, small, measured, monkeypatch):
+    """The rows of docs/systems.md, whole: plans, caches, both readings of a prompt, bytes, tables and JSON."""
+    monkeypatch.setattr("kvmix_cli.models.loading.load_model", lambda model, **options: small)
+    result = kvmix_json(
+        *("eval", "--systems", "--model", folder / "model", "--profile", folder / "profile.yaml"),
+        *("--stored-bits", SIZE, "--task", "perplexity,memory", *SHORT),
+    )
+    board = result["leaderboard"]
+    names = {name for each in board["standings"] for name in each["names"]}
+    assert names == set(rows_of_systems()) - TOO_LARGE
+    assert {each["name"] for each in board["left_out"]} == TOO_LARGE
+    assert not [row for row in result["rows"] if "error" in row]
+    called = {each["plan"]: each["names"] for each in board["standings"]}
+    off = {
+        called[row["plan"]][0]: row["metrics"]["prediction_error_percent"]["value"]
+        for row in result["rows"]
+        if row["task"] == "memory" and row["plan"] in called
+    }
+    assert all(-0.05 < error <= 0 for error in off.values()), "but for statistics of the token that is decoded"
+    losses = [row["metrics"]["kl"]["value"] for row in result["rows"] if "kl" in row.get("metrics", {})]
+    assert len(losses) == len(board["standings"])
+    assert all(loss >= 0 for loss in losses)
+    compared = {each["first"] for each in board["comparisons"]}
+    alike = next(set(each["names"]) for each in board["standings"] if CHAMPION in each["names"])
+    assert compared == names - alike
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_not_measured_again(folder, small, monkeypatch):
+    monkeypatch.setattr("kvmix_cli.models.loading.load_model", lambda model, **options: small)
+    filled, cache = [], Subject.cache
+    monkeypatch.setattr(
+        Subject, "cache", lambda self, *args, **kw: filled.append(self.name) or cache(self, *args, **kw)
+    )
+    options = ("eval", "--systems", "--model", folder / "model", "--profile", folder / "profile.yaml")
+    work = ("--preset", "kivi-2", "--preset", "streaming-512", "--task", "perplexity", *SHORT)
+    first = kvmix_json(*options, *work, "--stored-bits", 3)
+    before = {each["plan"] for each in first["leaderboard"]["standings"]}
+    assert before <= set(filled)
+    filled.clear()
+    again = kvmix_json(*options, *work, "--stored-bits", "2.5,3", "--resume")
+    assert not before & set(filled)
+    assert [each for each in again["leaderboard"]["standings"] if each["stored_bits"] == 3] == first["leaderboard"][
+        "standings"
+    ]
+
+
+@pytest.mark.slow
+def test_tables_say_bits_of_the_context_and_what_is_missing(folder, small, monkeypatch):
+    monkeypatch.setattr("kvmix_cli.models.loading.load_model", lambda model, **options: small)
+    names = ("kivi-2", "minikv", "h2o-512")
+    options = (
+        "eval",
+        "--systems",
+        "--model",
+        folder / "model",
+        *(part for name in names for part in ("--preset", name)),
+    )
+    ran = kvmix(*options, "--stored-bits", 4, "--task", "perplexity", *SHORT, "--output-dir", "out")
+    assert ran.exit_code == 0
+    assert "no profile of" in ran.stderr
+    (page,) = Path("out").glob("systems__*.md")
+    for text in (ran.stdout, page.read_text()):
+        for words in (
+            "4 stored bits",
+            "bits at 640",
+            "against kivi-2",
+            "left out: minikv: preset 'minikv' has no plan",
+        ):
+            assert words in text
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "h2o-512 at 4" in Path("out/leaderboard.json").read_text()
+
+
+def test_options_of_other_boards_are_refused():
+    for option in (("--scores", "kl"), ("--methods", "ilp"), ("--plan", "x"), ("--uniform", 2), ("--leaderboard",)):
+        assert kvmix("eval", "--systems", "--model", "builtin:tiny", *option).exit_code == 2, option
+    said = refused(kvmix("eval", "--systems", "--model", "builtin:tiny", "--task", "recall"))
+    assert "a leaderboard is in the order of perplexity, got recall: add it to --task" in said
+
+
+def test_a_model_must_be_told_from_something():
+    assert "no profile" in refused(kvmix("eval", "--systems"))
+
+
+@pytest.mark.slow
+def test_it_is_held_from_python_and_prints_nothing(small, capsys):
+    from kvmix_cli.evaluation.base import Settings
+
+    settings = Settings(length=400, prefix=360, limit=1)
+    board = hold_systems(
+        small.info,
+        lambda: small,
+        tasks=("perplexity",),
+        settings=settings,
+        names=("kivi-2", "rotate-2"),
+        stored_bits=(2.5,),
+    )
+    assert [(each.first, each.second) for each in board.comparisons] == [("rotate-2", "kivi-2")]
+    assert capsys.readouterr() == ("", "")
