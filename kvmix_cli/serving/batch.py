@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from kvmix_kernels.blocks import BlockLayer
@@ -67,12 +68,8 @@ class EngineBatch:
         `sink_logits` are those of `BlockLayer.attend`.
         """
         if len(self.decoding):
-            every = len(self.decoding) == len(self.lengths)
-            rows = torch.tensor(self.starts)[self.decoding]
-            queries = query[: len(rows)] if every else query[rows]
-            table, lengths = (
-                (self.table, self.lengths) if every else (self.table[self.decoding], self.lengths[self.decoding])
-            )
+            rows, table, lengths = self._decoding
+            queries = query[: len(rows)] if len(rows) == len(self.lengths) else query[rows]
             found = layer.attend(queries[:, :, None], blocks, table, lengths, scaling, softcap, sink_logits)
             output[rows] = found[:, :, 0].to(output.dtype)
         for index, (start, stop) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
@@ -81,3 +78,11 @@ class EngineBatch:
                 of_one = self.table[index : index + 1], self.lengths[index : index + 1]
                 found = layer.attend(queries, blocks, *of_one, scaling, softcap, sink_logits)
                 output[start:stop] = found[0].transpose(0, 1).to(output.dtype)
+
+    @cached_property
+    def _decoding(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, of the sequences with one new token, its row among all tokens, their table and lengths."""
+        rows = torch.tensor(self.starts)[self.decoding]
+        if len(rows) == len(self.lengths):
+            return rows, self.table, self.lengths
+        return rows, self.table[self.decoding], self.lengths[self.decoding]

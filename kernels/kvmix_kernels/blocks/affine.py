@@ -45,12 +45,13 @@ class AffineBlocks(BlockTensor):
             raise ValueError(f"groups in blocks are multiples of {WORD_BITS} channels, got {layout.group}")
         self.kind, self.kv_heads, self.layout, self.encoder = kind, kv_heads, layout, encoder
         self.head_dim, self.page = layout.head_dim, layout.page
+        self._native: tuple[tuple[int, int, int], CSegments] | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self._code_bytes + self.kv_heads * self._scales_per_head * SCALE_BYTES[self.layout.scale_dtype]
 
-    @property
+    @cached_property
     def _code_bytes(self) -> int:
         return self.kv_heads * self.head_dim * self.page * self.layout.bits // 8
 
@@ -101,6 +102,12 @@ class AffineBlocks(BlockTensor):
         return decode(codes, scales, self.layout).transpose(0, 1).to(states.dtype)
 
     def native(self, blocks: Tensor) -> CSegments:
+        place = blocks.data_ptr(), blocks.stride(0), len(blocks)  # an engine's blocks stay where they are
+        if self._native is None or self._native[0] != place:
+            self._native = place, self._segments(blocks)
+        return self._native[1]
+
+    def _segments(self, blocks: Tensor) -> CSegments:
         words, scales = self._words(blocks), self._scales(blocks)
         runs = [(0, self.layout)] if self.kind == "value" else self._groups
         calls = (CRun * len(runs))()

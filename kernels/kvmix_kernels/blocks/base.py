@@ -61,4 +61,7 @@ class BlockTensor(ABC):
 
     @abstractmethod
     def native(self, blocks: Tensor) -> CSegments:
-        """Return the argument of native attention, without a table; it points into `blocks` and into this tensor."""
+        """Return the argument of native attention, whose table the caller sets.
+
+        It points into `blocks` and into this tensor, and may be returned again for the same blocks.
+        """
