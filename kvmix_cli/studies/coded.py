@@ -25,7 +25,7 @@ EXACT = (1, 2, 4)
 BITS = 2.0
 """Nominal bits of the plans. The ratio of measured and promised loss hardly depends on them."""
 DOCUMENTS = 2
-"""Calibration documents that are read: differences between numbers of exact tokens are alike in all of them."""
+"""Documents that are read: differences between numbers of exact tokens are alike in all of them."""
 STEP, PROMPT = 32, 256
 """Tokens that are fed at a time, and before them; the window and the page of a plan by default."""
 
@@ -33,7 +33,7 @@ STEP, PROMPT = 32, 256
 def with_coded_losses(
     profile: Profile, loaded: LoadedModel, texts: Sequence[str], folder: Path, *, say: Say, progress: Progress
 ) -> Profile:
-    """Return a profile with the losses of plans that are made from its moments, measured on its first documents.
+    """Return a profile with the losses of plans that are made from its moments, measured on two more documents.
 
     A profile without moments is returned as it is, and so is one whose plans cannot be measured, after saying why.
 
@@ -122,9 +122,15 @@ def _with_coded(profile: Profile, coded: list[CodedLoss]) -> Profile:
 
 
 def _documents(profile: Profile, loaded: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
-    """Return the first documents that the profile was measured on. Raises TextError."""
+    """Return the samples that follow those of the moments, which lose less than others; the first if there are no more.
+
+    Raises:
+        TextError: if the text has no samples.
+    """
     from ..texts.tokens import cut_samples
 
     text = profile.score(TRANSFORM_SCORE).calibration
-    limit = loaded.max_length
-    return cut_samples(loaded.tokenizer, texts, text.samples, text.seq_len, text.seed, max_length=limit)[:DOCUMENTS]
+    wanted, limit = text.samples + DOCUMENTS, loaded.max_length
+    found = cut_samples(loaded.tokenizer, texts, wanted, text.seq_len, text.seed, max_length=limit)
+    others = [ids for ids in found[text.samples :] if len(ids) == text.seq_len]
+    return others or found[:DOCUMENTS]

@@ -75,6 +75,20 @@ def test_what_is_measured_is_the_divergence_of_each_plan(tiny, tmp_path):
     assert found[1].predicted == pytest.approx(promised, rel=1e-5), "what moments promise, uncorrected"
 
 
+def test_documents_that_are_read_are_not_among_those_of_the_moments(tiny):
+    text = PROFILE.score("fisher-metric").calibration
+    texts = load_texts()
+    calibrated = cut_samples(tiny.tokenizer, texts, text.samples, text.seq_len, text.seed)
+    found = coded._documents(PROFILE, tiny, texts)
+    assert len(found) == coded.DOCUMENTS and all(len(ids) == text.seq_len for ids in found)
+    assert not any(ids in calibrated for ids in found)
+    short = texts[0]
+    assert len(coded._documents(PROFILE, tiny, [short])) <= coded.DOCUMENTS, "too little text is read again"
+    assert coded._documents(PROFILE, tiny, [short])[0] in cut_samples(
+        tiny.tokenizer, [short], 9, text.seq_len, text.seed
+    )
+
+
 def test_a_profile_whose_plans_cannot_be_measured_is_kept(monkeypatch):
     def fails(*arguments):
         raise QuantizationError("layer 3 keys: NaN or Inf")

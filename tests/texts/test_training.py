@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kvmix_cli.assets.tiny import train
-from kvmix_cli.texts import load_texts
+from kvmix_cli.texts import CALIBRATION_MODULES, load_texts, module_sources, reference_topics
 
 
 @pytest.fixture
@@ -25,7 +25,11 @@ def test_held_out_text_is_not_trained_on(monkeypatch):
     training = set(train.collect())
     assert len(training) > 500
     assert not training & set(load_texts(held_out=True))
-    assert set(load_texts()) <= training, "calibration text is the model's own training text"
+    own = [*reference_topics(held_out=False), *(text for name in CALIBRATION_MODULES for text in module_sources(name))]
+    assert set(own) <= training
+    joined = "\n\n".join(load_texts("builtin-library"))
+    assert all(text in joined for text in own)
+    assert len(joined) == len("\n\n".join(own)), "the built-in text without prose is the model's own training text"
 
 
 def test_exercises_ask_for_what_they_told(data):
