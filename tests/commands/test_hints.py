@@ -32,6 +32,7 @@ FILES = {
     "serving/checks.py",
     "state.py",
     "studies/directions.py",
+    "studies/leaderboard/systems.py",
 }
 """Files that print a command line; each has a test below (that of a full disk is in `test_full_disk.py`)."""
 
@@ -126,6 +127,16 @@ def test_a_preset_without_directions(kvmix, counting):
     (profile,) = hints(kvmix(*preset).error)
     assert profile == ["profile", "builtin:tiny", "--score", "fisher-metric"]
     assert kvmix(*profile, "--samples", 1, "--seq-len", 300).code == kvmix(*preset).code == 0
+
+
+@pytest.mark.slow
+def test_systems_that_need_a_profile(kvmix):
+    work = ("--stored-bits", 3, "--task", "perplexity", "--length", 300, "--prefix", 280, "--limit", 1)
+    board = ("eval", "builtin:tiny", "--systems", "--preset", "kivi-2", "--preset", "transform-2", *work)
+    (profile,) = hints(kvmix(*board).out)
+    assert profile == ["profile", "builtin:tiny", "--score", "fisher-metric"]
+    assert kvmix(*profile, "--samples", 1, "--seq-len", 300).code == 0
+    assert hints(kvmix(*board).out) == []
 
 
 @pytest.mark.slow

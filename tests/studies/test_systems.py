@@ -17,7 +17,7 @@ from kvmix_cli.plan.presets import presets
 from kvmix_cli.studies.leaderboard.systems import (
     CHAMPION,
     COMBINATIONS,
-    Measured,
+    FoundProfile,
     hold_systems,
     rows_of_systems,
     system_plans,
@@ -58,7 +58,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(folder):
-    return Measured.load(folder / "profile.yaml")
+    return FoundProfile.load(folder / "profile.yaml")
 
 
 def test_every_preset_is_a_row_beside_the_combinations():

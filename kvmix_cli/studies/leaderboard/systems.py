@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -48,19 +49,19 @@ COMBINATIONS = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class FoundProfile:
     """A profile of the model, for rows that need scores or directions, and the folder of its file."""
 
     profile: Profile
     folder: Path
 
     @classmethod
-    def load(cls, path: Path) -> Measured:
+    def load(cls, path: Path) -> FoundProfile:
         """Read a profile. Raises DocumentError."""
         return cls(Profile.load(path), path.parent)
 
 
-def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> Measured | None:
+def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> FoundProfile | None:
     """Return the profile that is given, or the newest of a model; None for a model that is named and has none.
 
     Raises:
@@ -74,7 +75,7 @@ def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> M
             raise
         say(f"no profile of {model}: rows that need one are left out")
         return None
-    return Measured.load(path)
+    return FoundProfile.load(path)
 
 
 def rows_of_systems() -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def system_plans(
     *,
     names: Sequence[str] = (),
     stored_bits: Sequence[float] = STORED_BITS,
-    measured: Measured | None = None,
+    measured: FoundProfile | None = None,
 ) -> tuple[list[CandidatePlan], list[Omission]]:
     """Return the plan of every row at every size, and rows that have none, each with the reason.
 
@@ -129,7 +130,7 @@ def hold_systems(
     runs: RunFolders | None = None,
     names: Sequence[str] = (),
     stored_bits: Sequence[float] = STORED_BITS,
-    measured: Measured | None = None,
+    measured: FoundProfile | None = None,
     progress: Progress | None = None,
 ) -> Board:
     """Measure every system at every size, and compare each with the same width everywhere.
@@ -155,7 +156,7 @@ def hold_systems(
     return Board(CHAMPION, standings, reports, list(_comparisons(standings, settings.seed)), {}, left_out)
 
 
-def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measured: Measured | None) -> Plan:
+def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measured: FoundProfile | None) -> Plan:
     """Return the plan of a row. Raises PlanError or BudgetError if it has none of this size."""
     base, *added = name.split("+")
     if base == LAYERS:
@@ -174,7 +175,7 @@ def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measure
     return plan
 
 
-def _layers(model: ModelInfo, stored_bits: float, measured: Measured | None) -> Plan:
+def _layers(model: ModelInfo, stored_bits: float, measured: FoundProfile | None) -> Plan:
     """Return the exact solver's widths by layer, in groups of 64 or 128, and pages of 128 for these."""
     if measured is None or LAYERS_SCORE not in measured.profile.scores:
         raise _unmeasured(model, LAYERS_SCORE)
@@ -188,7 +189,9 @@ def _layers(model: ModelInfo, stored_bits: float, measured: Measured | None) -> 
     )
 
 
-def _coded(name: str, model: ModelInfo, cache: CacheSettings, stored_bits: float, measured: Measured | None) -> Plan:
+def _coded(
+    name: str, model: ModelInfo, cache: CacheSettings, stored_bits: float, measured: FoundProfile | None
+) -> Plan:
     """Return transform codes in the preset's pages, with sinks and window of the layout."""
     if measured is None or not has_directions(measured.profile):
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
@@ -199,7 +202,8 @@ def _coded(name: str, model: ModelInfo, cache: CacheSettings, stored_bits: float
 
 
 def _unmeasured(model: ModelInfo, score: str, what: str = "it ") -> PlanError:
-    return PlanError(f"{what}needs the score {score}: run `kvmix profile {model.id} --score {score}`")
+    command = shlex.join(["kvmix", "profile", model.id, "--score", score])
+    return PlanError(f"{what}needs the score {score}: run `{command}`")
 
 
 def _comparisons(standings: Sequence[Standing], seed: int) -> Iterator[Comparison]:

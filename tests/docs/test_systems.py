@@ -1,0 +1,65 @@
+"""docs/systems.md: a row for every preset and every system of the field, and figures that are those of its tables."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvmix_cli.plan.presets import presets
+from kvmix_cli.studies.leaderboard.systems import COMBINATIONS, STORED_BITS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+STATES = {"works", "partly", "not yet", "codec missing", "export", "skipped", "nothing to build"}
+SYSTEMS = """
+KVmix, MiKV, MixKVQ, KVTuner, ZipCache, RotateKV, SVDq, AsymKV, MiniKV, QAQ, Cocktail, TaDA, XQuant, AQUA-KV,
+CQ, QJL, DecoQuant, QuantizedPruning, PM-KVQ, Kitty, KIVI, BiSup, ZipVL, PQCache, SubGen, D2O, KVMerger,
+MorphKV, BalanceKV, KVCrush, CoKV, BaKlaVa, Fast KVzip, ReCalKV, Eigen Attention, CLLA, HCache, ShadowKV,
+TriForce, TokenSelect, INTP, longctx_bench, kvpress, StreamingLLM, SnapKV, PyramidKV, AdaKV, H2O, TOVA,
+BumbleBee, KeyDiff, Expected attention, KVzip, LOOK-M, CaM, ChunkKV, VL-Cache, Quest, DuoAttention, OSCAR,
+OScaR, KVarN, Block-GTQ, KVTC, SPECTRA, AATC, KVQuant, TurboQuant, PolarQuant, VecInfer, NSNQuant, CommVQ,
+HIGGS, KVLinC, SQuat, SAW-INT4, NVFP4 KV, InnerQ, RateQuant, AlignedKV, OjaKV, QuaRot
+"""
+"""Those of the literature that kvmix grew from."""
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+ROWS = [
+    row for line in PAGE.splitlines() if line.startswith("| ") and len(row := cells(line)) == 7 and row[2] in STATES
+]
+
+
+@pytest.mark.parametrize("name", re.split(r",\s*", SYSTEMS.strip()))
+def test_every_system_has_a_row(name):
+    own = [row for row in ROWS if name in re.split(r", | \(|\)", row[0])]
+    assert len(own) == 1, name
+
+
+def test_every_preset_has_a_row():
+    named = {name for row in ROWS for name in re.findall(r"`([^`]+)`", row[1])}
+    assert named == set(presets())
+
+
+def test_what_does_not_work_says_why_and_what_works_says_how():
+    for name, _, state, how, _, _, differs in ROWS:
+        assert how if state == "works" else differs, name
+
+
+@pytest.mark.parametrize("size", STORED_BITS)
+def test_every_row_of_the_command_is_in_every_table_or_left_out(size):
+    section = PAGE.split(f"\n## {size:g} stored bits\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([^`]+)`", section)) >= {*presets(), *COMBINATIONS}
+
+
+def test_figures_of_systems_are_those_of_the_table():
+    section = PAGE.split("\n## 2.5 stored bits\n")[1].split("\n## ")[0]
+    measured = {}
+    for row in (cells(line) for line in section.splitlines() if line.startswith("| `")):
+        measured |= {name: float(row[4].split()[0]) for name in re.findall(r"`([^`]+)`", row[0])}
+    for row in ROWS:
+        names, figures = re.findall(r"`([^`]+)`", row[1]), row[5].split(" / ")
+        for name, figure in zip(names, figures, strict=True) if names else ():
+            expected = f"{measured[name]:.3f}" if name in measured else "no plan"
+            assert abs(float(figure) - measured[name]) < 6e-4 if name in measured else figure == expected, name
