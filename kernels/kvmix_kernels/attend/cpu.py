@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CRun, CSegments
 from ..segments import Channels, Coded, Packed, Plain, Segments, SortedTokens
+from ..summaries import ChosenPages
 from . import coded
 from .parts import Part, parts_of
 from .problem import AttentionProblem
@@ -24,7 +25,7 @@ def supports(problem: AttentionProblem) -> bool:
 def describe(problem: AttentionProblem) -> str:
     """Return what `supports` checks, for a warning."""
     parts = parts_of(problem, with_masks=False)
-    tensors = [tensor for part in parts for tensor in (part.key, part.value)]
+    tensors = [_stored(tensor) for part in parts for tensor in (part.key, part.value)]
     runs = [run for tensor in tensors if not isinstance(tensor.packed, Coded) for run in tensor.runs]
     pages = sorted({page for tensor in tensors if (page := _page(tensor))})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
@@ -77,7 +78,13 @@ def _page(tensor: Segments) -> int:
     return 0 if packed is None or isinstance(packed, SortedTokens) or packed.pages == 0 else packed.page
 
 
+def _stored(tensor: Segments) -> Segments:
+    """Return what is in memory, all pages in place of the chosen ones."""
+    return replace(tensor, packed=tensor.packed.held) if isinstance(tensor.packed, ChosenPages) else tensor
+
+
 def _is_segment(tensor: Segments) -> bool:
+    tensor = _stored(tensor)
     if tensor.tail.shape[3] % WIDEST_VECTOR or not _is_plain(tensor.tail):
         return False
     return coded.fits(tensor.packed) if isinstance(tensor.packed, Coded) else all(map(_is_run, tensor.runs))
@@ -103,6 +110,7 @@ def _part(part: Part, problem: AttentionProblem) -> CPart:
 
 
 def _segments(tensor: Segments) -> CSegments:
+    chosen, tensor = tensor.packed, _stored(tensor)
     tail, sink, packed = tensor.tail, tensor.sink, tensor.packed
     call = CSegments(
         tail=tail.data_ptr(),
@@ -123,6 +131,9 @@ def _segments(tensor: Segments) -> CSegments:
     if isinstance(packed, Channels):
         call.order, call.order_strides = packed.order.data_ptr(), packed.order.stride()[:3]
         call.pages_per_order = packed.pages_per_order
+    if isinstance(chosen, ChosenPages):
+        call.table, call.table_strides = chosen.numbers.data_ptr(), chosen.numbers.stride()[:2]
+        call.pages, call.is_choice = chosen.pages, True
     return call
 
 
