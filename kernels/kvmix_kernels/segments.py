@@ -333,7 +333,7 @@ class Segments:
     """
 
     sink: Tensor | None
-    packed: Packed | Channels | Coded | SortedTokens | None
+    packed: TokenPages | SortedTokens | None
     tail: Tensor
 
     @cached_property
@@ -372,9 +372,9 @@ class Segments:
         """Runs of channels in which the pages are stored, none where there is no page.
 
         Raises:
-            AssertionError: for sorted tokens and for transform codes, which have none.
+            AssertionError: for sorted tokens, transform codes and chosen pages, which have none.
         """
-        if isinstance(self.packed, (SortedTokens, Coded)):
+        if self.packed is not None and not isinstance(self.packed, (Packed, Channels)):
             raise AssertionError(f"{type(self.packed).__name__} have no runs of channels that all tokens share")
         return () if self.packed is None or self.packed.pages == 0 else self.packed.runs
 

@@ -54,6 +54,10 @@ class GroupedHandle(Handle):
         """Return the number of tokens that are gone, in the mean over KV heads."""
         return self._mean([part.evicted_tokens if isinstance(part, Handle) else 0.0 for part in self.parts])
 
+    def unread_tokens(self, queries: int) -> float:
+        """Return the number of tokens that a forward of so many queries leaves out, in the mean over KV heads."""
+        return self._mean([part.unread_tokens(queries) if isinstance(part, Handle) else 0.0 for part in self.parts])
+
     def dequantize(self) -> Tensor:
         """Return the plain tensor, kept as long as the handle; see `Handle.dequantize`."""
         if self._plain is None:

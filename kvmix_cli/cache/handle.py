@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from kvmix_kernels.segments import Segments
+from kvmix_kernels.summaries import Summarized
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -80,6 +81,11 @@ class Handle(Tensor):
     def evicted_tokens(self) -> float:
         """Return the number of tokens that are gone, in the mean over KV heads."""
         return self.shape[2] - self.segments.kept_tokens
+
+    def unread_tokens(self, queries: int) -> float:
+        """Return the number of tokens that a forward of so many queries leaves out, in the mean over KV heads."""
+        packed = self.segments.packed
+        return packed.unread(queries) if isinstance(packed, Summarized) else 0
 
     @property
     def is_raw(self) -> bool:

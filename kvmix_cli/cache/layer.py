@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kvmix_kernels.layout import Kind
+from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 from kvmix_kernels.segments import Segments
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -18,7 +18,7 @@ from .archive import Archive
 from .bases import basis_of
 from .exact import ExactTokens
 from .handle import Handle
-from .packing import CodePacking, Packing, PolicyFunctions, packing_of
+from .packing import CodePacking, Packing, PolicyFunctions, SummaryPacking, packing_of
 from .store import Store
 
 
@@ -188,6 +188,15 @@ class MixedLayer(CacheLayerMixin):
 
     def _packing(self, kind: Kind, head_dim: int, functions: PolicyFunctions | None) -> Packing | None:
         """Return the storage of keys, or values, that leave the window. Raises ValueError if they cannot be packed."""
+        packing = self._plain_packing(kind, head_dim, functions)
+        reading = self.settings.reading
+        if packing is None or reading is None or kind == "value":
+            return packing
+        is_choosing = self.index >= reading.skip and self.plan.v.window_bits != FULL_PRECISION_BITS
+        return SummaryPacking(packing, reading, is_choosing)
+
+    def _plain_packing(self, kind: Kind, head_dim: int, functions: PolicyFunctions | None) -> Packing | None:
+        """Return the same, without summaries of pages."""
         tensor, name = self.plan.k if kind == "key" else self.plan.v, f"layer {self.index} {kind}s"
         if isinstance(tensor, TensorPlan):
             forms = storage_forms(tensor, kind, self.settings, head_dim)

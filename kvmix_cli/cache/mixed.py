@@ -212,9 +212,10 @@ class MixedCache(CountingCache):
         """Add a layer's new keys and values `[B, H_kv, S, D]` and return all of them, `[B, H_kv, T, D]`."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         read = [handle for handle in (keys, values) if isinstance(handle, Handle)]
-        quantized = sum(handle.quantized_tokens for handle in read) / 2
+        unread = max((handle.unread_tokens(key_states.shape[2]) for handle in read), default=0)
+        quantized = sum(handle.quantized_tokens for handle in read) / 2 - unread
         evicted = max((handle.evicted_tokens for handle in read), default=0)
-        self.attended.add(key_states, keys, quantized, evicted)
+        self.attended.add(key_states, keys, quantized, evicted + unread)
         return keys, values
 
     @property

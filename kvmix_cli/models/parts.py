@@ -35,7 +35,7 @@ def check_shares(info: ModelInfo, ranks: Ranks) -> None:
 def check_plan(plan: Plan) -> None:
     """Raise PlanError for a plan whose layers look at all of their heads."""
     cache = plan.cache
-    if any(each is not None for each in (cache.transform, cache.transforms, cache.tokens, cache.channels)):
+    if cache.transform is not None or cache.axes:
         raise PlanError(
             "the plan has transform codes, transforms or policies, which look at all heads of a layer, and every rank "
             "has a part of them: leave out --tensor-parallel, or use a plan of plain pages"

@@ -3,6 +3,7 @@
     transforms  change keys and values before they are stored; attention takes the change back
     tokens      store important tokens in tiers wider than their layer's bits, and may evict unimportant ones
     channels    store important key channels in groups wider than their layer's bits
+    reading     keep everything, and let each decoded token read the pages that its query is nearest to
 
 A token or channel in no tier and no group is stored at its layer's own bits, so every axis combines with every plan.
 `cache/transforms`, `cache/policies` and `cache/packing` implement these settings.
@@ -54,7 +55,9 @@ Several = Annotated[tuple[T, ...], BeforeValidator(as_tuple), Field(max_length=M
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Setting(StrictModel):
+class PolicySetting(StrictModel):
+    """A transform or policy, or a part of one, of which files state what is not the default."""
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return what files state: the kind of a transform, and everything that is not the default."""
@@ -62,7 +65,7 @@ class _Setting(StrictModel):
         return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
 
 
-class FileSetting(_Setting):
+class FileSetting(PolicySetting):
     """A setting with a tensor file, whose path in a plan file is relative to that file's folder and stays inside it.
 
     In Python any path will do; a relative one is relative to the working folder.
@@ -122,13 +125,13 @@ class Center(FileSetting):
     means: str | None = None
 
 
-class Balance(_Setting):
+class Balance(PolicySetting):
     """A scaling of channels by the prompt's range: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
 
     kind: Literal["balance"] = "balance"
 
 
-class OwnTransform(_Setting):
+class OwnTransform(PolicySetting):
     """A transform of the user's own, registered under a name by a file that `--import` names.
 
     What it keeps of each sequence is not in the count of bytes.
@@ -141,7 +144,7 @@ class OwnTransform(_Setting):
 Transform = Annotated[Rotate | Center | Balance | OwnTransform, Field(discriminator="kind")]
 
 
-class Transforms(_Setting):
+class Transforms(PolicySetting):
     """Transforms of keys and of values, in the order in which they are applied."""
 
     k: Several[Transform] = ()
@@ -167,7 +170,7 @@ def known_width(bits: int) -> int:
     return bits
 
 
-class Tier(_Setting):
+class Tier(PolicySetting):
     """A share of the tokens, and the bits of their keys and values; a layer with more bits keeps its own."""
 
     share: float = Field(gt=0, lt=1)
@@ -177,7 +180,7 @@ class Tier(_Setting):
     _widths = field_validator("k", "v")(known_width)
 
 
-class TokenPolicy(_Setting):
+class TokenPolicy(PolicySetting):
     """A sorting of tokens into tiers by importance, once, when `flush` of them have left the window.
 
     With `keep`, a layer keeps a number of tokens instead of shares: whenever more have left the window, whole pages of
@@ -277,7 +280,7 @@ class TokenPolicy(_Setting):
             yield f"granularity must be a divisor of the page of {page} tokens, got {self.granularity}"
 
 
-class TokenShares(_Setting):
+class TokenShares(PolicySetting):
     """The part of a plan's token policy that one layer, or a group of its heads, has of its own.
 
     Attributes:
@@ -299,7 +302,7 @@ class TokenShares(_Setting):
         return self
 
 
-class ChannelGroup(_Setting):
+class ChannelGroup(PolicySetting):
     """Some of the key channels and their bits: a number of channels, or a share rounded to a multiple of 16."""
 
     channels: int | None = Field(default=None, ge=WORD_BITS, le=MOST_CHANNELS)
@@ -321,7 +324,7 @@ class ChannelGroup(_Setting):
         return max(WORD_BITS, round((self.share or 0) * head_dim / WORD_BITS) * WORD_BITS)
 
 
-class ChannelPolicy(_Setting):
+class ChannelPolicy(PolicySetting):
     """A sorting of every KV head's key channels into groups by importance.
 
     Attributes:

@@ -17,15 +17,17 @@ from pydantic import (
 from .codec import TransformSettings
 from .document import Faults, StrictModel
 from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
+from .reading import SelectiveReading
 from .windows import Recent, Rpc, Window
 
-AXES: Final = ("transforms", "tokens", "channels")
-"""Settings that change the data or sort it; see `CacheSettings.axes`."""
+AXES: Final = ("transforms", "tokens", "channels", "reading")
+"""Settings that change the data, sort it, or choose from it; see `CacheSettings.axes`."""
 Encode = Literal["minmax", "refit", "search", "fitted"]
 """Encoder of all tensors; `fitted` is refit for keys and search for values."""
 ENCODES: Final[tuple[Encode, ...]] = (*ENCODERS, "fitted")
 FITTED: Final[dict[Kind, Encoder]] = {"key": "refit", "value": "search"}
 """Least squared error is what values need; of keys it clips those that are attended to most."""
+Axis = Transforms | TokenPolicy | ChannelPolicy | SelectiveReading
 MOST_ELEMENTS = 2**16
 """Tokens of a page, and elements of a group."""
 
@@ -53,6 +55,7 @@ class CacheSettings(StrictModel):
         window: rule for the recent tokens that stay in full precision.
         transform: basis of the tensors that are stored as transform codes; None for none.
         transforms, tokens, channels: changes of the data, and sorting of tokens and of key channels; None for none.
+        reading: choice of the pages that a decoded token reads; None for all.
     """
 
     page: int = Field(default=128, ge=16, le=MOST_ELEMENTS, multiple_of=16)
@@ -65,13 +68,15 @@ class CacheSettings(StrictModel):
     transforms: Transforms | None = None
     tokens: TokenPolicy | None = None
     channels: ChannelPolicy | None = None
+    reading: SelectiveReading | None = None
 
     @model_validator(mode="after")
     def _whole_pages(self) -> CacheSettings:
         faults = [*_unfit(self.axes, self.page), *(("tokens", fault) for fault in self.budget_faults())]
         faults += [] if self.transform is None else self.transform.faults(self.page)
-        if self.transform is not None and self.axes:
-            faults.append(("transform", f"transform codes do not combine with {', '.join(self.axes)}; take one out"))
+        faults += [("reading", fault) for fault in self.reading_faults()]
+        if self.transform is not None and (others := [name for name in self.axes if name != "reading"]):
+            faults.append(("transform", f"transform codes do not combine with {', '.join(others)}; take one out"))
         if faults:
             raise Faults((tuple(name.split(".")), f"cache.{name}: {fault}") for name, fault in faults)
         return self
@@ -101,6 +106,16 @@ class CacheSettings(StrictModel):
         if self.channels is not None and self.channels.refresh:
             yield "keep drops pages, so channels must be sorted once for all of them: set refresh: 0"
 
+    def reading_faults(self) -> Iterator[str]:
+        """Yield why tokens of this cache cannot be read by pages, if a plan chooses among them."""
+        if self.reading is None:
+            return
+        for name in ("tokens", "channels"):
+            if getattr(self, name) is not None:
+                yield f"{name} are sorted, and pages are read that are in the order of the text; take one out"
+        if isinstance(self.window, Rpc):
+            yield "keys and values must leave the window together: use a window of a fixed size, recent or none"
+
     @property
     def kept(self) -> int | None:
         """Return the tokens between sinks and window that a budget of tokens keeps, whole pages; None without one."""
@@ -110,31 +125,36 @@ class CacheSettings(StrictModel):
         return room // self.page * self.page
 
     @property
-    def axes(self) -> dict[str, Transforms | TokenPolicy | ChannelPolicy]:
-        """Return those of transforms, tokens and channels that are set."""
+    def axes(self) -> dict[str, Axis]:
+        """Return those of transforms, tokens, channels and reading that are set."""
         return {name: axis for name in AXES if (axis := getattr(self, name)) is not None}
 
     @property
     def plain(self) -> CacheSettings:
-        """Return the same settings without transforms, tokens and channels."""
+        """Return the same settings without transforms, tokens, channels and reading."""
         return self.model_copy(update=dict.fromkeys(AXES))
 
     def with_axes(self, other: CacheSettings) -> CacheSettings:
-        """Return these settings with the transforms, tokens and channels of `other` added.
+        """Return these settings with the transforms, tokens, channels and reading of `other` added.
 
         Transforms of `other` come after these. The page stays, unless only the page of `other` suits all policies.
 
         Raises:
-            ValueError: if both sort tokens, sort channels, or have a transform of the same kind; if neither page suits
-                all policies; if `other` has no axes; or if these settings have transform codes.
+            ValueError: if both sort tokens, sort channels, choose what is read, or have a transform of the same kind;
+                if neither page suits all policies; if `other` has no axes; or if these settings have transform codes,
+                with which only a choice of what is read combines.
         """
         if not other.axes:
-            raise ValueError("it has no transforms, tokens or channels, only widths, which the plan has already")
-        if self.transform is not None:
+            raise ValueError(
+                "it has no transforms, tokens or channels, and no reading, only widths, which the plan has already"
+            )
+        if self.transform is not None and set(other.axes) != {"reading"}:
             raise ValueError("the plan's transform codes do not combine with transforms, tokens or channels")
         for name in ("tokens", "channels"):
             if self.axes.get(name) and other.axes.get(name):
                 raise ValueError(f"both sort {name}")
+        if self.reading and other.reading:
+            raise ValueError("both choose the pages that are read")
         axes = {**self.axes, **other.axes}
         if self.transforms and other.transforms:
             axes["transforms"] = self.transforms.then(other.transforms)
@@ -144,9 +164,11 @@ class CacheSettings(StrictModel):
         both = self.model_copy(update={**axes, "page": page})
         if faults := list(both.budget_faults()):
             raise ValueError(f"tokens: {faults[0]}")
+        if faults := list(both.reading_faults()):
+            raise ValueError(f"reading: {faults[0]}")
         return both
 
 
 def _unfit(axes: Mapping[str, Any], page: int) -> list[tuple[str, str]]:
     """Return the policies that cannot have pages of `page` tokens, each with the reason."""
-    return [(name, fault) for name in ("tokens", "channels") if name in axes for fault in axes[name].faults(page)]
+    return [(name, fault) for name in AXES[1:] if name in axes for fault in axes[name].faults(page)]

@@ -148,15 +148,22 @@ def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: i
     Raises:
         ValueError: if the head, or a channel group, cannot be packed.
     """
+    summary = summary_numbers(tensor, kind, cache) * FULL_PRECISION_BITS / cache.page if count == "stored" else 0
     if isinstance(tensor, TransformTensor):
         layout = transform_layout(tensor, kind, cache, head_dim)
-        return layout.nominal_bits if count == "nominal" else layout.stored_bits
+        return layout.nominal_bits if count == "nominal" else layout.stored_bits + summary
     forms = storage_forms(tensor, kind, cache, head_dim)
     bits = sum(float(form.share) * form.bits_per_element(cache, head_dim, count) for form in forms)
     if cache.tokens is None or count == "nominal":
-        return bits
+        return bits + summary
     index = INDEX_BYTES if cache.kept is None else POSITION_BYTES
     return bits + 8 * index / (2 * head_dim)
+
+
+def summary_numbers(tensor: AnyTensor, kind: Kind, cache: CacheSettings) -> int:
+    """Return the numbers, of 16 bits or the model's dtype, that summarize each channel of a page; 0 for none."""
+    is_summarized = cache.reading is not None and kind == "key" and tensor.window_bits != FULL_PRECISION_BITS
+    return cache.reading.numbers if cache.reading is not None and is_summarized else 0
 
 
 def parts_of(
@@ -195,7 +202,7 @@ class CacheBytes:
     Attributes:
         packed: codes, scales and zeros.
         full: everything in full precision: sinks, tail, tiers and channel groups of 16 bits.
-        extra: additions of a policy: tier maps, channel orders, statistics.
+        extra: additions of a policy: tier maps, channel orders, statistics, summaries of pages.
     """
 
     packed: int
@@ -268,10 +275,11 @@ def tensor_bytes(
         unit: tokens that a budget of tokens keeps or drops together, see `budget_unit`; by default the tensor's own.
     """
     tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
+    summaries = tokens // cache.page * summary_numbers(tensor, kind, cache) * heads.elements(kind) * element_bytes
     if isinstance(tensor, TransformTensor):
         pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
         full = context - tokens + exact_count(layout.exact, pages, cache.page)
-        return CacheBytes(pages * layout.packed_bytes, full * heads.elements(kind) * element_bytes) * batch
+        return CacheBytes(pages * layout.packed_bytes, full * heads.elements(kind) * element_bytes, summaries) * batch
     one = CacheBytes(0, (context - tokens) * heads.dim(kind) * element_bytes)
     forms = storage_forms(tensor, kind, cache, heads.dim(kind))
     for form, count in zip(forms, held_tokens(tokens, cache), strict=True):
@@ -279,7 +287,7 @@ def tensor_bytes(
     unit = (1 if tensor.bits == FULL_PRECISION_BITS else cache.page) if unit is None else unit
     kept = _policy_bytes(cache, heads, tokens, context, unit)
     half = kept // 2 if kind == "value" else kept - kept // 2
-    return (one * heads.kv_heads + CacheBytes(0, 0, half)) * batch
+    return (one * heads.kv_heads + CacheBytes(0, 0, half + summaries)) * batch
 
 
 def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:

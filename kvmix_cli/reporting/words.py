@@ -9,8 +9,10 @@ from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
 from ..plan.layers import HeadGroup
 from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, TokenShares, Transform, Transforms
+from ..plan.reading import SelectiveReading
+from ..plan.settings import Axis
 
-LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:"}
+LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:", "reading": "read:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
 
 
@@ -75,7 +77,7 @@ def heads_text(model: ModelInfo) -> str:
 
 
 def axes_lines(cache: CacheSettings) -> list[str]:
-    """Return a line for each of transform, transforms, tokens and channels that is set, for the footer of a table."""
+    """Return a line for each of transform, transforms, tokens, channels and reading that is set."""
     codes = [] if cache.transform is None else [f"codes:   {codes_in_words(cache.transform)}"]
     return codes + [f"{LABELS[name]:9}{in_words(axis)}" for name, axis in cache.axes.items()]
 
@@ -87,13 +89,15 @@ def codes_in_words(settings: TransformSettings) -> str:
     return f"basis {settings.basis}, {frames}, {exact}"
 
 
-def in_words(axis: Transforms | TokenPolicy | ChannelPolicy | None) -> str:
+def in_words(axis: Axis | None) -> str:
     """Return `keys balanced, then rotated; values rotated`; `none` for transforms or a policy that is not set."""
     if axis is None:
         return "none"
     if isinstance(axis, Transforms):
         both = {"keys": axis.k, "values": axis.v}
         return "; ".join(f"{what} {', then '.join(map(_transform, steps))}" for what, steps in both.items() if steps)
+    if isinstance(axis, SelectiveReading):
+        return _reading(axis)
     return _tokens(axis) if isinstance(axis, TokenPolicy) else _channels(axis)
 
 
@@ -118,6 +122,14 @@ def _tokens(policy: TokenPolicy) -> str:
             parts.append(f"{evicted} evicted")
     of_prompt = ", of the prompt only" if policy.when == "prompt" else ""
     return f"by {policy.score}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"
+
+
+def _reading(reading: SelectiveReading) -> str:
+    """Return `the best pages of 2048 tokens, by the mean of their keys; layers 0-1 read everything`."""
+    part = f"{100 * reading.share:.4g} %" if reading.share is not None else f"{reading.tokens} tokens"
+    by = {"mean": "the mean of their keys", "range": "the range of their keys"}[reading.summary]
+    skipped = f"; the first {reading.skip} layers read everything" if reading.skip else ""
+    return f"the best pages of {part}, by {by}{skipped}"
 
 
 def own_tokens(tokens: TokenShares | None) -> str:

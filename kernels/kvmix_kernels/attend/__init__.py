@@ -11,7 +11,10 @@ from torch import Tensor
 from ..runtime import gpu
 from ..runtime.fallback import warn_once
 from ..runtime.native import library
+from ..segments import Coded
+from ..summaries import Summarized
 from . import cpu, naive
+from .choice import gathered, with_all_pages, with_chosen_pages
 from .problem import AttentionProblem
 
 __all__ = ["AttentionProblem", "attend"]
@@ -23,6 +26,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     On a CPU the native path is the faster one, packed or not, at any number of queries (bench/results.csv, op
     `attend-rows`).
     """
+    problem = _with_its_pages(problem)
     if problem.query.dtype == torch.float64 or problem.is_differentiated:
         return naive.attend(problem)
     if gpu.is_usable(problem.query.device):
@@ -39,3 +43,16 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     if native is not None:
         warn_once(f"attention over {cpu.describe(problem)} has no CPU kernel; falling back to slow PyTorch")
     return naive.attend(problem)
+
+
+def _with_its_pages(problem: AttentionProblem) -> AttentionProblem:
+    """Return the problem over the pages that its query reads, as the device's kernels take them."""
+    pages = problem.key.packed
+    if not isinstance(pages, Summarized):
+        return problem
+    if not gpu.is_usable(problem.query.device):
+        return with_chosen_pages(problem)
+    if isinstance(pages.held, Coded) or isinstance(problem.value.packed, Coded):
+        warn_once("no GPU kernel reads a choice of pages of transform codes; reading all of them")
+        return with_all_pages(problem)
+    return gathered(with_chosen_pages(problem))

@@ -144,27 +144,27 @@ struct CodedHead {
   const int64_t coded = s.dim - std::count(widths, widths + s.dim, 0);  // directions that have codes, in whole runs
 
   const uint8_t* codes(int64_t page) const {
-    return x.codes + b * x.codes_strides[0] + s.place(b, page) * x.codes_strides[1] + x.offsets[h];
+    return x.codes + b * x.codes_strides[0] + s.place(b, h, page) * x.codes_strides[1] + x.offsets[h];
   }
 };
 
-// The exact tokens of one KV head from a page on, in the order of their places.
+// The exact tokens of one KV head, in the order of their places.
 class ExactTokens {
   const Coded& x;
   const int64_t offset, count;  // of the head, its tokens
   const int32_t* const places;
-  int64_t next;
+  int64_t next = 0;
 
  public:
-  ExactTokens(const CodedHead& head, int64_t page)
+  explicit ExactTokens(const CodedHead& head)
       : x(head.x),
         offset(head.b * x.exact_strides[0] + head.h * x.exact_strides[1]),
         count(x.places ? x.exact_tokens : 0),
-        places(x.places + head.b * x.places_strides[0] + head.h * x.places_strides[1]),
-        next(std::lower_bound(places, places + count, page * head.s.page) - places) {}
+        places(x.places + head.b * x.places_strides[0] + head.h * x.places_strides[1]) {}
 
-  // work(place, elements) of those that are left before `last`, in a dtype that the compiler knows.
-  template <class Work> void until(int64_t last, Work work) {
+  // work(place, elements) of those in [first, last), in a dtype that the compiler knows; ranges come in ascending order.
+  template <class Work> void within(int64_t first, int64_t last, Work work) {
+    next = std::lower_bound(places + next, places + count, first) - places;
     if (next == count || places[next] >= last) return;
     with_dtype(x.exact_dtype, x.exact, offset, [&](auto tokens) {
       for (; next < count && places[next] < last; next++)
@@ -299,18 +299,17 @@ template <int R> class CodedKeys {
   }
 
  public:
-  // For pages from `first` on, in ascending order.
-  CodedKeys(const Segments& s, int64_t b, int64_t h, int64_t first, const float* const* query, Scratch& scratch)
-      : head{s, *s.coded, b, h}, query(query), scratch(scratch), exact(head, first) {}
+  // For pages in ascending order.
+  CodedKeys(const Segments& s, int64_t b, int64_t h, const float* const* query, Scratch& scratch)
+      : head{s, *s.coded, b, h}, query(query), scratch(scratch), exact(head) {}
 
   // Scores of a page's tokens; up to VB floats beyond them are written as well.
   void score(int64_t at, float* const* out) {
-    const int64_t next = head.x.frame ? at * page / head.x.frame : 0;
+    const int64_t start = head.s.number(head.b, head.h, at) * page, next = head.x.frame ? start / head.x.frame : 0;
     if (next != frame) meet(next);
     unpack(at);
     multiply(out);
-    const int64_t start = at * page;
-    exact.until(start + page, [&](int64_t place, auto token) {
+    exact.within(start, start + page, [&](int64_t place, auto token) {
       float scores[R], *score[R];
       for (int r = 0; r < R; r++) score[r] = scores + r;
       dot_full<token.dtype, R>(token.at, dim, 1, dim, query, score);
@@ -337,7 +336,7 @@ template <int R> class CodedValues {
     float* folded = scratch.folded.data();
     vf sums[R] = {};
     for (int64_t p = 0, token = 0; p < pages; p++) {
-      const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, head.s.place(head.b, first + p));
+      const uint16_t* scales = head.x.scales + offset_of(head.x.scales_strides, head.b, head.h, head.s.place(head.b, head.h, first + p));
       for (int64_t t = 0; t < page; t += W, token += W) {
         const vf scale = half_to_float(scales + t);
         for (int r = 0; r < R; r++) {
@@ -351,7 +350,7 @@ template <int R> class CodedValues {
       mass[r] += sum(sums[r]);
       std::fill(folded + r * room + tokens, folded + (r + 1) * room, 0.0f);
     }
-    take_exact(first * page, tokens, room, weights, out);
+    take_exact(head.s.number(head.b, head.h, first) * page, tokens, room, weights, out);
     for (int r = 0; r < R; r++) {
       const double total = round_coefficients(folded + r * room, room, scratch.rounded.data(), units + r);
       for (int64_t t = 0; t < room; t += VB) {
@@ -364,7 +363,7 @@ template <int R> class CodedValues {
 
   // Give the weights of exact tokens, of `tokens` from `start` on, to what they are, instead of to their codes.
   void take_exact(int64_t start, int64_t tokens, int64_t room, const float* const* weights, float* const* out) {
-    exact.until(start + tokens, [&](int64_t place, auto token) {
+    exact.within(start, start + tokens, [&](int64_t place, auto token) {
       const float* weight[R];
       for (int r = 0; r < R; r++) {
         weight[r] = weights[r] + place - start;
@@ -405,9 +404,9 @@ template <int R> class CodedValues {
   }
 
  public:
-  // For pages from `first` on, in ascending order.
-  CodedValues(const Segments& s, int64_t b, int64_t h, int64_t first, Scratch& scratch)
-      : head{s, *s.coded, b, h}, scratch(scratch), exact(head, first) {
+  // For pages in ascending order.
+  CodedValues(const Segments& s, int64_t b, int64_t h, Scratch& scratch)
+      : head{s, *s.coded, b, h}, scratch(scratch), exact(head) {
     scratch.sums.assign(head.coded * W, 0.0f);
   }
 

@@ -193,8 +193,8 @@ static inline void widen(const uint16_t* source, int64_t dtype, int64_t count, i
 // out[r] (+)= a[r] · page, for one page of a run of keys whose tokens have scales of their own. These do not fold into the
 // coefficients, so they are met by what the codes amount to.
 template <int BITS, int R>
-static void score_page(const Run& x, int64_t b, int64_t h, int64_t place, int rows, int64_t columns,
-                       const float* const* a, float* const* out, bool add, Scratch& scratch) {
+static void score_page(const Run& x, int64_t b, int64_t h, int64_t place, int64_t ahead, int rows,
+                       int64_t columns, const float* const* a, float* const* out, bool add, Scratch& scratch) {
   const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, place);
   const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, place);
   scratch.scales.resize(2 * columns);
@@ -209,7 +209,7 @@ static void score_page(const Run& x, int64_t b, int64_t h, int64_t place, int ro
     total[r] = coefficients.offset[r], coefficients.offset[r] = 0;
     products[r] = scratch.products.data() + r * columns;
   }
-  contract_group<BITS, R>(words_at, columns, columns, words_at + x.data_strides[2], rows, coefficients, products, false);
+  contract_group<BITS, R>(words_at, columns, columns, words_at + ahead * x.data_strides[2], rows, coefficients, products, false);
   widen(scales_at, x.dtype, 2 * columns, 0, scratch.scales.data());
   const float *scale = scratch.scales.data(), *zero = scale + columns;
   for (int r = 0; r < R; r++)
@@ -219,10 +219,11 @@ static void score_page(const Run& x, int64_t b, int64_t h, int64_t place, int ro
     }
 }
 
-// out[r] (+)= a[r] · page, for one page of a run; `a[r]` has `rows` floats, `out[r]` has `columns`.
+// out[r] (+)= a[r] · page, for one page of a run; `a[r]` has `rows` floats, `out[r]` has `columns`. The page that is read
+// next lies `ahead` pages behind this one in memory.
 template <int BITS, int R>
-static void contract_page(const Run& x, int64_t b, int64_t h, int64_t place, int rows, int64_t columns,
-                          const float* const* a, float* const* out, bool add, Scratch& scratch) {
+static void contract_page(const Run& x, int64_t b, int64_t h, int64_t place, int64_t ahead, int rows,
+                          int64_t columns, const float* const* a, float* const* out, bool add, Scratch& scratch) {
   const int64_t groups = (columns + x.group - 1) / x.group;
   const int16_t* words_at = static_cast<const int16_t*>(x.data) + offset_of(x.data_strides, b, h, place);
   const uint16_t* scales_at = static_cast<const uint16_t*>(x.scales) + offset_of(x.scales_strides, b, h, place);
@@ -231,13 +232,13 @@ static void contract_page(const Run& x, int64_t b, int64_t h, int64_t place, int
   scratch.rounded.resize(R * rows);
   float* scales = scratch.scales.data();
   Coefficients<R> coefficients{scratch.folded.data(), scratch.rounded.data(), {}, {}};
-  widen(scales_at, x.dtype, 2 * groups * rows, x.scales_strides[2], scales);
+  widen(scales_at, x.dtype, 2 * groups * rows, ahead * x.scales_strides[2], scales);
   for (int64_t g = 0; g < groups; g++) {
     float* group_out[R];
     for (int r = 0; r < R; r++) group_out[r] = out[r] + g * x.group;
     fold<R>(a, scales + g * rows, scales + (groups + g) * rows, rows, (1 << BITS) - 1, coefficients);
     const int64_t left = columns - g * x.group;
-    const int16_t* next = words_at + x.data_strides[2] + g * x.group * (rows * BITS / 16);
+    const int16_t* next = words_at + ahead * x.data_strides[2] + g * x.group * (rows * BITS / 16);
     contract_group<BITS, R>(words_at + g * x.group, columns, left < x.group ? left : x.group, next, rows, coefficients,
                             group_out, add);
   }

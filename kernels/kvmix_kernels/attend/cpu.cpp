@@ -77,7 +77,8 @@ template <int R> struct Pass {
     const bool add = !is_key || channel > 0;
     int64_t order = -1;
     for (int64_t token = first; token < last; token += s.page) {
-      const int64_t page = (token - s.sinks) / s.page, place = s.place(b, page);
+      const int64_t page = (token - s.sinks) / s.page, place = s.place(b, h, page);
+      const int64_t ahead = token + s.page < last ? s.place(b, h, page + 1) - place : 1;
       const float* in_at[R];
       float* out_at[R];
       from(token, in_at, out_at);
@@ -89,9 +90,9 @@ template <int R> struct Pass {
       }
       if constexpr (BITS < 16) {
         if (x.by_token)
-          score_page<BITS, R>(x, b, h, place, rows, columns, in_at, out_at, add, scratch);
+          score_page<BITS, R>(x, b, h, place, ahead, rows, columns, in_at, out_at, add, scratch);
         else
-          contract_page<BITS, R>(x, b, h, place, rows, columns, in_at, out_at, add, scratch);
+          contract_page<BITS, R>(x, b, h, place, ahead, rows, columns, in_at, out_at, add, scratch);
       } else
         with_dtype(x.dtype, x.data, offset_of(x.data_strides, b, h, place), [&](auto states) {
           mix_full<states.dtype, R>(states.at, columns, rows, columns, in_at, out_at, add);
@@ -104,13 +105,13 @@ template <int R> struct Pass {
     const float* in_at[R];
     float* out_at[R];
     if (is_key) {
-      CodedKeys<R> keys(s, b, h, first, in, scratch);
+      CodedKeys<R> keys(s, b, h, in, scratch);
       for (int64_t page = first; page < last; page++) {
         from(s.sinks + page * s.page, in_at, out_at);
         keys.score(page, out_at);
       }
     } else if (first < last) {
-      CodedValues<R> values(s, b, h, first, scratch);
+      CodedValues<R> values(s, b, h, scratch);
       for (int64_t page = first; page < last; page += values.pages_together()) {
         from(s.sinks + page * s.page, in_at, out_at);
         values.mix(page, least(values.pages_together(), last - page), in_at, out_at);

@@ -42,15 +42,22 @@ struct Segments {
   const Run* runs;           // of values only one
   const Coded* coded;        // null, or the pages instead of runs
   const uint8_t* order;      // null, or [B, H_kv, orders, dim]: the channel at each place of the runs
-  const int32_t* table;      // null, or [B, pages]: which of the pages in memory each page of a sequence is
+  const int32_t* table;      // null, or [B, H_kv, pages]: which of the pages in memory each page is
   int64_t sink_strides[3];   // batch, head, token
   int64_t tail_strides[3];   // batch, head, token
   int64_t order_strides[3];  // batch, head, order
   int64_t sinks, pages, page, tail_tokens, dim;
-  int64_t run_count, pages_per_order, table_stride;
+  int64_t run_count, pages_per_order;
+  int64_t table_strides[2];  // batch, head; a page of a sequence is the same one for all heads where the latter is 0
+  int64_t is_choice;         // the pages are some of a sequence's, ascending: the table has their numbers in it
   int64_t dtype;             // of sink and tail
 
-  int64_t place(int64_t b, int64_t page) const { return table ? table[b * table_stride + page] : page; }
+  // Where a page is in memory.
+  int64_t place(int64_t b, int64_t h, int64_t page) const {
+    return table ? table[b * table_strides[0] + h * table_strides[1] + page] : page;
+  }
+  // Which page of its sequence a page is, which decides the positions of its tokens.
+  int64_t number(int64_t b, int64_t h, int64_t page) const { return is_choice ? place(b, h, page) : page; }
 };
 
 // Some of the tokens, and who may see them.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CSegments
 from ..segments import Channels, Coded, Packed, Segments
+from ..summaries import ChosenPages
 from .pages import is_plain, native_pages
 from .parts import Part, parts_of
 from .problem import AttentionProblem
@@ -23,7 +24,7 @@ def supports(problem: AttentionProblem) -> bool:
 def describe(problem: AttentionProblem) -> str:
     """Return what `supports` checks, for a warning."""
     parts = parts_of(problem, with_masks=False)
-    tensors = [tensor for part in parts for tensor in (part.key, part.value)]
+    tensors = [_stored(tensor) for part in parts for tensor in (part.key, part.value)]
     runs = [run for tensor in tensors if not isinstance(tensor.packed, Coded) for run in tensor.runs]
     pages = sorted({known.page for tensor in tensors if (known := native_pages(tensor.packed)).count})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
@@ -64,11 +65,17 @@ def attend(library: ctypes.CDLL, problem: AttentionProblem) -> tuple[Tensor, Ten
 
 
 def _fits(part: Part) -> bool:
-    keys, values = native_pages(part.key.packed), native_pages(part.value.packed)
-    if keys.count and values.count and (keys.page != values.page or part.key.sinks != part.value.sinks):
+    key, value = _stored(part.key), _stored(part.value)
+    keys, values = native_pages(key.packed), native_pages(value.packed)
+    if keys.count and values.count and (keys.page != values.page or key.sinks != value.sinks):
         return False  # tokens are split on the edges of pages of both
-    is_sorted = isinstance(part.value.packed, Channels)
-    return keys.fits and values.fits and not is_sorted and _is_tail(part.key.tail) and _is_tail(part.value.tail)
+    is_sorted = isinstance(value.packed, Channels)
+    return keys.fits and values.fits and not is_sorted and _is_tail(key.tail) and _is_tail(value.tail)
+
+
+def _stored(tensor: Segments) -> Segments:
+    """Return what is in memory, all pages in place of the chosen ones."""
+    return replace(tensor, packed=tensor.packed.held) if isinstance(tensor.packed, ChosenPages) else tensor
 
 
 def _is_tail(tail: Tensor) -> bool:
@@ -85,10 +92,14 @@ def _part(part: Part, problem: AttentionProblem) -> CPart:
 
 def _segments(tensor: Segments) -> CSegments:
     """Return sink and tail in C, with the pages, which `tensor` keeps alive."""
+    chosen, tensor = tensor.packed, _stored(tensor)
     tail, sink = tensor.tail, tensor.sink
     call = CSegments.from_buffer_copy(native_pages(tensor.packed).segments)
     call.tail, call.tail_strides, call.tail_tokens = tail.data_ptr(), tail.stride()[:3], tail.shape[2]
     call.dim, call.dtype = tail.shape[3], DTYPES[tail.dtype]
     if sink is not None:
         call.sink, call.sink_strides, call.sinks = sink.data_ptr(), sink.stride()[:3], sink.shape[2]
+    if isinstance(chosen, ChosenPages):
+        call.table, call.table_strides = chosen.numbers.data_ptr(), chosen.numbers.stride()[:2]
+        call.pages, call.is_choice = chosen.pages, True
     return call

@@ -133,7 +133,7 @@ def attend(
     pages = -(-int(lengths.max()) // key.page)
     output, logarithms = torch.empty(batch, heads, queries, value.dim), torch.empty(batch, heads, queries)
     for segments in (key, value):
-        segments.pages, segments.table, segments.table_stride = pages, table.data_ptr(), table.stride(0)
+        segments.pages, segments.table, segments.table_strides = pages, table.data_ptr(), (table.stride(0), 0)
     part = CPart(key, value, lengths=lengths.data_ptr(), tokens=pages * key.page)
     call = CAttention(
         parts=ctypes.pointer(part),

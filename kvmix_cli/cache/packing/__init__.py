@@ -1,4 +1,7 @@
-"""Storage of the tokens that leave the window: pages, with channel groups, of transform codes, and sorted tokens."""
+"""Storage of the tokens that leave the window: pages, with channel groups, of transform codes, and sorted tokens.
+
+Keys may have a summary of each page, by which a decoded token chooses what it reads.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from .channels import ChannelPacking
 from .codes import CodePacking
 from .pages import PagePacking
 from .sorted import BudgetPacking, FullPacking, KeptUnits, TierPacking
+from .summaries import SummaryPacking
 
-__all__ = ["CodePacking", "KeptUnits", "Packing", "PolicyFunctions", "packing_of"]
+__all__ = ["CodePacking", "KeptUnits", "Packing", "PolicyFunctions", "SummaryPacking", "packing_of"]
 
 
 @dataclass(frozen=True)

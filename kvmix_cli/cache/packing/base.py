@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.segments import Channels, Coded, Packed, SortedTokens
+from kvmix_kernels.segments import SortedTokens, TokenPages
 from torch import Tensor
 
 from ..archive import Archive
@@ -29,7 +29,7 @@ class Packing(ABC):
 
     @property
     @abstractmethod
-    def view(self) -> Packed | Channels | Coded | SortedTokens | Tensor:
+    def view(self) -> TokenPages | SortedTokens | Tensor:
         """Return what is held, without a copy; there must be something."""
 
     @abstractmethod

@@ -81,7 +81,8 @@ std::string describe_structs() {
   FIELD(Segments, sink_strides); FIELD(Segments, tail_strides); FIELD(Segments, order_strides);
   FIELD(Segments, sinks); FIELD(Segments, pages); FIELD(Segments, page); FIELD(Segments, tail_tokens);
   FIELD(Segments, dim);
-  FIELD(Segments, run_count); FIELD(Segments, pages_per_order); FIELD(Segments, table_stride);
+  FIELD(Segments, run_count); FIELD(Segments, pages_per_order); FIELD(Segments, table_strides);
+  FIELD(Segments, is_choice);
   FIELD(Segments, dtype);
   STRUCT(Part);
   FIELD(Part, key); FIELD(Part, value); FIELD(Part, mask); FIELD(Part, mask_strides); FIELD(Part, mask_is_bool);

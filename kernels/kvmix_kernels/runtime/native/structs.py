@@ -88,7 +88,8 @@ class CSegments(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("run_count", ctypes.c_int64),
         ("pages_per_order", ctypes.c_int64),
-        ("table_stride", ctypes.c_int64),
+        ("table_strides", ctypes.c_int64 * 2),
+        ("is_choice", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
     )
 
