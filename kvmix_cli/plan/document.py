@@ -182,8 +182,8 @@ def flow(value: Any) -> str:
 
     The text does not depend on how PyYAML was built, since checksums are taken of it.
     """
-    options = {"default_flow_style": True, "sort_keys": False, "width": 10**6, "allow_unicode": True}
-    text = yaml.dump(value, Dumper=_FastDumper, **options)
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**6, "allow_unicode": True}
+    text: str = yaml.dump(value, Dumper=_FastDumper, **options)
     if any(sign in text for sign in _WRITTEN_OTHERWISE):
         text = yaml.dump(value, Dumper=_OneLineDumper, **options)
     return text.removesuffix("\n").removesuffix("\n...")

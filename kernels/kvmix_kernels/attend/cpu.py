@@ -11,7 +11,7 @@ from torch import Tensor
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CSegments
 from ..segments import Channels, Coded, Packed, Segments
 from ..summaries import ChosenPages
-from .pages import is_plain, native_pages
+from .pages import NativePages, is_plain, native_pages
 from .parts import Part, parts_of
 from .problem import AttentionProblem
 
@@ -26,7 +26,7 @@ def describe(problem: AttentionProblem) -> str:
     parts = parts_of(problem, with_masks=False)
     tensors = [_stored(tensor) for part in parts for tensor in (part.key, part.value)]
     runs = [run for tensor in tensors if not isinstance(tensor.packed, Coded) for run in tensor.runs]
-    pages = sorted({known.page for tensor in tensors if (known := native_pages(tensor.packed)).count})
+    pages = sorted({known.page for tensor in tensors if (known := _pages(tensor)).count})
     groups = sorted({run.layout.group for run in runs if isinstance(run, Packed)})
     sorted_values = "values in channel runs, " if any(isinstance(p.value.packed, Channels) for p in parts) else ""
     dtype = str(problem.key.tail.dtype).removeprefix("torch.")
@@ -66,7 +66,7 @@ def attend(library: ctypes.CDLL, problem: AttentionProblem) -> tuple[Tensor, Ten
 
 def _fits(part: Part) -> bool:
     key, value = _stored(part.key), _stored(part.value)
-    keys, values = native_pages(key.packed), native_pages(value.packed)
+    keys, values = _pages(key), _pages(value)
     if keys.count and values.count and (keys.page != values.page or key.sinks != value.sinks):
         return False  # tokens are split on the edges of pages of both
     is_sorted = isinstance(value.packed, Channels)
@@ -76,6 +76,11 @@ def _fits(part: Part) -> bool:
 def _stored(tensor: Segments) -> Segments:
     """Return what is in memory, all pages in place of the chosen ones."""
     return replace(tensor, packed=tensor.packed.held) if isinstance(tensor.packed, ChosenPages) else tensor
+
+
+def _pages(tensor: Segments) -> NativePages:
+    packed = tensor.packed
+    return native_pages(packed.held if isinstance(packed, ChosenPages) else packed)
 
 
 def _is_tail(tail: Tensor) -> bool:
@@ -94,7 +99,7 @@ def _segments(tensor: Segments) -> CSegments:
     """Return sink and tail in C, with the pages, which `tensor` keeps alive."""
     chosen, tensor = tensor.packed, _stored(tensor)
     tail, sink = tensor.tail, tensor.sink
-    call = CSegments.from_buffer_copy(native_pages(tensor.packed).segments)
+    call = CSegments.from_buffer_copy(_pages(tensor).segments)
     call.tail, call.tail_strides, call.tail_tokens = tail.data_ptr(), tail.stride()[:3], tail.shape[2]
     call.dim, call.dtype = tail.shape[3], DTYPES[tail.dtype]
     if sink is not None:

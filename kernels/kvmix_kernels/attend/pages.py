@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CRun, CSegments
-from ..segments import Channels, Coded, Packed, Plain, SortedTokens
+from ..segments import Channels, Coded, Packed, Plain, SortedTokens, TokenPages
 from . import coded
 
 
@@ -37,10 +37,10 @@ class NativePages:
 
 
 NO_PAGES: Final = NativePages(True, 0, 0, CSegments())
-_known: WeakKeyDictionary[Packed | Channels | Coded, NativePages] = WeakKeyDictionary()
+_known: WeakKeyDictionary[TokenPages, NativePages] = WeakKeyDictionary()
 
 
-def native_pages(packed: Packed | Channels | Coded | SortedTokens | None) -> NativePages:
+def native_pages(packed: TokenPages | SortedTokens | None) -> NativePages:
     """Return pages in C; none of sorted tokens, which are split into parts before."""
     if packed is None or isinstance(packed, SortedTokens):
         return NO_PAGES
@@ -55,7 +55,7 @@ def is_plain(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.stride(-1) == 1
 
 
-def _describe(packed: Packed | Channels | Coded) -> NativePages:
+def _describe(packed: TokenPages) -> NativePages:
     if packed.pages == 0:
         return NO_PAGES
     call = CSegments(pages=packed.pages, page=packed.page)
@@ -64,6 +64,8 @@ def _describe(packed: Packed | Channels | Coded) -> NativePages:
         if fits:
             call.coded = ctypes.pointer(coded.pages_of(packed))
         return NativePages(fits, packed.pages, packed.page, call)
+    if not isinstance(packed, Packed | Channels):
+        return NativePages(False, packed.pages, packed.page, call)
     fits = all(map(_is_run, packed.runs))
     if fits:
         call.runs, call.run_count = (CRun * len(packed.runs))(*map(_run, packed.runs)), len(packed.runs)
