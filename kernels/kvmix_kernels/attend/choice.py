@@ -86,10 +86,9 @@ def chosen_pages(query: Tensor, pages: Summarized, allowed: Tensor | None = None
 
 def _logits(query: Tensor, summary: Tensor) -> Tensor:
     """Return the logits `[B, H_kv, R, pages]` of queries `[B, H_kv, R, D]` over the summaries of pages."""
-    if summary.shape[3] == 1:
-        return (summary[:, :, :, 0] @ query.mT).mT
-    low, high = summary.unbind(3)
-    return (low @ query.clamp(max=0).mT + high @ query.clamp(min=0).mT).mT
+    if summary.shape[3] == 2:
+        query = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1)
+    return (summary.flatten(3) @ query.mT).mT
 
 
 def _by_page(mask: Tensor, problem: AttentionProblem, page: int) -> Tensor:
