@@ -50,13 +50,17 @@ def scaled(preset: Preset, name: str, model: ModelInfo, stored_bits: float, cont
     Args:
         name: name of the preset.
         stored_bits: most stored bits; of a number of tokens to keep, see `room`.
-        context: tokens of the context whose bytes a number of tokens to keep must not exceed.
+        context: tokens of the context whose bytes a number of tokens to keep must not exceed, and of which a preset
+            that chooses what it reads has to leave some unread.
 
     Raises:
-        PlanError: if the preset cannot reach the size, or does not fit the model.
+        PlanError: if the preset cannot reach the size, does not fit the model, or would read all of the context.
     """
     if preset.bits is None:
         raise PlanError(f"preset '{name}' states no widths: a profile decides them")
+    reading = preset.cache.reading
+    if reading is not None and reading.tokens is not None and reading.tokens >= context:
+        raise PlanError(f"preset '{name}' reads {reading.tokens} tokens a step, which is all of a context of {context}")
     tokens = preset.cache.tokens
     try:
         if tokens is None or tokens.tiers:
