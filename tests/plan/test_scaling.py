@@ -10,7 +10,7 @@ from kvmix_cli.plan.sizes import FULL_PRECISION_BITS
 
 INFO = make_info(12)
 SIZES = (2.0, 2.5, 3.0, 4.0)
-CONTEXT = 2048
+CONTEXT = 4096
 STATED = tuple(name for name in presets() if find_preset(name).bits is not None)
 BUDGETS = tuple(name for name in STATED if (tokens := find_preset(name).cache.tokens) and tokens.keep)
 REFUSED = {("minikv", 3.0), ("minikv", 4.0), ("cocktail", 2.0), ("zipcache", 2.0)} | {("d2o", size) for size in SIZES}
@@ -51,6 +51,11 @@ def test_what_a_preset_does_stays_what_it_is(name):
         assert [run.share for run in cache.channels.runs] == [run.share for run in preset.channels.runs]
     if name not in BUDGETS:
         assert (cache.sink, cache.window.tokens) == (LAYOUT["sink"], LAYOUT["window"]["tokens"])
+
+
+def test_a_context_that_would_be_read_whole_is_refused():
+    with pytest.raises(PlanError, match="preset 'quest' reads 2048 tokens a step, which is all of a context of 2048"):
+        scaled(find_preset("quest"), "quest", INFO, 3.0, 2048)
 
 
 @pytest.mark.parametrize("name", ["mikv", "zipcache", "zipvl", "cocktail"])
