@@ -59,7 +59,7 @@ def chance(tmp_path, monkeypatch):
 
 
 def test_a_profile(chance):
-    args = ("profile", "builtin:tiny", "--samples", 24, "--seq-len", 256)
+    args = ("profile", "builtin:tiny", "--samples", 10, "--seq-len", 256)
     assert killed_and_resumed(chance, "killed.partial.jsonl", *args, "--out", "killed.yaml") == KILLS
     forking.run(*args, "--out", "whole.yaml", check=True)
     killed, whole = (Profile.load(Path(name)).score("grad-norm") for name in ("killed.yaml", "whole.yaml"))
