@@ -52,11 +52,11 @@ class EngineFormat:
 
 
 GGML_BLOCK: Final = 32
-"""Channels of a block of llama.cpp."""
+"""Channels of a block of llama.cpp; numbers of full precision stand alone."""
 GGML: Final = {
     each.name: each
     for each in (
-        EngineFormat("f16", 16, GGML_BLOCK),
+        EngineFormat("f16", FULL_PRECISION_BITS),
         EngineFormat("q8_0", 8, GGML_BLOCK, 2),
         EngineFormat("q5_1", 5, GGML_BLOCK, 4),
         EngineFormat("q5_0", 5, GGML_BLOCK, 2),

@@ -81,6 +81,7 @@ def test_stored_bits_of_every_format():
 
 def test_heads_that_a_format_does_not_take():
     assert not GGML["q8_0"].takes(80)
+    assert GGML["f16"].takes(80), "full precision has no blocks"
     assert not VLLM["turboquant_3bit_nc"][0].takes(96)
     assert VLLM["int4_per_token_head"][0].takes(96)
     assert not MODELOPT["NVFP4"].takes(40)
