@@ -72,8 +72,8 @@ def test_several_queries_read_all_pages():
 def test_a_forward_on_a_gpu_copies_the_chosen_pages_and_reads_all_of_transform_codes(monkeypatch):
     from kvmix_kernels import attend as room
 
-    monkeypatch.setattr(room.gpu, "is_usable", lambda device: True)
     affine, coded = (summarized_problem(codec, 5, 2, "mean", "max", 2) for codec in ("affine", "coded"))
+    monkeypatch.setattr(room.gpu, "is_usable", lambda device: True)
     assert room._with_its_pages(affine).key.packed.pages == 2
     with pytest.warns(UserWarning, match="transform codes; reading all of them"):
         assert room._with_its_pages(coded).key.packed.pages == 5
