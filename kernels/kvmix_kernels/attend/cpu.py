@@ -65,7 +65,7 @@ def attend(library: ctypes.CDLL, problem: AttentionProblem) -> tuple[Tensor, Ten
 
 
 def _fits(part: Part) -> bool:
-    key, value = _stored(part.key), _stored(part.value)
+    key, value = part.key, part.value
     keys, values = _pages(key), _pages(value)
     if keys.count and values.count and (keys.page != values.page or key.sinks != value.sinks):
         return False  # tokens are split on the edges of pages of both
@@ -79,6 +79,7 @@ def _stored(tensor: Segments) -> Segments:
 
 
 def _pages(tensor: Segments) -> NativePages:
+    """Return the pages in memory in C, all of them where some are chosen."""
     packed = tensor.packed
     return native_pages(packed.held if isinstance(packed, ChosenPages) else packed)
 
@@ -97,14 +98,13 @@ def _part(part: Part, problem: AttentionProblem) -> CPart:
 
 def _segments(tensor: Segments) -> CSegments:
     """Return sink and tail in C, with the pages, which `tensor` keeps alive."""
-    chosen, tensor = tensor.packed, _stored(tensor)
-    tail, sink = tensor.tail, tensor.sink
+    tail, sink, packed = tensor.tail, tensor.sink, tensor.packed
     call = CSegments.from_buffer_copy(_pages(tensor).segments)
     call.tail, call.tail_strides, call.tail_tokens = tail.data_ptr(), tail.stride()[:3], tail.shape[2]
     call.dim, call.dtype = tail.shape[3], DTYPES[tail.dtype]
     if sink is not None:
         call.sink, call.sink_strides, call.sinks = sink.data_ptr(), sink.stride()[:3], sink.shape[2]
-    if isinstance(chosen, ChosenPages):
-        call.table, call.table_strides = chosen.numbers.data_ptr(), chosen.numbers.stride()[:2]
-        call.pages, call.is_choice = chosen.pages, True
+    if isinstance(packed, ChosenPages):
+        call.table, call.table_strides = packed.numbers.data_ptr(), packed.numbers.stride()[:2]
+        call.pages, call.is_choice = packed.pages, True
     return call
