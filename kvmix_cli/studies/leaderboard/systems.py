@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from ... import state
 from ...allocation import TRANSFORM, Budget, allocate
 from ...errors import BudgetError, EvaluationError, PlanError, StateError
 from ...plan import CacheSettings, ModelInfo, Plan
-from ...plan.presets import find_preset, presets
+from ...plan.basis import BasisFile
+from ...plan.presets import find_preset, presets, put_on
 from ...plan.scaling import LAYOUT, scaled
 from ...profile import Profile
 from ...state import PLANS, Say, unsaid
@@ -59,6 +61,11 @@ class FoundProfile:
     def load(cls, path: Path) -> FoundProfile:
         """Read a profile. Raises DocumentError."""
         return cls(Profile.load(path), path.parent)
+
+    @cached_property
+    def basis(self) -> BasisFile:
+        """Directions of the profile's moments, worked out once for all sizes. Raises as `read_basis`."""
+        return read_basis(self.profile, self.folder)
 
 
 def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> FoundProfile | None:
@@ -167,10 +174,7 @@ def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measure
         plan = scaled(preset, base, model, stored_bits, context)
     plan.check_model(model)
     for each in added:
-        try:
-            cache = plan.cache.with_axes(find_preset(each).cache)
-        except ValueError as error:
-            raise PlanError(f"preset '{each}' cannot be put on '{base}': {error}") from error
+        cache = put_on(plan.cache, each, f"'{base}'")
         plan = Plan.build(model, plan.layers, cache, {**plan.provenance, "with": added})
     return plan
 
@@ -195,7 +199,7 @@ def _coded(
     """Return transform codes in the preset's pages, with sinks and window of the layout."""
     if measured is None or not has_directions(measured.profile):
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
-    basis = read_basis(measured.profile, measured.folder)
+    basis = measured.basis
     cache = CacheSettings.model_validate({**LAYOUT, "page": cache.page})
     plan = allocate(measured.profile, Budget(stored_bits=stored_bits), method=TRANSFORM, cache=cache, basis=basis)
     return with_basis(plan, basis, measured.folder / PLANS)
