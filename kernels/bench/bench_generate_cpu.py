@@ -41,7 +41,8 @@ BIG = {
 }
 
 
-def model_of(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, ModelInfo]:
+def model_of(name: str | None, dtype: torch.dtype, *, is_blank: bool = False) -> tuple[PreTrainedModel, ModelInfo]:
+    """Return a model and what plans know of it; without a name, weights are random, or zeros, which are made faster."""
     if name:
         loaded = load_model(name, dtype=str(dtype).removeprefix("torch."))
         return loaded.model, loaded.info
@@ -50,7 +51,7 @@ def model_of(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, Mod
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device="cpu")
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+        torch.nn.init.zeros_(parameter) if is_blank else torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.set_attn_implementation("kvmix")
     info = ModelInfo(id="random-1b", layers=16, kv_heads=8, head_dim=64)

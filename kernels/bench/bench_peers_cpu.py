@@ -10,7 +10,9 @@ of the same engine, and of llama.cpp's to DynamicCache. With `--fill random` the
 values without reading a prompt, which takes minutes where it is long, and there is no KL. Peers take turns: one step
 that is not timed, then `--steps` that are, `--rounds` times. All have the same weights in bfloat16 (but for
 "DynamicCache float32") and two threads; with `--cpu-time` one thread, whose own time is taken, which other work on the
-machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's.
+machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's, `over 16 bits` the
+peer's over that of 16 bits in the same engine. `peak` is the peak resident memory of a process that has this peer
+alone, weights included: its cache is filled without reading a prompt, and three tokens are decoded.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
 quantized caches of transformers `pip install optimum-quanto hqq`. What is named by `--peers` and not installed is
@@ -20,7 +22,10 @@ refused; if none are named, it is left out.
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
@@ -29,7 +34,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, LLAMA_CPP, RANDOM, Peer, Peers, lacking, versions
+from peers import BASELINE, LLAMA_CPP, RANDOM, UNQUANTIZED, Peer, Peers, lacking, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -45,11 +50,12 @@ FILLS = ("text", "random")
 
 
 class Timed(TypedDict):
-    """Times of one peer in a cell: of each prompt in seconds, of each step in milliseconds; KL in nats a token."""
+    """Numbers of one peer in a cell: seconds of each prompt, milliseconds of each step, bytes, KL in nats a token."""
 
     prompt_s: list[float]
     step_ms: list[float]
     nbytes: int
+    peak: int
     kl: float | None
 
 
@@ -69,7 +75,10 @@ class Cell(TypedDict):
 
 def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.Namespace) -> dict[str, Timed]:
     """Return the times of all peers in one cell."""
-    found: dict[str, Timed] = {name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "kl": None} for name in names}
+    found: dict[str, Timed] = {
+        name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "peak": peak(name, context, options), "kl": None}
+        for name in names
+    }
     clock = time.thread_time if options.cpu_time else time.perf_counter
     ids = text(peers.loaded, peers.room, peers.model)
     made = {name: peers.makers[name]() for name in names}
@@ -78,6 +87,7 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
             start = clock()
             peer.read(ids[:context])
             found[name]["prompt_s"].append(clock() - start)
+            print(f"{name}: read {context} tokens in {found[name]['prompt_s'][-1]:.1f} s", file=sys.stderr)
     for peer in made.values():
         if options.fill == "random":
             peer.fill(context)
@@ -97,6 +107,24 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
         if is_told and reference in logits:
             found[name]["kl"] = divergence(logits[reference], logits[name])
     return found
+
+
+def peak(name: str, context: int, options: argparse.Namespace) -> int:
+    """Return the peak resident bytes of a process that decodes with one peer alone."""
+    passed = ["--model", options.model, "--weights", str(options.weights), "--contexts", str(context)]
+    passed += ["--threads", str(torch.get_num_threads()), "--alone", name]
+    passed += [] if options.profile is None else ["--profile", str(options.profile)]
+    done = subprocess.run([sys.executable, __file__, *passed], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def alone(name: str, context: int, options: argparse.Namespace) -> int:
+    """Decode three tokens with one peer and return the peak resident bytes of this process."""
+    peer = Peers(options.model, options.profile, options.weights, context + 3, is_blank=True).makers[name]()
+    peer.fill(context)
+    for token in range(3):
+        peer.step(token)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def steps(peer: Peer, tokens: Iterable[int], clock: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
@@ -152,15 +180,17 @@ def table(cell: Cell) -> list[str]:
         f"\n{cell['model']}, {cell['context']} tokens, {cell['fill']}: {cell['machine']}, threads: {cell['threads']}"
         f"{', time of the thread' if cell['cpu_time'] else ''}, "
         f"{libraries}, {cell['date']}\n",
-        "| cache | prompt, tokens/s | decode, tokens/s | ms | ratio | cache, MiB | KL |",
-        "|---|---|---|---|---|---|---|",
+        "| cache | prompt, tokens/s | decode, tokens/s | ms | ratio | over 16 bits | cache, MiB | peak, MiB | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (ms, ratio) in steps.items():
         timed = cell["peers"][name]
         prompt = f"{1e3 * cell['context'] / prompts[name][0]:.0f}" if name in prompts else ""
         kl = "" if timed["kl"] is None else f"{timed['kl']:.5f}"
-        size = f"{timed['nbytes'] / 2**20:.1f}"
-        rows.append(f"| {name} | {prompt} | {1e3 / ms:.2f} | {ms:.1f} | {ratio:.2f}x | {size} | {kl} |")
+        unquantized = next(full for beginning, full in UNQUANTIZED.items() if name.startswith(beginning))
+        over = f"{ms / steps[unquantized][0]:.2f}x" if unquantized in steps else ""
+        sizes = f"{timed['nbytes'] / 2**20:.1f} | {timed['peak'] / 2**20:.0f}"
+        rows.append(f"| {name} | {prompt} | {1e3 / ms:.2f} | {ms:.1f} | {ratio:.2f}x | {over} | {sizes} | {kl} |")
     return rows
 
 
@@ -192,10 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"))
     parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what llama.cpp reads")
     parser.add_argument("--save", action="store_true", help="append medians to results.csv")
+    parser.add_argument("--alone", metavar="PEER", help="only print the peak resident bytes of one peer's process")
     parser.add_argument("--table", action="store_true", help="only show what is in the file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1 if options.cpu_time else options.threads)
     register()
+    if options.alone is not None:
+        print(alone(options.alone, int(options.contexts), options))
+        return
     with Journal(options.out, None, TypeAdapter(Cell), resume=True) as journal:
         for context in [] if options.table else map(int, options.contexts.split(",")):
             run(journal, context, options)

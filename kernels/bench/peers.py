@@ -6,7 +6,6 @@ the same weights, and use as many threads as torch does.
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -43,6 +42,8 @@ RANDOM = "random-1b"
 BASELINE = "DynamicCache bfloat16"
 LLAMA_CPP = "llama.cpp f16"
 """The cache that llama.cpp's others are compared with for KL, so that arithmetic is the same."""
+UNQUANTIZED = {"kvmix": "kvmix 16", "llama.cpp": LLAMA_CPP, "DynamicCache": BASELINE, "QuantizedCache": BASELINE}
+"""The cache of 16 bits of the engine whose names begin so."""
 TRANSFORM_BITS = 2.0
 OBSERVED = 128
 """Queries that a layer is shown which wants to see some, where its tokens are random."""
@@ -117,28 +118,25 @@ class Peers:
         profile: with the score `fisher-metric`, for transform codes; without one their directions are random.
         folder: keeps the weights that llama.cpp reads.
         room: tokens that a cache will hold at most.
+        is_blank: weights that would be random are zeros; as many bytes, made faster.
     """
 
     model: str
     profile: Path | None
     folder: Path
     room: int
+    is_blank: bool = False
     scratch: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     @cached_property
     def loaded(self) -> LoadedModel:
         """Return the model in bfloat16, with which all but one decode."""
-        if self.model != RANDOM:
-            return load_model(self.model, dtype="bfloat16")
-        torch.manual_seed(0)
-        made, info = model_of(None, torch.bfloat16)
-        return LoadedModel(made, None, info, made.config.max_position_embeddings)
+        return self._load(torch.bfloat16)
 
     @cached_property
     def in_float32(self) -> LoadedModel:
-        """Return the same weights in float32."""
-        model = copy.deepcopy(self.loaded.model).float()
-        return LoadedModel(model, self.loaded.tokenizer, self.loaded.info, self.loaded.max_length)
+        """Return the same weights in float32 (random ones are drawn anew)."""
+        return self._load(torch.float32)
 
     @cached_property
     def makers(self) -> dict[str, Callable[[], Peer]]:
@@ -156,6 +154,13 @@ class Peers:
             made[f"llama.cpp {kind}"] = lambda k=kind: self._llama_cpp(k)
         return made
 
+    def _load(self, dtype: torch.dtype) -> LoadedModel:
+        if self.model != RANDOM:
+            return load_model(self.model, dtype=str(dtype).removeprefix("torch."))
+        torch.manual_seed(0)
+        made, info = model_of(None, dtype, is_blank=self.is_blank)
+        return LoadedModel(made, None, info, made.config.max_position_embeddings)
+
     def _stock(self, loaded: LoadedModel) -> TransformersPeer:
         return TransformersPeer(loaded, lambda: unquantized_cache(loaded.config), "sdpa")
 
@@ -171,7 +176,9 @@ class Peers:
     def _llama_cpp(self, kind: str) -> Peer:
         from peers_llama_cpp import LlamaCppPeer, write_weights
 
-        path = write_weights(self.loaded.model, self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf")
+        path = self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf"
+        if not path.exists():
+            write_weights(self.loaded.model, path)
         return LlamaCppPeer(path, kind, self.room, torch.get_num_threads())
 
     def _transform_plan(self) -> Plan:

@@ -98,15 +98,13 @@ class LlamaCppPeer:
         return torch.from_numpy(np.ctypeslib.as_array(pointer, (self._vocabulary,)).copy())
 
 
-def write_weights(model: PreTrainedModel, path: Path) -> Path:
-    """Write a model's weights for llama.cpp, unless the file is there: the same numbers, in the same 16 bits."""
-    if not path.exists():
-        weights = {name: weight for name, weight in model.state_dict().items() if not _is_tied(model, name)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        write_llama(part, model.config.to_dict(), weights, "BF16")
-        part.rename(path)
-    return path
+def write_weights(model: PreTrainedModel, path: Path) -> None:
+    """Write a model's weights for llama.cpp: the same numbers, in the same 16 bits."""
+    weights = {name: weight for name, weight in model.state_dict().items() if not _is_tied(model, name)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    write_llama(part, model.config.to_dict(), weights, "BF16")
+    part.rename(path)
 
 
 def _is_tied(model: PreTrainedModel, name: str) -> bool:

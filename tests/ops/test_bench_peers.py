@@ -3,8 +3,11 @@
 import importlib
 import json
 import re
+import resource
 import sys
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +16,21 @@ OURS = ["DynamicCache bfloat16", "kvmix 16", "kvmix 2", "kvmix transform 2"]
 SMALL = ("--contexts", "288", "--prompts", "1", "--rounds", "1", "--steps", "2", "--threads", "1")
 
 
+Done = namedtuple("Done", "stdout")
+PEAK = 7 * 2**20
+
+
 @pytest.fixture
-def script(monkeypatch):
+def whole(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     return importlib.import_module("bench_peers_cpu")
+
+
+@pytest.fixture
+def script(whole, monkeypatch):
+    """The script without processes of their own, which import torch anew for each peer."""
+    monkeypatch.setattr(whole, "peak", lambda *_: PEAK)
+    return whole
 
 
 def cells(path):
@@ -33,13 +47,16 @@ def test_a_cell_has_times_bytes_and_kl_and_is_measured_once(script, tmp_path, ca
     timed = cell["peers"]
     assert {(len(each["prompt_s"]), len(each["step_ms"])) for each in timed.values()} == {(1, 2)}
     assert timed["kvmix 2"]["nbytes"] < timed["kvmix 16"]["nbytes"] == timed[OURS[0]]["nbytes"]
+    assert all(each["peak"] == PEAK for each in timed.values())
     # 16 bits differ from the unquantized cache only in the order of sums, in bfloat16
     assert timed[OURS[0]]["kl"] is None
     assert timed["kvmix 16"]["kl"] < 0.01 < timed["kvmix 2"]["kl"]
     script.main(arguments)
     assert cells(out) == [cell]
-    rows = re.findall(r"^\| (.+?) \| \d+ \| [\d.]+ \| [\d.]+ \| [\d.]+x \| ", capsys.readouterr().out, re.MULTILINE)
-    assert rows == OURS * 2
+    row = r"^\| (.+?) \| \d+ \| [\d.]+ \| [\d.]+ \| [\d.]+x \| ([\d.]+x) \| [\d.]+ \| 7 \| "
+    rows = re.findall(row, capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in rows] == OURS * 2
+    assert [over for name, over in rows if name in OURS[:2]] == ["1.00x"] * 4
 
 
 @pytest.mark.slow
@@ -50,6 +67,23 @@ def test_random_caches_hold_the_context_and_have_no_kl(script, tmp_path):
     assert all(each["kl"] is None and not each["prompt_s"] and each["step_ms"] for each in timed.values())
     tokens, per_token = 288 + 3, 8 * 2 * 2 * 64 * 2  # layers, keys and values, heads, channels, bytes
     assert timed["kvmix 16"]["nbytes"] == tokens * per_token
+
+
+def test_a_peer_alone_says_how_much_memory_its_process_has(whole, capsys):
+    whole.main(("--contexts", "288", "--threads", "1", "--alone", "kvmix 2"))
+    peak = int(capsys.readouterr().out)
+    assert peak == 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_process_of_its_own_gets_the_options_that_matter(whole, monkeypatch, tmp_path):
+    profile = tmp_path / "profile.yaml"
+    options = SimpleNamespace(model="random-1b", weights=tmp_path, profile=profile)
+    found = []
+    monkeypatch.setattr(whole.subprocess, "run", lambda command, **_: found.append(command) or Done("notice\n9\n"))
+    assert whole.peak("kvmix 2", 99, options) == 9
+    given = " ".join(found[0][2:])
+    assert f"--model random-1b --weights {tmp_path} --contexts 99" in given
+    assert given.endswith(f"--alone kvmix 2 --profile {profile}")
 
 
 @pytest.mark.parametrize(
