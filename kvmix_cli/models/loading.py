@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from ..cache.attention import register_attention
 from ..cache.rotary import know_rotations
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
+from ..garbage import look_again
 from ..plan import ModelInfo
 from ..ranks import ALONE, Ranks, current
 from .adapters import merge_adapter
@@ -121,6 +122,7 @@ def load_model(
     Raises:
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
     """
+    look_again()  # from here on tensors are made, which must not outlast their use
     ranks = current().sharded() if tensor_parallel else current()
     device, wanted = find_device(device, ranks), find_dtype(dtype)
     checkpoint, config = find_config(model_id, revision, trust_remote_code)
