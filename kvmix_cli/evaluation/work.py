@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
@@ -29,7 +31,7 @@ from ..errors import (
     is_out_of_memory,
 )
 from ..extensions import loaded_extensions
-from ..models.parts import check_plan
+from ..models.parts import plan_part
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord, record_form
@@ -224,21 +226,27 @@ class TaskWork:
         records = [] if folder is None else list(folder.records)
         numbers = list(range(int(ranks.agree(str(len(records)).encode())), len(self.samples)))
         mine = [number for number in numbers if self._is_mine(number)]
-        source = iter(self.task.records(self.loaded, subject, [self.samples[each] for each in mine], self.settings))
         topic = ranks.topic()
-        if ranks.leads and len(mine) < len(numbers):
-            source = self._joined(source, tuple(numbers), topic)
-        row = UnfinishedRow(subject, folder, numbers if ranks.leads else mine, source, topic, records)
+        row = UnfinishedRow(subject, folder, numbers if ranks.leads else mine, iter(()), topic, records)
+        with self._failures(row):
+            own = self._own_part(subject, opened)
+            source = iter(self.task.records(self.loaded, own, [self.samples[each] for each in mine], self.settings))
+            is_joined = ranks.leads and len(mine) < len(numbers)
+            row.source = self._joined(source, tuple(numbers), topic) if is_joined else source
         row.seconds = 0.0 if folder is None else folder.seconds
         if folder is not None and len(records) > len(self.samples):
             row.error = (
                 f"{folder.folder} has {len(records)} records of {len(self.samples)} samples; "
                 "leave out --resume to start over"
             )
-        if ranks.is_sharded and subject.plan is not None:
-            with self._failures(row):
-                check_plan(subject.plan)
         return row
+
+    def _own_part(self, subject: Subject, opened: ExitStack) -> Subject:
+        """Return the subject as this rank holds it: with its part of the heads, where the ranks share a model."""
+        if not self.loaded.ranks.is_sharded or subject.plan is None:
+            return subject
+        folder = Path(opened.enter_context(TemporaryDirectory(prefix="kvmix-")))
+        return replace(subject, plan=plan_part(subject.plan, self.loaded.ranks, folder))
 
     def _is_mine(self, number: int) -> bool:
         """Return whether this rank measures a sample: times and bytes are all of the leader's process."""

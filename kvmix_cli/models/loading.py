@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from ..cache.attention import register_attention
 from ..cache.rotary import know_rotations
 from ..errors import ModelError, TextError, first_sentence, is_out_of_memory
+from ..garbage import look_again
 from ..plan import ModelInfo
 from ..ranks import ALONE, Ranks, current
 from .adapters import merge_adapter
@@ -25,7 +26,7 @@ from .configuration import UNREADABLE, Checkpoint, find_config, load_info, quiet
 from .devices import SPREAD, find_device, find_dtype
 from .geometry import max_length, model_info
 from .multimodal import find_loader, load_processor
-from .parts import check_shares, split_by
+from .parts import check_shares, split_by, whole_sums
 from .projections import packed_modules
 from .sources import BUILTIN, has_pickles
 from .weights import check_files
@@ -121,6 +122,7 @@ def load_model(
     Raises:
         ModelError: if it cannot be loaded as asked, has nothing to quantize, or does not decode from a cache.
     """
+    look_again()  # from here on tensors are made, which must not outlast their use
     ranks = current().sharded() if tensor_parallel else current()
     device, wanted = find_device(device, ranks), find_dtype(dtype)
     checkpoint, config = find_config(model_id, revision, trust_remote_code)
@@ -135,14 +137,15 @@ def load_model(
     tokenizer = _load_tokenizer(checkpoint)
     processor = _load_processor(checkpoint, config) if reads_images else None
     placement = split_by(ranks) if tensor_parallel else {"device_map": "auto"} if device == SPREAD else {}
-    model = _load_weights(
-        checkpoint,
-        config,
-        reads_images=reads_images,
-        use_safetensors=not allow_pickle or None,
-        dtype=wanted,
-        **placement,
-    )
+    with whole_sums() if tensor_parallel else nullcontext():
+        model = _load_weights(
+            checkpoint,
+            config,
+            reads_images=reads_images,
+            use_safetensors=not allow_pickle or None,
+            dtype=wanted,
+            **placement,
+        )
     if checkpoint.adapter is not None:
         model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
     if device != SPREAD and not tensor_parallel:

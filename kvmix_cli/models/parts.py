@@ -1,21 +1,28 @@
 """Tensor parallelism: a model in parts, one a rank, by the plan that transformers has for its class.
 
 A part has the whole layers, with as many of the heads of each as there are ranks to share them. Its keys and values are
-`[B, H_kv / ranks, T, D]`, and pages of one head do not depend on those of another, so that a plan of pages is held by
-all ranks together exactly as by one process.
+`[B, H_kv / ranks, T, D]`, and neither pages nor transform codes of one head depend on those of another, so that a plan
+of them is held by all ranks together exactly as by one process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..cache.bases import open_basis
 from ..errors import ModelError, PlanError
-from ..plan import ModelInfo, Plan
+from ..plan import LayerPlan, ModelInfo, Plan, TensorPlan, TransformTensor
 from ..ranks import Ranks
+
+ROWWISE = "rowwise"
+"""Style, in the plans of transformers, of a linear layer that reads what the ranks have each a part of."""
 
 
 def check_shares(info: ModelInfo, ranks: Ranks) -> None:
@@ -32,14 +39,51 @@ def check_shares(info: ModelInfo, ranks: Ranks) -> None:
             )
 
 
-def check_plan(plan: Plan) -> None:
-    """Raise PlanError for a plan whose layers look at all of their heads."""
-    cache = plan.cache
-    if cache.transform is not None or cache.axes:
+def plan_part(plan: Plan, ranks: Ranks, folder: Path) -> Plan:
+    """Return the plan of the heads that this rank has.
+
+    Args:
+        plan: of all heads.
+        ranks: that share the heads of every layer.
+        folder: where the directions of a rank's heads are written, if the plan has transform codes.
+
+    Raises:
+        PlanError: for a plan whose layers look at all of their heads, or whose basis cannot be used.
+    """
+    if plan.cache.axes:
         raise PlanError(
-            "the plan has transform codes, transforms or policies, which look at all heads of a layer, and every rank "
-            "has a part of them: leave out --tensor-parallel, or use a plan of plain pages"
+            f"the plan has {' and '.join(plan.cache.axes)}, which look at all heads of a layer, and every rank has a "
+            "part of them: leave out --tensor-parallel, or use a plan of pages or of transform codes"
         )
+    settings = plan.cache.transform
+    if settings is None:
+        return plan  # pages are the same for any number of heads
+    _, whole_basis = open_basis(settings)
+    name = f"{ranks.rank}.safetensors"
+    checksum = whole_basis.part(ranks.rank, ranks.world).save(folder / name)
+    own = settings.model_copy(update={"basis": name, "sha256": checksum}).inside(folder)
+    layers = {index: _layer_part(layer, ranks) for index, layer in plan.layers.items()}
+    cache = plan.cache.model_copy(update={"transform": own})
+    return Plan.build(_model_part(plan.model, ranks), layers, cache, plan.provenance)
+
+
+def _layer_part(layer: LayerPlan, ranks: Ranks) -> LayerPlan:
+    def part(tensor: TensorPlan | TransformTensor) -> TensorPlan | TransformTensor:
+        if not isinstance(tensor, TransformTensor):
+            return tensor
+        heads = len(tensor.widths)
+        own = slice(ranks.rank * heads // ranks.world, (ranks.rank + 1) * heads // ranks.world)
+        return TransformTensor(widths=tensor.widths[own])
+
+    return layer.model_copy(update={"k": part(layer.k), "v": part(layer.v)})
+
+
+def _model_part(model: ModelInfo, ranks: Ranks) -> ModelInfo:
+    others = {
+        index: heads.model_copy(update={"kv_heads": heads.kv_heads // ranks.world})
+        for index, heads in model.other_heads.items()
+    }
+    return model.model_copy(update={"kv_heads": model.kv_heads // ranks.world, "other_heads": others})
 
 
 def split_by(ranks: Ranks) -> dict[str, Any]:
@@ -47,6 +91,20 @@ def split_by(ranks: Ranks) -> dict[str, Any]:
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks.world)}
+
+
+@contextmanager
+def whole_sums() -> Iterator[None]:
+    """Within this block load models whose sums are taken as one process takes them; afterwards all is as it was."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    from .whole_sums import WholeSums
+
+    ALL_PARALLEL_STYLES[ROWWISE] = WholeSums()
+    try:
+        yield
+    finally:
+        del ALL_PARALLEL_STYLES[ROWWISE]
 
 
 def largest(numbers: Tensor, ranks: Ranks) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -68,6 +68,12 @@ class LayerBasis:
     mean: Floats
     deviation: Floats
 
+    def part(self, rank: int, ranks: int) -> LayerBasis:
+        """Return the directions of the heads of one of several ranks."""
+        heads = len(self.mean)
+        own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+        return LayerBasis(self.encode[own], self.decode[own], self.mean[own], self.deviation[own])
+
     def faults(self) -> list[str]:
         """Return what is wrong with the arrays."""
         heads, dim = self.mean.shape if self.mean.ndim == 2 else (0, 0)
@@ -97,6 +103,14 @@ class BasisFile:
     layers: Mapping[int, Mapping[TensorName, LayerBasis]]
     frame: int | None = None
     rope: Mapping[int, Rope] = field(default_factory=dict)
+
+    def part(self, rank: int, ranks: int) -> BasisFile:
+        """Return the directions of the KV heads of one of several ranks; each has as many of every layer."""
+        layers = {
+            index: {name: each.part(rank, ranks) for name, each in kinds.items()}
+            for index, kinds in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def variances(self, layers: Collection[int]) -> Variances:
         """Return the variances of the directions of these layers."""

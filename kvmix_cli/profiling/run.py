@@ -20,7 +20,7 @@ from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
 from ..plan.moments import FRAME, MomentsFile, write_moments
-from ..profile import Calibration, LayerScore, Profile, Score, ScoreSetup, TensorScore
+from ..profile import Calibration, LayerOutliers, LayerScore, Profile, Score, ScoreSetup, TensorScore
 from ..ranks import Ranks
 from ..texts.tokens import cut_samples
 from .grid import Grid
@@ -37,6 +37,8 @@ K = TypeVar("K")
 
 Sample = dict[str, SampleResult]
 """The results of one sample by score, a record of the journal."""
+Outliers = dict[int, LayerOutliers]
+"""Outliers by layer."""
 
 
 def run_profile(
@@ -103,7 +105,7 @@ def run_profile(
     )
     loaded.check_ids(chosen)
     calibration = describe_samples(chosen, source, seq_len, seed)
-    outliers = measure_outliers(loaded, chosen[0])
+    outliers = _measure_outliers(loaded, chosen)
     identities = [_identify(loaded, probe, options, calibration) for probe in probes]
     check_not_lost(before or {}, identities)
     settings, form = _settings(loaded, probes, options, calibration), _record_form(loaded, probes, options)
@@ -142,7 +144,7 @@ def run_profile(
             probe.name: _score(probe, record.records, each, file)
             for probe, each in zip(probes, identities, strict=True)
         },
-        outliers=outliers,
+        outliers=outliers(),
     )
     if ranks.world > 1:
         ranks.agree(profile.model_dump_json().encode())
@@ -171,6 +173,21 @@ def _in_order(
             sums = MomentSums({})
             sums.merge_encoded(tensors)
             yield _Measured(form.validate_json(line), sums)
+
+
+def _measure_outliers(loaded: LoadedModel, samples: Sequence[Sequence[int]]) -> Callable[[], Outliers]:
+    """Measure the outliers of the first sample, and return the function by which the leader gets them.
+
+    Where each rank has a copy of the model, the rank that would have the next sample measures them.
+    """
+    ranks, form = loaded.ranks, TypeAdapter(Outliers)
+    topic = ranks.topic()
+    if not ranks.is_mine(len(samples)):
+        return lambda: form.validate_json(ranks.receive(topic, 0))
+    found = measure_outliers(loaded, samples[0])
+    if not ranks.leads and not ranks.is_sharded:
+        ranks.send(topic, 0, form.dump_json(found))
+    return lambda: found
 
 
 def default_samples(scores: Sequence[str | Probe]) -> int:

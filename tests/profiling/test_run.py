@@ -520,6 +520,7 @@ def test_ranks_share_the_samples_and_come_to_the_same_profile(tmp_path):
     assert (steps, own_steps) == ([0, 1, 2, 3, 4, 5], [0])
     assert is_kept and not is_kept_twice
     assert leaders == others
+    assert leaders.outliers == alone.outliers, "of the rank that has a sample less"
     for index, layer in alone.score("grad-norm").layers.items():
         assert leaders.score("grad-norm").layers[index].k.mean == pytest.approx(layer.k.mean, rel=1e-5)
     journals = [(tmp_path / name).read_text().splitlines() for name in ("alone.jsonl", "0.jsonl")]

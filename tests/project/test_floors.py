@@ -16,6 +16,7 @@ FLOORS = [
     [
         "extensions",
         "files",
+        "garbage",
         "kvmix_kernels.transform_layout",
         "network",
         "quiet",

@@ -4,6 +4,7 @@ Memory in bytes (GB of 10^9), bandwidths in bytes a second, products in FLOP a s
 with sums in float32, links in bytes a second in one direction. Sources: the data sheets NVIDIA A100 (80 GB, SXM), H100
 (SXM), H200 (SXM), DGX B200 (an eighth of the system), L40S, the whitepapers of the GeForce RTX 4090 (Ada) and 5090
 (Blackwell), and AMD's Instinct MI300X and MI325X. Where a sheet gives products with sparsity only, they are halved.
+docs/scale.md says where each figure was compared.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ for _key, _gpu in {
     "h200": Gpu("NVIDIA H200 SXM 141 GB", 141 * GB, 4.8 * TERA, 989 * TERA, 1979 * TERA, 450 * GB),
     "b200": Gpu("NVIDIA B200 180 GB", 180 * GB, 8 * TERA, 2250 * TERA, 4500 * TERA, 900 * GB),
     "l40s": Gpu("NVIDIA L40S 48 GB", 48 * GB, 0.864 * TERA, 362 * TERA, 733 * TERA, 32 * GB),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090 24 GB", 24 * GB, 1.008 * TERA, 165 * TERA, 330 * TERA, 32 * GB),
-    "rtx5090": Gpu("NVIDIA GeForce RTX 5090 32 GB", 32 * GB, 1.792 * TERA, 209 * TERA, 419 * TERA, 64 * GB),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090 24 GB", 24 * GB, 1.008 * TERA, 165.2 * TERA, 330.3 * TERA, 32 * GB),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090 32 GB", 32 * GB, 1.792 * TERA, 209.5 * TERA, 419 * TERA, 64 * GB),
     "mi300x": Gpu("AMD Instinct MI300X 192 GB", 192 * GB, 5.3 * TERA, 1307 * TERA, 2615 * TERA, 448 * GB),
     "mi325x": Gpu("AMD Instinct MI325X 256 GB", 256 * GB, 6 * TERA, 1307 * TERA, 2615 * TERA, 448 * GB),
 }.items():
