@@ -119,7 +119,8 @@ def test_lm_eval_gets_from_the_server_what_it_gets_from_our_cache(server, model,
     got, wanted = log_likelihoods(theirs), log_likelihoods(expected)
     record_property("log-likelihoods", f"{len(got)}: {sum(got.values()):.5f} and {sum(wanted.values()):.5f}")
     record_property("furthest", max(abs(got[key] - wanted[key]) for key in wanted))
-    assert got == pytest.approx(wanted, rel=2e-2)  # codes between two part them, as in test_stored.py
+    # Codes between two part them: test_stored.py has what is equal, and how nearly.
+    assert got == pytest.approx(wanted, rel=2e-2)
     assert sum(got.values()) == pytest.approx(sum(wanted.values()), rel=2e-3)
 
 

@@ -57,14 +57,19 @@ class FollowedLayer(DynamicLayer):
 
 @torch.inference_mode()
 def log_probabilities(reference, plan, prompt, answer, stored, excess):
-    """Of every token that was answered, `[tokens, vocabulary]`."""
+    """What follows each token, `[tokens, vocabulary]`."""
     layers = [
         FollowedLayer(block_layer(plan, index, BLOCK, torch.float32), each, excess) for index, each in enumerate(stored)
     ]
     cache = DynamicCache()
     cache.layers = layers
-    logits = reference(input_ids=torch.tensor([prompt + answer[:-1]]), past_key_values=cache).logits[0]
-    return logits[len(prompt) - 1 :].log_softmax(-1)
+    return reference(input_ids=torch.tensor([prompt + answer[:-1]]), past_key_values=cache).logits[0].log_softmax(-1)
+
+
+def furthest_score(rows, prompt, scores):
+    """The largest difference of the log-probability of a prompt's token: log-likelihoods are sums of these."""
+    ours = rows[: len(prompt) - 1].gather(1, torch.tensor(prompt[1:], dtype=torch.long)[:, None])[:, 0]
+    return float((ours - torch.tensor(scores)).abs().max()) if len(prompt) > 1 else 0.0
 
 
 @pytest.mark.parametrize(("native", "ranks"), [(1, 1), (0, 1), (1, 2)])
@@ -76,8 +81,11 @@ def test_every_token_is_ours_given_what_was_stored(
     plan, excess, tolerance, largest = Plan.load(plans["low"]), LargestExcess(), NATIVE if native else PLAIN, 0.0
     recorded = load_recorded(tmp_path)
     assert len(recorded) == len(prompts)
-    for prompt, answer, likeliest, stored in zip(prompts, got["tokens"][0], got["likeliest"], recorded, strict=True):
-        ours = log_probabilities(reference, plan, prompt, answer, stored, excess)
+    answers = got["tokens"][0], got["likeliest"], got["scores"]
+    for prompt, answer, likeliest, scores, stored in zip(prompts, *answers, recorded, strict=True):
+        rows = log_probabilities(reference, plan, prompt, answer, stored, excess)
+        largest = max(largest, furthest_score(rows, prompt, scores))
+        ours = rows[len(prompt) - 1 :]
         assert len(ours) == len(answer) == TOKENS
         for row, token, (candidates, theirs) in zip(ours, answer, likeliest, strict=True):
             largest = max(largest, float((row[candidates] - torch.tensor(theirs)).abs().max()))
@@ -86,3 +94,15 @@ def test_every_token_is_ours_given_what_was_stored(
     record_property("excess", f"{excess.value:.1e}")
     assert largest <= tolerance
     assert excess.value <= EXCESS
+
+
+@torch.inference_mode()
+def test_without_a_plan_every_token_scores_as_in_transformers(reference, prompts, ask, tmp_path, record_property):
+    """So what parts log-likelihoods under a plan is what is stored, not the engine's arithmetic, batches or chunks."""
+    got = ask(None, prompts, TOKENS, tmp_path)
+    largest = 0.0
+    for prompt, scores in zip(prompts, got["scores"], strict=True):
+        rows = reference(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        largest = max(largest, furthest_score(rows, prompt, scores))
+    record_property("score", f"{largest:.1e}")
+    assert largest <= PLAIN

@@ -1,7 +1,7 @@
 """Start vLLM, let it answer prompts twice, and write what came of it as JSON. Run as a program.
 
 With a folder in `record` it answers once and without a prefix cache, and also writes log-probabilities of its likeliest
-tokens, and to the folder what its blocks held; see `stored`.
+tokens and of the prompts' own, and to the folder what its blocks held; see `stored`.
 """
 
 import json
@@ -30,7 +30,7 @@ def main():
     greedy = SamplingParams(temperature=0, max_tokens=task["tokens"], detokenize=False, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in task["prompts"]]
     if folder is not None:
-        greedy.logprobs = LIKELIEST
+        greedy.logprobs, greedy.prompt_logprobs = LIKELIEST, 0
         engine.collective_rpc("begin_recording")
     rounds = []
     for _ in range(2 if folder is None else 1):
@@ -42,6 +42,7 @@ def main():
     answer = {
         "tokens": rounds,
         "likeliest": [[likely(step) for step in answer.outputs[0].logprobs or []] for answer in answers],
+        "scores": [scores(answer) for answer in answers],
         "cached": [answer.num_cached_tokens for answer in answers],
         "blocks": config.cache_config.num_gpu_blocks,
         "block": config.cache_config.block_size,
@@ -53,6 +54,12 @@ def main():
 def likely(step):
     """Tokens and their log-probabilities."""
     return list(step), [each.logprob for each in step.values()]
+
+
+def scores(answer):
+    """Log-probabilities of the prompt's tokens, but for the first, which nothing predicts."""
+    found = (answer.prompt_logprobs or [])[1:]
+    return [step[token].logprob for step, token in zip(found, answer.prompt_token_ids[1:], strict=bool(found))]
 
 
 if __name__ == "__main__":
