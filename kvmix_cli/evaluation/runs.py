@@ -229,7 +229,7 @@ class RunFolder:
             resume = resume and (self.folder / CONFIG).exists()
             if resume:
                 path = self.folder / CONFIG
-                check_same_settings(path, compared(read_yaml(path).data), compared(self.config))
+                check_same_settings(path, compared(_settings_to_resume(path)), compared(self.config))
             self._rerun = (self.folder / RERUN).exists() if resume else _has_metrics(self.folder / METRICS)
             if not resume and not self._rerun:
                 self._remove(CONFIG)
@@ -314,6 +314,17 @@ class RunFolder:
             (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
+
+
+def _settings_to_resume(path: Path) -> dict[str, Any]:
+    """Return the settings of a run folder. Raises DocumentError if the file is damaged, and says what to do."""
+    try:
+        document = read_yaml(path)
+        if not isinstance(document.data, dict):
+            raise DocumentError(str(path), ["it has no settings"])
+    except DocumentError as error:
+        raise DocumentError(error.source, [*error.faults, "leave out --resume to start over"]) from error
+    return document.data
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..errors import (
     InUseError,
     KvmixError,
     PlanError,
+    PolicyError,
     QuantizationError,
     class_and_sentence,
     is_out_of_memory,
@@ -335,7 +336,7 @@ class TaskWork:
         """Turn errors that are an outcome of measuring into the row's error; others are raised."""
         try:
             yield
-        except (PlanError, QuantizationError, EvaluationError) as error:
+        except (PlanError, PolicyError, QuantizationError, EvaluationError) as error:
             row.error = str(error)
         except KvmixError:
             raise

@@ -3,7 +3,7 @@ import torch
 from evaluating import INFO, SHORT, Counting, stand_in, tiny, uniform
 
 from kvmix_cli.cache.subject import Subject
-from kvmix_cli.errors import EvaluationError, QuantizationError
+from kvmix_cli.errors import EvaluationError, PolicyError, QuantizationError
 from kvmix_cli.evaluation import get_task, tasks
 from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
@@ -32,6 +32,7 @@ def test_the_unquantized_cache_comes_first_on_the_same_samples():
     ("error", "said"),
     [
         (QuantizationError("layer 3 keys: NaN"), "layer 3 keys: NaN"),
+        (PolicyError("layer 3: its queries are not shown"), "layer 3: its queries are not shown"),
         (EvaluationError("the loss is nan"), "the loss is nan"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory at 1024 tokens on cpu"),
     ],

@@ -190,6 +190,18 @@ def test_damage_inside_the_samples_is_an_error_and_not_a_number(tmp_path, damage
         run(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.66])
+def test_half_written_settings_are_one_line_that_says_what_to_do(tmp_path, share):
+    run(tmp_path)
+    path = place(tmp_path, "two") / "config.yaml"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DocumentError, match=r"config\.yaml: .*; leave out --resume to start over") as damaged:
+        run(tmp_path, resume=True)
+    assert "\n" not in str(damaged.value)
+    assert len((path.parent / "samples.jsonl").read_text().splitlines()) == 4, "nothing is lost"
+
+
 OTHER = [
     ({"settings": Settings(length=512, seed=1)}, "settings.length, settings.seed"),
     ({"info": INFO.model_copy(update={"config_sha256": "00"})}, "model.config_sha256"),
