@@ -82,7 +82,7 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Return a task by name, ours or lm-eval's, with those of the options that are its own. Raises EvaluationError."""
     family, colon, members = name.partition(":")
     ours = family in _TASKS and (not colon or family in _MEMBERS)
-    kind: type[Task] = _TASKS[family] if ours else harness_kind(name, _TASKS)
+    kind: type[Task] = _TASKS[family] if ours else harness_kind(name, _named())
     own = {key: value for key, value in (options or {}).items() if key in _own_options(kind)}
     if not ours:
         own["given"] = name
@@ -91,7 +91,7 @@ def get_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     try:
         return kind(**own)
     except UnknownTaskError as error:
-        raise error.among(_TASKS) from error
+        raise error.among(_named()) from error
 
 
 def get_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
@@ -117,6 +117,11 @@ def _listed_task(name: str, before: str, options: Mapping[str, Any]) -> Task:
             f"{family} has no data set '{name}'{did_you_mean(name, members)}; it has {', '.join(members)}; "
             f"and there is no task of this name{near}"
         ) from error
+
+
+def _named() -> tuple[str, ...]:
+    """Return all names that stand for tasks of our own."""
+    return (*_TASKS, *SETS)
 
 
 def _members(family: str) -> Mapping[str, Any]:

@@ -114,6 +114,9 @@ def evaluation_work(
         )
         return DryRun(choice.model, (PlannedStep("eval", what, None),), None, writes, _UNKNOWN)
     found = prepare(choice, names, setup, options, gates)
+    setup.settings.check()
+    for task in found.tasks:
+        task.check_context(setup.settings, found.loaded.max_length)
     speed = measure_speed(found.loaded, setup.settings.step)
     steps = tuple(_task_steps(found, setup.settings, speed))
     contexts = [context.tokens for task in found.tasks if (context := task.context(setup.settings)) is not None]

@@ -133,6 +133,15 @@ def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
     return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 
+def _tasks() -> Iterator[ListedItem]:
+    """Yield the tasks of our own, and the names that stand for several."""
+    from ..evaluation import SETS
+
+    yield from _registered("evaluation/__init__.py")()
+    for name, members in SETS.items():
+        yield ListedItem(name, f"several at once: {', '.join(members)}")
+
+
 def _solvers() -> Iterator[ListedItem]:
     from ..allocation import METHODS, solvers
 
@@ -174,7 +183,7 @@ _KINDS: dict[str, Callable[[], Iterator[ListedItem]]] = {
     "presets": _presets,
     "probes": _registered("profiling/probes/__init__.py"),
     "solvers": _solvers,
-    "tasks": _registered("evaluation/__init__.py"),
+    "tasks": _tasks,
     "policies": _policies,
     "exports": _registered("export/__init__.py"),
 }

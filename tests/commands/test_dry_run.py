@@ -76,4 +76,8 @@ def test_models_that_are_not_here_are_not_downloaded_and_have_no_times(profiled,
 def test_faults_are_found_before_anything_is_timed():
     line = ["eval", "builtin:tiny", "--uniform", 2, "--fail-if", "nonsense>1"]
     assert "nonsense" in refused(kvmix(*line, "--dry-run"))
+    line = ["eval", "builtin:tiny", "--uniform", 2, "--task", "recall"]
+    assert "--length 65536 is more than the model's limit of 4096" in refused(
+        kvmix(*line, "--length", "64K", "--dry-run")
+    )
     assert kvmix("eval", "--leaderboard", "--dry-run").exit_code == 2

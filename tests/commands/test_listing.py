@@ -9,7 +9,7 @@ from made_up import make_info
 
 from kvmix_cli.allocation import METHODS
 from kvmix_cli.cache.policies import CHANNEL_SCORES, TOKEN_SCORES
-from kvmix_cli.evaluation import tasks
+from kvmix_cli.evaluation import SETS, tasks
 from kvmix_cli.export import TARGETS
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.presets import presets
@@ -20,7 +20,7 @@ NAMES = {
     "presets": presets,
     "probes": lambda: PROBES,
     "solvers": lambda: METHODS,
-    "tasks": tasks,
+    "tasks": lambda: [*tasks(), *SETS],
     "policies": lambda: [*TOKEN_SCORES, *CHANNEL_SCORES],
     "exports": lambda: TARGETS,
 }

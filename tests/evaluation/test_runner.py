@@ -4,7 +4,7 @@ from evaluating import INFO, SHORT, Counting, stand_in, tiny, uniform
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, PolicyError, QuantizationError
-from kvmix_cli.evaluation import get_task, tasks
+from kvmix_cli.evaluation import SETS, get_task, tasks
 from kvmix_cli.evaluation.base import Sample, Settings
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.tasks import lm_eval as harness
@@ -158,9 +158,11 @@ def test_unknown_tasks_are_errors_that_list_the_tasks(monkeypatch):
     with pytest.raises(EvaluationError, match=r"no task 'recal' \(did you mean 'recall'\?\); there are perplexity, "):
         get_task("recal")
     with pytest.raises(
-        EvaluationError, match=rf"no task 'long'.*; there are {', '.join(tasks())}, and those of lm-eval"
+        EvaluationError, match=rf"no task 'long'.*; there are {', '.join([*tasks(), *SETS])}, and those of lm-eval"
     ):
         get_task("long")
+    with pytest.raises(EvaluationError, match=r"\(did you mean 'longctx_bench'\?\)"):
+        get_task("longctxbench")
 
 
 def test_a_plan_for_other_layers_is_a_row_with_an_error():
