@@ -10,9 +10,9 @@ from kvmix_kernels.segments import Segments
 from torch import Tensor
 
 from ..plan import TransformTensor
-from ..plan.sizes import exact_tokens
+from ..plan.sizes import exact_tokens, window_widths
 from .archive import Archive
-from .exact import ExactTokens
+from .exact import NEAR, ExactTokens
 from .observation import AttentionCall
 from .queued import QueryQueue, QueuedCall
 from .store import Store
@@ -31,7 +31,9 @@ class CodedLayer(WatchingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores and what chooses exact tokens. Raises PlanError."""
         chooser: Kind = "key" if isinstance(self.plan.k, TransformTensor) else "value"
-        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), key_states, chooser)
+        window = self.settings.window.keep(self.settings.page, min(window_widths(self.plan, self.settings)))
+        near = min(NEAR, window // 2)
+        self._exact = ExactTokens(exact_tokens(self.plan, self.settings), key_states, chooser, near)
         self._queue = QueryQueue()
         super().lazy_initialization(key_states, value_states)
 

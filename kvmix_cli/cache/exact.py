@@ -20,6 +20,8 @@ SAMPLE = QuerySample(recent=32, spread=96)
 HORIZON = 256
 """Queries that the attention of an exact token is a mean over; a token in the default window has been seen by as many
 when its page is packed."""
+NEAR = 64
+"""Queries next to a token that say nothing of those far away, which will read its codes; of a shorter window, half."""
 UNSEEN = 1e-9
 """Attention of a token that no query has looked at: among such tokens, and only among them, the error decides."""
 
@@ -29,13 +31,14 @@ class ExactTokens:
 
     All tokens have codes, so that a token may stop being exact; one that has stopped, or never was, stays coded. How
     many there are depends on the number of pages alone (`exact_count`), so that bytes are known in advance. Attention
-    is the mean over the queries that could see a token until it was packed, and goes on with later ones while it is
+    is the mean over the queries far enough after a token until it was packed, and goes on with later ones while it is
     exact. Without attention, as of a model that shows no queries, the error alone decides.
 
     Args:
         count: exact tokens of each KV head, for each page.
         example: keys or values `[B, H_kv, any, D]`, for their rows and their device.
         chooser: keys, whose errors decide, or values, where keys have no codes.
+        near: queries next to a token whose attention to it does not count.
 
     Attributes:
         attention: that the tokens in the tail have received.
@@ -43,10 +46,10 @@ class ExactTokens:
         places: `[B, H_kv, N]` int32, as in `Coded`.
     """
 
-    def __init__(self, count: int, example: Tensor, chooser: Kind = "key") -> None:
+    def __init__(self, count: int, example: Tensor, chooser: Kind = "key", near: int = NEAR) -> None:
         nothing = torch.zeros(*example.shape[:2], 0, dtype=torch.float32, device=example.device)
         self.count = count
-        self.attention = TailAttention(SAMPLE)
+        self.attention = TailAttention(SAMPLE, near=near)
         self.pages = 0
         self.places = nothing.int()
         self._chooser = chooser

@@ -102,15 +102,22 @@ class TailAttention:
             queries that could see each token are counted.
         reduce: what becomes of the weights of several queries.
         last: only so many of the last queries count; 0 for all.
+        near: so many queries do not count for a token: its own, and the next ones after it.
     """
 
     def __init__(
-        self, sample: QuerySample, extrapolates: bool = True, reduce: Reduction = "sum", last: int = 0
+        self,
+        sample: QuerySample,
+        extrapolates: bool = True,
+        reduce: Reduction = "sum",
+        last: int = 0,
+        near: int = 0,
     ) -> None:
         self._sample = sample
         self._extrapolates = extrapolates
         self._reduce: Reduction = reduce
         self._last = last
+        self._near = near
         self.forget()
 
     def forget(self) -> None:
@@ -130,7 +137,7 @@ class TailAttention:
             keys: `[B, H_kv, n, D]`, as in `weight_rows`.
             tokens: cached tokens, of which the last `tail` are in the tail.
         """
-        rows = weight_rows(call, keys, tokens, self._extrapolates, self._sample, self._reduce).last(tail)
+        rows = weight_rows(call, keys, tokens, self._extrapolates, self._sample, self._reduce, self._near).last(tail)
         self._weights.add(rows.weights, rows.is_sum)
         if rows.visible is not None:
             self._observers.add(rows.visible, rows.is_sum)
@@ -146,12 +153,14 @@ class TailAttention:
     def rates(self, count: int) -> Tensor | None:
         """Return the weights `[B, H_kv, count]` of the oldest tokens, in the mean over queries that could see each.
 
-        These are the queries of a token itself and of those after it. None before there were queries.
+        These are the queries of a token itself and of those after it, but for the near ones: 0 where there were no
+        others. None before there were queries.
         """
         total = self._weights.total
         if total is None:
             return None
-        return total[..., :count] / torch.arange(total.shape[2], total.shape[2] - count, -1, device=total.device)
+        seen = torch.arange(total.shape[2], total.shape[2] - count, -1, device=total.device) - self._near
+        return total[..., :count] / seen.clamp(min=1)
 
     def observers(self, count: int) -> Tensor | None:
         """Return the number of queries `[B, 1, count]` that could see the oldest tokens; None if not counted."""
@@ -195,6 +204,7 @@ def weight_rows(
     extrapolate: bool,
     sample: QuerySample,
     reduce: Reduction = "sum",
+    near: int = 0,
 ) -> WeightRows:
     """Return the weights that a call's queries give to its last tokens; of a long prompt, a sample's in one row.
 
@@ -204,19 +214,20 @@ def weight_rows(
             queries that could see each token are counted.
         sample: queries of a long prompt that are looked at.
         reduce: what becomes of the weights of a group's query heads, and of queries that share a row.
+        near: weights are 0 for so many tokens that are nearest to a query, its own among them.
     """
     queries = call.query.shape[2]
     chosen, represented = sample.of(queries)
     if not sample.is_reduced(queries):
         rows = None if len(chosen) == queries else torch.tensor(chosen, device=keys.device)
-        weights, visible = _tile(call, keys, tokens, rows, not extrapolate)
+        weights, visible = _tile(call, keys, tokens, rows, not extrapolate, near)
         return WeightRows(reduced(weights, reduce), visible, is_sum=False)
     parts = torch.tensor(chosen, device=keys.device).split(ROWS_AT_ONCE)
     factors = torch.tensor(represented if extrapolate else [1.0] * len(chosen), device=keys.device).split(ROWS_AT_ONCE)
     total: Tensor | None = None
     counts: Tensor | None = None
     for part, factor in zip(parts, factors, strict=True):
-        weights, visible = _tile(call, keys, tokens, part, not extrapolate)
+        weights, visible = _tile(call, keys, tokens, part, not extrapolate, near)
         row = _one_row(weights, factor, reduce)
         total = row if total is None else combined(total, row, reduce)
         if visible is not None:
@@ -248,7 +259,7 @@ def visible_at(call: AttentionCall, tokens: Tensor) -> Tensor | None:
 
 
 def _tile(
-    call: AttentionCall, keys: Tensor, tokens: int, rows: Tensor | None, count: bool
+    call: AttentionCall, keys: Tensor, tokens: int, rows: Tensor | None, count: bool, near: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return weights `[B, H_kv, G, R, n]` of the given queries, or all, and if `count`, visibility `[B, 1, R, n]`."""
     batch, kv_heads, length = keys.shape[:3]
@@ -269,7 +280,16 @@ def _tile(
         weights = scores.softmax(-1)
     if call.mask is not None:
         weights = weights.nan_to_num_(0.0)  # queries that see nothing
+    if near:
+        weights = weights * _is_far(call, tokens, length, rows, near)
     return weights.unflatten(1, (kv_heads, -1)), _counted(seen, scores) if count else None
+
+
+def _is_far(call: AttentionCall, tokens: int, count: int, rows: Tensor | None, near: int) -> Tensor:
+    """Return whether each query is at least `near` tokens after each of the last `count` tokens, `[R, n]`."""
+    device, queries = call.query.device, call.query.shape[2]
+    places = torch.arange(tokens - queries, tokens, device=device) if rows is None else tokens - queries + rows
+    return torch.arange(tokens - count, tokens, device=device) <= places[:, None] - near
 
 
 def _at(x: Tensor, rows: Tensor | None) -> Tensor:

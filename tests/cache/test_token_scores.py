@@ -1,5 +1,6 @@
 """Scores of tokens against their formulas in float64, and what they are given in real models."""
 
+import itertools
 from copy import deepcopy
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from teaching import ids
 
 from kvmix_cli.cache.mixed import MixedCache
-from kvmix_cli.cache.observation import AttentionCall, QuerySample, weight_rows
+from kvmix_cli.cache.observation import AttentionCall, QuerySample, TailAttention, weight_rows
 from kvmix_cli.cache.policies import TOKEN_SCORES, Candidates, TokenScore, token_score
 from kvmix_cli.cache.rotary import rotations_of
 from kvmix_cli.cache.statistics import LastRows, QuerySum
@@ -231,6 +232,24 @@ def test_rows_of_all_queries_and_of_the_last(queries, reduce, sample):
     found = rows.sum(2) if reduce == "sum" else rows.amax(2)
     wanted = expected.sum((2, 3)) if reduce == "sum" else expected.amax((2, 3))
     torch.testing.assert_close(found, wanted.float(), **CLOSE)
+
+
+@pytest.mark.parametrize("near", [1, 6, 40])
+@pytest.mark.parametrize("cuts", [(), (9, 10, 11, 80)])
+def test_near_queries_do_not_count(near, cuts):
+    """The mean weight of queries at least `near` tokens later, however the queries were fed."""
+    tokens, tail = 100, 30
+    call, keys = AttentionCall(normal(1, 4, tokens, 16), 0.3), normal(1, 2, tokens, 16, seed=5)
+    attention = TailAttention(QuerySample(every=True), near=near)
+    for start, stop in itertools.pairwise((0, *cuts, tokens)):
+        part = AttentionCall(call.query[:, :, start:stop], 0.3)
+        attention.learn(part, keys[:, :, :stop], stop, stop)
+    attention.forget_oldest(tokens - tail)
+    far = torch.ones(tokens, tokens).tril(-near).bool()
+    weights = reference_rows(call, keys).sum(2).masked_fill(~far, 0).sum(2)[..., tokens - tail :]
+    expected = weights / far.sum(0)[tokens - tail :].clamp(min=1)
+    torch.testing.assert_close(attention.rates(tail), expected.float(), **CLOSE)
+    assert (attention.rates(tail)[..., max(0, tail - near) :] == 0).all()
 
 
 @given(
