@@ -1,4 +1,4 @@
-"""Python files of a user's own, named by `--import`: they register scores, probes or transforms of their own."""
+"""Python files of a user's own, named by `--import`: they register scores, codecs, transforms or probes."""
 
 from __future__ import annotations
 

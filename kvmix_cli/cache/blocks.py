@@ -58,7 +58,9 @@ def check_blocks(plan: Plan, block: int, ranks: int = 1) -> None:
         ranks: number of processes that share the KV heads of every layer.
     """
     faults = []
-    if plan.cache.axes:
+    if plan.cache.codecs is not None:
+        faults.append("its cache has page codecs, which no kernel reads")
+    elif plan.cache.axes:
         faults.append(f"its cache has {' and '.join(plan.cache.axes)}, which look at more than one token")
     if plan.model.stock:
         faults.append(f"layers {', '.join(map(str, plan.model.stock))} keep a cache of their own kind")

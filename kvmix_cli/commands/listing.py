@@ -22,7 +22,9 @@ MORE = {
 def list_kind(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="models, plans, presets, probes, solvers, tasks, policies or exports."),
+        typer.Argument(
+            metavar="[KIND]", help="models, plans, presets, probes, solvers, tasks, policies, codecs or exports."
+        ),
     ] = None,
     model: Model = None,
     profiles_dir: ProfilesDir = None,

@@ -257,7 +257,7 @@ Imports = Annotated[
         "--import",
         metavar="FILE.py",
         callback=_import,
-        help="Run a Python file first, which registers scores, probes or transforms of your own; repeatable.",
+        help="Run a Python file first, which registers scores, codecs, transforms or probes of your own; repeatable.",
     ),
 ]
 

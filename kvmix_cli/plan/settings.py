@@ -16,18 +16,19 @@ from pydantic import (
 
 from .codec import TransformSettings
 from .document import Faults, StrictModel
+from .page_codecs import PageCodecs
 from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
 from .reading import SelectiveReading
 from .windows import Recent, Rpc, Window
 
-AXES: Final = ("transforms", "tokens", "channels", "reading")
-"""Settings that change the data, sort it, or choose from it; see `CacheSettings.axes`."""
+AXES: Final = ("transforms", "tokens", "channels", "reading", "codecs")
+"""Settings that change the data, sort it, choose from it, or store it otherwise; see `CacheSettings.axes`."""
 Encode = Literal["minmax", "refit", "search", "fitted"]
 """Encoder of all tensors; `fitted` is refit for keys and search for values."""
 ENCODES: Final[tuple[Encode, ...]] = (*ENCODERS, "fitted")
 FITTED: Final[dict[Kind, Encoder]] = {"key": "refit", "value": "search"}
 """Least squared error is what values need; of keys it clips those that are attended to most."""
-Axis = Transforms | TokenPolicy | ChannelPolicy | SelectiveReading
+Axis = Transforms | TokenPolicy | ChannelPolicy | SelectiveReading | PageCodecs
 MOST_ELEMENTS = 2**16
 """Tokens of a page, and elements of a group."""
 
@@ -56,6 +57,7 @@ class CacheSettings(StrictModel):
         transform: basis of the tensors that are stored as transform codes; None for none.
         transforms, tokens, channels: changes of the data, and sorting of tokens and of key channels; None for none.
         reading: choice of the pages that a decoded token reads; None for all.
+        codecs: codecs of pages in place of affine codes; None for these.
     """
 
     page: int = Field(default=128, ge=16, le=MOST_ELEMENTS, multiple_of=16)
@@ -69,13 +71,18 @@ class CacheSettings(StrictModel):
     tokens: TokenPolicy | None = None
     channels: ChannelPolicy | None = None
     reading: SelectiveReading | None = None
+    codecs: PageCodecs | None = None
 
     @model_validator(mode="after")
     def _whole_pages(self) -> CacheSettings:
         faults = [*_unfit(self.axes, self.page), *(("tokens", fault) for fault in self.budget_faults())]
         faults += [] if self.transform is None else self.transform.faults(self.page)
         faults += [("reading", fault) for fault in self.reading_faults()]
-        if self.transform is not None and (others := [name for name in self.axes if name != "reading"]):
+        if self.codecs is not None and (others := self._not_with_codecs()):
+            faults.append(
+                ("codecs", f"page codecs combine with transforms only, not with {', '.join(others)}; take one out")
+            )
+        if self.transform is not None and (others := [name for name in self.axes if name not in ("reading", "codecs")]):
             faults.append(("transform", f"transform codes do not combine with {', '.join(others)}; take one out"))
         if faults:
             raise Faults((tuple(name.split(".")), f"cache.{name}: {fault}") for name, fault in faults)
@@ -124,14 +131,18 @@ class CacheSettings(StrictModel):
         room = self.tokens.keep - self.sink - self.window.keep(0, FULL_PRECISION_BITS)
         return room // self.page * self.page
 
+    def _not_with_codecs(self) -> list[str]:
+        """Return the settings that page codecs do not combine with, of those that are set."""
+        return [name for name in ("transform", "tokens", "channels", "reading") if getattr(self, name) is not None]
+
     @property
     def axes(self) -> dict[str, Axis]:
-        """Return those of transforms, tokens, channels and reading that are set."""
+        """Return those of transforms, tokens, channels, reading and codecs that are set."""
         return {name: axis for name in AXES if (axis := getattr(self, name)) is not None}
 
     @property
     def plain(self) -> CacheSettings:
-        """Return the same settings without transforms, tokens, channels and reading."""
+        """Return the same settings without any of `axes`."""
         return self.model_copy(update=dict.fromkeys(AXES))
 
     def with_axes(self, other: CacheSettings) -> CacheSettings:
@@ -140,13 +151,18 @@ class CacheSettings(StrictModel):
         Transforms of `other` come after these. The page stays, unless only the page of `other` suits all policies.
 
         Raises:
-            ValueError: if both sort tokens, sort channels, choose what is read, or have a transform of the same kind;
+            ValueError: if either has codecs; if both sort tokens, sort channels, choose what is read, or have a
+                transform of the same kind;
                 if neither page suits all policies; if `other` has no axes; or if these settings have transform codes,
                 with which only a choice of what is read combines.
         """
         if not other.axes:
             raise ValueError(
                 "it has no transforms, tokens or channels, and no reading, only widths, which the plan has already"
+            )
+        if self.codecs or other.codecs:
+            raise ValueError(
+                "page codecs change what every width takes; state codecs and transforms in one preset file"
             )
         if self.transform is not None and set(other.axes) != {"reading"}:
             raise ValueError("the plan's transform codes do not combine with transforms, tokens or channels")

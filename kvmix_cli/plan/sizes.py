@@ -24,14 +24,15 @@ from typing import Literal
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
 from kvmix_kernels.transform_layout import CHOICE_BYTES, TransformLayout, exact_count
 
+from ..codecs import CODECS, PageCodec
 from .codec import TransformTensor
 from .geometry import HeadGeometry, ModelInfo
 from .layers import AnyTensor, LayerPlan, TensorPlan
 from .settings import CacheSettings
 
 BitCount = Literal["nominal", "stored"]
-ChannelStorage = PageLayout | int
-"""A channel group: packed pages, or a number of channels in full precision."""
+ChannelStorage = PageLayout | PageCodec | int
+"""A channel group: packed pages, pages of a codec, or a number of channels in full precision."""
 
 INDEX_BYTES = 1
 """A token's tier and a channel's place are uint8."""
@@ -109,6 +110,14 @@ def _channel_groups(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_d
 def _channel_storage(tensor: TensorPlan, kind: Kind, cache: CacheSettings, channels: int) -> ChannelStorage:
     if tensor.bits == FULL_PRECISION_BITS:
         return channels
+    layout = _affine_layout(tensor, kind, cache, channels)
+    name = None if cache.codecs is None else cache.codecs.of(kind)
+    if name is None:
+        return layout
+    return CODECS[name](kind, layout.bits, channels, layout.page, layout.group_size, layout.scale_dtype)
+
+
+def _affine_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, channels: int) -> PageLayout:
     size = cache.group_size if tensor.group_size is None else tensor.group_size
     return PageLayout(
         kind=kind,
@@ -121,13 +130,12 @@ def _channel_storage(tensor: TensorPlan, kind: Kind, cache: CacheSettings, chann
 
 
 def page_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> PageLayout | None:
-    """Return the page layout of a layer's keys or values at the layer's own bits; None for full precision.
+    """Return the layout of affine pages of a layer's keys or values at its own bits; None for full precision.
 
     Raises:
         ValueError: if the head size is no multiple of 16.
     """
-    layout = _channel_storage(tensor, kind, cache, head_dim)
-    return layout if isinstance(layout, PageLayout) else None
+    return None if tensor.bits == FULL_PRECISION_BITS else _affine_layout(tensor, kind, cache, head_dim)
 
 
 def page_bytes(tensor: TensorPlan, kind: Kind, cache: CacheSettings, head_dim: int) -> int:
@@ -293,7 +301,7 @@ def tensor_bytes(
 def _form_bytes(form: StorageForm, tokens: int, cache: CacheSettings, element_bytes: int) -> CacheBytes:
     """Return the bytes of one KV head's tokens of a form."""
     full = sum(tokens * group * element_bytes for group in form.groups if isinstance(group, int))
-    packed = sum(tokens // group.page * group.nbytes for group in form.groups if isinstance(group, PageLayout))
+    packed = sum(tokens // group.page * group.nbytes for group in form.groups if not isinstance(group, int))
     if cache.channels is None or not form.is_sorted:
         return CacheBytes(packed, full)
     width = sum(group if isinstance(group, int) else group.head_dim for group in form.groups)

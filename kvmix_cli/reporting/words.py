@@ -8,11 +8,12 @@ from typing import TypedDict
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.geometry import format_ranges
 from ..plan.layers import HeadGroup
+from ..plan.page_codecs import PageCodecs
 from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, TokenShares, Transform, Transforms
 from ..plan.reading import SelectiveReading
 from ..plan.settings import Axis
 
-LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:", "reading": "read:"}
+LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:", "reading": "read:", "codecs": "codec:"}
 EIGHTHS = "▏▎▍▌▋▊▉"
 
 
@@ -77,7 +78,7 @@ def heads_text(model: ModelInfo) -> str:
 
 
 def axes_lines(cache: CacheSettings) -> list[str]:
-    """Return a line for each of transform, transforms, tokens, channels and reading that is set."""
+    """Return a line for each of transform, transforms, tokens, channels, reading and codecs that is set."""
     codes = [] if cache.transform is None else [f"codes:   {codes_in_words(cache.transform)}"]
     return codes + [f"{LABELS[name]:9}{in_words(axis)}" for name, axis in cache.axes.items()]
 
@@ -98,6 +99,8 @@ def in_words(axis: Axis | None) -> str:
         return "; ".join(f"{what} {', then '.join(map(_transform, steps))}" for what, steps in both.items() if steps)
     if isinstance(axis, SelectiveReading):
         return _reading(axis)
+    if isinstance(axis, PageCodecs):
+        return "; ".join(f"{what} {name}" for what, name in {"keys": axis.k, "values": axis.v}.items() if name)
     return _tokens(axis) if isinstance(axis, TokenPolicy) else _channels(axis)
 
 

@@ -169,6 +169,17 @@ def _policies() -> Iterator[ListedItem]:
                 yield ListedItem(name, f"{of}: {first_sentence(registry[name].__doc__ or '')}", (("of", of),))
 
 
+def _codecs() -> Iterator[ListedItem]:
+    """Yield the codecs of pages: those of the registry's table, then the user's."""
+    from ..codecs import CODECS
+
+    shipped = list(_registered("codecs/__init__.py")())
+    yield from shipped
+    for name in CODECS:
+        if name not in {item.name for item in shipped}:
+            yield ListedItem(name, first_sentence(CODECS[name].__doc__ or ""))
+
+
 def _registered_name(node: ast.ClassDef) -> str | None:
     """Return the name under which a decorator `REGISTRY.register("name")` puts a class; None without one."""
     for decorator in node.decorator_list:
@@ -185,6 +196,7 @@ _KINDS: dict[str, Callable[[], Iterator[ListedItem]]] = {
     "solvers": _solvers,
     "tasks": _tasks,
     "policies": _policies,
+    "codecs": _codecs,
     "exports": _registered("export/__init__.py"),
 }
 """What lists each kind."""

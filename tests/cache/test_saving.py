@@ -20,7 +20,8 @@ from kvmix_cli.cache.saving import CacheFile
 from kvmix_cli.errors import CacheError, OutputError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, HeadGeometry, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Center, Transforms
+from kvmix_cli.plan.page_codecs import PageCodecs
+from kvmix_cli.plan.policies import Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Recent, Rpc
 
 PAGE, SINK = 16, 4
@@ -29,6 +30,12 @@ AFFINE = {
     "rows": CacheSettings(page=32, sink=0, group_size="row", scale_dtype="bfloat16", window=Rpc()),
 }
 CODED = {"coded": {"exact": 2}, "coded keys": {"v": 4, "exact": 1}, "coded values": {"k": 16, "exact": 0}}
+ENCODED = {
+    "page codecs": {
+        "transforms": Transforms(k=(Rotate(),)),
+        "codecs": PageCodecs(k="vectors", v="two-axes"),
+    }
+}
 TEXT = ids(400)
 ROPE = 1 / 10_000 ** (torch.arange(16) / 16)
 
@@ -76,7 +83,7 @@ def plans(llama, tmp_path_factory):
     """Plans of every kind of packing, by name."""
     made = {name: affine(llama, cache) for name, cache in AFFINE.items()}
     made |= {name: plan_for(llama, quantized(name), 2, 4) for name in AXES}
-    made |= {name: plan_for(llama, axes, 2, 4) for name, axes in BUDGETS.items()}
+    made |= {name: plan_for(llama, axes, 2, 4) for name, axes in [*BUDGETS.items(), *ENCODED.items()]}
     return made | {
         name: coded_plan(llama, tmp_path_factory.mktemp("basis"), rope=ROPE, **options)
         for name, options in CODED.items()
@@ -93,7 +100,7 @@ def saved(llama, plans, tmp_path):
 
 @pytest.mark.slow
 @given(
-    plan=st.sampled_from([*AFFINE, *AXES, *BUDGETS, *CODED]),
+    plan=st.sampled_from([*AFFINE, *AXES, *BUDGETS, *CODED, *ENCODED]),
     steps=st.lists(st.sampled_from([1, 3, 17, 40, 90, 150]), min_size=1, max_size=4),
     more=st.integers(1, 90),
     batch=st.integers(1, 2),

@@ -1,4 +1,4 @@
-"""`--import FILE.py`: scores, transforms and probes of a user's own, and files that cannot be used."""
+"""`--import FILE.py`: scores, codecs, transforms and probes of a user's own, and files that cannot be used."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +10,7 @@ from commandline import TINY, kvmix, kvmix_json, refused
 from kvmix_cli import extensions
 from kvmix_cli.cache.policies import TOKEN_SCORES
 from kvmix_cli.cache.transforms import TRANSFORMS
+from kvmix_cli.codecs import CODECS
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, Plan, token_scores
 from kvmix_cli.profiling import PROBES
@@ -35,6 +36,8 @@ class Negated(Transform):
     def store(self, states): return -states
     restore = query = output = store
 """
+PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text()
+CODEC = PAGE.split("```python\n# my_codec.py\n")[1].split("```")[0]
 PROBE = """
 from kvmix_cli.profiling import PROBES
 from kvmix_cli.profiling.probes.error import Error
@@ -49,7 +52,7 @@ PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch, tmp_path):
     """Forget afterwards what the files have registered."""
-    for registry in (TOKEN_SCORES, TRANSFORMS, PROBES):
+    for registry in (TOKEN_SCORES, TRANSFORMS, CODECS, PROBES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
     monkeypatch.setattr(extensions, "_LOADED", {})
@@ -92,6 +95,24 @@ def test_a_transform_of_ones_own():
     negated = kvmix_json("run", *TINY, "--plan", path, *given)
     plain = kvmix_json("run", *TINY, "--plan", plan({}), *given)
     assert negated["text"] == plain["text"]  # codes of -x are those of x, mirrored
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded_once")
+def test_the_codec_of_the_docs_runs_is_counted_and_listed():
+    assert len(CODEC.strip().splitlines()) <= 20
+    given = ("--import", write("signs.py", CODEC))
+    Path("mine.yaml").write_text(
+        "format: kvmix-preset/1\nbits: {k: 1, v: 1}\ncache: {page: 32, codecs: {k: signs, v: signs}}\n"
+    )
+    asked = ("run", *TINY, "--preset", "mine.yaml", "--prompt", PROMPT, "--max-new-tokens", "2")
+    assert "unknown codec 'signs'" in refused(kvmix(*asked))
+    answer = kvmix_json(*asked, *given)
+    assert answer["quantized_share"] > 0
+    stored = kvmix_json("inspect", "mine.yaml", "--model", "builtin:tiny", *given)["bits"]["stored"]
+    assert stored == 1 + 16 / 64  # heads of 64
+    items = {item["name"]: item["summary"] for item in kvmix_json("list", "codecs", *given)["items"]}
+    assert items["signs"].startswith("Signs, times the mean magnitude of each token")
 
 
 @pytest.mark.slow

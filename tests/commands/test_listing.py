@@ -9,6 +9,7 @@ from made_up import make_info
 
 from kvmix_cli.allocation import METHODS
 from kvmix_cli.cache.policies import CHANNEL_SCORES, TOKEN_SCORES
+from kvmix_cli.codecs import CODECS
 from kvmix_cli.evaluation import SETS, tasks
 from kvmix_cli.export import TARGETS
 from kvmix_cli.plan import Plan
@@ -21,6 +22,7 @@ NAMES = {
     "probes": lambda: PROBES,
     "solvers": lambda: METHODS,
     "tasks": lambda: [*tasks(), *SETS],
+    "codecs": lambda: CODECS,
     "policies": lambda: [*TOKEN_SCORES, *CHANNEL_SCORES],
     "exports": lambda: TARGETS,
 }

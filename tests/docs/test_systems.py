@@ -9,7 +9,7 @@ from kvmix_cli.plan.presets import presets
 from kvmix_cli.studies.leaderboard.systems import COMBINATIONS, STORED_BITS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
-STATES = {"works", "partly", "not yet", "codec missing", "export", "skipped", "nothing to build"}
+STATES = {"works", "partly", "not yet", "export", "skipped", "nothing to build"}
 SYSTEMS = """
 KVmix, MiKV, MixKVQ, KVTuner, ZipCache, RotateKV, SVDq, AsymKV, MiniKV, QAQ, Cocktail, TaDA, XQuant, AQUA-KV,
 CQ, QJL, DecoQuant, QuantizedPruning, PM-KVQ, Kitty, KIVI, BiSup, ZipVL, PQCache, SubGen, D2O, KVMerger,

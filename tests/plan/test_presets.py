@@ -38,6 +38,7 @@ NAMES = (
     "kitty",
     "kivi-2",
     "kivi-4",
+    "kvarn",
     "kvcrush",
     "kvmix-paper",
     "kvquant",
@@ -48,23 +49,31 @@ NAMES = (
     "mixkvq",
     "morphkv",
     "morphkv-512",
+    "oscar-tokens",
     "pyramidkv",
+    "qaq",
+    "quarot",
     "quest",
     "rotate-2",
     "shadowkv",
     "snapkv",
     "streaming-512",
+    "tada",
     "tokenselect",
     "tova",
     "transform-2",
+    "turboquant",
+    "vecinfer",
     "vl-cache",
+    "xquant",
     "zipcache",
     "zipvl",
 )
 SOLVED = ("transform-2",)
 """Their widths are decided from a profile."""
 STATED = tuple(name for name in NAMES if name not in SOLVED)
-WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper", "kvquant")
+WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper", "kvquant", "xquant")
+ENCODED = ("kvarn", "oscar-tokens", "quarot", "turboquant", "vecinfer")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=128)
 ROTATED = Transforms(k=(Rotate(),), v=(Rotate(),))
@@ -131,7 +140,7 @@ def test_the_papers_preset_has_two_names():
 
 def test_the_papers_preset_states_what_allocate_starts_from():
     assert find_preset("paper").layer_share == LayerShare(0.2, k_bits=(2, 3), v_bits=(2, 4))
-    assert [name for name in presets() if find_preset(name).layer_share] == ["kvmix-paper"]
+    assert [name for name in presets() if find_preset(name).layer_share] == ["kvmix-paper", "xquant"]
 
 
 GOOD = """\
@@ -286,7 +295,12 @@ class TestPuttingOn:
         with pytest.raises(PlanError, match="preset 'h2o' cannot be put on 'mikv': both sort tokens"):
             put_on(cache, "h2o", "'mikv'")
 
-    @pytest.mark.parametrize("name", [name for name in STATED if name not in WIDTHS_ONLY])
+    @pytest.mark.parametrize("name", ENCODED)
+    def test_page_codecs_are_put_on_nothing(self, name):
+        with pytest.raises(PlanError, match="cannot be put on it: page codecs change what every width takes"):
+            put_on(CacheSettings(), name, "it")
+
+    @pytest.mark.parametrize("name", [name for name in STATED if name not in (*WIDTHS_ONLY, *ENCODED)])
     def test_every_method_goes_with_the_default_cache(self, name):
         on = find_preset(name).cache
         assert put_on(CacheSettings(), name, "it").axes == on.axes

@@ -13,7 +13,9 @@ SIZES = (2.0, 2.5, 3.0, 4.0)
 CONTEXT = 4096
 STATED = tuple(name for name in presets() if find_preset(name).bits is not None)
 BUDGETS = tuple(name for name in STATED if (tokens := find_preset(name).cache.tokens) and tokens.keep)
-REFUSED = {("minikv", 3.0), ("minikv", 4.0), ("cocktail", 2.0), ("zipcache", 2.0)} | {("d2o", size) for size in SIZES}
+REFUSED = {("minikv", 3.0), ("minikv", 4.0), ("cocktail", 2.0), ("qaq", 2.0), ("zipcache", 2.0)} | {
+    ("d2o", size) for size in SIZES
+}
 """Sizes that a preset cannot reach in 12 layers with heads of 64."""
 
 

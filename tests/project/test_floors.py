@@ -25,6 +25,7 @@ FLOORS = [
         "torchless",
         "turns",
     ],
+    ["codecs"],
     ["plan"],
     ["journal", "profile", "state", "texts"],
     ["kvmix_kernels", "models.geometry", "models.memory"],

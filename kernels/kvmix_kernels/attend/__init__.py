@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..encoded import CodecPages
 from ..runtime import gpu
 from ..runtime.fallback import warn_once
 from ..runtime.native import library
@@ -27,7 +28,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     `attend-rows`).
     """
     problem = _with_its_pages(problem)
-    if problem.query.dtype == torch.float64 or problem.is_differentiated:
+    is_encoded = any(isinstance(tensor.packed, CodecPages) for tensor in (problem.key, problem.value))
+    if is_encoded or problem.query.dtype == torch.float64 or problem.is_differentiated:
         return naive.attend(problem)
     if gpu.is_usable(problem.query.device):
         from . import triton

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from kvmix_kernels.layout import PageLayout
 from torch import Tensor
 
+from ...codecs import PageCodec
 from ...plan import CacheSettings
 from ...plan.sizes import StorageForm
 from ..buffer import Buffer
 from .base import Packing
 from .channels import ChannelPacking
 from .codes import CodePacking
+from .encoded import CodecPacking
 from .pages import PagePacking
 from .sorted import BudgetPacking, FullPacking, KeptUnits, TierPacking
 from .summaries import SummaryPacking
@@ -83,9 +85,12 @@ def _pages(
     only = form.groups[0]
     if len(form.groups) == 1 and isinstance(only, PageLayout):
         return PagePacking(name, only, reserve, form.encoder)
+    if isinstance(only, PageCodec):
+        return CodecPacking(name, only, reserve)
     if functions is None:
         raise AssertionError("channel groups need a channel policy")
+    groups = tuple(group for group in form.groups if not isinstance(group, PageCodec))
+    if len(groups) < len(form.groups):
+        raise AssertionError("page codecs do not combine with channel groups")
     refresh = settings.channels.refresh if settings.channels else 0
-    return ChannelPacking(
-        name, form.groups, settings.page, refresh, functions.channel_importance, reserve, form.encoder
-    )
+    return ChannelPacking(name, groups, settings.page, refresh, functions.channel_importance, reserve, form.encoder)

@@ -1,0 +1,34 @@
+"""Page codecs in a plan: another storage of whole pages than scale, zero and codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvmix_kernels.layout import Kind
+from pydantic import model_validator
+
+from .policies import PolicySetting
+
+
+class PageCodecs(PolicySetting):
+    """The codecs of keys and of values, by name (`kvmix_cli.codecs`); None for affine codes.
+
+    The widths of layers are those of the codec; what a layer keeps at 16 bits has none.
+    """
+
+    k: str | None = None
+    v: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> PageCodecs:
+        if self.k is None and self.v is None:
+            raise ValueError("codecs need a name for k, for v, or for both")
+        return self
+
+    def of(self, kind: Kind) -> str | None:
+        """Return the name of the codec of keys, or of values."""
+        return self.k if kind == "key" else self.v
+
+    def faults(self, page: int) -> Iterator[str]:
+        """Yield nothing: a codec takes any page that a plan may have, or says at its layers why not."""
+        yield from ()
