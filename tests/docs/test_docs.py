@@ -10,6 +10,7 @@ from commandline import kvmix
 from kvmix_cli import extensions
 from kvmix_cli.cache.policies import TOKEN_SCORES
 from kvmix_cli.cache.transforms import TRANSFORMS
+from kvmix_cli.codecs import CODECS
 from kvmix_cli.plan import ModelInfo, Plan, token_scores
 from kvmix_cli.plan.document import parse_yaml
 from kvmix_cli.plan.plan import is_kvtuner
@@ -44,7 +45,7 @@ def blocks(language):
 @pytest.fixture
 def forgetful(monkeypatch):
     """Forget afterwards what an example registers."""
-    for registry in (TOKEN_SCORES, TRANSFORMS, PROBES):
+    for registry in (TOKEN_SCORES, TRANSFORMS, CODECS, PROBES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
     monkeypatch.setattr(extensions, "_LOADED", {})
