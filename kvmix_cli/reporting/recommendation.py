@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ..errors import ExportError, PlanError
+from ..errors import ExportError
 from ..evaluation.grid import by_depth
 from ..evaluation.results import Estimate, Table
 from ..export import TARGETS
-from ..models.sources import locate
 from ..plan.sizes import format_bytes
 from ..studies.recommend.cost import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
@@ -30,8 +29,6 @@ VERDICTS: dict[Outcome, str] = {
 }
 ENGINES = {"vLLM": "vllm", "llama.cpp": "llama.cpp"}
 """Other engines, and the names that `kvmix export` has for them."""
-BLOCK = 128
-"""Tokens of a block of vLLM's CPU engine."""
 COLUMNS = ("task", "number", "plan", "unquantized")
 
 
@@ -136,10 +133,7 @@ def _rows(measured: MeasuredTask) -> Iterator[EvidenceRow]:
 
 
 def commands(found: Recommendation) -> dict[str, str]:
-    """Return, by engine, the command that uses the recommended plan, or the reason why there is none.
-
-    A plan that vLLM's own formats cannot express is held there by our plugin, if tokens can be stored one by one.
-    """
+    """Return, by engine, the command that uses the recommended plan, or the reason why there is none."""
     path = str(found.best.path)
     lines = {"transformers": shlex.join(["kvmix", "run", "--plan", path, "--prompt", "..."])}
     for engine, name in ENGINES.items():
@@ -149,23 +143,10 @@ def commands(found: Recommendation) -> dict[str, str]:
             lines[engine] = one_line(str(error).removeprefix(f"{engine} ").removeprefix(f"{name} "))
         else:
             lines[engine] = shlex.join(["kvmix", "export", path, "--to", name])
-    if lines["vLLM"].startswith("cannot") and (served := _served(found)):
-        lines["vLLM"] = served
+    if any(layer.is_coded for layer in found.best.plan.layers.values()):
+        measure = shlex.join(["kvmix", "eval", "--plan", path, "--baseline", "in-engine"])
+        lines["vLLM"] += f"; our plugin holds it, but without the window that this proof rests on: `{measure}` first"
     return lines
-
-
-def _served(found: Recommendation) -> str | None:
-    """Return the command by which our plugin holds the plan in vLLM, and what it lacks there; None if it cannot."""
-    from ..cache.blocks import check_blocks, losses_in_blocks
-
-    try:
-        check_blocks(found.best.plan, BLOCK)
-    except PlanError:
-        return None
-    command = shlex.join(["vllm", "serve", locate(found.model.id)])
-    losses = losses_in_blocks(found.best.plan)
-    said = f", which stores every token by itself: {', '.join(losses)}" if losses else ""
-    return one_line(f"KVMIX_PLAN={shlex.quote(str(found.best.path))} {command} # in its CPU engine{said}")
 
 
 def recommendation_json(found: Recommendation) -> dict[str, Any]:
