@@ -200,6 +200,11 @@ def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]
                 f"{model_id} has {kv_heads} KV heads of {key_dim} channels (values of {value_dim}) in layer {index}: "
                 f"{reason(error)}"
             ) from error
+        if (heads := getattr(layer, "num_attention_heads", None)) and heads % kv_heads:
+            raise ModelError(
+                f"{model_id} has {heads} query heads and {kv_heads} KV heads in layer {index}: each KV head serves as "
+                "many query heads; correct num_key_value_heads in its config.json"
+            )
     return found
 
 

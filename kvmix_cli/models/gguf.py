@@ -85,9 +85,9 @@ def read_header(file: Path) -> GgufHeader:
     try:
         return _header(file)
     except (ArithmeticError, LookupError, MemoryError, OSError, ValueError, struct.error) as error:
-        raise ModelError(
-            f"{file} is no GGUF file, or is cut off ({first_sentence(error)}): download it again"
-        ) from error
+        ends_early = isinstance(error, struct.error)
+        why = f"it ends within its header, at byte {file.stat().st_size}" if ends_early else first_sentence(error)
+        raise ModelError(f"{file} is no GGUF file, or is cut off ({why}): download it again") from error
 
 
 def gguf_settings(header: GgufHeader) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _text(data: mmap.mmap, at: int) -> tuple[str, int]:
     """Return a text, and where it ends. Raises struct.error after the end of the file."""
     end = at + 8 + int(struct.unpack_from("<Q", data, at)[0])
     if end > len(data):
-        raise struct.error("a text goes beyond the end")
+        raise struct.error
     return data[at + 8 : end].decode("utf-8", "replace"), end
 
 

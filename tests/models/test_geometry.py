@@ -104,6 +104,7 @@ def test_the_text_part_of_a_multimodal_model_counts():
         ("LlamaConfig", {"num_hidden_layers": -1}, r"-1 layers .num_hidden_layers.; expected 1 to 10000"),
         ("LlamaConfig", {"num_hidden_layers": 10**9}, "1000000000 layers"),
         ("LlamaConfig", {"head_dim": -64}, "32 KV heads of -64 channels"),
+        ("LlamaConfig", {"num_key_value_heads": 3}, "32 query heads and 3 KV heads in layer 0"),
     ],
 )
 def test_models_with_nothing_to_quantize(name, options, message):

@@ -95,6 +95,13 @@ def test_a_damaged_header_is_one_line(file, tmp_path, at):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [3, 20, 60])
+def test_a_file_that_ends_in_its_header_says_where(file, tmp_path, size):
+    (tmp_path / "model.gguf").write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ModelError, match=f"it ends within its header, at byte {size}"):
+        load_info(str(tmp_path))
+
+
 def test_something_else_is_no_gguf_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"no gguf" * 100)
     with pytest.raises(ModelError, match="is no GGUF file, or is cut off"):
