@@ -46,6 +46,16 @@ def loaded_extensions() -> dict[str, str]:
     return {file.name: digest for file, digest in sorted(_LOADED.items())}
 
 
+def extension_error(error: BaseException) -> ExtensionError | None:
+    """Return an error that came from a file that was run, as one that names its line; None for any other error."""
+    for file in _LOADED:
+        if line := _line(error, file):
+            found = ExtensionError(f"--import {file.name}{line}: {class_and_sentence(error)}")
+            found.__cause__ = error  # for --traceback
+            return found
+    return None
+
+
 def _line(error: BaseException, file: Path) -> str:
     """Return `, line 9`, the last place in a file that an error came from; empty if it came from none."""
     if isinstance(error, SyntaxError) and error.filename == str(file):

@@ -43,6 +43,7 @@ from .commands.grouped import GroupedCommand
 from .commands.ranks import meet
 from .commands.settings_file import with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
+from .extensions import extension_error
 from .garbage import put_off
 from .ranks import current
 
@@ -248,11 +249,13 @@ def _alone(code: int) -> Iterator[None]:
 
 
 def _report(error: Exception, command: str | None) -> None:
-    """Report an exception that is no error of the user's: no memory is left, or there is a bug."""
+    """Report an exception that is not ours: no memory is left, a file of the user's raised it, or there is a bug."""
     if is_out_of_memory(error):
         shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
         shortage.__cause__ = error  # for --traceback
         console.fail(shortage, command)
+    elif own := extension_error(error):
+        console.fail(own, command)
     else:
         console.fail_bug(error, command)
 

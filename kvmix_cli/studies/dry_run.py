@@ -169,8 +169,7 @@ def _task_steps(found: Prepared, settings: Settings, speed: ModelSpeed) -> Itera
 def _sample_seconds(task: Task, settings: Settings, speed: ModelSpeed, tokens: int) -> float:
     """Return the seconds of one sample through one cache."""
     if task.side_by_side:  # a document that is read back step by step
-        prefix = min(settings.prefix, tokens)
-        return speed.prefill(prefix) + speed.read(prefix, tokens)
+        return speed.read_back(min(settings.prefix, tokens), tokens)
     return speed.prefill(tokens) + speed.read(tokens, tokens + QUESTIONS)
 
 

@@ -136,6 +136,25 @@ def test_a_file_that_raises_is_one_line(text, message):
     assert message in refused(kvmix("list", "policies", "--import", write("mine.py", text)))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize(
+    ("text", "result", "settings"),
+    [
+        (SCORE, "(1 - tokens", {"tokens": {"score": "every-other", "evict": 0.5, "flush": 64}}),
+        (TRANSFORM, "-states", {"transforms": {"k": [{"kind": "own", "name": "negated"}]}}),
+        (CODEC, '{"signs": pack', {"codecs": {"k": "signs", "v": "signs"}}),
+    ],
+)
+def test_a_class_that_raises_later_is_one_line_as_well(text, result, settings):
+    wrong = text.replace(f"return {result}", f"raise ValueError('no luck') or {result}", 1)
+    line = 1 + next(number for number, each in enumerate(wrong.splitlines()) if "no luck" in each)
+    preset = {"format": "kvmix-preset/1", "bits": {"k": 1, "v": 1}, "cache": {"page": 32, **settings}}
+    given = ("--import", write("mine.py", wrong), "--preset", write("mine.yaml", yaml.safe_dump(preset)))
+    error = refused(kvmix("run", *TINY, *given, "--prompt", PROMPT, "--max-new-tokens", "2"))
+    assert f"--import mine.py, line {line}: ValueError: no luck" in error
+
+
 def test_a_file_that_is_not_there():
     assert "--import none.py: cannot be read: No such file" in refused(kvmix("list", "--import", "none.py"))
     assert "its name must end in .py" in refused(kvmix("list", "--import", write("text.txt", "x = 1\n")))

@@ -422,8 +422,10 @@ def test_a_forecast_downloads_nothing(monkeypatch):
 @PATIENT
 @given(st.floats(1e-4, 10), st.floats(0, 1e-2), st.integers(0, 500), st.integers(1, 500))
 def test_reading_takes_what_its_steps_take(base, slope, start, count):
-    speed = ModelSpeed(32, base, slope, 0.5)
+    speed = ModelSpeed(32, base, slope, 0.5, compare=base)
     steps = [start + 32 * number for number in range(count)]
     exact = sum(base + slope * (tokens + 16) for tokens in steps)
     assert speed.read(start, start + 32 * count) == pytest.approx(exact, rel=0.01)
     assert speed.prefill(64) == pytest.approx(speed.read(0, 64) / 2)
+    read = speed.prefill(start) + speed.read(start, start + 32 * count)
+    assert speed.read_back(start, start + 32 * count) == pytest.approx(read + 32 * count * base)

@@ -1,7 +1,8 @@
 """The work of a recommendation that is still to be done, and about how long it takes: a few forward passes are timed.
 
 A step of tokens behind p others takes a + b p seconds. Both are measured, through the unquantized cache and through one
-of 4 bits, since half of the reading is through each. A prompt takes what its steps would, times a measured ratio.
+of 4 bits, since half of the reading is through each. A prompt takes what its steps would, times a measured ratio. Where
+documents are read back, every token's predictions are compared with the unquantized cache's, which is timed as well.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from ...evaluation.base import Task
     from ...models.loading import LoadedModel
 
-NEAR, FAR = 256, 1024
+NEAR, FAR = 256, 2048
 """Tokens in the cache before the steps that are timed."""
 REPEATS = 3
 BITS = 4
-COMPARED = 3
+COMPARED = 4
 """Plans that are compared before one is proven, about: the first guess and its neighbours."""
 GRADIENTS = 4.0
 """Time of a calibration document over that of reading it once as a prompt: a forward and a backward pass, and the sums
@@ -84,12 +85,14 @@ class ModelSpeed:
         base: seconds of a step with nothing before it.
         slope: seconds that each token before it adds.
         prompt: seconds of a prompt, over those of steps with the same tokens.
+        compare: seconds in which the predictions of one token are compared with others.
     """
 
     step: int
     base: float
     slope: float
     prompt: float
+    compare: float = 0.0
 
     def at(self, tokens: int) -> float:
         """Return the seconds of a step behind so many tokens."""
@@ -98,6 +101,10 @@ class ModelSpeed:
     def read(self, start: int, stop: int) -> float:
         """Return the seconds of tokens from `start` to `stop`, fed step by step."""
         return (stop - start) / self.step * self.at((start + stop) // 2)
+
+    def read_back(self, start: int, stop: int) -> float:
+        """Return the seconds of a document through one cache: `start` tokens as a prompt, then compared steps."""
+        return self.prefill(start) + self.read(start, stop) + (stop - start) * self.compare
 
     def prefill(self, tokens: int) -> float:
         """Return the seconds of a prompt."""
@@ -157,8 +164,7 @@ def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
 def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[PlannedStep]:
     yield from _profiling(purpose, speed, bench.loaded)
     length = bench.documents[0]
-    start = prefix(length)
-    both = 2 * (speed.prefill(start) + speed.read(start, length))
+    both = 2 * speed.read_back(prefix(length), length)
     limit = purpose.limit or make_task(DIVERGENCE).default_limit
     few = min(FIRST_DOCUMENTS, limit)
     what = f"KL of about {COMPARED} plans on {few} documents of {length} tokens"
@@ -218,7 +224,24 @@ def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
     slope = max(0.0, (times[far][1] - times[near][1]) / (far - near))
     base = max(times[near][1] - slope * near, 1e-9)
     steps = ModelSpeed(step, base, slope, 1.0).read(0, far)
-    return ModelSpeed(step, base, slope, times[far][0] / steps)
+    return ModelSpeed(step, base, slope, times[far][0] / steps, _time_of_comparing(loaded, step))
+
+
+def _time_of_comparing(loaded: LoadedModel, step: int) -> float:
+    """Return the seconds in which the predictions of one token are compared, of a step's."""
+    import torch
+
+    from ...evaluation.alongside import divergence
+    from ...models.memory import devices, synchronize
+
+    on = devices(loaded.model)
+    logits = torch.zeros(step, loaded.vocabulary, device=loaded.device)
+    divergence(logits, logits)
+    synchronize(on)
+    start = time.perf_counter()
+    divergence(logits, logits)
+    synchronize(on)
+    return (time.perf_counter() - start) / step
 
 
 def _timed_plan(info: ModelInfo) -> Plan:
