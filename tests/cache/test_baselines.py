@@ -206,6 +206,6 @@ def test_settings_say_what_numbers_depend_on(model):
 def test_bits_are_the_same_for_heads_of_any_shape(model):
     need("hf-quanto-4")
     odd = copy.deepcopy(model.config)
-    odd.num_key_value_heads, odd.head_dim = 3, 80
+    odd.num_attention_heads, odd.num_key_value_heads, odd.head_dim = 6, 3, 80
     found = [named_cache(name, odd, model.dtype, model.device) for name in ("fp8", "hf-quanto-4")]
     assert [each.stored_bits for each in found] == [8, 5]
