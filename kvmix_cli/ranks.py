@@ -23,6 +23,11 @@ PART_BYTES = 4 * 2**20
 _FAILED = "kvmix/failed"
 
 
+def own_heads(heads: int, rank: int, ranks: int) -> slice:
+    """Return the heads that one of several ranks has: each has as many, in order."""
+    return slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+
+
 class RankStore(Protocol):
     """The methods that are used of a `torch.distributed.Store`."""
 

@@ -16,6 +16,7 @@ from kvmix_kernels.transform_layout import TransformLayout
 from ..errors import PlanError
 from ..plan import Plan, TensorPlan, TransformTensor
 from ..plan.sizes import exact_tokens
+from ..ranks import own_heads
 from .bases import basis_of
 
 Shard = tuple[int, int]
@@ -106,8 +107,8 @@ def _tensor(
     dtype: torch.dtype,
     shard: Shard,
 ) -> BlockTensor:
-    heads, (rank, ranks) = plan.model.heads(index), shard
-    own = slice(rank * heads.kv_heads // ranks, (rank + 1) * heads.kv_heads // ranks)
+    heads = plan.model.heads(index)
+    own = own_heads(heads.kv_heads, *shard)
     count = own.stop - own.start
     if isinstance(tensor, TransformTensor):
         return CodedBlocks(_basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own))

@@ -7,9 +7,11 @@ values in groups along channels have a scale of each channel of the page.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar
 
 import torch
+from kvmix_kernels.layout import PageLayout
 from torch import Tensor
 
 from .base import PageCodec, StoredPart
@@ -29,34 +31,24 @@ class TwoAxes(PageCodec):
 
     rounds: ClassVar[int]
 
-    @property
-    def rows(self) -> int:
-        """Return the channels of keys, or the tokens of values."""
-        return self.head_dim if self.kind == "key" else self.page
-
-    @property
-    def columns(self) -> int:
-        """Return the tokens of keys, or the channels of values."""
-        return self.page if self.kind == "key" else self.head_dim
-
-    @property
-    def group(self) -> int:
-        """Return the elements of a group; the last one of a row may be shorter."""
-        return min(self.group_size or self.columns, self.columns)
+    @cached_property
+    def layout(self) -> PageLayout:
+        """Return the rows, columns and groups of a page: those of affine codes."""
+        return PageLayout(self.kind, self.bits, self.head_dim, self.page, self.group_size, self.scale_dtype)
 
     @property
     def parts(self) -> Mapping[str, StoredPart]:
-        groups = -(-self.columns // self.group)
+        layout = self.layout
         return {
             "codes": StoredPart((self.code_bytes,)),
-            "scales": StoredPart((2, self.rows, groups), self.scale_dtype),
-            "columns": StoredPart((self.columns,), self.scale_dtype),
+            "scales": StoredPart((2, layout.rows, layout.groups), self.scale_dtype),
+            "columns": StoredPart((layout.columns,), self.scale_dtype),
         }
 
     def encode(self, pages: Tensor) -> Mapping[str, Tensor]:
         matrix = self._turned(pages)
         columns = self._column_scales(matrix).to(getattr(torch, self.scale_dtype))
-        groups = (matrix / columns.float()).split(self.group, dim=-1)
+        groups = (matrix / columns.float()).split(self.layout.group, dim=-1)
         scales, codes = zip(*map(self._fitted, groups), strict=True)
         return {
             "codes": pack(torch.cat(codes, dim=-1).flatten(-2), self.bits),
@@ -65,7 +57,8 @@ class TwoAxes(PageCodec):
         }
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        codes = unpack(parts["codes"], self.bits, self.rows * self.columns).unflatten(-1, (self.rows, self.columns))
+        rows, columns = self.layout.rows, self.layout.columns
+        codes = unpack(parts["codes"], self.bits, rows * columns).unflatten(-1, (rows, columns))
         scale, zero = (self._spread(each) for each in parts["scales"].float().unbind(-3))
         return self._turned((codes * scale + zero) * parts["columns"].float()[..., None, :])
 
@@ -92,7 +85,7 @@ class TwoAxes(PageCodec):
 
     def _spread(self, of_groups: Tensor) -> Tensor:
         """Return numbers of groups `[..., rows, groups]` for each of their elements, `[..., rows, columns]`."""
-        return of_groups.repeat_interleave(self.group, dim=-1)[..., : self.columns]
+        return of_groups.repeat_interleave(self.layout.group, dim=-1)[..., : self.layout.columns]
 
     def _turned(self, pages: Tensor) -> Tensor:
         """Swap between `[page, head_dim]` and `[rows, columns]`."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from ..cache.bases import open_basis
 from ..errors import ModelError, PlanError
 from ..plan import LayerPlan, ModelInfo, Plan, TensorPlan, TransformTensor
-from ..ranks import Ranks
+from ..ranks import Ranks, own_heads
 
 ROWWISE = "rowwise"
 """Style, in the plans of transformers, of a linear layer that reads what the ranks have each a part of."""
@@ -71,9 +71,7 @@ def _layer_part(layer: LayerPlan, ranks: Ranks) -> LayerPlan:
     def part(tensor: TensorPlan | TransformTensor) -> TensorPlan | TransformTensor:
         if not isinstance(tensor, TransformTensor):
             return tensor
-        heads = len(tensor.widths)
-        own = slice(ranks.rank * heads // ranks.world, (ranks.rank + 1) * heads // ranks.world)
-        return TransformTensor(widths=tensor.widths[own])
+        return TransformTensor(widths=tensor.widths[own_heads(len(tensor.widths), ranks.rank, ranks.world)])
 
     return layer.model_copy(update={"k": part(layer.k), "v": part(layer.v)})
 

@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 
 from ..errors import PlanError, first_sentence
 from ..files import write_bytes
+from ..ranks import own_heads
 from .geometry import HeadGeometry
 from .moments import Rope, RopeLayout
 
@@ -70,8 +71,7 @@ class LayerBasis:
 
     def part(self, rank: int, ranks: int) -> LayerBasis:
         """Return the directions of the heads of one of several ranks."""
-        heads = len(self.mean)
-        own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+        own = own_heads(len(self.mean), rank, ranks)
         return LayerBasis(self.encode[own], self.decode[own], self.mean[own], self.deviation[own])
 
     def faults(self) -> list[str]:

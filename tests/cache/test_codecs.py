@@ -125,7 +125,7 @@ def test_two_axes_are_their_definition(name, kind):
     pages = pages_of(codec, 2)
     parts = codec.encode(pages)
     matrix = pages.mT if kind == "key" else pages
-    expected = two_axes(matrix, parts["columns"], *parts["scales"].unbind(-3), codec.group, 3)
+    expected = two_axes(matrix, parts["columns"], *parts["scales"].unbind(-3), codec.layout.group, 3)
     decoded = codec.decode(parts)
     decoded = decoded.mT if kind == "key" else decoded
     assert ((decoded - expected).abs() < 1e-4).float().mean() > 0.999  # but where a code lies in the middle of two
