@@ -329,6 +329,23 @@ def test_a_broken_file_in_the_users_folder_is_an_error_that_names_it(tmp_path, f
         task(tmp_path, "local_choose")
 
 
+@pytest.mark.parametrize(
+    ("item", "said"), [({"dataset_path": "x", "metric": "y"}, "only dataset_path, metric"), (3, "3")]
+)
+def test_a_group_with_an_item_that_has_no_name_is_an_error(tmp_path, item, said):
+    write_tasks(tmp_path, CHOOSE, {"group": "ours", "task": ["local_choose", item]})
+    with pytest.raises(EvaluationError, match=f"ours: an item of its list of tasks has no name, {said}; give one"):
+        task(tmp_path, "ours")
+
+
+def test_a_group_of_the_users_may_change_a_task_of_lm_evals(tmp_path):
+    write_tasks(tmp_path, {"group": "ours", "task": [{"task": "gsm8k", "num_fewshot": 3}, {"task": "new", "x": 1}]})
+    tasks = task(tmp_path, "ours")._selection.tasks
+    assert tasks["gsm8k"]["num_fewshot"] == 3
+    assert tasks["gsm8k"]["dataset_path"]
+    assert tasks["ours::new"] == {"x": 1}
+
+
 def test_a_folder_without_tasks_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="has no task: there is no"):
         task(tmp_path, "local_choose")

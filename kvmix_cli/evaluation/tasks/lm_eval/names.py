@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import lm_eval
 import yaml
 from lm_eval.config.group import GroupConfig
-from lm_eval.tasks import TaskManager
 
 from ....errors import EvaluationError, UnknownTaskError
-from .boundary import quiet
+from .index import Index, defined_names, folder_index, index_around, is_pattern
 
 NEAREST = 3
 _GROUP_KEYS = {each.name for each in fields(GroupConfig)}
@@ -63,28 +61,38 @@ class TaskSelection:
 def select_tasks(name: str, include_path: Path | None) -> TaskSelection:
     """Return the tasks behind a name: a task, a group, a tag, or a pattern such as `ruler_*`.
 
-    lm-eval's own index of 14 000 names takes seconds to build, so the user's folder is searched alone first.
+    lm-eval's whole index takes seconds to build, so the user's folder is searched alone first, then with those of
+    lm-eval's folders that mention the name.
 
     Raises:
         UnknownTaskError: if there is no such name.
         EvaluationError: if a file of the user's folder is broken, or the task cannot be run here.
     """
-    own: dict[str, Any] = {}
-    found = None
+    own: Index = {}
     if include_path is not None:
         check_folder(include_path)
-        own = _index(include_path.resolve())
-        found = None if _is_pattern(name) else _NameResolver(own).resolve(name)
+        own = folder_index(include_path.resolve())
+    found = _select(name, own)
     if found is None:
-        index = {**_index(None), **own}
-        found = _NameResolver(index).resolve(name)
-        if found is None:
-            raise _unknown(name, index)
+        raise _unknown(name, own)
     for task, config in found.tasks.items():
         refuse_unsafe(
             task, bool(config.get("unsafe_code")), bool(config.get("doc_to_image") or config.get("doc_to_audio"))
         )
     return found
+
+
+def _select(name: str, own: Index) -> TaskSelection | None:
+    """Return the tasks behind a name, with the entries of the user's folder before lm-eval's; None if there is none."""
+    nearby: Index = {}
+    mentioned: frozenset[str] = frozenset()
+    while True:
+        resolver = _NameResolver({**nearby, **own})
+        found = resolver.resolve(name)
+        if resolver.mentioned <= mentioned:
+            return found
+        mentioned |= resolver.mentioned
+        nearby = index_around(mentioned)
 
 
 def refuse_unsafe(task: str, runs_code: bool, is_multimodal: bool) -> None:
@@ -114,10 +122,14 @@ class _NameResolver:
         self.index = index
         self.selection = TaskSelection()
         self.complete = True
+        self.mentioned: set[str] = set()
+        """Names that files outside this index may say more of: those that are not in it, and tags."""
 
     def resolve(self, name: str) -> TaskSelection | None:
         """Return the tasks behind a name; None if it or a part of it is not in this index."""
         names = [name] if name in self.index else _matches(name, self.index)
+        if is_pattern(name) or not names:
+            self.mentioned.add(name)
         parts = {each: list(dict.fromkeys(self._expand(each, {}))) for each in names}
         if not self.selection.tasks or not self.complete:
             return None
@@ -134,6 +146,7 @@ class _NameResolver:
         """Return the single tasks under a name that is in the index."""
         entry = self.index[name]
         if self._is_tag(name):
+            self.mentioned.add(name)
             return [task for each in sorted(entry.tags) if each in self.index for task in self._expand(each, changes)]
         if entry.kind.name == "GROUP":
             return self._expand_group(name, entry.cfg or {}, changes)
@@ -145,7 +158,7 @@ class _NameResolver:
         members = config.get("task") or []
         tasks = [
             task
-            for member in ([members] if isinstance(members, str) else members)
+            for member in (members if isinstance(members, list) else [members])
             for task in self._expand_member(name, {"task": member} if isinstance(member, str) else member, changes)
         ]
         aggregates = config.get("aggregate_metric_list") or []
@@ -155,11 +168,17 @@ class _NameResolver:
 
     def _expand_member(self, group: str, member: TaskConfig, changes: TaskConfig) -> list[str]:
         """Return the single tasks of one item of a group's list: a known name with changes, or a new definition."""
-        key = "group" if "group" in member else "task"
-        name = member[key]
+        key = "group" if isinstance(member, Mapping) and "group" in member else "task"
+        name = member.get(key) if isinstance(member, Mapping) else member
+        if not isinstance(name, str):
+            given = f"only {', '.join(map(str, member))}" if isinstance(member, Mapping) else repr(member)
+            raise EvaluationError(
+                f"{group}: an item of its list of tasks has no name, {given}; give one, as text or under `task:`"
+            )
         changes = {**changes, **{each: value for each, value in member.items() if each != key}}
         if name in self.index:
             return self._expand(name, changes)
+        self.mentioned.add(name)
         if key == "group":
             return self._expand_group(f"{group}::{name}", member, changes)
         if len(member) == 1:
@@ -203,26 +222,14 @@ def _check_file(path: Path) -> None:
             raise EvaluationError(f"{path}: includes {include}, which does not exist")
 
 
-@functools.cache
-def _index(include_path: Path | None) -> dict[str, Any]:
-    """Return entries by name: of one folder, or of lm-eval itself."""
-    with quiet():
-        if include_path is None:
-            return dict(TaskManager().task_index)
-        return dict(TaskManager(include_path=str(include_path), include_defaults=False).task_index)
-
-
-def _is_pattern(name: str) -> bool:
-    return any(character in name for character in "*?[")
-
-
 def _matches(name: str, index: Mapping[str, Any]) -> list[str]:
-    return fnmatch.filter(sorted(index), name) if _is_pattern(name) else []
+    return fnmatch.filter(sorted(index), name) if is_pattern(name) else []
 
 
-def _unknown(name: str, index: Mapping[str, Any]) -> EvaluationError:
-    if _is_pattern(name):
+def _unknown(name: str, own: Index) -> EvaluationError:
+    if is_pattern(name):
         return EvaluationError(f"no task of lm-eval matches '{name}'; `lm_eval ls tasks` lists their names")
-    near = difflib.get_close_matches(name, index, n=NEAREST)
-    theirs = f"{len(index)} of lm-eval" + (f", the nearest {', '.join(near)}" if near else "")
+    names = dict.fromkeys((*own, *defined_names()))
+    near = difflib.get_close_matches(name, names, n=NEAREST)
+    theirs = f"{len(names)} of lm-eval" + (f", the nearest {', '.join(near)}" if near else "")
     return UnknownTaskError(name, theirs, near)
