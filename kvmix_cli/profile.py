@@ -21,6 +21,7 @@ from .plan.geometry import coverage_faults
 from .plan.moments import MomentsFile
 from .plan.policies import MOST_TOKENS
 from .plan.settings import MOST_ELEMENTS
+from .plan.windows import NoWindow
 
 FORMAT: Final = "kvmix-profile/1"
 LOSS_UNIT: Final = "nats"
@@ -173,6 +174,11 @@ class Score(StrictModel):
     def predicts_loss(self) -> bool:
         """Return whether the curve is a predicted loss."""
         return self.unit == LOSS_UNIT
+
+    @property
+    def is_for_engines(self) -> bool:
+        """Return whether its moments count every pair of a query and a token, as an engine codes all tokens at once."""
+        return self.moments is not None and self.setup.get("window") == NoWindow().short
 
     @property
     def choices(self) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from .._version import __version__
 from ..errors import BudgetError
 from ..plan import Plan
+from ..plan.engine_blocks import METRIC_WINDOW
 from ..plan.pins import parse_pins
 from ..plan.plan import Provenance
 from ..profile import Profile
@@ -31,6 +32,7 @@ from .options import (
     V_BITS,
     AllocationOptions,
     Start,
+    default_cache,
     default_method,
     default_score,
     make_problem,
@@ -62,6 +64,7 @@ __all__ = [
     "Problem",
     "Start",
     "allocate",
+    "default_cache",
     "default_method",
     "default_score",
     "frontier",
@@ -154,6 +157,7 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
         "budget": problem.budget.summary,
         "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,
         "predicted_loss": predicted,
+        METRIC_WINDOW: problem.score.setup.get("window") if "basis" in uses else None,
         **found,
         "profile_sha256": problem.profile_sha256,
     }

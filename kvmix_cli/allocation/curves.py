@@ -115,13 +115,14 @@ def predicted_loss(plan: Plan, score: Score) -> float | None:
 
 
 def other_settings(score: Score, cache: CacheSettings) -> list[str]:
-    """Return how a cache differs from the one that curves were measured with, e.g. `page 128 instead of 32`."""
-    measured = {name: value for name, value in score.setup.items() if name in ("page", "scale_dtype", "encode")}
+    """Return how a cache differs from the one that curves were measured with, e.g. `page 128 instead of 32`.
+
+    The window counts for moments alone: they leave its pairs out.
+    """
+    names = ("page", "scale_dtype", "encode", *(["window"] if score.moments else []))
+    measured = {name: value for name, value in score.setup.items() if name in names}
     if measured:
         measured.setdefault("encode", "minmax")
-    changed = [
-        f"{name} {getattr(cache, name)} instead of {value}"
-        for name, value in measured.items()
-        if getattr(cache, name) != value
-    ]
+    own = {**{name: getattr(cache, name) for name in measured}, "window": cache.window.short}
+    changed = [f"{name} {own[name]} instead of {value}" for name, value in measured.items() if own[name] != value]
     return changed + [f"{name}, which it was measured without" for name in cache.axes]

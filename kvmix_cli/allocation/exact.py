@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..errors import BudgetError
 from ..profile import Profile
 from .budgets import Budget
-from .options import EXACT, AllocationOptions, default_score, make_problem
+from .options import EXACT, AllocationOptions, default_exact, default_score, make_problem
 from .problem import Decision, Problem
 
 
@@ -20,7 +20,7 @@ def best_exact(
     under a limit of these, plans are compared in the stored bits that `EXACT` tokens lead to.
 
     Args:
-        profile: scores of the model; `EXACT` is returned if none of it has measured numbers.
+        profile: scores of the model; `default_exact` is returned if none of it has measured numbers to choose from.
         solve: decides the problems of this method.
         options: see `AllocationOptions`; `exact` is left aside.
 
@@ -32,9 +32,10 @@ def best_exact(
         asked: AllocationOptions = {**options, "exact": exact}
         return make_problem(profile, limit, method, **asked)
 
-    coded = profile.score(options.get("score") or default_score(profile, method)).coded
-    if not coded:
-        return EXACT
+    score = profile.score(options.get("score") or default_score(profile, method))
+    coded = score.coded
+    if not coded or score.is_for_engines:
+        return default_exact(score)
     if budget.avg_bits is not None:
         decision = solve(problem(budget, EXACT))
         stored = problem(Budget(stored_bits=budget.avg_bits), EXACT)

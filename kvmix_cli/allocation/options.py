@@ -14,7 +14,8 @@ from ..plan.codec import TransformSettings
 from ..plan.document import reason
 from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
-from ..profile import Profile
+from ..plan.windows import NoWindow
+from ..profile import Profile, Score
 from .bases import SCORE
 from .budgets import Budget
 from .evictions import with_evictions
@@ -38,7 +39,7 @@ class AllocationOptions(TypedDict, total=False):
         k_bits, v_bits: widths to choose from; by default `K_BITS` and, for methods that weigh no choices, `V_BITS`.
         min_bits, max_bits: the narrowest and the widest of these to use.
         group_sizes: group sizes to choose from. The first is the cache's own; other methods use no other.
-        cache: settings of the plan.
+        cache: settings of the plan; by default `default_cache`.
         score: score of the profile that decides; by default `default_score`.
         pins: layers that are decided already; their cost is part of the plan's.
         seed: seed of methods that draw at random.
@@ -119,6 +120,21 @@ def default_score(profile: Profile, method: str) -> str:
     return next((name for name in wanted if name in profile.scores), next(iter(profile.scores)))
 
 
+def default_cache(profile: Profile, method: str) -> CacheSettings:
+    """Return the cache that a plan has if none is given.
+
+    Transform codes of moments that count all pairs are for engines, which have neither sink nor window.
+    """
+    if method == TRANSFORM and SCORE in profile.scores and profile.scores[SCORE].is_for_engines:
+        return CacheSettings(sink=0, window=NoWindow())
+    return CacheSettings()
+
+
+def default_exact(score: Score) -> int:
+    """Return the exact tokens of a page if nothing is known of their worth; engines keep none."""
+    return 0 if score.is_for_engines else EXACT
+
+
 def make_problem(
     profile: Profile,
     budget: Budget,
@@ -138,14 +154,16 @@ def make_problem(
     by_head: bool = False,
     evict: Sequence[float] | None = None,
 ) -> Problem:
-    """Return the problem that a method is to solve; options as in `AllocationOptions`, with `EXACT` if none is given.
+    """Return the problem that a method is to solve; options as in `AllocationOptions`.
+
+    Without a number of exact tokens it is `default_exact`.
 
     Raises:
         BudgetError: if no width is left to choose from, or the score cannot predict the loss that the budget limits.
         DocumentError: if the profile has no such score.
         PlanError: if the model's heads cannot be packed.
     """
-    cache = cache or CacheSettings()
+    cache = cache or default_cache(profile, method)
     if by_head and "heads" not in METHODS[method].uses:
         raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
     evictions = tuple(sorted(set(evict or ())))
@@ -164,7 +182,7 @@ def make_problem(
             f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
         )
     else:
-        cache = _with_basis(cache, basis, EXACT if exact is None else exact)
+        cache = _with_basis(cache, basis, default_exact(profile.score(SCORE)) if exact is None else exact)
     problem = Problem(
         profile=profile,
         score_name=score or default_score(profile, method),

@@ -1,21 +1,19 @@
 """Layers of a plan in the blocks of a serving engine, in which every token stands alone.
 
-An engine has pages of its own, shared by sequences and written token by token, so not all of a plan can be held there.
-Groups of keys run along channels instead of tokens, and no token stays in full precision: neither sink nor window nor
-exact tokens.
+An engine has pages of its own, shared by sequences and written token by token, so not all of a plan can be held there:
+see `plan/engine_blocks.py`.
 """
 
 from __future__ import annotations
 
 import torch
 from kvmix_kernels.blocks import AffineBlocks, BlockLayer, BlockTensor, CodedBlocks, PlainBlocks
-from kvmix_kernels.layout import FULL_PRECISION_BITS, WORD_BITS, Kind, PageLayout
+from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
 from kvmix_kernels.transform import TransformBasis
 from kvmix_kernels.transform_layout import TransformLayout
 
 from ..errors import PlanError
 from ..plan import Plan, TensorPlan, TransformTensor
-from ..plan.sizes import exact_tokens
 from ..ranks import own_heads
 from .bases import basis_of
 
@@ -48,54 +46,6 @@ def block_layer(plan: Plan, index: int, block: int, dtype: torch.dtype, shard: S
 def bytes_per_token(plan: Plan, index: int, block: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Return the bytes of one token of one KV head: those of the rank that needs most, as all ranks take as many."""
     return max(block_layer(plan, index, block, dtype, (rank, ranks)).bytes_per_token for rank in range(ranks))
-
-
-def check_blocks(plan: Plan, block: int, ranks: int = 1) -> None:
-    """Raise PlanError with every reason why an engine cannot hold a plan.
-
-    Args:
-        plan: the plan.
-        block: tokens of a block.
-        ranks: number of processes that share the KV heads of every layer.
-    """
-    faults = []
-    if plan.cache.codecs is not None:
-        faults.append("its cache has page codecs, which no kernel reads")
-    elif plan.cache.axes:
-        faults.append(f"its cache has {' and '.join(plan.cache.axes)}, which look at more than one token")
-    if plan.model.stock:
-        faults.append(f"layers {', '.join(map(str, plan.model.stock))} keep a cache of their own kind")
-    for heads, layers in plan.model.geometries.items():
-        if heads.key_dim != heads.value_dim:
-            faults.append(f"layer {layers[0]} has keys of {heads.key_dim} channels and values of {heads.value_dim}")
-        if heads.kv_heads % ranks:
-            faults.append(f"layer {layers[0]} has {heads.kv_heads} KV heads, which {ranks} ranks do not divide")
-        if heads.key_dim % WORD_BITS:
-            faults.append(f"layer {layers[0]} has heads of {heads.key_dim} channels, no multiple of {WORD_BITS}")
-    if block % WORD_BITS:
-        faults.append(f"blocks of {block} tokens are no multiple of {WORD_BITS}")
-    frame = None if plan.cache.transform is None else plan.cache.transform.frame
-    if frame is not None and frame % block:
-        faults.append(f"frames of {frame} positions are no whole blocks of {block} tokens")
-    if faults:
-        raise PlanError(f"an engine cannot hold the plan for {plan.model.id}: {'; '.join(faults)}")
-
-
-def losses_in_blocks(plan: Plan) -> list[str]:
-    """Return what of a plan's storage is another in blocks, in words; empty if nothing is."""
-    found = []
-    grouped = [
-        i for i, each in plan.layers.items() if isinstance(each.k, TensorPlan) and each.k.bits < FULL_PRECISION_BITS
-    ]
-    if grouped:
-        found.append(f"keys of {len(grouped)} layers in groups along channels, not tokens")
-    if plan.cache.sink:
-        found.append(f"no sink of {plan.cache.sink}")
-    if plan.cache.window.short != "none":
-        found.append(f"no window ({plan.cache.window.short})")
-    if exact := max(exact_tokens(layer, plan.cache) for layer in plan.layers.values()):
-        found.append(f"no exact tokens ({exact} a page)")
-    return found
 
 
 def _tensor(

@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ..plan import Plan
+from ..plan.engine_blocks import check_blocks, stored_bits
 from .bases import check_bases
-from .blocks import block_layer, bytes_per_token, check_blocks
+from .blocks import block_layer
 from .mixed import CountingCache
 
 BLOCK = 16
@@ -98,11 +99,7 @@ class EngineBaseline:
     @property
     def stored_bits(self) -> float:
         """Return the bits of an element in blocks, scales included."""
-        heads = {index: self.plan.model.heads(index) for index in self.plan.layers}
-        stored = sum(
-            each.kv_heads * bytes_per_token(self.plan, index, BLOCK, torch.bfloat16) for index, each in heads.items()
-        )
-        return 8 * stored / sum(each.token_elements for each in heads.values())
+        return stored_bits(self.plan)
 
     def cache(self, config: PreTrainedConfig) -> TokenwiseCache:
         """Return an empty cache. Raises PlanError if an engine cannot hold the plan."""

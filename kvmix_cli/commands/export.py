@@ -24,7 +24,9 @@ COST = "Cost, with --measure"
 class ExportOptions:
     """The plan, and the engine to write it for."""
 
-    to: Annotated[str, typer.Option(metavar="ENGINE", help="vllm, modelopt, llama.cpp, ik_llama or kvtuner.")]
+    to: Annotated[
+        str, typer.Option(metavar="ENGINE", help="vllm, vllm-plugin, modelopt, llama.cpp, ik_llama or kvtuner.")
+    ]
     plan: Annotated[
         str | None, typer.Argument(metavar="[PLAN]", help="File or name of a plan [default: the newest].")
     ] = None
@@ -66,8 +68,10 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
     With --measure: the divergence from the unquantized cache, of the plan here and of the engine's formats, simulated.
     """
     from ..export import TARGETS
+    from ..export.plugin import with_measured_loss
     from ..files import check_writable, write_text
     from ..plan import Plan
+    from ..studies.directions import keep_basis
 
     target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
@@ -77,6 +81,8 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
         check_writable(what.out)
     for line in made.rounded:
         console.notice(f"rounded: {line}")
+    for line in made.losses:
+        console.notice(f"not held: {line}")
     console.notice(f"stored: {made.stored_bits:.3g} bits an element there, {found.bits.stored:.3g} of the plan here")
     cost = _measure(ctx, what, loading, path.stem, found, made) if what.measure else None
     if cost is not None:
@@ -85,11 +91,15 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
             f"divergence: {there:.3g} nats a token there, simulated, {here:.3g} of the plan here, on {cost.tokens} "
             f"tokens of {cost.text}"
         )
+        if made.in_blocks:
+            made = with_measured_loss(made, cost.text, cost.tokens, there, here)
     console.notice(f"caution: {target.caution}")
     if what.out is None:
         console.text(made.text)
     else:
         write_text(what.out, made.text)
+        if made.in_blocks:
+            keep_basis(made.plan, what.out.parent)
         console.notice(f"wrote {what.out}")
     console.emit_json(
         {
@@ -101,6 +111,7 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
             "out": what.out,
             "caution": target.caution,
             "rounded": made.rounded,
+            "not_held": list(made.losses),
             "stored_bits": made.stored_bits,
             "plan_stored_bits": found.bits.stored,
             "layers": _layers(made),

@@ -18,7 +18,7 @@ from ..ranks import current
 from .dry_run import DryRunFlag, show_work
 from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
 from .ranks import TensorParallel
-from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_names
+from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_names, parse_window
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -47,6 +47,15 @@ class ProfileOptions:
         Any, typer.Option(metavar="LIST", parser=parse_groups, help="Their groups [default: 32,64,128].")
     ] = None
     encode: Encoding = None
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W",
+            parser=parse_window,
+            help="Last tokens that fisher-metric leaves out: recent:N, or none for an engine, which codes every token "
+            "at once [default: recent:128].",
+        ),
+    ] = None
     evict: Annotated[
         Any,
         typer.Option(
@@ -97,12 +106,14 @@ def profile(
         raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
+    from ..plan import windows
     from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
     from ..studies.profiles import existing_profile, require_same_model
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
-    how = ProbeOptions(what.bits, what.group_size, what.encode, what.evict or (), per_head, what.checkpointing)
+    window = None if what.window is None else windows.parse_window(what.window)
+    how = ProbeOptions(what.bits, what.group_size, what.encode, window, what.evict or (), per_head, what.checkpointing)
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))

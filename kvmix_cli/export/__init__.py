@@ -15,6 +15,7 @@ TARGETS: Registry[Target] = Registry(
     __name__,
     {
         "vllm": "vllm:TARGET",
+        "vllm-plugin": "plugin:TARGET",
         "modelopt": "modelopt:TARGET",
         "llama.cpp": "llama_cpp:TARGET",
         "ik_llama": "llama_cpp:ENDS",

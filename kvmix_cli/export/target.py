@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import ExportError
 from ..plan import Plan
+from ..plan.engine_blocks import stored_bits
 from ..plan.engine_formats import EngineFormat
 from ..plan.geometry import format_ranges
 
@@ -28,17 +29,21 @@ class Export:
         text: configuration of the engine.
         formats: of each layer of the plan; None where the engine stores widths as kvmix does.
         plan: the plan that was exported, or, without formats, the one that kvmix would store as the engine does.
+        in_blocks: whether the engine stores every token by itself, in blocks; see `plan.engine_blocks`.
+        losses: what beside widths is not as the plan has it, in words.
     """
 
     text: str
     formats: Mapping[int, FormatPair] | None
     plan: Plan
+    in_blocks: bool = False
+    losses: tuple[str, ...] = ()
 
     @property
     def stored_bits(self) -> float:
         """Return the bits of a mean element of the plan's layers, scales included."""
         if self.formats is None:
-            return self.plan.bits.stored
+            return stored_bits(self.plan) if self.in_blocks else self.plan.bits.stored
         heads = {layer: self.plan.model.heads(layer) for layer in self.formats}
         nbytes = sum(
             heads[layer].kv_heads * (k.nbytes(heads[layer].key_dim) + v.nbytes(heads[layer].value_dim))

@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..plan import CacheSettings, GroupSize, ModelInfo, TensorPlan
 from ..plan.document import reason
 from ..plan.sizes import page_layout
+from ..plan.windows import NoWindow
 from ..profile import choice_key
 
 REFERENCE = (2, 64)
@@ -79,6 +80,22 @@ class Grid:
     def _packed(self, position: int) -> int:
         """Return the tokens after the sinks that are packed when the token at a position is decoded."""
         return self.cache.window.due(max(0, position - self.cache.sink), REFERENCE[0], self.cache.page)
+
+
+@dataclass(frozen=True)
+class EveryPair(Grid):
+    """A grid for a serving engine, which packs every token as it is written: each query finds all, its own included."""
+
+    cache: CacheSettings = field(default_factory=lambda: CacheSettings(sink=0, window=NoWindow()))
+
+    def spans(self, tokens: int) -> list[Span]:
+        """Return the one span of all queries; each finds the tokens up to its own, as attention is causal."""
+        return [Span(0, tokens, tokens)]
+
+    @property
+    def shortest(self) -> int:
+        """Return the tokens of the shortest text with a prediction."""
+        return 2
 
 
 def reference(layouts: Mapping[str, PageLayout]) -> str:

@@ -25,8 +25,9 @@ from ..models.projections import decoder_layers
 from ..plan import CacheSettings, GroupSize, LayerPlan, Plan, TensorPlan
 from ..plan.policies import TokenPolicy, TokenShares
 from ..plan.settings import Encode
+from ..plan.windows import NoWindow, Window
 from . import gradients
-from .grid import Grid, reference
+from .grid import EveryPair, Grid, reference
 from .moments import MomentSums
 from .observer import LayerObserver, observed
 from .packed import check_differentiable
@@ -48,6 +49,8 @@ class ProbeOptions:
     Attributes:
         bits, group_sizes: choices of every curve; None for each probe's own.
         encode: encoder that curves are measured with.
+        window: recent tokens whose pairs with a query metric probes leave out; `NoWindow` counts all pairs, as in an
+            engine. None for each probe's own.
         evict: shares of a layer's tokens whose eviction is measured, for cache probes; multiples of an eighth.
         per_head: also score every KV head.
         checkpointing: recompute activations in the backward pass to save memory; None decides by size.
@@ -56,6 +59,7 @@ class ProbeOptions:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[GroupSize, ...] | None = None
     encode: Encode | None = None
+    window: Window | None = None
     evict: tuple[float, ...] = ()
     per_head: bool = False
     checkpointing: bool | None = None
@@ -63,7 +67,7 @@ class ProbeOptions:
     def grid(self, probe: Probe) -> Grid | None:
         """Return the choices of a probe's curve and its cache; None for a probe that looks at neither."""
         if isinstance(probe, MetricProbe):
-            return probe.grid
+            return probe.grid if self.window is None else _metric_grid(self.window)
         if not isinstance(probe, ChangeProbe | CacheProbe):
             return None
         own = probe.grid
@@ -78,6 +82,8 @@ class ProbeOptions:
         looks_at_widths = any(isinstance(probe, ChangeProbe | CacheProbe) for probe in probes)
         if (self.bits or self.group_sizes or self.encode) and not looks_at_widths:
             raise KvmixError(f"score {names} does not look at widths; leave out --bits, --group-size and --encode")
+        if self.window is not None and not any(isinstance(probe, MetricProbe) for probe in probes):
+            raise KvmixError(f"score {names} has no metric of pairs; use --score fisher-metric, or leave out --window")
         if self.evict and not all(isinstance(probe, CacheProbe) for probe in probes):
             raise KvmixError(f"score {names} does not measure eviction; use --score kl, or leave out --evict")
         if wrong_shares := [share for share in self.evict if not 0 < share < 1 or share * EIGHTHS % 1]:
@@ -86,6 +92,13 @@ class ProbeOptions:
             raise KvmixError(f"score {names} has no backward pass; leave out --checkpointing")
         if self.per_head and (whole := [probe.name for probe in probes if isinstance(probe, CacheProbe)]):
             raise KvmixError(f"score {', '.join(whole)} has no scores per head; leave out --granularity head")
+
+
+def _metric_grid(window: Window) -> Grid:
+    """Return the cache of metric probes with a window of the user's."""
+    if isinstance(window, NoWindow):
+        return EveryPair(bits=(), group_sizes=())
+    return replace(MetricProbe.grid, cache=CacheSettings(window=window))
 
 
 def measure_sample(
@@ -109,8 +122,16 @@ def measure_sample(
     if sharing:
         grids = [options.grid(probe) for probe in sharing if isinstance(probe, ChangeProbe)]
         grid = next(filter(None, grids), ChangeProbe.grid)
-        per_head, checkpointing = options.per_head, options.checkpointing
-        found = shared_pass(loaded, sharing, ids, grid, per_head=per_head, checkpointing=checkpointing, sums=sums)
+        found = shared_pass(
+            loaded,
+            sharing,
+            ids,
+            grid,
+            metric_grid=None if options.window is None else _metric_grid(options.window),
+            per_head=options.per_head,
+            checkpointing=options.checkpointing,
+            sums=sums,
+        )
     for probe in probes:
         if isinstance(probe, CacheProbe):
             found[probe.name] = read_back(loaded, probe, ids, options.grid(probe) or probe.grid, options.evict)
@@ -123,6 +144,7 @@ def shared_pass(
     ids: Tensor,
     grid: Grid = ChangeProbe.grid,
     *,
+    metric_grid: Grid | None = None,
     per_head: bool = False,
     checkpointing: bool | None = None,
     sums: MomentSums | None = None,
@@ -132,6 +154,7 @@ def shared_pass(
     Args:
         ids: token ids `[1, T]`, never padded.
         grid: choices of curves.
+        metric_grid: cache of metric probes; None for that of `grid`.
         per_head: also score every KV head.
         checkpointing: recompute activations layer by layer instead of keeping them; None decides by size.
         sums: empty; the sample's moments are added, if a probe looks at them. None for keys that are not turned.
@@ -148,7 +171,8 @@ def shared_pass(
     of_weights = [probe for probe in probes if isinstance(probe, WeightProbe)]
     sums = MomentSums(dict.fromkeys(info.quantizable)) if sums is None else sums
     shared_labels = labels[-1] if labels else None
-    layers = LayerObserver(info, of_layers, results, grid, shared_labels, per_head=per_head, sums=sums)
+    grids = grid, metric_grid or grid
+    layers = LayerObserver(info, of_layers, results, grids, shared_labels, per_head=per_head, sums=sums)
     projections = gradients.WeightObserver(loaded, of_weights, results, per_head=per_head)
     with ExitStack() as stack:
         stack.enter_context(gradients.differentiable(model, projections.weights))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ class LayerObserver:
     """An observer that shows each layer's choices to change probes and its moments to metric probes.
 
     Args:
+        grids: cache and choices of change probes, and the cache of metric probes.
         sums: where moments are added.
         shared_labels: labels of the backward pass in which probes without labels of their own look on; None if there
             is no backward pass.
@@ -62,16 +64,17 @@ class LayerObserver:
         info: ModelInfo,
         probes: Sequence[ChangeProbe | MetricProbe],
         results: PassResults,
-        grid: Grid,
+        grids: tuple[Grid, Grid],
         shared_labels: Labels | None,
         *,
         per_head: bool,
         sums: MomentSums,
     ) -> None:
-        self._probes, self._results, self._grid, self._shared_labels = probes, results, grid, shared_labels
+        self._probes, self._results, self._shared_labels = probes, results, shared_labels
+        self._grid, self._metric_grid = grids
         self._info, self._per_head, self._sums = info, per_head, sums
         if any(isinstance(probe, ChangeProbe) for probe in probes):
-            grid.check(info)
+            self._grid.check(info)
 
     def observe(
         self, index: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor | None
@@ -123,7 +126,7 @@ class LayerObserver:
 
     def _measure_moments(self, layer: LayerAttention, probes: Sequence[MetricProbe]) -> None:
         with self._results.timed(probes[0].name):
-            self._sums.add(layer)
+            self._sums.add(layer if self._metric_grid == self._grid else replace(layer, grid=self._metric_grid))
         moments = self._sums.layer(layer.index)
         for probe in probes:
             with self._results.timed(probe.name):

@@ -262,6 +262,7 @@ def _settings(
         "group_sizes": options.group_sizes,
         "per_head": options.per_head,
         **({} if options.encode is None else {"encode": options.encode}),
+        **({} if options.window is None else {"window": options.window.short}),
         **({"evict": options.evict} if options.evict else {}),
         **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),

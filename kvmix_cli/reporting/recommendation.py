@@ -144,7 +144,7 @@ def commands(found: Recommendation) -> dict[str, str]:
         else:
             lines[engine] = shlex.join(["kvmix", "export", path, "--to", name])
     if any(layer.is_coded for layer in found.best.plan.layers.values()):
-        measure = shlex.join(["kvmix", "eval", "--plan", path, "--baseline", "in-engine"])
+        measure = shlex.join(["kvmix", "export", path, "--to", "vllm-plugin", "--measure", "--out", "engine.yaml"])
         lines["vLLM"] += f"; our plugin holds it, but without the window that this proof rests on: `{measure}` first"
     return lines
 

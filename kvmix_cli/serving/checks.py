@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ..cache.bases import check_bases
-from ..cache.blocks import check_blocks, losses_in_blocks
 from ..errors import KvmixError, PlanError
 from ..models.geometry import model_info
 from ..plan import Plan
+from ..plan.engine_blocks import check_blocks, left_out, losses_in_blocks, measured_loss
 
 
-def check_engine(plan: Plan, config: Any) -> None:
+def check_engine(plan: Plan, path: str, config: Any) -> None:
     """Raise KvmixError unless vLLM's configuration is one under which it can hold the plan.
 
     Args:
         plan: the plan.
+        path: of its file.
         config: a `VllmConfig`.
     """
     from vllm.platforms import current_platform
@@ -38,18 +40,37 @@ def check_engine(plan: Plan, config: Any) -> None:
         raise PlanError(f"an engine that holds a plan cannot have {', '.join(wrong)}; start it without")
     check_blocks(plan, config.cache_config.block_size, parallel.tensor_parallel_size)
     check_bases(plan)
+    if (window := left_out(plan)) is not None and measured_loss(plan) is None:
+        raise PlanError(
+            f"the plan's transform codes were made for a cache that keeps a window in full precision ({window}), and "
+            "an engine codes every token: profile with --score fisher-metric --window none and allocate again, or "
+            f"serve what `{_measuring(path)}` writes"
+        )
 
 
 def difference(plan: Plan, path: str) -> str:
-    """Return one line about what the engine holds otherwise than planned, and how to measure it; empty if nothing.
+    """Return one line about what the engine holds otherwise than planned, with what that costs; empty if nothing.
 
     Args:
         plan: the plan.
         path: of its file.
     """
-    if not (losses := losses_in_blocks(plan)):
+    losses, loss = losses_in_blocks(plan), measured_loss(plan)
+    if loss is not None:
+        cost = (
+            f"it diverges by {loss.kl:.3g} nats a token there, and by {loss.plan_kl:.3g} in kvmix's own cache, "
+            f"measured on {loss.tokens} tokens of {loss.text}"
+        )
+        return f"kvmix: the engine stores every token of the plan by itself: {'; '.join([*losses, cost])}"
+    if not losses:
         return ""
     return (
-        f"kvmix: the engine stores every token by itself: {', '.join(losses)}; "
-        f"`{shlex.join(['kvmix', 'eval', '--plan', path, '--baseline', 'in-engine'])}` measures what that costs"
+        f"kvmix: the engine stores every token by itself: {', '.join(losses)}; `{_measuring(path)}` measures what that "
+        "costs, and writes a plan that says it"
     )
+
+
+def _measuring(path: str) -> str:
+    """Return the command that measures what a plan loses in an engine, and writes it as the engine holds it."""
+    out = f"{Path(path).stem}.engine.yaml"
+    return shlex.join(["kvmix", "export", path, "--to", "vllm-plugin", "--measure", "--out", out])

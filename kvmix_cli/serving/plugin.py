@@ -51,7 +51,7 @@ def _checked(create: Callable[..., Any], plan: Plan, path: str) -> Callable[...,
         from .checks import check_engine, difference
 
         config = create(*args, **kwargs)
-        check_engine(plan, config)
+        check_engine(plan, path, config)
         if said := difference(plan, path):
             LOG.warning(said)
         return config

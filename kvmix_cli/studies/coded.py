@@ -17,6 +17,7 @@ from ..state import Say
 from .directions import has_directions, read_basis, with_basis
 
 if TYPE_CHECKING:
+    from ..cache.subject import Subject
     from ..evaluation.runner import Progress
     from ..models.loading import LoadedModel
 
@@ -26,8 +27,8 @@ BITS = 2.0
 """Nominal bits of the plans. The ratio of measured and promised loss hardly depends on them."""
 DOCUMENTS = 2
 """Documents that are read: differences between numbers of exact tokens are alike in all of them."""
-STEP, PROMPT = 32, 256
-"""Tokens that are fed at a time, and before them; the window and the page of a plan by default."""
+STEP, PROMPT = 32, 260
+"""Tokens that are fed at a time, and before them; those that a plan's sink, window and first page have by default."""
 
 
 def with_coded_losses(
@@ -61,6 +62,8 @@ def measure_coded(
 ) -> list[CodedLoss]:
     """Return promised and measured losses of a plan for each number of exact tokens.
 
+    Moments that count all pairs are for engines, which keep none: their plan is read as an engine holds it.
+
     Args:
         documents: token ids.
         folder: folder of the file of moments.
@@ -69,29 +72,33 @@ def measure_coded(
     Raises:
         KvmixError: if there is no such plan, or it cannot be measured.
     """
+    from ..cache.subject import Subject
+
     plain = _with_coded(profile, [])
-    basis = read_basis(plain, folder)
+    basis, score = read_basis(plain, folder), plain.score(TRANSFORM_SCORE)
+    counts = (0,) if score.is_for_engines else EXACT
     with tempfile.TemporaryDirectory(prefix="kvmix-") as temporary:
         plans = {}
-        for exact in EXACT:
+        for exact in counts:
             plan = allocate(plain, Budget(avg_bits=BITS), method=TRANSFORM, basis=basis, exact=exact)
             plans[exact] = with_basis(plan, basis, Path(temporary))
+        subjects = [_in_engine(plan) if score.is_for_engines else Subject(plan=plan) for plan in plans.values()]
         losses = []
         for ids in documents:
-            losses.append(_divergences(loaded, list(plans.values()), ids))
+            losses.append(_divergences(loaded, subjects, ids))
             step()
-    measured = dict(zip(EXACT, map(statistics.fmean, zip(*losses, strict=True)), strict=True))
+    measured = dict(zip(counts, map(statistics.fmean, zip(*losses, strict=True)), strict=True))
     return [
         CodedLoss(bits=BITS, exact=exact, predicted=plan.provenance["predicted_loss"], measured=measured[exact])
         for exact, plan in plans.items()
     ]
 
 
-def _divergences(loaded: LoadedModel, plans: Sequence[Plan], ids: Sequence[int]) -> list[float]:
-    """Return the mean divergence of each plan on a document, in nats a token that is predicted after a prompt.
+def _divergences(loaded: LoadedModel, subjects: Sequence[Subject], ids: Sequence[int]) -> list[float]:
+    """Return the mean divergence of each cache on a document, in nats a token that is predicted after a prompt.
 
     Raises:
-        EvaluationError: if predictions are not finite, or those of a plan are the unquantized cache's.
+        EvaluationError: if predictions are not finite, or those of a cache are the unquantized cache's.
     """
     import torch
 
@@ -99,10 +106,9 @@ def _divergences(loaded: LoadedModel, plans: Sequence[Plan], ids: Sequence[int])
     from ..decoding.feed import feed, prefill
     from ..evaluation.alongside import divergence
 
-    first = plans[0].cache.sink + PROMPT
-    totals = [0.0] * len(plans)
+    first, totals = min(PROMPT, len(ids) - 2), [0.0] * len(subjects)
     with torch.inference_mode():
-        caches = [Subject(plan=plan).cache(loaded.config, reserve=len(ids)) for plan in (None, *plans)]
+        caches = [each.cache(loaded.config, reserve=len(ids)) for each in (Subject(), *subjects)]
         for cache in caches:
             prefill(loaded, cache, ids[:first])
         for (_, reference), *others in zip(
@@ -113,6 +119,13 @@ def _divergences(loaded: LoadedModel, plans: Sequence[Plan], ids: Sequence[int])
     if not all(0 < total < math.inf for total in totals):
         raise EvaluationError(f"plans of {BITS:g} bits diverge by {', '.join(f'{each:g}' for each in totals)} nats")
     return [total / (len(ids) - first - 1) for total in totals]
+
+
+def _in_engine(plan: Plan) -> Subject:
+    from ..cache.in_engine import EngineBaseline
+    from ..cache.subject import Subject
+
+    return Subject("in-engine", baseline=EngineBaseline("in-engine", plan))
 
 
 def _with_coded(profile: Profile, coded: list[CodedLoss]) -> Profile:

@@ -52,6 +52,20 @@ def with_basis(plan: Plan, basis: BasisFile, folder: Path) -> Plan:
     return plan.model_copy(update={"cache": plan.cache.model_copy(update={"transform": settings.inside(folder)})})
 
 
+def keep_basis(plan: Plan, folder: Path) -> None:
+    """Copy the basis that a plan names into the folder of another file of the plan.
+
+    A plan without transform codes names none.
+
+    Raises:
+        PlanError: if the basis cannot be used.
+        OutputError: if it cannot be written.
+    """
+    settings = plan.cache.transform
+    if settings is not None and not (folder / settings.basis).is_file():
+        BasisFile.load(Path(settings.located(settings.basis)), settings.sha256).save(folder / settings.basis)
+
+
 def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) -> Plan:
     """Return the plan of a model from a preset; one with a method is solved from the newest profile of the model.
 

@@ -10,6 +10,7 @@ from ..allocation import default_score, frontier, other_settings, predicted_loss
 from ..allocation.explain import Reason, explain
 from ..errors import PlanError
 from ..plan import CacheSettings, Plan
+from ..plan.windows import NoWindow
 from ..profile import Profile, Score
 
 Point = tuple[float, float]
@@ -108,8 +109,15 @@ def explain_plan(plan: Plan, profile: Profile, path: Path) -> Explanation:
 
 def settings_notices(name: str, score: Score, cache: CacheSettings) -> list[str]:
     """Return a sentence about the settings that a score was measured with, if they differ from a plan's."""
-    differences = other_settings(score, cache)
-    return [f"{name} was measured with other settings than the plan's: {', '.join(differences)}"] if differences else []
+    notices = []
+    if differences := other_settings(score, cache):
+        notices.append(f"{name} was measured with other settings than the plan's: {', '.join(differences)}")
+    if score.moments is not None and cache.window.short == NoWindow().short and not score.is_for_engines:
+        notices.append(
+            f"{name} leaves out the tokens just before a query, whose codes matter most without a window: measure all "
+            f"with --score {name} --window none, into a file of its own with --out"
+        )
+    return notices
 
 
 def _scores(plan: Plan, profile: Profile) -> tuple[str, str | None]:

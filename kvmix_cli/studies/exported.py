@@ -93,8 +93,11 @@ def _simulated(engine: str, name: str, export: Export) -> Subject:
 
     from ..cache.baselines.casting import EngineCache
     from ..cache.baselines.named import NamedCache
+    from ..cache.in_engine import EngineBaseline
     from ..cache.subject import Subject
 
+    if export.in_blocks:
+        return Subject(name, baseline=EngineBaseline(name, export.plan))
     if export.formats is None:
         return Subject(name, export.plan)
     settings: Mapping[str, Any] = {

@@ -12,13 +12,14 @@ from kvmix_kernels.quantize import naive
 from made_up import make_info
 from teaching import ids
 
-from kvmix_cli.cache.blocks import block_layer, bytes_per_token, check_blocks, losses_in_blocks
+from kvmix_cli.cache.blocks import block_layer, bytes_per_token
 from kvmix_cli.cache.in_engine import EngineBaseline, TokenwiseCache
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, PlanError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.basis import BasisFile
+from kvmix_cli.plan.engine_blocks import check_blocks, losses_in_blocks
 from kvmix_cli.plan.policies import Balance, Transforms
 from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.studies.baselines import baseline_subjects, check_baselines

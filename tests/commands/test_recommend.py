@@ -52,7 +52,8 @@ def test_from_nothing_to_a_proven_plan_and_again_from_what_is_kept(kvmix, monkey
     assert found["commands"]["transformers"] == f"kvmix run --plan {found['plan']} --prompt ..."
     said = found["commands"]["vLLM"]
     assert "cannot express this plan" in said
-    assert f"`kvmix eval --plan {found['plan']} --baseline in-engine` first" in said, "an engine has no window"
+    measure = f"kvmix export {found['plan']} --to vllm-plugin --measure --out engine.yaml"
+    assert f"`{measure}` first" in said, "an engine has no window"
     assert "cannot express this plan" in found["commands"]["llama.cpp"]
     assert Profile.load(Path("profiles/builtin--tiny/profile.yaml")).score("fisher-metric").moments is not None
 

@@ -56,6 +56,23 @@ def test_encodes_like_the_definition(kind, head_dim, page, dtype, first_page, se
         torch.testing.assert_close(got.errors[same], expected.errors[same], rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("count", [1, 5, 16, 33])
+def test_single_tokens_have_the_codes_of_pages(kind, count):
+    widths = random_widths(2, 20, torch.Generator().manual_seed(1))
+    basis = random_basis(kind, widths, 20, 48, seed=1)
+    pages = torch.randn(1, 2, 1, 48, 20, generator=torch.Generator().manual_seed(2))
+    z = transform_naive.project(pages, basis, 0)[0, :, 0, :count]
+    for name in instruction_sets():
+        expected = transform_cpu.encode(library(), pages, basis)
+        codes, scales = transform_cpu.code(library(), z, basis)
+        assert torch.equal(codes, transform_naive.unpack(expected.codes, basis)[0, :, 0, :count]), name
+        if kind == "key":
+            assert scales is None
+        else:
+            assert torch.equal(scales, expected.scales[0, :, 0, :count]), name
+
+
 def test_tokens_that_are_not_finite_have_errors_that_are_not():
     basis = random_basis("value", ((2, 0), (3, 1)), 16, 16)
     pages = torch.randn(1, 2, 2, 16, 16)

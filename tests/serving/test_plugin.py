@@ -8,11 +8,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from architectures import build
+from coding import coded_plan
 from evaluating import tiny
 
 from kvmix_cli import serving
 from kvmix_cli.cache.blocks import bytes_per_token
 from kvmix_cli.errors import KvmixError, PlanError
+from kvmix_cli.export import TARGETS
+from kvmix_cli.export.plugin import with_measured_loss
 from kvmix_cli.plan import Plan
 from kvmix_cli.serving import contract, plugin
 
@@ -215,6 +219,29 @@ def test_what_is_held_otherwise_is_said_in_one_line(engine, plan_file, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("kvmix: the engine stores every token by itself: keys of 7 layers in groups")
     assert "\n" not in record.getMessage()
+
+
+def test_codes_that_were_made_for_a_window_are_refused_until_their_loss_is_measured(
+    engine, tmp_path, monkeypatch, caplog
+):
+    model = build("llama")
+    codes = coded_plan(model, tmp_path).model_copy(update={"provenance": {"metric_window": "recent:128"}})
+    path = codes.save(tmp_path / "plan.yaml")
+    monkeypatch.setenv(serving.VARIABLE, str(path))
+    found = engine()
+    serving.register()
+    with pytest.raises(PlanError, match=r"\(recent:128\), and an engine codes every token: profile .* --window none"):
+        created(found, config=model.config, block=16)
+    made = with_measured_loss(TARGETS["vllm-plugin"].export(Plan.load(path)), "builtin", 766, 0.5, 0.001)
+    path.write_text(made.text)
+    found = engine()
+    serving.register()
+    assert created(found, config=model.config, block=16) is found.args.config
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "kvmix: the engine stores every token of the plan by itself: it diverges by 0.5 nats a token there, and by "
+        "0.001 in kvmix's own cache, measured on 766 tokens of builtin"
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ def model_moments(info, seed=0):
     return {index: layer_moments(random, info.kv_heads, info.head_dim) for index in info.quantizable}
 
 
-def profile_with_moments(info, sha256="0" * 64, scores=None):
+def profile_with_moments(info, sha256="0" * 64, scores=None, setup=None):
     """A profile with the record of a file of moments, beside other scores."""
     plain = make_profile([1.0] * len(info.quantizable), info=info, name=SCORE)
     record = MomentsFile(file="profile.safetensors", sha256=sha256, documents=2, predictions=100, tokens=900)
-    score = plain.scores[SCORE].model_copy(update={"moments": record})
+    score = plain.scores[SCORE].model_copy(update={"moments": record, "setup": setup or {}})
     return Profile(model=info, scores={**(scores or {}), SCORE: score})
 
 
@@ -43,10 +43,10 @@ def with_coded(profile, ratios):
     return profile.model_copy(update={"scores": {**profile.scores, SCORE: score}})
 
 
-def save_with_moments(path, info, scores=None, seed=0):
+def save_with_moments(path, info, scores=None, seed=0, setup=None):
     """Save a profile and the file of its moments, and return the profile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sha256 = write_moments(moments_path(path), model_moments(info, seed))
-    profile = profile_with_moments(info, sha256, scores)
+    profile = profile_with_moments(info, sha256, scores, setup)
     profile.save(path)
     return profile

@@ -6,7 +6,6 @@ Exact tokens are chosen among those of whole pages, and blocks have none.
 from __future__ import annotations
 
 import ctypes
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from ..runtime.native import library
 from ..runtime.native.structs import CSegments
 from ..segments import Coded
 from ..transform import TransformBasis
-from ..transform.naive import code, pack, project_tokens, states_of, unpack
+from ..transform.cpu import code
+from ..transform.naive import code as naive_code
+from ..transform.naive import pack, project_tokens, states_of, unpack
 from ..transform_layout import TOKEN_SCALE_BYTES
 from . import cpu, naive
 from .base import BlockTensor
@@ -44,14 +45,6 @@ class CodedBlocks(BlockTensor):
         layout = self.basis.layout
         return layout.page_bytes + (self.kv_heads * self.page * TOKEN_SCALE_BYTES if layout.is_scaled else 0)
 
-    @cached_property
-    def _widths(self) -> Tensor:
-        return self.basis.widths.to(torch.uint8).contiguous()
-
-    @cached_property
-    def _places(self) -> Tensor:
-        return torch.tensor(self.basis.layout.head_offsets)
-
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         codes, scales = self._encode(states, positions)
         self._place(self._codes(blocks), codes[0, :, :, 0].transpose(0, 1), slots)
@@ -75,13 +68,18 @@ class CodedBlocks(BlockTensor):
     def _encode(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return codes `[1, H_kv, n, 1, D]` uint8 and scales `[1, H_kv, n, 1]` of tokens: pages of one token each."""
         pages = states.transpose(0, 1)[None, :, :, None]
-        codes, scales, _ = code(project_tokens(pages, self.basis, self._frames(positions)), self.basis)
-        return codes, scales
+        z = project_tokens(pages, self.basis, self._frames(positions))
+        native = library() if z.device.type == "cpu" and z.dtype == torch.float32 else None
+        if native is None:
+            codes, scales, _ = naive_code(z, self.basis)
+            return codes, scales
+        codes, scales = code(native, z[0, :, :, 0], self.basis)
+        return codes[None, :, :, None], None if scales is None else scales[None, :, :, None]
 
     def _frames(self, positions: Tensor) -> Tensor | None:
-        """Return the frame of every token, `[n]`; None where nothing is turned."""
+        """Return the frame of every token, `[n]`; None where nothing is turned, as in the first frame."""
         frames = self.basis.frames
-        if frames is None or not frames.turns or frames.length is None:
+        if frames is None or not frames.turns or frames.length is None or not (positions >= frames.length).any():
             return None
         return positions // frames.length
 
@@ -90,7 +88,8 @@ class CodedBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            cpu.place(native, "direction", blocks, codes, slots, self._widths, self._places, self.page)
+            widths, places, _, _ = self.basis.arrays
+            cpu.place(native, "direction", blocks, codes, slots, widths, places, self.page)
 
     def _codes(self, blocks: Tensor) -> Tensor:
         return blocks[:, : self.basis.layout.page_bytes]

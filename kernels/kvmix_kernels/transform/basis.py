@@ -113,6 +113,12 @@ class TransformBasis:
         return unit[self.widths] * self.deviation
 
     @cached_property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the native library reads: widths uint8, first bytes of heads, deviations and steps float32."""
+        deviation, steps = self.deviation.float().contiguous(), self.steps.float().contiguous()
+        return self.widths.to(torch.uint8).contiguous(), torch.tensor(self.layout.head_offsets), deviation, steps
+
+    @cached_property
     def decoding(self) -> Tensor:
         """Return the decoder with steps folded in, `[H_kv, D, D]`: `y = mean + decoding (code - level / 2 + 1/2)`."""
         return self.decoder * self.steps[:, None, :]

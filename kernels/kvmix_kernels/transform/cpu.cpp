@@ -101,6 +101,12 @@ class Page {
     }
   }
 
+  // One code a byte, a token after the other.
+  void spread(uint8_t* to) const {
+    for (int64_t t = 0; t < x.page; t++)
+      for (int64_t d = 0; d < x.dim; d++) to[t * x.dim + d] = codes[d * x.page + t];
+  }
+
  public:
   Page(const Encoding& x, int64_t head)
       : x(x), head(head), z(x.dim * x.page), scale(x.page, 1.0f), codes(x.dim * x.page) {}
@@ -116,7 +122,8 @@ class Page {
       if (x.scales) store(x.scales + index * x.page + t, float_to_half(load<vf>(scale.data() + t)));
       store(x.errors + index * x.page + t, error(t));
     }
-    pack(x.codes + (b * x.count + page) * x.page_bytes + x.places[head]);
+    if (x.codes) pack(x.codes + (b * x.count + page) * x.page_bytes + x.places[head]);
+    if (x.bytes) spread(x.bytes + index * x.page * x.dim);
   }
 };
 

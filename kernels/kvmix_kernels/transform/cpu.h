@@ -6,7 +6,8 @@
 // Whole pages in the directions of their basis. All arrays are contiguous.
 struct Encoding {
   const float* z;          // [B, H_kv, pages, page, dim]
-  uint8_t* codes;          // [B, pages, page_bytes]
+  uint8_t* codes;          // [B, pages, page_bytes]; null if they stay one a byte
+  uint8_t* bytes;          // [B, H_kv, pages, page, dim], one code a byte; null if they are packed
   uint16_t* scales;        // float16 [B, H_kv, pages, page] of values; null for keys
   float* errors;           // [B, H_kv, pages, page]
   const uint8_t* widths;   // [H_kv, dim]

@@ -86,8 +86,7 @@ def project_tokens(pages: Tensor, basis: TransformBasis, frames: Tensor | None) 
     states = pages.to(torch.promote_types(pages.dtype, torch.float32))
     if basis.frames is not None and frames is not None:
         states = basis.frames.turn(states, frames)
-    z: Tensor = (states - basis.mean[:, None, None]) @ basis.encoder.transpose(-1, -2)[:, None]
-    return z
+    return _times(states - basis.mean[:, None, None], basis.encoder)
 
 
 def decode(
@@ -102,10 +101,16 @@ def states_of(
 ) -> Tensor:
     """Return the tokens that codes `[B, H_kv, pages, page, D]` stand for, turned back from `frames` `[pages]`."""
     z = _values(codes, scales, basis)
-    states = z @ basis.decoder.transpose(-1, -2)[:, None] + basis.mean[:, None, None]
+    states = _times(z, basis.decoder) + basis.mean[:, None, None]
     if basis.frames is not None and frames is not None:
         states = basis.frames.turn(states, frames, back=True)
     return states.to(dtype)
+
+
+def _times(tokens: Tensor, matrices: Tensor) -> Tensor:
+    """Return matrices `[H_kv, D, D]` times tokens `[B, H_kv, pages, page, D]`, in one product a head."""
+    product: Tensor = (tokens.flatten(2, 3) @ matrices.transpose(-1, -2)).unflatten(2, tokens.shape[2:4])
+    return product
 
 
 def pack(codes: Tensor, basis: TransformBasis) -> Tensor:

@@ -102,7 +102,8 @@ std::string describe_structs() {
   FIELD(Quantization, dtype); FIELD(Quantization, scale_dtype); FIELD(Quantization, encoder);
   FIELD(Quantization, threads);
   STRUCT(Encoding);
-  FIELD(Encoding, z); FIELD(Encoding, codes); FIELD(Encoding, scales); FIELD(Encoding, errors);
+  FIELD(Encoding, z); FIELD(Encoding, codes); FIELD(Encoding, bytes); FIELD(Encoding, scales);
+  FIELD(Encoding, errors);
   FIELD(Encoding, widths); FIELD(Encoding, places); FIELD(Encoding, deviation); FIELD(Encoding, steps);
   FIELD(Encoding, batch); FIELD(Encoding, heads); FIELD(Encoding, count); FIELD(Encoding, page);
   FIELD(Encoding, dim); FIELD(Encoding, page_bytes); FIELD(Encoding, threads);

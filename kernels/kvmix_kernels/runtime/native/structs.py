@@ -161,6 +161,7 @@ class CEncoding(ctypes.Structure):
     _fields_ = (
         ("z", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("widths", ctypes.c_void_p),
