@@ -35,7 +35,7 @@ template <class T> using Array = std::vector<T, Aligned<T>>;
 struct Scratch {
   Array<float> scores, sorted, scales, folded, turned, sums, products;
   Array<int16_t> rounded;
-  Array<int32_t> words, split;
+  Array<int32_t> words;
   Array<uint8_t> run, codes;
 };
 

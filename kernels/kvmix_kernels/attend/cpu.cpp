@@ -5,7 +5,8 @@
 #include <vector>
 
 #include "../runtime/native/simd.h"
-#include "coded.h"
+#include "coded_keys.h"
+#include "coded_values.h"
 #include "contract.h"
 #include "plain.h"
 
@@ -114,7 +115,9 @@ template <int R> struct Pass {
       CodedValues<R> values(s, b, h, scratch);
       for (int64_t page = first; page < last; page += values.pages_together()) {
         from(s.sinks + page * s.page, in_at, out_at);
-        values.mix(page, least(values.pages_together(), last - page), in_at, out_at);
+        float* weights[R];  // of the scores' memory, which nothing reads after this
+        for (int r = 0; r < R; r++) weights[r] = const_cast<float*>(in_at[r]);
+        values.mix(page, least(values.pages_together(), last - page), weights, out_at);
       }
       values.finish(out);
     }
