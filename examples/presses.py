@@ -136,12 +136,14 @@ def attentions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "q_proj")]
 
 
-def of_equal_bytes(plans: Mapping[str, Plan], context: int) -> dict[str, list[Subject]]:
-    """Return by plan the plan and all presses of its bytes after a prompt of so many tokens."""
+def of_equal_bytes(
+    plans: Mapping[str, Plan], context: int, presses: Sequence[str] = PRESSES
+) -> dict[str, list[Subject]]:
+    """Return by plan the plan and presses of its bytes after a prompt of so many tokens."""
     return {
         name: [
             Subject(name, plan),
-            *(Subject(f"{kind}, as {name}", baseline=Pressed(kind, kept_share(plan, context))) for kind in PRESSES),
+            *(Subject(f"{kind}, as {name}", baseline=Pressed(kind, kept_share(plan, context))) for kind in presses),
         ]
         for name, plan in plans.items()
     }
@@ -176,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="hub id, local folder or builtin:tiny")
     parser.add_argument("--plan", action="append", default=[], help="file or name of a plan, or its short form")
     parser.add_argument("--uniform", action="append", default=[], type=int)
+    parser.add_argument("--presses", default=",".join(PRESSES), help="names, separated by commas")
     parser.add_argument("--task", default="perplexity,recall")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--prefix", type=int, default=1536, help="tokens of a document that are the prompt")
@@ -189,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(length=options.length, prefix=options.prefix, limit=options.limit, text=options.text)
     for name in options.task.split(","):
         context = options.prefix if name == "perplexity" else options.length
-        groups = of_equal_bytes(plans, context)
+        groups = of_equal_bytes(plans, context, options.presses.split(","))
         subjects = {each.name: each for group in groups.values() for each in group}
         with driven(loaded.model):
             report = run_task(TASKS[name](), loaded, [*subjects.values()], settings)

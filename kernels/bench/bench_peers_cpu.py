@@ -1,4 +1,4 @@
-"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp and kvmix, in turns.
+"""Decoding on a CPU with what a user would pick: transformers' caches, llama.cpp, vLLM and kvmix, in turns.
 
     python kernels/bench/bench_peers_cpu.py [--model builtin:tiny] [--contexts 2048] [--fill text] [--out peers.jsonl]
     python kernels/bench/bench_peers_cpu.py --model random-1b --contexts 2048,16384 --fill random --save
@@ -6,35 +6,35 @@
 
 A cell is one model, one context and one content of the caches. With `--fill text` each peer reads the same held-out
 text as a prompt, which is timed, and then decodes what follows in it, so that KL can be told: to the unquantized cache
-of the same engine, and of llama.cpp's to DynamicCache. With `--fill random` the caches are filled with random keys and
-values without reading a prompt, which takes minutes where it is long, and there is no KL. Peers take turns: one step
-that is not timed, then `--steps` that are, `--rounds` times. All have the same weights in bfloat16 (but for
-"DynamicCache float32") and two threads; with `--cpu-time` one thread, whose own time is taken, which other work on the
-machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the peer's, `over 16 bits` the
-peer's over that of 16 bits in the same engine. `peak` is the peak resident memory of a process that has this peer
-alone, weights included: its cache is filled without reading a prompt, and three tokens are decoded.
+of the same engine, and of unquantized ones to DynamicCache. With `--fill random` the caches are filled with random keys
+and values without reading a prompt, which takes minutes where it is long (vLLM reads one of random tokens), and there
+is no KL. Peers take turns: one step that is not timed, then `--steps` that are, `--rounds` times. All have the same
+weights in bfloat16 (but for "DynamicCache float32") and two threads; with `--cpu-time` one thread, whose own time is
+taken, which other work on the machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the
+peer's, `over 16 bits` the peer's over that of 16 bits in the same engine. `peak` is the peak resident memory of a
+process that has this peer alone, weights and Python included: it reads a prompt, or fills its cache as `--fill` says,
+and decodes three tokens.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
-quantized caches of transformers `pip install optimum-quanto hqq`. What is named by `--peers` and not installed is
-refused; if none are named, it is left out.
+quantized caches of transformers `pip install optimum-quanto hqq`; vLLM runs in an environment of its own, which
+`make vllm-env` makes and `--vllm` names. What is named by `--peers` and not installed is refused; if none are named, it
+is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import results
 import torch
-from peers import BASELINE, LLAMA_CPP, RANDOM, UNQUANTIZED, Peer, Peers, lacking, versions
+from peers import BASELINE, RANDOM, VLLM, Peer, Peers, lacking, unquantized, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -47,6 +47,8 @@ from kvmix_cli.journal import Journal
 from kvmix_cli.models.loading import LoadedModel
 
 FILLS = ("text", "random")
+IDS = 1000
+"""Token ids below this are of every vocabulary."""
 
 
 class Timed(TypedDict):
@@ -75,18 +77,18 @@ class Cell(TypedDict):
 
 def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.Namespace) -> dict[str, Timed]:
     """Return the times of all peers in one cell."""
+    peers.prepare(names)
     found: dict[str, Timed] = {
         name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "peak": peak(name, context, options), "kl": None}
         for name in names
     }
-    clock = time.thread_time if options.cpu_time else time.perf_counter
     ids = text(peers.loaded, peers.room, peers.model)
     made = {name: peers.makers[name]() for name in names}
     for _ in range(options.prompts if options.fill == "text" else 0):
         for name, peer in made.items():
-            start = clock()
+            start = peer.seconds(cpu_time=options.cpu_time)
             peer.read(ids[:context])
-            found[name]["prompt_s"].append(clock() - start)
+            found[name]["prompt_s"].append(peer.seconds(cpu_time=options.cpu_time) - start)
             print(f"{name}: read {context} tokens in {found[name]['prompt_s'][-1]:.1f} s", file=sys.stderr)
     for peer in made.values():
         if options.fill == "random":
@@ -96,13 +98,13 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
     for _ in range(options.rounds):
         tokens = [next(following) for _ in range(1 + options.steps)]
         for name, peer in made.items():
-            for number, (seconds, predicted) in enumerate(steps(peer, tokens, clock)):
+            for number, (seconds, predicted) in enumerate(steps(peer, tokens, cpu_time=options.cpu_time)):
                 logits[name].append(predicted)
                 if number:
                     found[name]["step_ms"].append(1e3 * seconds)
     for name, peer in made.items():
         found[name]["nbytes"] = peer.nbytes
-        reference = LLAMA_CPP if name.startswith("llama.cpp") and name != LLAMA_CPP else BASELINE
+        reference = reference_of(name)
         is_told = options.fill == "text" and peers.model != RANDOM and name != BASELINE
         if is_told and reference in logits:
             found[name]["kl"] = divergence(logits[reference], logits[name])
@@ -112,27 +114,43 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
 def peak(name: str, context: int, options: argparse.Namespace) -> int:
     """Return the peak resident bytes of a process that decodes with one peer alone."""
     passed = ["--model", options.model, "--weights", str(options.weights), "--contexts", str(context)]
-    passed += ["--threads", str(torch.get_num_threads()), "--alone", name]
+    passed += ["--threads", str(torch.get_num_threads()), "--fill", options.fill, "--vllm", str(options.vllm)]
+    passed += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--alone", name]
     passed += [] if options.profile is None else ["--profile", str(options.profile)]
     done = subprocess.run([sys.executable, __file__, *passed], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
 def alone(name: str, context: int, options: argparse.Namespace) -> int:
-    """Decode three tokens with one peer and return the peak resident bytes of this process."""
-    peer = Peers(options.model, options.profile, options.weights, context + 3, is_blank=True).makers[name]()
-    peer.fill(context)
+    """Read a prompt of no meaning or fill the cache, decode three tokens, and return the peak bytes of the process."""
+    room = room_of(context, options)
+    peer = Peers(options.model, options.profile, options.weights, room, options.vllm, is_blank=True).makers[name]()
+    if options.fill == "text":
+        peer.read([place % IDS for place in range(context)])
+    else:
+        peer.fill(context)
     for token in range(3):
         peer.step(token)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peer.peak
 
 
-def steps(peer: Peer, tokens: Iterable[int], clock: Callable[[], float]) -> Iterator[tuple[float, Tensor]]:
+def room_of(context: int, options: argparse.Namespace) -> int:
+    """Return the tokens that a cache holds in the end: the context and at least three more."""
+    return context + max(3, options.rounds * (1 + options.steps))
+
+
+def steps(peer: Peer, tokens: Iterable[int], *, cpu_time: bool) -> Iterator[tuple[float, Tensor]]:
     """Decode known tokens one by one; yield the seconds of each and its logits."""
     for token in tokens:
-        start = clock()
+        start = peer.seconds(cpu_time=cpu_time)
         logits = peer.step(token)
-        yield clock() - start, logits
+        yield peer.seconds(cpu_time=cpu_time) - start, logits
+
+
+def reference_of(name: str) -> str:
+    """Return the peer whose predictions a peer's are compared with: another engine's arithmetic is not the cache's."""
+    full = unquantized(name)
+    return BASELINE if name == full or name.startswith("kvmix") else full
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -148,10 +166,10 @@ def text(loaded: LoadedModel, length: int, model: str) -> Sequence[int]:
     return stretch(loaded, Settings(), length)
 
 
-def chosen(named: str | None, known: Iterable[str]) -> list[str]:
+def chosen(named: str | None, known: Iterable[str], vllm: Path) -> list[str]:
     """Return the peers to compare; say which are left out, and refuse those that are named and cannot be had."""
     if named is None:
-        missing = {name: package for name in known if (package := lacking(name)) is not None}
+        missing = {name: package for name in known if (package := lacking(name, vllm)) is not None}
         for name, package in missing.items():
             print(f"left out: {name} needs {package}, which is not installed")
         return [name for name in known if name not in missing]
@@ -159,7 +177,7 @@ def chosen(named: str | None, known: Iterable[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise SystemExit(f"no peer {name!r}; known are {', '.join(known)}")
-        if (package := lacking(name)) is not None:
+        if (package := lacking(name, vllm)) is not None:
             raise SystemExit(f"{name} needs {package}, which is not installed: install it, or leave {name} out")
     return names
 
@@ -187,8 +205,8 @@ def table(cell: Cell) -> list[str]:
         timed = cell["peers"][name]
         prompt = f"{1e3 * cell['context'] / prompts[name][0]:.0f}" if name in prompts else ""
         kl = "" if timed["kl"] is None else f"{timed['kl']:.5f}"
-        unquantized = next(full for beginning, full in UNQUANTIZED.items() if name.startswith(beginning))
-        over = f"{ms / steps[unquantized][0]:.2f}x" if unquantized in steps else ""
+        full = unquantized(name)
+        over = f"{ms / steps[full][0]:.2f}x" if full in steps else ""
         sizes = f"{timed['nbytes'] / 2**20:.1f} | {timed['peak'] / 2**20:.0f}"
         rows.append(f"| {name} | {prompt} | {1e3 / ms:.2f} | {ms:.1f} | {ratio:.2f}x | {over} | {sizes} | {kl} |")
     return rows
@@ -221,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time")
     parser.add_argument("--out", type=Path, default=Path("peers.jsonl"))
     parser.add_argument("--weights", type=Path, default=Path("peers-weights"), help="folder of what llama.cpp reads")
+    parser.add_argument("--vllm", type=Path, default=VLLM, help="Python of the environment that has vLLM")
     parser.add_argument("--save", action="store_true", help="append medians to results.csv")
     parser.add_argument("--alone", metavar="PEER", help="only print the peak resident bytes of one peer's process")
     parser.add_argument("--table", action="store_true", help="only show what is in the file")
@@ -239,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> None:
     """Measure a cell, unless the file has it."""
-    room = context + options.rounds * (1 + options.steps)
-    peers = Peers(options.model, options.profile, options.weights, room)
-    names = chosen(options.peers, peers.makers)
+    room = room_of(context, options)
+    peers = Peers(options.model, options.profile, options.weights, room, options.vllm)
+    names = chosen(options.peers, peers.makers, options.vllm)
     model = Path(options.model).name
     at = (model, context, options.fill, options.cpu_time, names)
     for cell in journal.records:
@@ -254,7 +273,7 @@ def run(journal: Journal[Any], context: int, options: argparse.Namespace) -> Non
         "date": date.today().isoformat(),
         "machine": processor(),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions(options.vllm),
         "model": model,
         "context": context,
         "fill": options.fill,

