@@ -47,9 +47,8 @@ def index_around(names: Iterable[str]) -> Index:
     found: Index = {}
     for folder in sorted(_outermost(folders)):
         for name, entry in folder_index(folder).items():
-            known = found.setdefault(name, entry)
-            if known.kind.name == entry.kind.name == "TAG":
-                found[name] = replace(known, tags=known.tags | entry.tags)
+            known: Any = found.get(name, entry)
+            found[name] = replace(known, tags=known.tags | entry.tags) if known.kind.name == "TAG" else known
     return found
 
 
