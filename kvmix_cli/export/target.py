@@ -103,7 +103,7 @@ class Target:
         refuse(self.name, rule, uneven, "use this plan with kvmix itself")
         coded = {index: "transform codes" for index, layer in plan.layers.items() if layer.is_coded}
         rule = "it has widths of whole tensors only"
-        refuse(self.name, rule, coded, "allocate with another --method, such as rank")
+        refuse(self.name, rule, coded, "allocate with another --method, such as rank, or use --to vllm-plugin")
         grouped = {index: "groups of KV heads" for index, layer in plan.layers.items() if layer.head_groups}
         refuse(self.name, rule, grouped, "allocate without --by-head")
         if axes := plan.cache.axes:

@@ -70,7 +70,8 @@ def spectrum_table(spectrum: ScoreSpectrum, model: str, folder: Path) -> Table:
     total = sum(layer.k.loss + layer.v.loss for layer in spectrum.layers.values())
     footer = (
         f"loss: nats a predicted token if only the mean were kept; {total:.4g} in all layers\n"
-        f"over {record.documents} documents, {record.tokens} packed tokens and {record.predictions} predictions\n"
+        f"over {record.documents} documents, {record.tokens} packed tokens and {record.predictions} predictions"
+        f"{', all pairs of them, for engines' if spectrum.is_for_engines else ''}\n"
         f"tensors: {folder / record.file}"
     )
     if spectrum.coded:

@@ -42,12 +42,17 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class ScoreSpectrum:
-    """The spectra of all layers, from the moments of one score, and measured losses of plans made from these."""
+    """The spectra of all layers, from the moments of one score, and measured losses of plans made from these.
+
+    Attributes:
+        is_for_engines: whether the moments count all pairs of a query and a token.
+    """
 
     score: str
     record: MomentsFile
     layers: dict[int, LayerSpectrum]
     coded: Sequence[CodedLoss]
+    is_for_engines: bool
 
     @property
     def notices(self) -> list[str]:
@@ -86,7 +91,7 @@ def measure_spectra(profile: Profile, folder: Path) -> list[ScoreSpectrum]:
                 index: LayerSpectrum(_tensor(layer.k, tokens), _tensor(layer.v, tokens), layer.rope)
                 for index, layer in read_moments(folder, score.moments).items()
             }
-            found.append(ScoreSpectrum(name, score.moments, layers, score.coded))
+            found.append(ScoreSpectrum(name, score.moments, layers, score.coded, score.is_for_engines))
     return found
 
 

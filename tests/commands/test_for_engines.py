@@ -50,3 +50,9 @@ def test_an_exported_plan_of_transform_codes_has_its_basis_beside_it(kvmix):
     told = kvmix("export", "mine", "--to", "vllm-plugin", "--json").json
     assert told["not_held"] == said and told["measured"] is None
     assert told["stored_bits"] < told["plan_stored_bits"], "no exact tokens"
+
+
+def test_inspect_says_which_pairs_a_profile_counts(kvmix):
+    for setup, said in ((ENGINE, True), (OURS, False)):
+        save_with_moments(FILE, make_info(3, head_dim=32), setup=setup)
+        assert ("predictions, all pairs of them, for engines" in kvmix("inspect", FILE).out) == said

@@ -15,7 +15,7 @@ from ..runtime.native import library
 from ..runtime.native.structs import CSegments
 from ..segments import Coded
 from ..transform import TransformBasis
-from ..transform.cpu import code
+from ..transform.cpu import code, takes
 from ..transform.naive import code as naive_code
 from ..transform.naive import pack, project_tokens, states_of, unpack
 from ..transform_layout import TOKEN_SCALE_BYTES
@@ -47,18 +47,20 @@ class CodedBlocks(BlockTensor):
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         codes, scales = self._encode(states, positions)
-        self._place(self._codes(blocks), codes[0, :, :, 0].transpose(0, 1), slots)
+        self._place(self._codes(blocks), codes, slots)
         if scales is not None:
             largest = torch.finfo(scales.dtype).max  # one token that is not finite must not reach others
             room = self._scales(blocks)
-            room[slots // self.page, :, slots % self.page] = scales[0, :, :, 0].T.nan_to_num(0.0, largest, -largest)
+            room[slots // self.page, :, slots % self.page] = scales.nan_to_num(0.0, largest, -largest)
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         return self._pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
 
     def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
         codes, scales = self._encode(states, positions)
-        return states_of(codes, scales, self.basis, self._frames(positions), states.dtype)[0, :, :, 0].transpose(0, 1)
+        pages = codes.transpose(0, 1)[None, :, :, None]
+        by_page = None if scales is None else scales.T[None, :, :, None]
+        return states_of(pages, by_page, self.basis, self._frames(positions), states.dtype)[0, :, :, 0].transpose(0, 1)
 
     def native(self, blocks: Tensor) -> CSegments:
         call = pages_of(self._pages(blocks))
@@ -66,15 +68,13 @@ class CodedBlocks(BlockTensor):
         return CSegments(coded=ctypes.pointer(call), page=self.page, dim=self.head_dim)
 
     def _encode(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return codes `[1, H_kv, n, 1, D]` uint8 and scales `[1, H_kv, n, 1]` of tokens: pages of one token each."""
-        pages = states.transpose(0, 1)[None, :, :, None]
-        z = project_tokens(pages, self.basis, self._frames(positions))
-        native = library() if z.device.type == "cpu" and z.dtype == torch.float32 else None
-        if native is None:
-            codes, scales, _ = naive_code(z, self.basis)
-            return codes, scales
-        codes, scales = code(native, z[0, :, :, 0], self.basis)
-        return codes[None, :, :, None], None if scales is None else scales[None, :, :, None]
+        """Return codes `[n, H_kv, D]` uint8 and scales `[n, H_kv]` of tokens `[n, H_kv, D]`."""
+        frames, native = self._frames(positions), library()
+        if native is not None and takes(states, self.basis):
+            return code(native, states, self.basis, frames)
+        pages = states.transpose(0, 1)[None, :, :, None]  # of one token each
+        codes, scales, _ = naive_code(project_tokens(pages, self.basis, frames), self.basis)
+        return codes[0, :, :, 0].transpose(0, 1), None if scales is None else scales[0, :, :, 0].T
 
     def _frames(self, positions: Tensor) -> Tensor | None:
         """Return the frame of every token, `[n]`; None where nothing is turned, as in the first frame."""
@@ -88,7 +88,7 @@ class CodedBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            widths, places, _, _ = self.basis.arrays
+            widths, places = self.basis.arrays.widths, self.basis.arrays.places
             cpu.place(native, "direction", blocks, codes, slots, widths, places, self.page)
 
     def _codes(self, blocks: Tensor) -> Tensor:

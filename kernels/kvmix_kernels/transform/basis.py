@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,24 @@ class Frames:
         return rotate(states, angles, self.start, self.interleaved)
 
 
+class _Arrays(NamedTuple):
+    """Tensors of a basis as the native library reads them: contiguous, all but the first two in float32.
+
+    Attributes:
+        widths: `[H_kv, D]` uint8.
+        places: `[H_kv]` int64, first byte of each head in a page.
+        mean, deviation, steps: `[H_kv, D]`.
+        encoder: `[H_kv, D, D]`, transposed: a row for each channel.
+    """
+
+    widths: Tensor
+    places: Tensor
+    mean: Tensor
+    encoder: Tensor
+    deviation: Tensor
+    steps: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class TransformBasis:
     """The directions of one layer's keys or values: `z = encode (y - mean)`, `y = mean + decode z`.
@@ -113,10 +132,12 @@ class TransformBasis:
         return unit[self.widths] * self.deviation
 
     @cached_property
-    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what the native library reads: widths uint8, first bytes of heads, deviations and steps float32."""
-        deviation, steps = self.deviation.float().contiguous(), self.steps.float().contiguous()
-        return self.widths.to(torch.uint8).contiguous(), torch.tensor(self.layout.head_offsets), deviation, steps
+    def arrays(self) -> _Arrays:
+        """Return what the native library reads."""
+        floats = (self.mean, self.encoder.transpose(-1, -2), self.deviation, self.steps)
+        mean, encoder, deviation, steps = (each.float().contiguous() for each in floats)
+        widths, places = self.widths.to(torch.uint8).contiguous(), torch.tensor(self.layout.head_offsets)
+        return _Arrays(widths, places, mean, encoder, deviation, steps)
 
     @cached_property
     def decoding(self) -> Tensor:

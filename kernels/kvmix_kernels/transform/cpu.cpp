@@ -101,12 +101,6 @@ class Page {
     }
   }
 
-  // One code a byte, a token after the other.
-  void spread(uint8_t* to) const {
-    for (int64_t t = 0; t < x.page; t++)
-      for (int64_t d = 0; d < x.dim; d++) to[t * x.dim + d] = codes[d * x.page + t];
-  }
-
  public:
   Page(const Encoding& x, int64_t head)
       : x(x), head(head), z(x.dim * x.page), scale(x.page, 1.0f), codes(x.dim * x.page) {}
@@ -122,12 +116,118 @@ class Page {
       if (x.scales) store(x.scales + index * x.page + t, float_to_half(load<vf>(scale.data() + t)));
       store(x.errors + index * x.page + t, error(t));
     }
-    if (x.codes) pack(x.codes + (b * x.count + page) * x.page_bytes + x.places[head]);
-    if (x.bytes) spread(x.bytes + index * x.page * x.dim);
+    pack(x.codes + (b * x.count + page) * x.page_bytes + x.places[head]);
+  }
+};
+
+// One token of one head, a direction a lane.
+class SingleToken {
+  const Coding& x;
+  const int64_t token, head;
+  const uint8_t* const widths = x.widths + head * x.dim;
+  const float* const deviation = x.deviation + head * x.dim;
+  const float* const steps = x.steps + head * x.dim;
+  float* const state;                // [dim]
+  float* const z;                    // [dim]
+  uint8_t* const codes = x.codes + (token * x.heads + head) * x.dim;
+
+  void read_state() {
+    const int64_t from = token * x.states_strides[0] + head * x.states_strides[1];
+    for (int64_t d = 0; d < x.dim; d += W)
+      store(state + d, x.dtype == FLOAT32   ? read<FLOAT32>(x.states, from + d)
+                       : x.dtype == FLOAT16 ? read<FLOAT16>(x.states, from + d)
+                                            : read<BFLOAT16>(x.states, from + d));
+  }
+
+  // To the start of its frame: by minus the angle of the frame's first position.
+  void turn(const float* cosines, const float* sines) {
+    float* of = state + x.first;
+    for (int64_t i = 0; i < x.pairs; i++) {
+      float &a = x.interleaved ? of[2 * i] : of[i], &b = x.interleaved ? of[2 * i + 1] : of[x.pairs + i];
+      const float first = a * cosines[i] - b * sines[i], second = b * cosines[i] + a * sines[i];
+      a = first, b = second;
+    }
+  }
+
+  void project() {
+    const float *mean = x.mean + head * x.dim, *encoder = x.encoder + head * x.dim * x.dim;
+    for (int64_t c = 0; c < x.dim; c++) state[c] -= mean[c];
+    for (int64_t d = 0; d < x.dim; d += W) {
+      vf sum = {};
+      for (int64_t c = 0; c < x.dim; c++) sum += splat(state[c]) * load<vf>(encoder + c * x.dim + d);
+      store(z + d, sum);
+    }
+  }
+
+  vf levels(int64_t d) const {
+    vf found;
+    for (int i = 0; i < W; i++) found[i] = float(1 << widths[d + i]);
+    return found;
+  }
+
+  static float rounded(float scale) {
+    const vh stored = float_to_half(splat(scale));
+    return half_to_float(&stored)[0];
+  }
+
+  // The root mean square of coded directions, in units of their deviation.
+  float first_scale() const {
+    vf squares = {};
+    int64_t coded = 0;
+    for (int64_t d = 0; d < x.dim; d += W) {
+      vf unit = load<vf>(z + d) / load<vf>(deviation + d);
+      for (int i = 0; i < W; i++) widths[d + i] ? void(coded++) : void(unit[i] = 0);
+      squares += unit * unit;
+    }
+    return rounded(std::max(std::sqrt(sum(squares) / float(std::max<int64_t>(coded, 1))), SMALLEST_SCALE));
+  }
+
+ public:
+  SingleToken(const Coding& x, int64_t token, int64_t head, float* room)
+      : x(x), token(token), head(head), state(room), z(room + x.dim) {}
+
+  void code(const float* cosines, const float* sines) {
+    read_state();
+    if (cosines) turn(cosines, sines);
+    project();
+    const vf by = splat(x.scales ? first_scale() : 1.0f);
+    vf products = {}, squares = {};
+    for (int64_t d = 0; d < x.dim; d += W) {
+      const vf deviation = load<vf>(this->deviation + d), steps = load<vf>(this->steps + d), levels = this->levels(d);
+      const vf u = x.scales ? load<vf>(z + d) / deviation / by : load<vf>(z + d) / deviation;
+      vf code = u / (steps / deviation) + levels * splat(0.5f);
+      code = code > vf{} ? code : vf{};  // NaN too
+      code = code < levels - splat(1.0f) ? code : levels - splat(1.0f);
+      const vi whole = __builtin_convertvector(code, vi);  // not negative: truncation is the floor
+      for (int i = 0; i < W; i++) codes[d + i] = uint8_t(whole[i]);
+      const vf value = (__builtin_convertvector(whole, vf) - levels * splat(0.5f) + splat(0.5f)) * steps / deviation;
+      products += value * u;
+      squares += value * value;
+    }
+    if (!x.scales) return;
+    const float scale = by[0] * (sum(products) / std::max(sum(squares), 1e-6f));
+    x.scales[token * x.heads + head] = float_to_half(splat(scale))[0];
   }
 };
 
 }  // namespace
+
+void code(const Coding& x) {
+#pragma omp parallel num_threads(x.threads)
+  {
+    std::vector<float> room(2 * x.dim), turns(2 * x.pairs);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < x.tokens; t++) {
+      const bool is_turned = x.frames && x.frames[t];
+      for (int64_t i = 0; is_turned && i < x.pairs; i++) {
+        const double angle = double(x.frames[t] * x.frame) * x.frequencies[i];
+        turns[i] = float(std::cos(angle)), turns[x.pairs + i] = float(-std::sin(angle));
+      }
+      for (int64_t h = 0; h < x.heads; h++)
+        SingleToken(x, t, h, room.data()).code(is_turned ? turns.data() : nullptr, turns.data() + x.pairs);
+    }
+  }
+}
 
 void encode(const Encoding& x) {
 #pragma omp parallel for num_threads(x.threads) schedule(static) collapse(2)

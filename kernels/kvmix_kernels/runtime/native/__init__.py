@@ -72,7 +72,7 @@ def _load(path: Path) -> ctypes.CDLL:
     """
     try:
         loaded = ctypes.CDLL(str(path))
-        for name in ("kvmix_attend", "kvmix_quantize", "kvmix_encode", "kvmix_place", "kvmix_store"):
+        for name in ("kvmix_attend", "kvmix_quantize", "kvmix_encode", "kvmix_code", "kvmix_place", "kvmix_store"):
             getattr(loaded, name).restype = None
         loaded.kvmix_use.argtypes, loaded.kvmix_use.restype = [ctypes.c_char_p], None
         loaded.kvmix_isa.restype = loaded.kvmix_structs.restype = ctypes.c_char_p

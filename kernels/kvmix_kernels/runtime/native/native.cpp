@@ -14,6 +14,7 @@
   void attend(const Attention&);            \
   void quantize(const Quantization&);       \
   void encode(const Encoding&);             \
+  void code(const Coding&);                 \
   void place(const Placement&);             \
   void store(const Storing&);               \
   }
@@ -34,11 +35,12 @@ struct Variant {
   void (*attend)(const Attention&);
   void (*quantize)(const Quantization&);
   void (*encode)(const Encoding&);
+  void (*code)(const Coding&);
   void (*place)(const Placement&);
   void (*store)(const Storing&);
 };
 
-#define VARIANT(isa) {#isa, isa::attend, isa::quantize, isa::encode, isa::place, isa::store}
+#define VARIANT(isa) {#isa, isa::attend, isa::quantize, isa::encode, isa::code, isa::place, isa::store}
 
 // The best variant that the processor has, or the one asked for if it has that.
 Variant choose(const char* wanted) {
@@ -102,11 +104,16 @@ std::string describe_structs() {
   FIELD(Quantization, dtype); FIELD(Quantization, scale_dtype); FIELD(Quantization, encoder);
   FIELD(Quantization, threads);
   STRUCT(Encoding);
-  FIELD(Encoding, z); FIELD(Encoding, codes); FIELD(Encoding, bytes); FIELD(Encoding, scales);
-  FIELD(Encoding, errors);
+  FIELD(Encoding, z); FIELD(Encoding, codes); FIELD(Encoding, scales); FIELD(Encoding, errors);
   FIELD(Encoding, widths); FIELD(Encoding, places); FIELD(Encoding, deviation); FIELD(Encoding, steps);
   FIELD(Encoding, batch); FIELD(Encoding, heads); FIELD(Encoding, count); FIELD(Encoding, page);
   FIELD(Encoding, dim); FIELD(Encoding, page_bytes); FIELD(Encoding, threads);
+  STRUCT(Coding);
+  FIELD(Coding, states); FIELD(Coding, frames); FIELD(Coding, frequencies); FIELD(Coding, encoder);
+  FIELD(Coding, mean); FIELD(Coding, deviation); FIELD(Coding, steps); FIELD(Coding, widths);
+  FIELD(Coding, codes); FIELD(Coding, scales); FIELD(Coding, states_strides); FIELD(Coding, tokens);
+  FIELD(Coding, heads); FIELD(Coding, dim); FIELD(Coding, dtype); FIELD(Coding, pairs);
+  FIELD(Coding, first); FIELD(Coding, interleaved); FIELD(Coding, frame); FIELD(Coding, threads);
   STRUCT(Placement);
   FIELD(Placement, codes); FIELD(Placement, slots); FIELD(Placement, blocks); FIELD(Placement, widths);
   FIELD(Placement, places); FIELD(Placement, block_bytes); FIELD(Placement, tokens); FIELD(Placement, heads);
@@ -131,5 +138,6 @@ EXPORT const char* kvmix_structs() {
 EXPORT void kvmix_attend(const Attention* x) { current.attend(*x); }
 EXPORT void kvmix_quantize(const Quantization* x) { current.quantize(*x); }
 EXPORT void kvmix_encode(const Encoding* x) { current.encode(*x); }
+EXPORT void kvmix_code(const Coding* x) { current.code(*x); }
 EXPORT void kvmix_place(const Placement* x) { current.place(*x); }
 EXPORT void kvmix_store(const Storing* x) { current.store(*x); }

@@ -161,7 +161,6 @@ class CEncoding(ctypes.Structure):
     _fields_ = (
         ("z", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
-        ("bytes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("widths", ctypes.c_void_p),
@@ -174,6 +173,33 @@ class CEncoding(ctypes.Structure):
         ("page", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("page_bytes", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class CCoding(ctypes.Structure):
+    """Everything that `kvmix_code` takes."""
+
+    _fields_ = (
+        ("states", ctypes.c_void_p),
+        ("frames", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        ("encoder", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("deviation", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("widths", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("states_strides", ctypes.c_int64 * 2),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("pairs", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("interleaved", ctypes.c_int64),
+        ("frame", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
 
@@ -212,7 +238,7 @@ class CStoring(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CPlacement, CStoring)
+STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CCoding, CPlacement, CStoring)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:
