@@ -262,8 +262,7 @@ class SortedTokens(ABC):
         """
         if self.kept < self.tokens:
             raise ValueError(
-                f"{self.tokens - self.kept} of {self.tokens} tokens have been evicted; only a cache that keeps all"
-                " of its tokens can be read as one tensor"
+                f"{self.tokens - self.kept} of {self.tokens} tokens have been evicted; only whole caches can be read"
             )
         states = [x.to(dtype) if isinstance(x, Tensor) else x.read(0, x.tokens, dtype) for x in self.held]
         sorted_states = torch.cat(states, dim=2)
@@ -279,10 +278,12 @@ class Tiers(SortedTokens):
     Attributes:
         tier: `[B, H_kv, T]` uint8, the tier of each token, or `EVICTED`.
         held: the tokens of each tier in the order of their positions.
+        log_weight: of the last tier, the logarithm of the number of tokens that each token counts for.
     """
 
     tier: Tensor
     held: tuple[Packed | Channels | Tensor, ...]
+    log_weight: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -14,12 +14,13 @@ import torch
 from kvmix_kernels.segments import Segments
 from torch import Tensor
 
-from ..errors import PolicyError
+from ..errors import CacheError, PolicyError
 from ..plan import CacheSettings
 from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from ..plan.sizes import budget_unit
 from .archive import Archive
+from .merging import Merge
 from .observation import AttentionCall
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
@@ -50,6 +51,7 @@ class ComposedLayer(WatchingLayer):
     _tokens: TokenTiers | TokenBudget | None = None
     _channels: ChannelScore | None = None
     _held: PromptScores | None = None
+    _told: Tensor | None = None
     rope: Rope | None = None
     """Rotary positions, if the score of tokens reads keys before RoPE."""
 
@@ -89,6 +91,10 @@ class ComposedLayer(WatchingLayer):
     def restore(self, index: int, states: Tensor) -> Tensor:
         """Return the model's own keys (index 0) or values (1) `[B, H_kv, T, D]` of stored ones."""
         return (self._keys, self._values)[index].restore(states)
+
+    def label(self, is_image: Tensor) -> None:
+        """Take which of the tokens that come next are of an image, `[B, m]` bool; those after them are text."""
+        self._told = is_image
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H_kv, S, D]`; see `WatchingLayer.update`. A prompt that is held stays as it is.
@@ -161,6 +167,8 @@ class ComposedLayer(WatchingLayer):
         self._keys.fit(keys, call.query)
         self._values.fit(values, call.query)
         self._learn_channels(call, keys.shape[1], self.query)
+        if isinstance(self._tokens, TokenTiers):
+            self._tokens.see(call, keys.shape[1])
         self._held = PromptScores.empty(keys, self.settings.sink)
 
     @property
@@ -177,7 +185,7 @@ class ComposedLayer(WatchingLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._tokens = self._held = None
+        self._tokens = self._held = self._told = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. What a long prompt has chosen stays chosen."""
@@ -201,8 +209,8 @@ class ComposedLayer(WatchingLayer):
 
     @property
     def _needs_queries(self) -> bool:
-        scores = (self._tokens.score if self._tokens else None, self._channels)
-        return self._keys.needs_queries or any(score is not None and score.needs_queries for score in scores)
+        learning = (self._tokens, self._channels)
+        return self._keys.needs_queries or any(each is not None and each.needs_queries for each in learning)
 
     @property
     def _extra_bytes(self) -> int:
@@ -232,12 +240,24 @@ class ComposedLayer(WatchingLayer):
         if isinstance(tokens, TokenTiers):
             keys = replace(keys, tiers_of=lambda stored: tokens.choose(*self._oldest(stored)), sorted=tokens.sorted)
             values = replace(keys, tiers_of=tokens.chosen_for_keys)
+            keys = replace(keys, merged=lambda stored: self._merged(0, stored, tokens.merge))
+            values = replace(values, merged=lambda stored: self._merged(1, stored, tokens.merge))
         elif tokens is not None:
             chosen = tokens
             keys = replace(keys, kept_of=lambda stored: chosen.choose(*self._oldest(stored)), sorted=chosen.sorted)
             keys = replace(keys, unit=unit)
             values = replace(keys, kept_of=chosen.chosen_for_keys)
         return keys, values
+
+    def _merged(self, index: int, stored: Tensor, merge: Merge | None) -> Tensor:
+        """Return stored keys (index 0) or values (1) `[B, H_kv, n, D]`, the dropped ones in those that stay.
+
+        Those that nothing is merged into stay as they are, bit for bit.
+        """
+        if merge is None or (index == 0 and not merge.has_keys):
+            return stored
+        chain = (self._keys, self._values)[index]
+        return torch.where(merge.is_changed[..., None], chain.store(merge.of(chain.restore(stored))), stored)
 
     def _oldest(self, stored: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return keys and values of the tail's oldest tokens as the model made them, and the place of the first.
@@ -264,7 +284,23 @@ class ComposedLayer(WatchingLayer):
         segments = super()._add(self._keys.store(keys), self._values.store(values))
         if self._tokens is not None:
             self._tokens.arrive(keys.shape[2])
+        if isinstance(self._tokens, TokenTiers):
+            self._tokens.label(keys, self._next_labels(keys))
         return segments
+
+    def _next_labels(self, keys: Tensor) -> Tensor | None:
+        """Take the labels of new tokens from those that were told. Raises CacheError for another batch size."""
+        told = self._told
+        if told is None:
+            return None
+        if told.shape[0] != keys.shape[0]:
+            raise CacheError(
+                f"layer {self.index} was told which tokens of {told.shape[0]} sequences are of an image, and was given "
+                f"{keys.shape[0]}; label the ids that the model reads"
+            )
+        count = keys.shape[2]
+        self._told = told[:, count:] if told.shape[1] > count else None
+        return told[:, :count]
 
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
@@ -276,6 +312,8 @@ class ComposedLayer(WatchingLayer):
     def _learn(self, call: AttentionCall, keys: Tensor, transformed: Callable[[Tensor], Tensor]) -> None:
         """Add a forward's queries to the statistics of the policies."""
         self._learn_channels(call, keys.shape[1], transformed)
+        if isinstance(self._tokens, TokenTiers):
+            self._tokens.see(call, keys.shape[1])
         if self._tokens is not None:
             self._tokens.learn(call, keys, self.get_seq_length(), self.stores[0])
 

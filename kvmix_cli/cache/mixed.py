@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,11 +221,34 @@ class MixedCache(CountingCache):
     @property
     def held(self) -> list[HeldPrompt]:
         """Return the layers, or groups of their KV heads, that hold a prompt until it is scored."""
-        parts: list[HeldPrompt] = []
+        return [HeldPrompt(*each) for each in self._composed() if each[2].held is not None]
+
+    def label(self, is_image: Tensor) -> None:
+        """Tell which of the tokens that come next are of an image, `[B, T]`; all others are text.
+
+        A plan may keep text rather than images (`cache.tokens.images`):
+
+            cache.label(inputs.input_ids == model.config.image_token_id)
+            model(**inputs, past_key_values=cache)
+
+        Raises:
+            CacheError: unless it is a boolean for each token of each sequence.
+        """
+        if is_image.ndim != 2 or is_image.dtype != torch.bool:
+            raise CacheError(
+                f"labels of images are {is_image.dtype} {list(is_image.shape)}; expected a boolean for each token of "
+                "each sequence, [B, T], such as input_ids == model.config.image_token_id"
+            )
+        for _, _, layer in self._composed():
+            layer.label(is_image)
+
+    def _composed(self) -> Iterator[tuple[int, tuple[int, ...] | None, ComposedLayer]]:
+        """Yield the layers that sort or transform, or the groups of their KV heads, each with its index and heads."""
         for index, layer in enumerate(self.layers):
             groups = layer.groups if isinstance(layer, GroupedLayer) else ((None, layer),)
-            parts += [HeldPrompt(index, heads, part) for heads, part in groups if _holds(part)]
-        return parts
+            for heads, part in groups:
+                if isinstance(part, ComposedLayer):
+                    yield index, heads, part
 
     @contextmanager
     def reading_again(self, part: slice) -> Iterator[None]:
@@ -271,10 +294,6 @@ class MixedCache(CountingCache):
             layer.allocated_bytes + layer.state_nbytes if isinstance(layer, MixedLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
-
-
-def _holds(layer: object) -> TypeGuard[ComposedLayer]:
-    return isinstance(layer, ComposedLayer) and layer.held is not None
 
 
 def _rotations(plan: Plan, config: PreTrainedConfig) -> Rotations | None:

@@ -10,10 +10,13 @@ import torch
 from kvmix_kernels.segments import EVICTED
 from torch import Tensor
 
+from ..errors import PolicyError
 from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from .archive import Archive
 from .buffer import Buffer, lasting
+from .labels import ImageLabels
+from .merging import MERGES, LeavingTokens, Merge
 from .observation import AttentionCall, QuerySample, TailAttention
 from .policies import Candidates, TokenScore, token_score
 from .policies.tokens import SAMPLED_QUERIES, at_positions
@@ -54,6 +57,11 @@ class TokenChoice(ABC):
     def allocated_bytes(self) -> int:
         """Return the bytes held, room to grow included."""
         return self.sorted.allocated_bytes + self._statistic_bytes
+
+    @property
+    def needs_queries(self) -> bool:
+        """Return whether the model must show its queries."""
+        return self.score.needs_queries
 
     @property
     def is_sorting(self) -> bool:
@@ -112,8 +120,8 @@ class TokenChoice(ABC):
             shape = (*archive.rows, None, archive.example.shape[3])
             self._queries = archive.tensor("queries", self._queries, shape, torch.float32)
             self._scaling = float(archive.fact("scaling", self._scaling))
+        self._arrived = archive.tokens
         if self.policy.when == "prompt":
-            self._arrived = archive.tokens
             self._prompt = archive.number("prompt", self._prompt or 0) or None
 
     @property
@@ -158,13 +166,57 @@ class TokenChoice(ABC):
 
 
 class TokenTiers(TokenChoice):
-    """Tiers by shares; `sorted` is `[B, H_kv, T]` uint8, the tier of every token that has left the tail."""
+    """Tiers by shares; `sorted` is `[B, H_kv, T]` uint8, the tier of every token that has left the tail.
+
+    Tokens that are dropped may be merged into those that stay, of the same flush.
+    """
 
     _latest: Tensor | None = None
+    _merge: Merge | None = None
+
+    def __init__(self, policy: TokenPolicy, layer: int = 0, rope: Rope | None = None) -> None:
+        super().__init__(policy, layer, rope)
+        self._labels = None if policy.images is None else ImageLabels()
+        self._merging = None if policy.merge is None else MERGES[policy.merge]()
+        if self._merging is not None and self._merging.weighs and not self.score.weighs:
+            raise PolicyError(
+                f"layer {layer}: merge: {policy.merge} weighs by the attention that tokens have received, which the "
+                f"score {policy.score} does not look at; use the score attention"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes in use."""
+        return super().nbytes + self._own_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Return the bytes held, room to grow included."""
+        return super().allocated_bytes + self._own_bytes
 
     @property
     def sorted_tokens(self) -> int:
         return self.sorted.length
+
+    @property
+    def needs_queries(self) -> bool:
+        """Return whether the model must show its queries, and with them the padding, which is never merged."""
+        return super().needs_queries or self._merging is not None
+
+    @property
+    def merge(self) -> Merge | None:
+        """Return the merge of the tokens that `choose` has just sorted; None if they stay as they are."""
+        return self._merge
+
+    def label(self, keys: Tensor, told: Tensor | None) -> None:
+        """Note which of the tokens with new keys `[B, H_kv, S, D]` are of an image: those that are told, `[B, m]`."""
+        if self._labels is not None:
+            self._labels.arrive(keys.shape[0], keys.shape[2], told, keys.device)
+
+    def see(self, call: AttentionCall, kv_heads: int) -> None:
+        """Note the padding of a forward's sequences, if tokens are merged."""
+        if self._merging is not None:
+            self._merging.see(call, kv_heads)
 
     def choose(self, keys: Tensor, values: Tensor, start: int) -> Tensor:
         """Choose and return the tiers `[B, H_kv, n]` uint8 of the tail's oldest tokens.
@@ -176,18 +228,26 @@ class TokenTiers(TokenChoice):
         """
         batch, heads, count, _ = keys.shape
         *counts, evicted = self.policy.counts(count)
+        self._merge = None
         if not self.is_sorting:
             own = torch.tensor(len(counts) - 1, dtype=torch.uint8, device=keys.device)
             self._latest = own.expand(batch, heads, count)
         else:
             kept = count - evicted if evicted else count - counts[-1]
             candidates = self._candidates(keys, values, start, kept)
-            ranking = self.score.ranking(candidates, self.policy.granularity)
+            ranking = self._with_images(self.score.ranking(candidates, self.policy.granularity), start)
             order = ranking.argsort(dim=-1, descending=True, stable=True)
             sizes = torch.tensor([*counts, evicted], device=keys.device)
             numbers = torch.tensor([*range(len(counts)), EVICTED], dtype=torch.uint8, device=keys.device)
             in_order = numbers.repeat_interleave(sizes, output_size=count).expand(batch, heads, count)
             self._latest = torch.empty_like(order, dtype=torch.uint8).scatter_(-1, order, in_order)
+            if self._merging is not None:
+                are_tokens = self._merging.are_tokens(candidates.places)
+                stays = self._latest != EVICTED
+                leaving = LeavingTokens(keys, stays, evicted, are_tokens, candidates.attention)
+                self._merge = self._merging.merge(leaving)
+        if self._labels is not None:
+            self._labels.forget_before(start + count)
         self.sorted.append(self._latest)
         return self._latest
 
@@ -200,17 +260,44 @@ class TokenTiers(TokenChoice):
     def forget_oldest(self, count: int) -> None:
         """Forget the statistics of the oldest `count` tokens, which have left the tail."""
         super().forget_oldest(count)
-        self._latest = None
+        self._latest = self._merge = None
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch selection or a move to everything held."""
+        super().apply(change)
+        for part in (self._merging, self._labels):
+            if part is not None:
+                part.apply(change)
 
     def crop(self, count: int, tail: int, packed: int) -> None:
         """Take the last `count` tokens back; see `TokenChoice.crop`."""
         super().crop(count, tail, packed)
         self.sorted.truncate(packed)
+        if self._labels is not None:
+            self._labels.crop(self._arrived, self._arrived - tail)
 
     def exchange(self, archive: Archive, tokens: int) -> None:
         """Give the tiers of all `tokens` that have left the tail to an archive, and the statistics, or take them."""
         archive.buffer("tiers", self.sorted, (*archive.rows, tokens), torch.uint8)
         super().exchange(archive, tokens)
+        for name, part in (("merging", self._merging), ("labels", self._labels)):
+            if part is not None:
+                part.exchange(archive.part(name))
+
+    @property
+    def _own_bytes(self) -> int:
+        return sum(part.nbytes for part in (self._merging, self._labels) if part is not None)
+
+    def _with_images(self, ranking: Tensor, start: int) -> Tensor:
+        """Return a ranking `[B, H_kv, n]` with tokens of an image before, or after, all others: chunks as most are."""
+        if self._labels is None:
+            return ranking
+        count, chunk = ranking.shape[2], self.policy.granularity
+        is_image = self._labels.of(start, count).unflatten(1, (count // chunk, chunk)).float().mean(-1) > 0.5
+        is_first = is_image.repeat_interleave(chunk, dim=1)[:, None] == (self.policy.images == "first")
+        places = ranking.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        ahead: Tensor = is_first.long() * count - places
+        return ahead
 
 
 def sample_of(score: TokenScore) -> QuerySample:

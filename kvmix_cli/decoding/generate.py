@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
+from ..cache.mixed import MixedCache
 from ..errors import KvmixError, is_out_of_memory
+from ..models.multimodal import image_tokens
 from .feed import fill
 from .prompt_scores import scores_prompts
 from .settings import continue_tokens, greedy_settings
@@ -114,6 +116,7 @@ def generate(
         torch.manual_seed(seed)
     try:
         ids, reused = torch.tensor([list(prompt_ids)], device=loaded.device), cache.get_seq_length()
+        _label_images(loaded, ids[:, reused:], cache)
         filling = _fill(loaded, ids, cache, on_prompt)
         continue_tokens(loaded, ids, cache, settings, streamer=streamer, inputs=inputs)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -134,6 +137,12 @@ def generate(
         decode_seconds=last - first,
         reused_tokens=reused,
     )
+
+
+def _label_images(loaded: LoadedModel, ids: Tensor, cache: Cache) -> None:
+    """Tell a cache which tokens of a prompt `[1, T]` are of an image, if its plan may ask."""
+    if isinstance(cache, MixedCache) and (tokens := image_tokens(loaded.config)):
+        cache.label(torch.isin(ids, torch.tensor(tokens, device=ids.device)))
 
 
 @torch.inference_mode()

@@ -40,6 +40,12 @@ def without_speech(config: PreTrainedConfig) -> PreTrainedConfig:
     return part if isinstance(part, PreTrainedConfig) else config
 
 
+def image_tokens(config: PreTrainedConfig) -> list[int]:
+    """Return the ids that stand for parts of an image or a video in a prompt; none of a model that reads text only."""
+    names = (f"{of}_token_{kind}" for of in ("image", "video") for kind in ("id", "index"))
+    return [token for name in names if isinstance(token := getattr(config, name, None), int)]
+
+
 def find_loader(config: PreTrainedConfig, *, reads_images: bool = False) -> Any | None:
     """Return the class of transformers that loads a model of this configuration, None if there is none.
 

@@ -11,6 +11,7 @@ A token or channel in no tier and no group is stored at its layer's own bits, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -190,6 +191,10 @@ class TokenPolicy(PolicySetting):
         score: measure of importance, a name of `cache/policies`, or a score of kvpress, `press:SnapKVPress()`.
         tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
+        merge: rule by which tokens that are dropped go into tokens that stay, a name of `cache/merging`; None for none.
+        weigh: a token at the layer's own bits counts for those that are dropped, too, in the softmax of attention.
+        images: tokens of an image come before, or after, all others in the order, whatever their scores; None for
+            alike. A cache is told which they are, `MixedCache.label`.
         keep: tokens that a layer keeps, sinks and window included; None for shares.
         when: tokens that are sorted and dropped: all, or only those of the prompt, which ends at the first forward of
             a single token. Later ones have the layer's own bits.
@@ -200,6 +205,9 @@ class TokenPolicy(PolicySetting):
     score: str = "attention"
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
+    merge: str | None = None
+    weigh: bool = False
+    images: Literal["first", "last"] | None = None
     keep: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     when: Literal["always", "prompt"] = "always"
     flush: int = Field(default=320, ge=16, le=MOST_TOKENS)
@@ -218,6 +226,18 @@ class TokenPolicy(PolicySetting):
             raise ValueError(f"shares {claimed} and {self.evict:g} to evict leave nothing for the layer's own bits")
         return self
 
+    @model_validator(mode="after")
+    def _merges_what_it_drops(self) -> TokenPolicy:
+        if self.merge is not None and not self.evict:
+            raise ValueError(f"merge: {self.merge} is of a share of tokens that are dropped; add evict, without keep")
+        if self.images is not None and self.keep is not None:
+            raise ValueError("images come first or last in an order of shares; leave out keep")
+        if self.weigh and (not self.evict or self.when == "prompt"):
+            raise ValueError(
+                "weigh is of a share that is dropped of all tokens; add evict, without keep and when: prompt"
+            )
+        return self
+
     def of_layer(self, own: TokenShares) -> TokenPolicy | None:
         """Return this policy with what a layer has of its own; None if the layer then sorts and drops nothing.
 
@@ -234,7 +254,9 @@ class TokenPolicy(PolicySetting):
         evict = self.evict if own.evict is None else own.evict
         if not tiers and not evict:
             return None
-        return TokenPolicy.model_validate({**self.model_dump(), "tiers": tiers, "evict": evict})
+        given = {**self.model_dump(), "tiers": tiers, "evict": evict}
+        given |= {} if evict else {"merge": None, "weigh": False}
+        return TokenPolicy.model_validate(given)
 
     def _with_keep(self, own: TokenShares) -> TokenPolicy | None:
         """Return this policy with a layer's own number of tokens to keep; None for `evict: 0`, which keeps all."""
@@ -255,6 +277,12 @@ class TokenPolicy(PolicySetting):
     def evicts(self) -> bool:
         """Return whether tokens are dropped."""
         return bool(self.evict) or self.keep is not None
+
+    @property
+    def log_weight(self) -> float:
+        """Return the logarithm of the number of tokens that one at the layer's own bits counts for."""
+        own, evicted = self.shares[-2:]
+        return math.log(1 + evicted / own) if self.weigh else 0.0
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

@@ -4,7 +4,7 @@ All of them have pages of 64 tokens where their policy allows it, groups of 64 e
 tokens, so that equal stored bits are equal bytes. What a preset changes to reach a size depends on what it does:
 
     widths only, tiers, channel runs   widths, of keys before values; tiers and runs stay wider than the rest
-    a share of tokens evicted          the share, with the preset's own slope over the layers
+    a share of tokens evicted          the share, with the preset's own slope over the layers; then widths
     a number of tokens kept            the number, and the window with it
 
 Between two widths, the first layers have the wider one.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
@@ -179,11 +180,14 @@ def _filled(
 def _evicting(
     preset: Preset, widths: Widths, tokens: TokenPolicy, model: ModelInfo, stored_bits: float
 ) -> tuple[dict[int, LayerPlan], CacheSettings]:
-    """Return layers of a preset's widths that evict no more than is needed, in the shortest flush that serves."""
-    plain = _Rung(preset, widths, 0).layers(model)
-    quantizes = any(tensor.window_bits < FULL_PRECISION_BITS for layer in plain.values() for tensor, _ in layer.tensors)
-    page = EVICTION_PAGE if quantizes else BUDGET_PAGE
-    for flush in EVICTION_FLUSHES:
+    """Return layers of a preset's widths that evict no more than is needed, in the shortest flush that serves.
+
+    Layers that keep all tokens may leave too little room: then all widths are lowered as far as it takes.
+    """
+    for step, flush in product(range(0, STEPS[-1] - 1, -1), EVICTION_FLUSHES):
+        plain = _Rung(preset, widths, step).layers(model)
+        quantizes = any(of.window_bits < FULL_PRECISION_BITS for layer in plain.values() for of, _ in layer.tensors)
+        page = EVICTION_PAGE if quantizes else BUDGET_PAGE
         shares = {"tokens": tokens.model_copy(update={"evict": 0.5, "flush": flush}), "page": page}
         cache = CacheSettings.model_validate({**LAYOUT, **preset.cache.axes, **shares})
         if (whole := _bits(plain, cache.model_copy(update={"tokens": None}), model)) <= stored_bits:

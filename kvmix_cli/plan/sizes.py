@@ -28,6 +28,7 @@ from ..codecs import CODECS, PageCodec
 from .codec import TransformTensor
 from .geometry import HeadGeometry, ModelInfo
 from .layers import AnyTensor, LayerPlan, TensorPlan
+from .merges import kept_numbers
 from .settings import CacheSettings
 
 BitCount = Literal["nominal", "stored"]
@@ -329,8 +330,9 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
         held, numbers = min(tokens, cache.kept), statistics.of_unit(cache.tokens.when == "always")
         index = held * POSITION_BYTES + held // unit * numbers * STATISTIC_BYTES
     waiting = max(0, context - cache.sink - tokens) * statistics.numbers(heads.kv_heads, context)
-    queries = statistics.queries * heads.elements("key")
-    return kept + index * heads.kv_heads + (waiting + queries) * STATISTIC_BYTES
+    labels = 0 if cache.tokens.images is None else context - (cache.sink + tokens if tokens else 0)
+    once = statistics.queries * heads.elements("key") + kept_numbers(cache.tokens.merge, heads.kv_heads)
+    return kept + index * heads.kv_heads + (waiting + once) * STATISTIC_BYTES + labels
 
 
 def exact_tokens(layer: LayerPlan, cache: CacheSettings) -> int:

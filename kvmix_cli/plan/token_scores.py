@@ -56,7 +56,7 @@ _KNOWN: dict[str, WaitingStatistics] = {
     "kvzip": ATTENTION,
     "bumblebee": ATTENTION,
     "expected-attention": WaitingStatistics(queries=64),
-    **dict.fromkeys(("keydiff", "leverage", "key-norm", "recency", "random"), NOTHING),
+    **dict.fromkeys(("keydiff", "leverage", "key-norm", "recency", "random", "balancekv", "subgen"), NOTHING),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -122,9 +123,12 @@ def _tokens(policy: TokenPolicy) -> str:
         parts = [f"{share} at k{tier.k}v{tier.v}" for share, tier in zip(tiers, policy.tiers, strict=True)]
         parts.append(f"{own} at the layer's bits")
         if policy.evict:
-            parts.append(f"{evicted} evicted")
+            parts.append(f"{evicted} evicted" + (f" and merged by {policy.merge}" if policy.merge else ""))
+        if policy.weigh:
+            parts.append(f"each of these counted as {math.exp(policy.log_weight):.4g}")
     of_prompt = ", of the prompt only" if policy.when == "prompt" else ""
-    return f"by {policy.score}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"
+    images = f", images {policy.images}" if policy.images else ""
+    return f"by {policy.score}{images}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"
 
 
 def _reading(reading: SelectiveReading) -> str:

@@ -151,19 +151,19 @@ def _solvers() -> Iterator[ListedItem]:
 
 
 def _policies() -> Iterator[ListedItem]:
-    """Yield the scores of tokens and of key channels: classes that a registry's decorator names, then the user's."""
-    folder = PACKAGE / "cache" / "policies"
-    shipped = set()
-    files = sorted(folder.glob("*.py"), key=lambda path: (path.stem == "channels", path.stem))
-    for path in files:
-        of = "channels" if path.stem == "channels" else "tokens"
+    """Yield scores of tokens, rules that merge, scores of key channels: named by a decorator, then the user's own."""
+    cache, shipped = PACKAGE / "cache", set()
+    scores = sorted((cache / "policies").glob("*.py"), key=lambda path: (path.stem == "channels", path.stem))
+    for path in (*scores[:-1], *sorted((cache / "merging").glob("*.py")), scores[-1]):
+        of = {"merging": "merge"}.get(path.parent.name, "channels" if path.stem == "channels" else "tokens")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and (name := _registered_name(node)) is not None:
                 yield ListedItem(name, f"{of}: {first_sentence(ast.get_docstring(node) or '')}", (("of", of),))
                 shipped.add(name)
-    if (module := sys.modules.get("kvmix_cli.cache.policies")) is None:  # no file of the user's has loaded it
+    if (policies := sys.modules.get("kvmix_cli.cache.policies")) is None:  # no file of the user's has loaded it
         return
-    for of, registry in (("tokens", module.TOKEN_SCORES), ("channels", module.CHANNEL_SCORES)):
+    merges = getattr(sys.modules.get("kvmix_cli.cache.merging"), "MERGES", {})
+    for of, registry in (("tokens", policies.TOKEN_SCORES), ("merge", merges), ("channels", policies.CHANNEL_SCORES)):
         for name in registry:
             if name not in shipped:
                 yield ListedItem(name, f"{of}: {first_sentence(registry[name].__doc__ or '')}", (("of", of),))

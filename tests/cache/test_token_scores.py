@@ -135,6 +135,69 @@ def test_greedy_tokens_stand_for_the_others():
     assert coverage(keys[0, 0], chosen) > 1.1 * coverage(keys[0, 0], torch.arange(8))
 
 
+def walked(keys, values, is_there, chances):
+    """Signs of BalanceKV's walk, in loops of float64."""
+    x = keys - keys.mean(0)
+    kernel = np.exp(x @ x.T / np.sqrt(x.shape[1])) * (values @ values.T + 0.025)
+    signs = np.zeros(len(keys))
+    for i in range(len(keys)):
+        chance = 0.5 - sum(signs[j] * kernel[i, j] for j in range(i)) / (2 * kernel[i, i])
+        signs[i] = is_there[i] * (1 if chances[i] < chance else -1)
+    return signs
+
+
+def test_balanced_halves_stay_as_many_rounds_as_their_walks_say():
+    tokens = candidates(kept=12)
+    scores, rounds = ranking("balancekv", tokens), 2
+    chances = torch.rand(rounds + 1, 3, 48, generator=torch.Generator().manual_seed(0)).double().numpy()
+    for row, head in itertools.product(range(2), range(3)):
+        keys, values = (x[row, head].double().numpy() for x in (tokens.keys, tokens.values))
+        stays, expected = np.ones(48, bool), chances[0, head].copy()
+        for number in range(rounds):
+            stays = stays & (walked(keys, values, stays, chances[number + 1, head]) > 0)
+            expected += stays
+        np.testing.assert_allclose(scores[row, head].numpy(), expected, rtol=1e-5)
+
+
+def test_halves_balance_better_than_chance():
+    """Of keys in clusters: twice what attention reads of the half that stays is nearer to all than of a random half."""
+    clusters = normal(2, 3, 8, 32, seed=3).repeat_interleave(64, dim=2)[:, :, normal(512).argsort()]
+    keys, values = (clusters + 0.3 * normal(2, 3, 512, 32)).split(16, dim=-1)
+    tokens, queries = Candidates(keys, values, kept=256), normal(2, 3, 64, 16, seed=2)
+    weights = (queries @ tokens.keys.mT / 4).exp()
+    off = {}
+    for name in ("balancekv", "random"):
+        stays = ranking(name, tokens).argsort(-1, descending=True).argsort(-1) < 256
+        off[name] = ((weights * (2 * stays[:, :, None] - 1.0)) @ tokens.values).norm()
+    assert off["balancekv"] < 0.5 * off["random"]
+
+
+def test_centres_are_far_from_each_other():
+    def formula(keys):
+        turns, distance = np.full(len(keys), -12.0), np.linalg.norm(keys - keys.mean(0), axis=1)
+        for turn in range(12):
+            best = int(np.argmax(np.where(turns > -12, -1, distance)))
+            turns[best] = -turn
+            new = np.linalg.norm(keys - keys[best], axis=1)
+            distance = new if turn == 0 else np.minimum(distance, new)
+        return turns
+
+    tokens = candidates(kept=12)
+    torch.testing.assert_close(ranking("subgen", tokens), every_head(tokens, formula), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["balancekv", "subgen"])
+def test_samples_are_of_each_block(name):
+    """320 tokens are two blocks of 160."""
+    tokens = candidates(320, kept=160)
+    whole, first = ranking(name, tokens), Candidates(tokens.keys[:, :, :160], tokens.values[:, :, :160], kept=80)
+    chosen = whole.argsort(-1, descending=True).argsort(-1) < 160
+    assert (chosen[:, :, :160].sum(-1) > 50).all()
+    assert (chosen[:, :, 160:].sum(-1) > 50).all()
+    if name == "subgen":
+        torch.testing.assert_close(whole[:, :, :160], ranking(name, first))
+
+
 class Spy(TokenScore):
     """Keeps copies of what it is given: the tail's memory is used again."""
 

@@ -8,11 +8,12 @@ import yaml
 from commandline import TINY, kvmix, kvmix_json, refused
 
 from kvmix_cli import extensions
+from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.cache.policies import TOKEN_SCORES
 from kvmix_cli.cache.transforms import TRANSFORMS
 from kvmix_cli.codecs import CODECS
 from kvmix_cli.models.loading import load_info
-from kvmix_cli.plan import CacheSettings, Plan, token_scores
+from kvmix_cli.plan import CacheSettings, Plan, merges, token_scores
 from kvmix_cli.profiling import PROBES
 
 SCORE = """
@@ -37,6 +38,7 @@ class Negated(Transform):
     restore = query = output = store
 """
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text()
+MERGE = PAGE.split("```python\n# my_merge.py\n")[1].split("```")[0]
 CODEC = PAGE.split("```python\n# my_codec.py\n")[1].split("```")[0]
 PROBE = """
 from kvmix_cli.profiling import PROBES
@@ -52,9 +54,10 @@ PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch, tmp_path):
     """Forget afterwards what the files have registered."""
-    for registry in (TOKEN_SCORES, TRANSFORMS, CODECS, PROBES):
+    for registry in (TOKEN_SCORES, MERGES, TRANSFORMS, CODECS, PROBES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
+    monkeypatch.setattr(merges, "_OF_HEAD", dict(merges._OF_HEAD))
     monkeypatch.setattr(extensions, "_LOADED", {})
     monkeypatch.chdir(tmp_path)
 
@@ -95,6 +98,19 @@ def test_a_transform_of_ones_own():
     negated = kvmix_json("run", *TINY, "--plan", path, *given)
     plain = kvmix_json("run", *TINY, "--plan", plan({}), *given)
     assert negated["text"] == plain["text"]  # codes of -x are those of x, mirrored
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded_once")
+def test_the_merge_of_the_docs_runs_and_is_listed():
+    path = plan({"tokens": {"score": "keydiff", "evict": 0.5, "merge": "nearest", "flush": 64}})
+    asked = ("run", *TINY, "--plan", path, "--prompt", PROMPT, "--max-new-tokens", "2")
+    assert "unknown rule to merge tokens 'nearest'" in refused(kvmix(*asked))
+    given = ("--import", write("mine.py", MERGE))
+    assert kvmix_json(*asked, *given)["quantized_share"] > 0
+    items = {item["name"]: item["summary"] for item in kvmix_json("list", "policies", *given)["items"]}
+    assert items["nearest"].startswith("merge: Half of the most similar dropped token joins")
+    assert "50 % evicted and merged by nearest" in kvmix("inspect", path, *given).stdout
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from commandline import kvmix, kvmix_json, refused
 from made_up import make_info
 
 from kvmix_cli.allocation import METHODS
+from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.cache.policies import CHANNEL_SCORES, TOKEN_SCORES
 from kvmix_cli.codecs import CODECS
 from kvmix_cli.evaluation import SETS, tasks
@@ -23,7 +24,7 @@ NAMES = {
     "solvers": lambda: METHODS,
     "tasks": lambda: [*tasks(), *SETS],
     "codecs": lambda: CODECS,
-    "policies": lambda: [*TOKEN_SCORES, *CHANNEL_SCORES],
+    "policies": lambda: [*TOKEN_SCORES, *MERGES, *CHANNEL_SCORES],
     "exports": lambda: TARGETS,
 }
 

@@ -8,10 +8,11 @@ import pytest
 from commandline import kvmix
 
 from kvmix_cli import extensions
+from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.cache.policies import TOKEN_SCORES
 from kvmix_cli.cache.transforms import TRANSFORMS
 from kvmix_cli.codecs import CODECS
-from kvmix_cli.plan import ModelInfo, Plan, token_scores
+from kvmix_cli.plan import ModelInfo, Plan, merges, token_scores
 from kvmix_cli.plan.document import parse_yaml
 from kvmix_cli.plan.plan import is_kvtuner
 from kvmix_cli.plan.presets import Preset
@@ -45,9 +46,10 @@ def blocks(language):
 @pytest.fixture
 def forgetful(monkeypatch):
     """Forget afterwards what an example registers."""
-    for registry in (TOKEN_SCORES, TRANSFORMS, CODECS, PROBES):
+    for registry in (TOKEN_SCORES, MERGES, TRANSFORMS, CODECS, PROBES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
+    monkeypatch.setattr(merges, "_OF_HEAD", dict(merges._OF_HEAD))
     monkeypatch.setattr(extensions, "_LOADED", {})
 
 

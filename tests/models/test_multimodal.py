@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from commandline import kvmix, kvmix_json, refused
+from kvmix_kernels.segments import EVICTED
 from PIL import Image
 from transformers.cache_utils import DynamicCache
 
+from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.decoding.feed import document_loss
 from kvmix_cli.decoding.generate import generate
@@ -22,6 +24,7 @@ from kvmix_cli.models.attention import set_attention
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.layers import LayerPlan, TensorPlan
+from kvmix_cli.plan.policies import TokenPolicy
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.texts.images import image_prompt, read_images
@@ -97,6 +100,28 @@ def test_pictures_are_read_as_the_model_itself_reads_them(folder, processor, pic
     inputs = {**prompt.inputs, "pixel_values": torch.zeros_like(prompt.inputs["pixel_values"])}
     logits = [loaded.model(input_ids=ids, **each).logits[0, -1] for each in (prompt.inputs, inputs)]
     assert not torch.allclose(*logits), "the picture counts"
+
+
+def test_tokens_of_pictures_are_the_first_to_be_dropped(folder, processor, tmp_path):
+    """`run` tells a cache which tokens of the prompt are of a picture, in every model that reads some."""
+    loaded = load_model(folder, reads_images=True)
+    pictures = read_images([multimodal.picture(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)])
+    prompt = image_prompt(loaded.processor, TEXT[:700], pictures, "m")
+    policy = TokenPolicy(score="attention", evict=0.5, images="last", flush=64)
+    settings = CacheSettings(page=16, sink=0, window=Recent(tokens=8), group_size=16, tokens=policy)
+    layer = LayerPlan(k=TensorPlan(bits=4), v=TensorPlan(bits=4))
+    plan = Plan.build(loaded.info, dict.fromkeys(loaded.info.quantizable, layer), settings)
+    cache = MixedCache.from_plan(plan, loaded.config)
+    generate(loaded, prompt.ids, cache, max_new_tokens=3, inputs=prompt.inputs)
+    tiers = cache.layers[loaded.info.quantizable[0]].stores[0].packing.view.tier[0]
+    is_image = torch.isin(torch.tensor(prompt.ids), torch.tensor(loading.image_tokens(loaded.config)))
+    assert 12 <= is_image.sum() <= tiers.shape[1] // 2
+    assert (tiers[:, is_image[: tiers.shape[1]]] == EVICTED).all()
+    assert (tiers == EVICTED).sum(1).tolist() == [tiers.shape[1] // 2] * 2
+
+
+def test_a_model_of_text_has_no_tokens_of_images():
+    assert loading.image_tokens(transformers.LlamaConfig()) == []
 
 
 @pytest.mark.slow

@@ -108,13 +108,14 @@ tiers = st.lists(
     gone=st.sampled_from([0, 1, 20]),
     sinks=st.sampled_from([0, 3]),
     has_tail=st.booleans(),
+    log_weight=st.sampled_from([0.0, 0.0, 1.7]),
     shape=shapes,
     dtype=dtypes,
     call=calls,
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=80, deadline=None)
-def test_tokens_in_tiers(tiers, sizes, gone, sinks, has_tail, shape, dtype, call, seed):
+def test_tokens_in_tiers(tiers, sizes, gone, sinks, has_tail, log_weight, shape, dtype, call, seed):
     torch.manual_seed(seed)
     keys, values = [], []
     for (kind, *bits), size in zip(tiers, sizes, strict=False):
@@ -129,7 +130,7 @@ def test_tokens_in_tiers(tiers, sizes, gone, sinks, has_tail, shape, dtype, call
         )
         values.append(packed_pages("value", bits[1], size, 32, **shape))
     tail = call["queries"] + seed % 5 if has_tail else 0
-    packed = in_tiers(keys, values, gone)
+    packed = in_tiers(keys, values, gone, log_weight)
     key, value = (
         Segments(torch.randn(2, 2, sinks, width) if sinks else None, tiers, torch.randn(2, 2, tail, width))
         for tiers, width in zip(packed, (48, 32), strict=True)

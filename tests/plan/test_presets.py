@@ -28,6 +28,8 @@ from kvmix_cli.plan.windows import Recent
 
 NAMES = (
     "asymkv",
+    "balancekv",
+    "cam",
     "chunkkv",
     "cocktail",
     "d2o",
@@ -40,10 +42,12 @@ NAMES = (
     "kivi-4",
     "kvarn",
     "kvcrush",
+    "kvmerger",
     "kvmix-paper",
     "kvquant",
     "kvzip",
     "leverage",
+    "look-m",
     "mikv",
     "minikv",
     "mixkvq",
@@ -58,6 +62,7 @@ NAMES = (
     "shadowkv",
     "snapkv",
     "streaming-512",
+    "subgen",
     "tada",
     "tokenselect",
     "tova",
@@ -87,7 +92,7 @@ def test_these_are_there():
 def test_the_head_comment_names_source_and_differences(name):
     comment, _, body = presets()[name].read_text().partition("format: ")
     assert all(line.startswith("#") for line in comment.splitlines())
-    assert re.search(r"arXiv \d{4}\.\d{5}", comment)
+    assert re.search(r"arXiv \d{4}\.\d{5}|openreview \w+", comment)
     assert "Differs from" in comment
     assert "#" not in body
 
@@ -124,7 +129,7 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     [
         ("mikw", r"\(did you mean 'mikv'\?\)"),
         ("papr", r"\(did you mean 'paper'\?\)"),
-        ("xyz", "known are asymkv, chunkkv, .* and kvtuner:FILE"),
+        ("xyz", "known are asymkv, balancekv, .* and kvtuner:FILE"),
     ],
 )
 def test_an_unknown_preset(name, hint):
@@ -348,5 +353,5 @@ def test_the_table_of_the_docs_is_what_the_code_computes():
     for name in NAMES:
         shown = [shown_plan(name, make_info(32, head_dim=head_dim)).bits for head_dim in (64, 128)]
         assert table[name][3:] == [f"{bits.nominal:.2f} / {bits.stored:.2f}" for bits in shown], name
-        source = re.search(r"\d{4}\.\d{5}", table[name][2])
+        source = re.search(r"\d{4}\.\d{5}|(?<=id=)\w+", table[name][2])
         assert source[0] in presets()[name].read_text()

@@ -29,11 +29,14 @@ def paths():
         yield name, functools.partial(cpu.attend, library())
 
 
-def in_tiers(keys, values, gone=0):
-    """Tiers of keys and of values, in an order of tokens that each KV head has to itself; `gone` tokens are evicted."""
+def in_tiers(keys, values, gone=0, log_weight=0.0):
+    """Tiers of keys and of values, in an order of tokens that each KV head has to itself; `gone` tokens are evicted.
+
+    Tokens of the last tier count for `exp(log_weight)` tokens each.
+    """
     batch, heads = (keys[0] if isinstance(keys[0], torch.Tensor) else keys[0].read(0, 0, torch.float32)).shape[:2]
     tier = tiers([count(held) for held in keys], gone, batch, heads)
-    return Tiers(tier, tuple(keys)), Tiers(tier, tuple(values))
+    return Tiers(tier, tuple(keys), log_weight), Tiers(tier, tuple(values), log_weight)
 
 
 def dense(tensor):
@@ -56,6 +59,13 @@ def seen(query, key, mask):
     gone = torch.zeros(key.shape[:3], dtype=torch.bool)
     gone[:, :, first:last] = key.packed.tier == EVICTED
     gone = gone.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+    if key.packed.log_weight:
+        is_last = torch.zeros(key.shape[:3], dtype=torch.bool)
+        is_last[:, :, first:last] = key.packed.tier == len(key.packed.held) - 1
+        more = key.packed.log_weight * is_last.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+        mask = (
+            torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) + more if mask.dtype == torch.bool else mask + more
+        )
     if mask.dtype == torch.bool:
         return mask & ~gone
     return mask.expand(*query.shape[:3], tokens).masked_fill(gone, -torch.inf)

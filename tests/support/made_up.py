@@ -4,9 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from kvmix_kernels.layout import ENCODERS
 
+from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.settings import ENCODES
+from kvmix_cli.plan.token_scores import statistics_of
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 
@@ -103,7 +105,9 @@ def token_policies(draw, page):
     widths = st.sampled_from(WIDTHS)
     tiers = tuple(Tier(share=part / pages, k=draw(widths), v=draw(widths)) for part in parts)
     score = draw(st.sampled_from(["attention", "normalised", "recency", "snapkv", "expected-attention"]))
-    return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, flush=pages * page)
+    rules = [rule for rule in MERGES if statistics_of(score).weighs or not MERGES[rule].weighs]
+    merge = draw(st.none() | st.sampled_from(rules)) if evicted else None
+    return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, merge=merge, flush=pages * page)
 
 
 @st.composite

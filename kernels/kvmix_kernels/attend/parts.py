@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Channels, Coded, Packed, Segments, SortedTokens, count
+from ..segments import Channels, Coded, Packed, Segments, SortedTokens, Tiers, count
 from .problem import AttentionProblem
 
 
@@ -44,7 +44,7 @@ def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
     parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
     for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):
         if count(keys):
-            of_tier = _mask_of_tier(problem, key.packed, index) if with_masks else None
+            of_tier = _weighed(problem, key.packed, index) if with_masks else None
             parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_tier))
     return parts
 
@@ -94,6 +94,19 @@ def _mask_of_ends(mask: Tensor | None, key: Segments) -> Tensor | None:
         return mask
     first, last = key.edges
     return torch.cat([mask[..., :first], mask[..., last:]], dim=-1) if first else mask[..., last:]
+
+
+def _weighed(problem: AttentionProblem, tiers: SortedTokens, index: int) -> Tensor | None:
+    """Return a tier's mask, with the logarithm of the number of tokens that each of its tokens counts for."""
+    mask = _mask_of_tier(problem, tiers, index)
+    more = tiers.log_weight if isinstance(tiers, Tiers) and index == len(tiers.held) - 1 else 0.0
+    if not more:
+        return mask
+    if mask is None or mask.dtype == torch.bool:
+        shape = (1, 1, 1, 1) if mask is None else mask.shape
+        weights = torch.full(shape, more, device=problem.query.device)
+        return weights if mask is None else weights.masked_fill_(~mask, -torch.inf)
+    return mask + more
 
 
 def _mask_of_tier(problem: AttentionProblem, tiers: SortedTokens, index: int) -> Tensor | None:

@@ -33,6 +33,7 @@ class PolicyFunctions:
     Attributes:
         channel_importance: importance `[B, H_kv, D]` of the channels of tokens `[B, H_kv, n, D]`.
         tiers_of: tiers `[B, H_kv, n]` uint8 of tokens `[B, H_kv, n, D]`.
+        merged: the same tokens `[B, H_kv, n, D]`, once their tiers are known, the dropped ones in those that stay.
         kept_of: what a budget keeps, of what is held and of tokens `[B, H_kv, n, D]`.
         sorted: the tiers of all tokens packed so far, or the positions of those that a budget keeps, shared by keys
             and values.
@@ -41,6 +42,7 @@ class PolicyFunctions:
 
     channel_importance: Callable[[Tensor], Tensor]
     tiers_of: Callable[[Tensor], Tensor] | None = None
+    merged: Callable[[Tensor], Tensor] | None = None
     kept_of: Callable[[Tensor], KeptUnits] | None = None
     sorted: Buffer | None = None
     unit: int = 1
@@ -66,7 +68,8 @@ def packing_of(
     room, flush = room if kept is None else min(room, kept), settings.tokens.flush
     parts = [_part(name, form, settings, int(room * form.share), functions) for form in forms]
     if functions.tiers_of is not None:
-        return TierPacking(name, parts, flush, functions.tiers_of, functions.sorted)
+        weight = settings.tokens.log_weight
+        return TierPacking(name, parts, flush, functions.tiers_of, functions.sorted, functions.merged, weight)
     if functions.kept_of is not None:
         return BudgetPacking(name, parts[0], flush, functions.unit, functions.kept_of, functions.sorted)
     raise AssertionError("a token policy has tiers, or a number of tokens to keep")

@@ -128,6 +128,8 @@ class TierPacking(SortedPacking):
     Args:
         tiers_of: the tiers `[B, H_kv, n]` uint8 of the tokens `[B, H_kv, n, D]` that are packed next.
         tier_of_token: the tiers of all tokens so far; shared by keys and values, so no part of `buffers`.
+        merged: the same tokens, with those that are dropped in those that stay; None where none are merged.
+        log_weight: logarithm of the number of tokens that each token of the last tier counts for.
     """
 
     def __init__(
@@ -137,17 +139,22 @@ class TierPacking(SortedPacking):
         flush: int,
         tiers_of: Callable[[Tensor], Tensor],
         tier_of_token: Buffer,
+        merged: Callable[[Tensor], Tensor] | None = None,
+        log_weight: float = 0.0,
     ) -> None:
         super().__init__(name, forms, flush)
         self._tiers_of = tiers_of
         self._tier_of_token = tier_of_token
+        self._merged = merged
+        self._log_weight = log_weight
 
     @property
     def view(self) -> Tiers:
-        return Tiers(self._tier_of_token.view[:, :, : self._tokens], self._held)
+        return Tiers(self._tier_of_token.view[:, :, : self._tokens], self._held, self._log_weight)
 
     def _pack(self, states: Tensor) -> None:
         tiers = self._tiers_of(states)
+        states = states if self._merged is None else self._merged(states)
         for index, form in enumerate(self._forms):
             form.pack(states[tiers == index].view(*states.shape[:2], -1, states.shape[3]))
 
