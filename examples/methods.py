@@ -94,6 +94,7 @@ HALVES = {
         score: {"score": score}
         for score in (
             "attention",
+            "balancekv",
             "bumblebee",
             "expected-attention",
             "key-norm",
@@ -104,6 +105,7 @@ HALVES = {
             "morphkv",
             "random",
             "snapkv",
+            "subgen",
             "tova",
         )
     },

@@ -93,8 +93,9 @@ class ComposedLayer(WatchingLayer):
         return (self._keys, self._values)[index].restore(states)
 
     def label(self, is_image: Tensor) -> None:
-        """Take which of the tokens that come next are of an image, `[B, m]` bool; those after them are text."""
-        self._told = is_image
+        """Take which of the tokens that come next are of an image, `[B, m]` bool, if the plan tells them from text."""
+        if self.settings.tokens is not None and self.settings.tokens.images is not None:
+            self._told = is_image
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H_kv, S, D]`; see `WatchingLayer.update`. A prompt that is held stays as it is.
@@ -274,6 +275,15 @@ class ComposedLayer(WatchingLayer):
             raise AssertionError("channels have no order without a channel policy")
         return self._channels.importance(ChannelStatistics(keys, self._queries.total))
 
+    def _prepare(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the stores, see `MixedLayer._prepare`, and refuse labels of other sequences."""
+        super()._prepare(key_states, value_states)
+        if self._told is not None and self._told.shape[0] != key_states.shape[0]:
+            raise CacheError(
+                f"layer {self.index} was told which tokens of {self._told.shape[0]} sequences are of an image, and was "
+                f"given {key_states.shape[0]}; label the ids that the model reads"
+            )
+
     def _begin(self, keys: Tensor, values: Tensor, query: Tensor | None) -> None:
         """Store the first tokens; transforms learn from them, and from their queries if any needs these."""
         self._keys.fit(keys, query)
@@ -285,7 +295,9 @@ class ComposedLayer(WatchingLayer):
         if self._tokens is not None:
             self._tokens.arrive(keys.shape[2])
         if isinstance(self._tokens, TokenTiers):
-            self._tokens.label(keys, self._next_labels(keys))
+            told, count = self._told, keys.shape[2]
+            self._tokens.label(keys, None if told is None else told[:, :count])
+            self._told = None if told is None or told.shape[1] <= count else told[:, count:]
         return segments
 
     def _next_labels(self, keys: Tensor) -> Tensor | None:

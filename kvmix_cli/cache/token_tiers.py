@@ -295,9 +295,9 @@ class TokenTiers(TokenChoice):
         count, chunk = ranking.shape[2], self.policy.granularity
         is_image = self._labels.of(start, count).unflatten(1, (count // chunk, chunk)).float().mean(-1) > 0.5
         is_first = is_image.repeat_interleave(chunk, dim=1)[:, None] == (self.policy.images == "first")
-        order = ranking.argsort(dim=-1, descending=True, stable=True)
-        with_images: Tensor = is_first.long() * count - order.argsort(dim=-1)
-        return with_images
+        places = ranking.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        ahead: Tensor = is_first.long() * count - places
+        return ahead
 
 
 def sample_of(score: TokenScore) -> QuerySample:

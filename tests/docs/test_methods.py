@@ -63,10 +63,12 @@ def write(folder, records):
 
 
 def test_differences_are_paired(tmp_path):
-    first = write(tmp_path / "a", [{"tokens": 10, "nll": 5.0 + i} for i in range(5)])
-    second = write(tmp_path / "b", [{"tokens": 10, "nll": 7.0 + i} for i in range(5)])
+    first = write(tmp_path / "a", [{"tokens": 10, "nll": 5.0 + i, "kl": [0.5, i]} for i in range(5)])
+    second = write(tmp_path / "b", [{"tokens": 10, "nll": 7.0 + i, "kl": [1.5, i]} for i in range(5)])
     found = against.difference(first, second)
     assert (found.value, found.low, found.high) == pytest.approx((-0.2, -0.2, -0.2))
+    found = against.difference(first, second, "kl")
+    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
     recalled = [write(tmp_path / name, [{"tokens": 9, "recalled": n}] * 2) for name, n in (("c", 4), ("d", 1))]
     assert against.difference(*recalled).value == 3
 

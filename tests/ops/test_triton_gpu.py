@@ -36,7 +36,7 @@ def to_gpu(stored):
     if isinstance(stored, Channels):
         return Channels(to_gpu(stored.order), stored.pages_per_order, tuple(map(to_gpu, stored.runs)))
     if isinstance(stored, Tiers):
-        return Tiers(stored.tier.to(DEVICE), tuple(map(to_gpu, stored.held)))
+        return Tiers(stored.tier.to(DEVICE), tuple(map(to_gpu, stored.held)), stored.log_weight)
     if not isinstance(stored, torch.Tensor):
         return type(stored)(to_gpu(stored.states))
     if stored._base is None:
