@@ -93,7 +93,7 @@ class TestEval:
         ("options", "said"),
         [
             (("--preset", "mikw"), "unknown preset 'mikw' (did you mean 'mikv'?)"),
-            (("--preset", "qqq"), "known are asymkv, chunkkv, cocktail, d2o, expected-attention, h2o, h2o-512,"),
+            (("--preset", "qqq"), "known are asymkv, block-gtq, bumblebee, chunkkv, cocktail, d2o, eigen,"),
             (("--preset", "mikv+qqq"), "unknown preset 'qqq'"),
             (("--preset", "mikv+"), "unknown preset ''"),
             (("--preset", "mikv+h2o"), "preset 'h2o' cannot be put on 'mikv': both sort tokens"),
