@@ -152,6 +152,7 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
         "score": problem.score_name if "score" in uses or predicted is not None else None,
         "seed": problem.seed if "seed" in uses else None,
         "group_sizes": list(problem.group_sizes) if "group_sizes" in uses else None,
+        "code_bits": None if problem.code_bits is None else list(problem.code_bits),
         "evict": list(problem.evictions) or None,
         "by_head": "widths" if problem.by_head else None,
         "budget": problem.budget.summary,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ..errors import BudgetError
 from ..plan.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
-from ..plan.metric import basis_of
-from ..plan.moments import LayerMoments, TensorMoments
+from ..plan.directions import Directions, basis_along
+from ..plan.moments import LayerMoments
 from ..profile import Profile
 
 SCORE = "fisher-metric"
@@ -20,12 +20,13 @@ SMALLEST_DEVIATION = 1e-8
 """Of a direction that no token of the calibration text differs in; no direction has less, so that all can be coded."""
 
 
-def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFile:
+def make_bases(profile: Profile, moments: Mapping[int, LayerMoments], directions: Directions = "loss") -> BasisFile:
     """Return the directions of all layers.
 
     Args:
         profile: the profile that `moments` belong to.
         moments: of every layer, from `plan.moments.read_moments`.
+        directions: where they come from.
 
     Raises:
         BudgetError: if the moments of a layer are missing, or not finite.
@@ -37,7 +38,7 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFi
         if index not in moments:
             raise BudgetError(f"the moments have no layer {index}; measure them again with --score {SCORE}")
         try:
-            return {name: _basis(getattr(moments[index], name), tokens) for name in TENSOR_NAMES}
+            return {name: _basis(moments[index], name, directions, tokens) for name in TENSOR_NAMES}
         except ValueError as error:
             raise BudgetError(f"layer {index} has no basis: {error}; measure it again with --score {SCORE}") from error
 
@@ -48,10 +49,12 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments]) -> BasisFi
     return BasisFile(profile.model.id, layers, frame, rope)
 
 
-def _basis(moments: TensorMoments, tokens: int | None) -> LayerBasis:
-    encode, decode, variances = basis_of(moments.metric, moments.covariance, tokens=tokens)
-    deviation = np.sqrt(np.maximum(variances, SMALLEST_DEVIATION**2))
-    return LayerBasis(*map(_floats, (encode, decode, moments.mean, deviation)))
+def _basis(layer: LayerMoments, name: TensorName, directions: Directions, tokens: int | None) -> LayerBasis:
+    own = layer.k if name == "k" else layer.v
+    pairs = layer.rope.pairs if name == "k" and layer.rope is not None else None
+    found = basis_along(directions, own.metric, own.covariance, tokens=tokens, pairs=pairs)
+    deviation = np.sqrt(np.maximum(found.eigenvalues, SMALLEST_DEVIATION**2))
+    return LayerBasis(*map(_floats, (found.encode, found.decode, own.mean, deviation)))
 
 
 def _floats(array: NDArray[np.float64]) -> Floats:

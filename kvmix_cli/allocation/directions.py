@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -38,6 +38,8 @@ class Filling(Generic[Tensor]):
         directions: of each bit, directions of its run: the code bits a token that it takes.
         worth: of each bit, nats a token that it saves, falling per direction.
         variance: of each run, the summed variance of its directions.
+        levels: widths that a direction may have, ascending from 0. What is said of bits holds for steps from one to the
+            next, which take and save as much as all of their bits.
     """
 
     shapes: Mapping[Tensor, tuple[int, int]]
@@ -45,10 +47,19 @@ class Filling(Generic[Tensor]):
     directions: NDArray[np.int64]
     worth: NDArray[np.float64]
     variance: NDArray[np.float64]
+    levels: NDArray[np.int64] = field(default_factory=lambda: np.arange(MAX_WIDTH + 1))
 
     @classmethod
-    def of(cls, variances: Mapping[Tensor, NDArray[np.float64]]) -> Filling[Tensor]:
-        """Return the order of the bits of tensors with these variances of directions, `[H_kv, D]`, falling."""
+    def of(
+        cls, variances: Mapping[Tensor, NDArray[np.float64]], widths: Sequence[int] | None = None
+    ) -> Filling[Tensor]:
+        """Return the order of the bits of tensors with these variances of directions, `[H_kv, D]`, falling.
+
+        Args:
+            widths: widths that a direction may have besides 0; None for all.
+        """
+        levels = np.array(sorted({0, *(range(MAX_WIDTH + 1) if widths is None else widths)}))
+        height = np.diff(levels)
         sums, sizes, shapes = [], [], {}
         for name, lengths in variances.items():
             starts = np.arange(0, lengths.shape[1], RUN)
@@ -57,12 +68,13 @@ class Filling(Generic[Tensor]):
             sums.append(runs.ravel())
             sizes.append(np.tile(np.diff(np.append(starts, lengths.shape[1])), runs.shape[0]))
         variance, size = np.concatenate(sums), np.concatenate(sizes)
-        saved = (_KEPT[:-1] - _KEPT[1:]) / 2
-        each = (variance / size)[:, None] * saved  # [runs, widths], falling along both
+        saved = -np.diff(_KEPT[levels]) / 2 / height
+        each = (variance / size)[:, None] * saved  # [runs, steps], nats a bit, falling along both
         order = np.argsort(-each, axis=None, kind="stable")
         order = order[each.ravel()[order] > 0]  # nobody reads a direction without variance
-        unit = order // MAX_WIDTH
-        return cls(shapes, unit, size[unit], each.ravel()[order] * size[unit], variance)
+        unit, step = np.divmod(order, len(height))
+        taken = size[unit] * height[step]
+        return cls(shapes, unit, taken, each.ravel()[order] * taken, variance, levels)
 
     @property
     def nothing(self) -> float:
@@ -114,6 +126,6 @@ class Filling(Generic[Tensor]):
         taken = np.bincount(self.unit[:count], minlength=len(self.variance))
         found, start = {}, 0
         for name, (heads, runs) in self.shapes.items():
-            found[name] = taken[start : start + heads * runs].reshape(heads, runs)
+            found[name] = self.levels[taken[start : start + heads * runs]].reshape(heads, runs)
             start += heads * runs
         return found

@@ -11,6 +11,7 @@ from ..errors import BudgetError, StateError
 from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
 from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
+from ..plan.directions import Directions
 from ..plan.document import reason
 from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
@@ -45,6 +46,7 @@ class AllocationOptions(TypedDict, total=False):
         seed: seed of methods that draw at random.
         basis: directions of the layers, which method `transform` needs; see `bases.make_bases`.
         exact: tokens of each page and KV head that transform codes keep exact; None for `exact.best_exact`.
+        code_bits: widths that a direction of transform codes may have besides 0; None for all.
         by_head: decide about every KV head by itself, by a score that has heads; for method `ilp`.
         evict: shares of tokens to evict that every layer chooses from, by a score that has measured them; likewise.
     """
@@ -60,6 +62,7 @@ class AllocationOptions(TypedDict, total=False):
     seed: int
     basis: BasisFile | None
     exact: int | None
+    code_bits: tuple[int, ...] | None
     by_head: bool
     evict: Sequence[float] | None
 
@@ -71,6 +74,8 @@ class Start:
     Attributes:
         k_bits, v_bits: widths to choose from; None for the method's own.
         method: method that decides if none is named; None for the profile's default.
+        directions: where directions of transform codes come from.
+        code_bits: widths that they may have besides 0; None for all.
     """
 
     budget: Budget
@@ -78,6 +83,8 @@ class Start:
     v_bits: tuple[int, ...] | None
     cache: CacheSettings
     method: str | None = None
+    directions: Directions = "loss"
+    code_bits: tuple[int, ...] | None = None
 
 
 def preset_start(name: str) -> Start:
@@ -98,7 +105,8 @@ def preset_start(name: str) -> Start:
 
 def _start(preset: Preset) -> Start | None:
     if preset.avg_bits is not None:
-        return Start(Budget(avg_bits=preset.avg_bits), None, None, preset.cache, preset.method)
+        budget = Budget(avg_bits=preset.avg_bits)
+        return Start(budget, None, None, preset.cache, preset.method, preset.directions, preset.code_bits)
     share = preset.layer_share
     if share is None:
         return None
@@ -151,6 +159,7 @@ def make_problem(
     seed: int = 0,
     basis: BasisFile | None = None,
     exact: int | None = None,
+    code_bits: tuple[int, ...] | None = None,
     by_head: bool = False,
     evict: Sequence[float] | None = None,
 ) -> Problem:
@@ -194,6 +203,7 @@ def make_problem(
         pins=dict(pins or {}),
         seed=seed,
         basis=basis,
+        code_bits=code_bits,
         by_head=by_head,
         evictions=evictions,
     )

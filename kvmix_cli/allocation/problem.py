@@ -59,6 +59,7 @@ class Problem:
         pins: layers that are decided already. Their cost is part of the plan's.
         seed: seed of methods that draw at random.
         basis: directions of the layers, for the method that gives bits to these.
+        code_bits: widths that a direction may have besides 0; None for all.
         by_head: decide about every KV head by itself.
         evictions: shares of tokens to evict that every layer chooses from; none for those of the cache's policy.
 
@@ -77,6 +78,7 @@ class Problem:
     pins: Mapping[int, LayerPlan] = field(default_factory=dict)
     seed: int = 0
     basis: BasisFile | None = None
+    code_bits: tuple[int, ...] | None = None
     by_head: bool = False
     evictions: tuple[float, ...] = ()
 

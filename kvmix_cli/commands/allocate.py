@@ -64,7 +64,7 @@ def allocate(
     caches = [_with_presets(each, storage) for each in storage.caches(cache)]
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
     if method == TRANSFORM:
-        chosen["basis"] = read_basis(source, path.parent)
+        chosen["basis"] = read_basis(source, path.parent, base.directions)
     command = ctx.meta[COMMAND_LINE]
     if method == FAMILY:
         from ..allocation import frontier
@@ -182,6 +182,7 @@ def _choices(
         "score": score or default_score(source, method),
         "seed": seed,
         "exact": storage.exact,
+        "code_bits": base.code_bits,
         "evict": storage.evict,
         "by_head": storage.by_head is not None and storage.by_head[0] == "widths",
     }

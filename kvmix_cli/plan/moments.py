@@ -48,6 +48,12 @@ class Rope(NamedTuple):
     layout: RopeLayout
     start: int
 
+    @property
+    def pairs(self) -> NDArray[np.intp]:
+        """Return the two channels of every pair, `[n, 2]`."""
+        channels = self.start + np.arange(2 * len(self.frequencies))
+        return channels.reshape(2, -1).T if self.layout == "half" else channels.reshape(-1, 2)
+
 
 class TensorMoments(NamedTuple):
     """Moments of one layer's keys, or values: `[H, D, D]`, `[H, D, D]` and `[H, D]`; the matrices are symmetric."""

@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from kvmix_kernels.layout import FULL_PRECISION_BITS
+from kvmix_kernels.transform_layout import MAX_WIDTH
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError, StateError, did_you_mean
 from ..registry import Registry
+from .directions import Directions
 from .document import StrictModel, read_yaml, validate
 from .geometry import ModelInfo
 from .layers import LayerPlan
 from .plan import Plan
-from .policies import known_width
+from .policies import Several, known_width
 from .pyramids import Pyramid
 from .settings import CacheSettings
 
@@ -105,6 +107,8 @@ class Preset(StrictModel):
         bits: widths by layer; None for a method of allocation.
         method: method of allocation, which decides from a profile.
         avg_bits: its budget of nominal bits.
+        directions: where the directions of its transform codes come from.
+        code_bits: widths that these may have besides 0; None for all.
         tokens: what the layers have of their own in the token policy of the cache, by depth; None for the same in all.
     """
 
@@ -112,6 +116,8 @@ class Preset(StrictModel):
     bits: Widths | None = None
     method: Literal["transform"] | None = None
     avg_bits: float | None = Field(default=None, gt=0, le=FULL_PRECISION_BITS)
+    directions: Directions = "loss"
+    code_bits: Annotated[Several[Annotated[int, Field(ge=1, le=MAX_WIDTH)]], Field(min_length=1)] | None = None
     tokens: Pyramid | None = None
     cache: CacheSettings
 
@@ -123,6 +129,8 @@ class Preset(StrictModel):
             raise ValueError("method and avg_bits go together")
         if (self.bits is None) == (self.method is None):
             raise ValueError("must have either bits, or method and avg_bits")
+        if self.method is None and self.model_fields_set & {"directions", "code_bits"}:
+            raise ValueError("directions and code_bits need a method")
         return self
 
     @classmethod

@@ -17,10 +17,11 @@ COLUMNS = (
     ("KL", "perplexity", "kl", ""),
     ("same token", "perplexity", "same_token", ""),
     ("recall", "recall", "recall", ""),
+    ("LongBench", "longbench", "longbench", ""),
     ("bytes", "memory", "measured_bytes", "bytes"),
     ("tokens/s", "throughput", "decode_tokens_per_s", ""),
 )
-"""Title, task, metric and unit of what is shown of each row, if its task was measured."""
+"""Title, task without its members, metric and unit of what is shown of each row, if its task was measured."""
 
 
 def system_tables(board: Board, context: int) -> list[Table]:
@@ -35,8 +36,8 @@ def system_tables(board: Board, context: int) -> list[Table]:
 
 def _table(board: Board, stored_bits: float, context: int) -> Table:
     standings = [each for each in board.standings if each.stored_bits == stored_bits]
-    measured = {report.task for report in board.reports}
-    shown = [column for column in COLUMNS if column[1] in measured]
+    measured = {report.task.partition(":")[0]: report.task for report in board.reports}
+    shown = [(title, measured[task], metric, unit) for title, task, metric, unit in COLUMNS if task in measured]
     against = {
         each.first: format_estimate(each.difference, "nats")
         for each in board.comparisons

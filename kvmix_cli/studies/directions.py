@@ -10,6 +10,7 @@ from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate, make_base
 from ..errors import DocumentError, StateError
 from ..plan import ModelInfo, Plan
 from ..plan.basis import BasisFile
+from ..plan.directions import Directions
 from ..plan.moments import read_moments
 from ..plan.presets import Preset
 from ..profile import Profile
@@ -21,11 +22,12 @@ def has_directions(profile: Profile) -> bool:
     return TRANSFORM_SCORE in profile.scores and profile.scores[TRANSFORM_SCORE].moments is not None
 
 
-def read_basis(profile: Profile, folder: Path) -> BasisFile:
+def read_basis(profile: Profile, folder: Path, directions: Directions = "loss") -> BasisFile:
     """Return the directions of a profile's moments.
 
     Args:
         folder: folder of the profile's file.
+        directions: where they come from.
 
     Raises:
         DocumentError: if the profile has no moments, or their file cannot be used.
@@ -35,7 +37,7 @@ def read_basis(profile: Profile, folder: Path) -> BasisFile:
     if record is None:
         why = f"it has no moments of keys and values; profile again with --score {TRANSFORM_SCORE} --replace"
         raise DocumentError(f"profile of {profile.model.id}", [why])
-    return make_bases(profile, read_moments(folder, record))
+    return make_bases(profile, read_moments(folder, record), directions)
 
 
 def with_basis(plan: Plan, basis: BasisFile, folder: Path) -> Plan:
@@ -86,8 +88,15 @@ def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) 
         raise _unmeasured(name, model) from error
     if not has_directions(profile):
         raise _unmeasured(name, model)
-    basis = read_basis(profile, path.parent)
-    plan = allocate(profile, Budget(avg_bits=preset.avg_bits), method=TRANSFORM, cache=preset.cache, basis=basis)
+    basis = read_basis(profile, path.parent, preset.directions)
+    plan = allocate(
+        profile,
+        Budget(avg_bits=preset.avg_bits),
+        method=TRANSFORM,
+        cache=preset.cache,
+        basis=basis,
+        code_bits=preset.code_bits,
+    )
     plan.check_model(model)
     return with_basis(plan, basis, state.model_dir(model.id) / state.PLANS)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import forking
 import pytest
 
+from kvmix_cli.evaluation.tasks.longbench.data import open_source, read_questions
+from kvmix_cli.evaluation.tasks.longbench.datasets import DATASETS
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GATE = EXAMPLES / "gate.sh"
@@ -135,3 +138,18 @@ def test_a_long_prompt_is_read_once(tmp_path, capsys):
     assert "tokens in " not in second.splitlines()[0], "the file is used, not made again"
     answers = [re.sub(r"loaded in \d+ ms", "", out) for out in (first[found.end() :], second)]
     assert answers[0] == answers[1]
+
+
+def test_code_completion_in_longbenchs_format_asks_for_a_line_that_stands_far_back(tmp_path):
+    spec = importlib.util.spec_from_file_location("longbench_code", EXAMPLES / "longbench_code.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path / "data")
+    records = [json.loads(line) for line in (tmp_path / "data" / "lcc.jsonl").read_text().splitlines()]
+    assert len(records) > 10
+    for each in records:
+        context, (line,) = each["context"], each["answers"]
+        assert module.CONTEXT <= len(context) <= module.MOST
+        assert 0 <= context.rfind(line) <= len(context) - module.BACK, "its last place is far back"
+    found = read_questions(open_source(tmp_path / "data"), "lcc.jsonl", DATASETS["lcc"], strict=True)
+    assert len(found.questions) == len(records), "they are in the schema that kvmix reads"

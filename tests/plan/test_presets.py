@@ -29,13 +29,17 @@ from kvmix_cli.plan.windows import Recent
 NAMES = (
     "asymkv",
     "balancekv",
+    "block-gtq",
+    "bumblebee",
     "cam",
     "chunkkv",
     "cocktail",
     "d2o",
+    "eigen",
     "expected-attention",
     "h2o",
     "h2o-512",
+    "higgs",
     "keydiff",
     "kitty",
     "kivi-2",
@@ -53,6 +57,7 @@ NAMES = (
     "mixkvq",
     "morphkv",
     "morphkv-512",
+    "nsnquant",
     "oscar-tokens",
     "pyramidkv",
     "qaq",
@@ -61,6 +66,7 @@ NAMES = (
     "rotate-2",
     "shadowkv",
     "snapkv",
+    "spectra",
     "streaming-512",
     "subgen",
     "tada",
@@ -74,11 +80,11 @@ NAMES = (
     "zipcache",
     "zipvl",
 )
-SOLVED = ("transform-2",)
+SOLVED = ("block-gtq", "eigen", "spectra", "transform-2")
 """Their widths are decided from a profile."""
 STATED = tuple(name for name in NAMES if name not in SOLVED)
 WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper", "kvquant", "xquant")
-ENCODED = ("kvarn", "oscar-tokens", "quarot", "turboquant", "vecinfer")
+ENCODED = ("higgs", "kvarn", "nsnquant", "oscar-tokens", "quarot", "turboquant", "vecinfer")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=128)
 ROTATED = Transforms(k=(Rotate(),), v=(Rotate(),))
@@ -92,7 +98,7 @@ def test_these_are_there():
 def test_the_head_comment_names_source_and_differences(name):
     comment, _, body = presets()[name].read_text().partition("format: ")
     assert all(line.startswith("#") for line in comment.splitlines())
-    assert re.search(r"arXiv \d{4}\.\d{5}|openreview \w+", comment)
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|openreview \w+", comment)
     assert "Differs from" in comment
     assert "#" not in body
 
@@ -200,6 +206,9 @@ def test_a_preset_has_widths_or_a_method_with_its_budget(tmp_path):
         ("sink: 4", "unknown key 'sink'"),
         ("method: ilp\navg_bits: 2", "method: "),
         ("method: transform\navg_bits: 99", "avg_bits: "),
+        ("method: transform\navg_bits: 2\ncode_bits: [7]", "code_bits"),
+        ("method: transform\navg_bits: 2\ndirections: wind", "directions: "),
+        ("bits: {k: 2, v: 2}\ndirections: variance", "directions and code_bits need a method"),
     ):
         path.write_text(f"format: kvmix-preset/1\n{text}\ncache: {{page: 32}}\n")
         with pytest.raises(DocumentError, match=expected):
@@ -340,8 +349,18 @@ def shown_plan(name, info):
     if name in STATED:
         return plan_of(name, info)
     start, profile = preset_start(name), profile_with_moments(info)
-    basis = make_bases(profile, model_moments(info))
-    return allocate(profile, start.budget, method=start.method, cache=start.cache, basis=basis)
+    basis = make_bases(profile, model_moments(info), start.directions)
+    return allocate(
+        profile, start.budget, method=start.method, cache=start.cache, basis=basis, code_bits=start.code_bits
+    )
+
+
+def test_low_rank_leaves_directions_out_and_codes_the_others_alike():
+    plan = shown_plan("eigen", make_info(4, head_dim=64))
+    tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
+    digits = {digit for tensor in tensors for digit in "".join(tensor.widths)}
+    assert digits == {"0", "4"}
+    assert plan.provenance["code_bits"] == [4]
 
 
 @pytest.mark.slow
@@ -353,5 +372,5 @@ def test_the_table_of_the_docs_is_what_the_code_computes():
     for name in NAMES:
         shown = [shown_plan(name, make_info(32, head_dim=head_dim)).bits for head_dim in (64, 128)]
         assert table[name][3:] == [f"{bits.nominal:.2f} / {bits.stored:.2f}" for bits in shown], name
-        source = re.search(r"\d{4}\.\d{5}|(?<=id=)\w+", table[name][2])
+        source = re.search(r"\d{4}\.\d{4,5}|(?<=id=)\w+", table[name][2])
         assert source[0] in presets()[name].read_text()

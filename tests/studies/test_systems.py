@@ -12,8 +12,12 @@ from with_moments import save_with_moments
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, StateError
+from kvmix_cli.evaluation.results import Estimate, Report, Row
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan.presets import presets
+from kvmix_cli.reporting.systems import system_tables
+from kvmix_cli.studies.leaderboard import Board
+from kvmix_cli.studies.leaderboard.standings import Standing
 from kvmix_cli.studies.leaderboard.systems import (
     CHAMPION,
     COMBINATIONS,
@@ -22,6 +26,7 @@ from kvmix_cli.studies.leaderboard.systems import (
     rows_of_systems,
     system_plans,
 )
+from kvmix_cli.studies.leaderboard.systems import LAYERS as LAYERED
 
 LAYERS = 4
 READING = {"quest", "shadowkv", "tokenselect"}
@@ -42,7 +47,10 @@ def folder(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(place / "model")
     tiny().tokenizer.save_pretrained(place / "model")
-    scores = curved(LAYERS, head_dim=64, name="fisher").scores
+    scores = {}
+    for seed, name in enumerate(LAYERED.values()):
+        groups = (64,) if name == "kl" else (64, 128)
+        scores |= curved(LAYERS, head_dim=64, name=name, seed=seed, groups=groups).scores
     info = load_model(str(place / "model"), device="cpu").info
     save_with_moments(place / "profile.yaml", info, scores)
     return place
@@ -207,3 +215,15 @@ def test_it_is_held_from_python_and_prints_nothing(small, capsys):
     )
     assert [(each.first, each.second) for each in board.comparisons] == [("rotate-2", "kivi-2")]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_column_for_each_task_that_was_measured_whatever_members_it_has(small):
+    plans, _ = system_plans(small.info, 2048, names=("kivi-2",), stored_bits=(3.0,))
+    metrics = {"perplexity": {"kl": Estimate(0.25, 0.2, 0.3)}, "longbench:lcc": {"longbench": Estimate.exact(31.5)}}
+    rows = {task: Row(task, "kivi-2", 2.5, 3.0, metrics=found) for task, found in metrics.items()}
+    reports = [Report(task, 1, task, (row,)) for task, row in rows.items()]
+    board = Board(CHAMPION, [Standing(3.0, ("kivi-2",), plans[0].plan, rows)], reports, [], {}, [])
+    (table,) = system_tables(board, 2048)
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (shown["KL"], shown["same token"], shown["LongBench"]) == ("0.25 [0.2, 0.3]", "-", "31.5")
+    assert not {"recall", "bytes", "tokens/s"} & set(shown)

@@ -19,7 +19,8 @@ def solve(problem: Problem) -> Decision:
         return {}
     if problem.budget.limit is None:
         raise BudgetError("method transform has no levels for a share of the layers: give bits, bytes or a loss")
-    filling = Filling.of({slot: each for slot, each in problem.variances.items() if slot[0] in problem.layers})
+    variances = {slot: each for slot, each in problem.variances.items() if slot[0] in problem.layers}
+    filling = Filling.of(variances, problem.code_bits)
 
     def decision(count: int) -> Decision:
         widths = {

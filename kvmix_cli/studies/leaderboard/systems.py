@@ -15,9 +15,10 @@ from ...allocation import TRANSFORM, Budget, allocate
 from ...errors import BudgetError, EvaluationError, PlanError, StateError
 from ...plan import CacheSettings, ModelInfo, Plan
 from ...plan.basis import BasisFile
-from ...plan.presets import find_preset, presets, put_on
+from ...plan.directions import Directions
+from ...plan.presets import Preset, find_preset, presets, put_on
 from ...plan.scaling import LAYOUT, scaled
-from ...profile import Profile
+from ...profile import Profile, parse_choice
 from ...state import PLANS, Say, unsaid
 from ..directions import has_directions, read_basis, with_basis
 from .board import Board, check_tasks, measure, rank
@@ -36,18 +37,25 @@ TASK_OPTIONS: Mapping[str, Any] = {"batches": (1,)}
 STORED_BITS = (2.0, 2.5, 3.0, 4.0)
 CHAMPION = "kivi-2"
 """The same width everywhere: what every other row is compared with."""
-LAYERS, LAYERS_SCORE = "layers", "fisher"
-"""Widths by layer from a profile, without any preset, and the score that decides them."""
+LAYERS: Mapping[str, str] = {
+    "layers": "fisher",
+    "layers-error": "error",
+    "layers-kl": "kl",
+    "layers-taylor": "taylor",
+}
+"""Rows of widths by layer from a profile, without any preset, and the scores that decide them."""
+GROUP_SIZES = (64, 128)
+"""Of these rows, as far as a score knows them."""
 COMBINATIONS = (
-    LAYERS,
-    f"{LAYERS}+rotate-2",
+    *LAYERS,
+    "layers+rotate-2",
     "mikv+rotate-2",
     "zipcache+rotate-2",
     "keydiff+rotate-2",
     "leverage+rotate-2",
     "kvzip+rotate-2",
 )
-"""Rows of two methods; what is put on the first one takes no bytes of its own."""
+"""Rows that are no preset: widths by layer, and two methods, of which the second takes no bytes of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,14 @@ class FoundProfile:
         return cls(Profile.load(path), path.parent)
 
     @cached_property
-    def basis(self) -> BasisFile:
-        """Directions of the profile's moments, worked out once for all sizes. Raises as `read_basis`."""
-        return read_basis(self.profile, self.folder)
+    def _bases(self) -> dict[Directions, BasisFile]:
+        return {}
+
+    def basis(self, directions: Directions) -> BasisFile:
+        """Return directions of the profile's moments, worked out once for all sizes. Raises as `read_basis`."""
+        if directions not in self._bases:
+            self._bases[directions] = read_basis(self.profile, self.folder, directions)
+        return self._bases[directions]
 
 
 def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> FoundProfile | None:
@@ -113,7 +126,7 @@ def system_plans(
     """
     rows = tuple(dict.fromkeys(names or rows_of_systems()))
     for part in (part for name in rows for part in name.split("+")):
-        if part != LAYERS:
+        if part not in LAYERS:
             find_preset(part)
     plans: list[CandidatePlan] = []
     left_out: list[Omission] = []
@@ -166,10 +179,10 @@ def hold_systems(
 def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measured: FoundProfile | None) -> Plan:
     """Return the plan of a row. Raises PlanError or BudgetError if it has none of this size."""
     base, *added = name.split("+")
-    if base == LAYERS:
-        plan = _layers(model, stored_bits, measured)
+    if base in LAYERS:
+        plan = _layers(LAYERS[base], model, stored_bits, measured)
     elif (preset := find_preset(base)).bits is None:
-        plan = _coded(base, model, preset.cache, stored_bits, measured)
+        plan = _coded(preset, base, model, stored_bits, measured)
     else:
         plan = scaled(preset, base, model, stored_bits, context)
     plan.check_model(model)
@@ -179,29 +192,34 @@ def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measure
     return plan
 
 
-def _layers(model: ModelInfo, stored_bits: float, measured: FoundProfile | None) -> Plan:
-    """Return the exact solver's widths by layer, in groups of 64 or 128, and pages of 128 for these."""
-    if measured is None or LAYERS_SCORE not in measured.profile.scores:
-        raise _unmeasured(model, LAYERS_SCORE)
+def _layers(score: str, model: ModelInfo, stored_bits: float, measured: FoundProfile | None) -> Plan:
+    """Return the exact solver's widths by layer, in those groups of 64 and 128 that the score knows, pages of 128."""
+    if measured is None or score not in measured.profile.scores:
+        raise _unmeasured(model, score)
+    known = {group for key in measured.profile.score(score).choices[0] for _, group in [parse_choice(key)]}
     return allocate(
         measured.profile,
         Budget(stored_bits=stored_bits),
         method="ilp",
-        score=LAYERS_SCORE,
-        group_sizes=(64, 128),
+        score=score,
+        group_sizes=[size for size in GROUP_SIZES if size in known],
         cache=CacheSettings.model_validate({**LAYOUT, "page": 128}),
     )
 
 
-def _coded(
-    name: str, model: ModelInfo, cache: CacheSettings, stored_bits: float, measured: FoundProfile | None
-) -> Plan:
-    """Return transform codes in the preset's pages, with sinks and window of the layout."""
+def _coded(preset: Preset, name: str, model: ModelInfo, stored_bits: float, measured: FoundProfile | None) -> Plan:
+    """Return transform codes in the preset's directions and pages, with sinks and window of the layout."""
     if measured is None or not has_directions(measured.profile):
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
-    basis = measured.basis
-    cache = CacheSettings.model_validate({**LAYOUT, "page": cache.page})
-    plan = allocate(measured.profile, Budget(stored_bits=stored_bits), method=TRANSFORM, cache=cache, basis=basis)
+    basis = measured.basis(preset.directions)
+    plan = allocate(
+        measured.profile,
+        Budget(stored_bits=stored_bits),
+        method=TRANSFORM,
+        cache=CacheSettings.model_validate({**LAYOUT, "page": preset.cache.page}),
+        basis=basis,
+        code_bits=preset.code_bits,
+    )
     return with_basis(plan, basis, measured.folder / PLANS)
 
 
