@@ -300,20 +300,6 @@ class ComposedLayer(WatchingLayer):
             self._told = None if told is None or told.shape[1] <= count else told[:, count:]
         return segments
 
-    def _next_labels(self, keys: Tensor) -> Tensor | None:
-        """Take the labels of new tokens from those that were told. Raises CacheError for another batch size."""
-        told = self._told
-        if told is None:
-            return None
-        if told.shape[0] != keys.shape[0]:
-            raise CacheError(
-                f"layer {self.index} was told which tokens of {told.shape[0]} sequences are of an image, and was given "
-                f"{keys.shape[0]}; label the ids that the model reads"
-            )
-        count = keys.shape[2]
-        self._told = told[:, count:] if told.shape[1] > count else None
-        return told[:, :count]
-
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
         counts = super()._in_step(pack)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from commandline import TINY, kvmix, kvmix_json, refused
-from evaluating import save_plan, tiny, uniform
+from evaluating import save_plan, save_small, tiny, uniform
 from made_up import falling, make_info
 from with_moments import save_with_moments
 
+from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan import presets as preset
+from kvmix_cli.state import profile_path
 
 TINY_PROFILE = Path("profiles/builtin--tiny/profile.yaml")
 PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
@@ -125,14 +127,17 @@ class TestEval:
 
 
 class TestMeasured:
-    """Through the cache itself, on the built-in model."""
+    """Through the cache itself."""
 
     @pytest.mark.slow
-    def test_what_presets_take_is_what_was_predicted(self):
-        save_with_moments(TINY_PROFILE, tiny().info)
+    def test_what_presets_take_is_what_was_predicted(self, monkeypatch):
+        save_small(Path("small"), layers=4)
+        small = load_model("small", device="cpu")
+        monkeypatch.setattr("kvmix_cli.models.loading.load_model", lambda model, **options: small)
+        save_with_moments(profile_path("small"), small.info)
         names = (*preset.presets(), "mikv+rotate-2", "zipcache+mixkvq")
-        options = ("--task", "memory", "--length", 700, "--limit", 1)
-        rows = kvmix_json("eval", *TINY, *options, *(part for name in names for part in ("--preset", name)))["rows"][1:]
+        options = ("--model", "small", "--task", "memory", "--length", 700, "--limit", 1)
+        rows = kvmix_json("eval", *options, *(part for name in names for part in ("--preset", name)))["rows"][1:]
         errors = {row["plan"]: row["metrics"]["prediction_error_percent"]["value"] for row in rows}
         assert errors == pytest.approx(dict.fromkeys(names, 0), abs=0.05), (
             "but for the decoded token's statistics, one for each exact token, too"

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 from commandline import kvmix, kvmix_json, refused
 from curves import curved
-from evaluating import tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from evaluating import save_small
 from with_moments import save_with_moments
 
 from kvmix_cli.cache.subject import Subject
@@ -41,12 +39,7 @@ SHORT = ("--length", 640, "--prefix", 560, "--step", 80, "--limit", 1)
 def folder(tmp_path_factory):
     """A model of four layers with random weights and the tokenizer of builtin:tiny, and its profile."""
     place = tmp_path_factory.mktemp("systems")
-    config = AutoConfig.for_model(**{**tiny().config.to_dict(), "num_hidden_layers": LAYERS, "hidden_size": 64})
-    config.intermediate_size, config.layer_types = 64, None
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(place / "model")
-    tiny().tokenizer.save_pretrained(place / "model")
+    save_small(place / "model", LAYERS)
     scores = {}
     for seed, name in enumerate(LAYERED.values()):
         groups = (64,) if name == "kl" else (64, 128)

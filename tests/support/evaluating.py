@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvmix_cli.evaluation.base import Sample, Task
 from kvmix_cli.evaluation.bootstrap import ratio
@@ -22,6 +23,15 @@ INFO = ModelInfo(id="builtin:tiny", layers=8, kv_heads=2, head_dim=64)
 def tiny():
     """The built-in model in float32 on the CPU; tests must not change it."""
     return load_model("builtin:tiny", device="cpu")
+
+
+def save_small(place, layers):
+    """Save a model of a few narrow layers with random weights, and the heads and the tokenizer of builtin:tiny."""
+    config = AutoConfig.for_model(**{**tiny().config.to_dict(), "num_hidden_layers": layers, "hidden_size": 64})
+    config.intermediate_size, config.layer_types = 64, None
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(place)
+    tiny().tokenizer.save_pretrained(place)
 
 
 def uniform(bits, cache=SHORT, info=None):

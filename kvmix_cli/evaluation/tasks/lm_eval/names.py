@@ -89,7 +89,7 @@ def _select(name: str, own: Index) -> TaskSelection | None:
     while True:
         resolver = _NameResolver({**nearby, **own})
         found = resolver.resolve(name)
-        if resolver.mentioned <= mentioned:
+        if resolver.mentioned <= mentioned or not name:
             return found
         mentioned |= resolver.mentioned
         nearby = index_around(mentioned)
