@@ -74,7 +74,8 @@ class Engine:
         if self._requests:
             self._engine.abort_request([str(self._requests)])
         self._requests += 1
-        sampling = SamplingParams(temperature=0, max_tokens=self._room - len(ids), ignore_eos=True, detokenize=False)
+        tokens = self._room - len(ids) + 1  # what is sampled last of all is never decoded
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self._engine.add_request(str(self._requests), {"prompt_token_ids": ids}, sampling)
         self._held = len(ids)
         while not self._timed_step():
@@ -84,7 +85,8 @@ class Engine:
         """Decode a known token, which takes the place of what was sampled last."""
         self._runner.input_batch.token_ids_cpu[0, self._held] = token
         self._held += 1
-        self._timed_step()
+        if not self._timed_step():
+            raise SystemExit(f"vLLM has ended its request at token {self._held} of {self._room}")
 
     def state(self) -> dict[str, Any]:
         """Return what an answer says."""

@@ -16,7 +16,7 @@ def test_decoding_known_tokens_predicts_what_reading_them_does(model, kind, monk
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "kernels" / "bench")
     from peers_vllm import VllmPeer
 
-    peer = VllmPeer(Path(sys.executable), model, kind, 256, 1)
+    peer = VllmPeer(Path(sys.executable), model, kind, len(PROMPT) + len(LATER) + 2, 1)
     peer.read(PROMPT + LATER)
     read = peer.step(LATER[-1])
     peer.read(PROMPT)
@@ -28,3 +28,5 @@ def test_decoding_known_tokens_predicts_what_reading_them_does(model, kind, monk
     assert (read - decoded).abs().max() < 0.5
     assert read.argmax() == decoded.argmax()
     assert (read - peer.step(LATER[0])).abs().max() > 1
+    with pytest.raises(SystemExit):
+        peer.step(LATER[0])  # there is room for no more
