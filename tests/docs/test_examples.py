@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -153,3 +154,17 @@ def test_code_completion_in_longbenchs_format_asks_for_a_line_that_stands_far_ba
         assert 0 <= context.rfind(line) <= len(context) - module.BACK, "its last place is far back"
     found = read_questions(open_source(tmp_path / "data"), "lcc.jsonl", DATASETS["lcc"], strict=True)
     assert len(found.questions) == len(records), "they are in the schema that kvmix reads"
+
+
+@pytest.mark.slow
+def test_rows_decode_in_turns_beside_equal_widths(tmp_path, capsys):
+    shutil.copytree(PLANS.parent, tmp_path / "tiny", ignore=shutil.ignore_patterns("plans"))
+    short = ("--length", 256, "--turns", 2, "--turn", 2)
+    out = printed(
+        "speeds", capsys, "builtin:tiny", tmp_path / "tiny" / "profile.yaml", "--preset", "transform-2", *short
+    )
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["kivi-2", "transform-2"]
+    assert rows[0][3] == "1.00 [1.00, 1.00]"
+    median, low, high = map(float, re.findall(r"[\d.]+", rows[1][3]))
+    assert low <= median <= high

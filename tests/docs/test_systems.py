@@ -53,11 +53,23 @@ def test_every_row_of_the_command_is_in_every_table_or_left_out(size):
     assert set(re.findall(r"`([^`]+)`", section)) >= {*presets(), *COMBINATIONS}
 
 
+def measured_rows(title):
+    """Return the cells of each row of a section's table, by the row's names."""
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [cells(line) for line in section.splitlines() if line.startswith("| `")]
+    return {name: row for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def test_rows_on_smollm2_are_those_of_the_command_beside_the_same_on_builtin_tiny():
+    tiny, smol = measured_rows("2.5 stored bits"), measured_rows("SmolLM2-135M")
+    assert {"kivi-2", "transform-2", "layers"} <= set(smol) <= {*presets(), *COMBINATIONS}
+    for name, row in smol.items():
+        assert row[6] == (tiny[name][4].split()[0] if name in tiny else "no plan"), name
+        assert all(cell in ("", "no plan") or float(cell) > 0 for cell in row[1:5]), name
+
+
 def test_figures_of_systems_are_those_of_the_table():
-    section = PAGE.split("\n## 2.5 stored bits\n")[1].split("\n## ")[0]
-    measured = {}
-    for row in (cells(line) for line in section.splitlines() if line.startswith("| `")):
-        measured |= {name: float(row[4].split()[0]) for name in re.findall(r"`([^`]+)`", row[0])}
+    measured = {name: float(row[4].split()[0]) for name, row in measured_rows("2.5 stored bits").items()}
     for row in ROWS:
         names, figures = re.findall(r"`([^`]+)`", row[1]), row[5].split(" / ")
         for name, figure in zip(names, figures, strict=True) if names else ():
