@@ -13,9 +13,9 @@ from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
 from ..plan.directions import Directions
 from ..plan.document import reason
+from ..plan.engine_blocks import engine_cache
 from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
-from ..plan.windows import NoWindow
 from ..profile import Profile, Score
 from .bases import SCORE
 from .budgets import Budget
@@ -131,10 +131,10 @@ def default_score(profile: Profile, method: str) -> str:
 def default_cache(profile: Profile, method: str) -> CacheSettings:
     """Return the cache that a plan has if none is given.
 
-    Transform codes of moments that count all pairs are for engines, which have neither sink nor window.
+    Transform codes of moments that count all pairs are for engines.
     """
     if method == TRANSFORM and SCORE in profile.scores and profile.scores[SCORE].is_for_engines:
-        return CacheSettings(sink=0, window=NoWindow())
+        return engine_cache()
     return CacheSettings()
 
 

@@ -14,6 +14,7 @@ from kvmix_kernels.transform_layout import TransformLayout
 
 from ..errors import PlanError
 from ..plan import Plan, TensorPlan, TransformTensor
+from ..plan.engine_blocks import held_sink
 from ..ranks import own_heads
 from .bases import basis_of
 
@@ -61,7 +62,8 @@ def _tensor(
     own = own_heads(heads.kv_heads, *shard)
     count = own.stop - own.start
     if isinstance(tensor, TransformTensor):
-        return CodedBlocks(_basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own))
+        basis = _basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own)
+        return CodedBlocks(basis, held_sink(plan), dtype)
     if tensor.bits == FULL_PRECISION_BITS:
         return PlainBlocks(kind, count, heads.dim(kind), block, dtype)
     size = plan.cache.group_size if tensor.group_size is None else tensor.group_size

@@ -1,7 +1,7 @@
 """What a serving engine holds of a plan: blocks of tokens that are written one by one, each by itself. No torch.
 
-Groups of keys run along channels instead of tokens, and no token stays in full precision: there is neither a sink nor
-a window, and no exact token. `cache/blocks.py` has the storage.
+Groups of keys run along channels instead of tokens, and there is neither a window nor an exact token. Of transform
+codes without a window the sink stays in full precision: every block has room for it. `cache/blocks.py` has the storage.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ MEASURED: Final = "in_engine"
 """Name in a plan's provenance of what it loses in an engine."""
 METRIC_WINDOW: Final = "metric_window"
 """Name in a plan's provenance of the window that the metric of its transform codes leaves out."""
+
+
+def engine_cache() -> CacheSettings:
+    """Return the cache of transform codes for engines: no window, and a sink of one token.
+
+    The first token of a sequence has keys and values of its own kind in many models, which most queries attend to.
+    """
+    return CacheSettings(sink=1, window=NoWindow())
 
 
 class EngineLoss(StrictModel):
@@ -89,7 +97,7 @@ def losses_in_blocks(plan: Plan) -> list[str]:
     ]
     if grouped:
         found.append(f"keys of {len(grouped)} layers in groups along channels, not tokens")
-    if plan.cache.sink:
+    if plan.cache.sink and not held_sink(plan):
         found.append(f"no sink of {plan.cache.sink}")
     if plan.cache.window.short != "none":
         found.append(f"no window ({plan.cache.window.short})")
@@ -98,9 +106,17 @@ def losses_in_blocks(plan: Plan) -> list[str]:
     return found
 
 
+def held_sink(plan: Plan) -> int:
+    """Return the first tokens of a sequence that blocks keep: the sink of a plan of codes without a window."""
+    tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
+    coded = all(isinstance(each, TransformTensor) or each.bits == FULL_PRECISION_BITS for each in tensors)
+    is_for_engines = plan.cache.transform is not None and plan.cache.window.short == NoWindow().short
+    return plan.cache.sink if coded and is_for_engines else 0
+
+
 def without_full_precision(plan: Plan) -> Plan:
-    """Return a plan without sink, window and exact tokens, as an engine holds it but for groups of keys."""
-    settings: dict[str, Any] = {"sink": 0, "window": NoWindow()}
+    """Return a plan without window and exact tokens, as an engine holds it but for groups of keys."""
+    settings: dict[str, Any] = {"sink": held_sink(plan), "window": NoWindow()}
     if plan.cache.transform is not None:
         settings["transform"] = plan.cache.transform.model_copy(update={"exact": 0})
     cache = plan.cache.model_copy(update=settings)
@@ -139,8 +155,10 @@ def stored_bits(plan: Plan) -> float:
 
 def _token_bytes(plan: Plan, index: int, heads: HeadGeometry) -> int:
     """Return the bytes of one token of one KV head of a layer."""
+    sink = FULL_PRECISION_BITS * held_sink(plan) / plan.cache.page
     bits = sum(
-        _tensor_bits(tensor, kind, plan.cache, heads.dim(kind)) * heads.dim(kind)
+        (_tensor_bits(tensor, kind, plan.cache, heads.dim(kind)) + sink * isinstance(tensor, TransformTensor))
+        * heads.dim(kind)
         for tensor, kind in plan.layers[index].tensors
     )
     return -(-round(bits * heads.kv_heads) // (8 * heads.kv_heads))

@@ -12,8 +12,8 @@ from kvmix_kernels.layout import Kind, PageLayout
 from ..errors import ModelError
 from ..plan import CacheSettings, GroupSize, ModelInfo, TensorPlan
 from ..plan.document import reason
+from ..plan.engine_blocks import engine_cache
 from ..plan.sizes import page_layout
-from ..plan.windows import NoWindow
 from ..profile import choice_key
 
 REFERENCE = (2, 64)
@@ -84,18 +84,21 @@ class Grid:
 
 @dataclass(frozen=True)
 class EveryPair(Grid):
-    """A grid for a serving engine, which packs every token as it is written: each query finds all, its own included."""
+    """A grid for a serving engine, which packs every token as it is written: each query finds all, its own included.
 
-    cache: CacheSettings = field(default_factory=lambda: CacheSettings(sink=0, window=NoWindow()))
+    Only the first token of a sequence stays as it is, as `plan.engine_blocks` has it.
+    """
+
+    cache: CacheSettings = field(default_factory=engine_cache)
 
     def spans(self, tokens: int) -> list[Span]:
         """Return the one span of all queries; each finds the tokens up to its own, as attention is causal."""
-        return [Span(0, tokens, tokens)]
+        return [Span(0, tokens, tokens - self.cache.sink)]
 
     @property
     def shortest(self) -> int:
-        """Return the tokens of the shortest text with a prediction."""
-        return 2
+        """Return the tokens of the shortest text with a prediction that has read something packed."""
+        return self.cache.sink + 2
 
 
 def reference(layouts: Mapping[str, PageLayout]) -> str:

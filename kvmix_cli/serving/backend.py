@@ -99,12 +99,17 @@ class PlanAttention(CPUAttentionBackendImpl):
         return self._held
 
 
-def backend_of(plan: Plan, index: int) -> type[CPUAttentionBackend]:
-    """Return the backend of a layer, one for all layers whose tokens take as many bytes."""
+def backend_of(plan: Plan, index: int, block: int | None) -> type[CPUAttentionBackend]:
+    """Return the backend of a layer, one for all layers whose tokens take as many bytes.
+
+    Args:
+        plan: the plan.
+        index: of the layer.
+        block: tokens of a block, over which the room for a sink is spread; None for the smallest.
+    """
     ranks = get_tensor_model_parallel_world_size()
-    return _backend(
-        plan.sha256, bytes_per_token(plan, index, LEAST_BLOCK, torch.get_default_dtype(), ranks), _Held(plan)
-    )
+    token_bytes = bytes_per_token(plan, index, block or LEAST_BLOCK, torch.get_default_dtype(), ranks)
+    return _backend(plan.sha256, token_bytes, _Held(plan))
 
 
 class _Held:

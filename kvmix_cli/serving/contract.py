@@ -51,7 +51,9 @@ _ATTENTION = "vllm.model_executor.layers.attention.attention"
 _CPU = "vllm.v1.attention.backends.cpu_attn"
 HOOKS = (
     EngineHook("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
-    EngineHook(_ATTENTION, "Attention.__init__", ("head_size", "num_kv_heads", "prefix", "attn_backend")),
+    EngineHook(
+        _ATTENTION, "Attention.__init__", ("head_size", "num_kv_heads", "cache_config", "prefix", "attn_backend")
+    ),
     EngineHook("vllm.model_executor.models.utils", "extract_layer_index", ("layer_name",)),
     EngineHook("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     EngineHook("vllm.v1.attention.backend", "AttentionBackend.customize_spec", ("spec",)),

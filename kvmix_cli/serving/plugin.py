@@ -69,7 +69,7 @@ def _with_backend(initialize: Callable[..., None], plan: Plan) -> Callable[..., 
         if attn_backend is None and prefix and (index := extract_layer_index(prefix)) in plan.layers:
             from .backend import backend_of
 
-            attn_backend = backend_of(plan, index)
+            attn_backend = backend_of(plan, index, getattr(kwargs.get("cache_config"), "block_size", None))
         initialize(self, *args, prefix=prefix, attn_backend=attn_backend, **kwargs)
 
     return init

@@ -9,7 +9,7 @@ from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.engine_blocks import losses_in_blocks
 from kvmix_cli.plan.windows import NoWindow
 
-ENGINE = {"page": 128, "sink": 0, "window": "none", "scale_dtype": "float16"}
+ENGINE = {"page": 128, "sink": 1, "window": "none", "scale_dtype": "float16"}
 OURS = {"page": 128, "sink": 4, "window": "recent:128", "scale_dtype": "float16"}
 INFO = make_info(3, head_dim=32)
 PROFILE = profile_with_moments(INFO, setup=ENGINE)
@@ -18,7 +18,7 @@ BASIS = make_bases(PROFILE, model_moments(INFO))
 
 def test_a_plan_of_all_pairs_is_one_that_an_engine_holds_whole():
     plan = allocate(PROFILE, Budget(avg_bits=3), basis=BASIS)
-    assert (plan.cache.sink, plan.cache.window, plan.cache.transform.exact) == (0, NoWindow(), 0)
+    assert (plan.cache.sink, plan.cache.window, plan.cache.transform.exact) == (1, NoWindow(), 0)
     assert losses_in_blocks(plan) == []
     assert plan.provenance["metric_window"] == "none"
 

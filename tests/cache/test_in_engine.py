@@ -120,6 +120,8 @@ def test_what_an_engine_holds_otherwise_is_said():
         "no window (recent:128)",
     ]
     bare = CacheSettings(sink=0, window=NoWindow())
+    affine = Plan.from_short("0-7:k4v4", make_info(), CacheSettings(sink=1, window=NoWindow()))
+    assert losses_in_blocks(affine)[1:] == ["no sink of 1"]
     assert losses_in_blocks(Plan.from_short("0-7:k16v4", make_info(), bare)) == []
 
 

@@ -8,7 +8,7 @@ from with_moments import save_with_moments
 
 from kvmix_cli.plan import Plan
 
-ENGINE = {"page": 128, "sink": 0, "window": "none", "scale_dtype": "float16"}
+ENGINE = {"page": 128, "sink": 1, "window": "none", "scale_dtype": "float16"}
 OURS = {"page": 128, "sink": 4, "window": "recent:128", "scale_dtype": "float16"}
 FILE = Path("profiles/org--model/profile.yaml")
 

@@ -7,11 +7,19 @@ from coding import coded_plan
 from made_up import make_info
 
 from kvmix_cli.cache.blocks import bytes_per_token
+from kvmix_cli.cache.in_engine import TokenwiseCache
 from kvmix_cli.errors import ExportError
 from kvmix_cli.export import TARGETS
 from kvmix_cli.export.plugin import with_measured_loss
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.engine_blocks import left_out, losses_in_blocks, measured_loss, stored_bits, without_full_precision
+from kvmix_cli.plan.engine_blocks import (
+    held_sink,
+    left_out,
+    losses_in_blocks,
+    measured_loss,
+    stored_bits,
+    without_full_precision,
+)
 from kvmix_cli.plan.layers import HeadGroup
 from kvmix_cli.plan.policies import Balance, Transforms
 from kvmix_cli.plan.windows import NoWindow
@@ -99,3 +107,18 @@ def test_what_no_block_can_hold_is_refused():
 def test_a_plan_without_full_precision_is_left_as_it_is():
     plan = Plan.uniform(make_info(4), 4, 4, CacheSettings(sink=0, window=NoWindow()))
     assert without_full_precision(plan) == plan
+
+
+def test_transform_codes_for_engines_keep_their_sink(llama, tmp_path):
+    coded = coded_plan(llama, tmp_path, exact=0)
+    cache = coded.cache.model_copy(update={"sink": 2, "window": NoWindow(), "page": 64})
+    plan = Plan.build(coded.model, coded.layers, cache)
+    found = TARGET.export(plan)
+    assert (held_sink(plan), found.plan.cache.sink, found.losses) == (2, 2, ())
+    without = Plan.build(plan.model, plan.layers, cache.model_copy(update={"sink": 0}))
+    room = found.stored_bits - TARGET.export(without).stored_bits
+    assert room == pytest.approx(16 * 2 / 64, abs=8 / (2 * plan.model.head_dim)), "whole bytes a token and head"
+    given = torch.randn(2, 1, 2, 30, 16, dtype=torch.float64)
+    keys, values = TokenwiseCache.from_plan(plan).update(*given, 0)
+    for held, states in ((keys, given[0]), (values, given[1])):
+        assert torch.equal(held[:, :, :2], states[:, :, :2]) and not torch.equal(held[:, :, 2], states[:, :, 2])

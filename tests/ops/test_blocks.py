@@ -26,6 +26,9 @@ def layer_of(name, page):
     if name == "coded":
         keys = basis_of("key", ["6543", "3322"], DIM, page, frame=page)
         return BlockLayer(CodedBlocks(keys), CodedBlocks(basis_of("value", ["5510", "4100"], DIM, page)))
+    if name == "sink":  # longer than one of the sequences
+        bases = basis_of("key", ["6543", "3322"], DIM, page, frame=page), basis_of("value", ["5510", "4100"], DIM, page)
+        return BlockLayer(*(CodedBlocks(basis, 6, torch.float32) for basis in bases))
     if name == "plain":
         return BlockLayer(*(PlainBlocks(kind, HEADS, DIM, page, torch.float32) for kind in ("key", "value")))
     if name == "mixed":
@@ -75,7 +78,7 @@ class Sequences:
         return torch.cat(rows)
 
 
-STORAGES = [*map(str, BITS), "coded", "plain", "mixed"]
+STORAGES = [*map(str, BITS), "coded", "sink", "plain", "mixed"]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -102,7 +105,7 @@ def test_the_native_path_writes_what_the_definition_writes(storage, monkeypatch)
     native = Sequences(layer_of(storage, 32), 32)
     without_library(monkeypatch)
     wrong = (Sequences(layer_of(storage, 32), 32).blocks != native.blocks).sum()
-    coded = storage in ("coded", "mixed")  # sums are in another order, which moves few codes
+    coded = storage in ("coded", "sink", "mixed")  # sums are in another order, which moves few codes
     assert wrong <= (1e-3 * native.blocks.numel() if coded else 0)
 
 
@@ -218,3 +221,15 @@ def test_groups_and_blocks_that_cannot_be_packed():
         AffineBlocks("key", HEADS, PageLayout("key", 4, DIM, 32))
     with pytest.raises(ValueError, match="at most 1024 tokens, got 2048"):
         CodedBlocks(basis_of("key", ["6543"], DIM, 2048))
+
+
+def test_the_first_tokens_of_a_sequence_are_read_as_they_are():
+    tensor = layer_of("sink", 32).keys
+    states, positions = torch.randn(40, HEADS, DIM), torch.arange(40)
+    back = tensor.round_trip(states, positions)
+    assert torch.equal(back[:6], states[:6]) and not torch.equal(back[6], states[6])
+    plain = layer_of("coded", 32).keys
+    assert torch.equal(back[6:], plain.round_trip(states, positions)[6:])
+    assert tensor.nbytes == plain.nbytes + HEADS * 6 * DIM * 4
+    with pytest.raises(ValueError, match="a sink of 33 tokens is longer than a block of 32"):
+        CodedBlocks(tensor.basis, 33)

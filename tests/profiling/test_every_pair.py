@@ -1,4 +1,4 @@
-"""Moments for serving engines, in which every query finds every token packed: all pairs count."""
+"""Moments for serving engines, in which every query finds all tokens but the first one packed: all pairs count."""
 
 from types import SimpleNamespace
 
@@ -20,9 +20,9 @@ from kvmix_cli.profiling.moments import MomentSums
 from kvmix_cli.profiling.probes.fisher_metric import FisherMetric
 from kvmix_cli.profiling.probes.taylor import Taylor
 
-TOKENS = 24
+TOKENS, SINK = 24, 1
 ENGINE = ProbeOptions(bits=(2,), group_sizes=(16,), window=NoWindow())
-AT_ONCE = SimpleNamespace(sink=0, page=1, window=SimpleNamespace(tokens=-1))
+AT_ONCE = SimpleNamespace(sink=SINK, page=1, window=SimpleNamespace(tokens=-1))
 """The cache in which the query of a position finds the token of the same position packed."""
 TEXTS = [f"document {number}: " + "".join(chr(97 + number * i % 26) for i in range(900)) for number in range(1, 4)]
 RUN = {"texts": TEXTS, "source": "test", "samples": 2, "seq_len": 64, "seed": 3}
@@ -43,7 +43,7 @@ def reference(loaded, ids, layer, labels):
         logits = loaded.model(input_ids=ids, use_cache=False).logits[0, :-1]
     cross_entropy(logits.double(), labels, reduction="sum").backward()
     for kind in ("key", "value"):
-        gradients_, states = leaves[kind].grad[0], leaves[kind].detach()[0]
+        gradients_, states = leaves[kind].grad[0, :, SINK:], leaves[kind].detach()[0, :, SINK:]
         metric = sum(g[:, :, None] * g[:, None] for g in gradients_.unbind(1)) / (ids.shape[1] - 1)
         covariance = np.stack([np.cov(head.T, bias=True) for head in states.numpy()])
         yield metric.numpy(), covariance, states.mean(1).numpy()
@@ -51,12 +51,12 @@ def reference(loaded, ids, layer, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "latent"])
-def test_moments_are_of_all_tokens_and_queries(family, monkeypatch):
+def test_moments_are_of_all_queries_and_all_tokens_but_the_first(family, monkeypatch):
     loaded, ids, labels = wrap(build(family)), sample(), sample(TOKENS - 1, seed=7)[0]
     monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
     sums = MomentSums(dict.fromkeys(loaded.info.quantizable))
     measure_sample(loaded, [FisherMetric()], ids[0].tolist(), ProbeOptions(window=NoWindow()), sums)
-    assert sums.counts == (TOKENS - 1, TOKENS - 1)
+    assert sums.counts == (TOKENS - 1, TOKENS - 1 - SINK)
     for index in loaded.info.quantizable[:2]:
         layer = sums.layer(index)
         for found, expected in zip(layer[:2], reference(loaded, ids, index, labels), strict=True):
@@ -77,8 +77,8 @@ def test_other_probes_beside_it_keep_their_window():
 
 def test_the_one_span_has_every_query():
     grid = EveryPair(bits=(), group_sizes=())
-    assert grid.spans(9) == [(0, 9, 9)] and grid.shortest == 2
-    assert grid.cache == CacheSettings(sink=0, window=NoWindow())
+    assert grid.spans(9) == [(0, 9, 8)] and grid.shortest == 3
+    assert grid.cache == CacheSettings(sink=1, window=NoWindow())
 
 
 @pytest.mark.slow
@@ -88,10 +88,10 @@ def test_a_profile_says_which_window_its_metric_leaves_out(tmp_path):
     found = run_profile(loaded, ["fisher-metric"], **RUN, moments=file, options=ProbeOptions(window=NoWindow()))
     score = found.score("fisher-metric")
     assert score.is_for_engines
-    assert (score.setup["sink"], score.setup["window"]) == (0, "none")
-    assert (score.moments.predictions, score.moments.tokens) == (2 * 63, 2 * 63)
+    assert (score.setup["sink"], score.setup["window"]) == (1, "none")
+    assert (score.moments.predictions, score.moments.tokens) == (2 * 63, 2 * 62)
     near = {**RUN, "options": ProbeOptions(window=Recent(tokens=16)), "seq_len": 192, "moments": file}
-    with pytest.raises(KvmixError, match=r"has fisher-metric .*with sink 0, window none, which would be replaced"):
+    with pytest.raises(KvmixError, match=r"has fisher-metric .*with sink 1, window none, which would be replaced"):
         run_profile(loaded, ["fisher-metric"], **near, before=found.scores)
     other = run_profile(loaded, ["fisher-metric"], **near).score("fisher-metric")
     assert other.setup["window"] == "recent:16" and not other.is_for_engines

@@ -18,6 +18,7 @@ from kvmix_cli.errors import KvmixError, PlanError
 from kvmix_cli.export import TARGETS
 from kvmix_cli.export.plugin import with_measured_loss
 from kvmix_cli.plan import Plan
+from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.serving import contract, plugin
 
 TOKENS_OF_A_BLOCK = 128
@@ -59,7 +60,7 @@ class Attention:
 
     backends: ClassVar[dict] = {}
 
-    def __init__(self, num_heads, head_size, scale, num_kv_heads=None, prefix="", attn_backend=None):
+    def __init__(self, num_heads, head_size, scale, num_kv_heads=None, cache_config=None, prefix="", attn_backend=None):
         self.backends[prefix] = attn_backend
 
 
@@ -204,6 +205,24 @@ def test_layers_get_a_backend_by_their_size(engine, plan_file):
         assert getattr(sys.modules["kvmix_cli.serving.backend"], backend.__name__) is backend
 
 
+def test_room_for_a_sink_is_that_of_the_engines_blocks(engine, tmp_path, monkeypatch):
+    model = build("llama")
+    coded = coded_plan(model, tmp_path, exact=0)
+    cache = coded.cache.model_copy(update={"sink": 1, "window": NoWindow()})
+    path = Plan.build(coded.model, coded.layers, cache).save(tmp_path / "plan.yaml")
+    monkeypatch.setenv(serving.VARIABLE, str(path))
+    found, sizes = engine(), {}
+    serving.register()
+    for block in (32, 64, None):
+        config = SimpleNamespace(block_size=block)
+        found.attention(4, 16, 0.25, num_kv_heads=2, cache_config=config, prefix="model.layers.0.attn")
+        backend = found.attention.backends["model.layers.0.attn"]
+        sizes[block] = backend.customize_spec(Spec()).state_content_bytes
+    plan, dtype = Plan.load(path), torch.get_default_dtype()
+    assert sizes == {block: bytes_per_token(plan, 0, block or 32, dtype) for block in sizes}
+    assert sizes[64] < sizes[32] == sizes[None]
+
+
 def test_a_backend_that_a_model_asks_for_stays(engine, plan_file):
     found = engine()
     serving.register()
@@ -296,7 +315,7 @@ def test_a_name_that_is_gone_is_named(engine, plan_file, monkeypatch):
     found = engine()
     del found.modules["vllm.v1.attention.backend"].MultipleOf
     monkeypatch.setattr(found.attention, "__init__", lambda self, head_size, num_kv_heads, prefix: None)
-    missing = "attn_backend of vllm.model_executor.layers.attention.attention.Attention.__init__"
+    missing = "cache_config, attn_backend of vllm.model_executor.layers.attention.attention.Attention.__init__"
     assert contract.missing_hooks() == [missing, "vllm.v1.attention.backend.MultipleOf"]
     with pytest.raises(KvmixError, match=f"vLLM 0.32.0 lacks {missing}"):
         serving.register()

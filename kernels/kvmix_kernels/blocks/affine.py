@@ -101,7 +101,7 @@ class AffineBlocks(BlockTensor):
         codes, scales = encode(matrix, self.layout, self.encoder)
         return decode(codes, scales, self.layout).transpose(0, 1).to(states.dtype)
 
-    def native(self, blocks: Tensor) -> CSegments:
+    def native(self, blocks: Tensor, table: Tensor) -> CSegments:
         place = blocks.data_ptr(), blocks.stride(0), len(blocks)  # an engine's blocks stay where they are
         if self._native is None or self._native[0] != place:
             self._native = place, self._segments(blocks)

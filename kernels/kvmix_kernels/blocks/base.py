@@ -60,8 +60,12 @@ class BlockTensor(ABC):
         """Return tokens `[n, H_kv, D]` as they are read after they were written, in their dtype."""
 
     @abstractmethod
-    def native(self, blocks: Tensor) -> CSegments:
-        """Return the argument of native attention, whose table the caller sets.
+    def native(self, blocks: Tensor, table: Tensor) -> CSegments:
+        """Return the argument of native attention over these sequences, whose table the caller sets.
 
         It points into `blocks` and into this tensor, and may be returned again for the same blocks.
+
+        Args:
+            blocks: `[N, nbytes]` uint8.
+            table: `[B, pages]` int32, the blocks of each sequence.
         """

@@ -1,6 +1,7 @@
 """Blocks of transform codes: pages of `kvmix_kernels.transform_layout`, then the scales of values, `[H_kv, page]`.
 
-Exact tokens are chosen among those of whole pages, and blocks have none.
+Exact tokens are chosen among those of whole pages, and blocks have none but the sink: the first tokens of a sequence,
+which have codes as well, and behind these room in every block, `[H_kv, sink, D]`, used in a sequence's first one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..attend.coded import LONGEST_PAGE, pages_of
 from ..runtime.native import library
-from ..runtime.native.structs import CSegments
+from ..runtime.native.structs import DTYPES, CSegments
 from ..segments import Coded
 from ..transform import TransformBasis
 from ..transform.cpu import code, takes
@@ -28,20 +29,29 @@ class CodedBlocks(BlockTensor):
 
     Args:
         basis: directions, widths and frames; its layout's page is the block.
+        sink: first tokens of a sequence that are kept as they are.
+        dtype: of these.
 
     Raises:
-        ValueError: if blocks are longer than native attention takes.
+        ValueError: if blocks are longer than native attention takes, or shorter than the sink.
     """
 
-    def __init__(self, basis: TransformBasis) -> None:
+    def __init__(self, basis: TransformBasis, sink: int = 0, dtype: torch.dtype = torch.float32) -> None:
         layout = basis.layout
+        if sink > layout.page:
+            raise ValueError(f"a sink of {sink} tokens is longer than a block of {layout.page}")
         if layout.page > LONGEST_PAGE:
             raise ValueError(f"blocks of transform codes have at most {LONGEST_PAGE} tokens, got {layout.page}")
         self.basis, self.kind, self.kv_heads = basis, layout.kind, layout.kv_heads
-        self.head_dim, self.page = layout.head_dim, layout.page
+        self.head_dim, self.page, self.sink, self.dtype = layout.head_dim, layout.page, sink, dtype
+        self._held: tuple[Tensor, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
+        return self._code_bytes + self.kv_heads * self.sink * self.head_dim * self.dtype.itemsize
+
+    @property
+    def _code_bytes(self) -> int:
         layout = self.basis.layout
         return layout.page_bytes + (self.kv_heads * self.page * TOKEN_SCALE_BYTES if layout.is_scaled else 0)
 
@@ -52,19 +62,33 @@ class CodedBlocks(BlockTensor):
             largest = torch.finfo(scales.dtype).max  # one token that is not finite must not reach others
             room = self._scales(blocks)
             room[slots // self.page, :, slots % self.page] = scales.nan_to_num(0.0, largest, -largest)
+        first = positions < self.sink
+        if first.any():
+            self._sinks(blocks)[slots[first] // self.page, :, positions[first]] = states[first].to(self.dtype)
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
+        tokens = self._pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
+        if self.sink:
+            tokens[:, : self.sink] = self._sinks(blocks)[table[0].long()].to(dtype)
+        return tokens
 
     def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
         codes, scales = self._encode(states, positions)
         pages = codes.transpose(0, 1)[None, :, :, None]
         by_page = None if scales is None else scales.T[None, :, :, None]
-        return states_of(pages, by_page, self.basis, self._frames(positions), states.dtype)[0, :, :, 0].transpose(0, 1)
+        tokens = states_of(pages, by_page, self.basis, self._frames(positions), states.dtype)[0, :, :, 0]
+        kept = states.to(self.dtype).to(states.dtype)
+        return torch.where((positions < self.sink)[:, None, None], kept, tokens.transpose(0, 1))
 
-    def native(self, blocks: Tensor) -> CSegments:
+    def native(self, blocks: Tensor, table: Tensor) -> CSegments:
         call = pages_of(self._pages(blocks))
         call.codes_strides[0] = call.scales_strides[0] = 0  # every sequence has the same blocks
+        if self.sink:
+            exact = self._sinks(blocks)[table[:, 0].long()].nan_to_num()  # a short sequence has written few of them
+            places = torch.arange(self.sink, dtype=torch.int32)
+            self._held = exact, places  # until the next call
+            call.places, call.exact, call.exact_strides = places.data_ptr(), exact.data_ptr(), exact.stride()[:3]
+            call.exact_tokens, call.exact_dtype = self.sink, DTYPES[exact.dtype]
         return CSegments(coded=ctypes.pointer(call), page=self.page, dim=self.head_dim)
 
     def _encode(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -96,9 +120,14 @@ class CodedBlocks(BlockTensor):
 
     def _scales(self, blocks: Tensor) -> Tensor:
         """Return the scales of blocks of values, `[N, H_kv, page]`."""
-        scales = blocks[:, self.basis.layout.page_bytes :].view(torch.float16)
+        scales = blocks[:, self.basis.layout.page_bytes : self._code_bytes].view(torch.float16)
         by_head: Tensor = scales.unflatten(1, (self.kv_heads, self.page))
         return by_head
+
+    def _sinks(self, blocks: Tensor) -> Tensor:
+        """Return the first tokens of sequences that begin in blocks, `[N, H_kv, sink, D]`."""
+        tokens: Tensor = blocks[:, self._code_bytes :].view(self.dtype).unflatten(1, (self.kv_heads, self.sink, -1))
+        return tokens
 
     def _pages(self, blocks: Tensor) -> Coded:
         """Return blocks as the pages of one sequence."""

@@ -95,7 +95,7 @@ class BlockLayer:
         if native is not None:
             scaled = (query.float() * scaling).contiguous()
             logits = None if sink_logits is None else sink_logits.float().contiguous()
-            key, value = self.keys.native(keys), self.values.native(values)
+            key, value = self.keys.native(keys, table), self.values.native(values, table)
             heads = self.keys.kv_heads
             return cpu.attend(native, scaled, key, value, table, lengths, heads, softcap or 0.0, logits)
         rows = []

@@ -43,7 +43,7 @@ class PlainBlocks(BlockTensor):
     def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
         return states.to(self.dtype).to(states.dtype)
 
-    def native(self, blocks: Tensor) -> CSegments:
+    def native(self, blocks: Tensor, table: Tensor) -> CSegments:
         states = self._states(blocks)
         run = CRun(
             data=states.data_ptr(),
