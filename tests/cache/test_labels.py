@@ -9,8 +9,9 @@ from teaching import ids, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.errors import CacheError
-from kvmix_cli.plan import CacheSettings
-from kvmix_cli.plan.policies import Tier, TokenPolicy
+from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.plan.layers import HeadGroup
+from kvmix_cli.plan.policies import Tier, TokenPolicy, TokenShares
 
 FLUSH, SINK, DROPPED = 80, 4, 32
 TOKENS = ids(200)
@@ -78,6 +79,20 @@ def test_chunks_are_as_most_of_their_tokens_are(model):
     gone = (tiers(cache) == EVICTED)[0].unflatten(1, (5, 16))
     assert (gone.all(-1) | ~gone.any(-1)).all()
     assert gone[:, 0].all()  # 4 to 20, an image; 20 to 36 is text but for 4 tokens
+
+
+def test_groups_of_heads_are_told_as_well(model):
+    """Each KV head is stored as a layer of its own."""
+    plan = plan_for(model, {"tokens": TokenPolicy(evict=DROPPED / FLUSH, flush=FLUSH, images="last")})
+    group = HeadGroup(heads=(1,), tokens=TokenShares(evict=0.8))
+    layers = {index: layer.model_copy(update={"head_groups": (group,)}) for index, layer in plan.layers.items()}
+    cache = MixedCache.from_plan(Plan.build(plan.model, layers, plan.cache), model.config)
+    cache.label(IMAGE)
+    teacher_forced(model, cache, TOKENS, [160])
+    gone = [part.stores[0].packing.view.tier == EVICTED for _, part in cache.layers[0].groups]
+    assert [each.shape[1] for each in gone] == [1, 1]
+    assert [int(each[0].sum()) for each in gone] == [DROPPED, 64]
+    assert all(each[0, 0][IMAGE[0, SINK : SINK + FLUSH]].all() for each in gone)
 
 
 def test_what_nothing_was_told_of_is_text(model):

@@ -48,6 +48,8 @@ def test_predicted_bytes_are_measured_bytes(data):
         model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
     one_more = 2 * plan.unquantized_bytes(1)
     policy = cache_settings.tokens
-    statistics = 0 if policy is None else 2 * 4 * policy.statistics.numbers(info.kv_heads, context)
+    statistics = (
+        0 if policy is None else 2 * 4 * policy.statistics.numbers(info.kv_heads, context) + 2 * bool(policy.images)
+    )
     predicted = plan.cache_bytes(context, batch=2).total
     assert predicted + one_more <= cache.nbytes <= predicted + one_more + 2 * statistics * len(plan.layers)

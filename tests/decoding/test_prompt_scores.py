@@ -109,6 +109,25 @@ def test_groups_of_heads_are_scored_as_all_heads_together(loaded, monkeypatch):
         )
 
 
+def test_what_a_second_reading_drops_is_merged_and_images_go_first(loaded):
+    """A prompt that is held is told apart from its padding and its images as any other is."""
+    tokens, is_image = ids(150), torch.zeros(2, 150, dtype=torch.bool)
+    is_image[:, 20:40] = True
+    policy = TokenPolicy(score="kvzip", evict=0.5, flush=64, merge="look-m", images="last")
+    cache = MixedCache.from_plan(plan_for(loaded.model, {"tokens": policy}, sink=SINK), loaded.config)
+    plain = unquantized_cache(loaded.config)
+    cache.label(is_image)
+    with torch.no_grad():
+        for each in (cache, plain):
+            fill(loaded, each, tokens)
+    packed, states = cache.layers[0].stores[1].packing.view, plain.layers[0].values[:, :, SINK : SINK + 64]
+    gone = packed.tier == EVICTED
+    assert gone[:, :, 20 - SINK : 40 - SINK].all()
+    kept = states[~gone].view(2, 2, 32, -1)
+    is_changed = (packed.held[0] - kept).abs().amax(-1) > 1e-6
+    assert 0 < is_changed.sum() < is_changed.numel()
+
+
 @pytest.mark.slow
 def test_nothing_of_the_second_reading_stays():
     """A model with sliding layers, whose stock caches are put back, decodes as without eviction or a second reading."""

@@ -107,7 +107,9 @@ def token_policies(draw, page):
     score = draw(st.sampled_from(["attention", "normalised", "recency", "snapkv", "expected-attention"]))
     rules = [rule for rule in MERGES if statistics_of(score).weighs or not MERGES[rule].weighs]
     merge = draw(st.none() | st.sampled_from(rules)) if evicted else None
-    return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, merge=merge, flush=pages * page)
+    more = {"merge": merge, "weigh": bool(evicted) and draw(st.booleans())}
+    images = draw(st.none() | st.sampled_from(["first", "last"]))
+    return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, images=images, flush=pages * page, **more)
 
 
 @st.composite
