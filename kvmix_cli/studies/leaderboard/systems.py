@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,15 +63,12 @@ class FoundProfile:
 
     profile: Profile
     folder: Path
+    _bases: dict[Directions, BasisFile] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: Path) -> FoundProfile:
         """Read a profile. Raises DocumentError."""
         return cls(Profile.load(path), path.parent)
-
-    @cached_property
-    def _bases(self) -> dict[Directions, BasisFile]:
-        return {}
 
     def basis(self, directions: Directions) -> BasisFile:
         """Return directions of the profile's moments, worked out once for all sizes. Raises as `read_basis`."""
