@@ -2,6 +2,10 @@
 
 All sums are float64: keys may have means of several hundred beside deviations of one (Qwen2), and a covariance is a
 difference of squares.
+
+Few tokens bear most of the loss. A share `LEFT_OUT` of each document's tokens, in each KV head those whose errors would
+cost most, is left out of all sums, since the cache keeps such tokens exact; of the others the dear ones are held down
+(`POWER`). So directions and bits are for the many tokens that have codes.
 """
 
 from __future__ import annotations
@@ -10,15 +14,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from kvmix_kernels.layout import Kind
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..cache.rotary import turned
 from ..errors import DocumentError, first_sentence
 from ..files import write_bytes
 from ..plan.moments import FRAME, LayerMoments, Rope, TensorMoments
 from .change import LayerAttention
+
+LEFT_OUT = 0.02
+"""Share of a document's packed tokens that moments leave out: as many as the cache keeps exact of 1,024 tokens, if they
+are two a page, and as many as of eight pages from the first on."""
+POWER = 0.7
+"""Power of its cost that a token counts by in the metric; the sum of costs stays. With 1 more is lost on both models,
+with .5 on builtin:tiny (docs/transform-coding.md)."""
 
 
 class MomentSums:
@@ -41,19 +54,28 @@ class MomentSums:
 
     def add(self, layer: LayerAttention) -> None:
         """Add one layer of a document."""
-        index, sink = layer.index, layer.grid.cache.sink
-        for kind, states in layer.states.items():
-            gradients, kept = layer.gradients[kind][0].cpu().double(), states[0, :, sink:].cpu().double()
-            rope = self._ropes[index] if kind == "key" else None
-            if rope is not None:
-                gradients, kept = _to_frame(gradients, rope), _to_frame(kept, rope)
-            self._add(f"{index}.{kind}.gradients", gradients.mT @ gradients)
-            self._add(f"{index}.{kind}.squares", kept.mT @ kept)
-            self._add(f"{index}.{kind}.states", kept.sum(1))
+        index = layer.index
+        parts = {kind: self._in_frames(layer, kind) for kind in layer.states}
+        costs = {kind: _costs(*part) for kind, part in parts.items()}
+        kept = _kept(torch.stack(list(costs.values())).sum(0))
+        unpacked = parts["key"][1].shape[1] - kept.shape[1]
+        counted = pad(kept, (0, unpacked), value=1.0)[..., None]
+        for kind, (gradients, states) in parts.items():
+            weights = _weights(costs[kind] * kept)[..., None]
+            self._add(f"{index}.{kind}.gradients", (gradients * weights).mT @ gradients)
+            self._add(f"{index}.{kind}.squares", (states * counted).mT @ states)
+            self._add(f"{index}.{kind}.states", (states * counted).sum(1))
         readers, packed = layer.readers, layer.packed
         self._add(f"{index}.predictions", torch.tensor(readers.stop - readers.start))
         self._add(f"{index}.packed", torch.tensor(packed.stop - packed.start))
-        self._add(f"{index}.tokens", torch.tensor(kept.shape[1]))
+        self._add(f"{index}.tokens", counted[0].sum().long())
+
+    def _in_frames(self, layer: LayerAttention, kind: Kind) -> tuple[Tensor, Tensor]:
+        """Return gradients `[H, P, D]` of packed tokens and states `[H, T, D]` of all but the sinks, in float64."""
+        gradients = layer.gradients[kind][0].cpu().double()
+        states = layer.states[kind][0, :, layer.grid.cache.sink :].cpu().double()
+        rope = self._ropes[layer.index] if kind == "key" else None
+        return (gradients, states) if rope is None else (_to_frame(gradients, rope), _to_frame(states, rope))
 
     def layer(self, index: int) -> LayerMoments:
         """Return the moments of one layer, in float64."""
@@ -138,6 +160,32 @@ def remove_parts(journal: Path) -> None:
 def _part(journal: Path, number: int) -> Path:
     """Return the file of a document: `profile.partial.0.safetensors` beside `profile.partial.jsonl`."""
     return journal.with_name(f"{journal.stem}.{number}.safetensors")
+
+
+def _costs(gradients: Tensor, states: Tensor) -> Tensor:
+    """Return what an error as large as the differences between states would cost each packed token, `[H, P]`.
+
+    That is `g^T S g`, twice a loss in nats, for a gradient `g` and the covariance `S` of the states.
+
+    Args:
+        gradients: `[H, P, D]`.
+        states: `[H, T, D]`.
+    """
+    covariance = torch.stack([head.T.cov(correction=0) for head in states])
+    return ((gradients @ covariance) * gradients).sum(-1)
+
+
+def _kept(costs: Tensor) -> Tensor:
+    """Return 1 for the tokens that count and 0 for the dearest, `[H, P]`: as many in every head."""
+    dearest = costs.topk(round(LEFT_OUT * costs.shape[1]), dim=1).indices
+    return torch.ones_like(costs).scatter_(1, dearest, 0.0)
+
+
+def _weights(costs: Tensor) -> Tensor:
+    """Return what the gradients of tokens of these costs `[H, P]` count, so that the sum of costs stays; 0 for 0."""
+    smallest = torch.finfo(costs.dtype).tiny
+    weights = torch.where(costs > 0, costs.clamp(min=smallest) ** (POWER - 1), 0.0)
+    return weights * costs.sum(1, keepdim=True) / (weights * costs).sum(1, keepdim=True).clamp(min=smallest)
 
 
 def _to_frame(states: Tensor, rope: Rope) -> Tensor:
