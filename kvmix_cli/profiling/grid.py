@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count, groupby
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from kvmix_kernels.layout import Kind, PageLayout
 
@@ -35,11 +35,13 @@ class Grid:
     Attributes:
         bits, group_sizes: every pair of them is a choice.
         cache: pages, sinks, window and scale dtype of that cache.
+        keeps_exact: that cache keeps some packed tokens exact, if they have transform codes.
     """
 
     bits: tuple[int, ...]
     group_sizes: tuple[GroupSize, ...]
     cache: CacheSettings = field(default_factory=CacheSettings)
+    keeps_exact: ClassVar[bool] = True
 
     def layouts(self, kind: Kind, head_dim: int) -> dict[str, PageLayout]:
         """Return the layout of every choice by its key, narrowest first.
@@ -90,6 +92,7 @@ class EveryPair(Grid):
     """
 
     cache: CacheSettings = field(default_factory=engine_cache)
+    keeps_exact: ClassVar[bool] = False
 
     def spans(self, tokens: int) -> list[Span]:
         """Return the one span of all queries; each finds the tokens up to its own, as attention is causal."""

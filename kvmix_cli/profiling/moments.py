@@ -5,7 +5,7 @@ difference of squares.
 
 Few tokens bear most of the loss. A share `LEFT_OUT` of each document's tokens, in each KV head those whose errors would
 cost most, is left out of all sums, since the cache keeps such tokens exact; of the others the dear ones are held down
-(`POWER`). So directions and bits are for the many tokens that have codes.
+(`POWER`). So directions and bits are for the tokens that have codes. In an engine, which keeps none exact, all count.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ class MomentSums:
         index = layer.index
         parts = {kind: self._in_frames(layer, kind) for kind in layer.states}
         costs = {kind: _costs(*part) for kind, part in parts.items()}
-        kept = _kept(torch.stack(list(costs.values())).sum(0))
+        share, power = (LEFT_OUT, POWER) if layer.grid.keeps_exact else (0.0, 1.0)
+        kept = _kept(torch.stack(list(costs.values())).sum(0), share)
         unpacked = parts["key"][1].shape[1] - kept.shape[1]
         counted = pad(kept, (0, unpacked), value=1.0)[..., None]
         for kind, (gradients, states) in parts.items():
-            weights = _weights(costs[kind] * kept)[..., None]
+            weights = _weights(costs[kind] * kept, power)[..., None]
             self._add(f"{index}.{kind}.gradients", (gradients * weights).mT @ gradients)
             self._add(f"{index}.{kind}.squares", (states * counted).mT @ states)
             self._add(f"{index}.{kind}.states", (states * counted).sum(1))
@@ -175,16 +176,16 @@ def _costs(gradients: Tensor, states: Tensor) -> Tensor:
     return ((gradients @ covariance) * gradients).sum(-1)
 
 
-def _kept(costs: Tensor) -> Tensor:
-    """Return 1 for the tokens that count and 0 for the dearest, `[H, P]`: as many in every head."""
-    dearest = costs.topk(round(LEFT_OUT * costs.shape[1]), dim=1).indices
+def _kept(costs: Tensor, share: float) -> Tensor:
+    """Return 1 for the tokens that count and 0 for a share of the dearest, `[H, P]`: as many in every head."""
+    dearest = costs.topk(round(share * costs.shape[1]), dim=1).indices
     return torch.ones_like(costs).scatter_(1, dearest, 0.0)
 
 
-def _weights(costs: Tensor) -> Tensor:
+def _weights(costs: Tensor, power: float) -> Tensor:
     """Return what the gradients of tokens of these costs `[H, P]` count, so that the sum of costs stays; 0 for 0."""
     smallest = torch.finfo(costs.dtype).tiny
-    weights = torch.where(costs > 0, costs.clamp(min=smallest) ** (POWER - 1), 0.0)
+    weights = torch.where(costs > 0, costs.clamp(min=smallest) ** (power - 1), 0.0)
     return weights * costs.sum(1, keepdim=True) / (weights * costs).sum(1, keepdim=True).clamp(min=smallest)
 
 

@@ -82,7 +82,7 @@ def test_the_papers_preset_has_two_names(kvmix):
 def test_a_preset_without_a_share_of_layers(kvmix):
     ran = kvmix("allocate", "--preset", "kivi-2")
     assert ran.code == 2
-    assert "use paper, kvmix-paper" in " ".join(ran.err.replace("│", " ").split())
+    assert "use paper, block-gtq, eigen, kvmix-paper" in " ".join(ran.err.replace("│", " ").split())
 
 
 def test_what_the_paper_compares_with_is_one_option_away(kvmix, tmp_path):
