@@ -68,7 +68,7 @@ def basis_of(
     diagonal = np.einsum("hii->hi", m)  # a view
     diagonal += np.where(seen, floor * norms, 1.0)[:, None]
     try:
-        lower = np.linalg.cholesky(m).astype(np.float64, copy=False)
+        lower = np.asarray(np.linalg.cholesky(m), np.float64)
     except np.linalg.LinAlgError as error:
         raise ValueError("expected a metric without negative eigenvalues") from error
     variances, directions = np.linalg.eigh(lower.transpose(0, 2, 1) @ s @ lower)
@@ -83,7 +83,7 @@ def _lower_inverse(lower: Matrix) -> Matrix:
     """Return the inverses of lower triangles `[H, D, D]`."""
     half = lower.shape[-1] // 2
     if lower.shape[-1] <= SMALL:
-        return np.linalg.inv(lower).astype(np.float64, copy=False)
+        return np.asarray(np.linalg.inv(lower), np.float64)
     inverse = np.zeros_like(lower)
     inverse[:, :half, :half] = first = _lower_inverse(lower[:, :half, :half])
     inverse[:, half:, half:] = second = _lower_inverse(lower[:, half:, half:])

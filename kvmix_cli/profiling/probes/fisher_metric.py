@@ -3,7 +3,7 @@
     M = E[sum_j g_j g_j^T]        g_j = dL/dk_j, and dL/dv_j, of a packed token j, through queries that find it packed
 
 in nats a predicted token, over the tokens that the cache would not keep exact (`profiling/moments.py`). Labels of L are
-drawn from the model, so that 1/2 E[e^T M e] is, to second order, the divergence that errors e of all packed keys cost,
+drawn from the model, so that 1/2 E[e^T M e] is, to second order, the divergence that errors e of all packed keys cost
 if they have nothing to do with each other. M goes to the profile's tensors with the covariance S and the mean of keys
 and values: see `plan/moments.py`, and `plan/metric.py` for what they become.
 
