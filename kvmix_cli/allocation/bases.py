@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from ..errors import BudgetError
 from ..plan.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
 from ..plan.directions import Directions, basis_along
+from ..plan.metric import UNREAD
 from ..plan.moments import LayerMoments
 from ..profile import Profile
 
 SCORE = "fisher-metric"
 """The score whose moments bases are made from."""
-SMALLEST_DEVIATION = 1e-8
-"""Of a direction that no token of the calibration text differs in; no direction has less, so that all can be coded."""
+SMALLEST_DEVIATION = 1e-6
+"""Of a direction that no token of the calibration text differs in, as a share of the head's largest; no direction has
+less, so that all can be coded. A share, since those of a head that hardly anybody attends to are small altogether."""
 
 
 def make_bases(profile: Profile, moments: Mapping[int, LayerMoments], directions: Directions = "loss") -> BasisFile:
@@ -53,7 +55,9 @@ def _basis(layer: LayerMoments, name: TensorName, directions: Directions, tokens
     own = layer.k if name == "k" else layer.v
     pairs = layer.rope.pairs if name == "k" and layer.rope is not None else None
     found = basis_along(directions, own.metric, own.covariance, tokens=tokens, pairs=pairs)
-    deviation = np.sqrt(np.maximum(found.eigenvalues, SMALLEST_DEVIATION**2))
+    largest = found.eigenvalues.max(-1, keepdims=True)
+    smallest = np.where(largest > 0, SMALLEST_DEVIATION**2 * largest, UNREAD)
+    deviation = np.sqrt(np.maximum(found.eigenvalues, smallest))
     return LayerBasis(*map(_floats, (found.encode, found.decode, own.mean, deviation)))
 
 

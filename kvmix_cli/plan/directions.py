@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .metric import FLOOR, DirectionBasis, basis_of
+from .metric import FLOOR, UNREAD, DirectionBasis, basis_of
 
 Directions = Literal["loss", "variance", "channels"]
 """Where directions come from: metric and covariance together, the covariance alone, or the channels as they are."""
@@ -55,9 +55,9 @@ def basis_along(
     if directions == "channels" and pairs is not None:
         for each in (weights, variances):
             each[:, pairs] = each[:, pairs].mean(-1, keepdims=True)
-    seen = weights.max(-1, keepdims=True) > 0  # a head that nobody attends to has no metric
-    weights = np.where(seen, np.maximum(weights, FLOOR * weights.max(-1, keepdims=True)), 1.0)
-    variances = np.where(seen, np.maximum(weights * variances, 0.0), 0.0)
+    largest = weights.max(-1, keepdims=True)
+    weights = np.where(largest > 0, np.maximum(weights, FLOOR * largest), UNREAD)
+    variances = np.maximum(weights * variances, 0.0)
     order = np.argsort(-variances, axis=-1, kind="stable")
     weights, variances = (np.take_along_axis(each, order, -1) for each in (weights, variances))
     axes, sizes = np.take_along_axis(axes, order[:, None], -1), np.sqrt(weights)

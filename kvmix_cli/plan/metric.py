@@ -20,6 +20,8 @@ Matrix = NDArray[np.float64]
 FLOOR = 1e-4
 """Share of a metric's norm (Frobenius, about its largest eigenvalue) that is added to every eigenvalue. Without it,
 directions that calibration hardly saw would be free to be wrong."""
+UNREAD = 1e-24
+"""Metric, times the identity, of a head that nobody attends to: it has bits last, and its codes are as true as any."""
 SMALL = 16
 """Triangles up to this size are inverted as any matrix is; larger ones by halves, at a sixth of the time for 128."""
 
@@ -64,9 +66,8 @@ def basis_of(
     if tokens is not None and needs_shrinkage(tokens, m.shape[-1]):
         m, s = _shrunk(m, tokens), _shrunk(s, tokens)
     norms = np.linalg.norm(m, axis=(1, 2))
-    seen = norms > 0  # a head that nobody attends to has no metric
     diagonal = np.einsum("hii->hi", m)  # a view
-    diagonal += np.where(seen, floor * norms, 1.0)[:, None]
+    diagonal += np.where(norms > 0, floor * norms, UNREAD)[:, None]
     try:
         lower = np.asarray(np.linalg.cholesky(m), np.float64)
     except np.linalg.LinAlgError as error:
@@ -74,8 +75,6 @@ def basis_of(
     variances, directions = np.linalg.eigh(lower.transpose(0, 2, 1) @ s @ lower)
     variances, directions = np.maximum(variances[:, ::-1], 0.0), directions[:, :, ::-1].copy()  # BLAS goes forward
     encode, decode = (lower @ directions).transpose(0, 2, 1), _lower_inverse(lower).transpose(0, 2, 1) @ directions
-    encode[~seen] = decode[~seen] = np.eye(m.shape[-1])
-    variances[~seen] = 0.0
     return DirectionBasis(encode, decode, variances)
 
 

@@ -158,6 +158,17 @@ def test_a_head_that_nobody_reads_gets_no_bits():
     assert plan.layers[2].v.widths[1] == "0000"
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-10, 1.0])
+def test_deviations_are_those_of_the_tokens_however_little_a_head_is_read(scale):
+    """A budget with bits to spare codes such heads, too: steps for other deviations would make them noise."""
+    found = model_moments(INFO)
+    found[2].v.metric[1] *= scale
+    basis = make_bases(PROFILE, found).layers[2]["v"]
+    encode = basis.encode[1].astype(np.float64)
+    assert np.sqrt(np.diag(encode @ found[2].v.covariance[1] @ encode.T)) == pytest.approx(basis.deviation[1], rel=1e-3)
+    np.testing.assert_allclose(basis.decode[1] @ encode, np.eye(len(encode)), atol=1e-3)
+
+
 def test_heads_that_are_no_multiple_of_16_are_coded_but_not_packed():
     """Codes come in runs of 8 directions, the last of them shorter."""
     info = make_info(2, head_dim=20)

@@ -52,7 +52,7 @@ def test_the_metrics_own_directions_and_a_head_nobody_attends_to():
     metric, covariance = random_matrices(2), random_matrices(3)
     metric[1] = 0
     found = basis_along("variance", metric, covariance)
-    assert not found.eigenvalues[1].any() and found.eigenvalues[0].any()
+    assert 0 < found.eigenvalues[1].sum() < 1e-15 * found.eigenvalues[0].sum()
     np.testing.assert_allclose(found.encode @ found.decode, np.broadcast_to(np.eye(DIM), metric.shape), atol=1e-8)
     np.testing.assert_array_equal(basis_along("loss", metric, covariance).encode, basis_of(metric, covariance).encode)
 
