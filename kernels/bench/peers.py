@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import resource
 import subprocess
 import tempfile
 import time
@@ -93,7 +92,9 @@ class HerePeer:
 
     @property
     def peak(self) -> int:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss: Linux begins that of a new process at what the process that started it has.
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
     def seconds(self, *, cpu_time: bool) -> float:
         return time.thread_time() if cpu_time else time.perf_counter()
