@@ -56,7 +56,7 @@ def basis_along(
         for each in (weights, variances):
             each[:, pairs] = each[:, pairs].mean(-1, keepdims=True)
     largest = weights.max(-1, keepdims=True)
-    weights = np.where(largest > 0, np.maximum(weights, FLOOR * largest), UNREAD)
+    weights = np.maximum(weights, FLOOR * largest + UNREAD)
     variances = np.maximum(weights * variances, 0.0)
     order = np.argsort(-variances, axis=-1, kind="stable")
     weights, variances = (np.take_along_axis(each, order, -1) for each in (weights, variances))

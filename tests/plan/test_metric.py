@@ -77,6 +77,14 @@ def test_a_head_nobody_attends_to_has_directions_and_carries_next_to_no_loss():
     assert 0 < eigenvalues[1].sum() < 1e-15 * min(eigenvalues[0].sum(), eigenvalues[2].sum())
 
 
+def test_a_metric_that_has_underflowed_is_that_of_a_head_nobody_attends_to():
+    metric = (random_metric(2) * 1e-43).astype(np.float32)
+    assert 0 < metric.max() < np.finfo(np.float32).tiny
+    encode, decode, eigenvalues = basis_of(metric, random_metric(3))
+    np.testing.assert_allclose(encode @ decode, np.broadcast_to(np.eye(DIM), encode.shape), atol=1e-9)
+    np.testing.assert_allclose(eigenvalues, basis_of(0 * metric, random_metric(3)).eigenvalues, rtol=1e-6)
+
+
 def test_fewer_tokens_than_directions_are_shrunk_so_that_every_direction_has_a_variance():
     metric, covariance = random_metric(4, rank=3), random_metric(5, rank=3)
     assert needs_shrinkage(3, DIM) and not needs_shrinkage(DIM, DIM)
