@@ -34,7 +34,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, RANDOM, VLLM, Peer, Peers, lacking, unquantized, versions
+from peers import BASELINE, IDS, RANDOM, VLLM, Peer, Peers, lacking, unquantized, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -47,8 +47,6 @@ from kvmix_cli.journal import Journal
 from kvmix_cli.models.loading import LoadedModel
 
 FILLS = ("text", "random")
-IDS = 1000
-"""Token ids below this are of every vocabulary."""
 
 
 class Timed(TypedDict):

@@ -52,6 +52,8 @@ UNQUANTIZED = {
 """The cache of 16 bits of the engine whose names begin so."""
 VLLM = Path(".venv-vllm/bin/python")
 """Python of the environment that `make vllm-env` makes."""
+IDS = 1000
+"""Token ids below this are of every vocabulary."""
 TRANSFORM_BITS = 2.0
 OBSERVED = 128
 """Queries that a layer is shown which wants to see some, where its tokens are random."""

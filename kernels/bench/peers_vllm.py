@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import IDS
 from torch import Tensor
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -30,8 +31,6 @@ ENVIRONMENT = {
     "VLLM_PLUGINS": "",
 }
 """One process for all of the engine, with as many threads as it is told, and without our plugin."""
-IDS = 1000
-"""Token ids below this are of every vocabulary."""
 
 
 class VllmPeer:

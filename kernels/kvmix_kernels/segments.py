@@ -260,10 +260,9 @@ class SortedTokens(ABC):
         Raises:
             ValueError: if any token has been evicted.
         """
-        if self.kept < self.tokens:
-            raise ValueError(
-                f"{self.tokens - self.kept} of {self.tokens} tokens have been evicted; only whole caches can be read"
-            )
+        if (evicted := self.tokens - self.kept) > 0:
+            words = f"{evicted} of {self.tokens} tokens have been evicted"
+            raise ValueError(f"{words}; only a cache that keeps all of its tokens can be read as one tensor")
         states = [x.to(dtype) if isinstance(x, Tensor) else x.read(0, x.tokens, dtype) for x in self.held]
         sorted_states = torch.cat(states, dim=2)
         places = torch.cat([self.places(form) for form in range(len(self.held))], dim=2).long()

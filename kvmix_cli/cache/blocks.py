@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from kvmix_kernels.blocks import AffineBlocks, BlockLayer, BlockTensor, CodedBlocks, PlainBlocks
-from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind, PageLayout
+from kvmix_kernels.layout import Kind
 from kvmix_kernels.transform import TransformBasis
 from kvmix_kernels.transform_layout import TransformLayout
 
 from ..errors import PlanError
 from ..plan import Plan, TensorPlan, TransformTensor
-from ..plan.engine_blocks import held_sink
+from ..plan.engine_blocks import block_layout, held_sink
 from ..ranks import own_heads
 from .bases import basis_of
 
@@ -64,11 +64,9 @@ def _tensor(
     if isinstance(tensor, TransformTensor):
         basis = _basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own)
         return CodedBlocks(basis, held_sink(plan), dtype)
-    if tensor.bits == FULL_PRECISION_BITS:
+    layout = block_layout(tensor, plan.cache, heads.dim(kind), block)
+    if layout is None:
         return PlainBlocks(kind, count, heads.dim(kind), block, dtype)
-    size = plan.cache.group_size if tensor.group_size is None else tensor.group_size
-    group = None if size == "row" else size
-    layout = PageLayout("value", tensor.bits, heads.dim(kind), block, group, plan.cache.scale_dtype)
     return AffineBlocks(kind, count, layout, tensor.encode or plan.cache.encoder(kind))
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .metric import FLOOR, UNREAD, DirectionBasis, basis_of
+from .metric import FLOOR, UNREAD, DirectionBasis, as_pair, basis_of
 
 Directions = Literal["loss", "variance", "channels"]
 """Where directions come from: metric and covariance together, the covariance alone, or the channels as they are."""
@@ -45,11 +45,7 @@ def basis_along(
     """
     if directions == "loss":
         return basis_of(metric, covariance, tokens=tokens)
-    m, s = np.asarray(metric, np.float64), np.asarray(covariance, np.float64)
-    if m.shape != s.shape or m.ndim != 3 or m.shape[1] != m.shape[2]:
-        raise ValueError(f"expected two arrays [H, D, D], got {list(m.shape)} and {list(s.shape)}")
-    if not (np.isfinite(m).all() and np.isfinite(s).all()):
-        raise ValueError("expected finite statistics")
+    m, s = as_pair(metric, covariance)
     axes = np.linalg.eigh(s)[1] if directions == "variance" else np.broadcast_to(np.eye(m.shape[-1]), m.shape)
     weights, variances = ((axes * (each @ axes)).sum(1) for each in (m, s))
     if directions == "channels" and pairs is not None:

@@ -19,7 +19,7 @@ from .geometry import HeadGeometry
 from .layers import AnyTensor, TensorPlan
 from .plan import Plan
 from .settings import CacheSettings
-from .sizes import exact_tokens
+from .sizes import exact_tokens, page_layout
 from .windows import NoWindow
 
 MEASURED: Final = "in_engine"
@@ -99,18 +99,23 @@ def losses_in_blocks(plan: Plan) -> list[str]:
         found.append(f"keys of {len(grouped)} layers in groups along channels, not tokens")
     if plan.cache.sink and not held_sink(plan):
         found.append(f"no sink of {plan.cache.sink}")
-    if plan.cache.window.short != "none":
+    if not isinstance(plan.cache.window, NoWindow):
         found.append(f"no window ({plan.cache.window.short})")
     if exact := max(exact_tokens(layer, plan.cache) for layer in plan.layers.values()):
         found.append(f"no exact tokens ({exact} a page)")
     return found
 
 
+def block_layout(tensor: TensorPlan, cache: CacheSettings, dim: int, block: int) -> PageLayout | None:
+    """Return the layout of blocks of affine keys or values: groups run along channels; None for full precision."""
+    return page_layout(tensor, "value", cache.model_copy(update={"page": block}), dim)
+
+
 def held_sink(plan: Plan) -> int:
     """Return the first tokens of a sequence that blocks keep: the sink of a plan of codes without a window."""
     tensors = [tensor for layer in plan.layers.values() for tensor, _ in layer.tensors]
     coded = all(isinstance(each, TransformTensor) or each.bits == FULL_PRECISION_BITS for each in tensors)
-    is_for_engines = plan.cache.transform is not None and plan.cache.window.short == NoWindow().short
+    is_for_engines = plan.cache.transform is not None and isinstance(plan.cache.window, NoWindow)
     return plan.cache.sink if coded and is_for_engines else 0
 
 
@@ -168,8 +173,5 @@ def _tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, dim: int) 
     """Return the bits of an element of keys or values."""
     if isinstance(tensor, TransformTensor):
         return TransformLayout(kind, tensor.runs, dim, cache.page).stored_bits
-    if tensor.bits == FULL_PRECISION_BITS:
-        return tensor.bits
-    size = cache.group_size if tensor.group_size is None else tensor.group_size
-    group = None if size == "row" else size
-    return PageLayout("value", tensor.bits, dim, cache.page, group, cache.scale_dtype).stored_bits
+    layout = block_layout(tensor, cache, dim, cache.page)
+    return tensor.bits if layout is None else layout.stored_bits

@@ -1,4 +1,4 @@
-"""What each rule keeps that merges tokens, by name, for the count of bytes; the rules are in `cache/merging.py`."""
+"""What each rule keeps that merges tokens, by name, for the count of bytes; the rules are in `cache/merging`."""
 
 from __future__ import annotations
 

@@ -61,9 +61,7 @@ def basis_of(
         ValueError: if an entry is not finite, the shapes are no pair of `[H, D, D]`, or a metric has an eigenvalue that
             is below zero by more than the floor.
     """
-    m, s = _symmetric(metric), _symmetric(covariance)
-    if m.shape != s.shape:
-        raise ValueError(f"metric {list(m.shape)} and covariance {list(s.shape)} must have the same shape")
+    m, s = as_pair(metric, covariance)
     if tokens is not None and needs_shrinkage(tokens, m.shape[-1]):
         m, s = _shrunk(m, tokens), _shrunk(s, tokens)
     norms = np.linalg.norm(m, axis=(1, 2))
@@ -101,6 +99,18 @@ def carrying(eigenvalues: ArrayLike, share: float) -> int:
 def needs_shrinkage(tokens: int, directions: int) -> bool:
     """Return whether statistics over so few tokens cannot tell all directions apart."""
     return tokens < directions
+
+
+def as_pair(metric: ArrayLike, covariance: ArrayLike) -> tuple[Matrix, Matrix]:
+    """Return a metric and a covariance as symmetric matrices `[H, D, D]`, copies in float64.
+
+    Raises:
+        ValueError: if an entry is not finite, or the shapes are no pair of `[H, D, D]`.
+    """
+    m, s = _symmetric(metric), _symmetric(covariance)
+    if m.shape != s.shape:
+        raise ValueError(f"metric and covariance must have the same shape, got {list(m.shape)} and {list(s.shape)}")
+    return m, s
 
 
 def _symmetric(matrices: ArrayLike) -> Matrix:

@@ -112,7 +112,7 @@ def settings_notices(name: str, score: Score, cache: CacheSettings) -> list[str]
     notices = []
     if differences := other_settings(score, cache):
         notices.append(f"{name} was measured with other settings than the plan's: {', '.join(differences)}")
-    if score.moments is not None and cache.window.short == NoWindow().short and not score.is_for_engines:
+    if score.moments is not None and isinstance(cache.window, NoWindow) and not score.is_for_engines:
         notices.append(
             f"{name} leaves out the tokens just before a query, whose codes matter most without a window: measure all "
             f"with --score {name} --window none, into a file of its own with --out"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import VOCABULARY, build
-from decoding import Decoding
+from decoding import leaves_of
 from profiling_models import wrap
 from torch.nn.functional import cross_entropy
 
@@ -34,14 +34,7 @@ def sample(tokens=TOKENS, seed=0):
 
 def reference(loaded, ids, layer, labels):
     """Metric, covariance and mean of keys and values, by autograd through the dense attention of one layer."""
-    leaves = {}
-
-    def apart(kind, states):
-        return leaves.setdefault(kind, states.detach().clone().requires_grad_())
-
-    with Decoding(loaded.model, AT_ONCE, layer, apart):
-        logits = loaded.model(input_ids=ids, use_cache=False).logits[0, :-1]
-    cross_entropy(logits.double(), labels, reduction="sum").backward()
+    leaves = leaves_of(loaded.model, ids, labels, AT_ONCE, layer)
     for kind in ("key", "value"):
         gradients_, states = leaves[kind].grad[0, :, SINK:], leaves[kind].detach()[0, :, SINK:]
         metric = sum(g[:, :, None] * g[:, None] for g in gradients_.unbind(1)) / (ids.shape[1] - 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import VOCABULARY, build
-from decoding import Decoding
+from decoding import leaves_of
 from made_up import make_info
 from profiling_models import wrap
 from safetensors.numpy import load, save
@@ -69,14 +69,7 @@ def turned_to_frame(states, rope):
 
 def reference(loaded, ids, layer, labels, rope):
     """Return metric, covariance and mean of keys and values, from the gradients of packed tokens, each on its own."""
-    leaves = {}
-
-    def apart(kind, states):
-        return leaves.setdefault(kind, states.detach().clone().requires_grad_())
-
-    with Decoding(loaded.model, CACHE, layer, apart):
-        logits = loaded.model(input_ids=ids, use_cache=False).logits[0, :-1]
-    cross_entropy(logits.double(), labels, reduction="sum").backward()
+    leaves = leaves_of(loaded.model, ids, labels, CACHE, layer)
     found = {}
     for kind, leaf in leaves.items():
         gradients, states = leaf.grad[0], leaf.detach()[0]

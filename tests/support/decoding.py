@@ -5,6 +5,7 @@ reads those from other keys or values than the rest.
 """
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -16,6 +17,19 @@ def packed_mask(tokens, cache):
     query, token = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
     page = (token - cache.sink).div(cache.page, rounding_mode="floor")
     return (page >= 0) & (query - cache.sink - cache.window.tokens >= (page + 1) * cache.page)
+
+
+def leaves_of(model, ids, labels, cache, layer):
+    """Return keys and values of one layer as packed tokens are read from them, with their gradients, by kind."""
+    leaves = {}
+
+    def apart(kind, states):
+        return leaves.setdefault(kind, states.detach().clone().requires_grad_())
+
+    with Decoding(model, cache, layer, apart):
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    cross_entropy(logits.double(), labels, reduction="sum").backward()
+    return leaves
 
 
 class Decoding:
