@@ -7,10 +7,10 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import state
 from .._version import __version__
@@ -29,6 +29,8 @@ OPTIONAL = {
 }
 """Packages that something needs: the extra that brings each, and what it is for."""
 MEMORY = Path("/proc/meminfo")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,10 @@ def _native() -> dict[str, Any]:
     """Return the instruction set of the native library, or why there is no library."""
     from kvmix_kernels.runtime.native import instruction_set
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        name = instruction_set()
+    name, reason = _with_reason(instruction_set)
     if name != "none":
         return {"in_use": name}
-    reason = str(caught[0].message) if caught else "KVMIX_NATIVE=0 turns it off"
-    return {"in_use": None, "reason": reason}
+    return {"in_use": None, "reason": reason or "KVMIX_NATIVE=0 turns it off"}
 
 
 def _triton() -> dict[str, Any]:
@@ -124,12 +123,20 @@ def _triton() -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         return {"in_use": None, "reason": "no NVIDIA GPU that this torch can use"}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        usable = is_usable(torch.device("cuda"))
+    usable, reason = _with_reason(lambda: is_usable(torch.device("cuda")))
     if usable:
         return {"in_use": "triton"}
-    return {"in_use": None, "reason": str(caught[0].message) if caught else "KVMIX_TRITON=0 turns them off"}
+    return {"in_use": None, "reason": reason or "KVMIX_TRITON=0 turns them off"}
+
+
+def _with_reason(find: Callable[[], T]) -> tuple[T, str | None]:
+    """Return what is found, and why it is less than what was meant; other libraries' warnings are no reason."""
+    from kvmix_kernels.runtime.fallback import FallbackWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = find()
+    return found, next((str(each.message) for each in caught if isinstance(each.message, FallbackWarning)), None)
 
 
 def _folders() -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 from commandline import kvmix, kvmix_json, refused
+from kvmix_kernels.runtime.fallback import FallbackWarning
 from made_up import make_info
 
 from kvmix_cli.allocation import METHODS
@@ -96,3 +98,13 @@ def test_what_is_missing_is_said_with_the_command_that_brings_it(monkeypatch):
     environment_missing = {each["what"]: each["get"] for each in kvmix_json("env")["missing"]}
     assert environment_missing["lm-eval"] == "pip install 'kvmix[eval]'"
     assert "lm-eval" in kvmix("env").stdout
+
+
+def test_other_libraries_warnings_are_no_reason(monkeypatch):
+    def found():
+        warnings.warn("CUDA initialization: the driver is old", UserWarning, stacklevel=1)
+        warnings.warn("kvmix's CPU kernels are not available", FallbackWarning, stacklevel=1)
+        return "none"
+
+    monkeypatch.setattr("kvmix_kernels.runtime.native.instruction_set", found)
+    assert kvmix_json("env")["kernels"]["cpu"] == {"in_use": None, "reason": "kvmix's CPU kernels are not available"}

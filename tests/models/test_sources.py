@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 from commandline import kvmix
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from warned import warns_once
 
 from kvmix_cli.errors import ModelError
 from kvmix_cli.models import configuration, loading, multimodal
@@ -116,11 +117,8 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 def test_metas_layout_on_the_hub_leads_to_the_repository_beside_it(hub):
     hub["meta-llama/Llama-2-7b"] = META
     hub["meta-llama/Llama-2-7b-hf"] = ["config.json", "model.safetensors"]
-    with pytest.warns(
-        UserWarning, match=r"Llama-2-7b has Meta's own layout.*: using meta-llama/Llama-2-7b-hf"
-    ) as caught:
+    with warns_once(UserWarning, match=r"Llama-2-7b has Meta's own layout.*: using meta-llama/Llama-2-7b-hf"):
         info = load_info("meta-llama/Llama-2-7b")
-    assert len(caught) == 1
     assert info.id == "meta-llama/Llama-2-7b-hf"
     with pytest.raises(ModelError, match="without --revision abc"):
         load_info("meta-llama/Llama-2-7b", revision="abc")

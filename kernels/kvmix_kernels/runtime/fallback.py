@@ -6,7 +6,11 @@ import functools
 import warnings
 
 
+class FallbackWarning(UserWarning):
+    """A warning that something slower or less good is done than what was meant; its message names why."""
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Warn, the first time only, that a combination has no fast path; the message names the combination."""
-    warnings.warn(f"kvmix: {message}", stacklevel=3)
+    warnings.warn(f"kvmix: {message}", FallbackWarning, stacklevel=3)

@@ -9,6 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
+from ..fallback import FallbackWarning
 from . import cache
 from .build import BuildError
 from .cache import LibraryError
@@ -31,7 +32,8 @@ def library() -> ctypes.CDLL | None:
     try:
         return _load_or_build()
     except (BuildError, LibraryError, OSError) as error:
-        warnings.warn(f"kvmix's CPU kernels are not available, falling back to slow PyTorch: {error}", stacklevel=2)
+        message = f"kvmix's CPU kernels are not available, falling back to slow PyTorch: {error}"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
         return None
 
 
