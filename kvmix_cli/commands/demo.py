@@ -28,7 +28,7 @@ class DemoOptions:
     )
     samples: Annotated[int | None, count_option("Calibration samples of 1024 tokens [default: 30].")] = None
     limit: Annotated[int | None, count_option("Held-out documents, and recall exercises [default: 10].")] = None
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: under a minute.")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: about a minute.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False
     seed: Seed = 0
     threads: Threads = None
@@ -68,9 +68,9 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     reports = steps.evaluate(loaded, plans, effort, seed, what.out, resume=what.resume, progress=console.progress)
     with after_saving(f"profile, plans and all samples are saved in {what.out}: --resume goes on from there"):
         _show(reports, steps.MODEL)
-        plot_demo(profile, plans[steps.CHOSEN], reports[0], picture)
-    console.text(f"generated through the kvmix plan:\n\n{steps.PROMPT}")
-    sample = steps.generate_sample(loaded, plans[steps.CHOSEN], console.text)
+        plot_demo(profile, {name: plans[name] for name in (steps.CHOSEN, steps.CODED)}, reports[0], picture)
+    console.text(f"generated through the {steps.CODED} plan:\n\n{steps.PROMPT}")
+    sample = steps.generate_sample(loaded, plans[steps.CODED], console.text)
     console.text(f"\n\npicture: {picture}\nfiles:   {what.out}\n")
     console.emit_json(
         {"command": "demo", "model": steps.MODEL, "rows": rows_json(reports), "text": sample, "plot": picture}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..evaluation.results import Report, Row
@@ -13,20 +14,22 @@ from .plots import draw_bits, draw_scores
 from .quality_plot import Dot, draw_rows
 
 INCREASE = "perplexity_increase_percent"
-SIZE = 960, 620
+SIZE = 960, 760
 """Width and height, in points."""
 
 
 @styled()
-def plot_demo(profile: Profile, plan: Plan, perplexity: Report, path: Path) -> Path:
-    """Draw scores by layer, bits by layer, and the perplexity of every plan. Raises OutputError."""
+def plot_demo(profile: Profile, plans: Mapping[str, Plan], perplexity: Report, path: Path) -> Path:
+    """Draw the first score by layer, the bits of some plans, and the perplexity of all. Raises OutputError."""
     figure = new_figure(*SIZE)
-    grid = figure.add_gridspec(2, 2)
-    scores, bits, quality = (figure.add_subplot(where) for where in (grid[0, 0], grid[1, 0], grid[:, 1]))
+    grid = figure.add_gridspec(1 + len(plans), 2)
+    scores, quality = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
     name, score = next(iter(profile.scores.items()))
     draw_scores(scores, score, f"1. profile: {name}, {score.calibration.samples} samples")
-    widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
-    draw_bits(bits, widths, f"2. allocate: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored")
+    for row, (name, plan) in enumerate(plans.items(), 1):
+        widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
+        title = f"2. allocate {name}: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored"
+        draw_bits(figure.add_subplot(grid[row, 0]), widths, title)
     rows = [row for row in perplexity.plans if INCREASE in row.metrics and row.stored_bits]
     dots = [_dot(row, index) for index, row in enumerate(rows)]
     if dots:

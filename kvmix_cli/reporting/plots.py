@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -80,7 +81,7 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str 
     Args:
         layers: bits of keys and of values, by layer; of transform codes their mean.
     """
-    count, most = 1 + max(layers), max(width for pair in layers.values() for width in pair) or 1
+    count, most = 1 + max(layers), math.ceil(max(width for pair in layers.values() for width in pair)) or 1
     for kind, (sign, name, color) in enumerate(((1, "keys", KEY), (-1, "values", VALUE))):
         heights = [sign * layers[index][kind] if index in layers else 0 for index in range(count)]
         axes.stairs(heights, [index - 0.5 for index in range(count + 1)], fill=True, color=color)
@@ -90,7 +91,7 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str 
     axes.axhline(0, color=SOFT, linewidth=0.8)
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(-HEADROOM * most, HEADROOM * most)
-    axes.set_yticks([-most, 0, most], [f"{most:.3g}", "0", f"{most:.3g}"])
+    axes.set_yticks([-most, 0, most], [str(most), "0", str(most)])
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 4, 5, 10], min_n_ticks=1))
     describe(axes, x="layer", y="bits", title=title)
 
@@ -100,9 +101,10 @@ def _name_widths(axes: Axes, heights: Sequence[float], color: str) -> None:
     layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(heights)
     for height, run in groupby(range(len(heights)), key=lambda index: heights[index]):
         layers = list(run)
-        if height and layer * len(layers) > DIGIT * len(f"{abs(height):.3g}"):
+        name = f"{abs(height):.1f}".removesuffix(".0")
+        if height and layer * len(layers) > DIGIT * len(name):
             middle, up = (layers[0] + layers[-1]) / 2, "bottom" if height > 0 else "top"
-            axes.text(middle, height, f"{abs(height):.3g}", ha="center", va=up, color=color)
+            axes.text(middle, height, name, ha="center", va=up, color=color)
 
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:

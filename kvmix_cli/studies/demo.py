@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import state
-from ..allocation import K_BITS, V_BITS, Budget, allocate
+from ..allocation import K_BITS, TRANSFORM, TRANSFORM_SCORE, V_BITS, Budget, allocate
 from ..plan import CacheSettings, Plan
 from ..plan.windows import Recent
 from ..profile import Profile
+from .directions import read_basis, with_basis
 
 if TYPE_CHECKING:
     from ..evaluation.results import Report
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 MODEL = "builtin:tiny"
 TASKS = ("perplexity", "recall")
 CHOSEN = "kvmix"
-"""Name of the plan that the profile decides."""
+"""Name of the plan that the paper's score and ranking decide."""
+CODED = "transform"
+"""Name of the plan of transform codes, whose bits follow the loss's own metric."""
 AVG_BITS = 2.3
 CACHE = CacheSettings(page=32, group_size=32, window=Recent(tokens=32))
 """Small pages and a short window: the contexts are short, and most of them should be quantized."""
-SCORE = "grad-norm"
+SCORES = "grad-norm", TRANSFORM_SCORE
 NEW_TOKENS = 60
 PROMPT = "def test_copy(self):\n        d = {'a': 1}\n"
 
@@ -46,7 +49,7 @@ class Effort:
 
 
 QUICK = Effort(samples=4, limit=3, random_plans=1)
-"""Under a minute on two cores."""
+"""About a minute on two cores."""
 
 
 def make_profile(
@@ -60,23 +63,26 @@ def make_profile(
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure the layers' importance, or with `resume` read or finish what an earlier demo has measured."""
-    from ..profiling import run_profile
+    from ..profiling import ProbeOptions, run_profile
     from ..texts import load_texts
 
     path = profile_path(out)
     if resume and path.is_file():
         found = Profile.load(path)
-        text = found.score(SCORE).calibration
-        if (found.model, text.samples, text.seed) == (loaded.info, effort.samples, seed):
+        texts = {(each.calibration.samples, each.calibration.seed) for each in found.scores.values()}
+        if (found.model, set(found.scores), texts) == (loaded.info, set(SCORES), {(effort.samples, seed)}):
             return found
     journal = state.journal_path(path)
     profile = run_profile(
         loaded,
+        SCORES,
         texts=load_texts(),
         source="builtin",
         samples=effort.samples,
         seed=seed,
+        options=ProbeOptions(window=CACHE.window),
         journal=journal,
+        moments=state.moments_path(path),
         resume=resume,
         on_step=on_step,
     )
@@ -91,17 +97,22 @@ def profile_path(out: Path) -> Path:
 
 
 def make_plans(profile: Profile, effort: Effort, seed: int, out: Path, command: str) -> dict[str, Plan]:
-    """Decide and write the ranked plan, as many high-bit layers at random places, and 2 bits everywhere."""
+    """Decide and write all plans: of transform codes, ranked, random, and 2 bits everywhere.
+
+    A random plan has as many high-bit layers as the ranked one.
+    """
+    budget, folder = Budget(avg_bits=AVG_BITS), profile_path(out).parent
 
     def plan(method: str, seed: int = 0) -> Plan:
-        budget = Budget(avg_bits=AVG_BITS)
         return allocate(profile, budget, method=method, k_bits=K_BITS, v_bits=V_BITS, cache=CACHE, seed=seed)
 
-    plans = {CHOSEN: plan("rank")}
+    basis = read_basis(profile, folder)
+    coded = allocate(profile, budget, method=TRANSFORM, cache=CACHE, basis=basis)
+    plans = {CODED: with_basis(coded, basis, folder / state.PLANS), CHOSEN: plan("rank")}
     plans |= {f"random-{number}": plan("random", number) for number in range(seed, seed + effort.random_plans)}
     plans["uniform-2"] = Plan.uniform(profile.model, 2, 2, CACHE)
     for name, each in plans.items():
-        each.save(profile_path(out).parent / state.PLANS / f"{name}.yaml", command)
+        each.save(folder / state.PLANS / f"{name}.yaml", command)
     return plans
 
 

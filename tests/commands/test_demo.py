@@ -12,25 +12,31 @@ from kvmix_cli.studies import demo as steps
 @pytest.mark.slow
 def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = kvmix_json("demo", "--samples", 2, "--limit", 1)
+    result = kvmix_json("demo", "--quick", "--samples", 2, "--limit", 1)
     folder = tmp_path / "kvmix-demo"
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     profile = Profile.load(folder / "builtin--tiny" / "profile.yaml")
     assert profile.score("grad-norm").calibration.samples == 2
     plans = {path.stem: Plan.load(path) for path in (folder / "builtin--tiny" / "plans").glob("*.yaml")}
-    assert sorted(plans) == ["kvmix", "random-0", "random-1", "random-2", "uniform-2"]
-    assert len({plans[name].bits for name in plans if name != "uniform-2"}) == 1
+    assert sorted(plans) == ["kvmix", "random-0", "transform", "uniform-2"]
+    assert len({plans[name].bits for name in plans if name not in ("uniform-2", "transform")}) == 1
     rows = {(row["task"], row["plan"]): row for row in result["rows"]}
     assert len(rows) == 2 * (1 + len(plans))
     assert all("error" not in row for row in rows.values())
     assert rows["perplexity", "unquantized"]["quantized_share"] == 0
     assert rows["perplexity", "kvmix"]["quantized_share"] > 0.8
+    kl, stored = (
+        {name: read(rows["perplexity", name]) for name in ("transform", "kvmix")}
+        for read in (lambda row: row["metrics"]["kl"]["value"], lambda row: row["stored_bits"])
+    )
+    assert kl["transform"] < kl["kvmix"] / 4, "even of two samples"
+    assert stored["transform"] < stored["kvmix"]
     assert rows["perplexity", "uniform-2"]["metrics"]["perplexity_increase_percent"]["value"] > 0
     assert len(result["text"]) > 20
 
     measured = []
     monkeypatch.setattr(steps, "make_profile", counted(steps.make_profile, measured))
-    resumed = kvmix_json("demo", "--samples", 2, "--limit", 1, "--resume")
+    resumed = kvmix_json("demo", "--quick", "--samples", 2, "--limit", 1, "--resume")
     assert measured == [[]], "the finished profile is read, not measured again"
     assert resumed["rows"] == result["rows"]
 

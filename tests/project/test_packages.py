@@ -63,5 +63,5 @@ def test_the_installed_archives_are_the_same_and_run_outside_the_checkout(tmp_pa
     assert all(place.startswith(str(site)) for place in places.split())
     assert json.loads(answer)["new_tokens"] == 4
     shown = json.loads(shown)
-    assert {row["plan"] for row in shown["rows"]} == {"unquantized", "kvmix", "random-0", "uniform-2"}
+    assert {row["plan"] for row in shown["rows"]} == {"unquantized", "transform", "kvmix", "random-0", "uniform-2"}
     assert (work / shown["plot"]).read_bytes().startswith(b"\x89PNG")
