@@ -177,9 +177,8 @@ def _with_hash(given: str, names: Iterable[str]) -> str | None:
 
 def _only_model(model: str | None, what: str, patterns: list[str], say: Say) -> Path:
     """Return the folder of the model named, or of the only one that has files of these patterns."""
-    words = ["kvmix", "profile", model or "MODEL"] if what == "profile" else ["kvmix", "allocate", "--avg-bits", "3"]
-    words += ["--model", model] if model and what == "plan" else []
-    command = shlex.join([*words, *_folder_option()])
+    for_plan = ["kvmix", "allocate", "--avg-bits", "3", *(["--model", model] if model else []), *_folder_option()]
+    command = profile_command(model or "MODEL") if what == "profile" else shlex.join(for_plan)
     candidates = sorted({_owner(path) for pattern in patterns for path in profiles_dir().glob(f"*/{pattern}")})
     if model is not None:
         candidates = [folder for folder in candidates if folder == model_dir(model)] or [
@@ -238,6 +237,11 @@ def _resume_command(journal: Path, *more: str) -> str:
     settings = settings if isinstance(settings, dict) else {}
     words = ["kvmix", "profile", str(settings.get("model", "MODEL")), *_options(settings)]
     return shlex.join([*words, *([] if more else _folder_option()), *more, "--resume"])
+
+
+def profile_command(model: str, *options: str) -> str:
+    """Return the command that measures a model, for advice: with the folder of profiles, if one was named."""
+    return shlex.join(["kvmix", "profile", model, *options, *_folder_option()])
 
 
 def _folder_option() -> list[str]:

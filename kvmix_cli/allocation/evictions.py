@@ -10,7 +10,6 @@ those of the widths is assumed, as it is for layers.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import product
@@ -20,6 +19,7 @@ from ..errors import BudgetError
 from ..plan import CacheSettings, LayerPlan
 from ..plan.policies import TokenPolicy, TokenShares
 from ..plan.sizes import BitCount, layer_bytes, parts_of, tensor_bits
+from ..state import profile_command
 from .curves import falling
 from .knapsack import least_cost, least_loss
 from .problem import KINDS, Decision, Problem
@@ -104,10 +104,10 @@ def _evicted(problem: Problem, layer: int) -> Mapping[float, float]:
     missing = [share for share in problem.evictions if share and share not in measured]
     if missing:
         model, shares = problem.model.id, ",".join(f"{share:g}" for share in problem.evictions if share)
-        command = shlex.join(["kvmix", "profile", model, "--score", "kl", "--evict", shares])
+        command = profile_command(model, "--score", "kl", "--evict", shares, "--replace")
         raise BudgetError(
             f"score '{problem.score_name}' has not measured what evicting {missing[0]:g} of the tokens costs: run "
-            f"`{command} --replace`, and add --score kl"
+            f"`{command}`, and add --score kl"
         )
     kept = {round(1000 * (1 - share)): loss for share, loss in measured.items()}
     levelled = falling(kept)

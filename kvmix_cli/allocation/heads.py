@@ -12,7 +12,6 @@ A score by KV head (`kvmix profile --granularity head`) says what the heads of a
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,6 +22,7 @@ from ..plan import LayerPlan, Plan
 from ..plan.layers import HeadGroup
 from ..plan.policies import MOST_TOKENS, TokenShares
 from ..profile import Profile, TensorScore
+from ..state import profile_command
 from .choices import Choices, TensorChoice, undominated
 from .problem import KINDS, Decision, Problem
 
@@ -189,6 +189,6 @@ def _shares(tensor: TensorScore, name: str, profile: Profile) -> list[float]:
 
 def _of_heads(tensor: TensorScore, name: str, profile: Profile) -> list[float]:
     if tensor.heads is None:
-        command = shlex.join(["kvmix", "profile", profile.model.id, "--score", name, "--granularity", "head"])
+        command = profile_command(profile.model.id, "--score", name, "--granularity", "head")
         raise BudgetError(f"score '{name}' was not measured by KV head: run `{command} --replace`")
     return tensor.heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -17,6 +16,7 @@ from ..plan.engine_blocks import engine_cache
 from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
 from ..profile import Profile, Score
+from ..state import profile_command
 from .bases import SCORE
 from .budgets import Budget
 from .evictions import with_evictions
@@ -187,9 +187,8 @@ def make_problem(
     if "basis" not in METHODS[method].uses:
         basis = None
     elif basis is None:
-        raise BudgetError(
-            f"method {method} needs directions: measure them with `kvmix profile {profile.model.id} --score {SCORE}`"
-        )
+        command = profile_command(profile.model.id, "--score", SCORE)
+        raise BudgetError(f"method {method} needs directions: measure them with `{command}`")
     else:
         cache = _with_basis(cache, basis, default_exact(profile.score(SCORE)) if exact is None else exact)
     problem = Problem(
@@ -248,6 +247,6 @@ def _with_basis(cache: CacheSettings, basis: BasisFile, exact: int) -> CacheSett
 
 def _no_prediction(profile: Profile, score: str) -> BudgetError:
     able = [name for name, each in profile.scores.items() if each.predicts_loss]
-    measure = f"measure one that does with `{shlex.join(['kvmix', 'profile', profile.model.id])} --score fisher`"
+    measure = f"measure one that does with `{profile_command(profile.model.id, '--score', 'fisher')}`"
     advice = f"use --score {' or '.join(able)}" if able else measure
     return BudgetError(f"score '{score}' does not predict a loss, so it cannot keep to --max-loss: {advice}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -18,6 +17,7 @@ from ..plan.codec import TransformTensor
 from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, layer_bytes, page_layout
 from ..profile import Profile, Score, choice_key, parse_choice
+from ..state import profile_command
 from .budgets import TOLERANCE, Budget
 from .correction import loss_ratio
 from .curves import Curves
@@ -255,8 +255,8 @@ class Problem:
             "seq-len": text.seq_len,
             "seed": text.seed,
         }
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-        return " ".join(["kvmix profile", shlex.quote(self.profile.model.id), *words])
+        words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        return profile_command(self.profile.model.id, *words)
 
     def _unreachable(self, lowest: int, highest: int) -> str:
         budget = self.budget

@@ -49,7 +49,7 @@ def allocate(
         raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
     base = _base(budget)
     storage.caches(base.cache)  # refuses what is wrong before anything is read
-    from ..allocation import default_cache, default_method
+    from ..allocation import TRANSFORM_SCORE, default_cache, default_method
     from ..plan.presets import by_depth
     from ..profile import Profile
     from ..studies.directions import read_basis
@@ -60,6 +60,9 @@ def allocate(
     if budget.method is None and base.method is None and method != PAPER:
         knows = "directions" if method == TRANSFORM else "a score that knows widths"
         console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
+    elif budget.method is None and base.method is None:
+        better = state.profile_command(source.model.id, "--score", TRANSFORM_SCORE)
+        console.notice(f"method {method}, the paper's; for plans that lose less, run `{better}`")
     cache = default_cache(source, method) if budget.preset is None else base.cache
     caches = [_with_presets(each, storage) for each in storage.caches(cache)]
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)

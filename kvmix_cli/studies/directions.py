@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from .. import state
@@ -102,5 +101,5 @@ def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) 
 
 
 def _unmeasured(name: str, model: ModelInfo) -> StateError:
-    command = shlex.join(["kvmix", "profile", model.id, "--score", TRANSFORM_SCORE])
+    command = state.profile_command(model.id, "--score", TRANSFORM_SCORE)
     return StateError(f"preset '{name}' needs the directions of {model.id}, which no profile has: run `{command}`")

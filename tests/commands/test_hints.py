@@ -24,6 +24,7 @@ FILES = {
     "allocation/heads.py",
     "allocation/options.py",
     "allocation/problem.py",
+    "commands/allocate.py",
     "commands/profile.py",
     "evaluation/readback.py",
     "main.py",
@@ -119,6 +120,17 @@ def test_an_unfinished_profile(kvmix, monkeypatch, place):
         assert kvmix("allocate", "--avg-bits", 3, *where).code == 0
         for path in Path().rglob("*.yaml"):
             path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [(), ("--profiles-dir", "else where")])
+def test_the_papers_method_says_what_loses_less(kvmix, place):
+    assert kvmix("profile", "builtin:tiny", *SHORT, *place).code == 0
+    (better,) = hints(kvmix("allocate", "--avg-bits", 3, *place).err)
+    assert kvmix(*better, "--samples", 1, "--seq-len", 300).code == 0
+    again = kvmix("allocate", "--avg-bits", 3, *place)
+    assert (again.code, hints(again.err)) == (0, [])
+    assert "method transform" in again.err
 
 
 @pytest.mark.slow

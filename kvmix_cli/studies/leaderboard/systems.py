@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -18,7 +17,7 @@ from ...plan.directions import Directions
 from ...plan.presets import Preset, find_preset, presets, put_on
 from ...plan.scaling import LAYOUT, scaled
 from ...profile import Profile, parse_choice
-from ...state import PLANS, Say, unsaid
+from ...state import PLANS, Say, profile_command, unsaid
 from ..directions import has_directions, read_basis, with_basis
 from .board import Board, check_tasks, measure, rank
 from .candidates import CandidatePlan, Omission
@@ -220,7 +219,7 @@ def _coded(preset: Preset, name: str, model: ModelInfo, stored_bits: float, meas
 
 
 def _unmeasured(model: ModelInfo, score: str, what: str = "it ") -> PlanError:
-    command = shlex.join(["kvmix", "profile", model.id, "--score", score])
+    command = profile_command(model.id, "--score", score)
     return PlanError(f"{what}needs the score {score}: run `{command}`")
 
 
