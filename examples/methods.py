@@ -16,7 +16,8 @@ from typing import Any
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
-from kvmix_cli.plan.policies import Balance, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, Transforms
 
 BUDGETS = (2.5, 3.0, 4.0)
 SLACK = 0.005

@@ -18,7 +18,8 @@ import torch
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Balance, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, Transforms
 
 STEPS = 16
 TIER = (Tier(share=0.2, k=8, v=8),)

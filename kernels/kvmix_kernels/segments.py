@@ -8,6 +8,7 @@
       Tiers             tokens sorted by importance into tiers of one width each, or evicted
         Packed, Channels, Tensor   the tokens of one tier
       KeptTokens        a bounded number of tokens, in any order, all others evicted
+      PooledTokens      another number of tokens in each KV head (`pooled.py`)
 
 All of them are views of memory that the cache owns, and none ever copies it.
 """
@@ -317,7 +318,7 @@ class KeptTokens(SortedTokens):
         return self.positions.long()
 
 
-def count(held: Packed | Channels | Tensor) -> int:
+def count(held: TokenPages | Tensor) -> int:
     """Return the number of tokens in a tier."""
     return held.shape[2] if isinstance(held, Tensor) else held.tokens
 

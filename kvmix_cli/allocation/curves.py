@@ -27,8 +27,8 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan
 from ..plan.basis import Variances
 from ..plan.codec import TransformTensor
+from ..plan.forms import page_layout
 from ..plan.layers import AnyTensor
-from ..plan.sizes import page_layout
 from ..profile import Score, TensorScore, parse_choice
 from .directions import expected_loss
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from ..errors import BudgetError
 from ..plan import CacheSettings, LayerPlan
+from ..plan.forms import BitCount
 from ..plan.policies import TokenPolicy, TokenShares
-from ..plan.sizes import BitCount, layer_bytes, parts_of, tensor_bits
+from ..plan.sizes import layer_bytes, parts_of, tensor_bits
 from ..state import profile_command
 from .curves import falling
 from .knapsack import least_cost, least_loss

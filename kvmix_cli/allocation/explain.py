@@ -10,7 +10,8 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
 from ..plan import WIDTHS, CacheSettings, HeadGeometry, Plan, TensorPlan
 from ..plan.codec import TransformTensor
-from ..plan.sizes import page_layout, tensor_bits
+from ..plan.forms import page_layout
+from ..plan.sizes import tensor_bits
 from ..profile import Score
 from .curves import Curves
 

@@ -231,7 +231,7 @@ class ComposedLayer(WatchingLayer):
     def _token_choice(self, policy: TokenPolicy) -> TokenTiers | TokenBudget:
         kept = self.settings.kept
         if kept is None:
-            return TokenTiers(policy, self.index, self.rope)
+            return TokenTiers(policy, self.settings.page, self.index, self.rope)
         return TokenBudget(policy, kept, budget_unit(self.plan, self.settings), self.index, self.rope)
 
     def _policy_functions(self) -> tuple[PolicyFunctions, PolicyFunctions]:
@@ -240,6 +240,7 @@ class ComposedLayer(WatchingLayer):
         tokens, unit = self._tokens, budget_unit(self.plan, self.settings)
         if isinstance(tokens, TokenTiers):
             keys = replace(keys, tiers_of=lambda stored: tokens.choose(*self._oldest(stored)), sorted=tokens.sorted)
+            keys = replace(keys, heads=tokens.heads)
             values = replace(keys, tiers_of=tokens.chosen_for_keys)
             keys = replace(keys, merged=lambda stored: self._merged(0, stored, tokens.merge))
             values = replace(values, merged=lambda stored: self._merged(1, stored, tokens.merge))

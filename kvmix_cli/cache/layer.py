@@ -13,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import CacheError, PlanError
 from ..plan import CacheSettings, LayerPlan, TensorPlan
-from ..plan.sizes import storage_forms, transform_layout, window_widths
+from ..plan.forms import storage_forms
+from ..plan.sizes import transform_layout, window_widths
 from .archive import Archive
 from .bases import basis_of
 from .exact import ExactTokens

@@ -18,7 +18,9 @@ from .buffer import Buffer, lasting
 from .labels import ImageLabels
 from .merging import MERGES, LeavingTokens, Merge
 from .observation import AttentionCall, QuerySample, TailAttention
+from .packing.pooled import heads_of_pages
 from .policies import Candidates, TokenScore, token_score
+from .policies.heads import kept_by_head
 from .policies.tokens import SAMPLED_QUERIES, at_positions
 from .store import ROLLBACK, Store
 
@@ -169,13 +171,24 @@ class TokenTiers(TokenChoice):
     """Tiers by shares; `sorted` is `[B, H_kv, T]` uint8, the tier of every token that has left the tail.
 
     Tokens that are dropped may be merged into those that stay, of the same flush.
+
+    Args:
+        policy: token policy with shares.
+        page: tokens of a page.
+        layer: index of the layer.
+        rope: its rotary positions, if the score reads keys before RoPE.
+
+    Attributes:
+        heads: `[B, 1, N]` int16, the KV head of each page that is held, if heads keep different numbers of tokens.
     """
 
     _latest: Tensor | None = None
     _merge: Merge | None = None
 
-    def __init__(self, policy: TokenPolicy, layer: int = 0, rope: Rope | None = None) -> None:
+    def __init__(self, policy: TokenPolicy, page: int = 1, layer: int = 0, rope: Rope | None = None) -> None:
         super().__init__(policy, layer, rope)
+        self.heads = Buffer()
+        self._page = page
         self._labels = None if policy.images is None else ImageLabels()
         self._merging = None if policy.merge is None else MERGES[policy.merge]()
         if self._merging is not None and self._merging.weighs and not self.score.weighs:
@@ -235,11 +248,9 @@ class TokenTiers(TokenChoice):
         else:
             kept = count - evicted if evicted else count - counts[-1]
             candidates = self._candidates(keys, values, start, kept)
-            ranking = self._with_images(self.score.ranking(candidates, self.policy.granularity), start)
-            order = ranking.argsort(dim=-1, descending=True, stable=True)
-            sizes = torch.tensor([*counts, evicted], device=keys.device)
-            numbers = torch.tensor([*range(len(counts)), EVICTED], dtype=torch.uint8, device=keys.device)
-            in_order = numbers.repeat_interleave(sizes, output_size=count).expand(batch, heads, count)
+            ranking = self.score.ranking(candidates, self.policy.granularity)
+            order = self._with_images(ranking, start).argsort(dim=-1, descending=True, stable=True)
+            in_order = self._in_order(ranking, [*counts, evicted])
             self._latest = torch.empty_like(order, dtype=torch.uint8).scatter_(-1, order, in_order)
             if self._merging is not None:
                 are_tokens = self._merging.are_tokens(candidates.places)
@@ -249,6 +260,8 @@ class TokenTiers(TokenChoice):
         if self._labels is not None:
             self._labels.forget_before(start + count)
         self.sorted.append(self._latest)
+        if self.policy.sure is not None:
+            self.heads.append(heads_of_pages(self._latest, self._page))
         return self._latest
 
     def chosen_for_keys(self, values: Tensor) -> Tensor:
@@ -265,6 +278,7 @@ class TokenTiers(TokenChoice):
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a batch selection or a move to everything held."""
         super().apply(change)
+        self.heads.apply(change)
         for part in (self._merging, self._labels):
             if part is not None:
                 part.apply(change)
@@ -272,6 +286,8 @@ class TokenTiers(TokenChoice):
     def crop(self, count: int, tail: int, packed: int) -> None:
         """Take the last `count` tokens back; see `TokenChoice.crop`."""
         super().crop(count, tail, packed)
+        if packed < self.sorted_tokens:  # then all of them have come back
+            self.heads.truncate(0)
         self.sorted.truncate(packed)
         if self._labels is not None:
             self._labels.crop(self._arrived, self._arrived - tail)
@@ -279,6 +295,9 @@ class TokenTiers(TokenChoice):
     def exchange(self, archive: Archive, tokens: int) -> None:
         """Give the tiers of all `tokens` that have left the tail to an archive, and the statistics, or take them."""
         archive.buffer("tiers", self.sorted, (*archive.rows, tokens), torch.uint8)
+        if self.policy.sure is not None:
+            batch, kv_heads = archive.rows
+            archive.buffer("heads", self.heads, (batch, 1, None), torch.int16, below=kv_heads)
         super().exchange(archive, tokens)
         for name, part in (("merging", self._merging), ("labels", self._labels)):
             if part is not None:
@@ -286,7 +305,19 @@ class TokenTiers(TokenChoice):
 
     @property
     def _own_bytes(self) -> int:
-        return sum(part.nbytes for part in (self._merging, self._labels) if part is not None)
+        return self.heads.nbytes + sum(part.nbytes for part in (self._merging, self._labels) if part is not None)
+
+    def _in_order(self, ranking: Tensor, counts: list[int]) -> Tensor:
+        """Return the tier of each place in the order of a ranking `[B, H_kv, n]`, given each tier's tokens."""
+        *tiers, evicted = counts
+        if self.policy.sure is not None:
+            kept = kept_by_head(ranking, tiers[0], self.policy.sure, self._page)[..., None]
+            places = torch.arange(ranking.shape[2], device=ranking.device)
+            return torch.where(places < kept, 0, EVICTED).to(torch.uint8)
+        sizes = torch.tensor([*tiers, evicted], device=ranking.device)
+        numbers = torch.tensor([*range(len(tiers)), EVICTED], dtype=torch.uint8, device=ranking.device)
+        in_order = numbers.repeat_interleave(sizes, output_size=ranking.shape[2])
+        return in_order.expand_as(ranking)
 
     def _with_images(self, ranking: Tensor, start: int) -> Tensor:
         """Return a ranking `[B, H_kv, n]` with tokens of an image before, or after, all others: chunks as most are."""

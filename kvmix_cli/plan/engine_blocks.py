@@ -15,11 +15,12 @@ from pydantic import Field, ValidationError
 from ..errors import PlanError
 from .codec import TransformTensor
 from .document import StrictModel
+from .forms import page_layout
 from .geometry import HeadGeometry
 from .layers import AnyTensor, TensorPlan
 from .plan import Plan
 from .settings import CacheSettings
-from .sizes import exact_tokens, page_layout
+from .sizes import exact_tokens
 from .windows import NoWindow
 
 MEASURED: Final = "in_engine"

@@ -17,14 +17,16 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
+from .channels import ChannelPolicy
 from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
+from .forms import BitCount
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
 from .modelopt import modelopt_layers
-from .policies import WIDTHS, ChannelPolicy
+from .policies import WIDTHS
 from .settings import CacheSettings, GroupSize
-from .sizes import BitCount, CacheBytes, layer_bytes, mean_bits
+from .sizes import CacheBytes, layer_bytes, mean_bits
 
 FORMAT: Final = "kvmix-plan/1"
 BITS_TOLERANCE = 0.005

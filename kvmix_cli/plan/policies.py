@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, WORD_BITS, Kind
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind
 from pydantic import (
     BeforeValidator,
     Field,
@@ -34,8 +34,6 @@ from .document import StrictModel
 from .token_scores import WaitingStatistics, statistics_of
 
 WIDTHS = (*BITS, FULL_PRECISION_BITS)
-MOST_CHANNELS = 256
-"""Channels of a head that can be sorted: their order is stored as uint8."""
 MOST_TOKENS = 2**20
 """Tokens of one setting, such as a window or a flush: the longest context that a plan can describe."""
 MOST_ENTRIES = 16
@@ -191,6 +189,8 @@ class TokenPolicy(PolicySetting):
         score: measure of importance, a name of `cache/policies`, or a score of kvpress, `press:SnapKVPress()`.
         tiers: tiers, the most important tokens first. The remaining tokens have the layer's own bits.
         evict: share of the least important tokens, which are dropped.
+        sure: part of the mean that every KV head of a layer keeps whatever its scores; the rest of what the layer keeps
+            goes to the heads that have the best tokens, in whole pages. None: all heads keep equally many.
         merge: rule by which tokens that are dropped go into tokens that stay, a name of `cache/merging`; None for none.
         weigh: a token at the layer's own bits counts for those that are dropped, too, in the softmax of attention.
         images: tokens of an image come before, or after, all others in the order, whatever their scores; None for
@@ -205,6 +205,7 @@ class TokenPolicy(PolicySetting):
     score: str = "attention"
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
+    sure: float | None = Field(default=None, ge=0, le=1)
     merge: str | None = None
     weigh: bool = False
     images: Literal["first", "last"] | None = None
@@ -224,6 +225,19 @@ class TokenPolicy(PolicySetting):
         if self.shares[-2] <= 0:
             claimed = ", ".join(f"{tier.share:g}" for tier in self.tiers)
             raise ValueError(f"shares {claimed} and {self.evict:g} to evict leave nothing for the layer's own bits")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_among_heads(self) -> TokenPolicy:
+        if self.sure is None:
+            return self
+        if not self.evict:
+            raise ValueError("sure is of a share of tokens that are dropped; add evict, without keep")
+        if others := [name for name in ("tiers", "merge", "weigh") if getattr(self, name)]:
+            raise ValueError(
+                f"KV heads that keep different numbers of tokens (sure) have no {' and no '.join(others)}; "
+                "leave one of both out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,7 +269,7 @@ class TokenPolicy(PolicySetting):
         if not tiers and not evict:
             return None
         given = {**self.model_dump(), "tiers": tiers, "evict": evict}
-        given |= {} if evict else {"merge": None, "weigh": False}
+        given |= {} if evict else {"merge": None, "weigh": False, "sure": None}
         return TokenPolicy.model_validate(given)
 
     def _with_keep(self, own: TokenShares) -> TokenPolicy | None:
@@ -328,69 +342,3 @@ class TokenShares(PolicySetting):
         if self.tiers is None and self.evict is None and self.keep is None:
             raise ValueError("a layer's tokens need shares of tiers, a share to evict, or a number to keep")
         return self
-
-
-class ChannelGroup(PolicySetting):
-    """Some of the key channels and their bits: a number of channels, or a share rounded to a multiple of 16."""
-
-    channels: int | None = Field(default=None, ge=WORD_BITS, le=MOST_CHANNELS)
-    share: float | None = Field(default=None, gt=0, lt=1)
-    bits: int
-
-    _width = field_validator("bits")(known_width)
-
-    @model_validator(mode="after")
-    def _has_one_size(self) -> ChannelGroup:
-        if (self.channels is None) == (self.share is None):
-            raise ValueError("a run needs either channels or a share")
-        return self
-
-    def width(self, head_dim: int) -> int:
-        """Return the number of channels in a head of `head_dim`."""
-        if self.channels is not None:
-            return self.channels
-        return max(WORD_BITS, round((self.share or 0) * head_dim / WORD_BITS) * WORD_BITS)
-
-
-class ChannelPolicy(PolicySetting):
-    """A sorting of every KV head's key channels into groups by importance.
-
-    Attributes:
-        score: measure of importance, a name of `cache/policies`.
-        runs: channel groups, the most important channels first. The remaining channels have the layer's own bits.
-        refresh: packed tokens after which channels are sorted anew, a multiple of the page; 0 is never.
-    """
-
-    score: str = "query-range"
-    runs: Several[ChannelGroup]
-    refresh: int = Field(default=0, ge=0, le=MOST_TOKENS)
-
-    @field_validator("runs")
-    @classmethod
-    def _some(cls, runs: tuple[ChannelGroup, ...]) -> tuple[ChannelGroup, ...]:
-        if not runs:
-            raise ValueError("a channel policy needs runs")
-        return runs
-
-    @property
-    def weighs_queries(self) -> bool:
-        """Return whether every KV head keeps a statistic of its queries for each channel."""
-        return self.score == "query-range"
-
-    def widths(self, head_dim: int) -> tuple[int, ...]:
-        """Return the channels of each group and the number that remain. Raises ValueError if the head is too small."""
-        if head_dim > MOST_CHANNELS:
-            raise ValueError(f"channels can be sorted in heads of up to {MOST_CHANNELS}, not of {head_dim}")
-        groups = [group.width(head_dim) for group in self.runs]
-        rest = head_dim - sum(groups)
-        if rest < WORD_BITS or any(width % WORD_BITS for width in (*groups, rest)):
-            raise ValueError(
-                f"runs of {' + '.join(map(str, groups))} channels do not fit heads of {head_dim}: each run, and the "
-                f"channels that remain, must be a multiple of {WORD_BITS}"
-            )
-        return (*groups, rest)
-
-    def faults(self, page: int) -> Iterator[str]:
-        """Yield why channels cannot be sorted anew with pages of `page` tokens."""
-        if self.refresh % page:
-            yield f"refresh must be a multiple of the page of {page} tokens, got {self.refresh}"

@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
+from .channels import ChannelPolicy
 from .codec import TransformSettings
 from .document import Faults, StrictModel
 from .page_codecs import PageCodecs
-from .policies import MOST_TOKENS, ChannelPolicy, TokenPolicy, Transforms
+from .policies import MOST_TOKENS, TokenPolicy, Transforms
 from .reading import SelectiveReading
 from .windows import Recent, Rpc, Window
 
@@ -103,7 +104,9 @@ class CacheSettings(StrictModel):
         return FITTED[kind] if self.encode == "fitted" else self.encode
 
     def budget_faults(self) -> Iterator[str]:
-        """Yield why this cache cannot keep the number of tokens that its token policy has, if it has one."""
+        """Yield why this cache cannot keep what its token policy says: a number of tokens, or one for each KV head."""
+        if self.tokens is not None and self.tokens.sure is not None and self.channels is not None:
+            yield "KV heads that keep different numbers of tokens (sure) have no runs of channels; take one out"
         if self.tokens is None or self.tokens.keep is None:
             return
         if isinstance(self.window, Rpc):

@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..plan import CacheSettings, GroupSize, ModelInfo, TensorPlan
 from ..plan.document import reason
 from ..plan.engine_blocks import engine_cache
-from ..plan.sizes import page_layout
+from ..plan.forms import page_layout
 from ..profile import choice_key
 
 REFERENCE = (2, 64)

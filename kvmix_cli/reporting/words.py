@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
+from ..plan.channels import ChannelPolicy
 from ..plan.geometry import format_ranges
 from ..plan.layers import HeadGroup
 from ..plan.page_codecs import PageCodecs
-from ..plan.policies import Center, ChannelPolicy, Rotate, TokenPolicy, TokenShares, Transform, Transforms
+from ..plan.policies import Center, Rotate, TokenPolicy, TokenShares, Transform, Transforms
 from ..plan.reading import SelectiveReading
 from ..plan.settings import Axis
 
@@ -124,6 +125,8 @@ def _tokens(policy: TokenPolicy) -> str:
         parts.append(f"{own} at the layer's bits")
         if policy.evict:
             parts.append(f"{evicted} evicted" + (f" and merged by {policy.merge}" if policy.merge else ""))
+        if policy.sure is not None:
+            parts.append(f"KV heads alike in {100 * policy.sure:.4g} % of that and by the prompt in the rest")
         if policy.weigh:
             parts.append(f"each of these counted as {math.exp(policy.log_weight):.4g}")
     of_prompt = ", of the prompt only" if policy.when == "prompt" else ""

@@ -15,16 +15,8 @@ from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import (
-    Balance,
-    ChannelGroup,
-    ChannelPolicy,
-    Rotate,
-    Tier,
-    TokenPolicy,
-    TokenShares,
-    Transforms,
-)
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, TokenShares, Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent
 
 PAGE, SINK, WINDOW = 16, 4, 10

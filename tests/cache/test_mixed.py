@@ -16,8 +16,9 @@ from kvmix_cli.cache.sizes import cache_nbytes
 from kvmix_cli.errors import CacheError, PlanError, QuantizationError
 from kvmix_cli.models.geometry import stock_layers
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan, TensorPlan
-from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, TokenPolicy
-from kvmix_cli.plan.sizes import storage_forms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.forms import storage_forms
+from kvmix_cli.plan.policies import TokenPolicy
 from kvmix_cli.plan.windows import Recent, Rpc
 
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)

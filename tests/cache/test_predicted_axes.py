@@ -5,7 +5,7 @@ import torch
 from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up import channel_policies, layer_plans, token_policies, transforms
+from made_up import layer_plans, sortings, transforms
 
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.geometry import model_info
@@ -36,8 +36,7 @@ def test_predicted_bytes_are_measured_bytes(data):
     info = model_info(model.config, "test")
     axes = {
         "transforms": data.draw(st.none() | transforms.map(without_files)),
-        "tokens": data.draw(st.none() | token_policies(16)),
-        "channels": data.draw(st.none() | channel_policies(16, info.head_dim)),
+        **data.draw(sortings(16, info.head_dim)),
     }
     cache_settings = CacheSettings(page=16, sink=4, group_size=16, window=data.draw(windows), **axes)
     plan = Plan.build(info, {layer: data.draw(layer_plans) for layer in info.quantizable}, cache_settings)

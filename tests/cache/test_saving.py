@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import build, case
 from coding import coded_plan
-from composing import AXES, BUDGETS, plan_for, quantized
+from composing import AXES, BUDGETS, BY_HEAD, plan_for, quantized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -84,6 +84,7 @@ def plans(llama, tmp_path_factory):
     made = {name: affine(llama, cache) for name, cache in AFFINE.items()}
     made |= {name: plan_for(llama, quantized(name), 2, 4) for name in AXES}
     made |= {name: plan_for(llama, axes, 2, 4) for name, axes in [*BUDGETS.items(), *ENCODED.items()]}
+    made["by head"] = plan_for(llama, BY_HEAD, 2, 4)
     return made | {
         name: coded_plan(llama, tmp_path_factory.mktemp("basis"), rope=ROPE, **options)
         for name, options in CODED.items()
@@ -100,7 +101,7 @@ def saved(llama, plans, tmp_path):
 
 @pytest.mark.slow
 @given(
-    plan=st.sampled_from([*AFFINE, *AXES, *BUDGETS, *CODED, *ENCODED]),
+    plan=st.sampled_from([*AFFINE, *AXES, *BUDGETS, "by head", *CODED, *ENCODED]),
     steps=st.lists(st.sampled_from([1, 3, 17, 40, 90, 150]), min_size=1, max_size=4),
     more=st.integers(1, 90),
     batch=st.integers(1, 2),

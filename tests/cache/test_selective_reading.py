@@ -11,8 +11,9 @@ from teaching import ids, teacher_forced
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import ChannelGroup, ChannelPolicy, Rotate, TokenPolicy, Transforms
+from kvmix_cli.plan.policies import Rotate, TokenPolicy, Transforms
 from kvmix_cli.plan.reading import SelectiveReading
 from kvmix_cli.plan.windows import Recent, Rpc
 

@@ -11,7 +11,7 @@ from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.runtime.native import library
 from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
-from poisoned import channel_runs, packed_pages, segments
+from poisoned import channel_runs, packed_pages, pooled, segments
 from reference import dense_attention_lse
 from warned import falls_back_once
 
@@ -89,6 +89,31 @@ def test_keys_in_channel_runs(runs, v_bits, pages, pages_per_order, sinks, shape
     key = Segments(sink if sinks else None, keys, end)
     value = segments("value", v_bits, sinks, pages, tail, 48, dtype=dtype, **shape)
     assert_dense(key, value, **call)
+
+
+@pytest.mark.slow
+@given(
+    bits=st.tuples(any_bits, any_bits),
+    first=st.integers(0, 6),
+    sinks=st.sampled_from([0, 3]),
+    shape=shapes,
+    dtype=dtypes,
+    call=calls,
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_another_number_of_tokens_in_each_head(bits, first, sinks, shape, dtype, call, seed):
+    torch.manual_seed(seed)
+    forms = [
+        (None if each == 16 else PageLayout(kind, each, width, shape["page"], shape["group"]), width)
+        for kind, each, width in zip(("key", "value"), bits, (32, 48), strict=True)
+    ]
+    key, value = pooled(torch.tensor([[first, 6 - first], [3, 3]]), forms, shape["page"], dtype)
+    ends = [[torch.randn(2, 2, n, width, dtype=dtype) for n in (sinks, 5 + seed % 5)] for _, width in forms]
+    keys, values = (
+        Segments(sink if sinks else None, packed, tail) for packed, (sink, tail) in zip((key, value), ends, strict=True)
+    )
+    assert_dense(keys, values, **call)
 
 
 tiers = st.lists(

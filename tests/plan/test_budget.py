@@ -8,7 +8,8 @@ from kvmix_kernels.quantize import naive
 from made_up import make_info, patient, plans
 
 from kvmix_cli.plan import CacheSettings, Plan, TensorPlan
-from kvmix_cli.plan.sizes import CacheBytes, format_bytes, mean_bits, packed_tokens, page_layout, tensor_bits
+from kvmix_cli.plan.forms import page_layout
+from kvmix_cli.plan.sizes import CacheBytes, format_bytes, mean_bits, packed_tokens, tensor_bits
 from kvmix_cli.plan.windows import NoWindow, Recent
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from made_up import composed_plans, make_info, patient
 
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.sizes import layer_bytes, packed_tokens, tensor_bits
 from kvmix_cli.plan.windows import NoWindow, Recent
 

@@ -9,7 +9,7 @@ from made_up import make_info, patient, plans
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
-from kvmix_cli.plan.sizes import storage_forms
+from kvmix_cli.plan.forms import storage_forms
 from kvmix_cli.plan.windows import Rpc
 
 GOOD = """\

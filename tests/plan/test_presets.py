@@ -11,7 +11,8 @@ from with_moments import model_moments, profile_with_moments
 from kvmix_cli.allocation import allocate, make_bases, preset_start
 from kvmix_cli.errors import DocumentError, PlanError, StateError
 from kvmix_cli.plan import Plan
-from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.presets import (
     LayerShare,
     Preset,

@@ -3,9 +3,11 @@
 import functools
 import os
 from dataclasses import replace
+from itertools import product
 
 import torch
 from kvmix_kernels.attend import cpu, naive
+from kvmix_kernels.pooled import PooledTokens
 from kvmix_kernels.runtime.native import library, use_instruction_set
 from kvmix_kernels.segments import EVICTED, Tiers, count
 from poisoned import tiers
@@ -41,6 +43,10 @@ def in_tiers(keys, values, gone=0, log_weight=0.0):
 
 def dense(tensor):
     """All tokens in one float64 tensor, zeros where they are gone."""
+    if isinstance(tensor.packed, PooledTokens):
+        return torch.cat(
+            [each.double() for each in (tensor.sink, spread(tensor.packed), tensor.tail) if each is not None], 2
+        )
     if isinstance(tensor.packed, Tiers):
         tier, held = tensor.packed.tier, tensor.packed.held
         nothing = tensor.tail.new_zeros(*tensor.shape[:2], tensor.packed.tokens - tensor.packed.kept, tensor.shape[3])
@@ -48,18 +54,29 @@ def dense(tensor):
     return tensor.read(0, tensor.shape[2], torch.float64)
 
 
+def spread(pooled):
+    """Tokens of one row, each at its KV head's place, `[B, H_kv, T, D]` float64; zeros where they are gone."""
+    row = pooled.held[0]
+    row = row if isinstance(row, torch.Tensor) else row.read(0, row.tokens, torch.float64)
+    whole = torch.zeros(*pooled.tier.shape, row.shape[3], dtype=torch.float64)
+    for batch, head in product(*map(range, pooled.tier.shape[:2])):
+        own = (pooled.heads[batch, 0] == head).repeat_interleave(pooled.page)
+        whole[batch, head, pooled.tier[batch, head] == 0] = row[batch, 0, own].double()
+    return whole
+
+
 def seen(query, key, mask):
     """Which tokens may be seen, `[B, H, S, T]`, by the mask (additive: by what it adds) and by not being gone."""
     tokens, queries = key.shape[2], query.shape[2]
     if mask is None:
         mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
-    if not isinstance(key.packed, Tiers):
+    if not isinstance(key.packed, Tiers | PooledTokens):
         return mask
     first, last = key.edges
     gone = torch.zeros(key.shape[:3], dtype=torch.bool)
     gone[:, :, first:last] = key.packed.tier == EVICTED
     gone = gone.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
-    if key.packed.log_weight:
+    if isinstance(key.packed, Tiers) and key.packed.log_weight:
         is_last = torch.zeros(key.shape[:3], dtype=torch.bool)
         is_last[:, :, first:last] = key.packed.tier == len(key.packed.held) - 1
         more = key.packed.log_weight * is_last.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]

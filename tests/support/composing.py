@@ -2,7 +2,8 @@
 
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.windows import Recent
 
 CENTERED = Transforms(k=(Center(),), v=(Center(),))
@@ -39,6 +40,8 @@ BUDGETS = {
     "budget of the prompt": {"tokens": TokenPolicy(score="recency", keep=4 + 10 + 32, when="prompt", flush=32)},
 }
 """Numbers of tokens to keep; they drop some of what the tests feed."""
+BY_HEAD = {"tokens": TokenPolicy(score="snapkv", evict=0.5, sure=0.2, flush=64)}
+"""Half of the tokens, of which every KV head keeps a number of its own."""
 
 
 def plan_for(model, axes, k=16, v=16, sink=4):

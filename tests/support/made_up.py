@@ -6,7 +6,8 @@ from kvmix_kernels.layout import ENCODERS
 
 from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
-from kvmix_cli.plan.policies import Balance, Center, ChannelGroup, ChannelPolicy, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.settings import ENCODES
 from kvmix_cli.plan.token_scores import statistics_of
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
@@ -108,6 +109,8 @@ def token_policies(draw, page):
     rules = [rule for rule in MERGES if statistics_of(score).weighs or not MERGES[rule].weighs]
     merge = draw(st.none() | st.sampled_from(rules)) if evicted else None
     more = {"merge": merge, "weigh": bool(evicted) and draw(st.booleans())}
+    if evicted and not tiers and draw(st.booleans()):
+        more = {"sure": draw(st.sampled_from([0.0, 0.2, 1.0]))}
     images = draw(st.none() | st.sampled_from(["first", "last"]))
     return TokenPolicy(score=score, tiers=tiers, evict=evicted / pages, images=images, flush=pages * page, **more)
 
@@ -127,15 +130,19 @@ def channel_policies(draw, page, head_dim):
 
 
 @st.composite
+def sortings(draw, page, head_dim):
+    """Token and channel policies that go together."""
+    tokens = draw(st.none() | token_policies(page))
+    by_head = tokens is not None and tokens.sure is not None
+    return {"tokens": tokens, "channels": None if by_head else draw(st.none() | channel_policies(page, head_dim))}
+
+
+@st.composite
 def composed_plans(draw, max_layers=6):
     """Plans with any of the axes."""
     info = draw(infos(max_layers))
     info = info.model_copy(update={"head_dim": 16 * draw(st.integers(2, 8)), "kv_heads": draw(st.integers(1, 4))})
     cache = draw(settings_)
-    axes = {
-        "transforms": draw(st.none() | transforms),
-        "tokens": draw(st.none() | token_policies(cache.page)),
-        "channels": draw(st.none() | channel_policies(cache.page, info.head_dim)),
-    }
+    axes = {"transforms": draw(st.none() | transforms), **draw(sortings(cache.page, info.head_dim))}
     layers = {layer: draw(layer_plans) for layer in info.quantizable}
     return Plan.build(info, layers, CacheSettings(**{**dict(cache), **axes}), {"method": "made up"})

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend.triton import sharing
+from kvmix_kernels.pooled import PooledTokens
 from kvmix_kernels.quantize.naive import quantize
 from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
 
@@ -88,6 +89,23 @@ def tiers(counts, gone, batch=2, heads=1):
     """Which tokens are in which tier, `[B, H_kv, T]`: as many as `counts` says in each, and some that are gone."""
     tier = torch.tensor([index for index, count in enumerate(counts) for _ in range(count)] + [EVICTED] * gone)
     return tier[torch.rand(batch, heads, tier.numel()).argsort(-1)].to(torch.uint8)
+
+
+def pooled(pages, forms, page, dtype=torch.float32):
+    """Keys and values of which each KV head has so many pages `[B, H_kv]`, those of different heads mixed in one row.
+
+    Args:
+        forms: layout, or None for full precision, and channels of keys and of values.
+    """
+    batch, heads = pages.shape
+    tokens = page * int(pages.max()) + 3  # some are gone from every head
+    of_pages = torch.stack([torch.arange(heads).repeat_interleave(row) for row in pages])
+    of_pages = of_pages.gather(1, torch.rand(of_pages.shape).argsort(1))[:, None].to(torch.int16)
+    ranks = torch.rand(batch, heads, tokens).argsort(-1).argsort(-1)
+    tier = torch.where(ranks < page * pages[..., None], 0, EVICTED).to(torch.uint8)
+    states = [torch.randn(batch, 1, page * of_pages.shape[2], width).to(dtype) for _, width in forms]
+    held = [x if layout is None else packed(x, layout) for x, (layout, _) in zip(states, forms, strict=True)]
+    return [PooledTokens(tier, (each,), of_pages, page) for each in held]
 
 
 def segments_in_tiers(tier, held, sinks, tail, head_dim, dtype):

@@ -11,7 +11,7 @@ from kvmix_kernels.quantize import dequantize, quantize
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvmix_cli.plan import Plan
-from kvmix_cli.plan.sizes import page_layout
+from kvmix_cli.plan.forms import page_layout
 
 
 class ReferenceLayer(DynamicLayer):

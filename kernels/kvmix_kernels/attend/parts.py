@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..pooled import PooledTokens
 from ..segments import Channels, Coded, Packed, Segments, SortedTokens, Tiers, count
+from ..summaries import ChosenPages
 from .problem import AttentionProblem
 
 
@@ -30,6 +32,14 @@ class Part:
         """Number of tokens, `T`."""
         return self.key.shape[2]
 
+    def all_pages(self) -> Part:
+        """Return the part with all pages that are there in place of a choice of them, to tell how they are stored."""
+        return replace(self, key=_with_pages(self.key, copy=False), value=_with_pages(self.value, copy=False))
+
+    def gathered(self) -> Part:
+        """Return the part with copies of the pages that are chosen, for kernels that take no list of pages."""
+        return replace(self, key=_with_pages(self.key, copy=True), value=_with_pages(self.value, copy=True))
+
 
 def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
     """Return all tokens as one part, or, if they are in tiers, sink and tail and every tier that is not empty.
@@ -42,7 +52,7 @@ def parts_of(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
     if not isinstance(key.packed, SortedTokens) or not isinstance(value.packed, SortedTokens):
         return [Part(key, value, mask)]
     parts = [Part(_ends(key), _ends(value), _mask_of_ends(mask, key))]
-    for index, (keys, values) in enumerate(zip(key.packed.held, value.packed.held, strict=True)):
+    for index, (keys, values) in enumerate(zip(_forms(key.packed), _forms(value.packed), strict=True)):
         if count(keys):
             of_tier = _weighed(problem, key.packed, index) if with_masks else None
             parts.append(Part(_alone(keys, key.tail), _alone(values, value.tail), of_tier))
@@ -69,14 +79,32 @@ def uncoded_parts_of(problem: AttentionProblem, with_masks: bool = True) -> list
 
 def _mask_of_places(problem: AttentionProblem, places: Tensor) -> Tensor:
     """Return the mask of the packed tokens at `places` `[B, H_kv, N]`, which hides those below 0."""
-    is_token = (places >= 0).repeat_interleave(problem.ratio, dim=1)[:, :, None]
-    if problem.mask is None:
-        return is_token
     first, last = problem.key.edges
     mask = problem.mask
-    if mask.shape[-1] > 1:
+    if mask is not None and mask.shape[-1] > 1:
         mask = _columns(problem, mask[..., first:last], places.clamp(min=0))
+    return _hiding(mask, places >= 0, problem)
+
+
+def _hiding(mask: Tensor | None, are_tokens: Tensor, problem: AttentionProblem) -> Tensor:
+    """Return a mask of older tokens that hides those that are none, given `[B, H_kv, n]`; None hides nothing."""
+    is_token = are_tokens.repeat_interleave(problem.ratio, dim=1)[:, :, None]
+    if mask is None:
+        return is_token
     return mask & is_token if mask.dtype == torch.bool else mask.masked_fill(~is_token, -torch.inf)
+
+
+def _forms(packed: SortedTokens) -> tuple[Packed | Channels | ChosenPages | Tensor, ...]:
+    """Return the tokens of each form, `[B, H_kv, ...]`."""
+    return (packed.of_heads,) if isinstance(packed, PooledTokens) else packed.held
+
+
+def _with_pages(tensor: Segments, copy: bool) -> Segments:
+    """Return segments with all pages, or a copy of the chosen ones, in place of a choice of pages."""
+    packed = tensor.packed
+    if not isinstance(packed, ChosenPages):
+        return tensor
+    return replace(tensor, packed=packed.gathered() if copy else packed.held)
 
 
 def _ends(tensor: Segments) -> Segments:
@@ -84,7 +112,7 @@ def _ends(tensor: Segments) -> Segments:
     return Segments(tensor.sink, None, tensor.tail)
 
 
-def _alone(held: Packed | Channels | Tensor, tail: Tensor) -> Segments:
+def _alone(held: Packed | Channels | ChosenPages | Tensor, tail: Tensor) -> Segments:
     """Return a tier's tokens as segments; those in full precision are all tail."""
     return Segments(None, None, held) if isinstance(held, Tensor) else Segments(None, held, tail[:, :, :0])
 
@@ -112,12 +140,14 @@ def _weighed(problem: AttentionProblem, tiers: SortedTokens, index: int) -> Tens
 def _mask_of_tier(problem: AttentionProblem, tiers: SortedTokens, index: int) -> Tensor | None:
     """Return the mask's columns of a tier's tokens, which are older than all queries: nothing causal is left."""
     mask, queries = problem.mask, problem.queries
-    if mask is None:
-        return None if queries == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=problem.query.device)
-    if mask.shape[-1] == 1:
-        return mask
-    first, last = problem.key.edges
-    return _columns(problem, mask[..., first:last], tiers.places(index))
+    if mask is not None and mask.shape[-1] > 1:
+        first, last = problem.key.edges
+        mask = _columns(problem, mask[..., first:last], tiers.places(index))
+    if isinstance(tiers, PooledTokens):
+        return _hiding(mask, tiers.are_tokens, problem)
+    if mask is None and queries > 1:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=problem.query.device)
+    return mask
 
 
 def _columns(problem: AttentionProblem, mask: Tensor, places: Tensor) -> Tensor:

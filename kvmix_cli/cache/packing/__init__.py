@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ...codecs import PageCodec
 from ...plan import CacheSettings
-from ...plan.sizes import StorageForm
+from ...plan.forms import StorageForm
 from ..buffer import Buffer
 from .base import Packing
 from .channels import ChannelPacking
 from .codes import CodePacking
 from .encoded import CodecPacking
 from .pages import PagePacking
+from .pooled import PooledPacking
 from .sorted import BudgetPacking, FullPacking, KeptUnits, TierPacking
 from .summaries import SummaryPacking
 
@@ -38,6 +39,7 @@ class PolicyFunctions:
         sorted: the tiers of all tokens packed so far, or the positions of those that a budget keeps, shared by keys
             and values.
         unit: tokens that a budget keeps or drops together.
+        heads: the KV head of each page that is held, shared by keys and values, where heads keep different numbers.
     """
 
     channel_importance: Callable[[Tensor], Tensor]
@@ -46,6 +48,7 @@ class PolicyFunctions:
     kept_of: Callable[[Tensor], KeptUnits] | None = None
     sorted: Buffer | None = None
     unit: int = 1
+    heads: Buffer | None = None
 
 
 def packing_of(
@@ -66,6 +69,9 @@ def packing_of(
     if functions is None or functions.sorted is None:
         raise AssertionError("tokens are sorted by a token policy")
     room, flush = room if kept is None else min(room, kept), settings.tokens.flush
+    if settings.tokens.sure is not None and functions.tiers_of is not None and functions.heads is not None:
+        form = _part(name, forms[0], settings, 0, functions)  # its row is of all heads, whose number is not known here
+        return PooledPacking(name, form, flush, settings.page, functions.tiers_of, functions.sorted, functions.heads)
     parts = [_part(name, form, settings, int(room * form.share), functions) for form in forms]
     if functions.tiers_of is not None:
         weight = settings.tokens.log_weight

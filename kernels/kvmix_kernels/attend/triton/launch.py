@@ -67,8 +67,9 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 
 def plain_parts(problem: AttentionProblem, with_masks: bool = True) -> list[Part]:
-    """Return the parts of a problem, pages of transform codes left out."""
-    return (uncoded_parts_of if problem.is_coded else parts_of)(problem, with_masks)
+    """Return the parts of a problem, pages of transform codes left out; with masks, chosen pages as copies."""
+    parts = (uncoded_parts_of if problem.is_coded else parts_of)(problem, with_masks)
+    return [part.gathered() if with_masks else part.all_pages() for part in parts]
 
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
