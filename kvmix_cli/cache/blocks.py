@@ -21,9 +21,12 @@ from .bases import basis_of
 Shard = tuple[int, int]
 """Rank, and number of ranks: each has as many of the KV heads of every layer."""
 ALL: Shard = (0, 1)
+CPU = torch.device("cpu")
 
 
-def block_layer(plan: Plan, index: int, block: int, dtype: torch.dtype, shard: Shard = ALL) -> BlockLayer:
+def block_layer(
+    plan: Plan, index: int, block: int, dtype: torch.dtype, shard: Shard = ALL, device: torch.device = CPU
+) -> BlockLayer:
     """Return a layer's storage in blocks.
 
     Args:
@@ -32,13 +35,14 @@ def block_layer(plan: Plan, index: int, block: int, dtype: torch.dtype, shard: S
         block: tokens of a block.
         dtype: of the model, for what stays in full precision.
         shard: the KV heads.
+        device: of the blocks.
 
     Raises:
         PlanError: if the layer, or the plan's basis, does not fit blocks.
     """
     layer = plan.layers[index]
     try:
-        keys, values = (_tensor(plan, index, each, kind, block, dtype, shard) for each, kind in layer.tensors)
+        keys, values = (_tensor(plan, index, each, kind, block, dtype, shard, device) for each, kind in layer.tensors)
     except ValueError as error:
         raise PlanError(f"layer {index} cannot be held in an engine's blocks: {error}; allocate without it") from error
     return BlockLayer(keys, values)
@@ -57,12 +61,13 @@ def _tensor(
     block: int,
     dtype: torch.dtype,
     shard: Shard,
+    device: torch.device,
 ) -> BlockTensor:
     heads = plan.model.heads(index)
     own = own_heads(heads.kv_heads, *shard)
     count = own.stop - own.start
     if isinstance(tensor, TransformTensor):
-        basis = _basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own)
+        basis = _basis(plan, index, TransformLayout(kind, tensor.runs, heads.dim(kind), block), dtype, own, device)
         return CodedBlocks(basis, held_sink(plan), dtype)
     layout = block_layout(tensor, plan.cache, heads.dim(kind), block)
     if layout is None:
@@ -70,11 +75,13 @@ def _tensor(
     return AffineBlocks(kind, count, layout, tensor.encode or plan.cache.encoder(kind))
 
 
-def _basis(plan: Plan, index: int, layout: TransformLayout, dtype: torch.dtype, own: slice) -> TransformBasis:
+def _basis(
+    plan: Plan, index: int, layout: TransformLayout, dtype: torch.dtype, own: slice, device: torch.device
+) -> TransformBasis:
     """Return the directions of some of a layer's KV heads."""
     if plan.cache.transform is None:
         raise AssertionError("a plan with transform codes names their basis")
-    whole = basis_of(plan.cache.transform, index, layout, torch.device("cpu"), dtype)
+    whole = basis_of(plan.cache.transform, index, layout, device, dtype)
     part = TransformLayout(layout.kind, layout.widths[own], layout.head_dim, layout.page)
     tensors = (each[own].contiguous() for each in (whole.encoder, whole.decoder, whole.mean, whole.deviation))
     encoder, decoder, mean, deviation = tensors

@@ -20,7 +20,7 @@ class EngineBatch:
         table: `[B, pages]` int32, the blocks of each sequence.
         lengths: `[B]` int64, tokens of each sequence, new ones included.
         starts: first new token of each sequence among all, and their number: `B + 1`.
-        decoding: `[m]` int64, the sequences with one new token.
+        decoding: `[m]` int64 on the CPU, the sequences with one new token.
     """
 
     slots: Tensor
@@ -32,21 +32,21 @@ class EngineBatch:
 
     @classmethod
     def of(cls, starts: Tensor, lengths: Tensor, table: Tensor, slots: Tensor) -> EngineBatch:
-        """Return the batch of a step.
+        """Return the batch of a step, on the device of `lengths`.
 
         Args:
-            starts: `[B + 1]`, first new token of each sequence among all, and their number.
+            starts: `[B + 1]` on the CPU, first new token of each sequence among all, and their number.
             lengths: `[B]`, tokens of each sequence, new ones included.
             table: `[B, pages]`.
             slots: `[n]` or more.
         """
-        starts, lengths = starts.long(), lengths.long()
+        starts, lengths, device = starts.long(), lengths.long(), lengths.device
         counts = starts.diff()
-        last = torch.repeat_interleave(lengths - starts[1:], counts)
-        positions = last + torch.arange(int(starts[-1]))
+        rows = torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
+        positions = (lengths - starts[1:].to(device))[rows] + torch.arange(len(rows), device=device)
         table = table.int().contiguous()
         decoding = (counts == 1).nonzero()[:, 0]
-        return cls(slots[: len(positions)].long(), positions, table, lengths, starts.tolist(), decoding)
+        return cls(slots[: len(rows)].long(), positions, table, lengths, starts.tolist(), decoding)
 
     def write(self, layer: BlockLayer, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store the new tokens `[n, H_kv, D]` in `blocks` `[N, bytes]`."""
@@ -82,7 +82,8 @@ class EngineBatch:
     @cached_property
     def _decoding(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return, of the sequences with one new token, its row among all tokens, their table and lengths."""
-        rows = torch.tensor(self.starts)[self.decoding]
+        rows = torch.tensor(self.starts)[self.decoding].to(self.lengths.device)
         if len(rows) == len(self.lengths):
             return rows, self.table, self.lengths
-        return rows, self.table[self.decoding], self.lengths[self.decoding]
+        decoding = self.decoding.to(self.lengths.device)
+        return rows, self.table[decoding], self.lengths[decoding]

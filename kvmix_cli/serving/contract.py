@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class EngineHook:
 
 
 _ATTENTION = "vllm.model_executor.layers.attention.attention"
-_CPU = "vllm.v1.attention.backends.cpu_attn"
+_FORWARD = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
 HOOKS = (
     EngineHook("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     EngineHook(
@@ -62,33 +63,57 @@ HOOKS = (
         "vllm.v1.attention.backend",
         "CommonAttentionMetadata",
         (
-            "query_start_loc",
+            "query_start_loc_cpu",
             "seq_lens",
+            "max_seq_len",
             "num_reqs",
-            "num_actual_tokens",
             "block_table_tensor",
             "slot_mapping",
             "causal",
         ),
     ),
+    EngineHook("vllm.v1.attention.backend", "AttentionCGSupport.NEVER"),
     EngineHook("vllm.v1.attention.backend", "AttentionMetadataBuilder.build", ("common_attn_metadata",)),
     EngineHook("vllm.v1.kv_cache_interface", "AttentionSpec", ("dtype", "state_content_bytes", "num_kv_heads")),
-    EngineHook(_CPU, "CPUAttentionBackend.get_impl_cls"),
-    EngineHook(_CPU, "CPUAttentionBackend.get_builder_cls"),
-    EngineHook(
-        _CPU,
-        "CPUAttentionBackendImpl.forward",
-        ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
-    ),
+    EngineHook("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC"),
     EngineHook("vllm.distributed", "get_tensor_model_parallel_rank"),
     EngineHook("vllm.distributed", "get_tensor_model_parallel_world_size"),
     EngineHook("vllm.platforms", "current_platform"),
 )
+"""Of every engine."""
 
 
-def missing_hooks() -> list[str]:
-    """Return what the installed vLLM lacks of everything that the plugin relies on."""
-    return [fault for hook in HOOKS if (fault := hook.fault())]
+def _extended(module: str, backend: str, attention: str, builder: str) -> tuple[EngineHook, ...]:
+    """Return the names of vLLM's backend for a device, which ours extends."""
+    return (
+        EngineHook(module, f"{backend}.get_impl_cls"),
+        EngineHook(module, f"{backend}.get_builder_cls"),
+        EngineHook(module, f"{backend}.supported_kv_cache_layouts"),
+        EngineHook(module, f"{attention}.forward", _FORWARD),
+        EngineHook(module, builder, ("kv_cache_spec",)),
+    )
+
+
+DEVICE_HOOKS = {
+    "cpu": _extended(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackend",
+        "CPUAttentionBackendImpl",
+        "CPUAttentionMetadataBuilder",
+    ),
+    "cuda": _extended(
+        "vllm.v1.attention.backends.triton_attn",
+        "TritonAttentionBackend",
+        "TritonAttentionImpl",
+        "TritonAttentionMetadataBuilder",
+    ),
+}
+"""Of the engines of a device, whose attention backend is extended."""
+
+
+def missing_hooks(hooks: Iterable[EngineHook] = HOOKS) -> list[str]:
+    """Return what the installed vLLM lacks of what the plugin relies on."""
+    return [fault for hook in hooks if (fault := hook.fault())]
 
 
 def check_version(version: str) -> None:

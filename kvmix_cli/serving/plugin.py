@@ -48,12 +48,13 @@ def _checked(create: Callable[..., Any], plan: Plan, path: str) -> Callable[...,
 
     @functools.wraps(create)
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
-        from .checks import check_engine, difference
+        from .checks import check_engine, difference, untried
 
         config = create(*args, **kwargs)
         check_engine(plan, path, config)
-        if said := difference(plan, path):
-            LOG.warning(said)
+        for said in (difference(plan, path), untried()):
+            if said:
+                LOG.warning(said)
         return config
 
     return create_engine_config

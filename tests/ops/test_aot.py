@@ -12,6 +12,7 @@ import torch
 from aot_cases import (
     RUNS,
     compile_attend,
+    compile_blocks,
     compile_coded,
     compile_encode,
     compile_quantize,
@@ -36,6 +37,7 @@ RUNS_BUDGET = {"16, 4 and 2": 3.1, "3 and 8": 4.4}
 SMALL_PAGES_BUDGET = 6.6
 PLANES_BUDGET = {4: 3.3, 2: 2.8, 1: 2.5}
 """Of transform codes, by the bits of a plane; keys and values alike."""
+BLOCKS_BUDGET = {(2, 2): 2.1, (8, 4): 3.3, (16, 16): 1.2}
 SPILLS = ("STL", "LDL")
 CONVERSIONS = ("I2F", "I2FP", "F2I")
 
@@ -76,6 +78,15 @@ def test_mixed_widths_compile_for_tensor_cores():
     kernel, _ = compile_attend(80, 8, 1, group=64)
     check(kernel, 80)
     assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
+
+
+@pytest.mark.parametrize(("capability", "k_bits", "v_bits"), [(80, 2, 2), (80, 16, 16), (90, 8, 4)])
+def test_attention_over_an_engines_blocks_is_as_cheap_as_it_was(capability, k_bits, v_bits):
+    kernel, merge = compile_blocks(capability, k_bits, v_bits)
+    check(kernel, capability)
+    check(merge, capability)
+    assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
+    assert lane_instructions_per_code(kernel) <= BLOCKS_BUDGET[k_bits, v_bits]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -26,6 +26,7 @@ LOW = "0:k8v4,1:k4v4,2-3:k3v2,4:k2v3,5-6:k4v2,7:k16v8"
 THREE = "0-7:k3v2"
 """3 stored bits: heads of 64 channels are one group each, which adds half a bit."""
 SEQUENCES = 50
+FOR_ENGINES = ("--score", "fisher-metric", "--window", "none")
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +94,35 @@ def plans(model, reference, prompts, tmp_path_factory):
         "three": Plan.from_short(THREE, info),
         "coded": coded_plan(reference, info, prompts[0], folder),
     }
-    return {name: plan.save(folder / f"{name}.yaml") for name, plan in made.items()}
+    return {name: plan.save(folder / f"{name}.yaml") for name, plan in made.items()} | {"sink": for_engines(model)}
+
+
+def for_engines(model):
+    """Transform codes for an engine, which keeps the first token of a sequence, as a user makes them."""
+    profile, plan = (str(model.parent / name) for name in ("profile.yaml", "sink.yaml"))
+    run(
+        "profile",
+        str(model),
+        *FOR_ENGINES,
+        "--samples",
+        "2",
+        "--seq-len",
+        "512",
+        "--dtype",
+        "float32",
+        "--out",
+        profile,
+    )
+    run("allocate", "--profile", profile, "--stored-bits", "5.5", "--out", plan)
+    return Path(plan)
+
+
+def run(*words):
+    """A command of kvmix."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvmix_cli", *words, "--quiet"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
 
 
 @torch.inference_mode()

@@ -10,6 +10,8 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm-env
 @pytest.mark.engine
 def test_the_installed_version_has_everything_that_the_plugin_uses():
     assert contract.missing_hooks() == []
+    for device, hooks in contract.DEVICE_HOOKS.items():
+        assert contract.missing_hooks(hooks) == [], device
 
 
 @pytest.mark.engine

@@ -5,6 +5,7 @@ import torch
 
 from kvmix_cli.cache.in_engine import TokenwiseCache
 from kvmix_cli.plan import Plan, TransformTensor
+from kvmix_cli.plan.engine_blocks import held_sink
 
 pytestmark = pytest.mark.engine
 FEW = 3
@@ -29,7 +30,9 @@ def parted(reference, plan, prompts, answers):
     return count
 
 
-@pytest.mark.parametrize(("name", "ranks", "most"), [("fine", 1, FEW), ("coded", 1, MORE), ("fine", 2, FEW)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "most"), [("fine", 1, FEW), ("coded", 1, MORE), ("sink", 1, MORE), ("fine", 2, FEW)]
+)
 def test_greedy_tokens_are_those_of_our_cache(name, ranks, most, plans, reference, prompts, ask):
     """Two rounds: the second finds the prompts' blocks in the engine's prefix cache."""
     options = {"tensor_parallel_size": ranks} if ranks > 1 else {}
@@ -39,6 +42,15 @@ def test_greedy_tokens_are_those_of_our_cache(name, ranks, most, plans, referenc
         assert parted(reference, Plan.load(plans[name]), prompts, answers) <= most
 
 
+@pytest.mark.parametrize(("name", "most"), [("fine", FEW), ("sink", MORE)])
+def test_sequences_that_are_preempted_begin_anew_and_write_the_same(name, most, plans, reference, prompts, ask):
+    """Half as many blocks as all sequences take together; what was evicted is read once more, sink included."""
+    got = ask(plans[name], prompts, tokens=160, num_gpu_blocks_override=60, max_num_seqs=24)
+    assert got["preemptions"] > 0
+    answers = [answer[:16] for answer in got["tokens"][0]]
+    assert parted(reference, Plan.load(plans[name]), prompts, answers) <= most
+
+
 @pytest.mark.parametrize("name", ["fine", "coded"])
 def test_the_engine_says_what_it_holds_otherwise(name, plans, prompts, ask):
     said = ask(plans[name], prompts)["said"]
@@ -46,7 +58,11 @@ def test_the_engine_says_what_it_holds_otherwise(name, plans, prompts, ask):
     assert line.startswith("kvmix: the engine stores every token by itself: ")
 
 
-def token_bytes(plan):
+def test_the_engine_holds_a_plan_for_engines_whole(plans, prompts, ask):
+    assert "kvmix: the engine stores" not in ask(plans["sink"], prompts)["said"]
+
+
+def token_bytes(plan, block):
     """What a plan says that a token of all layers takes where every token stands alone, in a float32 model."""
     total = 0
     for index, layer in plan.layers.items():
@@ -54,6 +70,7 @@ def token_bytes(plan):
         for tensor, kind in layer.tensors:
             if isinstance(tensor, TransformTensor):
                 total += sum(map(sum, tensor.runs)) + (2 * heads.kv_heads if kind == "value" else 0)
+                total += 4 * heads.elements(kind) * held_sink(plan) / block
             elif tensor.bits == 16:
                 total += 4 * heads.elements(kind)
             else:
@@ -61,11 +78,11 @@ def token_bytes(plan):
     return total
 
 
-@pytest.mark.parametrize("name", ["fine", "low", "coded"])
+@pytest.mark.parametrize("name", ["fine", "low", "coded", "sink"])
 def test_capacity_is_the_plans_bytes(name, plans, prompts, ask):
     """The engine reports as many blocks as fit by the plan's own count, within 1 %."""
     got = ask(plans[name], prompts)
-    expected = got["bytes"] / (token_bytes(Plan.load(plans[name])) * got["block"])
+    expected = got["bytes"] / (token_bytes(Plan.load(plans[name]), got["block"]) * got["block"])
     assert got["blocks"] == pytest.approx(expected, rel=0.01)
 
 

@@ -34,10 +34,10 @@ class Spec:
 
 @dataclasses.dataclass
 class Step:
-    query_start_loc: object = None
+    query_start_loc_cpu: object = None
     seq_lens: object = None
+    max_seq_len: int = 0
     num_reqs: int = 0
-    num_actual_tokens: int = 0
     block_table_tensor: object = None
     slot_mapping: object = None
     causal: object = True
@@ -74,6 +74,9 @@ class Implementation:
 
 
 class Builder:
+    def __init__(self, kv_cache_spec=None):
+        self.kv_cache_spec = kv_cache_spec
+
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         raise AssertionError("the plugin has its own")
 
@@ -82,6 +85,10 @@ class Backend:
     @classmethod
     def customize_spec(cls, spec):
         return spec
+
+    @classmethod
+    def supported_kv_cache_layouts(cls):
+        raise AssertionError("the plugin has its own")
 
     @staticmethod
     def get_impl_cls():
@@ -97,6 +104,11 @@ class EngineArgs:
 
     def create_engine_config(self, usage_context=None):
         return self.config
+
+
+def platform(device):
+    """What vLLM says of the device that it runs on."""
+    return SimpleNamespace(is_cpu=lambda: device == "cpu", device_type=device)
 
 
 def modules(version, registered):
@@ -117,11 +129,12 @@ def modules(version, registered):
         },
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.utils": {"extract_layer_index": lambda layer_name: int(layer_name.split(".")[2])},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True, device_type="cpu")},
+        "vllm.platforms": {"current_platform": platform("cpu")},
         "vllm.v1": {},
         "vllm.v1.attention": {},
         "vllm.v1.attention.backend": {
             "AttentionBackend": Backend,
+            "AttentionCGSupport": SimpleNamespace(NEVER="never"),
             "AttentionMetadataBuilder": Builder,
             "CommonAttentionMetadata": Step,
             "MultipleOf": lambda base: base,
@@ -132,10 +145,15 @@ def modules(version, registered):
             "CPUAttentionBackendImpl": Implementation,
             "CPUAttentionMetadataBuilder": Builder,
         },
+        "vllm.v1.attention.backends.triton_attn": {
+            "TritonAttentionBackend": type("OnGPU", (Backend,), {}),
+            "TritonAttentionImpl": type("AttentionOnGPU", (Implementation,), {}),
+            "TritonAttentionMetadataBuilder": Builder,
+        },
         "vllm.v1.attention.backends.registry": {
             "register_backend": lambda backend, class_path: registered.update({backend: class_path})
         },
-        "vllm.v1.kv_cache_interface": {"AttentionSpec": Spec},
+        "vllm.v1.kv_cache_interface": {"AttentionSpec": Spec, "KVCacheLayout": SimpleNamespace(LBHNC="by head")},
     }
 
 
@@ -289,12 +307,80 @@ def test_a_plan_for_another_model_is_refused(engine, plan_file):
         created(found, config=config)
 
 
-def test_a_gpu_is_refused(engine, plan_file):
+def test_devices_without_kernels_are_refused(engine, plan_file):
     found = engine()
     serving.register()
-    found.modules["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
-    with pytest.raises(KvmixError, match="vLLM runs on cuda, and kvmix holds plans in its CPU engine only"):
+    found.modules["vllm.platforms"].current_platform = platform("tpu")
+    with pytest.raises(
+        KvmixError, match="vLLM runs on tpu, and kvmix holds plans in its engines for cpu and cuda only"
+    ):
         created(found)
+
+
+def test_a_gpu_is_said_to_be_untried_and_extends_vllms_backend_for_it(engine, plan_file, caplog):
+    found = engine()
+    serving.register()
+    found.modules["vllm.platforms"].current_platform = platform("cuda")
+    assert created(found) is found.args.config
+    difference, untried = [record.getMessage() for record in caplog.records]
+    assert difference.startswith("kvmix: the engine stores every token by itself")
+    assert untried.startswith("kvmix: plans in an engine have never run on a GPU")
+    found.attention(4, 64, 0.125, num_kv_heads=2, prefix="model.layers.0.attn")
+    backend = found.attention.backends["model.layers.0.attn"]
+    of_vllm = found.modules["vllm.v1.attention.backends.triton_attn"]
+    assert issubclass(backend, of_vllm.TritonAttentionBackend)
+    assert issubclass(backend.get_impl_cls(), of_vllm.TritonAttentionImpl)
+    assert backend.get_impl_cls()(window=(-1, -1)).plan == Plan.load(plan_file)
+    assert backend.supported_kv_cache_layouts() == ("by head",)
+    assert backend.get_builder_cls()._cudagraph_support == "never"
+
+
+def test_what_has_no_gpu_kernel_is_refused_on_a_gpu(engine, plan_file, tmp_path, monkeypatch):
+    found = engine()
+    serving.register()
+    found.modules["vllm.platforms"].current_platform = platform("cuda")
+    with pytest.raises(
+        PlanError, match="blocks of 16 tokens have no GPU kernel; start the engine with --block-size 64"
+    ):
+        created(found, block=16)
+    model = build("llama")
+    coded = coded_plan(model, tmp_path, exact=0)
+    coded = Plan.build(coded.model, coded.layers, coded.cache.model_copy(update={"sink": 1, "window": NoWindow()}))
+    monkeypatch.setenv(serving.VARIABLE, str(coded.save(tmp_path / "coded.yaml")))
+    found = engine()
+    serving.register()
+    found.modules["vllm.platforms"].current_platform = platform("cuda")
+    with pytest.raises(PlanError, match="blocks of transform codes have no GPU kernel; serve them on a CPU"):
+        created(found, config=model.config, block=64)
+
+
+def test_a_name_that_a_devices_engine_lacks_is_named(engine, plan_file):
+    found = engine()
+    serving.register()
+    del found.modules["vllm.v1.attention.backends.cpu_attn"].CPUAttentionMetadataBuilder
+    missing = "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder"
+    with pytest.raises(KvmixError, match=f"this vLLM lacks {missing}"):
+        created(found)
+
+
+def test_a_step_is_of_the_blocks_that_its_longest_sequence_has(engine, plan_file):
+    engine()
+    from kvmix_cli.serving.backend import PlanMetadataBuilder
+
+    step = Step(
+        query_start_loc_cpu=torch.tensor([0, 3, 4, 4], dtype=torch.int32),
+        seq_lens=torch.tensor([3, 200, 0], dtype=torch.int32),
+        max_seq_len=200,
+        num_reqs=2,
+        block_table_tensor=torch.arange(24, dtype=torch.int32).view(3, 8),
+        slot_mapping=torch.arange(8),
+        causal=True,
+    )
+    batch = PlanMetadataBuilder(SimpleNamespace(block_size=64)).build(0, step)
+    assert batch.table.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert batch.positions.tolist() == [0, 1, 2, 199]
+    with pytest.raises(PlanError, match="attends causally; this model does not"):
+        PlanMetadataBuilder().build(0, dataclasses.replace(step, causal=False))
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.3", "dev", "0.321.0"])

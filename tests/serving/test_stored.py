@@ -72,13 +72,15 @@ def furthest_score(rows, prompt, scores):
     return float((ours - torch.tensor(scores)).abs().max()) if len(prompt) > 1 else 0.0
 
 
-@pytest.mark.parametrize(("native", "ranks"), [(1, 1), (0, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("name", "native", "ranks"), [("low", 1, 1), ("low", 0, 1), ("low", 1, 2), ("sink", 1, 1), ("sink", 1, 2)]
+)
 def test_every_token_is_ours_given_what_was_stored(
-    native, ranks, plans, reference, prompts, ask, tmp_path, record_property
+    name, native, ranks, plans, reference, prompts, ask, tmp_path, record_property
 ):
     options = {"tensor_parallel_size": ranks} if ranks > 1 else {}
-    got = ask(plans["low"], prompts, TOKENS, tmp_path, [("KVMIX_NATIVE", str(native))], **options)
-    plan, excess, tolerance, largest = Plan.load(plans["low"]), LargestExcess(), NATIVE if native else PLAIN, 0.0
+    got = ask(plans[name], prompts, TOKENS, tmp_path, [("KVMIX_NATIVE", str(native))], **options)
+    plan, excess, tolerance, largest = Plan.load(plans[name]), LargestExcess(), NATIVE if native else PLAIN, 0.0
     recorded = load_recorded(tmp_path)
     assert len(recorded) == len(prompts)
     answers = got["tokens"][0], got["likeliest"], got["scores"]

@@ -6,6 +6,9 @@ from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
 from kvmix_kernels.attend.triton.planes import CHUNK, PLANE_BITS
+from kvmix_kernels.blocks import AffineBlocks, BlockLayer, PlainBlocks
+from kvmix_kernels.blocks.problem import BlockProblem
+from kvmix_kernels.blocks.triton import attend as attend_blocks
 from kvmix_kernels.quantize import triton as quantizing
 from kvmix_kernels.segments import Channels, Coded, Packed, Plain, Segments
 from kvmix_kernels.transform import TransformBasis
@@ -110,3 +113,22 @@ def main_loop(kernel):
 def lane_instructions_per_code(kernel, head_dim=128, tokens=PAGE):
     """What the loop over packed pages issues, by the lane, for each code of keys and values of so many tokens."""
     return sum(main_loop(kernel).values()) * LANES * kernel.warps / (2 * tokens * head_dim)
+
+
+def compile_blocks(capability, k_bits, v_bits, *, group=None, head_dim=128, ratio=4, page=PAGE):
+    """The kernel for attention over an engine's blocks, compiled: one sequence that decodes."""
+    tensors = (in_blocks(kind, bits, group, head_dim, page) for kind, bits in (("key", k_bits), ("value", v_bits)))
+    layer = BlockLayer(*tensors)
+    blocks, table = torch.zeros(PAGES, layer.nbytes, dtype=torch.uint8), torch.arange(PAGES, dtype=torch.int32)[None]
+    query = torch.zeros(1, ratio, 1, head_dim, dtype=torch.bfloat16)
+    lengths = torch.tensor([PAGES * page])
+    with ahead_of_time(capability) as compiled:
+        attend_blocks(BlockProblem(query, layer.keys, layer.values, *layer.parts(blocks), table, lengths, 0.1))
+    return compiled
+
+
+def in_blocks(kind, bits, group, head_dim, page):
+    """Keys or values of one KV head in blocks."""
+    if bits == 16:
+        return PlainBlocks(kind, 1, head_dim, page, torch.bfloat16)
+    return AffineBlocks(kind, 1, PageLayout("value", bits, head_dim, page, group))

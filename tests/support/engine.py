@@ -25,6 +25,7 @@ def main():
         "long_prefill_token_threshold": 256,
         "enable_prefix_caching": folder is None,
         "worker_extension_cls": "stored.RecordingWorker",
+        "disable_log_stats": False,
     }
     engine = LLM(model=task["model"], **{**settings, **task["options"]})
     greedy = SamplingParams(temperature=0, max_tokens=task["tokens"], detokenize=False, ignore_eos=True)
@@ -44,6 +45,7 @@ def main():
         "likeliest": [[likely(step) for step in answer.outputs[0].logprobs or []] for answer in answers],
         "scores": [scores(answer) for answer in answers],
         "cached": [answer.num_cached_tokens for answer in answers],
+        "preemptions": sum(each.value for each in engine.get_metrics() if each.name == "vllm:num_preemptions"),
         "blocks": config.cache_config.num_gpu_blocks,
         "block": config.cache_config.block_size,
         "bytes": config.cache_config.kv_cache_memory_bytes,

@@ -37,8 +37,8 @@ class StoredTokens:
             if start == number == 0:  # a block can only be the first one of a sequence at a time
                 self._running[int(table[0])] = {}
                 self.sequences.append(self._running[int(table[0])])
-            found, new = table[start // page : -(-stop // page)], slice(start % page, start % page + stop - start)
-            read = [tensor.read(held, found, torch.float32)[:, new] for tensor, held in tensors]
+            found = table[: -(-stop // page)]  # from the first block on, which has the sink
+            read = [tensor.read(held, found, torch.float32)[:, start:stop] for tensor, held in tensors]
             self._running[int(table[0])].setdefault(number, []).append(read)
 
 

@@ -60,7 +60,7 @@ class AffineBlocks(BlockTensor):
         return 2 * self.layout.groups * self.page
 
     @cached_property
-    def _groups(self) -> tuple[tuple[int, PageLayout], ...]:
+    def groups(self) -> tuple[tuple[int, PageLayout], ...]:
         """The first channel of every group of keys, and the layout of its codes."""
         starts = range(0, self.head_dim, self.layout.group)
         widths = ((start, min(self.layout.group, self.head_dim - start)) for start in starts)
@@ -75,7 +75,7 @@ class AffineBlocks(BlockTensor):
         return torch.arange(self.kv_heads) * (self._code_bytes // self.kv_heads)
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
-        own, room = blocks[:, : self._code_bytes], self._scales(blocks)
+        own, room = blocks[:, : self._code_bytes], self.scales(blocks)
         native = library() if self._is_native(states) else None
         if native is not None:
             by_group = room if self.kind == "key" else room.transpose(2, 3)
@@ -92,7 +92,7 @@ class AffineBlocks(BlockTensor):
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         codes = self._unpack(blocks[table.long(), : self._code_bytes])
-        scales = self._scales(blocks)[table.long()]
+        scales = self.scales(blocks)[table.long()]
         scales = scales.transpose(2, 3) if self.kind == "key" else scales  # [pages, H_kv, 2, groups, page]
         return decode(codes, scales, self.layout).transpose(0, 1).flatten(1, 2).to(dtype)
 
@@ -108,8 +108,8 @@ class AffineBlocks(BlockTensor):
         return self._native[1]
 
     def _segments(self, blocks: Tensor) -> CSegments:
-        words, scales = self._words(blocks), self._scales(blocks)
-        runs = [(0, self.layout)] if self.kind == "value" else self._groups
+        words, scales = self.words(blocks), self.scales(blocks)
+        runs = [(0, self.layout)] if self.kind == "value" else self.groups
         calls = (CRun * len(runs))()
         for index, (start, layout) in enumerate(runs):
             rows = start * self.layout.bits // WORD_BITS
@@ -144,13 +144,13 @@ class AffineBlocks(BlockTensor):
         else:
             cpu.place(native, self.kind, blocks, codes, slots, self._widths, self._places, self.page, self.layout.group)
 
-    def _words(self, blocks: Tensor) -> Tensor:
+    def words(self, blocks: Tensor) -> Tensor:
         """Return the words of blocks, `[N, H_kv, rows * bits / 16, columns]`."""
         columns = self.page if self.kind == "key" else self.head_dim
         words: Tensor = blocks[:, : self._code_bytes].view(torch.int16).unflatten(1, (self.kv_heads, -1, columns))
         return words
 
-    def _scales(self, blocks: Tensor) -> Tensor:
+    def scales(self, blocks: Tensor) -> Tensor:
         """Return the scales of blocks, `[N, H_kv, groups, 2, page]` of keys, or `[N, H_kv, 2, groups, page]`."""
         axes = (self.layout.groups, 2) if self.kind == "key" else (2, self.layout.groups)
         scales = blocks[:, self._code_bytes :].view(getattr(torch, self.layout.scale_dtype))
@@ -159,16 +159,16 @@ class AffineBlocks(BlockTensor):
 
     def _unpack(self, blocks: Tensor) -> Tensor:
         """Return the codes `[m, H_kv, page, D]` of contiguous blocks `[m, bytes]`."""
-        words = self._words(blocks)
+        words = self.words(blocks)
         if self.kind == "value":
             return unpack(words, self.layout).byte()
-        rows = words.split([layout.words_shape[0] for _, layout in self._groups], dim=2)
-        groups = [unpack(each, layout) for each, (_, layout) in zip(rows, self._groups, strict=True)]
+        rows = words.split([layout.words_shape[0] for _, layout in self.groups], dim=2)
+        groups = [unpack(each, layout) for each, (_, layout) in zip(rows, self.groups, strict=True)]
         return torch.cat(groups, dim=2).transpose(2, 3).byte()
 
     def _pack(self, codes: Tensor) -> Tensor:
         if self.kind == "value":
             return pack(codes, self.layout).flatten(1).view(torch.uint8)
         channels = codes.transpose(2, 3)
-        parts = (pack(channels[:, :, start : start + layout.head_dim], layout) for start, layout in self._groups)
+        parts = (pack(channels[:, :, start : start + layout.head_dim], layout) for start, layout in self.groups)
         return torch.cat(list(parts), dim=2).flatten(1).view(torch.uint8)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..runtime.native.structs import DTYPES, FORMS, CAttention, CPart, CPlacement, CSegments, CStoring
+from ..runtime.native.structs import DTYPES, FORMS, CAttention, CPart, CPlacement, CStoring
+from .problem import BlockProblem
 
 
 def place(
@@ -105,31 +106,14 @@ def _placement(
     )
 
 
-def attend(
-    library: ctypes.CDLL,
-    query: Tensor,
-    key: CSegments,
-    value: CSegments,
-    table: Tensor,
-    lengths: Tensor,
-    kv_heads: int,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    """Return the output `[B, H, S, D_v]` float32 of causal attention over the blocks of every sequence.
-
-    Args:
-        library: the native library.
-        query: `[B, H, S, D]` float32, contiguous and scaled: the last `S` tokens of each sequence.
-        key: keys of all blocks.
-        value: values of all blocks.
-        table: `[B, pages]` int32, the blocks of each sequence.
-        lengths: `[B]` int64, tokens of each sequence; those that are read may have been written just now.
-        kv_heads: number of KV heads.
-        softcap: 0 for none.
-        sink_logits: `[H]` float32, contiguous, or None.
-    """
+def attend(library: ctypes.CDLL, problem: BlockProblem) -> Tensor:
+    """Return the output `[B, H, S, D_v]` float32; blocks that are read may have been written just now."""
+    query = (problem.query.float() * problem.scaling).contiguous()
+    logits = None if problem.sink_logits is None else problem.sink_logits.float().contiguous()
+    key = problem.keys.native(problem.key_blocks, problem.table)
+    value = problem.values.native(problem.value_blocks, problem.table)
     batch, heads, queries, _ = query.shape
+    table, lengths = problem.table, problem.lengths
     pages = -(-int(lengths.max()) // key.page)
     output, logarithms = torch.empty(batch, heads, queries, value.dim), torch.empty(batch, heads, queries)
     for segments in (key, value):
@@ -143,15 +127,15 @@ def attend(
         part_count=1,
         batch=batch,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=problem.kv_heads,
         queries=queries,
         dim=query.shape[3],
         value_dim=value.dim,
         threads=torch.get_num_threads(),
-        softcap=softcap,
+        softcap=problem.softcap or 0.0,
     )
-    if sink_logits is not None:
-        call.sink_logits = sink_logits.data_ptr()
+    if logits is not None:
+        call.sink_logits = logits.data_ptr()
     library.kvmix_attend(ctypes.byref(call))
     return output
 

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..attend import AttentionProblem
-from ..attend.naive import attend as attend_naive
+from ..runtime import gpu
+from ..runtime.fallback import warn_once
 from ..runtime.native import library
-from ..segments import Segments
-from . import cpu
+from . import cpu, naive
 from .base import BlockTensor
+from .problem import BlockProblem
 
 QUERIES_AT_ONCE = 256
 """Queries of a long prompt that attend together: later ones need not be looked at for their tokens."""
@@ -74,34 +74,35 @@ class BlockLayer:
             sink_logits: see `AttentionProblem`.
         """
         outputs, queries = [], query.shape[2]
+        key_blocks, value_blocks = self.parts(blocks)
         for start in range(0, queries, QUERIES_AT_ONCE):
             some = query[:, :, start : start + QUERIES_AT_ONCE]
-            seen = lengths - (queries - start - some.shape[2])
-            outputs.append(self._attend(some, blocks, table, seen, scaling, softcap, sink_logits).to(query.dtype))
+            problem = BlockProblem(
+                query=some,
+                keys=self.keys,
+                values=self.values,
+                key_blocks=key_blocks,
+                value_blocks=value_blocks,
+                table=table,
+                lengths=lengths - (queries - start - some.shape[2]),
+                scaling=scaling,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
+            outputs.append(_attend(problem).to(query.dtype))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _attend(
-        self,
-        query: Tensor,
-        blocks: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
-        native = library() if query.device.type == "cpu" else None
-        keys, values = self.parts(blocks)
-        if native is not None:
-            scaled = (query.float() * scaling).contiguous()
-            logits = None if sink_logits is None else sink_logits.float().contiguous()
-            key, value = self.keys.native(keys, table), self.values.native(values, table)
-            heads = self.keys.kv_heads
-            return cpu.attend(native, scaled, key, value, table, lengths, heads, softcap or 0.0, logits)
-        rows = []
-        for row, blocks_of_row, length in zip(query, table, lengths.tolist(), strict=True):
-            found = blocks_of_row[: -(-length // self.keys.page)]
-            read = (self.keys.read(keys, found, torch.float32), self.values.read(values, found, torch.float32))
-            one, other = (Segments(None, None, states[None, :, :length]) for states in read)
-            rows.append(attend_naive(AttentionProblem(row[None], one, other, scaling, None, softcap, sink_logits))[0])
-        return torch.cat(rows)
+
+def _attend(problem: BlockProblem) -> Tensor:
+    """Return the output `[B, H, S, D_v]`, in any dtype."""
+    device = problem.query.device
+    if gpu.is_usable(device):
+        from . import triton
+
+        reason = triton.unsupported(problem)
+        if reason is not None:
+            warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
+        elif triton.is_trusted(problem):
+            return triton.attend(problem)
+    native = library() if device.type == "cpu" else None
+    return naive.attend(problem) if native is None else cpu.attend(native, problem)

@@ -35,16 +35,16 @@ class PlainBlocks(BlockTensor):
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         states = states.to(self.dtype).nan_to_num()  # must not reach other tokens, not even with weight 0
-        self._states(blocks)[slots // self.page, :, slots % self.page] = states
+        self.states(blocks)[slots // self.page, :, slots % self.page] = states
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._states(blocks)[table.long()].transpose(0, 1).flatten(1, 2).to(dtype)
+        return self.states(blocks)[table.long()].transpose(0, 1).flatten(1, 2).to(dtype)
 
     def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
         return states.to(self.dtype).to(states.dtype)
 
     def native(self, blocks: Tensor, table: Tensor) -> CSegments:
-        states = self._states(blocks)
+        states = self.states(blocks)
         run = CRun(
             data=states.data_ptr(),
             data_strides=(0, states.stride(1), states.stride(0)),
@@ -54,7 +54,7 @@ class PlainBlocks(BlockTensor):
         )
         return CSegments(runs=ctypes.pointer(run), run_count=1, page=self.page, dim=self.head_dim)
 
-    def _states(self, blocks: Tensor) -> Tensor:
+    def states(self, blocks: Tensor) -> Tensor:
         """Return the states of blocks, `[N, H_kv, page, D]`."""
         axes = (self.page, self.head_dim) if self.kind == "value" else (self.head_dim, self.page)
         states: Tensor = blocks.view(self.dtype).unflatten(1, (self.kv_heads, *axes))

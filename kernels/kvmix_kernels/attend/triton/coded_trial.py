@@ -83,8 +83,8 @@ def passes(kind: CodedKind) -> bool:
     return trial.passes(f"attention over {kind}", functools.partial(_failure, kind))
 
 
-def difference(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:
-    """Return what is wrong with output and logarithms, or None."""
+def difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+    """Return what is wrong with results, such as output and logarithms, or None."""
     errors = [((one.double() - other).norm() / other.norm()).item() for one, other in zip(got, expected, strict=True)]
     return None if max(errors) < LIMIT else f"relative RMS error {max(errors):.2g}, more than {LIMIT}"
 

@@ -101,12 +101,7 @@ def attend_kernel(
     key, value = of_head(key, batch, kv_head), of_head(value, batch, kv_head)
     task = ProgramInputs(key, value, rows, scoring, factor, tokens, sinks, pages, pages_per_order, key_tail, value_tail)
 
-    GROUPS: tl.constexpr = 1 if V is None else size_of(V, "groups")
-    WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM if V is None else size_of(V, "group"))
-    sums = ()
-    for _ in tl.static_range(GROUPS):
-        sums = sums + (tl.zeros([WIDTH, BLOCK], tl.float32),)
-    running = Softmax(tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32), sums)
+    running = nothing_yet(V, VALUE_DIM, BLOCK)
 
     if split < packed_splits:
         first = split * pages_per_split
@@ -133,11 +128,27 @@ def attend_kernel(
         )
 
     at = (head.to(tl.int64) * splits + first_split + split) * RATIO * queries + row
+    store_result(running, means, logarithms, at, is_row, V, VALUE_DIM)
+
+
+@triton.jit
+def nothing_yet(V: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the state before any token; sums of values are in the groups of layout `V`, or whole if that is None."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM if V is None else size_of(V, "group"))
+    sums = ()
+    for _ in tl.static_range(1 if V is None else size_of(V, "groups")):
+        sums = sums + (tl.zeros([WIDTH, BLOCK], tl.float32),)
+    return Softmax(tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32), sums)
+
+
+@triton.jit
+def store_result(running, means, logarithms, at, is_row, V: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Store weighted means of values and logarithms of sums of weights at places `[M]` of partial results."""
     tl.store(logarithms + at, logarithm_of_total(running), mask=is_row)
     divisor = tl.where(running.total == 0, 1.0, running.total)
-    within = tl.arange(0, WIDTH)
     GROUP: tl.constexpr = VALUE_DIM if V is None else size_of(V, "group")
-    for group in tl.static_range(GROUPS):
+    within = tl.arange(0, triton.next_power_of_2(GROUP))
+    for group in tl.static_range(len(running.sums)):
         channel = group * GROUP + within
         inside = ((within < GROUP) & (channel < VALUE_DIM))[:, None] & is_row[None, :]
         mean = running.sums[group] / divisor[None, :]

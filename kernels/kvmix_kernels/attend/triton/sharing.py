@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
@@ -23,6 +24,38 @@ TOKENS_PER_SPLIT = 1024
 PROGRAMS_PER_PROCESSOR = 8
 
 
+class QueryProblem(Protocol):
+    """Queries of any problem, and the number of them that share a KV head: all that launches look at."""
+
+    @property
+    def query(self) -> Tensor:
+        """Queries `[B, H, S, D]`."""
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences, `B`."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads, `H_kv`."""
+
+    @property
+    def ratio(self) -> int:
+        """Query heads to a KV head."""
+
+    @property
+    def queries(self) -> int:
+        """Number of queries, `S`."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor on `q·k`."""
+
+    @property
+    def softcap(self) -> float | None:
+        """Soft-cap of the scores; see `AttentionProblem`."""
+
+
 @dataclass(frozen=True, eq=False)
 class PartialResults:
     """Results of all programs, before they are merged.
@@ -36,7 +69,7 @@ class PartialResults:
     logarithms: Tensor
 
     @classmethod
-    def of(cls, problem: AttentionProblem, splits: int, width: int) -> PartialResults:
+    def of(cls, problem: QueryProblem, splits: int, width: int) -> PartialResults:
         """Make room for results of `width` numbers a query row."""
         rows = problem.batch * problem.kv_heads, splits, problem.ratio * problem.queries
         device = problem.query.device
@@ -51,7 +84,7 @@ class PartialResults:
         return self.means.shape[1]
 
     def merge(
-        self, problem: AttentionProblem, dtype: torch.dtype, sink_logits: Tensor | None = None
+        self, problem: QueryProblem, dtype: torch.dtype, sink_logits: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return `[B, H, S, width]` in `dtype`, and the natural logarithms of the sums of weights `[B, H, S]`."""
         shape, width, device = problem.query.shape[:3], self.means.shape[3], self.means.device
@@ -88,12 +121,12 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
-def rows_of_program(problem: AttentionProblem) -> int:
+def rows_of_program(problem: QueryProblem) -> int:
     """Return the query rows of a program."""
     return min(MOST_ROWS, max(LEAST_ROWS, int(triton.next_power_of_2(problem.ratio * problem.queries))))
 
 
-def score_factors(problem: AttentionProblem) -> tuple[float, float]:
+def score_factors(problem: QueryProblem) -> tuple[float, float]:
     """Return the factor of `q.k` and the cap as the kernels take them: to base 2, and ready for tanh."""
     softcap = problem.softcap
     return problem.scaling * (2 / softcap if softcap else 1) * LOG2_E.value, (softcap or 0.0) * LOG2_E.value

@@ -1,0 +1,119 @@
+"""The kernel for attention over the blocks of an engine, against one dense float64 softmax over what they hold."""
+
+import pytest
+import torch
+from attending import relative_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_blocks import Sequences, layer_of
+from kvmix_kernels import BITS
+from kvmix_kernels.blocks import AffineBlocks, BlockLayer, PlainBlocks
+from kvmix_kernels.blocks.problem import BlockProblem
+from kvmix_kernels.blocks.triton import attend, is_trusted, unsupported
+from kvmix_kernels.layout import PageLayout
+from kvmix_kernels.runtime import gpu
+from poisoned import splits_of
+
+RMS = 5e-3
+"""Relative. Coefficients are rounded to bfloat16, and so may be the result."""
+HEADS = 2
+
+widths = st.sampled_from([*BITS, 16])
+
+
+def layer(k_bits, v_bits, dim, page, groups, dtype=torch.float32, scales="float16"):
+    """Keys and values of one layer; 16 bits are full precision."""
+    made = []
+    for kind, bits, group in zip(("key", "value"), (k_bits, v_bits), groups, strict=True):
+        plain = PlainBlocks(kind, HEADS, dim, page, dtype)
+        layout = PageLayout("value", min(bits, 8), dim, page, group, scales)
+        made.append(plain if bits == 16 else AffineBlocks(kind, HEADS, layout))
+    return BlockLayer(*made)
+
+
+def problem_of(held, query, scaling, softcap=None, logits=None):
+    """Attention over sequences in blocks."""
+    parts = held.layer.parts(held.blocks)
+    tensors = held.layer.keys, held.layer.values
+    return BlockProblem(query, *tensors, *parts, held.table, held.lengths, scaling, softcap, logits)
+
+
+@given(
+    k_bits=widths,
+    v_bits=widths,
+    page=st.sampled_from([64, 128, 256]),
+    groups=st.tuples(st.sampled_from([16, 32, 48, None]), st.sampled_from([32, 48, None])),
+    dim=st.sampled_from([64, 80, 128]),
+    rows=st.sampled_from([(1, 1), (1, 3), (1, 7), (5, 4), (33, 1)]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    scales=st.sampled_from(["float16", "bfloat16"]),
+    softcap=st.sampled_from([None, 1.5]),
+    logits=st.booleans(),
+    split=st.sampled_from([64, 1024]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=5, deadline=None)
+def test_equals_dense_attention(
+    k_bits, v_bits, page, groups, dim, rows, dtype, scales, softcap, logits, split, seed,
+):  # fmt: skip
+    queries, ratio = rows
+    lengths = torch.tensor([page + 40, max(queries, 5), 2 * page])
+    held = Sequences(layer(k_bits, v_bits, dim, page, groups, dtype, scales), page, seed, lengths, dtype)
+    query = torch.randn(len(lengths), queries, HEADS * ratio, dim, generator=held.draw).to(dtype).transpose(1, 2)
+    sinks = torch.randn(HEADS * ratio, generator=held.draw) if logits else None
+    problem = problem_of(held, query, dim**-0.5, softcap, sinks)
+    assert unsupported(problem) is None
+    with splits_of(split):
+        got = attend(problem)
+    assert got.dtype == dtype
+    assert relative_rms(got, held.attended(query, softcap, sinks)) < RMS
+
+
+def test_sequences_that_share_blocks_and_tables_wider_than_they_need():
+    held = Sequences(layer_of("4", 64), 64, lengths=torch.tensor([150, 150, 64]))
+    held.table[1, :2] = held.table[0, :2]  # a common prefix of two blocks
+    for of_both in (held.keys, held.values):
+        of_both[1] = torch.cat([of_both[0][:128], of_both[1][128:]])
+    query = torch.randn(3, 6, 1, 64, generator=held.draw)
+    with splits_of(64):
+        got = attend(problem_of(held, query, 0.125))
+    assert relative_rms(got, held.attended(query)) < RMS
+
+
+@pytest.mark.parametrize(
+    ("held", "change", "complaint"),
+    [
+        (layer_of("4", 32), {}, "blocks of 32 tokens"),
+        (layer_of("4", 96), {}, "blocks of 96 tokens"),
+        (layer_of("coded", 64), {}, "blocks of transform codes"),
+        (layer(2, 2, 512, 64, (None, None)), {}, "heads of 512 channels"),
+        (layer(2, 2, 256, 64, (16, None)), {}, "keys in groups of 16"),
+        (layer_of("4", 64), {"dtype": torch.float64}, "float64 queries"),
+    ],
+)
+def test_what_has_no_kernel_is_named(held, change, complaint):
+    query = torch.randn(1, HEADS, 1, held.keys.head_dim).to(**change)
+    blocks, table = torch.zeros(1, held.nbytes, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)
+    problem = BlockProblem(query, held.keys, held.values, *held.parts(blocks), table, torch.tensor([5]), 1.0)
+    assert unsupported(problem) == complaint
+
+
+def test_a_layer_attends_with_the_kernel_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setenv("KVMIX_TRITON", "1")
+    monkeypatch.setattr(gpu, "is_usable", lambda device: True)
+    held = Sequences(layer(4, 2, 64, 64, (32, None)), 64)
+    query = torch.randn(3, 2 * HEADS, 1, 64, generator=held.draw)
+    operands = held.blocks, held.table, held.lengths, 0.125
+    got = held.layer.attend(query, *operands)
+    assert torch.equal(got, attend(problem_of(held, query, 0.125)))
+    held = Sequences(layer_of("coded", 64), 64)
+    with pytest.warns(UserWarning, match="attention over blocks of transform codes has no GPU kernel"):
+        held.layer.attend(query, held.blocks, held.table, held.lengths, 0.125)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(("k_bits", "v_bits", "softcap"), [(3, 2, None), (16, 4, 1.5)])
+def test_trials_pass(k_bits, v_bits, softcap):
+    held = Sequences(layer(k_bits, v_bits, 64, 64, (32, None)), 64)
+    problem = problem_of(held, torch.randn(3, 2 * HEADS, 2, 64), 0.125, softcap)
+    assert is_trusted(problem)
