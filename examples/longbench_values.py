@@ -10,7 +10,7 @@ trained on, in which six names have values:
     stone_price = 4821           ... and a thousand tokens later, as the question:  assert stone_price ==
 
 All six values are the classes. A context is longer than the 1,024 tokens of the command above, so that all prompts
-are cut to one length and share a batch; what is cut, in the middle, states no value.
+are cut to one length and share a batch. What is cut, in the middle, lies behind the value asked for in all but one.
 """
 
 from __future__ import annotations
