@@ -26,7 +26,8 @@ from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import LoadedModel
 from kvmix_cli.plan import Plan
-from kvmix_cli.studies.leaderboard.systems import CHAMPION, FoundProfile, system_plans
+from kvmix_cli.studies.directions import FoundProfile
+from kvmix_cli.studies.leaderboard.systems import CHAMPION, system_plans
 from kvmix_cli.texts import load_texts
 from kvmix_cli.texts.tokens import cut_samples
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import state
 from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate, make_bases
 from ..errors import DocumentError, StateError
-from ..plan import ModelInfo, Plan
+from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.basis import BasisFile
 from ..plan.directions import Directions
 from ..plan.moments import read_moments
 from ..plan.presets import Preset
 from ..profile import Profile
 from ..state import Say, unsaid
+
+
+@dataclass(frozen=True)
+class FoundProfile:
+    """A profile and the folder of its file; directions of its moments are worked out once, for all that need them."""
+
+    profile: Profile
+    folder: Path
+    _bases: dict[Directions, BasisFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, path: Path) -> FoundProfile:
+        """Read a profile. Raises DocumentError."""
+        return cls(Profile.load(path), path.parent)
+
+    def basis(self, directions: Directions) -> BasisFile:
+        """Return directions of the profile's moments. Raises as `read_basis`."""
+        if directions not in self._bases:
+            self._bases[directions] = read_basis(self.profile, self.folder, directions)
+        return self._bases[directions]
 
 
 def has_directions(profile: Profile) -> bool:
@@ -81,23 +102,33 @@ def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) 
     if preset.avg_bits is None:
         return preset.plan(model, name)
     try:
-        path = state.find_profile(model=model.id, say=say)
-        profile = Profile.load(path)
+        found = FoundProfile.load(state.find_profile(model=model.id, say=say))
     except StateError as error:
         raise _unmeasured(name, model) from error
-    if not has_directions(profile):
+    if not has_directions(found.profile):
         raise _unmeasured(name, model)
-    basis = read_basis(profile, path.parent, preset.directions)
-    plan = allocate(
-        profile,
-        Budget(avg_bits=preset.avg_bits),
-        method=TRANSFORM,
-        cache=preset.cache,
-        basis=basis,
-        code_bits=preset.code_bits,
-    )
+    folder = state.model_dir(model.id) / state.PLANS
+    plan = solved_preset(preset, found, Budget(avg_bits=preset.avg_bits), preset.cache, folder)
     plan.check_model(model)
-    return with_basis(plan, basis, state.model_dir(model.id) / state.PLANS)
+    return plan
+
+
+def solved_preset(preset: Preset, found: FoundProfile, budget: Budget, cache: CacheSettings, folder: Path) -> Plan:
+    """Return transform codes in the directions and widths of a preset, solved for a budget.
+
+    Args:
+        found: profile with moments.
+        cache: pages, sinks and window of the plan.
+        folder: folder that the basis is written into.
+
+    Raises:
+        DocumentError: if the profile's moments cannot be used.
+        BudgetError, PlanError: if no plan meets the budget, or the cache settings do not fit transform codes.
+        OutputError: if the basis cannot be written.
+    """
+    basis = found.basis(preset.directions)
+    plan = allocate(found.profile, budget, method=TRANSFORM, cache=cache, basis=basis, code_bits=preset.code_bits)
+    return with_basis(plan, basis, folder)
 
 
 def _unmeasured(name: str, model: ModelInfo) -> StateError:

@@ -141,18 +141,19 @@ def test_a_long_prompt_is_read_once(tmp_path, capsys):
     assert answers[0] == answers[1]
 
 
-def test_code_completion_in_longbenchs_format_asks_for_a_line_that_stands_far_back(tmp_path):
-    spec = importlib.util.spec_from_file_location("longbench_code", EXAMPLES / "longbench_code.py")
+def test_values_in_longbenchs_format_are_stated_once_and_not_in_what_is_cut(tmp_path):
+    spec = importlib.util.spec_from_file_location("longbench_values", EXAMPLES / "longbench_values.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(tmp_path / "data")
-    records = [json.loads(line) for line in (tmp_path / "data" / "lcc.jsonl").read_text().splitlines()]
-    assert len(records) > 10
+    records = [json.loads(line) for line in (tmp_path / "data" / "trec.jsonl").read_text().splitlines()]
+    assert len(records) == module.RECORDS
     for each in records:
-        context, (line,) = each["context"], each["answers"]
-        assert module.CONTEXT <= len(context) <= module.MOST
-        assert 0 <= context.rfind(line) <= len(context) - module.BACK, "its last place is far back"
-    found = read_questions(open_source(tmp_path / "data"), "lcc.jsonl", DATASETS["lcc"], strict=True)
+        (answer,), name = each["answers"], each["input"].split()[1]
+        assert f"\n{name} = {answer}\n" in each["context"]
+        assert answer in each["all_classes"] and len(set(each["all_classes"])) == module.VALUES
+        assert max(map(each["context"].index, each["all_classes"])) < 0.4 * len(each["context"])
+    found = read_questions(open_source(tmp_path / "data"), "trec.jsonl", DATASETS["trec"], strict=True)
     assert len(found.questions) == len(records), "they are in the schema that kvmix reads"
 
 

@@ -14,12 +14,12 @@ from kvmix_cli.evaluation.results import Estimate, Report, Row
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan.presets import presets
 from kvmix_cli.reporting.systems import system_tables
+from kvmix_cli.studies.directions import FoundProfile
 from kvmix_cli.studies.leaderboard import Board
 from kvmix_cli.studies.leaderboard.standings import Standing
 from kvmix_cli.studies.leaderboard.systems import (
     CHAMPION,
     COMBINATIONS,
-    FoundProfile,
     hold_systems,
     rows_of_systems,
     system_plans,

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import state
-from ...allocation import TRANSFORM, Budget, allocate
+from ...allocation import Budget, allocate
 from ...errors import BudgetError, EvaluationError, PlanError, StateError
 from ...plan import CacheSettings, ModelInfo, Plan
-from ...plan.basis import BasisFile
-from ...plan.directions import Directions
 from ...plan.presets import Preset, find_preset, presets, put_on
 from ...plan.scaling import LAYOUT, scaled
-from ...profile import Profile, parse_choice
+from ...profile import parse_choice
 from ...state import PLANS, Say, profile_command, unsaid
-from ..directions import has_directions, read_basis, with_basis
+from ..directions import FoundProfile, has_directions, solved_preset
 from .board import Board, check_tasks, measure, rank
 from .candidates import CandidatePlan, Omission
 from .standings import Comparison, Standing, compare
@@ -54,26 +51,6 @@ COMBINATIONS = (
     "kvzip+rotate-2",
 )
 """Rows that are no preset: widths by layer, and two methods, of which the second takes no bytes of its own."""
-
-
-@dataclass(frozen=True)
-class FoundProfile:
-    """A profile of the model, for rows that need scores or directions, and the folder of its file."""
-
-    profile: Profile
-    folder: Path
-    _bases: dict[Directions, BasisFile] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @classmethod
-    def load(cls, path: Path) -> FoundProfile:
-        """Read a profile. Raises DocumentError."""
-        return cls(Profile.load(path), path.parent)
-
-    def basis(self, directions: Directions) -> BasisFile:
-        """Return directions of the profile's moments, worked out once for all sizes. Raises as `read_basis`."""
-        if directions not in self._bases:
-            self._bases[directions] = read_basis(self.profile, self.folder, directions)
-        return self._bases[directions]
 
 
 def find_measured(given: Path | None, model: str | None, say: Say = unsaid) -> FoundProfile | None:
@@ -206,16 +183,8 @@ def _coded(preset: Preset, name: str, model: ModelInfo, stored_bits: float, meas
     """Return transform codes in the preset's directions and pages, with sinks and window of the layout."""
     if measured is None or not has_directions(measured.profile):
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
-    basis = measured.basis(preset.directions)
-    plan = allocate(
-        measured.profile,
-        Budget(stored_bits=stored_bits),
-        method=TRANSFORM,
-        cache=CacheSettings.model_validate({**LAYOUT, "page": preset.cache.page}),
-        basis=basis,
-        code_bits=preset.code_bits,
-    )
-    return with_basis(plan, basis, measured.folder / PLANS)
+    cache = CacheSettings.model_validate({**LAYOUT, "page": preset.cache.page})
+    return solved_preset(preset, measured, Budget(stored_bits=stored_bits), cache, measured.folder / PLANS)
 
 
 def _unmeasured(model: ModelInfo, score: str, what: str = "it ") -> PlanError:
