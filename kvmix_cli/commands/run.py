@@ -15,7 +15,7 @@ import typer
 from .. import console
 from ..errors import KvmixError, TextError
 from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, expand, refuse
-from .values import count_option
+from .values import count_option, parse_number, parse_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,10 @@ class PromptOptions:
     ] = None
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
     max_new_tokens: Annotated[int, count_option("Most tokens to generate.")] = 256
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0
+    temperature: Annotated[float, typer.Option(metavar="T", parser=parse_number, help="0 is greedy.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option(metavar="P", parser=parse_number, help="Sample from this share of the probability.")
+    ] = 1.0
 
     def __post_init__(self) -> None:
         """Raise typer.BadParameter unless there is one prompt, and KvmixError for a setting out of its range."""
@@ -76,7 +78,9 @@ class CacheOptions:
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A published method instead, such as mikv or kvtuner:FILE.")
     ] = None
-    uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None
+    uniform: Annotated[
+        int | None, typer.Option(metavar="BITS", parser=parse_width, help="The same width everywhere instead.")
+    ] = None
     encode: Encoding = None
     baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False
 
