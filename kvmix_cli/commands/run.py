@@ -228,6 +228,8 @@ def _prompt(
 
 def _read(name: str) -> str:
     """Return the text of a file, or of stdin for `-`, without a byte-order mark. Raises TextError."""
+    from ..texts.files import decoded
+
     try:
         if name == "-":
             data = b"" if sys.stdin is None else _read_at_most(sys.stdin.buffer, "stdin")
@@ -237,14 +239,10 @@ def _read(name: str) -> str:
                 raise TextError(f"cannot read the prompt from {name}: it is a device, not a file")
             with Path(name).open("rb") as file:
                 data = _read_at_most(file, name)
-        return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else _reason(error)
+        reason = getattr(error, "strerror", None) or error
         raise TextError(f"cannot read the prompt from {name}: {reason}") from error
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return str(getattr(error, "strerror", None) or error)
+    return decoded(data, "stdin" if name == "-" else name)
 
 
 def _read_at_most(file: BinaryIO, name: str) -> bytes:
