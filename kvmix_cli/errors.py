@@ -36,6 +36,8 @@ NO_MEMORY = (
     "std::bad_alloc",
 )
 """Parts of the messages, in small letters, of runtime errors that are about memory but have no class of their own."""
+MOST_FAULTS = 20
+"""Faults that one line names; a file of another kind has thousands."""
 
 
 class KvmixError(Exception):
@@ -55,12 +57,16 @@ class TextError(KvmixError):
 
 
 class DocumentError(KvmixError):
-    """A plan or profile file that does not hold together; lists every fault with its line."""
+    """A plan or profile file that does not hold together; lists its faults with their lines.
+
+    Attributes:
+        faults: all of them, also those that the message only counts.
+    """
 
     def __init__(self, source: str, faults: Iterable[str]) -> None:
         self.source = source
         self.faults = tuple(faults)
-        super().__init__(f"{source}: {'; '.join(self.faults)}")
+        super().__init__(f"{source}: {together(self.faults)}")
 
 
 class PlanError(KvmixError):
@@ -142,6 +148,12 @@ class FieldsLeftOut(UserWarning):
     def as_json(self) -> dict[str, list[str]]:
         """Return the fields as plain data."""
         return {"read": self.read, "left_out": self.left_out}
+
+
+def together(faults: Sequence[str]) -> str:
+    """Return faults on one line: the first of them, and how many more there are."""
+    left = len(faults) - MOST_FAULTS
+    return "; ".join(faults if left <= 0 else [*faults[:MOST_FAULTS], f"and {left} more"])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

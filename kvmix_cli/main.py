@@ -9,6 +9,7 @@ are checked.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import shlex
@@ -63,11 +64,19 @@ class Commands(TyperGroup):
     """All commands, and what holds for every one of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the command line: files that a command writes begin with it."""
+        """Keep the command line, which begins files that a command writes; with `--json` a wrong one is one object."""
+        try:
+            return self._parse(ctx, args)
+        except _ClickException as error:
+            usage_error: Any = error
+            console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
+            raise
+
+    def _parse(self, ctx: Any, args: list[str]) -> list[str]:
+        console.mode = console.Mode(json="--json" in args, about={"schema": SCHEMA, "kvmix": __version__})
         for number, argument in enumerate(args, start=1):
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 ctx.fail(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}")
-        console.mode = console.Mode(json="--json" in args, about={"schema": SCHEMA, "kvmix": __version__})
         if args and (command := self.get_command(ctx, args[0])) is not None:
             try:
                 args = [args[0], *with_settings(command, ctx, args[1:])]
@@ -75,6 +84,7 @@ class Commands(TyperGroup):
                 console.fail(error, args[0])
                 raise typer.Exit(FAILED) from error
             console.mode.json = "--json" in args
+            _refuse_empty(ctx, args)
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
@@ -103,6 +113,15 @@ class Commands(TyperGroup):
                 with _alone(FAILED):
                     _report(error, ctx.invoked_subcommand)
                 raise typer.Exit(FAILED) from error
+
+
+def _refuse_empty(ctx: Any, args: list[str]) -> None:
+    """Refuse a value without a character, such as that of an unset variable in `--plan "$PLAN"`: nobody means it."""
+    for before, argument in itertools.pairwise(args):
+        option = argument.removesuffix("=") if argument.startswith("--") and argument.endswith("=") else before
+        if "--prompt" not in (before, option) and (not argument or option != before):
+            place = f"the value of {option}" if option.startswith("-") else f"the argument after '{option}'"
+            ctx.fail(f"{place} is empty: write one, or leave it out")
 
 
 app = typer.Typer(

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ ENVIRONMENT = "KVMIX_PROFILES_DIR"
 MAX_LINE = 2**16
 MAX_NAME = 150
 """Bytes of a folder's name; file systems allow 255, and names of results hold it with others."""
+MOST_NAMES = 10
+"""Plans that an error names."""
 
 Say = Callable[[str], None]
 """Takes a line that the user should read, such as which file is used."""
@@ -148,8 +150,10 @@ def find_plan(given: str | Path | None = None, *, model: str | None = None, say:
     Raises:
         StateError: if there is none, or if several models have plans and none is named.
     """
-    if given is not None and (Path(given).suffix in (".yaml", ".yml") or _holds(Path.is_file, given)):
+    if given is not None and (Path(given).suffix in (".yaml", ".yml") or os.sep in str(given)):
         return _existing(Path(given))
+    if given is not None and _holds(Path.is_file, given):
+        return Path(given)
     folder = _only_model(model, "plan", [f"{PLANS}/*.yaml"], say)
     plans = {path.stem: path for path in _newest_first(folder.glob(f"{PLANS}/*.yaml"))}
     if given is None:
@@ -157,16 +161,23 @@ def find_plan(given: str | Path | None = None, *, model: str | None = None, say:
         if single is None:
             raise StateError(
                 f"{folder / PLANS} has only plans of a family, of which none is the default: name one with --plan; "
-                f"there are {', '.join(sorted(plans))}"
+                f"there are {_some(plans)}"
             )
         say(f"using plan {single}")
         return single
     name = str(given) if str(given) in plans else _with_hash(str(given), plans)
     if name is None:
-        hint = did_you_mean(str(given), plans) or f"; there are {', '.join(sorted(plans))}"
+        hint = did_you_mean(str(given), plans) or f"; there are {_some(plans)}"
         raise StateError(f"no plan '{given}' in {folder / PLANS}{hint}")
     say(f"using plan {plans[name]}")
     return plans[name]
+
+
+def _some(names: Collection[str]) -> str:
+    """Return names as text; of many, as many as a line takes."""
+    left = len(names) - MOST_NAMES
+    shown = ", ".join(sorted(names)[:MOST_NAMES])
+    return shown if left <= 0 else f"{shown} and {left} more (`kvmix list plans`)"
 
 
 def _with_hash(given: str, names: Iterable[str]) -> str | None:
@@ -277,6 +288,10 @@ def _existing(path: Path) -> Path:
     if journal_path(path).is_file():
         command = _resume_command(journal_path(path), "--out", str(path))
         raise StateError(f"{path} was never finished: run `{command}`")
+    if _holds(Path.is_dir, path):
+        raise StateError(f"{path} is a folder: name the file in it that is meant")
+    if _holds(Path.exists, path):
+        raise StateError(f"{path} is a pipe or a device: name a file")
     raise StateError(f"{path} does not exist")
 
 

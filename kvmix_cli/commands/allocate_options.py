@@ -20,7 +20,9 @@ from .values import (
     parse_bytes,
     parse_dtype,
     parse_groups,
+    parse_number,
     parse_percent,
+    parse_width,
     parse_window,
 )
 
@@ -54,10 +56,14 @@ class BudgetOptions:
     """The budget, of which there is exactly one, and the method that spends it."""
 
     avg_bits: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Budget: mean nominal bits of keys and values, e.g. 2.3.")
+        float | None,
+        typer.Option(
+            metavar="BITS", parser=parse_number, help="Budget: mean nominal bits of keys and values, e.g. 2.3."
+        ),
     ] = None
     stored_bits: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Budget: the same with scales and zeros, e.g. 3.0.")
+        float | None,
+        typer.Option(metavar="BITS", parser=parse_number, help="Budget: the same with scales and zeros, e.g. 3.0."),
     ] = None
     memory: Annotated[
         int | None,
@@ -118,8 +124,10 @@ class StorageOptions:
             help="Widths for values [default: 2,4,8; to ilp, pareto, search also 3].",
         ),
     ] = None
-    min_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no narrower width.")] = None
-    max_bits: Annotated[int | None, typer.Option(metavar="BITS", help="Use no wider width.")] = None
+    min_bits: Annotated[int | None, typer.Option(metavar="BITS", parser=parse_width, help="Use no narrower width.")] = (
+        None
+    )
+    max_bits: Annotated[int | None, typer.Option(metavar="BITS", parser=parse_width, help="Use no wider width.")] = None
     pin: Annotated[
         list[str] | None,
         typer.Option(metavar="PINS", help="Layers decided by hand, e.g. '0,-1:k8v8;2-4:k4v2'; repeatable."),

@@ -21,6 +21,7 @@ from .values import (
     parse_counts,
     parse_groups,
     parse_names,
+    parse_width,
 )
 
 PROMPTS = "Tasks that generate: LongBench and lm-eval"
@@ -59,7 +60,8 @@ class EvalOptions:
         ),
     ] = None
     uniform: Annotated[
-        list[int] | None, typer.Option(metavar="BITS", help="The same width everywhere; repeatable.")
+        list[int] | None,
+        typer.Option(metavar="BITS", parser=parse_width, help="The same width everywhere; repeatable."),
     ] = None
     encode: Encoding = None
     baseline: Annotated[

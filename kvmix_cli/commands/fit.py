@@ -10,7 +10,7 @@ import typer
 from .. import console
 from ..errors import ModelError, did_you_mean
 from .options import CommonOptions, Encoding, ModelOptions, ProfilesDir, expand, refuse
-from .values import count_option, parse_bytes, parse_dtype, parse_model_dtype
+from .values import count_option, parse_bytes, parse_dtype, parse_model_dtype, parse_number, parse_width
 
 WEIGHT_NAMES = {"fp8": "float8", "q8": "int8", "q4": "int4", "4bit": "int4", "8bit": "int8"}
 """Other names of the dtypes of weights."""
@@ -46,10 +46,15 @@ class FitOptions:
     ] = None
     uniform: Annotated[
         list[int] | None,
-        typer.Option(metavar="BITS", help="The same width everywhere; repeatable [default: 8, 4, 3 and 2]."),
+        typer.Option(
+            metavar="BITS",
+            parser=parse_width,
+            help="The same width everywhere; repeatable [default: 8, 4, 3 and 2].",
+        ),
     ] = None
     avg_bits: Annotated[
-        list[float] | None, typer.Option(metavar="BITS", help="A mean of nominal bits, by two widths; repeatable.")
+        list[float] | None,
+        typer.Option(metavar="BITS", parser=parse_number, help="A mean of nominal bits, by two widths; repeatable."),
     ] = None
     encode: Encoding = None
     dtype: Annotated[

@@ -31,7 +31,7 @@ import typer
 from .. import console, state
 from ..extensions import load_extension
 from .settings_file import Config
-from .values import count_option, parse_encode, parse_model_dtype
+from .values import count_option, parse_encode, parse_model_dtype, parse_seed
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -152,7 +152,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(metavar="N", parser=parse_seed, help="Of everything that is drawn at random.")]
 Threads = Annotated[
     int | None, count_option("Threads on the CPU [default: torch's own choice].", least=None, callback=_use_threads)
 ]

@@ -15,7 +15,7 @@ import typer
 from .. import console
 from ..errors import KvmixError, TextError
 from .options import CommonOptions, Encoding, LoadingOptions, ModelOptions, expand, refuse
-from .values import count_option
+from .values import count_option, parse_number, parse_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,10 @@ class PromptOptions:
     ] = None
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False
     max_new_tokens: Annotated[int, count_option("Most tokens to generate.")] = 256
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from this share of the probability.")] = 1.0
+    temperature: Annotated[float, typer.Option(metavar="T", parser=parse_number, help="0 is greedy.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option(metavar="P", parser=parse_number, help="Sample from this share of the probability.")
+    ] = 1.0
 
     def __post_init__(self) -> None:
         """Raise typer.BadParameter unless there is one prompt, and KvmixError for a setting out of its range."""
@@ -76,7 +78,9 @@ class CacheOptions:
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A published method instead, such as mikv or kvtuner:FILE.")
     ] = None
-    uniform: Annotated[int | None, typer.Option(metavar="BITS", help="The same width everywhere instead.")] = None
+    uniform: Annotated[
+        int | None, typer.Option(metavar="BITS", parser=parse_width, help="The same width everywhere instead.")
+    ] = None
     encode: Encoding = None
     baseline: Annotated[bool, typer.Option("--baseline", help="The unquantized cache instead.")] = False
 
@@ -224,6 +228,8 @@ def _prompt(
 
 def _read(name: str) -> str:
     """Return the text of a file, or of stdin for `-`, without a byte-order mark. Raises TextError."""
+    from ..texts.files import decoded
+
     try:
         if name == "-":
             data = b"" if sys.stdin is None else _read_at_most(sys.stdin.buffer, "stdin")
@@ -233,14 +239,10 @@ def _read(name: str) -> str:
                 raise TextError(f"cannot read the prompt from {name}: it is a device, not a file")
             with Path(name).open("rb") as file:
                 data = _read_at_most(file, name)
-        return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else _reason(error)
+        reason = getattr(error, "strerror", None) or error
         raise TextError(f"cannot read the prompt from {name}: {reason}") from error
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return str(getattr(error, "strerror", None) or error)
+    return decoded(data, "stdin" if name == "-" else name)
 
 
 def _read_at_most(file: BinaryIO, name: str) -> bytes:

@@ -17,6 +17,8 @@ from ..errors import ModelError, did_you_mean
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 MAX_COUNT = 2**31 - 1
+SEEDS = range(-(2**63), 2**63)
+"""Seeds that every generator of random numbers takes."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 """Other names of dtypes."""
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,6 +77,29 @@ def parse_counts(text: str) -> tuple[int, ...]:
         return tuple(sorted({count(1)(part) for part in text.split(",")}))
     except typer.BadParameter as error:
         raise typer.BadParameter(f"'{text}' is not a list of counts; write it like 1024,4096 or 1K,4K") from error
+
+
+def parse_number(text: str | float) -> float:
+    """Return a number, `2.3`; whoever uses it judges its range, NaN and Inf included."""
+    try:
+        return float(str(text).encode("ascii"))
+    except ValueError as error:  # digits of other scripts as well
+        raise typer.BadParameter(f"'{text}' is not a number; write it like 2.3") from error
+
+
+def parse_width(text: str | int) -> int:
+    """Return one width in bits, `4`; the plan judges which widths there are."""
+    if not re.fullmatch(r"\s*[+-]?\d{1,9}\s*", str(text), re.ASCII):
+        raise typer.BadParameter(f"'{text}' is not a number of bits; write a whole one like 4")
+    return int(text)
+
+
+def parse_seed(text: str | int) -> int:
+    """Return a seed of random numbers, a whole number of 64 bits."""
+    match = re.fullmatch(r"\s*[+-]?\d{1,20}\s*", _joined(str(text)), re.ASCII)
+    if not match or (seed := int(match[0])) not in SEEDS:
+        raise typer.BadParameter(f"'{text}' is not a seed; write a whole number from -2^63 to 2^63 - 1")
+    return seed
 
 
 def parse_bits(text: str) -> tuple[int, ...]:

@@ -21,6 +21,10 @@ from ..plan.document import reason
 
 MAX_LAYERS = 10_000
 """More than any model has, and few enough that a damaged configuration cannot ask for endless work."""
+MAX_NUMBER = 2**53
+"""More than any setting is, and the last whole number that a float holds as well."""
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+"""Settings that no model has without being at least 1. (Others may be 0: latent attention has no `head_dim`.)"""
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 _REAL = ("rope_theta", "factor")
@@ -55,6 +59,7 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
         ModelError: if a size is out of range, or there is no layer whose keys and values could be quantized.
     """
     text = config.get_text_config(decoder=True)
+    _require_sizes(text, model_id)
     _require_layers(text, model_id)
     stock = stock_layers(config)
     _require_attention(text, model_id, stock)
@@ -187,6 +192,18 @@ def _require_attention(text: PreTrainedConfig, model_id: str, stock: dict[int, s
         raise ModelError(f"{model_id} has no full-attention layer, so nothing to quantize: its layers are {kinds}")
     if not all(getattr(layer, "num_attention_heads", None) for layer in layers):
         raise ModelError(f"{model_id} has no attention heads ({text.model_type}), so nothing to quantize")
+
+
+def _require_sizes(text: PreTrainedConfig, model_id: str) -> None:
+    """Raise ModelError for numbers of a damaged configuration that arithmetic with them would only trip over later."""
+    sizes = {name: _of_all(text, name) for name in _SIZES}
+    for name, value in {**vars(text), **sizes}.items():
+        least = 1 if name in sizes else -MAX_NUMBER
+        if isinstance(value, int) and not least <= value < MAX_NUMBER:
+            shown = value if abs(value) < MAX_NUMBER else f"a number of {len(f'{abs(value):x}')} hexadecimal digits"
+            raise ModelError(
+                f"{model_id} has {shown} as its {name}; expected {least} to {MAX_NUMBER - 1}: correct its config.json"
+            )
 
 
 def _heads_by_layer(text: PreTrainedConfig, model_id: str, stock: dict[int, str]) -> dict[int, HeadGeometry]:

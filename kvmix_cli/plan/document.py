@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import DocumentError
+from ..errors import DocumentError, together
 
 MAX_BYTES = 4 * 2**20
 """Bytes of a file. A profile of 10,000 layers, the most that a plan may have, takes a third of it."""
@@ -82,7 +82,7 @@ class Faults(ValueError):
 
     def __init__(self, found: Iterable[Fault]) -> None:
         self.found = tuple(found)
-        super().__init__("; ".join(message for _, message in self.found))
+        super().__init__(together([message for _, message in self.found]))
 
 
 @dataclass
@@ -174,7 +174,7 @@ def reason(error: ValueError) -> str:
     """Return the faults that a validation of plain values found, as one line."""
     if not isinstance(error, ValidationError):
         return str(error)
-    return "; ".join(message for _, message in _faults(error, None))
+    return together([message for _, message in _faults(error, None)])
 
 
 def flow(value: Any) -> str:

@@ -12,7 +12,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS, WORD_BITS, Kind, PageLayou
 from kvmix_kernels.transform_layout import TransformLayout
 from pydantic import Field, ValidationError
 
-from ..errors import PlanError
+from ..errors import PlanError, together
 from .codec import TransformTensor
 from .document import StrictModel
 from .forms import page_layout
@@ -87,7 +87,7 @@ def check_blocks(plan: Plan, block: int, ranks: int = 1) -> None:
     if frame is not None and frame % block:
         faults.append(f"frames of {frame} positions are no whole blocks of {block} tokens")
     if faults:
-        raise PlanError(f"an engine cannot hold the plan for {plan.model.id}: {'; '.join(faults)}")
+        raise PlanError(f"an engine cannot hold the plan for {plan.model.id}: {together(faults)}")
 
 
 def losses_in_blocks(plan: Plan) -> list[str]:

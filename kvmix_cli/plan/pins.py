@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from ..errors import PlanError
+from ..errors import PlanError, together
 from .document import reason
 from .geometry import ModelInfo, coverage_faults
 from .layers import LayerPlan
@@ -34,7 +34,7 @@ def parse_pins(texts: Sequence[str], model: ModelInfo) -> dict[int, LayerPlan]:
                 raise PlanError(f"layer {layer} of {model.id} is pinned twice")
             pins[layer] = plan
     if wrong := [message for at, message in coverage_faults(model, pins) if at]:
-        raise PlanError(f"--pin does not fit {model.id}: {'; '.join(wrong)}")
+        raise PlanError(f"--pin does not fit {model.id}: {together(wrong)}")
     return dict(sorted(pins.items()))
 
 
@@ -42,6 +42,10 @@ def _layers(indices: str, model: ModelInfo) -> Iterator[int]:
     """Yield the layers of `0,-1` or `0-3`, also those that the model does not have."""
     for first, last in re.findall(r"(-?\d+)(?:-(\d+))?", indices):
         low = int(first) + (model.layers if first.startswith("-") else 0)
+        if low < 0:
+            raise PlanError(
+                f"'{first}' is no pin: {model.id} has {model.layers} layers, so -{model.layers} is the first"
+            )
         high = int(last) if last else low
         if high < low:
             raise PlanError(f"'{first}-{last}' is no pin: it ends before it begins")

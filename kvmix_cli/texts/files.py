@@ -55,14 +55,24 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
-    if _has(path, (".gz",)):
-        data = _decompressed(data, path)
-    elif _is_binary(data):
-        raise TextError(f"{path} is a binary file: give UTF-8 text")
+    return decoded(_decompressed(data, path) if _has(path, (".gz",)) else data, path)
+
+
+def decoded(data: bytes, name: Path | str) -> str:
+    """Return UTF-8 text without a byte-order mark, its lines ended as Python ends them, also those of Windows.
+
+    Args:
+        name: file that it is from, for errors.
+
+    Raises:
+        TextError: if it is binary, or in another encoding.
+    """
+    if _is_binary(data):
+        raise TextError(f"{name} is a binary file: give UTF-8 text")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+        raise TextError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
 def _text_files(folder: Path) -> Iterator[Path]:

@@ -72,11 +72,25 @@ def test_version(kvmix):
     assert kvmix("--version").out == f"kvmix {__version__}\n"
 
 
-@pytest.mark.parametrize("args", [["frob"], ["--frob"], ["allocate", "--frob"]])
+@pytest.mark.parametrize("args", [["frob"], ["--frob"], ["allocate", "--frob"], ["run", ""], ["run", "--plan="]])
 def test_wrong_usage_is_2(kvmix, args):
     ran = kvmix(*args)
     assert ran.code == 2
     assert ran.out == ""
+    ran = kvmix(*args, "--json")
+    assert ran.code == 2
+    assert ran.json["error"]["type"] == "UsageError"
+
+
+@pytest.mark.parametrize("option", ["--plan", "--model", "--prompt-file", "--profiles-dir", "--uniform"])
+def test_a_value_without_a_character_is_not_taken_for_none(kvmix, option):
+    """As that of a shell's variable that is not set: the newest plan would be taken in its place."""
+    for args in ([option, "", "--json"], [f"{option}=", "--json"]):
+        ran = kvmix("run", "--prompt", "x", *args)
+        assert ran.code == 2
+        assert f"the value of {option} is empty: write one, or leave it out" in ran.json["error"]["message"]
+    assert kvmix("run", "--prompt", "--x=", "--plan", "gone.yaml").code == 1
+    assert "the prompt is empty" in kvmix("run", "--plan", "gone.yaml", "--prompt", "").error
 
 
 def kinds(kind):

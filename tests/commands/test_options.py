@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -96,15 +97,18 @@ def test_counts_and_sizes_may_have_underscores(text):
 
 
 def test_every_count_of_every_command_has_all_spellings():
-    """Only a seed is a number without units; widths are in bits."""
+    """Only a seed is a count without units. No number is left to Typer, which does not say what was given."""
     seen = set()
     for command in main.app.registered_commands:
         for name, parameter in inspect.signature(command.callback).parameters.items():
             option = getattr(parameter.annotation, "__metadata__", (None,))[0]
             if not isinstance(option, typer.models.OptionInfo):
                 continue
-            is_number = parameter.annotation.__origin__ in (int, int | None)
-            assert option.parser or not is_number or name == "seed" or option.metavar == "BITS", (command.name, name)
+            is_number = re.search(r"\b(int|float)\b", str(parameter.annotation.__origin__))
+            if is_number or parameter.annotation.__origin__ in (int, float):
+                assert option.parser, (command.name, name)
+                with pytest.raises(typer.BadParameter, match="'٣x' is not"):
+                    option.parser("٣x")
             if option.metavar == "N" and name != "seed":
                 assert option.parser("2k") == option.parser("2_048") == 2048, (command.name, name)
                 seen.add(name)
@@ -125,6 +129,18 @@ def test_counts_inside_other_options():
 def test_what_is_not_a_count(text):
     with pytest.raises(typer.BadParameter):
         values.count(1)(text)
+
+
+def test_numbers_and_seeds():
+    assert [values.parse_number(text) for text in ("2.3", " .5 ", 3, "1e2")] == [2.3, 0.5, 3, 100]
+    assert values.parse_width("4") == 4
+    assert [values.parse_seed(text) for text in (7, "-1", "1_000", str(2**63 - 1))] == [7, -1, 1000, 2**63 - 1]
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "1e3", "nan", "x", "٣", str(2**63), str(-(2**63) - 1), "9" * 5000])
+def test_what_is_no_seed(text):
+    with pytest.raises(typer.BadParameter, match=r"is not a seed; write a whole number from -2\^63"):
+        values.parse_seed(text)
 
 
 def test_lists_of_counts_are_sorted():

@@ -188,6 +188,8 @@ def test_a_chat_template_is_applied(monkeypatch):
         (("--baseline", "--prompt-file", "-"), "the prompt is empty"),
         (("--baseline", "--prompt-file", "nowhere.txt"), "cannot read the prompt from nowhere.txt: No such file"),
         (("--baseline", "--prompt-file", "."), "cannot read the prompt from .: Is a directory"),
+        (("--baseline", "--prompt-file", "binary"), "binary is a binary file: give UTF-8 text"),
+        (("--baseline", "--prompt-file", "latin"), "latin is not UTF-8 text (byte 1): convert it first"),
         (("--baseline", "--prompt-file", "/dev/zero"), "cannot read the prompt from /dev/zero: it is a device"),
         (("--baseline", "--prompt-file", "a\0b"), "cannot read the prompt from a?b: embedded null byte"),
         (("--baseline", "--prompt", "x", "--chat"), "builtin:tiny has no chat template"),
@@ -202,7 +204,9 @@ def test_a_chat_template_is_applied(monkeypatch):
         (("--prompt", "x", "--plan", "0-8:k2v2"), "layer 8 cannot be planned"),
     ],
 )
-def test_bad_input_is_one_line(options, said):
+def test_bad_input_is_one_line(options, said, tmp_path):
+    (tmp_path / "binary").write_bytes("in UTF-16".encode("utf-16-le"))
+    (tmp_path / "latin").write_bytes("aé".encode("latin-1"))
     assert said in refused(kvmix("run", *TINY, *options))
 
 

@@ -186,3 +186,19 @@ def test_the_folder_can_be_moved(kvmix, profiled, tmp_path, monkeypatch):
     monkeypatch.setenv("KVMIX_PROFILES_DIR", "moved")
     assert kvmix("allocate", "--avg-bits", 3).code == 0
     assert kvmix("allocate", "--avg-bits", 3, "--profiles-dir", "other").code == 1
+
+
+@pytest.mark.parametrize("find", [state.find_plan, state.find_profile])
+def test_what_is_no_file_is_named_as_what_it_is(root, tmp_path, find):
+    """A text with a separator is a path, not the name of a plan."""
+    make(root / "a--x" / "plans" / "one.yaml")
+    for place, said in {"profiles": "is a folder", "/dev/null": "is a pipe or a device", "a/b": "b does not exist"}.items():
+        with pytest.raises(StateError, match=said):
+            find(str(tmp_path / place))
+
+
+def test_of_many_plans_some_are_named(root):
+    for number in range(100):
+        make(root / "a--x" / "plans" / f"plan-{number:02}.yaml")
+    with pytest.raises(StateError, match=r"plan-00, .*, plan-09 and 90 more \(`kvmix list plans`\)$"):
+        state.find_plan("gone")

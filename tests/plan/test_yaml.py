@@ -21,6 +21,13 @@ def fault(text):
     return str(error.value)
 
 
+def test_a_line_names_some_of_many_faults_and_counts_the_rest():
+    error = DocumentError("file.yaml", [f"line {number}: unknown" for number in range(1, 1001)])
+    assert str(error).endswith("line 20: unknown; and 980 more")
+    assert len(error.faults) == 1000
+    assert str(DocumentError("file.yaml", error.faults[:20])).endswith("line 20: unknown")
+
+
 BOMB = "a: &a [x, x]\n" + "\n".join(
     f"{new}: &{new} [*{old}, *{old}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -313,6 +313,12 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
     assert load_texts(str(file)) == ["Hello"]
 
 
+def test_lines_that_end_as_in_windows_are_lines(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"one\r\ntwo\r\n\r\nthree\rfour")
+    assert read_text(file) == "one\ntwo\n\nthree\rfour"
+
+
 def test_a_pipe_is_read_whole_and_a_device_is_refused(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
