@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
 import results
 import torch
+from resident import peak_nbytes
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
@@ -153,7 +153,7 @@ def main() -> None:
         for row in measure(options.model, int(context), options.rounds, dtype, options.only)
     ]
     if options.only:
-        print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
+        print(f"  peak memory {peak_nbytes() / 2**20:.0f} MiB")
     elif options.save:
         results.append(rows)
 

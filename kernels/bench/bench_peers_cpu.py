@@ -13,7 +13,7 @@ weights in bfloat16 (but for "DynamicCache float32") and two threads; with `--cp
 taken, which other work on the machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the
 peer's, `over 16 bits` the peer's over that of 16 bits in the same engine. `peak` is the peak resident memory of a
 process that has this peer alone, weights and Python included: it reads a prompt, or fills its cache as `--fill` says,
-and decodes three tokens.
+and decodes three tokens. vLLM's process is of one peer in any case, and no other is started for it.
 
 A finished cell is a line of the file, and is not measured again. llama.cpp needs `pip install llama-cpp-python`, the
 quantized caches of transformers `pip install optimum-quanto hqq`; vLLM runs in an environment of its own, which
@@ -34,7 +34,7 @@ from typing import Any
 
 import results
 import torch
-from peers import BASELINE, IDS, RANDOM, VLLM, Peer, Peers, lacking, unquantized, versions
+from peers import BASELINE, IDS, RANDOM, VLLM, Peer, Peers, is_apart, lacking, unquantized, versions
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -76,9 +76,9 @@ class Cell(TypedDict):
 def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.Namespace) -> dict[str, Timed]:
     """Return the times of all peers in one cell."""
     peers.prepare(names)
+    peaks = {name: 0 if is_apart(name) else peak(name, context, options) for name in names}
     found: dict[str, Timed] = {
-        name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "peak": peak(name, context, options), "kl": None}
-        for name in names
+        name: {"prompt_s": [], "step_ms": [], "nbytes": 0, "peak": peaks[name], "kl": None} for name in names
     }
     ids = text(peers.loaded, peers.room, peers.model)
     made = {name: peers.makers[name]() for name in names}
@@ -102,6 +102,8 @@ def measure(peers: Peers, names: Sequence[str], context: int, options: argparse.
                     found[name]["step_ms"].append(1e3 * seconds)
     for name, peer in made.items():
         found[name]["nbytes"] = peer.nbytes
+        if is_apart(name):
+            found[name]["peak"] = peer.peak
         reference = reference_of(name)
         is_told = options.fill == "text" and peers.model != RANDOM and name != BASELINE
         if is_told and reference in logits:

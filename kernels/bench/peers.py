@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from bench_generate_cpu import fill, model_of
+from resident import peak_nbytes
 from torch import Tensor
 from transformers import Cache
 
@@ -94,9 +95,7 @@ class HerePeer:
 
     @property
     def peak(self) -> int:
-        # Not ru_maxrss: Linux begins that of a new process at what the process that started it has.
-        status = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+        return peak_nbytes()
 
     def seconds(self, *, cpu_time: bool) -> float:
         return time.thread_time() if cpu_time else time.perf_counter()
@@ -286,6 +285,11 @@ def random_basis(loaded: LoadedModel) -> BasisFile:
 def unquantized(name: str) -> str:
     """Return the peer with 16 bits of a peer's engine."""
     return next(full for beginning, full in UNQUANTIZED.items() if name.startswith(beginning))
+
+
+def is_apart(name: str) -> bool:
+    """Return whether a peer decodes in a process of its own."""
+    return name.startswith("vLLM")
 
 
 def lacking(name: str, vllm: Path = VLLM) -> str | None:

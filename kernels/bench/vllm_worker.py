@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident import peak_nbytes
 from torch import Tensor
 from vllm import EngineArgs, LLMEngine, SamplingParams
 
@@ -90,12 +91,11 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """Return what an answer says."""
         logits = self._logits[-1].float().numpy()
-        status = Path("/proc/self/status").read_text().splitlines()
         return {
             "wall": self.wall,
             "cpu": self.cpu,
             "nbytes": self._blocks_nbytes(-(-self._held // BLOCK)),
-            "peak": 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")),
+            "peak": peak_nbytes(),
             "logits": base64.b64encode(logits.tobytes()).decode(),
         }
 

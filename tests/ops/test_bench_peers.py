@@ -147,6 +147,20 @@ def test_vllm_answers_from_its_own_process_and_times_itself(vllm_peer):
     assert vllm_peer.step(0).numpy().dtype == np.float32
 
 
+def test_the_process_of_vllm_tells_its_own_peak(whole, vllm_peer, monkeypatch):
+    monkeypatch.setattr(whole, "peak", lambda *_: pytest.fail("another process was started"))
+    peers = SimpleNamespace(
+        makers={"vLLM fp8": lambda: vllm_peer},
+        prepare=lambda names: None,
+        loaded=SimpleNamespace(vocabulary=9),
+        room=6,
+        model="random-1b",
+    )
+    options = SimpleNamespace(fill="random", rounds=1, steps=1, cpu_time=True)
+    timed = whole.measure(peers, ["vLLM fp8"], 4, options)["vLLM fp8"]
+    assert (timed["peak"], timed["nbytes"], timed["step_ms"]) == (9, 48, [1000.0])
+
+
 def test_a_process_of_vllm_that_ends_is_said(vllm_peer):
     vllm_peer.fill(6)
     with pytest.raises(SystemExit, match="vLLM fp8 ended with code 3"):
