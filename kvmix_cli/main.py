@@ -56,7 +56,9 @@ FAILED = 1
 NO_MEMORY = (
     "out of memory ({error}); use a smaller model, less text or a shorter context, or a machine with more memory"
 )
-_ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_ClickException: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 """Base of the errors that Typer shows by itself; where it is defined depends on Typer's version."""
 
 
