@@ -76,6 +76,11 @@ def test_the_one_table_has_the_figures_of_the_others():
             assert row[5].split(", ")[place] == recalled, name
             assert rounded(row[1 + place], losses), name
             assert rounded(row[7 + place], smol[name][1 + place].replace("no plan", "-") if name in smol else ""), name
+    assert {name: row[11] for name, row in one.items() if row[11] != "-"} == {
+        name: row[3] for name, row in measured_rows("2.5 stored bits").items()
+    }
+    for name, row in measured_rows("Speed and bytes", PAGE).items():
+        assert one[name][12] == row[3].split()[0].replace("-", "1"), name
 
 
 def rounded(shown, measured):
