@@ -192,7 +192,11 @@ def test_the_folder_can_be_moved(kvmix, profiled, tmp_path, monkeypatch):
 def test_what_is_no_file_is_named_as_what_it_is(root, tmp_path, find):
     """A text with a separator is a path, not the name of a plan."""
     make(root / "a--x" / "plans" / "one.yaml")
-    for place, said in {"profiles": "is a folder", "/dev/null": "is a pipe or a device", "a/b": "b does not exist"}.items():
+    for place, said in {
+        "profiles": "is a folder",
+        "/dev/null": "is a pipe or a device",
+        "a/b": "b does not exist",
+    }.items():
         with pytest.raises(StateError, match=said):
             find(str(tmp_path / place))
 
