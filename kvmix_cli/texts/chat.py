@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TextError, first_sentence
-from .tokens import encode, opening
+from .tokens import check_text, encode, opening
 
 _PLACE = "kvmix was here"
 """Stands for a user's words while a chat template is taken apart."""
@@ -29,8 +29,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     A tokenizer may put an end token after every text as well. It is left out: an answer behind it would begin a new
     document.
     """
-    whole: list[int] = tokenizer(text, verbose=False).input_ids
     body = encode(tokenizer, text)
+    whole: list[int] = tokenizer(text, verbose=False).input_ids
     if not body:
         return opening(tokenizer)
     for end in range(len(body), len(whole) + 1):
@@ -45,6 +45,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, model_id: str) -> li
     Raises:
         TextError: if the tokenizer has no chat template, or its template fails or leaves out any of the text.
     """
+    check_text(text)
     around = sum(map(len, chat_turn(tokenizer, model_id)))
     if len(_apply(tokenizer, text, model_id, tokenize=False)) < around + len(text.strip()):
         raise _unusable(model_id, "it leaves out part of what the user says")

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 from ..errors import TextError
 from .hub import is_saved, rows_of, saved_texts
 from .records import document, has_text
+from .tokens import check_text
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 """A record a line."""
@@ -175,6 +176,9 @@ def _separated_texts(text: str, path: Path, separator: str) -> list[str]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TextError(f"{where}: not valid JSON ({error})") from error
+    if "\\u" in text:
+        check_text(json.dumps(value, ensure_ascii=False), where)
+    return value

@@ -18,8 +18,18 @@ MIN_TOKENS = 32
 Samples = list[list[int]]
 
 
+def check_text(text: str, where: str = "a text") -> None:
+    """Raise TextError for half of a surrogate pair, which JSON can write as an escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TextError(f"{where} has {half}, half of a character, at position {error.start}: correct it") from error
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a piece of text, without special tokens."""
+    """Return the token ids of a piece of text, without special tokens. Raises TextError if it is no text."""
+    check_text(text)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 

@@ -11,10 +11,13 @@ from pydoc_data.topics import topics
 
 import pyarrow.parquet
 import pytest
+from evaluating import tiny
 
 from kvmix_cli import texts
 from kvmix_cli.errors import FieldsLeftOut, TextError
 from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named, prose, read_text
+from kvmix_cli.texts.chat import prompt_ids
+from kvmix_cli.texts.tokens import encode
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +314,17 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
     file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert read_text(file) == "Hello"
     assert load_texts(str(file)) == ["Hello"]
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a \\ud83d\\ude00"}\n')
+    assert load_texts(str(file)) == ["a 😀"]
+    file.write_text('{"text": "fine"}\n{"text": "a \\ud83d"}\n')
+    assert failure(file).startswith(f"{file}, line 2 has \\ud83d, half of a character, at position ")
+    for encoding in (encode, prompt_ids):
+        with pytest.raises(TextError, match="a text has .*udc00, half of a character, at position 1: correct it"):
+            encoding(tiny().tokenizer, "a\udc00")
 
 
 def test_lines_that_end_as_in_windows_are_lines(tmp_path):
