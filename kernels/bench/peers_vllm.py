@@ -24,13 +24,15 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": "",
+    "TORCHDYNAMO_DISABLE": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
 }
-"""One process for all of the engine, with as many threads as it is told, and without our plugin."""
+"""One process for all of the engine, with as many threads as it is told, compiled as vLLM does by itself, and without
+our plugin."""
 
 
 class VllmPeer:
