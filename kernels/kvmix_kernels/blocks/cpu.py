@@ -140,6 +140,8 @@ def attend(
         query=query.data_ptr(),
         output=output.data_ptr(),
         logarithms=logarithms.data_ptr(),
+        query_strides=query.stride()[:3],
+        dtype=DTYPES[query.dtype],
         part_count=1,
         batch=batch,
         heads=heads,
@@ -148,6 +150,7 @@ def attend(
         dim=query.shape[3],
         value_dim=value.dim,
         threads=torch.get_num_threads(),
+        scaling=1.0,
         softcap=softcap,
     )
     if sink_logits is not None:
