@@ -98,11 +98,26 @@ def test_attends_to_keys_and_values_of_any_size_that_16_divides(key_dim, value_d
         segments(kind, width, 4, 2, 9, head_dim=dims[kind], page=32) for kind, width in zip(dims, bits, strict=True)
     )
     problem = AttentionProblem(torch.randn(2, 4, 2, key_dim), key, value, scaling=key_dim**-0.5)
-    assert cpu.supports(problem)
     expected, _ = naive.attend(replace(problem, query=problem.query.double()))
     for name in instruction_sets():
         got, _ = cpu.attend(library(), problem)
         assert relative_rms(got, expected) < 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_takes_queries_of_any_dtype_and_strides_and_returns_their_dtype(dtype):
+    torch.manual_seed(0)
+    key, value = (segments(kind, 4, 4, 2, 9, head_dim=64, page=32) for kind in ("key", "value"))
+    problem = AttentionProblem(torch.randn(2, 3, 4, 64, dtype=dtype).transpose(1, 2), key, value, scaling=0.125)
+    plain = replace(problem, query=problem.query.float().contiguous())
+    for name in instruction_sets():
+        got, logarithms = cpu.attend(library(), problem)
+        expected, sums = cpu.attend(library(), plain)
+        assert got.dtype == dtype, name
+        assert same_bits(got, expected.to(dtype)), name
+        assert same_bits(logarithms, sums), name
+    apart = replace(problem, query=torch.empty(*problem.query.shape, 2, dtype=dtype)[..., 0].copy_(problem.query))
+    assert same_bits(cpu.attend(library(), apart)[0], got)
 
 
 def test_any_number_of_threads_gives_the_same():

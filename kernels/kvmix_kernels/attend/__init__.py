@@ -28,23 +28,36 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     `attend-rows`).
     """
     problem = _with_its_pages(problem)
-    is_encoded = any(isinstance(tensor.packed, CodecPages) for tensor in (problem.key, problem.value))
-    if is_encoded or problem.query.dtype == torch.float64 or problem.is_differentiated:
+    if problem.is_differentiated:
         return naive.attend(problem)
-    if gpu.is_usable(problem.query.device):
-        from . import triton
-
-        reason = triton.unsupported(problem)
-        if reason is not None:
-            warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
-        elif triton.is_trusted(problem):
-            return triton.attend(problem)
-    native = library() if problem.query.device.type == "cpu" else None
-    if native is not None and cpu.supports(problem):
-        return cpu.attend(native, problem)
+    device = problem.query.device
+    if gpu.is_usable(device) and (solved := _attend_on_gpu(problem)) is not None:
+        return solved
+    native = library() if device.type == "cpu" else None
     if native is not None:
-        warn_once(f"attention over {cpu.describe(problem)} has no CPU kernel; falling back to slow PyTorch")
+        solved = cpu.attend(native, problem)
+        if solved is not None:
+            return solved
+        if not _is_naive(problem):
+            warn_once(f"attention over {cpu.describe(problem)} has no CPU kernel; falling back to slow PyTorch")
     return naive.attend(problem)
+
+
+def _attend_on_gpu(problem: AttentionProblem) -> tuple[Tensor, Tensor] | None:
+    from . import triton
+
+    if _is_naive(problem):
+        return None
+    reason = triton.unsupported(problem)
+    if reason is not None:
+        warn_once(f"attention over {reason} has no GPU kernel; falling back to slow PyTorch")
+    return triton.attend(problem) if reason is None and triton.is_trusted(problem) else None
+
+
+def _is_naive(problem: AttentionProblem) -> bool:
+    """Return whether only PyTorch attends: in float64, and over pages of codecs whose numbers no kernel knows."""
+    is_encoded = any(isinstance(tensor.packed, CodecPages) for tensor in (problem.key, problem.value))
+    return is_encoded or problem.query.dtype == torch.float64
 
 
 def _with_its_pages(problem: AttentionProblem) -> AttentionProblem:

@@ -37,7 +37,7 @@ struct CodedHead {
 // The exact tokens of one KV head, in the order of their places.
 class ExactTokens {
   const Coded& x;
-  const int64_t offset, count;  // of the head, its tokens
+  const int64_t offset, count, dim;  // of the head, its tokens
   const int32_t* const places;
   int64_t next = 0;
 
@@ -46,6 +46,7 @@ class ExactTokens {
       : x(head.x),
         offset(head.b * x.exact_strides[0] + head.h * x.exact_strides[1]),
         count(x.places ? x.exact_tokens : 0),
+        dim(head.s.dim),
         places(x.places + head.b * x.places_strides[0] + head.h * x.places_strides[1]) {}
 
   // work(place, elements) of those in [first, last), in a dtype that the compiler knows; ranges come in ascending order.
@@ -55,6 +56,9 @@ class ExactTokens {
     with_dtype(x.exact_dtype, x.exact, offset, [&](auto tokens) {
       for (; next < count && places[next] < last; next++)
         work(places[next], Elements<tokens.dtype>{tokens.from(next * x.exact_strides[2])});
+      if (next == count) return;
+      const char *from = static_cast<const char*>(tokens.from(next * x.exact_strides[2])), *end = from + dim * 4;
+      for (; from < end; from += 64) __builtin_prefetch(from);
     });
   }
 };

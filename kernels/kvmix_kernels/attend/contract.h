@@ -33,7 +33,7 @@ template <class T> using Array = std::vector<T, Aligned<T>>;
 
 // One thread's working memory, kept from call to call.
 struct Scratch {
-  Array<float> scores, sorted, scales, folded, turned, sums, products;
+  Array<float> query, scores, sorted, scales, folded, turned, sums, products;
   Array<int16_t> rounded;
   Array<int32_t> words;
   Array<uint8_t> run, codes;

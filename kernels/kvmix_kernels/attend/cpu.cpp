@@ -171,20 +171,20 @@ static void softmax_row(const Attention& x, const Split& split, int64_t b, int64
     const int64_t seen = tokens_of(part, b) - x.queries + row + 1;
     for (int64_t t = seen > start ? seen : start; t < stop; t++) scores[t - start] = NEVER;
   }
-  for (int64_t t = count; t % W; t++) scores[t] = NEVER;
-  vf most = splat(NEVER);
-  for (int64_t t = 0; t < count; t += W) most = larger(most, load<vf>(scores + t));
-  *maximum = largest(most);
+  constexpr int N = 2;  // vectors whose steps do not wait for each other
+  for (int64_t t = count; t % (N * W); t++) scores[t] = NEVER;
+  vf most[N] = {splat(NEVER), splat(NEVER)}, sums[N] = {};
+  for (int64_t t = 0; t < count; t += N * W)
+    each<N>([&](auto i) INLINE { most[i] = larger(most[i], load<vf>(scores + t + i * W)); });
+  *maximum = largest(larger(most[0], most[1]));
   const vf shift = splat(*maximum == NEVER ? 0.0f : *maximum);
-  vf sums = {};
-  for (int64_t t = 0; t < count; t += W) {
-    vf score = load<vf>(scores + t);
-    vf weight = exp_negative(score - shift);
-    weight = score == splat(NEVER) ? vf{} : weight;
-    store(scores + t, weight);
-    sums += weight;
-  }
-  *total = sum(sums);
+  for (int64_t t = 0; t < count; t += N * W)
+    each<N>([&](auto i) INLINE {
+      const vf weight = exp_negative(load<vf>(scores + t + i * W) - shift);
+      store(scores + t + i * W, weight);
+      sums[i] += weight;
+    });
+  *total = sum(sums[0] + sums[1]);
 }
 
 // The pages of a split that a sequence has tokens in.
@@ -195,18 +195,27 @@ static Split of_sequence(const Split& split, int64_t b) {
   return {split.part, split.start, end < split.start ? split.start : end < split.stop ? end : split.stop};
 }
 
+static void scale_query(const Attention& x, int64_t b, int64_t head, int64_t row, float* scaled) {
+  with_dtype(x.dtype, x.query, offset_of(x.query_strides, b, head, row), [&](auto query) {
+    for (int64_t d = 0; d < x.dim; d += W) store(scaled + d, read<query.dtype>(query.at, d) * x.scaling);
+  });
+}
+
 // One KV head, R query rows, the tokens of a split: unnormalised output, maximum and sum of each row.
 template <int R>
 static void attend_rows(const Attention& x, const Split& of_all, int64_t b, int64_t h, int64_t first_row, float* partial,
                         Scratch& scratch) {
   const Split split = of_sequence(of_all, b);
   const int64_t ratio = x.heads / x.kv_heads, start = split.start, stop = split.stop;
-  const int64_t room = (stop - start + W) / W * W + VB, width = partial_width(x);
+  const int64_t room = (stop - start + 2 * W) / W * W + VB, width = partial_width(x);
+  scratch.query.resize(R * x.dim);
   scratch.scores.resize(R * room);
   const float* query[R];
   float *scores[R], *output[R];
   for (int r = 0; r < R; r++) {
-    query[r] = x.query + ((b * x.heads + h * ratio) * x.queries + first_row + r) * x.dim;
+    float* scaled = scratch.query.data() + r * x.dim;
+    scale_query(x, b, h * ratio + (first_row + r) / x.queries, (first_row + r) % x.queries, scaled);
+    query[r] = scaled;
     scores[r] = scratch.scores.data() + r * room;
     output[r] = partial + r * (width + 2);
     for (int64_t d = 0; d < width; d++) output[r][d] = 0;
@@ -231,17 +240,17 @@ static void attend_some(int rows, const Attention& x, const Split& split, int64_
   }
 }
 
-// Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one.
+// Merge the splits of one row by their maxima and sums (log-sum-exp), with the head's sink logit if it has one: [width],
+// of which the first [value_dim] are the output.
 static void merge_row(const Attention& x, int64_t b, int64_t head, const float* partial, int64_t width, int64_t splits,
-                      float* merged, float* output, float* logarithm) {
+                      float* merged, float* logarithm) {
   const int64_t stride = width + 2;
   float most = x.sink_logits ? x.sink_logits[head] : NEVER;
   for (int64_t s = 0; s < splits; s++) most = std::fmax(most, partial[s * stride + width]);
   float total = x.sink_logits ? std::exp(x.sink_logits[head] - most) : 0.0f;
-  for (int64_t d = 0; d < x.value_dim; d++) output[d] = 0;
+  for (int64_t d = 0; d < width; d++) merged[d] = 0;
   *logarithm = NEVER;
   if (most == NEVER) return;
-  for (int64_t d = 0; d < width; d++) merged[d] = 0;
   for (int64_t s = 0; s < splits; s++) {
     const float* part = partial + s * stride;
     const float share = std::exp(part[width] - most);
@@ -250,8 +259,14 @@ static void merge_row(const Attention& x, int64_t b, int64_t head, const float* 
     for (int64_t d = 0; d < width; d++) merged[d] += share * part[d];
   }
   if (const Segments* values = coded_values(x)) finish_coded(*values, b, head / (x.heads / x.kv_heads), merged);
-  for (int64_t d = 0; d < x.value_dim; d++) output[d] = merged[d] / total;
+  for (int64_t d = 0; d < x.value_dim; d++) merged[d] /= total;
   *logarithm = most + std::log(total);
+}
+
+static void write_row(const Attention& x, int64_t row, const float* merged) {
+  with_dtype(x.dtype, x.output, 0, [&](auto output) {
+    for (int64_t d = 0; d < x.value_dim; d += W) write<output.dtype>(x.output, row * x.value_dim + d, load<vf>(merged + d));
+  });
 }
 
 // A part in some number of pieces, on page edges.
@@ -308,9 +323,11 @@ void attend(const Attention& x) {
                     stride * sizeof(float));
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++)
+    for (int64_t row = 0; row < x.batch * x.kv_heads * rows; row++) {
       merge_row(x, row / x.queries / x.heads, row / x.queries % x.heads, partial + row * count * stride, width, count,
-                merged.data(), x.output + row * x.value_dim, x.logarithms + row);
+                merged.data(), x.logarithms + row);
+      write_row(x, row, merged.data());
+    }
   }
 }
 

@@ -72,12 +72,15 @@ struct Part {
 
 struct Attention {
   const Part* parts;
-  const float* query;       // [B, H, S, D], contiguous, already scaled
+  const void* query;        // [B, H, S, D]
   const float* sink_logits; // null or [H]
-  float* output;            // [B, H, S, D_v], contiguous
+  void* output;             // [B, H, S, D_v], contiguous
   float* logarithms;        // [B, H, S]: of the sums of weights
+  int64_t query_strides[3]; // batch, head, query
+  int64_t dtype;            // of query and output
   int64_t part_count;
   int64_t batch, heads, kv_heads, queries, dim, value_dim;
   int64_t threads;
+  float scaling;            // of the scores
   float softcap;            // 0: none
 };

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
 from ..layout import FULL_PRECISION_BITS
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CRun, CSegments
 from ..segments import Channels, Coded, Packed, Plain, SortedTokens, TokenPages
+from ..summaries import ChosenPages
 from . import coded
 
 
@@ -25,24 +24,26 @@ class NativePages:
 
     Attributes:
         fits: whether the native library takes them.
+        is_sorted: whether their channels are sorted, which the library takes of keys only.
         count: number of pages.
         page: tokens of a page.
         segments: the struct with everything that is about pages; what it points to lives as long as the pages.
     """
 
     fits: bool
+    is_sorted: bool
     count: int
     page: int
     segments: CSegments
 
 
-NO_PAGES: Final = NativePages(True, 0, 0, CSegments())
-_known: WeakKeyDictionary[TokenPages, NativePages] = WeakKeyDictionary()
+NO_PAGES: Final = NativePages(True, False, 0, 0, CSegments())
+_known: WeakKeyDictionary[TokenPages | SortedTokens, NativePages] = WeakKeyDictionary()
 
 
 def native_pages(packed: TokenPages | SortedTokens | None) -> NativePages:
     """Return pages in C; none of sorted tokens, which are split into parts before."""
-    if packed is None or isinstance(packed, SortedTokens):
+    if packed is None:
         return NO_PAGES
     known = _known.get(packed)
     if known is None:
@@ -50,35 +51,42 @@ def native_pages(packed: TokenPages | SortedTokens | None) -> NativePages:
     return known
 
 
-def is_plain(x: Tensor) -> bool:
-    """Return whether elements are in a row, and of a dtype that the native library knows."""
-    return x.dtype in DTYPES and x.stride(-1) == 1
-
-
-def _describe(packed: TokenPages) -> NativePages:
-    if packed.pages == 0:
+def _describe(packed: TokenPages | SortedTokens) -> NativePages:
+    if isinstance(packed, SortedTokens) or packed.pages == 0:
         return NO_PAGES
+    if isinstance(packed, ChosenPages):
+        return _describe_chosen(packed)
     call = CSegments(pages=packed.pages, page=packed.page)
     if isinstance(packed, Coded):
         fits = coded.fits(packed)
         if fits:
             call.coded = ctypes.pointer(coded.pages_of(packed))
-        return NativePages(fits, packed.pages, packed.page, call)
+        return NativePages(fits, False, packed.pages, packed.page, call)
     if not isinstance(packed, Packed | Channels):
-        return NativePages(False, packed.pages, packed.page, call)
+        return NativePages(False, False, packed.pages, packed.page, call)
     fits = all(map(_is_run, packed.runs))
     if fits:
         call.runs, call.run_count = (CRun * len(packed.runs))(*map(_run, packed.runs)), len(packed.runs)
     if isinstance(packed, Channels):
         call.order, call.order_strides = packed.order.data_ptr(), packed.order.stride()[:3]
         call.pages_per_order = packed.pages_per_order
-    return NativePages(fits, packed.pages, packed.page, call)
+    return NativePages(fits, isinstance(packed, Channels), packed.pages, packed.page, call)
+
+
+def _describe_chosen(chosen: ChosenPages) -> NativePages:
+    """Return the pages that a query reads: those in memory, with the table of the chosen ones."""
+    held = native_pages(chosen.held)
+    call = CSegments.from_buffer_copy(held.segments)
+    call.table, call.table_strides = chosen.numbers.data_ptr(), chosen.numbers.stride()[:2]
+    call.pages, call.is_choice = chosen.pages, True
+    return NativePages(held.fits, held.is_sorted, chosen.pages, held.page, call)
 
 
 def _is_run(run: Packed | Plain) -> bool:
     if isinstance(run, Packed):
         return run.layout.group % WIDEST_VECTOR == 0
-    return is_plain(run.states) and run.states.stride(3) == run.page
+    states = run.states
+    return states.dtype in DTYPES and states.stride()[3:] == (run.page, 1)
 
 
 def _run(run: Packed | Plain) -> CRun:

@@ -4,6 +4,14 @@
 
 namespace KVMIX_ISA {
 
+// Unquantized elements whose dtype the compiler knows.
+template <int DTYPE> struct Elements {
+  static constexpr int dtype = DTYPE;
+  const void* at;
+
+  const void* from(int64_t offset) const { return static_cast<const char*>(at) + (DTYPE == FLOAT32 ? 4 : 2) * offset; }
+};
+
 // out[r][t] = sum_d query[r][d] * x[t][d] over unquantized keys.
 template <int DTYPE, int R>
 static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, const float* const* query,
@@ -18,7 +26,10 @@ static void dot_full(const void* x, int64_t stride, int64_t count, int64_t dim, 
   }
 }
 
-// Columns [m, m + N W) of what follows.
+constexpr int ROWS_AHEAD = 16;
+
+// Columns [m, m + N W) of what follows. Rows are a cache line each where vectors have 256 bits, which the hardware asks for
+// too late; with longer vectors asking for more than it does takes longer than it saves.
 template <int DTYPE, int R, int N>
 KERNEL static void mix_columns(const void* x, int64_t stride, int64_t rows, int64_t m, const float* const* a,
                                float* const* out, bool add) {
@@ -26,6 +37,7 @@ KERNEL static void mix_columns(const void* x, int64_t stride, int64_t rows, int6
   each<R>([&](auto r) INLINE { each<N>([&](auto i) INLINE { acc[r][i] = add ? load<vf>(out[r] + m + i * W) : vf{}; }); });
   for (int64_t n = 0; n < rows; n++) {
     vf v[N];
+    if constexpr (W == 8) __builtin_prefetch(Elements<DTYPE>{x}.from((n + ROWS_AHEAD) * stride + m));
     each<N>([&](auto i) INLINE { v[i] = read<DTYPE>(x, n * stride + m + i * W); });
     each<R>([&](auto r) INLINE { each<N>([&](auto i) INLINE { acc[r][i] += a[r][n] * v[i]; }); });
   }
@@ -41,14 +53,6 @@ static void mix_full(const void* x, int64_t stride, int64_t rows, int64_t column
   for (; m + N * W <= columns; m += N * W) mix_columns<DTYPE, R, N>(x, stride, rows, m, a, out, add);
   for (; m < columns; m += W) mix_columns<DTYPE, R, 1>(x, stride, rows, m, a, out, add);
 }
-
-// Unquantized elements whose dtype the compiler knows.
-template <int DTYPE> struct Elements {
-  static constexpr int dtype = DTYPE;
-  const void* at;
-
-  const void* from(int64_t offset) const { return static_cast<const char*>(at) + (DTYPE == FLOAT32 ? 4 : 2) * offset; }
-};
 
 // work(elements), of those from `offset` on.
 template <class Work> static void with_dtype(int64_t dtype, const void* x, int64_t offset, Work work) {

@@ -97,5 +97,6 @@ class AttentionProblem:
     @property
     def is_differentiated(self) -> bool:
         """Return whether autograd must see the arithmetic, which it cannot inside a kernel."""
-        states = (self.query, self.key.tail, self.value.tail)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in states)
+        if not torch.is_grad_enabled():
+            return False
+        return self.query.requires_grad or self.key.tail.requires_grad or self.value.tail.requires_grad

@@ -124,6 +124,8 @@ def attend(library: ctypes.CDLL, problem: BlockProblem) -> Tensor:
         query=query.data_ptr(),
         output=output.data_ptr(),
         logarithms=logarithms.data_ptr(),
+        query_strides=query.stride()[:3],
+        dtype=DTYPES[query.dtype],
         part_count=1,
         batch=batch,
         heads=heads,
@@ -132,6 +134,7 @@ def attend(library: ctypes.CDLL, problem: BlockProblem) -> Tensor:
         dim=query.shape[3],
         value_dim=value.dim,
         threads=torch.get_num_threads(),
+        scaling=1.0,
         softcap=problem.softcap or 0.0,
     )
     if logits is not None:

@@ -32,6 +32,7 @@ HEADERS = (
     "attend/codes.h",
     "attend/planes.h",
     "attend/coded.h",
+    "attend/key_products.h",
     "attend/coded_keys.h",
     "attend/coded_values.h",
     "blocks/cpu.h",

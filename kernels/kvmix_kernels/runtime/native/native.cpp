@@ -91,10 +91,10 @@ std::string describe_structs() {
   FIELD(Part, lengths); FIELD(Part, tokens);
   STRUCT(Attention);
   FIELD(Attention, parts); FIELD(Attention, query); FIELD(Attention, sink_logits); FIELD(Attention, output);
-  FIELD(Attention, logarithms);
+  FIELD(Attention, logarithms); FIELD(Attention, query_strides); FIELD(Attention, dtype);
   FIELD(Attention, part_count); FIELD(Attention, batch); FIELD(Attention, heads); FIELD(Attention, kv_heads);
   FIELD(Attention, queries); FIELD(Attention, dim); FIELD(Attention, value_dim);
-  FIELD(Attention, threads); FIELD(Attention, softcap);
+  FIELD(Attention, threads); FIELD(Attention, scaling); FIELD(Attention, softcap);
   STRUCT(Quantization);
   FIELD(Quantization, pages); FIELD(Quantization, words); FIELD(Quantization, scales);
   FIELD(Quantization, pages_strides); FIELD(Quantization, words_strides); FIELD(Quantization, scales_strides);

@@ -171,6 +171,13 @@ template <int DTYPE> static inline vf read(const void* p, int64_t i) {
   return load<vf>(static_cast<const float*>(p) + i);
 }
 
+// W elements to index `i` of an array of the given type.
+template <int DTYPE> static inline void write(void* p, int64_t i, vf x) {
+  if (DTYPE == FLOAT16) return store(static_cast<uint16_t*>(p) + i, float_to_half(x));
+  if (DTYPE == BFLOAT16) return store(static_cast<uint16_t*>(p) + i, float_to_bfloat(x));
+  store(static_cast<float*>(p) + i, x);
+}
+
 static inline float sum(vf v) {
 #if KVMIX_WIDTH == 16 && defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -194,6 +201,8 @@ static inline float largest(vf v) {
 static inline vf larger(vf a, vf b) {
 #if KVMIX_WIDTH == 16 && defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif KVMIX_WIDTH == 8 && defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);  // GCC compares and chooses
 #else
   return a > b ? a : b;
 #endif
@@ -205,21 +214,21 @@ static inline vf magnitude(vf x) {
   return bits(u & 0x7fffffffu);
 }
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
+// exp(x) for x <= 0, and 0 below -87: 2^n 2^f with |f| <= 1/2, of which the second is a polynomial (minimax, but 1 at 0) and
+// the first is added to its exponent. The relative error is below 2e-7 (1 + |x|).
 static inline vf exp_negative(vf x) {
-  x = larger(x, splat(-87.0f));
-  vf t = x * splat(1.44269504f);
-  vi n = __builtin_convertvector(t - splat(0.5f), vi);  // truncation: t <= 0
-  vf f = __builtin_convertvector(n, vf);
-  vf r = x - f * splat(0.693359375f) + f * splat(2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  return p * bits((vu)(n + 127) << 23);
+  const vf to_base_2 = splat(1.44269504f), last_bit_is_1 = splat(12582912.0f);
+  const vf shifted = x * to_base_2 + last_bit_is_1, f = x * to_base_2 - (shifted - last_bit_is_1);
+  vf p = splat(1.3264725e-3f);
+  p = p * f + splat(9.671513e-3f);
+  p = p * f + splat(5.5507336e-2f);
+  p = p * f + splat(2.4022242e-1f);
+  p = p * f + splat(6.9314700e-1f);
+  p = p * f + splat(1.0f);
+  vu significand, n;
+  std::memcpy(&significand, &p, sizeof p);
+  std::memcpy(&n, &shifted, sizeof n);
+  return x > splat(-87.0f) ? bits(significand + (n << 23)) : vf{};
 }
 
 }  // namespace KVMIX_ISA

@@ -117,6 +117,8 @@ class CAttention(ctypes.Structure):
         ("sink_logits", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("logarithms", ctypes.c_void_p),
+        ("query_strides", _Strides),
+        ("dtype", ctypes.c_int64),
         ("part_count", ctypes.c_int64),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int64),
@@ -125,6 +127,7 @@ class CAttention(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("value_dim", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
 
