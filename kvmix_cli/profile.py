@@ -129,12 +129,14 @@ class CodedLoss(StrictModel):
     Attributes:
         bits: nominal bits of the plan.
         exact: tokens of each page and KV head that it keeps exact.
+        context: tokens of the documents that were read; None in older files, for those of the calibration.
         predicted: by the moments alone, nats a predicted token.
         measured: divergence from the unquantized cache, nats a predicted token.
     """
 
     bits: MeasuredFloat = Field(gt=0)
     exact: int = Field(ge=0, lt=MAX_PAGE)
+    context: Count | None = None
     predicted: MeasuredFloat = Field(gt=0)
     measured: MeasuredFloat = Field(gt=0)
 
@@ -148,8 +150,8 @@ class Score(StrictModel):
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
         moments: the file of moments of keys and values, for a score that measures them.
-        coded: losses of plans made from these moments, of different numbers of exact tokens, ascending; empty if none
-            was measured.
+        coded: losses of plans made from these moments, of different contexts, and in each of different numbers of
+            exact tokens, both ascending; empty if none was measured.
         identity: hash of the settings that another score of this name must have to replace it; "" in older files.
     """
 
@@ -165,10 +167,19 @@ class Score(StrictModel):
     @field_validator("coded")
     @classmethod
     def _ascending(cls, coded: list[CodedLoss]) -> list[CodedLoss]:
-        counts = [each.exact for each in coded]
-        if counts != sorted(set(counts)):
-            raise ValueError(f"must have different numbers of exact tokens, ascending, got {counts}")
+        found = [(each.context or 0, each.exact) for each in coded]
+        if found != sorted(set(found)):
+            counts = [exact for _, exact in found]
+            raise ValueError(f"must have different numbers of exact tokens in a context, ascending, got {counts}")
         return coded
+
+    @property
+    def coded_contexts(self) -> dict[int, list[CodedLoss]]:
+        """Return the losses of `coded` by the tokens of their documents, ascending."""
+        found: dict[int, list[CodedLoss]] = {}
+        for each in self.coded:
+            found.setdefault(each.context or self.calibration.seq_len, []).append(each)
+        return found
 
     @property
     def predicts_loss(self) -> bool:
@@ -265,7 +276,7 @@ class Profile(StrictModel):
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
             lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
             lines += ["    coded:"] if score.coded else []
-            lines += [f"      - {flow(_digits(each.model_dump()))}" for each in score.coded]
+            lines += [f"      - {flow(_digits(each.model_dump(exclude_none=True)))}" for each in score.coded]
             lines += [f"    identity: {flow(score.identity)}"] if score.identity else []
             lines.append("    layers:")
             lines += [f"      {index}: {flow(_rounded(layer))}" for index, layer in sorted(score.layers.items())]

@@ -23,6 +23,7 @@ from ..profile import Profile
 from .bases import SCORE as TRANSFORM_SCORE
 from .bases import make_bases
 from .budgets import Budget
+from .correction import predicted_context
 from .curves import other_settings, predicted_loss
 from .exact import best_exact
 from .heads import SURE, with_budgets, with_whole_heads
@@ -158,6 +159,9 @@ def _plan(problem: Problem, method: str, decision: Decision, found: Provenance) 
         "budget": problem.budget.summary,
         "pins": {layer: pin.short for layer, pin in problem.pins.items()} or None,
         "predicted_loss": predicted,
+        "predicted_context": predicted_context(problem.score, problem.budget.context)
+        if "basis" in uses and predicted is not None
+        else None,
         METRIC_WINDOW: problem.score.setup.get("window") if "basis" in uses else None,
         **found,
         "profile_sha256": problem.profile_sha256,

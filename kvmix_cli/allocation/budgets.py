@@ -38,7 +38,8 @@ class Budget:
         stored_bits: mean stored bits, with scales and zeros.
         memory: bytes of the planned layers at `context` tokens and `batch` sequences.
         max_loss: fraction of the perplexity that the plan is predicted to add at most, 0.005 for 0.5 %.
-        context, batch: tokens and sequences at which `memory` is counted.
+        context, batch: tokens and sequences at which `memory` is counted. Losses of transform codes are predicted for
+            so many tokens, too.
         element_bytes: size of an element that stays unquantized, for `memory`.
         share: share of the layers one level higher, without another limit.
 

@@ -40,14 +40,14 @@ def best_exact(
         decision = solve(problem(budget, EXACT))
         stored = problem(Budget(stored_bits=budget.avg_bits), EXACT)
         bits = stored.budget.bits(stored.cost({**decision, **stored.pins}), stored.cache, stored.model)
-        budget = Budget(stored_bits=bits)
+        budget = Budget(stored_bits=bits, context=budget.context)
     found: dict[int, tuple[float, float]] = {}
-    for each in coded:
-        asked = problem(budget, each.exact)
+    for exact in sorted({each.exact for each in coded}):
+        asked = problem(budget, exact)
         try:
             decision = solve(asked)
         except BudgetError:
             continue
         loss, cost = asked.loss(decision), asked.cost(decision)
-        found[each.exact] = (loss, cost) if budget.max_loss is None else (cost, loss)
+        found[exact] = (loss, cost) if budget.max_loss is None else (cost, loss)
     return min(found, key=lambda exact: found[exact], default=EXACT)

@@ -126,7 +126,7 @@ class Problem:
         """Return the variances of all directions, as large as the losses that were measured; none without a basis."""
         if self.basis is None or self.cache.transform is None:
             return {}
-        ratio = loss_ratio(self.score, self.cache.transform.exact)
+        ratio = loss_ratio(self.score, self.cache.transform.exact, self.budget.context)
         return {slot: ratio * each for slot, each in self.basis.variances(self.model.quantizable).items()}
 
     @cached_property

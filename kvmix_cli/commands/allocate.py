@@ -265,7 +265,7 @@ def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> 
     console.table(*plan_table(plan, path, context, batch))
     if loss is not None:
         name = plan.provenance["score"]
-        console.text(f"{loss_text(loss, name)}\n")
+        console.text(f"{loss_text(loss, name, plan.provenance.get('predicted_context'))}\n")
         for sentence in settings_notices(name, source.score(name), plan.cache):
             console.notice(sentence)
     console.emit_json(

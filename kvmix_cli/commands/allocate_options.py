@@ -82,7 +82,9 @@ class BudgetOptions:
             help="paper: 20 % of the layers at K 3 / V 4 bits, the rest at 2. transform-2: transform codes of 2 bits.",
         ),
     ] = None
-    context: Annotated[int, count_option("Tokens that bytes are counted at.")] = 32768
+    context: Annotated[
+        int, count_option("Tokens that bytes are counted at, and that losses of transform codes are predicted for.")
+    ] = 32768
     batch: Annotated[int, count_option("Sequences that bytes are counted at.")] = 1
     method: Annotated[
         str | None,

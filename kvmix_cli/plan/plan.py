@@ -49,6 +49,7 @@ class Provenance(TypedDict, total=False):
         budget: limit that was asked for, see `allocation.Budget.summary`.
         pins: widths that were set by hand, in short form by layer.
         predicted_loss: predicted increase of the loss, in nats per token.
+        predicted_context: tokens of the contexts that it is predicted for, if that makes a difference.
         trials: number of plans that a search measured.
         measured_loss: the lowest loss that it measured, in nats per token.
         profile_sha256: checksum of the profile.
@@ -64,6 +65,7 @@ class Provenance(TypedDict, total=False):
     budget: Mapping[str, float]
     pins: dict[int, str]
     predicted_loss: float
+    predicted_context: int
     trials: int
     measured_loss: float
     profile_sha256: str

@@ -174,9 +174,10 @@ def encode_text(encode: Encode) -> str:
     return "encode fitted (K refit, V search)" if encode == "fitted" else f"encode {encode}"
 
 
-def loss_text(loss: float, score: str) -> str:
-    """Return a predicted loss as a line for the footer of a table."""
-    return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts"
+def loss_text(loss: float, score: str, context: int | None = None) -> str:
+    """Return a predicted loss as a line for the footer of a table; `context` is the tokens that it is predicted for."""
+    where = "" if context is None else f" in contexts of {context} tokens"
+    return f"loss:    {loss:.5f} nats a token, {100 * math.expm1(loss):+.2f} % perplexity, as {score} predicts{where}"
 
 
 def stated_loss(plan: Plan) -> list[str]:
@@ -184,7 +185,8 @@ def stated_loss(plan: Plan) -> list[str]:
     loss, score = plan.provenance.get("predicted_loss"), plan.provenance.get("score")
     if not isinstance(loss, float) or not isinstance(score, str) or not abs(loss) < MOST_NATS:
         return []
-    return [loss_text(loss, score)]
+    context = plan.provenance.get("predicted_context")
+    return [loss_text(loss, score, context if isinstance(context, int) else None)]
 
 
 def tensor_text(tensor: AnyTensor) -> str:

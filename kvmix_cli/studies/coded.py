@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate
 from ..errors import EvaluationError, KvmixError
@@ -27,6 +28,9 @@ BITS = 2.0
 """Nominal bits of the plans. The ratio of measured and promised loss hardly depends on them."""
 DOCUMENTS = 2
 """Documents that are read: differences between numbers of exact tokens are alike in all of them."""
+REACH = 2
+"""Samples of the calibration that follow each other in a document, if there are so many and the model takes them. What
+is lost grows with the context, so it is measured up to the end of the first sample and up to that of the last."""
 STEP, PROMPT = 32, 260
 """Tokens that are fed at a time, and before them; those that a plan's sink, window and first page have by default."""
 
@@ -60,12 +64,13 @@ def measure_coded(
     folder: Path,
     step: Callable[[], object] = lambda: None,
 ) -> list[CodedLoss]:
-    """Return promised and measured losses of a plan for each number of exact tokens.
+    """Return promised and measured losses of a plan for each number of exact tokens, in contexts of one or two lengths.
 
-    Moments that count all pairs are for engines, which keep none: their plan is read as an engine holds it.
+    These are the documents' own length and, if that is longer, that of the calibration's samples. Moments that count
+    all pairs are for engines, which keep no exact tokens: their plan is read as an engine holds it.
 
     Args:
-        documents: token ids.
+        documents: token ids; of longer ones only as many count as the shortest has.
         folder: folder of the file of moments.
         step: called after each document.
 
@@ -83,19 +88,32 @@ def measure_coded(
             plan = allocate(plain, Budget(avg_bits=BITS), method=TRANSFORM, basis=basis, exact=exact)
             plans[exact] = with_basis(plan, basis, Path(temporary))
         subjects = [_in_engine(plan) if score.is_for_engines else Subject(plan=plan) for plan in plans.values()]
+        length = min(map(len, documents))
+        contexts = sorted({min(length, score.calibration.seq_len), length})
         losses = []
         for ids in documents:
-            losses.append(_divergences(loaded, subjects, ids))
+            losses.append(_divergences(loaded, subjects, ids[:length], contexts))
             step()
-    measured = dict(zip(counts, map(statistics.fmean, zip(*losses, strict=True)), strict=True))
+    measured = np.mean(losses, axis=0)
     return [
-        CodedLoss(bits=BITS, exact=exact, predicted=plan.provenance["predicted_loss"], measured=measured[exact])
-        for exact, plan in plans.items()
+        CodedLoss(
+            bits=BITS,
+            exact=exact,
+            context=context,
+            predicted=plan.provenance["predicted_loss"],
+            measured=float(measured[row, column]),
+        )
+        for column, context in enumerate(contexts)
+        for row, (exact, plan) in enumerate(plans.items())
     ]
 
 
-def _divergences(loaded: LoadedModel, subjects: Sequence[Subject], ids: Sequence[int]) -> list[float]:
-    """Return the mean divergence of each cache on a document, in nats a token that is predicted after a prompt.
+def _divergences(
+    loaded: LoadedModel, subjects: Sequence[Subject], ids: Sequence[int], contexts: Sequence[int]
+) -> list[list[float]]:
+    """Return the mean divergence of each cache on the first tokens of a document, as many as each context has.
+
+    The mean is in nats a token that is predicted after a prompt.
 
     Raises:
         EvaluationError: if predictions are not finite, or those of a cache are the unquantized cache's.
@@ -106,7 +124,8 @@ def _divergences(loaded: LoadedModel, subjects: Sequence[Subject], ids: Sequence
     from ..decoding.feed import feed, prefill
     from ..evaluation.alongside import divergence
 
-    first, totals = min(PROMPT, len(ids) - 2), [0.0] * len(subjects)
+    first = min(PROMPT, len(ids) - 2)
+    found: list[list[torch.Tensor]] = [[] for _ in subjects]
     with torch.inference_mode():
         caches = [each.cache(loaded.config, reserve=len(ids)) for each in (Subject(), *subjects)]
         for cache in caches:
@@ -114,11 +133,13 @@ def _divergences(loaded: LoadedModel, subjects: Sequence[Subject], ids: Sequence
         for (_, reference), *others in zip(
             *(feed(loaded, cache, ids[first:-1], STEP) for cache in caches), strict=True
         ):
-            for index, (_, logits) in enumerate(others):
-                totals[index] += divergence(reference, logits).sum().item()
-    if not all(0 < total < math.inf for total in totals):
-        raise EvaluationError(f"plans of {BITS:g} bits diverge by {', '.join(f'{each:g}' for each in totals)} nats")
-    return [total / (len(ids) - first - 1) for total in totals]
+            for parts, (_, logits) in zip(found, others, strict=True):
+                parts.append(divergence(reference, logits))
+    means = [[torch.cat(parts)[: context - first - 1].mean().item() for context in contexts] for parts in found]
+    if not all(0 < mean < math.inf for each in means for mean in each):
+        whole = ", ".join(f"{each[-1]:g}" for each in means)
+        raise EvaluationError(f"plans of {BITS:g} bits diverge by {whole} nats a token")
+    return means
 
 
 def _in_engine(plan: Plan) -> Subject:
@@ -135,15 +156,23 @@ def _with_coded(profile: Profile, coded: list[CodedLoss]) -> Profile:
 
 
 def _documents(profile: Profile, loaded: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
-    """Return the samples that follow those of the moments, which lose less than others; the first if there are no more.
+    """Return documents of `REACH` samples each, of those that follow the samples of the moments, which lose less.
+
+    If the text has no more, a document has one sample, or is a sample of the moments.
 
     Raises:
         TextError: if the text has no samples.
     """
-    from ..texts.tokens import cut_samples
+    from ..texts.tokens import cut_samples, opening
 
     text = profile.score(TRANSFORM_SCORE).calibration
-    wanted, limit = text.samples + DOCUMENTS, loaded.max_length
+    wanted, limit = text.samples + DOCUMENTS * REACH, loaded.max_length
     found = cut_samples(loaded.tokenizer, texts, wanted, text.seq_len, text.seed, max_length=limit)
     others = [ids for ids in found[text.samples :] if len(ids) == text.seq_len]
-    return others or found[:DOCUMENTS]
+    if not others:
+        return found[:DOCUMENTS]
+    if len(others) < DOCUMENTS * REACH or (limit is not None and limit < REACH * text.seq_len):
+        return others[:DOCUMENTS]
+    skipped = len(opening(loaded.tokenizer))
+    parts = [others[start : start + REACH] for start in range(0, DOCUMENTS * REACH, REACH)]
+    return [[*first, *(token for ids in rest for token in ids[skipped:])] for first, *rest in parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +45,14 @@ class ScoreSpectrum:
     """The spectra of all layers, from the moments of one score, and measured losses of plans made from these.
 
     Attributes:
+        coded: the losses, by the tokens of the documents that they were measured on.
         is_for_engines: whether the moments count all pairs of a query and a token.
     """
 
     score: str
     record: MomentsFile
     layers: dict[int, LayerSpectrum]
-    coded: Sequence[CodedLoss]
+    coded: Mapping[int, Sequence[CodedLoss]]
     is_for_engines: bool
 
     @property
@@ -91,7 +92,7 @@ def measure_spectra(profile: Profile, folder: Path) -> list[ScoreSpectrum]:
                 index: LayerSpectrum(_tensor(layer.k, tokens), _tensor(layer.v, tokens), layer.rope)
                 for index, layer in read_moments(folder, score.moments).items()
             }
-            found.append(ScoreSpectrum(name, score.moments, layers, score.coded, score.is_for_engines))
+            found.append(ScoreSpectrum(name, score.moments, layers, score.coded_contexts, score.is_for_engines))
     return found
 
 

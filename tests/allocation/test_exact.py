@@ -10,6 +10,7 @@ from kvmix_cli.allocation import EXACT, Budget, allocate, make_bases
 from kvmix_cli.allocation.correction import loss_ratio
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import LayerPlan
+from kvmix_cli.reporting.tables import stated_loss
 
 PLAIN = profile_with_moments(make_info(3, head_dim=32))
 BASIS = make_bases(PLAIN, model_moments(PLAIN.model))
@@ -55,13 +56,32 @@ def test_the_predicted_loss_is_as_large_as_the_measured_one():
     for exact, ratio in {**RATIOS[0], 3: math.sqrt(2.0), 9: 1.0}.items():
         expected = ratio * loss_of(plan_of(PLAIN, exact, avg_bits=2))
         assert loss_of(plan_of(profile, exact, avg_bits=2)) == pytest.approx(expected)
-    assert loss_ratio(profile.score(SCORE), 0) == pytest.approx(4.0)
+    assert loss_ratio(profile.score(SCORE), 0, 1024) == pytest.approx(4.0)
+
+
+def test_losses_are_predicted_for_the_context_that_is_asked_for():
+    profile = with_coded(with_coded(PLAIN, {1: 4.0, 4: 2.0}, 1000), {1: 6.0, 4: 8.0}, 4000)
+    for context, ratio, of in [(10, 4.0, 1000), (1000, 4.0, 1000), (2000, 24.0**0.5, 2000), (32768, 6.0, 4000)]:
+        plan = plan_of(profile, 1, avg_bits=2, context=context)
+        assert loss_of(plan) == pytest.approx(ratio * loss_of(plan_of(PLAIN, 1, avg_bits=2)))
+        assert plan.provenance["predicted_context"] == of
+        assert stated_loss(plan)[0].endswith(f" as fisher-metric predicts in contexts of {of} tokens")
+    plain = plan_of(PLAIN, 1, avg_bits=2)
+    assert "predicted_context" not in plain.provenance
+    assert stated_loss(plain)[0].endswith(" as fisher-metric predicts")
+
+
+def test_the_number_of_exact_tokens_is_the_best_of_the_context_that_is_asked_for():
+    profile = with_coded(with_coded(PLAIN, {1: 4.0, 4: 1.0}, 1000), {1: 4.0, 4: 3.9}, 4000)
+    for limit in ({"avg_bits": 2}, {"stored_bits": 2.6}):
+        counts = [plan_of(profile, **limit, context=context).cache.transform.exact for context in (1000, 4000)]
+        assert counts == [4, 1]
 
 
 def test_without_measured_losses_it_is_one_and_moments_are_believed():
     plan = plan_of(PLAIN, avg_bits=2)
     assert plan.cache.transform.exact == EXACT == 1
-    assert loss_ratio(PLAIN.score(SCORE), 1) == 1.0
+    assert loss_ratio(PLAIN.score(SCORE), 1, 1024) == 1.0
 
 
 def test_pinned_layers_are_paid_for():

@@ -148,7 +148,9 @@ def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added
     assert "directions of builtin:tiny that carry 99% of the loss, by fisher-metric" in shown.out
     assert "over 1 documents, 128 packed tokens and 39 predictions" in shown.out
     found = kvmix("inspect", folder / "profile.yaml", "--json").json["scores"]["fisher-metric"]
-    assert [each["exact"] for each in found["moments"]["coded"]] == [1, 2, 4]
+    contexts = dict.fromkeys(each["context"] for each in found["moments"]["coded"])
+    measured = [(context, exact) for context in contexts for exact in (1, 2, 4)]
+    assert [(each["context"], each["exact"]) for each in found["moments"]["coded"]] == measured
     assert all(each["measured"] > 0 for each in found["moments"]["coded"])
     assert "with 1, 2, 4 exact tokens a page" in shown.out
     assert (found["moments"]["documents"], found["moments"]["predictions"], found["moments"]["tokens"]) == (1, 39, 128)

@@ -60,6 +60,10 @@ def test_measured_losses_of_transform_codes_are_read_and_written(load):
     assert profile.score("grad-norm").coded == [CodedLoss(bits=2.0, exact=1, predicted=0.001, measured=0.002)]
     assert load(profile.to_yaml()) == profile
     assert profile.sha256 != load(GOOD).sha256, "plans name the profile that they were made from"
+    assert list(profile.score("grad-norm").coded_contexts) == [64], "those of older files are of the calibration's"
+    longer = load(CODED.replace(LOSSES, LOSSES + LOSSES.replace("exact: 1", "exact: 1, context: 900")))
+    assert {context: len(each) for context, each in longer.score("grad-norm").coded_contexts.items()} == {64: 1, 900: 1}
+    assert load(longer.to_yaml()) == longer and "context" not in profile.to_yaml()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_losses_that_make_no_ratio_are_refused(load, new, expected):
 
 
 def test_a_number_of_exact_tokens_is_measured_once(load):
-    with pytest.raises(DocumentError, match="must have different numbers of exact tokens, ascending"):
+    with pytest.raises(DocumentError, match="must have different numbers of exact tokens in a context, ascending"):
         load(CODED.replace(LOSSES, 2 * LOSSES))
 
 

@@ -1,6 +1,7 @@
 """Losses of transform codes measured on calibration text, and the predictions that they correct."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ FOLDER = Path(__file__).parents[2] / "profiles" / "builtin--tiny"
 PROFILE = Profile.load(FOLDER / "profile.yaml")
 HELD_OUT = 700
 """Tokens of a document that nothing was calibrated on."""
+CHARACTERS = 8_000
+"""Of each text of which samples are cut: enough for one, and soon read."""
+LONG = 1400
+"""Tokens of a longer one, in the middle between the contexts that a profile has measured."""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +45,12 @@ def loss_of(loaded, plan, ids):
         return divergence(*logits).mean().item()
 
 
-def check_predictions(loaded, profile, folder, place, widths):
+def check_predictions(loaded, profile, folder, place, widths, length=HELD_OUT):
     """Predictions are within a factor of three of what a held-out document loses."""
     basis = read_basis(profile, folder)
-    (ids,) = cut_samples(loaded.tokenizer, load_texts(held_out=True), 1, HELD_OUT, 0)
+    (ids,) = cut_samples(loaded.tokenizer, load_texts(held_out=True), 1, length, 0)
     for bits in widths:
-        plan = allocate(profile, Budget(avg_bits=bits), method="transform", basis=basis)
+        plan = allocate(profile, Budget(avg_bits=bits, context=length), method="transform", basis=basis)
         predicted = plan.provenance["predicted_loss"]
         assert predicted / 3 < loss_of(loaded, with_basis(plan, basis, place), ids) < 3 * predicted
 
@@ -53,6 +58,11 @@ def check_predictions(loaded, profile, folder, place, widths):
 @pytest.mark.slow
 def test_predictions_are_what_is_lost_within_a_factor_of_three(tiny, tmp_path):
     check_predictions(tiny, PROFILE, FOLDER, tmp_path, (2, 3))
+
+
+@pytest.mark.slow
+def test_predictions_for_longer_contexts_are_as_good(tiny, tmp_path):
+    check_predictions(tiny, PROFILE, FOLDER, tmp_path, (2,), LONG)
 
 
 @pytest.mark.network
@@ -63,30 +73,43 @@ def test_predictions_for_smollm2_are_as_good(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_the_divergence_of_each_plan(tiny, tmp_path):
+def test_what_is_measured_is_the_divergence_of_each_plan_in_contexts_of_two_lengths(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(coded, "EXACT", (1, 2))
+    text = PROFILE.score("fisher-metric").calibration
+    score = PROFILE.score("fisher-metric").model_copy(update={"calibration": text.model_copy(update={"seq_len": 388})})
+    profile = PROFILE.model_copy(update={"scores": {**PROFILE.scores, "fisher-metric": score}})
     ids = cut_samples(tiny.tokenizer, load_texts(), 1, 420, 0)[0]
-    found = coded.measure_coded(PROFILE, tiny, [ids], FOLDER)
-    assert [each.exact for each in found] == list(coded.EXACT)
+    found = coded.measure_coded(profile, tiny, [ids, [*ids, 1, 2]], FOLDER)
+    assert [(each.context, each.exact) for each in found] == [(388, 1), (388, 2), (420, 1), (420, 2)]
     basis = read_basis(PROFILE, FOLDER)
     plan = allocate(PROFILE, Budget(avg_bits=coded.BITS), method="transform", basis=basis, exact=2)
     # of batches of the same size, so that products are the same
-    assert found[1].measured == pytest.approx(loss_of(tiny, with_basis(plan, basis, tmp_path), ids), rel=1e-4)
+    for length, each in ((388, found[1]), (420, found[3])):
+        assert each.measured == pytest.approx(loss_of(tiny, with_basis(plan, basis, tmp_path), ids[:length]), rel=1e-4)
     promised = PROFILE.score("fisher-metric").coded[1].predicted
-    assert found[1].predicted == pytest.approx(promised, rel=1e-5), "what moments promise, uncorrected"
+    assert found[1].predicted == found[3].predicted == pytest.approx(promised, rel=1e-5), "by moments, uncorrected"
 
 
-def test_documents_that_are_read_are_not_among_those_of_the_moments(tiny):
+def test_documents_that_are_read_are_of_samples_that_the_moments_are_not_of(tiny):
     text = PROFILE.score("fisher-metric").calibration
-    texts = load_texts()
-    calibrated = cut_samples(tiny.tokenizer, texts, text.samples, text.seq_len, text.seed)
+    texts, long = [each[:CHARACTERS] for each in load_texts()], text.seq_len
+    samples = text.samples + coded.DOCUMENTS * coded.REACH
+    cut = cut_samples(tiny.tokenizer, texts, samples, long, text.seed)
     found = coded._documents(PROFILE, tiny, texts)
-    assert len(found) == coded.DOCUMENTS and all(len(ids) == text.seq_len for ids in found)
-    assert not any(ids in calibrated for ids in found)
-    short = texts[0]
-    assert len(coded._documents(PROFILE, tiny, [short])) <= coded.DOCUMENTS, "too little text is read again"
-    assert coded._documents(PROFILE, tiny, [short])[0] in cut_samples(
-        tiny.tokenizer, [short], 9, text.seq_len, text.seed
-    )
+    assert len(found) == coded.DOCUMENTS
+    parts = [ids[start : start + long] for ids in found for start in range(0, len(ids), long)]
+    assert parts == cut[text.samples :]
+
+
+def test_where_the_text_or_the_model_has_not_enough_documents_are_shorter(tiny):
+    text = PROFILE.score("fisher-metric").calibration
+    short = load_texts()[0][:CHARACTERS]
+    found = coded._documents(PROFILE, tiny, [short])
+    assert 0 < len(found) <= coded.DOCUMENTS, "too little text is read again"
+    assert found[0] in cut_samples(tiny.tokenizer, [short], 9, text.seq_len, text.seed)
+    limited = SimpleNamespace(tokenizer=tiny.tokenizer, max_length=text.seq_len + 1)
+    found = coded._documents(PROFILE, limited, [each[:CHARACTERS] for each in load_texts()])
+    assert [len(ids) for ids in found] == [text.seq_len] * coded.DOCUMENTS
 
 
 def test_a_profile_whose_plans_cannot_be_measured_is_kept(monkeypatch):

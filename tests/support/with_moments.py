@@ -36,10 +36,17 @@ def profile_with_moments(info, sha256="0" * 64, scores=None, setup=None):
     return Profile(model=info, scores={**(scores or {}), SCORE: score})
 
 
-def with_coded(profile, ratios):
-    """The profile with measured losses of transform codes, `ratios` times what moments promise, by exact tokens."""
-    coded = [CodedLoss(bits=2, exact=exact, predicted=1e-3, measured=1e-3 * ratio) for exact, ratio in ratios.items()]
-    score = profile.score(SCORE).model_copy(update={"coded": coded})
+def with_coded(profile, ratios, context=None):
+    """The profile with measured losses of transform codes, `ratios` times what moments promise, by exact tokens.
+
+    Losses of other contexts stay.
+    """
+    coded = [
+        CodedLoss(bits=2, exact=exact, context=context, predicted=1e-3, measured=1e-3 * ratio)
+        for exact, ratio in ratios.items()
+    ]
+    before = profile.score(SCORE)
+    score = before.model_copy(update={"coded": [*before.coded, *coded]})
     return profile.model_copy(update={"scores": {**profile.scores, SCORE: score}})
 
 

@@ -17,7 +17,7 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS
 from ... import state
 from ...errors import PlanError
 from ...plan import ModelInfo, Plan
-from ..coded import DOCUMENTS, EXACT, PROMPT
+from ..coded import DOCUMENTS, EXACT, PROMPT, REACH
 from ..profiles import existing_profile
 from .bench import DIVERGENCE, ModelBench, Purpose, make_task, prefix, prepare, read_purpose
 from .plans import SEQ_LEN, WAYS, has_score
@@ -176,10 +176,10 @@ def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[P
 
 
 def reading_step(speed: ModelSpeed, tokens: int) -> PlannedStep:
-    """Return the work of reading calibration documents through plans of transform codes, after their profile."""
+    """Return the work of reading documents of samples of `tokens` through plans of transform codes."""
     first = min(PROMPT, tokens)
-    one = speed.prefill(first) + speed.read(first, tokens)
-    what = f"{DOCUMENTS} of the documents through caches of {len(EXACT)} plans"
+    one = speed.prefill(first) + speed.read(first, REACH * tokens)
+    what = f"{DOCUMENTS} documents of {REACH * tokens} tokens through caches of {len(EXACT)} plans"
     return PlannedStep("read codes", what, DOCUMENTS * (len(EXACT) + 1) * one)
 
 
