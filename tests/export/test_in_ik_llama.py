@@ -1,4 +1,4 @@
-"""ik_llama.cpp with the types that an export names, in all layers and in the first and last ones, where it is installed.
+"""ik_llama.cpp with the types that an export names, in all layers and in first and last ones, where it is installed.
 
     pip install --no-deps ik-llama-cpp-python gguf
 
