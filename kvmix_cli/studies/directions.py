@@ -108,26 +108,29 @@ def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) 
     if not has_directions(found.profile):
         raise _unmeasured(name, model)
     folder = state.model_dir(model.id) / state.PLANS
-    plan = solved_preset(preset, found, Budget(avg_bits=preset.avg_bits), preset.cache, folder)
-    plan.check_model(model)
-    return plan
+    return solved_preset(preset, model, found, Budget(avg_bits=preset.avg_bits), preset.cache, folder)
 
 
-def solved_preset(preset: Preset, found: FoundProfile, budget: Budget, cache: CacheSettings, folder: Path) -> Plan:
+def solved_preset(
+    preset: Preset, model: ModelInfo, found: FoundProfile, budget: Budget, cache: CacheSettings, folder: Path
+) -> Plan:
     """Return transform codes in the directions and widths of a preset, solved for a budget.
 
     Args:
+        model: the model that the plan is for.
         found: profile with moments.
         cache: pages, sinks and window of the plan.
         folder: folder that the basis is written into.
 
     Raises:
         DocumentError: if the profile's moments cannot be used.
-        BudgetError, PlanError: if no plan meets the budget, or the cache settings do not fit transform codes.
+        BudgetError, PlanError: if no plan meets the budget, the cache settings do not fit transform codes, or the
+            profile is of another model.
         OutputError: if the basis cannot be written.
     """
     basis = found.basis(preset.directions)
     plan = allocate(found.profile, budget, method=TRANSFORM, cache=cache, basis=basis, code_bits=preset.code_bits)
+    plan.check_model(model)
     return with_basis(plan, basis, folder)
 
 

@@ -180,7 +180,6 @@ def test_a_run_that_read_nothing_quantized_warns_loudly(counting):
             "no task 'recal' (did you mean 'recall'?)",
             marks=pytest.mark.slow,  # lm-eval's thousands of names are read
         ),
-        (("--task", ""), "no task ''"),
         (("--fail-if", "perplexity"), "'perplexity' is not a gate"),
         (("--fail-if", "recall<0.8"), "no metric 'recall'; the tasks report perplexity"),
         (("--fail-if", "perplexity>1%"), "a percentage needs a sign"),

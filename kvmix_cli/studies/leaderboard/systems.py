@@ -184,7 +184,7 @@ def _coded(preset: Preset, name: str, model: ModelInfo, stored_bits: float, meas
     if measured is None or not has_directions(measured.profile):
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
     cache = CacheSettings.model_validate({**LAYOUT, "page": preset.cache.page})
-    return solved_preset(preset, measured, Budget(stored_bits=stored_bits), cache, measured.folder / PLANS)
+    return solved_preset(preset, model, measured, Budget(stored_bits=stored_bits), cache, measured.folder / PLANS)
 
 
 def _unmeasured(model: ModelInfo, score: str, what: str = "it ") -> PlanError:
