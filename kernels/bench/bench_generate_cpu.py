@@ -20,7 +20,7 @@ import results
 import torch
 from resident import peak_nbytes
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache, CacheLayerMixin, QuantizedCache
 
 from kvmix_cli.cache import register
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
@@ -89,13 +89,20 @@ def candidates(model: PreTrainedModel, info: ModelInfo, reserve: int) -> dict[st
 
 
 @torch.no_grad()
-def fill(cache: Cache, info: ModelInfo, context: int, dtype: torch.dtype) -> None:
-    """Make the same random context for every cache."""
+def fill(
+    cache: Cache,
+    info: ModelInfo,
+    context: int,
+    dtype: torch.dtype,
+    then: Callable[[CacheLayerMixin], None] = lambda layer: None,
+) -> None:
+    """Make the same random context for every cache; `then` is called with each layer that has it, before the next."""
     generator = torch.Generator().manual_seed(0)
     for layer in range(info.layers):
         shape = (1, info.kv_heads, context, info.head_dim)
         keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         cache.update(keys, values, layer)
+        then(cache.layers[layer])
 
 
 def measure(

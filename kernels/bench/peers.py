@@ -23,6 +23,7 @@ from bench_generate_cpu import fill, model_of
 from resident import peak_nbytes
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from kvmix_cli.allocation.directions import Filling
 from kvmix_cli.cache.baselines.named import named_cache
@@ -116,12 +117,13 @@ class TransformersPeer(HerePeer):
 
     def fill(self, tokens: int) -> None:
         self.cache = self.make()
-        fill(self.cache, self.loaded.info, tokens, self.loaded.model.dtype)
-        heads, dim = self.loaded.config.num_attention_heads, self.loaded.info.head_dim
-        for layer in self.cache.layers:
+        heads, dim, dtype = self.loaded.config.num_attention_heads, self.loaded.info.head_dim, self.loaded.model.dtype
+
+        def show(layer: CacheLayerMixin) -> None:
             if isinstance(layer, WatchingLayer):
-                query = torch.randn(1, heads, OBSERVED, dim, dtype=self.loaded.model.dtype)
-                layer.observe(AttentionCall(query, dim**-0.5))
+                layer.observe(AttentionCall(torch.randn(1, heads, OBSERVED, dim, dtype=dtype), dim**-0.5))
+
+        fill(self.cache, self.loaded.info, tokens, dtype, show)
 
     def step(self, token: int) -> Tensor:
         return self._forward(last_logits, torch.tensor([[token]]))[0].float()

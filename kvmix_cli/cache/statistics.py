@@ -59,7 +59,7 @@ class QuerySum:
 
     def narrow(self, start: int, stop: int | None = None) -> None:
         """Keep the columns `[start, stop)`."""
-        self.apply(lambda part: part[..., start:stop])
+        self.apply(lambda part: part[..., start:stop].clone())  # a view would keep those of a whole prompt
 
     def exchange(self, archive: Archive) -> None:
         """Give the sum to an archive, or take it from one."""
@@ -173,7 +173,7 @@ class LastRows:
 
     def narrow(self, start: int, stop: int | None = None) -> None:
         """Keep the columns `[start, stop)`."""
-        self.apply(lambda part: part[..., start:stop])
+        self.apply(lambda part: part[..., start:stop].clone())  # a view would keep those of a whole prompt
 
     def exchange(self, archive: Archive) -> None:
         """Give the rows to an archive, or take them from one."""

@@ -138,6 +138,7 @@ class Store:
         self._changes += 1
         self._tail.truncate(0)
         self._tail.append(tail[:, :, early:])
+        self._segments = None  # they have the whole prompt in full precision
         return early
 
     def finish(self) -> int:

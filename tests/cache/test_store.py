@@ -1,5 +1,7 @@
 """One store: what is packed when, what is copied, and that a rollback leaves no trace."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,3 +198,11 @@ def test_paper_window_collapses_as_in_the_released_code():
         seen = some.append(tokens(1, seed))
         lengths.append(seen.tail.shape[2] - 1)
     assert lengths == [832, 193, 66, 35]
+
+
+def test_a_long_prompt_is_not_kept_in_full_precision_once_it_is_packed():
+    some = store()
+    prompt = weakref.ref(some.add(tokens(500)).tail)
+    assert prompt() is not None
+    some.pack_early()
+    assert prompt() is None

@@ -1,6 +1,7 @@
 """Scores of tokens against their formulas in float64, and what they are given in real models."""
 
 import itertools
+import weakref
 from copy import deepcopy
 
 import numpy as np
@@ -337,3 +338,15 @@ def test_statistics_of_forwards_that_are_taken_back(steps, reduce, count):
     reduced = (lambda rows: rows.sum(2)) if reduce == "sum" else (lambda rows: rows.amax(2))
     torch.testing.assert_close(last.total, reduced(padded[:, :, -count:]))
     torch.testing.assert_close(every.total, reduced(padded))
+
+
+@pytest.mark.parametrize("rows", [QuerySum(), LastRows(16, "sum")], ids=["sum", "last"])
+def test_columns_that_are_forgotten_take_no_memory(rows):
+    whole = np.ones((1, 2, 8, 500), dtype=np.float32)
+    memory = weakref.ref(whole)
+    rows.add(torch.from_numpy(whole))
+    del whole
+    assert memory() is not None
+    rows.narrow(490)
+    assert memory() is None
+    assert rows.total.shape == (1, 2, 10)
