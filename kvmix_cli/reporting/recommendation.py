@@ -14,7 +14,7 @@ from ..export import TARGETS
 from ..plan.sizes import format_bytes
 from ..studies.recommend.cost import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
-from ..studies.recommend.study import MeasuredTask, Recommendation
+from ..studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 from .comparison import ITSELF
 from .dry_run import duration_text
 from .evaluation import format_estimate
@@ -29,6 +29,8 @@ VERDICTS: dict[Outcome, str] = {
 }
 ENGINES = {"vLLM": "vllm", "llama.cpp": "llama.cpp"}
 """Other engines, and the names that `kvmix export` has for them."""
+PLUGIN = ", or use --to vllm-plugin"
+"""End of the reason why an engine cannot express transform codes: here the plugin has a sentence of its own."""
 COLUMNS = ("task", "number", "plan", "unquantized")
 
 
@@ -51,23 +53,27 @@ class EvidenceRow(NamedTuple):
 def answer_text(found: Recommendation) -> str:
     """Return the verdict in one sentence, with the numbers that it rests on."""
     best = found.best
-    contexts = {"context": tokens(found.context), "safe": tokens(best.safe_context or 0)}
     name = f"{best.path.stem} at {best.plan.bits.stored:.3g} stored bits"
     if best.outcome == "not-safe":
         name = f"no plan passes, the nearest is {name}"
     said = "; ".join(_said(each, found) for each in best.judgements)
-    rest = f"; within {contexts['safe']} its KL is" if best.outcome == "not-proven" and best.safe_context else ""
-    return one_line(f"{VERDICTS[best.outcome].format(**contexts)}: {name}: {said}{rest}")
+    is_partly_safe = best.outcome == "not-proven" and best.safe_context
+    rest = f"; within {tokens(best.safe_context or 0)} its KL is" if is_partly_safe else ""
+    return one_line(f"{_verdict(best, found)}: {name}: {said}{rest}")
 
 
 def _said(judgement: Judgement, found: Recommendation) -> str:
     """Return what one judgement says, with its numbers and what they lack."""
     numbers, missing = _numbers(judgement, found), judgement.missing
-    lacking = "more text does not help" if missing is None else f"about {missing} tokens of it are missing (--limit)"
+    unclear = (
+        "probably more than counts as safe, more text does not help"
+        if missing is None
+        else f"too little text to tell, about {missing} tokens of it are missing (--limit)"
+    )
     words = {
         "within": numbers,
         "above": f"{numbers}: more than counts as safe",
-        "unclear": f"{numbers}: too little text to tell, {lacking}",
+        "unclear": f"{numbers}: {unclear}",
         "few documents": f"{numbers}, at {tokens(found.length)}: {FEWEST} documents of {tokens(found.context)} are "
         f"needed, and {missing} tokens are missing (a longer --text, or a larger --limit)",
         "few values": f"{numbers}: {missing} more values are needed (a larger --limit)",
@@ -84,9 +90,17 @@ def _numbers(judgement: Judgement, found: Recommendation) -> str:
         return judgement.metric
     own = format_estimate(judgement.own, "")
     if judgement.metric == "kl":
-        return f"KL {own} nats a token of at most {found.limit:.3g}"
+        return f"KL {own} nats a token of at most {found.limit:.3g}{_later(judgement, found)}"
     against = "" if judgement.reference is None else f" against {format_estimate(judgement.reference, '')}"
     return f"{judgement.metric.replace('_', ' ')} {own}{against}"
+
+
+def _later(judgement: Judgement, found: Recommendation) -> str:
+    """Return the part of the positions whose KL is above the limit where that of all positions is not."""
+    own, part = judgement.own, judgement.part
+    if own is None or part is None or not own.value <= found.limit < part["kl"].value:
+        return ""
+    return f", but {format_estimate(part['kl'], '')} from position {part['start']} to {part['stop'] - 1}"
 
 
 def recommendation_tables(found: Recommendation) -> list[Table]:
@@ -101,9 +115,27 @@ def recommendation_tables(found: Recommendation) -> list[Table]:
     title = f"{best.path.stem} of {one_line(found.model.id)}"
     tables = [Table(title, COLUMNS, rows, "".join(f"{one_line(note)}\n" for note in notes))]
     tables += [table for each in best.measured for table in each.task.details([each.row])]
-    compared = [(f"{bits:.2f}", f"{kl:.3g}") for bits, kl in found.compared.items()]
-    head = ("stored bits", "KL, nats a token")
-    return [*tables, Table("compared on the first documents", head, compared)]
+    return [*tables, _compared(found)]
+
+
+def _compared(found: Recommendation) -> Table:
+    """Return the plans that were compared on the first documents, and what all documents said of some."""
+    verdicts = {each.plan.bits.stored: _verdict(each, found) for each in (*found.others, found.best)}
+    rows = [(f"{bits:.2f}", f"{kl:.3g}", verdicts.get(bits, "-")) for bits, kl in found.compared.items()]
+    head = ("stored bits", "KL on the first documents", "on all documents")
+    return Table(
+        "plans that were compared", head, rows, "".join(f"{_objection(each, found)}\n" for each in found.others)
+    )
+
+
+def _objection(measured: MeasuredPlan, found: Recommendation) -> str:
+    """Return what speaks against a plan that did not pass, with its numbers."""
+    against = "; ".join(_said(each, found) for each in measured.judgements if not each.passed)
+    return one_line(f"{measured.plan.bits.stored:.2f}: {against}")
+
+
+def _verdict(measured: MeasuredPlan, found: Recommendation) -> str:
+    return VERDICTS[measured.outcome].format(context=tokens(found.context), safe=tokens(measured.safe_context or 0))
 
 
 def _title(row: EvidenceRow) -> str:
@@ -140,12 +172,13 @@ def commands(found: Recommendation) -> dict[str, str]:
         try:
             TARGETS[name].export(found.best.plan)
         except ExportError as error:
-            lines[engine] = one_line(str(error).removeprefix(f"{engine} ").removeprefix(f"{name} "))
+            reason = str(error).removeprefix(f"{engine} ").removeprefix(f"{name} ").removesuffix(PLUGIN)
+            lines[engine] = one_line(reason)
         else:
             lines[engine] = shlex.join(["kvmix", "export", path, "--to", name])
     if any(layer.is_coded for layer in found.best.plan.layers.values()):
         measure = shlex.join(["kvmix", "export", path, "--to", "vllm-plugin", "--measure", "--out", "engine.yaml"])
-        lines["vLLM"] += f"; our plugin holds it, but without the window that this proof rests on: `{measure}` first"
+        lines["vLLM"] += f", or with our plugin, which has no window such as this proof rests on: `{measure}` first"
     return lines
 
 

@@ -7,6 +7,7 @@ import pytest
 from evaluating import INFO, uniform
 
 from kvmix_cli.cache.subject import UNQUANTIZED
+from kvmix_cli.evaluation.positions import PositionBucket
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.windows import NoWindow
@@ -45,11 +46,16 @@ def measured(task="perplexity", metrics=("kl", "same_token"), records=(), judgem
     return MeasuredTask(fake, Report(task, 1, "10 documents", (reference, row)), judgement)
 
 
-def found(outcome, *judgements, safe=None, plan=None, tasks=()):
+def trial(plan, outcome, *judgements, safe=None, tasks=()):
+    """A plan that was measured on all documents, with this outcome."""
+    return MeasuredPlan(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
+
+
+def found(outcome, *judgements, safe=None, plan=None, tasks=(), others=(), compared=None):
     """A recommendation at 32K with this outcome."""
-    plan = plan or uniform(2, info=INFO)
-    trial = MeasuredPlan(plan, Path("plans/small.yaml"), tuple(tasks), judgements, outcome, safe)
-    return Recommendation(INFO, 32768, 0.00995, 16384, trial, {2.0: 0.02, 2.5: 0.005}, 2**30, 2**22, 2**20)
+    best = trial(plan or uniform(2, info=INFO), outcome, *judgements, safe=safe, tasks=tasks)
+    compared = compared or {2.0: 0.02, 2.5: 0.005}
+    return Recommendation(INFO, 32768, 0.00995, 16384, best, others, compared, 2**30, 2**22, 2**20)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_evidence_stands_beside_the_unquantized_caches_numbers():
     main, compared = recommendation_tables(some)
     assert main.rows[4][:2] == ("recall", "recall at depth 100%")
     assert "weights 1 GiB, cache 1 MiB at 32K, activations of such a prompt about 4 MiB" in main.footer
-    assert compared.rows == [("2.00", "0.02"), ("2.50", "0.005")]
+    assert compared.rows == [("2.00", "0.02", "-"), ("2.50", "0.005", "-")]
     data = recommendation_json(some)
     assert data["evidence"][3] == {
         "task": "recall",
@@ -136,6 +142,25 @@ def test_evidence_stands_beside_the_unquantized_caches_numbers():
         "evidence",
     }
     assert contract <= data.keys()
+
+
+def test_plans_that_did_not_pass_on_all_documents_say_why():
+    later = PositionBucket(start=4096, stop=5120, tokens=9, kl=Estimate(0.011, 0.0104, 0.012), same_token=KL)
+    above = kl(passed=False, reason="above", own=Estimate(0.007, 0.006, 0.008), part=later)
+    worse, best = uniform(2, info=INFO), uniform(3, info=INFO)
+    compared = {1.0: 0.02, worse.bits.stored: 0.006, best.bits.stored: 0.003}
+    others = (trial(worse, "safe-up-to", above, safe=4096),)
+    some = found("safe", kl(part=later), safe=32768, plan=best, others=others, compared=compared)
+    (table,) = recommendation_tables(some)[-1:]
+    assert [row[1:] for row in table.rows] == [
+        ("0.02", "-"),
+        ("0.006", "safe up to 4K, not at 32K"),
+        ("0.003", "safe at 32K"),
+    ]
+    assert table.footer == (
+        f"{worse.bits.stored:.2f}: KL 0.007 [0.006, 0.008] nats a token of at most 0.00995, but 0.011 [0.0104, 0.012] "
+        "from position 4096 to 5119: more than counts as safe\n"
+    )
 
 
 def test_engines_that_can_express_a_plan_get_a_command_and_others_a_reason():

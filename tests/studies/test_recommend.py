@@ -70,6 +70,7 @@ def test_kl_that_rises_is_safe_up_to_the_part_before():
     row = read(*[[0.002, 0.004, 0.02, 0.004]] * FEWEST)
     judged = judge_divergence(row, 0.01, 4 * PART)
     assert (judged.passed, judged.reach) == (False, 2 * PART), "the mean is within the limit, the third part is not"
+    assert (judged.part["start"], judged.part["kl"].value) == (2 * PART, pytest.approx(0.02))
     assert outcome([judged], 4 * PART) == ("safe-up-to", 2 * PART)
     assert not is_within(row, 0.01)
 
@@ -88,6 +89,13 @@ def test_an_interval_on_both_sides_of_the_limit_proves_nothing_and_says_how_much
     assert judged.missing == pytest.approx((96 - 6) * 2 * PART, rel=0.02)
     assert judge_divergence(read(*documents), 0.006, 2 * PART).missing is None, "its value is above the limit"
     assert outcome([judged], 2048) == ("not-proven", None)
+
+
+def test_more_text_does_not_help_where_a_part_is_above_the_limit_though_the_mean_is_not():
+    judged = judge_divergence(read(*[[0.002, 0.004]] * 3 + [[0.002, 0.014]] * 3), 0.008, 2 * PART)
+    assert (judged.passed, judged.reason, judged.own.value) == (None, "unclear", pytest.approx(0.0055))
+    assert judged.missing is None
+    assert judged.part["kl"].value == pytest.approx(0.009)
 
 
 @pytest.mark.parametrize("count", [1, FEWEST - 1])
@@ -308,6 +316,7 @@ def test_what_another_process_is_at_is_come_back_to(monkeypatch):
 def test_a_plan_that_loses_recall_makes_way_for_the_next_one(monkeypatch):
     found = Scripted(monkeypatch, [0.1, 0.008, 0.004, 0.002], recall={1: 0.3, 2: 0.5}).run()
     assert (found.best.path, found.best.outcome) == (3, "safe")
+    assert [(each.path, each.outcome) for each in found.others] == [(1, "not-safe"), (2, "not-safe")]
 
 
 def test_if_no_plan_passes_the_answer_is_the_one_that_came_nearest(monkeypatch):

@@ -54,6 +54,7 @@ class Judgement(NamedTuple):
         reach: tokens of context within which KL is proven to be within the limit.
         missing: tokens of text, or values to ask for, that a proof lacks, about.
         error: why it was not measured.
+        part: the part of the positions whose KL is the highest.
     """
 
     task: str
@@ -66,6 +67,7 @@ class Judgement(NamedTuple):
     reach: int = 0
     missing: int | None = None
     error: str = ""
+    part: PositionBucket | None = None
 
     @property
     def may_pass(self) -> bool:
@@ -90,14 +92,17 @@ def judge_divergence(row: Row, limit: float, length: int, lacking: int = 0) -> J
         return Judgement(task, metric, None, "nothing read", own, limit=limit)
     buckets, count = by_position(row.records), len(row.records)
     found = reach(row.records, buckets, limit, length)
-    judged = Judgement(task, metric, None, "unclear", own, limit=limit, reach=found if count >= FEWEST else 0)
+    worst = max(buckets, key=lambda bucket: bucket["kl"].value)
+    proven = found if count >= FEWEST else 0
+    judged = Judgement(task, metric, None, "unclear", own, limit=limit, reach=proven, part=worst)
     if own.low > limit or any(bucket["kl"].low > limit for bucket in buckets):
         return judged._replace(passed=False, reason="above")
     if lacking or count < FEWEST:
         return judged._replace(reason="few documents", missing=lacking or (FEWEST - count) * length)
     if found >= length:
         return judged._replace(passed=True, reason="within")
-    return judged._replace(missing=_missing(own, limit, count, length))
+    highest = max(own, worst["kl"], key=lambda estimate: estimate.value)
+    return judged._replace(missing=_missing(highest if highest.value > limit else own, limit, count, length))
 
 
 def reach(records: Sequence[Mapping[str, Any]], buckets: Sequence[PositionBucket], limit: float, length: int) -> int:

@@ -93,6 +93,7 @@ class Recommendation:
         limit: the largest KL that counts as safe, in nats a token.
         length: tokens of the documents that KL was measured on; fewer than `context` if the text has no longer ones.
         best: the plan that is recommended; if none is safe, the one that came nearest to it.
+        others: plans that were measured on all documents, too, and did not pass, ascending in stored bits.
         compared: stored bits of the plans that were compared on a few documents, and their KL in nats a token.
         weights, activations, cache: bytes at the context, of one sequence; the plan's cache.
     """
@@ -102,6 +103,7 @@ class Recommendation:
     limit: float
     length: int
     best: MeasuredPlan
+    others: tuple[MeasuredPlan, ...]
     compared: Mapping[float, float]
     weights: int
     activations: int
@@ -208,13 +210,15 @@ class _Search:
             tested.append(self._prove(plan))
             if tested[-1].outcome == "safe" or not any(each.may_pass for each in tested[-1].judgements):
                 break
-        best = self._at_its_context(min(tested, key=_rank))
+        nearest = min(tested, key=_rank)
+        best = self._at_its_context(nearest)
         return Recommendation(
             model=bench.loaded.info,
             context=bench.context,
             limit=limit,
             length=bench.documents[0],
             best=best,
+            others=tuple(each for each in tested if each is not nearest),
             compared=dict(sorted(self.compared.items())),
             weights=bench.weights,
             activations=bench.activations,
