@@ -13,7 +13,7 @@ A score by KV head (`kvmix profile --granularity head`) says what the heads of a
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from kvmix_kernels.layout import Kind
 
@@ -21,6 +21,7 @@ from ..errors import BudgetError
 from ..plan import LayerPlan, Plan
 from ..plan.layers import HeadGroup
 from ..plan.policies import MOST_TOKENS, TokenShares
+from ..plan.proportions import shared_out
 from ..profile import Profile, TensorScore
 from ..state import profile_command
 from .choices import Choices, TensorChoice, undominated
@@ -126,32 +127,6 @@ def with_whole_heads(plan: Plan, profile: Profile, score: str, share: float) -> 
     whole = TokenShares(evict=0.0)
     own = {slot: whole if slot in set(best) else plan.layers[slot[0]].tokens for slot in worth}
     return _with_tokens(plan, own, f"whole:{share:g}")
-
-
-def shared_out(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Return whole numbers that add up to `total`, or to all of `most`, in proportion to weights, each at most `most`.
-
-    The largest remainders are rounded up. What a number cannot take goes to the others.
-    """
-    found = dict[int, int]()
-    while True:
-        rest = [place for place in range(len(weights)) if place not in found]
-        shares = _in_proportion(total - sum(found.values()), [weights[place] for place in rest])
-        full = [place for place, share in zip(rest, shares, strict=True) if share >= most[place]]
-        if not full:
-            found |= dict(zip(rest, shares, strict=True))
-            return [found[place] for place in range(len(weights))]
-        found |= {place: most[place] for place in full}
-
-
-def _in_proportion(total: int, weights: Sequence[float]) -> list[int]:
-    whole = sum(weights)
-    exact = [total * weight / whole if whole else total / len(weights) for weight in weights]
-    floors = [int(number) for number in exact]
-    order = sorted(range(len(exact)), key=lambda place: (floors[place] - exact[place], place))
-    for place in order[: total - sum(floors)]:
-        floors[place] += 1
-    return floors
 
 
 def _with_tokens(plan: Plan, tokens: Mapping[tuple[int, int], TokenShares | None], how: str) -> Plan:

@@ -20,6 +20,7 @@ from ..plan.moments import Rope
 from ..plan.policies import TokenPolicy
 from ..plan.sizes import budget_unit
 from .archive import Archive
+from .layer_shares import LayerShares
 from .merging import Merge
 from .observation import AttentionCall
 from .packing import PolicyFunctions
@@ -54,6 +55,8 @@ class ComposedLayer(WatchingLayer):
     _told: Tensor | None = None
     rope: Rope | None = None
     """Rotary positions, if the score of tokens reads keys before RoPE."""
+    shares: LayerShares | None = None
+    """What this layer keeps beside the others, if their shares follow the prompt."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make stores, transforms and policies. Raises PlanError."""
@@ -63,6 +66,8 @@ class ComposedLayer(WatchingLayer):
         self._values = build(transforms, "value", self.index, value_states.shape[-1], device, dtype)
         self._tokens = None if policy is None else self._token_choice(policy)
         self._channels = None if channels is None else CHANNEL_SCORES[channels.score]()
+        if isinstance(self._tokens, TokenTiers):
+            self._tokens.shares = self.shares
         self._queries = QuerySum()
         super().lazy_initialization(key_states, value_states)
 
@@ -170,6 +175,8 @@ class ComposedLayer(WatchingLayer):
         self._learn_channels(call, keys.shape[1], self.query)
         if isinstance(self._tokens, TokenTiers):
             self._tokens.see(call, keys.shape[1])
+        if self.shares is not None:
+            self.shares.see(self.index, call, keys, lambda: None)
         self._held = PromptScores.empty(keys, self.settings.sink)
 
     @property
@@ -187,6 +194,8 @@ class ComposedLayer(WatchingLayer):
         """Forget everything."""
         super().reset()
         self._tokens = self._held = self._told = None
+        if self.shares is not None:
+            self.shares.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. What a long prompt has chosen stays chosen."""
@@ -207,11 +216,14 @@ class ComposedLayer(WatchingLayer):
         self._queries.exchange(archive.part("queries", examples[0]))
         if self._tokens is not None:
             self._tokens.exchange(archive.part("tiers", examples[0]), self.stores[0].packed_tokens)
+        if self.shares is not None:
+            self.shares.exchange(archive, self.index)
 
     @property
     def _needs_queries(self) -> bool:
         learning = (self._tokens, self._channels)
-        return self._keys.needs_queries or any(each is not None and each.needs_queries for each in learning)
+        needed = any(each is not None and each.needs_queries for each in learning)
+        return self._keys.needs_queries or self.shares is not None or needed
 
     @property
     def _extra_bytes(self) -> int:
@@ -301,6 +313,11 @@ class ComposedLayer(WatchingLayer):
             self._told = None if told is None or told.shape[1] <= count else told[:, count:]
         return segments
 
+    def _pack_early(self) -> None:
+        """Pack a long prompt, see `MixedLayer._pack_early`; not before layers that share with this one have seen it."""
+        if self.shares is None or self.shares.are_decided:
+            super()._pack_early()
+
     def _in_step(self, pack: Callable[[Store], int]) -> tuple[int, int]:
         """Let keys and values pack, and forget the statistics of the tokens that have left the tail."""
         counts = super()._in_step(pack)
@@ -315,6 +332,8 @@ class ComposedLayer(WatchingLayer):
             self._tokens.see(call, keys.shape[1])
         if self._tokens is not None:
             self._tokens.learn(call, keys, self.get_seq_length(), self.stores[0])
+        if self.shares is not None:
+            self.shares.see(self.index, call, keys, self._pack_early)
 
     def _learn_channels(self, call: AttentionCall, kv_heads: int, transformed: Callable[[Tensor], Tensor]) -> None:
         if self._channels is not None and self._channels.needs_queries:

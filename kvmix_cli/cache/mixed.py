@@ -24,6 +24,7 @@ from .composed import ComposedLayer, is_composed
 from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
+from .layer_shares import LayerShares
 from .policies import token_score
 from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
@@ -136,14 +137,15 @@ class MixedCache(CountingCache):
             kinds = ", ".join(f"{layer} ({stock[layer]})" for layer in wrong)
             raise PlanError(f"the plan quantizes layers that have no full attention: {kinds}; leave them out")
         check_bases(plan)
-        ropes = _rotations(plan, config)
+        ropes, shares = _rotations(plan, config), LayerShares.of_plan(plan)
         for index, layer in plan.layers.items():
             parts = []
             for heads, part in layer.parts(plan.model.heads(index).kv_heads):
                 own = part.settings(plan.cache)
                 made = layer_beside(layers[index], _kind(part, own), index, part, own, reserve or 0)
-                if ropes is not None and isinstance(made, ComposedLayer):
-                    made.rope = ropes[index]
+                if isinstance(made, ComposedLayer):
+                    made.rope = None if ropes is None else ropes[index]
+                    made.shares = None if own.tokens is None else shares
                 parts.append((heads, made))
             if len(parts) > 1:
                 _check_groups(index, layers[index], plan)

@@ -238,6 +238,20 @@ def weight_rows(
     return WeightRows(total, counts, is_sum=True)
 
 
+def head_weights(call: AttentionCall, keys: Tensor, sample: QuerySample) -> tuple[Tensor, Tensor]:
+    """Return the weights `[B, H, R, n]` of a sample of a prompt's queries, and which tokens they see, `[B, 1, R, n]`.
+
+    Args:
+        keys: `[B, H_kv, n, D]` of all tokens.
+        sample: queries that are looked at.
+    """
+    rows = torch.tensor(sample.of(call.query.shape[2])[0], device=keys.device)
+    weights, visible = _tile(call, keys, keys.shape[2], rows, True, 0)
+    if visible is None:
+        raise AssertionError("what is seen has been counted")
+    return weights.flatten(1, 2), visible
+
+
 def _one_row(weights: Tensor, factors: Tensor, reduce: Reduction) -> Tensor:
     """Return weights `[B, H_kv, G, R, n]` as one row `[B, H_kv, 1, n]`; a sum is weighted."""
     if reduce == "max":

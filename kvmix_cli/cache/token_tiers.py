@@ -16,6 +16,7 @@ from ..plan.policies import TokenPolicy
 from .archive import Archive
 from .buffer import Buffer, lasting
 from .labels import ImageLabels
+from .layer_shares import LayerShares
 from .merging import MERGES, LeavingTokens, Merge
 from .observation import AttentionCall, QuerySample, TailAttention
 from .packing.pooled import heads_of_pages
@@ -179,11 +180,13 @@ class TokenTiers(TokenChoice):
         rope: its rotary positions, if the score reads keys before RoPE.
 
     Attributes:
+        shares: of the layers together, if these follow the prompt.
         heads: `[B, 1, N]` int16, the KV head of each page that is held, if heads keep different numbers of tokens.
     """
 
     _latest: Tensor | None = None
     _merge: Merge | None = None
+    shares: LayerShares | None = None
 
     def __init__(self, policy: TokenPolicy, page: int = 1, layer: int = 0, rope: Rope | None = None) -> None:
         super().__init__(policy, layer, rope)
@@ -240,19 +243,19 @@ class TokenTiers(TokenChoice):
             start: place of the first.
         """
         batch, heads, count, _ = keys.shape
-        *counts, evicted = self.policy.counts(count)
+        *counts, evicted = self._counts(count)
         self._merge = None
         if not self.is_sorting:
             own = torch.tensor(len(counts) - 1, dtype=torch.uint8, device=keys.device)
             self._latest = own.expand(batch, heads, count)
         else:
-            kept = count - evicted if evicted else count - counts[-1]
+            kept = count - evicted if self.policy.evict else count - counts[-1]
             candidates = self._candidates(keys, values, start, kept)
             ranking = self.score.ranking(candidates, self.policy.granularity)
             order = self._with_images(ranking, start).argsort(dim=-1, descending=True, stable=True)
             in_order = self._in_order(ranking, [*counts, evicted])
             self._latest = torch.empty_like(order, dtype=torch.uint8).scatter_(-1, order, in_order)
-            if self._merging is not None:
+            if self._merging is not None and evicted:
                 are_tokens = self._merging.are_tokens(candidates.places)
                 stays = self._latest != EVICTED
                 leaving = LeavingTokens(keys, stays, evicted, are_tokens, candidates.attention)
@@ -306,6 +309,13 @@ class TokenTiers(TokenChoice):
     @property
     def _own_bytes(self) -> int:
         return self.heads.nbytes + sum(part.nbytes for part in (self._merging, self._labels) if part is not None)
+
+    def _counts(self, count: int) -> tuple[int, ...]:
+        """Return how many of `count` tokens are in each tier, at the layer's own bits, and evicted."""
+        if self.shares is None or not self.is_sorting:
+            return self.policy.counts(count)
+        first = self.shares.pages(self._layer, count) * self._page
+        return (first, count - first) if self.policy.evict else (first, count - first, 0)
 
     def _in_order(self, ranking: Tensor, counts: list[int]) -> Tensor:
         """Return the tier of each place in the order of a ranking `[B, H_kv, n]`, given each tier's tokens."""

@@ -52,6 +52,8 @@ T = TypeVar("T")
 Several = Annotated[tuple[T, ...], BeforeValidator(as_tuple), Field(max_length=MOST_ENTRIES)]
 """A list of a file as a tuple."""
 Share = Annotated[float, Field(ge=0, lt=1)]
+LayerMeasure = Literal["variance", "sparsity", "mass"]
+"""A number that a prompt's attention has in each layer."""
 
 
 class PolicySetting(StrictModel):
@@ -191,6 +193,8 @@ class TokenPolicy(PolicySetting):
         evict: share of the least important tokens, which are dropped.
         sure: part of the mean that every KV head of a layer keeps whatever its scores; the rest of what the layer keeps
             goes to the heads that have the best tokens, in whole pages. None: all heads keep equally many.
+        by_layer: measure of a prompt's attention by which layers share out what they keep together, or have in their
+            tier, a name of `cache/policies/layers.py`; None: what the plan says of each layer.
         merge: rule by which tokens that are dropped go into tokens that stay, a name of `cache/merging`; None for none.
         weigh: a token at the layer's own bits counts for those that are dropped, too, in the softmax of attention.
         images: tokens of an image come before, or after, all others in the order, whatever their scores; None for
@@ -206,6 +210,7 @@ class TokenPolicy(PolicySetting):
     tiers: Several[Tier] = ()
     evict: float = Field(default=0.0, ge=0, lt=1)
     sure: float | None = Field(default=None, ge=0, le=1)
+    by_layer: LayerMeasure | None = None
     merge: str | None = None
     weigh: bool = False
     images: Literal["first", "last"] | None = None
@@ -237,6 +242,15 @@ class TokenPolicy(PolicySetting):
             raise ValueError(
                 f"KV heads that keep different numbers of tokens (sure) have no {' and no '.join(others)}; "
                 "leave one of both out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_among_layers(self) -> TokenPolicy:
+        if self.by_layer is not None and (self.weigh or len(self.tiers) + bool(self.evict) != 1):
+            raise ValueError(
+                f"by_layer: {self.by_layer} shares out one number among layers: evict, or a single tier, without keep "
+                "and weigh"
             )
         return self
 

@@ -129,6 +129,8 @@ def _tokens(policy: TokenPolicy) -> str:
             parts.append(f"KV heads alike in {100 * policy.sure:.4g} % of that and by the prompt in the rest")
         if policy.weigh:
             parts.append(f"each of these counted as {math.exp(policy.log_weight):.4g}")
+        if policy.by_layer is not None:
+            parts.append(f"layers share as the {policy.by_layer} of the prompt's attention has it")
     of_prompt = ", of the prompt only" if policy.when == "prompt" else ""
     images = f", images {policy.images}" if policy.images else ""
     return f"by {policy.score}{images}: {', '.join(parts)}{of_prompt}; {policy.flush} at a time"

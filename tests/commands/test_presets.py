@@ -95,7 +95,7 @@ class TestEval:
         ("options", "said"),
         [
             (("--preset", "mikw"), "unknown preset 'mikw' (did you mean 'mikv'?)"),
-            (("--preset", "qqq"), "known are asymkv, balancekv, block-gtq, bumblebee, cam, chunkkv, cocktail,"),
+            (("--preset", "qqq"), "known are adakv, asymkv, balancekv, block-gtq, bumblebee, cam, chunkkv, cocktail,"),
             (("--preset", "mikv+qqq"), "unknown preset 'qqq'"),
             (("--preset", "mikv+"), "unknown preset ''"),
             (("--preset", "mikv+h2o"), "preset 'h2o' cannot be put on 'mikv': both sort tokens"),

@@ -28,6 +28,7 @@ from kvmix_cli.plan.settings import CacheSettings
 from kvmix_cli.plan.windows import Recent
 
 NAMES = (
+    "adakv",
     "asymkv",
     "balancekv",
     "block-gtq",
@@ -51,6 +52,7 @@ NAMES = (
     "kvmix-paper",
     "kvquant",
     "kvzip",
+    "kvzip-heads",
     "leverage",
     "look-m",
     "mikv",
@@ -136,7 +138,7 @@ def test_the_paper_without_a_profile_costs_what_it_does_with_one():
     [
         ("mikw", r"\(did you mean 'mikv'\?\)"),
         ("papr", r"\(did you mean 'paper'\?\)"),
-        ("xyz", "known are asymkv, balancekv, .* and kvtuner:FILE"),
+        ("xyz", "known are adakv, asymkv, .* and kvtuner:FILE"),
     ],
 )
 def test_an_unknown_preset(name, hint):

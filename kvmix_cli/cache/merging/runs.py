@@ -17,7 +17,8 @@ class RunMerging(Merging):
 
     A run are neighbouring tokens, each of a cosine over 0.75 with the next one. Weights are those of a Gaussian kernel,
     `exp(-d_i^2 / 2 s^2)`, with the distance `d_i` of the keys (0 of the token itself) and `s` the mean distance of
-    those that join it over the square root of 2; values have the weights of their keys (section 4). Differs: what stays
+    those that join it over the square root of 2; values have the weights of their keys (section 4; no code of the
+    authors is there to compare the constants with). Differs: what stays
     is decided by the score of tokens, several of a run perhaps, where the paper keeps one of each run and all tokens
     that are in none; a run in which nothing stays is dropped.
     """

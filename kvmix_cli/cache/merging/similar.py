@@ -21,7 +21,8 @@ class SimilarMerging(Merging):
     With cosines `u_i` of the dropped keys, the threshold is `t = mean u_i` at first and `t <- (t + mean u_i) / 2`
     whenever tokens are dropped (section 3.3, both factors 1/2 as in its code). Those with `u_i >= t` are merged, keys
     and values alike: `k <- (e k + sum exp(u_i) k_i) / (e + sum exp(u_i))`. Differs: each KV head has a threshold of
-    its own, and a threshold moves once a flush, not once a token.
+    its own, and a threshold moves once a flush, not once a token. The released code is not the paper's rule: its
+    weights are `u_i` beside 1 of the token that stays, over their number, and heads are compared in their mean.
     """
 
     of_head = 1
@@ -72,7 +73,8 @@ class SimilarMerging(Merging):
 class AveragedMerging(Merging):
     """Each dropped token joins the one with the most similar key, in a plain mean (LOOK-M, arXiv 2406.18139).
 
-    `k <- (k + sum k_i) / (1 + m)` over the `m` that join it, and values alike: its averaged merging (section 3.3).
+    `k <- (k + sum k_i) / (1 + m)` over the `m` that join it, and values alike: its averaged merging (section 3.3, and
+    one of three in the released code, whose pivotal merging first takes the mean of each `k_i` and `k`).
     """
 
     def merge(self, leaving: LeavingTokens) -> Merge:

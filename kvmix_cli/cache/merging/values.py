@@ -14,7 +14,8 @@ class ValueMerging(Merging):
     """Values of dropped tokens are spread over the next 32 that stay; keys are not merged (CaM, ICML 2024).
 
     `v_j <- v_j + p_i v_i / m` for the `m` next tokens that stay, `p_i = min(1, a_i / mean_j a_j)` by the attention `a`
-    that tokens have received (section 3.2). Differs: what is expected is added, where the paper draws it with `p_i`.
+    that tokens have received (section 3.2; 32 as in the released code). Differs: what is expected is added, where the
+    paper draws it with `p_i`, and its code adds it where `p_i` is 1; there the mean is over all tokens that stay.
     """
 
     weighs = True
