@@ -369,3 +369,22 @@ def test_help_ends_with_two_examples_that_the_command_takes(kvmix, name):
 
 def test_completion_can_be_installed(kvmix):
     assert "--install-completion" in kvmix("--help").out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("allocate", "--avg-bits", 3, "--out"),
+        ("allocate", "--avg-bits", 3, "--profile"),
+        ("run", "--prompt", "x", "--plan"),
+        ("inspect",),
+        ("export", "--to", "vllm"),
+        ("list", "plans", "--profiles-dir"),
+        ("report",),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line_and_no_bug(kvmix, profiled, args):
+    ran = kvmix(*args, "y" * 300 + ".yaml", "--json")
+    assert ran.code == 1
+    assert "bug" not in ran.err
+    assert "File name too long" in ran.json["error"]["message"]
