@@ -72,9 +72,10 @@ class Commands(TyperGroup):
         """Keep the command line, which begins files that a command writes; with `--json` a wrong one is one object."""
         try:
             return self._parse(ctx, args)
-        except _ClickException as error:
-            usage_error: Any = error
-            console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
+        except Exception as error:
+            if isinstance(error, _ClickException):
+                usage_error: Any = error
+                console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
             raise
 
     def _parse(self, ctx: Any, args: list[str]) -> list[str]:

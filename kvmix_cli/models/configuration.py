@@ -80,9 +80,9 @@ class Checkpoint:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **file}
 
 
-def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
+def load_info(model_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
     """Return the layers and heads of a model, from its configuration alone. Raises ModelError."""
-    checkpoint, config = find_config(model_id, revision, trust_remote_code)
+    checkpoint, config = find_config(str(model_id), revision, trust_remote_code)
     return model_info(config, checkpoint.id, checkpoint.revision)
 
 

@@ -96,11 +96,11 @@ class LoadedModel:
 
 
 def load_model(
-    model_id: str,
+    model_id: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "kvmix",
@@ -111,7 +111,8 @@ def load_model(
 
     Args:
         model_id: hub id, local folder or `builtin:tiny`.
-        dtype: `auto` (the checkpoint's; float32 for a builtin model on the CPU), float32, bfloat16 or float16.
+        dtype: `auto` (the checkpoint's; float32 for a builtin model on the CPU), float32, bfloat16 or float16,
+            by its name or as torch has it.
         device: `auto` (CUDA if there is any), `map` (spread over all devices by accelerate), or a torch device.
         trust_remote_code: run code that comes with the model.
         allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
@@ -124,8 +125,8 @@ def load_model(
     """
     look_again()  # from here on tensors are made, which must not outlast their use
     ranks = current().sharded() if tensor_parallel else current()
-    device, wanted = find_device(device, ranks), find_dtype(dtype)
-    checkpoint, config = find_config(model_id, revision, trust_remote_code)
+    device, wanted = find_device(str(device), ranks), find_dtype(dtype)
+    checkpoint, config = find_config(str(model_id), revision, trust_remote_code)
     info = model_info(config, checkpoint.id, checkpoint.revision)
     if tensor_parallel:
         check_shares(info, ranks)

@@ -437,6 +437,14 @@ def test_short_names_of_dtypes(name, dtype):
     assert load_model("builtin:tiny", dtype=name).dtype == dtype
 
 
+def test_a_path_a_dtype_and_a_device_may_be_those_of_python_and_torch(folder):
+    loaded = load_model(Path(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert loaded.dtype == "bfloat16"
+    assert loaded.info == load_model(str(folder)).info == load_info(Path(folder))
+    with pytest.raises(ModelError, match="unknown dtype 'int8'"):
+        load_model(Path(folder), dtype=torch.int8)
+
+
 def test_an_unknown_dtype():
     assert failure("builtin:tiny", dtype="float23") == (
         "unknown dtype 'float23' (did you mean 'float32'?): use auto, float32, bfloat16, float16"
