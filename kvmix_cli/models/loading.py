@@ -36,6 +36,10 @@ __all__ = ["LoadedModel", "load_info", "load_model"]
 _TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
 """Packages that read older tokenizer formats, and the module of each."""
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_WORDS = "The answer is 1."
+"""A text that a tokenizer is tried with: any vocabulary has some token for it."""
+
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 """Environment variable of transformers."""
 
@@ -165,14 +169,23 @@ def load_model(
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
+            ids = tokenizer(_WORDS, add_special_tokens=False).input_ids
     except UNREADABLE as error:
+        if any((Path(checkpoint.source) / name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{checkpoint.id} has a tokenizer that cannot be used ({first_sentence(error)}): get "
+                f"{' and '.join(_TOKENIZER_FILES)} again"
+            ) from error
         lacking = [name for name, module in _TOKENIZER_PACKAGES.items() if not _is_installed(module)]
         older = f", or for an older format `pip install {' '.join(lacking)}`" if lacking else ""
         reason = "" if lacking else f" ({first_sentence(error)})"
         raise ModelError(
             f"{checkpoint.id} has no tokenizer that can be loaded{reason}: it needs tokenizer.json{older}"
         ) from error
+    if not ids:  # transformers makes an empty one where the files of a vocabulary are missing
+        raise ModelError(f"{checkpoint.id} has a tokenizer without a vocabulary: it needs tokenizer.json")
+    return tokenizer
 
 
 def _load_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
