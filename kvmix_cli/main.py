@@ -72,6 +72,9 @@ class Commands(TyperGroup):
         """Keep the command line, which begins files that a command writes; with `--json` a wrong one is one object."""
         try:
             return self._parse(ctx, args)
+        except KeyboardInterrupt:
+            console.stop("interrupted", args[0] if args else None)
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if isinstance(error, _ClickException):
                 usage_error: Any = error
@@ -237,8 +240,12 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
-    with put_off(), nullcontext() if current().leads else console.muted():
-        app(prog_name="kvmix")
+    try:
+        with put_off(), nullcontext() if current().leads else console.muted():
+            app(prog_name="kvmix")
+    except KeyboardInterrupt:  # before Typer has made its commands, or after one has ended
+        console.stop("interrupted", None)
+        sys.exit(INTERRUPTED)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -146,8 +146,8 @@ def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
     if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
         raise ModelError(
-            f"{checkpoint.id} has a configuration inside its config.json that models of type {config.model_type} do not "
-            "have: correct that file"
+            f"{checkpoint.id} has a configuration inside its config.json that models of type {config.model_type} do "
+            "not have: correct that file"
         )
     check_decoder(config, checkpoint.id)
     # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.

@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from made_up import falling
 from typer.main import get_command
 
-from kvmix_cli import __version__, allocation, errors
+from kvmix_cli import __version__, allocation, errors, main
 from kvmix_cli.main import app
 
 COMMANDS = [
@@ -341,6 +342,20 @@ def test_termination_is_an_interrupt(tmp_path):
     process.terminate()
     assert process.wait() == 130
     assert said.read_text() == "kvmix: interrupted; continue with `kvmix profile builtin:tiny --samples 200 --resume`\n"
+
+
+@pytest.mark.parametrize("place", ["kvmix_cli.main.with_settings", "typer.main.get_command"])
+def test_an_interrupt_before_a_command_begins_is_one_line(monkeypatch, capsys, place):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr(sys, "argv", ["kvmix", "list", "plans"])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "kvmix: interrupted\n")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell's >&-")
