@@ -13,6 +13,8 @@ from typing import BinaryIO
 from .errors import OutputError
 
 UNCHANGED = "; no file was changed"
+STREAMS = (Path("/dev"), Path("/dev/fd"))
+"""Folders whose links, such as /dev/stdout, stand for streams."""
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -28,6 +30,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
 def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Path:
     """Write a file of one part after the other, whole or not at all, with its folders. Raises OutputError."""
     try:
+        _require_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as (file, name):
             for part in parts:
@@ -58,12 +61,27 @@ def check_writable(path: Path) -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _require_file(path)
         with _temporary(folder / path.name):
             pass
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _require_file(path: Path) -> None:
+    """Raise OutputError for a device or pipe, which a rename would replace for everybody, and OSError for a folder.
+
+    A user who may write to /dev, as in a container, would lose /dev/null.
+    """
+    if path == Path("-"):
+        raise OutputError(f"cannot write to standard output here: name a file, or ./- for one of that name{UNCHANGED}")
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    is_special = path.exists() and not path.is_file()
+    if is_special or (path.is_symlink() and path.parent.resolve() in [each.resolve() for each in STREAMS]):
+        raise OutputError(f"cannot write {path}: it is a device or a pipe; name a file{UNCHANGED}")
 
 
 @contextmanager

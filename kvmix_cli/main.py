@@ -8,6 +8,7 @@ are checked.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import logging
@@ -51,6 +52,10 @@ from .ranks import current
 RESUMABLE = ("profile", "eval", "demo")
 SCHEMA = "kvmix-json/1"
 """Name of the keys of `--json`, which keep their meaning; new ones may be added."""
+OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS, errno.EIO)
+"""Errors of the system that are about a path that a user named, wherever it is that they come up."""
+MAX_SHOWN = 200
+"""Characters of a path that an error shows."""
 INTERRUPTED = 130
 FAILED = 1
 NO_MEMORY = (
@@ -69,9 +74,13 @@ class Commands(TyperGroup):
         """Keep the command line, which begins files that a command writes; with `--json` a wrong one is one object."""
         try:
             return self._parse(ctx, args)
-        except _ClickException as error:
-            usage_error: Any = error
-            console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
+        except KeyboardInterrupt:
+            console.stop("interrupted", args[0] if args else None)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if isinstance(error, _ClickException):
+                usage_error: Any = error
+                console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
             raise
 
     def _parse(self, ctx: Any, args: list[str]) -> list[str]:
@@ -86,7 +95,7 @@ class Commands(TyperGroup):
                 console.fail(error, args[0])
                 raise typer.Exit(FAILED) from error
             console.mode.json = "--json" in args
-            _refuse_empty(ctx, args)
+            _refuse_empty(type(ctx)(command, info_name=args[0], parent=ctx), args)
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
@@ -233,8 +242,12 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
     signal.signal(signal.SIGTERM, _terminate)
     _open_streams()
-    with put_off(), nullcontext() if current().leads else console.muted():
-        app(prog_name="kvmix")
+    try:
+        with put_off(), nullcontext() if current().leads else console.muted():
+            app(prog_name="kvmix")
+    except KeyboardInterrupt:  # before Typer has made its commands, or after one has ended
+        console.stop("interrupted", None)
+        sys.exit(INTERRUPTED)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -271,7 +284,13 @@ def _alone(code: int) -> Iterator[None]:
 
 def _report(error: Exception, command: str | None) -> None:
     """Report an exception that is not ours: no memory is left, a file of the user's raised it, or there is a bug."""
-    if is_out_of_memory(error):
+    if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        place = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+        unusable = KvmixError(f"cannot use {place}: {error.strerror}; name another file or folder")
+        unusable.__cause__ = error
+        console.fail(unusable, command)
+    elif is_out_of_memory(error):
         shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
         shortage.__cause__ = error  # for --traceback
         console.fail(shortage, command)

@@ -229,6 +229,11 @@ def _head(path: Path) -> str:
         return ""
 
 
+def is_headed(path: Path, *formats: str) -> bool:
+    """Return whether a file is, or was meant to be, of one of these formats: it says so, whatever else is in it."""
+    return any(re.search(rf"^format: {re.escape(each)}$", _head(path), re.MULTILINE) for each in formats)
+
+
 def _owner(path: Path) -> Path:
     return path.parent.parent if path.parent.name == PLANS else path.parent
 

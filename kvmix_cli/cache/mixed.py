@@ -117,12 +117,14 @@ class MixedCache(CountingCache):
         self.plan = plan
 
     @classmethod
-    def from_plan(cls, plan: Plan, config: PreTrainedConfig, reserve: int | None = None) -> MixedCache:
+    def from_plan(
+        cls, plan: Plan, config: PreTrainedConfig | PreTrainedModel, reserve: int | None = None
+    ) -> MixedCache:
         """Return an empty cache.
 
         Args:
             plan: bits of every layer, and settings of the cache.
-            config: of the model that will use it.
+            config: of the model that will use it, or the model.
             reserve: tokens it will hold in all, if known: storage is then allocated once.
 
         Raises:
@@ -130,6 +132,7 @@ class MixedCache(CountingCache):
                 tokens is unknown.
             PolicyError: if the score reads keys before RoPE, and the model's rotary positions are not known.
         """
+        config = config.config if isinstance(config, PreTrainedModel) else config
         stock, layers = stock_layers(config), unquantized_cache(config).layers
         if len(layers) != plan.model.layers:
             raise PlanError(f"the plan has {plan.model.layers} layers and the model {len(layers)}")

@@ -229,12 +229,17 @@ def _plans_folder(profile: Path, named: Path | None, source: Profile) -> Path:
 
 def _save(plan: Plan, path: Path, command: str) -> Path:
     """Write a plan, and say so if another plan was there. Raises OutputError."""
-    from ..errors import DocumentError
+    from ..errors import DocumentError, OutputError
+    from ..files import check_writable
     from ..plan import Plan
+    from ..plan.plan import FORMAT
 
+    check_writable(path)
     try:
         is_other = path.is_file() and Plan.load(path).sha256 != plan.sha256
-    except DocumentError:
+    except DocumentError as error:
+        if not state.is_headed(path, FORMAT):
+            raise OutputError(f"{path} is there and is no plan: remove it, or name another file with --out") from error
         is_other = True
     plan.save(path, command)
     if is_other:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
+from ..errors import OutputError
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse
 from .values import count_option
 
@@ -71,14 +72,19 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
     from ..export.plugin import with_measured_loss
     from ..files import check_writable, write_text
     from ..plan import Plan
+    from ..plan.plan import FORMAT as PLAN_FORMAT
+    from ..profile import FORMAT as PROFILE_FORMAT
     from ..studies.directions import keep_basis
 
     target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
     found = Plan.load(path)
     made = target.export(found, what.format)
-    if what.out is not None:
-        check_writable(what.out)
+    out = None if what.out == Path("-") else what.out
+    if out is not None:
+        check_writable(out)
+        if state.is_headed(out, PLAN_FORMAT, PROFILE_FORMAT) and (out.samefile(path) or not made.in_blocks):
+            raise OutputError(f"{out} is a plan or profile of kvmix, which the export would replace: name another file")
     for line in made.rounded:
         console.notice(f"rounded: {line}")
     for line in made.losses:
@@ -94,13 +100,13 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
         if made.in_blocks:
             made = with_measured_loss(made, cost.text, cost.tokens, there, here)
     console.notice(f"caution: {target.caution}")
-    if what.out is None:
+    if out is None:
         console.text(made.text)
     else:
-        write_text(what.out, made.text)
-        if made.in_blocks:
-            keep_basis(made.plan, what.out.parent)
-        console.notice(f"wrote {what.out}")
+        if made.in_blocks:  # first, so that no plan is written without its basis
+            keep_basis(made.plan, out.parent)
+        write_text(out, made.text)
+        console.notice(f"wrote {out}")
     console.emit_json(
         {
             "command": "export",
@@ -108,7 +114,7 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
             "plan": path,
             "to": what.to,
             "text": made.text,
-            "out": what.out,
+            "out": out,
             "caution": target.caution,
             "rounded": made.rounded,
             "not_held": list(made.losses),

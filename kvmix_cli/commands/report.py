@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
+from ..errors import OutputError
 from . import options
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ def report(
     collection = with_names(collect(places), places)
     check_metric(collection, metric)
     page = html or _home(places[0]) / PAGE
-    for path in (page, markdown, csv):
-        if path is not None:
-            check_writable(path)
+    outputs = [path for path in (page, markdown, csv) if path is not None]
+    for path in outputs:
+        check_writable(path)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise OutputError(f"two outputs would be {page if html else outputs[-1]}: give each of them a name of its own")
     command = ctx.meta[options.COMMAND_LINE]
     _show(collection, metric)
     files = {page: make_page(collection, metric, command)}

@@ -80,9 +80,9 @@ class Checkpoint:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **file}
 
 
-def load_info(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
+def load_info(model_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
     """Return the layers and heads of a model, from its configuration alone. Raises ModelError."""
-    checkpoint, config = find_config(model_id, revision, trust_remote_code)
+    checkpoint, config = find_config(str(model_id), revision, trust_remote_code)
     return model_info(config, checkpoint.id, checkpoint.revision)
 
 
@@ -144,6 +144,11 @@ def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     config = without_speech(config)
     if find_loader(config) is None:
         raise ModelError(f"{checkpoint.id} is no causal language model, but of type {config.model_type}")
+    if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+        raise ModelError(
+            f"{checkpoint.id} has a configuration inside its config.json that models of type {config.model_type} do "
+            "not have: correct that file"
+        )
     check_decoder(config, checkpoint.id)
     # A checkpoint may ask for an attention that is not installed, or is a kernel to be fetched from the hub.
     config._attn_implementation = None

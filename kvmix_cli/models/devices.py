@@ -41,8 +41,9 @@ def find_device(name: str, ranks: Ranks = ALONE) -> str:
     return name
 
 
-def find_dtype(name: str) -> torch.dtype | str:
-    """Return a dtype by its name, `auto` (the checkpoint's) as it is. Raises ModelError for an unknown name."""
+def find_dtype(name: str | torch.dtype) -> torch.dtype | str:
+    """Return a dtype by its name, `auto` (the checkpoint's) as it is. Raises ModelError for one that no model is in."""
+    name = str(name).removeprefix("torch.")
     name = ALIASES.get(name, name)
     if name == "auto":
         return name

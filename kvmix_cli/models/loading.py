@@ -36,6 +36,10 @@ __all__ = ["LoadedModel", "load_info", "load_model"]
 _TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
 """Packages that read older tokenizer formats, and the module of each."""
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_WORDS = "The answer is 1."
+"""A text that a tokenizer is tried with: any vocabulary has some token for it."""
+
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 """Environment variable of transformers."""
 
@@ -96,11 +100,11 @@ class LoadedModel:
 
 
 def load_model(
-    model_id: str,
+    model_id: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "kvmix",
@@ -111,7 +115,8 @@ def load_model(
 
     Args:
         model_id: hub id, local folder or `builtin:tiny`.
-        dtype: `auto` (the checkpoint's; float32 for a builtin model on the CPU), float32, bfloat16 or float16.
+        dtype: `auto` (the checkpoint's; float32 for a builtin model on the CPU), float32, bfloat16 or float16,
+            by its name or as torch has it.
         device: `auto` (CUDA if there is any), `map` (spread over all devices by accelerate), or a torch device.
         trust_remote_code: run code that comes with the model.
         allow_pickle: take pickled weights (`*.bin`) where there are no safetensors.
@@ -124,8 +129,8 @@ def load_model(
     """
     look_again()  # from here on tensors are made, which must not outlast their use
     ranks = current().sharded() if tensor_parallel else current()
-    device, wanted = find_device(device, ranks), find_dtype(dtype)
-    checkpoint, config = find_config(model_id, revision, trust_remote_code)
+    device, wanted = find_device(str(device), ranks), find_dtype(dtype)
+    checkpoint, config = find_config(str(model_id), revision, trust_remote_code)
     info = model_info(config, checkpoint.id, checkpoint.revision)
     if tensor_parallel:
         check_shares(info, ranks)
@@ -164,14 +169,23 @@ def load_model(
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **checkpoint.options)
+            ids = tokenizer(_WORDS, add_special_tokens=False).input_ids
     except UNREADABLE as error:
+        if any((Path(checkpoint.source) / name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{checkpoint.id} has a tokenizer that cannot be used ({first_sentence(error)}): get "
+                f"{' and '.join(_TOKENIZER_FILES)} again"
+            ) from error
         lacking = [name for name, module in _TOKENIZER_PACKAGES.items() if not _is_installed(module)]
         older = f", or for an older format `pip install {' '.join(lacking)}`" if lacking else ""
         reason = "" if lacking else f" ({first_sentence(error)})"
         raise ModelError(
             f"{checkpoint.id} has no tokenizer that can be loaded{reason}: it needs tokenizer.json{older}"
         ) from error
+    if not ids:  # transformers makes an empty one where the files of a vocabulary are missing
+        raise ModelError(f"{checkpoint.id} has a tokenizer without a vocabulary: it needs tokenizer.json")
+    return tokenizer
 
 
 def _load_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:

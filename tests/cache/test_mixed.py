@@ -86,6 +86,12 @@ def test_the_kvmix_attention_never_dequantizes_the_whole_cache(monkeypatch, nati
     assert set(sizes) == (set() if native and library() is not None else {64})
 
 
+def test_a_cache_is_made_for_a_model_as_for_its_configuration():
+    model = build("llama", torch.float32)
+    caches = [MixedCache.from_plan(Plan.uniform(INFO, 2, 2), each) for each in (model, model.config)]
+    assert [type(layer) for layer in caches[0].layers] == [type(layer) for layer in caches[1].layers]
+
+
 def test_nan_names_the_layer():
     model = build("llama", torch.float32)
     with torch.no_grad():

@@ -371,3 +371,16 @@ def test_heads_that_cannot_be_given_anything(kvmix, tmp_path, options, message):
     ran = kvmix("allocate", *by_heads(tmp_path), "--avg-bits", 3, *options)
     assert ran.code in (1, 2)
     assert message in " ".join(ran.err.replace("│", " ").split())
+
+
+@pytest.mark.usefixtures("profiled")
+def test_a_file_that_is_no_plan_is_not_replaced(kvmix, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    ran = kvmix("allocate", "--avg-bits", 3, "--out", "notes.txt")
+    assert ran.code == 1
+    assert "notes.txt is there and is no plan: remove it, or name another file with --out" in ran.error
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    (tmp_path / "damaged.yaml").write_text("# by hand\nformat: kvmix-plan/1\n")
+    assert "was another plan, and is replaced" in kvmix("allocate", "--avg-bits", 3, "--out", "damaged.yaml").err
+    for stream in ("/dev/stdout", "-"):
+        assert "name a file" in kvmix("allocate", "--avg-bits", 3, "--out", stream).error

@@ -110,3 +110,17 @@ def test_the_text_is_the_profiles(kvmix, loaded_once, tmp_path):
     plan = save_plan("eight", uniform(8))
     ran = kvmix("export", plan, "--to", "vllm", "--measure", "--length", 64, "--limit", 1, "--json")
     assert ran.json["measured"]["text"] == "own.txt"
+
+
+def test_a_plan_is_not_replaced_by_an_export(kvmix, save):
+    path, other = save("0-3:k8v8"), save("0-3:k8v4", "other")
+    before = path.read_text(), other.read_text()
+    for out in (path, other):
+        ran = kvmix("export", path, "--to", "vllm", "--out", out)
+        assert ran.code == 1
+        assert f"{out} is a plan or profile of kvmix, which the export would replace" in ran.error
+    assert (path.read_text(), other.read_text()) == before
+
+
+def test_a_dash_is_the_standard_output(kvmix, save):
+    assert kvmix("export", save("0-3:k8v8"), "--to", "vllm", "--out", "-", "-q").out == "--kv-cache-dtype fp8\n"

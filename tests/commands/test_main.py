@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from made_up import falling
 from typer.main import get_command
 
-from kvmix_cli import __version__, allocation, errors
+from kvmix_cli import __version__, allocation, errors, main
 from kvmix_cli.main import app
 
 COMMANDS = [
@@ -343,6 +344,20 @@ def test_termination_is_an_interrupt(tmp_path):
     assert said.read_text() == "kvmix: interrupted; continue with `kvmix profile builtin:tiny --samples 200 --resume`\n"
 
 
+@pytest.mark.parametrize("place", ["kvmix_cli.main.with_settings", "typer.main.get_command"])
+def test_an_interrupt_before_a_command_begins_is_one_line(monkeypatch, capsys, place):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr(sys, "argv", ["kvmix", "list", "plans"])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "kvmix: interrupted\n")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell's >&-")
 def test_a_closed_stdout_is_one_line(tmp_path):
     command = f"{sys.executable} -m kvmix_cli inspect x >&-"
@@ -369,3 +384,22 @@ def test_help_ends_with_two_examples_that_the_command_takes(kvmix, name):
 
 def test_completion_can_be_installed(kvmix):
     assert "--install-completion" in kvmix("--help").out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("allocate", "--avg-bits", 3, "--out"),
+        ("allocate", "--avg-bits", 3, "--profile"),
+        ("run", "--prompt", "x", "--plan"),
+        ("inspect",),
+        ("export", "--to", "vllm"),
+        ("list", "plans", "--profiles-dir"),
+        ("report",),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line_and_no_bug(kvmix, profiled, args):
+    ran = kvmix(*args, "y" * 300 + ".yaml", "--json")
+    assert ran.code == 1
+    assert "bug" not in ran.err
+    assert "File name too long" in ran.json["error"]["message"]

@@ -437,6 +437,45 @@ def test_short_names_of_dtypes(name, dtype):
     assert load_model("builtin:tiny", dtype=name).dtype == dtype
 
 
+def test_a_path_a_dtype_and_a_device_may_be_those_of_python_and_torch(folder):
+    loaded = load_model(Path(folder), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert loaded.dtype == "bfloat16"
+    assert loaded.info == load_model(str(folder)).info == load_info(Path(folder))
+    with pytest.raises(ModelError, match="unknown dtype 'int8'"):
+        load_model(Path(folder), dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "", "has a tokenizer that cannot be used ("),
+        ("tokenizer.json", '{"version": "1.0"', "again"),
+        ("tokenizer_config.json", "{", "get tokenizer.json and tokenizer_config.json again"),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": "x"}',
+            "has a tokenizer that cannot be used ('>' not supported",
+        ),
+    ],
+)
+def test_a_damaged_tokenizer_is_said_to_be_damaged(folder, name, content, said):
+    (folder / name).write_text(content)
+    message = failure(folder)
+    assert said in message
+    assert "pip install" not in message
+
+
+def test_a_tokenizer_without_a_vocabulary_is_none(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert failure(folder).endswith("has a tokenizer without a vocabulary: it needs tokenizer.json")
+
+
+def test_a_text_config_that_the_type_does_not_have(folder):
+    change_config(folder, text_config={"model_type": "llama"})
+    assert "a configuration inside its config.json that models of type llama do not have" in failure(folder)
+
+
 def test_an_unknown_dtype():
     assert failure("builtin:tiny", dtype="float23") == (
         "unknown dtype 'float23' (did you mean 'float32'?): use auto, float32, bfloat16, float16"

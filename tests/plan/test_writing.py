@@ -104,3 +104,35 @@ def test_a_folder_in_place_of_the_file(tmp_path):
     for attempt in (lambda path: write_text(path, "x"), check_writable):
         with pytest.raises(OutputError, match="Is a directory"):
             attempt(tmp_path)
+
+
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
+    """A rename would do so for everybody, where the user may write to its folder."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/full")
+    for path in (pipe, link, Path("/dev/null"), Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/2")):
+        for write in (check_writable, lambda path: write_text(path, "x")):
+            with pytest.raises(
+                OutputError, match=f"cannot write {path}: it is a device or a pipe; name a file; no file"
+            ):
+                write(path)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert link.is_symlink()
+
+
+def test_a_dash_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (check_writable, lambda path: write_text(path, "x")):
+        with pytest.raises(OutputError, match="cannot write to standard output here: name a file"):
+            write(Path("-"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_file_is_replaced_and_the_file_is_kept(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("kept")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "link").read_text() == "new"

@@ -87,6 +87,13 @@ def results(four_tasks):
     shutil.copytree(four_tasks, "results")
 
 
+@pytest.mark.usefixtures("results")
+def test_two_outputs_in_one_file_are_refused():
+    result = kvmix("report", "results", "--csv", "numbers", "--markdown", "./numbers")
+    assert "two outputs would be numbers: give each of them a name of its own" in refused(result)
+    assert not Path("numbers").exists()
+
+
 @dataclass(frozen=True)
 class Reported:
     """What a report without arguments but its files printed and wrote."""

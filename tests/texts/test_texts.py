@@ -323,7 +323,7 @@ def test_half_a_character_is_no_text(tmp_path):
     file.write_text('{"text": "fine"}\n{"text": "a \\ud83d"}\n')
     assert failure(file).startswith(f"{file}, line 2 has \\ud83d, half of a character, at position ")
     for encoding in (encode, prompt_ids):
-        with pytest.raises(TextError, match=r"a text has .*udc00, half of a character, at position 1: correct it"):
+        with pytest.raises(TextError, match=r"a text has .udc00, half of a character, at position 1: correct it"):
             encoding(tiny().tokenizer, "a\udc00")
 
 
