@@ -44,6 +44,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def _attend_on_gpu(problem: AttentionProblem) -> tuple[Tensor, Tensor] | None:
+    """Return output and logarithms from the Triton kernels; None for what they do not take, after a warning."""
     from . import triton
 
     if _is_naive(problem):
