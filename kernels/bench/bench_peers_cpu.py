@@ -182,12 +182,12 @@ def chosen(named: str | None, known: Iterable[str], vllm: Path) -> list[str]:
     return names
 
 
-def medians(cell: Cell, work: str) -> dict[str, tuple[float, float]]:
-    """Return each peer's median milliseconds of `prompt_s` or `step_ms`, and the baseline's over it."""
+def medians(cell: Cell, work: str) -> dict[str, tuple[float, float | None]]:
+    """Return each peer's median milliseconds of `prompt_s` or `step_ms`, and the baseline's over it if it is there."""
     factor = 1e3 if work == "prompt_s" else 1.0
     times = {name: timed[work] for name, timed in cell["peers"].items()}  # type: ignore[literal-required]
     ms = {name: factor * statistics.median(each) for name, each in times.items() if each}
-    return {name: (each, ms[BASELINE] / each if BASELINE in ms else float("nan")) for name, each in ms.items()}
+    return {name: (each, ms[BASELINE] / each if BASELINE in ms else None) for name, each in ms.items()}
 
 
 def table(cell: Cell) -> list[str]:
@@ -207,8 +207,9 @@ def table(cell: Cell) -> list[str]:
         kl = "" if timed["kl"] is None else f"{timed['kl']:.5f}"
         full = unquantized(name)
         over = f"{ms / steps[full][0]:.2f}x" if full in steps else ""
+        over_it = "" if ratio is None else f"{ratio:.2f}x"
         sizes = f"{timed['nbytes'] / 2**20:.1f} | {timed['peak'] / 2**20:.0f}"
-        rows.append(f"| {name} | {prompt} | {1e3 / ms:.2f} | {ms:.1f} | {ratio:.2f}x | {over} | {sizes} | {kl} |")
+        rows.append(f"| {name} | {prompt} | {1e3 / ms:.2f} | {ms:.1f} | {over_it} | {over} | {sizes} | {kl} |")
     return rows
 
 
@@ -216,13 +217,12 @@ def save(cell: Cell) -> None:
     """Append the medians of a cell to results.csv."""
     op = "peers-cpu-time" if cell["cpu_time"] else "peers"
     row = {"shape": f"{cell['model']} bfloat16", "context": cell["context"]}
-    results.append(
-        [
-            {**row, "op": f"{op} {work.partition('_')[0]}", "name": name, "ms": round(ms, 2), "ratio": round(ratio, 2)}
-            for work in ("prompt_s", "step_ms")
-            for name, (ms, ratio) in medians(cell, work).items()
-        ]
-    )
+    rows: list[dict[str, object]] = []
+    for work in ("prompt_s", "step_ms"):
+        what = {**row, "op": f"{op} {work.partition('_')[0]}"}
+        for name, (ms, ratio) in medians(cell, work).items():
+            rows.append({**what, "name": name, "ms": round(ms, 2), "ratio": "" if ratio is None else round(ratio, 2)})
+    results.append(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

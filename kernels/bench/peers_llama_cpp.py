@@ -25,8 +25,8 @@ from gguf_files import write_llama
 KINDS = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 BATCH = 2048
 """Tokens of a prompt that are given to llama.cpp at a time, its own default."""
-PIECE = 1024
-"""Tokens that are read once, and copied to fill a cache."""
+PIECE = 256
+"""Tokens that are read once, and copied to fill a cache; 16K are 64 copies, and llama.cpp holds 256 sequences."""
 
 
 class LlamaCppPeer(HerePeer):

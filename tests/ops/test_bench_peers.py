@@ -161,6 +161,17 @@ def test_the_process_of_vllm_tells_its_own_peak(whole, vllm_peer, monkeypatch):
     assert (timed["peak"], timed["nbytes"], timed["step_ms"]) == (9, 48, [1000.0])
 
 
+def test_a_cell_without_the_baseline_has_no_ratio_to_it(whole, monkeypatch):
+    timed = {"prompt_s": [], "step_ms": [2.0], "nbytes": 2**20, "peak": PEAK, "kl": None}
+    about = {"date": "", "machine": "", "threads": 1, "versions": {}, "model": "m", "context": 9, "fill": "random"}
+    cell = {**about, "cpu_time": True, "peers": {"kvmix 16": timed}}
+    assert whole.table(cell)[-1] == "| kvmix 16 |  | 500.00 | 2.0 |  | 1.00x | 1.0 | 7 |  |"
+    saved = []
+    monkeypatch.setattr(whole.results, "append", saved.extend)
+    whole.save(cell)
+    assert [(row["name"], row["ms"], row["ratio"]) for row in saved] == [("kvmix 16", 2.0, "")]
+
+
 def test_a_process_of_vllm_that_ends_is_said(vllm_peer):
     vllm_peer.fill(6)
     with pytest.raises(SystemExit, match="vLLM fp8 ended with code 3"):
