@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..layout import SCALE_BYTES, WORD_BITS, Encoder, Kind, PageLayout
 from ..quantize.naive import decode, encode, pack, unpack
-from ..runtime import gpu
 from ..runtime.native import library
 from ..runtime.native.structs import DTYPES, CRun, CSegments
 from . import cpu, naive
@@ -77,12 +76,6 @@ class AffineBlocks(BlockTensor):
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         is_read = self.encoder == "minmax" and states.dtype in DTYPES and states.stride(2) == 1
-        if is_read and gpu.is_usable(states.device):
-            from .triton import store
-
-            if store.is_trusted(self.kind, self.layout, states):
-                store.store(self.kind, self.layout, self.words(blocks), self.by_token(blocks), states, slots)
-                return
         native = library() if is_read and states.device.type == "cpu" else None
         if native is None:
             self.write_plainly(blocks, states, slots)

@@ -7,6 +7,7 @@ same time, so that bits are cleared and set by atomic operations, each program i
 from __future__ import annotations
 
 import functools
+from typing import TypeGuard
 
 import torch
 import triton
@@ -18,7 +19,10 @@ from ...quantize import grids
 from ...quantize.triton_grids import codes_of, stored
 from ...runtime import trial
 from ...runtime.triton_numbers import round_to, to_float32
+from ..affine import AffineBlocks
+from ..base import BlockTensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRIAL_TOKENS, TRIAL_HEADS = 20, 2
 
 
@@ -147,9 +151,13 @@ def store(kind: Kind, layout: PageLayout, words: Tensor, scales: Tensor, states:
         )
 
 
-def is_trusted(kind: Kind, layout: PageLayout, states: Tensor) -> bool:
-    """Return whether the kernel stores this right, as far as a trial can tell; if not, one warning names it."""
-    return not trial.is_due() or passes(states.device, kind, layout, states.dtype)
+def takes(tensor: BlockTensor, states: Tensor) -> TypeGuard[AffineBlocks]:
+    """Return whether the kernel stores these tokens, and right, as far as a trial can tell; if not, it is named."""
+    if not isinstance(tensor, AffineBlocks) or tensor.encoder != "minmax":
+        return False
+    if states.dtype not in DTYPES or states.stride(2) != 1:
+        return False
+    return not trial.is_due() or passes(states.device, tensor.kind, tensor.layout, states.dtype)
 
 
 @functools.cache
@@ -160,8 +168,6 @@ def passes(device: torch.device, kind: Kind, layout: PageLayout, dtype: torch.dt
 
 
 def _failure(device: torch.device, kind: Kind, layout: PageLayout, dtype: torch.dtype) -> str | None:
-    from ..affine import AffineBlocks
-
     generator = torch.Generator().manual_seed(trial.SEED)
     tensor = AffineBlocks(kind, TRIAL_HEADS, layout)
     states = torch.randn(TRIAL_TOKENS, TRIAL_HEADS, layout.head_dim, generator=generator).to(dtype)
