@@ -1,4 +1,4 @@
-"""ik_llama.cpp with the types that an export names, in all layers and in first and last ones, where it is installed.
+"""The types that an export names in ik_llama.cpp, in all layers or in the first and last ones, where it is installed.
 
     pip install --no-deps ik-llama-cpp-python gguf
 
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.slow
 TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
 """`enum ggml_type`."""
 TOKENS, READ = 640, 256
+QUERIES = 1e-4
+"""Nats a token, by which its kernel may lose more: it quantizes queries, too, to 8 bits."""
 PLANS = {  # its flash attention on CPUs has no q5_0 and q5_1, and ends the process
     "q8_0": ("0-7:k8v8", None),
     "q4_0": ("0-7:k4v4", None),
@@ -129,4 +131,4 @@ def test_its_cache_takes_the_types_and_loses_what_the_simulation_does(name, mode
     heads = tiny().info.heads(0)
     stored = sum(each.nbytes(heads.key_dim) for pair in export.formats.values() for each in pair) * heads.kv_heads
     assert size == pytest.approx(stored * TOKENS, abs=16 * TOKENS), "beside positions"
-    assert there == pytest.approx(here, rel=0.35), "its kernel quantizes queries, too"
+    assert there == pytest.approx(here, rel=0.35, abs=QUERIES)

@@ -16,6 +16,7 @@ from aot_cases import (
     compile_coded,
     compile_encode,
     compile_quantize,
+    compile_store,
     lane_instructions_per_code,
     lane_instructions_per_plane_code,
     main_loop,
@@ -87,6 +88,16 @@ def test_attention_over_an_engines_blocks_is_as_cheap_as_it_was(capability, k_bi
     check(merge, capability)
     assert not any(main_loop(kernel)[name] for name in CONVERSIONS)
     assert lane_instructions_per_code(kernel) <= BLOCKS_BUDGET[k_bits, v_bits]
+
+
+@pytest.mark.parametrize(("capability", "kind", "bits"), [(80, "key", 3), (90, "value", 2)])
+def test_storing_in_an_engines_blocks_divides_exactly_and_writes_bits_atomically(capability, kind, bits):
+    kernel = compile_store(capability, kind, bits, group=64)
+    check(kernel, capability)
+    assert "div.full" not in kernel.ptx
+    assert "div.rn.f32" in kernel.ptx
+    assert "fma.rn.f32" not in kernel.ptx
+    assert any(f".{operation}.b32" in kernel.ptx for operation in ("and", "or"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -22,9 +22,10 @@ BLOCK = 16
 TOKENS = 16
 NATIVE, PLAIN = 5e-3, 1e-4
 """Largest difference of a log-probability, with native attention, whose coefficients have 16 bits, and in float32."""
-EXCESS = 2e-3
+EXCESS = {"low": 2e-3, "sink": 2e-2}
 """Error of what the engine stored of a token and head, beyond that of what we would have stored, relative to the token.
-A code between two has the same error either way; float16 rounds a group's zero by up to 5e-4 of it."""
+A code between two has the same error either way; float16 rounds a group's zero by up to 5e-4 of it.
+Directions of transform codes are not orthogonal, so that there another code in one of them changes the whole error."""
 
 
 @dataclass
@@ -95,7 +96,7 @@ def test_every_token_is_ours_given_what_was_stored(
     record_property("log-probability", f"{largest:.1e}")
     record_property("excess", f"{excess.value:.1e}")
     assert largest <= tolerance
-    assert excess.value <= EXCESS
+    assert excess.value <= EXCESS[name]
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from kvmix_kernels.attend.triton.planes import CHUNK, PLANE_BITS
 from kvmix_kernels.blocks import AffineBlocks, BlockLayer, PlainBlocks
 from kvmix_kernels.blocks.problem import BlockProblem
 from kvmix_kernels.blocks.triton import attend as attend_blocks
+from kvmix_kernels.blocks.triton.store import store
 from kvmix_kernels.quantize import triton as quantizing
 from kvmix_kernels.segments import Channels, Coded, Packed, Plain, Segments
 from kvmix_kernels.transform import TransformBasis
@@ -125,6 +126,15 @@ def compile_blocks(capability, k_bits, v_bits, *, group=None, head_dim=128, rati
     with ahead_of_time(capability) as compiled:
         attend_blocks(BlockProblem(query, layer.keys, layer.values, *layer.parts(blocks), table, lengths, 0.1))
     return compiled
+
+
+def compile_store(capability, kind, bits, *, group=None, head_dim=128, page=PAGE):
+    """The kernel that stores tokens in an engine's blocks, compiled."""
+    tensor, states = in_blocks(kind, bits, group, head_dim, page), torch.zeros(4, 1, head_dim, dtype=torch.bfloat16)
+    blocks = torch.zeros(PAGES, tensor.nbytes, dtype=torch.uint8)
+    with ahead_of_time(capability) as compiled:
+        store(kind, tensor.layout, tensor.words(blocks), tensor.by_token(blocks), states, torch.arange(4))
+    return compiled[0]
 
 
 def in_blocks(kind, bits, group, head_dim, page):

@@ -75,20 +75,22 @@ class AffineBlocks(BlockTensor):
         return torch.arange(self.kv_heads) * (self._code_bytes // self.kv_heads)
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
-        own, room = blocks[:, : self._code_bytes], self.scales(blocks)
-        native = library() if self._is_native(states) else None
-        if native is not None:
-            by_group = room if self.kind == "key" else room.transpose(2, 3)
-            group = self.layout.group
-            cpu.store(native, self.kind, own, by_group, states, slots, self._widths, self._places, group)
+        is_read = self.encoder == "minmax" and states.dtype in DTYPES and states.stride(2) == 1
+        native = library() if is_read and states.device.type == "cpu" else None
+        if native is None:
+            self.write_plainly(blocks, states, slots)
             return
+        own, group = blocks[:, : self._code_bytes], self.layout.group
+        cpu.store(native, self.kind, own, self.by_token(blocks), states, slots, self._widths, self._places, group)
+
+    def write_plainly(self, blocks: Tensor, states: Tensor, slots: Tensor) -> None:
+        """Store tokens by the definition, `[n, H_kv, D]` in blocks `[N, nbytes]`; see `write`."""
         codes, scales = self._encode(states)
-        self._place(own, codes, slots)
+        self._place(blocks[:, : self._code_bytes], codes, slots)
         dtype = getattr(torch, self.layout.scale_dtype)
         largest = torch.finfo(dtype).max  # one token that is not finite must not reach others, not even with weight 0
-        scales = scales.nan_to_num(0.0, largest, -largest)
-        scales = scales.transpose(2, 3) if self.kind == "key" else scales
-        room[slots // self.page, ..., slots % self.page] = scales
+        room = self.by_token(blocks)
+        room[slots // self.page, ..., slots % self.page] = scales.nan_to_num(0.0, largest, -largest).transpose(2, 3)
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         codes = self._unpack(blocks[table.long(), : self._code_bytes])
@@ -132,11 +134,6 @@ class AffineBlocks(BlockTensor):
         codes, scales = encode(states.transpose(0, 1), self.layout, self.encoder)
         return codes.transpose(0, 1), scales.permute(3, 0, 1, 2)
 
-    def _is_native(self, states: Tensor) -> bool:
-        """Return whether the native path makes scales and codes of these tokens, and does not only pack them."""
-        is_read = states.dtype in DTYPES and states.stride(2) == 1
-        return is_read and states.device.type == "cpu" and self.encoder == "minmax"
-
     def _place(self, blocks: Tensor, codes: Tensor, slots: Tensor) -> None:
         native = library() if codes.device.type == "cpu" else None
         if native is None:
@@ -156,6 +153,11 @@ class AffineBlocks(BlockTensor):
         scales = blocks[:, self._code_bytes :].view(getattr(torch, self.layout.scale_dtype))
         by_head: Tensor = scales.unflatten(1, (self.kv_heads, *axes, self.page))
         return by_head
+
+    def by_token(self, blocks: Tensor) -> Tensor:
+        """Return the scales of blocks, of keys or of values, `[N, H_kv, groups, 2, page]`."""
+        scales = self.scales(blocks)
+        return scales if self.kind == "key" else scales.transpose(2, 3)
 
     def _unpack(self, blocks: Tensor) -> Tensor:
         """Return the codes `[m, H_kv, page, D]` of contiguous blocks `[m, bytes]`."""

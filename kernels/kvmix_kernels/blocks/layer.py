@@ -49,8 +49,9 @@ class BlockLayer:
     def write(self, blocks: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store tokens `[n, H_kv, D]` in `blocks` `[N, bytes]` uint8; see `BlockTensor.write`."""
         of_keys, of_values = self.parts(blocks)
-        self.keys.write(of_keys, keys, slots, positions)
-        self.values.write(of_values, values, slots, positions)
+        for tensor, own, states in ((self.keys, of_keys, keys), (self.values, of_values, values)):
+            if not _is_stored_on_gpu(tensor, own, states, slots):
+                tensor.write(own, states, slots, positions)
 
     def attend(
         self,
@@ -91,6 +92,18 @@ class BlockLayer:
             )
             outputs.append(_attend(problem).to(query.dtype))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _is_stored_on_gpu(tensor: BlockTensor, blocks: Tensor, states: Tensor, slots: Tensor) -> bool:
+    """Store tokens where a GPU has a kernel for it, and return whether it has."""
+    if not gpu.is_usable(states.device):
+        return False
+    from .triton import store
+
+    if not store.takes(tensor, states):
+        return False
+    store.store(tensor.kind, tensor.layout, tensor.words(blocks), tensor.by_token(blocks), states, slots)
+    return True
 
 
 def _attend(problem: BlockProblem) -> Tensor:

@@ -9,7 +9,7 @@ from in_blocks import Sequences, layer_of
 from kvmix_kernels import BITS
 from kvmix_kernels.blocks import AffineBlocks, BlockLayer, PlainBlocks
 from kvmix_kernels.blocks.problem import BlockProblem
-from kvmix_kernels.blocks.triton import attend, is_trusted, unsupported
+from kvmix_kernels.blocks.triton import attend, is_trusted, store, unsupported
 from kvmix_kernels.layout import PageLayout
 from kvmix_kernels.runtime import gpu
 from poisoned import splits_of
@@ -52,7 +52,7 @@ def problem_of(held, query, scaling, softcap=None, logits=None):
     split=st.sampled_from([64, 1024]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_equals_dense_attention(
     k_bits, v_bits, page, groups, dim, rows, dtype, scales, softcap, logits, split, seed,
 ):  # fmt: skip
@@ -78,6 +78,46 @@ def test_sequences_that_share_blocks_and_tables_wider_than_they_need():
     with splits_of(64):
         got = attend(problem_of(held, query, 0.125))
     assert relative_rms(got, held.attended(query)) < RMS
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "scales"),
+    [
+        (1, 16, torch.float32, "float16"),
+        (2, 48, torch.bfloat16, "float16"),
+        (3, 48, torch.float16, "bfloat16"),
+        (4, None, torch.float32, "float16"),
+        (8, 32, torch.bfloat16, "float16"),
+    ],
+)
+def test_stores_what_the_definition_stores_and_nothing_else(kind, bits, group, dtype, scales):
+    """Tokens are those of a joint projection; one is constant, one not finite, and blocks are full of something."""
+    layout = PageLayout("value", bits, 64, 64, group, scales)
+    tensor, draw = AffineBlocks(kind, HEADS, layout), torch.Generator().manual_seed(bits)
+    states = torch.randn(14, HEADS, 128, generator=draw).to(dtype)[..., 64:]
+    states[3], states[5, 0] = 0.0, 7.5
+    slots = torch.randperm(3 * 64, generator=draw)[:14]
+    expected = torch.randint(256, (3, tensor.nbytes + 8), dtype=torch.uint8, generator=draw)
+    got = expected.clone()
+    tensor.write_plainly(expected[:, : tensor.nbytes], states, slots)
+    own = got[:, : tensor.nbytes]
+    store.store(kind, layout, tensor.words(own), tensor.by_token(own), states, slots)
+    assert torch.equal(got, expected)
+    states[7, 1, 3], states[8, 0, 5] = torch.nan, torch.inf
+    store.store(kind, layout, tensor.words(own), tensor.by_token(own), states[7:9], slots[7:9])
+    of_tokens = tensor.by_token(own)[slots[7:9] // 64, ..., slots[7:9] % 64]
+    assert of_tokens.isfinite().all()
+
+
+def test_a_trial_of_storing_passes_and_finds_another_kernel_wrong(monkeypatch):
+    """Tokens of a wrong block are found."""
+    layout = PageLayout("value", 3, 64, 64, 48)
+    assert store.passes(torch.device("cpu"), "value", layout, torch.float32)
+    right = store.store
+    monkeypatch.setattr(store, "store", lambda *operands: right(*operands[:-1], operands[-1] ^ 1))
+    with pytest.warns(UserWarning, match="storing keys of 3 bits in groups of 48 from float32 fails its trial"):
+        assert not store.passes(torch.device("cpu"), "key", layout, torch.float32)
 
 
 @pytest.mark.parametrize(
