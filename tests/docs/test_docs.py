@@ -27,17 +27,17 @@ HUB = "meta-llama/Llama-2-7b"
 SHORTER = {
     "profile": ["--samples", "1", "--seq-len", "288"],
     "run": ["--max-new-tokens", "8"],
-    "eval": ["--limit", "1", "--length", "448"],
+    "eval": ["--limit", "1", "--length", "336"],
     "demo": ["--samples", "1", "--limit", "1"],
     "recommend": ["--dry-run"],
 }
 """Added to the examples: the same work on less text."""
 SMALLER = {
     HUB: "builtin:tiny",
-    "512,1024,1536,2048,2560,3072": "384,512",
-    "512,1024 --depths 5": "384,448 --depths 2",
+    "512,1024,1536,2048,2560,3072": "336,384",
+    "512,1024 --depths 5": "336,384 --depths 2",
     "0.25,0.5,0.75": "0.5",
-    "--length 512 --limit 2": "--length 448 --limit 1",
+    "--length 512 --limit 2": "--length 336 --limit 1",
 }
 """What stands in the place of parts of the examples: a model that is there, and fewer and shorter contexts."""
 FENCED = re.MULTILINE | re.DOTALL
