@@ -16,8 +16,8 @@ from kvmix_cli.profile import Profile
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PROFILE = ("profile", "builtin:tiny", "--samples", 3, "--seq-len", 400, "--score", "grad-norm,fisher-metric")
-EVAL = ("eval", "builtin:tiny", "--uniform", 2, "--length", 400, "--prefix", 300, "--limit", 3, "--json")
+PROFILE = ("profile", "builtin:tiny", "--samples", 3, "--seq-len", 288, "--score", "grad-norm,fisher-metric")
+EVAL = ("eval", "builtin:tiny", "--uniform", 2, "--length", 332, "--prefix", 300, "--limit", 3, "--json")
 TENSOR_PARALLEL = "--tensor-parallel"
 
 
