@@ -10,8 +10,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, b
 
 APART = ("engine", "matrix", "network")
 """Marks of tests that run only where `-m` names them."""
+LONGEST = ("commands", "docs", "project", "studies")
+"""Rooms whose single tests take longest. They come first: whoever runs the last tests runs them alone."""
 
 gc.disable()  # until the tests are collected: nothing of what imports and collecting make is garbage
+_collections = 0
 
 
 def pytest_sessionstart(session):
@@ -33,12 +36,20 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_runtest_logfinish():
+    """Leave out as well what has outlived a whole collection, such as what a test imports and what tests share."""
+    global _collections
+    if (done := gc.get_stats()[-1]["collections"]) > _collections:
+        gc.freeze()
+        _collections = done
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what `-m` does not name and has to; start with files of slow tests, so that no process waits long."""
+    """Leave out what `-m` does not name and has to; start with files of slow tests, those of the longest before."""
     asked = config.getoption("markexpr")
     apart = [name for name in APART if name not in asked]
     left_out = {item for item in items if any(item.get_closest_marker(name) for name in apart)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONGEST))

@@ -63,7 +63,7 @@ INSIDE, OUTSIDE = torch.inference_mode, nullcontext
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "change"),
-    [(plan, "nothing") for plan in PLANS] + [(plan, change) for change in CHANGES for plan in ("pages", "everything")],
+    [(plan, "nothing") for plan in PLANS] + [("everything", change) for change in CHANGES if change != "nothing"],
 )
 def test_a_cache_goes_on_outside_of_the_mode_it_was_filled_in(model, plan, change):
     plan = plan_for(model, PLANS[plan], 2, 4)

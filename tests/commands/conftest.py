@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from evaluating import Counting, tiny
 from made_up import falling
 from typer.testing import CliRunner
 
-from kvmix_cli import console, evaluation, state
+from kvmix_cli import console, evaluation, profiling, state
+from kvmix_cli.evaluation import base
 from kvmix_cli.main import app
 from kvmix_cli.models import loading
+from kvmix_cli.studies import demo
 
 
 @dataclass
@@ -66,6 +69,14 @@ def profiled(tmp_path):
 def loaded_once(monkeypatch):
     """Commands get the built-in model that all tests share, in float32 on the CPU."""
     monkeypatch.setattr(loading, "load_model", lambda *arguments, **options: tiny())
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """The demo with texts of 448 tokens instead of 1024, and an answer of 8."""
+    monkeypatch.setattr(base, "Settings", partial(base.Settings, length=448))
+    monkeypatch.setattr(profiling, "run_profile", partial(profiling.run_profile, seq_len=448))
+    monkeypatch.setattr(demo, "NEW_TOKENS", 8)
 
 
 @pytest.fixture

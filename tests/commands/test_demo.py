@@ -10,7 +10,7 @@ from kvmix_cli.studies import demo as steps
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
+def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo):
     monkeypatch.chdir(tmp_path)
     result = kvmix_json("demo", "--quick", "--samples", 2, "--limit", 1)
     folder = tmp_path / "kvmix-demo"
@@ -24,7 +24,7 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch):
     assert len(rows) == 2 * (1 + len(plans))
     assert all("error" not in row for row in rows.values())
     assert rows["perplexity", "unquantized"]["quantized_share"] == 0
-    assert rows["perplexity", "kvmix"]["quantized_share"] > 0.8
+    assert rows["perplexity", "kvmix"]["quantized_share"] > 0.75
     kl, stored = (
         {name: read(rows["perplexity", name]) for name in ("transform", "kvmix")}
         for read in (lambda row: row["metrics"]["kl"]["value"], lambda row: row["stored_bits"])

@@ -255,7 +255,7 @@ def test_evictions_that_were_not_measured(kvmix):
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_and_demo(kvmix, monkeypatch):
+def test_an_interrupted_search_and_demo(kvmix, monkeypatch, short_demo):
     values = [curve(0.01, groups=(64,))] * 8
     scores = {"loss": make_score(values, values)}
     Profile(model=tiny().info, scores=scores).save(Path("profiles/builtin--tiny/profile.yaml"))

@@ -11,13 +11,13 @@ from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Profile
 from kvmix_cli.studies.recommend import plans
 
-LITTLE = ("builtin:tiny", "--context", 400, "--limit", 6, "--step", 64)
+LITTLE = ("builtin:tiny", "--context", 336, "--limit", 6, "--step", 64)
 
 
 @pytest.fixture(autouse=True)
 def _little_text(monkeypatch, loaded_once):
     monkeypatch.setattr(profiling, "default_samples", lambda scores: 2)
-    monkeypatch.setattr(plans, "SEQ_LEN", 320)
+    monkeypatch.setattr(plans, "SEQ_LEN", 288)
     monkeypatch.setattr(plans, "STORED_BITS", (1, 2, 4))
 
 
@@ -38,12 +38,12 @@ def test_from_nothing_to_a_proven_plan_and_again_from_what_is_kept(kvmix, monkey
     ran = kvmix("recommend", *LITTLE, "--max-loss", "40%", "--json")
     found = ran.json
     assert ran.code == 0
-    assert (found["command"], found["model"], found["context"]) == ("recommend", "builtin:tiny", 400)
-    assert (found["verdict"], found["safe_context"]) == ("not-proven", 400), "36 values of recall are too few"
+    assert (found["command"], found["model"], found["context"]) == ("recommend", "builtin:tiny", 336)
+    assert (found["verdict"], found["safe_context"]) == ("not-proven", 336), "36 values of recall are too few"
     assert "recall" in found["text"] and "24 more values are needed (a larger --limit)" in found["text"]
     plan = Plan.load(Path(found["plan"]))
     assert plan.bits.stored == found["stored_bits"]
-    assert found["cache_bytes"] == plan.cache_bytes(400, element_bytes=4).total
+    assert found["cache_bytes"] == plan.cache_bytes(336, element_bytes=4).total
     evidence = {(each["task"], each["metric"], each.get("depth")): each for each in found["evidence"]}
     kl = evidence["perplexity", "kl", None]
     assert 0 < kl["low"] <= kl["value"] <= kl["high"] <= found["max_kl"]
@@ -62,13 +62,13 @@ def test_from_nothing_to_a_proven_plan_and_again_from_what_is_kept(kvmix, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Perplexity, "_read", lambda *args: pytest.fail("all documents were read before"))
         again = kvmix("recommend", *LITTLE, "--max-loss", "40%")
-    assert again.out.count("not proven at 400 tokens: ") == 1
+    assert again.out.count("not proven at 336 tokens: ") == 1
     assert "using profile" in again.err
     assert kept() == before
 
     hopeless = kvmix("recommend", *LITTLE[:3], "--limit", 1, "--max-loss", 0, "--task", "perplexity")
     assert hopeless.code == 0
-    assert "not safe at 400 tokens: no plan passes, the nearest is transform-stored-4 at 4" in hopeless.out
+    assert "not safe at 336 tokens: no plan passes, the nearest is transform-stored-4 at 4" in hopeless.out
     assert "kvmix run" not in hopeless.out, "what is not safe is not recommended"
 
 

@@ -5,8 +5,6 @@ Ranks are forked with what torchrun sets in their environment; one test starts t
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import forking
@@ -18,8 +16,8 @@ from kvmix_cli.profile import Profile
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PROFILE = ("profile", "builtin:tiny", "--samples", 3, "--seq-len", 400, "--score", "grad-norm,fisher-metric")
-EVAL = ("eval", "builtin:tiny", "--uniform", 2, "--length", 400, "--prefix", 300, "--limit", 3, "--json")
+PROFILE = ("profile", "builtin:tiny", "--samples", 3, "--seq-len", 288, "--score", "grad-norm,fisher-metric")
+EVAL = ("eval", "builtin:tiny", "--uniform", 2, "--length", 332, "--prefix", 300, "--limit", 3, "--json")
 TENSOR_PARALLEL = "--tensor-parallel"
 
 
@@ -111,13 +109,12 @@ def test_parts_need_ranks(kvmix):
 
 
 def test_torchrun_itself(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    kvmix = ["-m", "kvmix_cli", "profile", "builtin:tiny", "--samples", "2", "--seq-len", "64", "--out", "profile.yaml"]
+    """Ranks are processes of Python anew, as torchrun starts them; torchrun alone is forked."""
+    kvmix = ("-m", "kvmix_cli", "profile", "builtin:tiny", "--samples", 2, "--seq-len", 64, "--out", "profile.yaml")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *kvmix], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    code = "from torch.distributed.run import main; main()"
+    done = forking.run("--standalone", "--nproc-per-node", 2, *kvmix, code=code, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("grad-norm of builtin:tiny") == 1
     assert Profile.load(tmp_path / "profile.yaml").score("grad-norm").calibration.samples == 2

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from architectures import VOCABULARY, build
-from evaluating import SHORT, stand_in, tiny, uniform
+from evaluating import SHORT, shallow, stand_in, uniform
 from generation_files import GENERATION_FILES
 from transformers import GenerationConfig
 
@@ -17,23 +17,23 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import Plan
 
-TWO, FULL = (Subject(f"{bits} bits", uniform(bits)) for bits in (2, 16))
+TWO, FULL = (Subject(f"{bits} bits", uniform(bits, info=shallow().info)) for bits in (2, 16))
 TEXT = "def area(width, height):\n    return width * height\n\n" * 6 + "def area("
-IDS = tiny().tokenizer(TEXT).input_ids
-END = tiny().tokenizer.eos_token_id
-HELLO, WORLD, NEWLINE = (tiny().tokenizer(text).input_ids[-1] for text in ("one", "two", "\n"))
+IDS = shallow().tokenizer(TEXT).input_ids
+END = shallow().tokenizer.eos_token_id
+HELLO, WORLD, NEWLINE = (shallow().tokenizer(text).input_ids[-1] for text in ("one", "two", "\n"))
 ROUNDING = 5e-3
 """Two bits: a rounding error of another batch size may tip a code. Log-likelihoods then differ by less than this."""
 
 
 def decode_alone(subject, ids, prefilled, count):
     """Greedy decoding of one prompt, token by token."""
-    cache = subject.cache(tiny().config, reserve=len(ids) + count)
-    prefill(tiny(), cache, ids[:prefilled])
-    *_, (_, logits) = feed(tiny(), cache, ids[prefilled:], step=1)
+    cache = subject.cache(shallow().config, reserve=len(ids) + count)
+    prefill(shallow(), cache, ids[:prefilled])
+    *_, (_, logits) = feed(shallow(), cache, ids[prefilled:], step=1)
     found = [int(logits[-1].argmax())]
     while len(found) < count:
-        ((_, logits),) = feed(tiny(), cache, found[-1:], step=1)
+        ((_, logits),) = feed(shallow(), cache, found[-1:], step=1)
         found.append(int(logits[-1].argmax()))
     return found
 
@@ -44,8 +44,8 @@ def test_rows_of_every_family_share_contexts_and_batches(family):
     """With sliding windows, attention of their own, without grouped heads, with attention sinks."""
     model = build(family, torch.float32)
     info = model_info(model.config, family, None)
-    loaded = stand_in(model=model, info=info, tokenizer=tiny().tokenizer)
-    plan = Plan.build(info, {index: uniform(4).layers[0] for index in info.quantizable}, SHORT)
+    loaded = stand_in(model=model, info=info, tokenizer=shallow().tokenizer)
+    plan = Plan.build(info, {index: uniform(4, info=shallow().info).layers[0] for index in info.quantizable}, SHORT)
     contexts = torch.randint(3, VOCABULARY, (2, 80), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [[*contexts[n // 3][:70], *range(5, 6 + n)] for n in range(6)]
     scored = [n + 1 for n in range(6)]
@@ -64,11 +64,11 @@ def test_rows_of_every_family_share_contexts_and_batches(family):
 def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(subject, prefilled=64):
     """Against one row alone: prefill, then steps, then the probabilities of what follows."""
     rows, scored = [IDS[:90], [*IDS[:70], *IDS[80:84]], IDS[:67]], [20, 4, 1]
-    found = score_batch(tiny(), subject, rows, scored, prefilled, step=8)
+    found = score_batch(shallow(), subject, rows, scored, prefilled, step=8)
     for ids, count, value, greedy in zip(rows, scored, found.log_likelihoods, found.greedy, strict=True):
-        cache = subject.cache(tiny().config, reserve=len(ids))
-        prefill(tiny(), cache, ids[:prefilled])
-        logits = torch.cat([part for _, part in feed(tiny(), cache, ids[prefilled:-1], step=8)])[-count:]
+        cache = subject.cache(shallow().config, reserve=len(ids))
+        prefill(shallow(), cache, ids[:prefilled])
+        logits = torch.cat([part for _, part in feed(shallow(), cache, ids[prefilled:-1], step=8)])[-count:]
         wanted = torch.tensor(ids[-count:])
         assert value == pytest.approx(logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item(), rel=ROUNDING)
         assert greedy == bool((logits.argmax(-1) == wanted).all())
@@ -77,7 +77,7 @@ def test_a_continuation_is_scored_by_queries_that_went_through_the_cache(subject
 @pytest.mark.slow
 def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache():
     prompts = [IDS[:72], IDS[:69], IDS[:65]]
-    found = generate_batch(tiny(), TWO, prompts, 64, StopRule(10)).tokens
+    found = generate_batch(shallow(), TWO, prompts, 64, StopRule(10)).tokens
     assert found == [decode_alone(TWO, prompt, 64, 10) for prompt in prompts]
 
 
@@ -85,19 +85,19 @@ def test_an_answer_is_greedy_decoding_token_by_token_through_the_cache():
 def test_an_unquantized_cache_gives_what_a_plain_generate_does():
     prompt = IDS[:40]
     inputs = torch.tensor([prompt])
-    generated = tiny().model.generate(
+    generated = shallow().model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False
     )
     plain = generated[0, len(prompt) :].tolist()
     for subject in (Subject(), FULL):
         for prefilled in (0, 32, 39):
-            assert generate_batch(tiny(), subject, [prompt], prefilled, StopRule(12)).tokens == [plain]
+            assert generate_batch(shallow(), subject, [prompt], prefilled, StopRule(12)).tokens == [plain]
 
 
 def test_already_the_first_token_is_read_out_of_the_quantized_cache():
     """A plain `generate` would decide it by the prefill pass, at any bits."""
-    found = generate_batch(tiny(), TWO, [IDS, IDS], len(IDS) - 1, StopRule(1))
-    layers, page = tiny().info.layers, SHORT.page
+    found = generate_batch(shallow(), TWO, [IDS, IDS], len(IDS) - 1, StopRule(1))
+    layers, page = shallow().info.layers, SHORT.page
     assert [len(tokens) for tokens in found.tokens] == [1, 1]
     assert found.attended["total"] == layers * len(IDS)
     assert found.attended["quantized"] == layers * (len(IDS) // page * page)
@@ -106,8 +106,8 @@ def test_already_the_first_token_is_read_out_of_the_quantized_cache():
 @pytest.mark.slow
 def test_prompts_of_the_same_length_are_answered_together_as_they_are_alone():
     rows = [IDS, [*IDS[:-9], *reversed(IDS[-9:])], [IDS[0], *reversed(IDS[1:])]]
-    together = generate_batch(tiny(), TWO, rows, len(IDS) - 1, StopRule(8)).tokens
-    assert together == [generate_batch(tiny(), TWO, [row], len(IDS) - 1, StopRule(8)).tokens[0] for row in rows]
+    together = generate_batch(shallow(), TWO, rows, len(IDS) - 1, StopRule(8)).tokens
+    assert together == [generate_batch(shallow(), TWO, [row], len(IDS) - 1, StopRule(8)).tokens[0] for row in rows]
 
 
 def test_a_context_that_several_rows_share_is_prefilled_once(monkeypatch):
@@ -117,9 +117,9 @@ def test_a_context_that_several_rows_share_is_prefilled_once(monkeypatch):
     )
     other = [IDS[0], *reversed(IDS[1:])]
     rows = [IDS[:70], other[:70], IDS[:68]]
-    shared = score_batch(tiny(), TWO, rows, [4, 4, 2], 64, 8)
+    shared = score_batch(shallow(), TWO, rows, [4, 4, 2], 64, 8)
     assert shapes == [(2, 64)]
-    alone = [score_batch(tiny(), TWO, [row], [count], 64, 8) for row, count in zip(rows, [4, 4, 2], strict=True)]
+    alone = [score_batch(shallow(), TWO, [row], [count], 64, 8) for row, count in zip(rows, [4, 4, 2], strict=True)]
     assert shared.log_likelihoods == pytest.approx([one.log_likelihoods[0] for one in alone], rel=ROUNDING)
 
 
@@ -128,7 +128,7 @@ def test_sampled_answers_differ_and_come_again_with_their_seed():
     def sample(seed):
         torch.manual_seed(seed)
         settings = {"do_sample": True, "temperature": 1.5}
-        return generate_batch(tiny(), TWO, [IDS[:66]] * 3, 64, StopRule(8), settings).tokens
+        return generate_batch(shallow(), TWO, [IDS[:66]] * 3, 64, StopRule(8), settings).tokens
 
     assert sample(5) == sample(5) != sample(6)
     assert len({tuple(tokens) for tokens in sample(5)}) == 3
@@ -152,8 +152,8 @@ def scripted(monkeypatch):
                     output.logits[:, -1, token] = -float(rank)
             return output
 
-        hooks.append(tiny().model.register_forward_hook(prefer))
-        return tiny()
+        hooks.append(shallow().model.register_forward_hook(prefer))
+        return shallow()
 
     yield use
     for hook in hooks:
@@ -181,17 +181,27 @@ def test_an_answer_ends_where_its_rule_says(scripted, stop, wanted):
 @pytest.mark.slow
 def test_an_end_token_inside_a_prompt_ends_nothing():
     prompt = [*IDS[:70], END, *IDS[70:80]]
-    (answer,) = generate_batch(tiny(), TWO, [prompt], 64, StopRule(6, (END,))).tokens
+    (answer,) = generate_batch(shallow(), TWO, [prompt], 64, StopRule(6, (END,))).tokens
     assert answer == decode_alone(TWO, prompt, 64, 6)
+
+
+def answers():
+    """Of two prompts, by the unquantized cache and at 2 bits."""
+    prompts, stop = [IDS[:70], IDS[:67]], StopRule(8, (END,))
+    return [generate_batch(shallow(), subject, prompts, 64, stop) for subject in (Subject(), TWO)]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Answers with the settings of the built-in model itself."""
+    return answers()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", GENERATION_FILES, ids=",".join)
-def test_a_checkpoints_generation_settings_change_no_answer(file, monkeypatch):
-    prompts, stop = [IDS[:70], IDS[:67]], StopRule(8, (END,))
-    plain = [generate_batch(tiny(), subject, prompts, 64, stop) for subject in (Subject(), TWO)]
-    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**file))
-    assert [generate_batch(tiny(), subject, prompts, 64, stop) for subject in (Subject(), TWO)] == plain
+def test_a_checkpoints_generation_settings_change_no_answer(file, monkeypatch, plain):
+    monkeypatch.setattr(shallow().model, "generation_config", GenerationConfig(**file))
+    assert answers() == plain
 
 
 # Memory

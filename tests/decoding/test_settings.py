@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluating import tiny, uniform
+from evaluating import shallow, uniform
 from transformers import GenerationConfig
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
@@ -39,8 +39,8 @@ def checkpoint(monkeypatch):
     """The built-in model with another `generation_config.json`."""
 
     def use(**settings):
-        monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**settings))
-        return tiny()
+        monkeypatch.setattr(shallow().model, "generation_config", GenerationConfig(**settings))
+        return shallow()
 
     return use
 
@@ -51,13 +51,18 @@ def answer(loaded, plan=None, ids=IDS):
     return generate(loaded, ids, cache, max_new_tokens=NEW), cache
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """The texts of the unquantized cache and of 2 bits, with the settings of the built-in model itself."""
+    return [answer(shallow(), plan)[0].text for plan in (None, uniform(2, info=shallow().info))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", LEAKS.values(), ids=LEAKS)
-def test_what_a_checkpoint_says_of_generation_changes_no_answer(settings, checkpoint):
-    plain = [answer(tiny(), plan)[0].text for plan in (None, uniform(2))]
+def test_what_a_checkpoint_says_of_generation_changes_no_answer(settings, checkpoint, plain):
     loaded = checkpoint(**settings)
     theirs = loaded.model.generation_config
-    for plan, text in zip((None, uniform(2)), plain, strict=True):
+    for plan, text in zip((None, uniform(2, info=shallow().info)), plain, strict=True):
         found, cache = answer(loaded, plan)
         assert (found.text, found.new_tokens) == (text, NEW)
         assert cache.get_seq_length() == len(IDS) + NEW - 1
@@ -70,7 +75,7 @@ def test_a_checkpoint_without_use_cache_still_feeds_each_token_once(checkpoint):
         lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        answer(loaded, uniform(2))
+        answer(loaded, uniform(2, info=shallow().info))
     finally:
         hook.remove()
     assert fed == [len(IDS)] + [1] * (NEW - 1)
@@ -86,19 +91,19 @@ def test_end_tokens_are_those_of_the_checkpoint_and_of_the_tokenizer(checkpoint)
 
 @pytest.mark.slow
 def test_an_answer_ends_at_the_checkpoints_end_token(checkpoint):
-    settings = greedy_settings(tiny(), NEW)
-    row = continue_tokens(tiny(), torch.tensor([IDS]), unquantized_cache(tiny().config), settings)[0].tolist()
+    settings = greedy_settings(shallow(), NEW)
+    row = continue_tokens(shallow(), torch.tensor([IDS]), unquantized_cache(shallow().config), settings)[0].tolist()
     third = row[len(IDS) + 2]
     found, _ = answer(checkpoint(eos_token_id=third))
     assert found.new_tokens == row[len(IDS) :].index(third) + 1
-    settings = greedy_settings(tiny(), NEW, ends=[])
-    whole = continue_tokens(tiny(), torch.tensor([IDS]), unquantized_cache(tiny().config), settings)
+    settings = greedy_settings(shallow(), NEW, ends=[])
+    whole = continue_tokens(shallow(), torch.tensor([IDS]), unquantized_cache(shallow().config), settings)
     assert whole.shape == (1, len(IDS) + NEW)
 
 
 @pytest.mark.slow
 def test_penalties_stay_and_are_said_once(checkpoint):
-    plain = answer(tiny())[0].text
+    plain = answer(shallow())[0].text
     loaded = checkpoint(repetition_penalty=1.9, no_repeat_ngram_size=2)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
@@ -151,7 +156,7 @@ def test_an_end_token_that_the_model_does_not_know_ends_nothing(checkpoint):
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_padding_token_that_the_model_does_not_know_is_not_fed_to_it(token, checkpoint):
-    assert greedy_settings(checkpoint(pad_token_id=token), NEW).pad_token_id == tiny().tokenizer.pad_token_id
+    assert greedy_settings(checkpoint(pad_token_id=token), NEW).pad_token_id == shallow().tokenizer.pad_token_id
 
 
 def test_room_is_made_for_some_thousands_of_tokens_at_most():

@@ -1,5 +1,6 @@
 """Every example in the README and the docs is run: Python blocks, plan and profile files, and `$ kvmix` lines."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -26,11 +27,19 @@ HUB = "meta-llama/Llama-2-7b"
 SHORTER = {
     "profile": ["--samples", "1", "--seq-len", "288"],
     "run": ["--max-new-tokens", "8"],
-    "eval": ["--limit", "1", "--length", "640"],
+    "eval": ["--limit", "1", "--length", "336"],
     "demo": ["--samples", "1", "--limit", "1"],
     "recommend": ["--dry-run"],
 }
 """Added to the examples: the same work on less text."""
+SMALLER = {
+    HUB: "builtin:tiny",
+    "512,1024,1536,2048,2560,3072": "336,384",
+    "512,1024 --depths 5": "336,384 --depths 2",
+    "0.25,0.5,0.75": "0.5",
+    "--length 512 --limit 2": "--length 336 --limit 1",
+}
+"""What stands in the place of parts of the examples: a model that is there, and fewer and shorter contexts."""
 FENCED = re.MULTILINE | re.DOTALL
 
 
@@ -85,7 +94,7 @@ def test_file_examples_load(page, text, tmp_path):
 def test_command_examples_run(page, tmp_path, monkeypatch):
     """In order, in one folder, with the files that the page shows and names in a comment at their head.
 
-    A hub model is replaced by the built-in one, and there is less text.
+    There is less text, and the built-in model stands for one of the hub.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("A prompt of the user's own.\n")
@@ -93,7 +102,8 @@ def test_command_examples_run(page, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     lines = re.findall(r"^\$ (kvmix .*)$", page.read_text(), re.MULTILINE)
     for line in lines:
-        arguments = shlex.split(line.replace(HUB, "builtin:tiny"), comments=True)[1:]
+        smaller = functools.reduce(lambda text, part: text.replace(part, SMALLER[part]), SMALLER, line)
+        arguments = shlex.split(smaller, comments=True)[1:]
         result = kvmix(*arguments, *SHORTER.get(arguments[0], []))
         assert result.exit_code == 0, f"{line}: {result.stderr}"
     assert lines or page != ROOT / "README.md"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluating import run_folder, stand_in, tiny, uniform
+from evaluating import run_folder, shallow, stand_in, uniform
 
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.subject import Subject
@@ -22,14 +22,14 @@ from kvmix_cli.evaluation.runs import RunFolders
 from kvmix_cli.reporting.evaluation import report_tables, row_json
 
 SETTINGS = Settings(length=160, prefix=64, step=16, limit=2)
-TWO, THREE = Subject("two", uniform(2)), Subject("three", uniform(3))
+TWO, THREE = Subject("two", uniform(2, info=shallow().info)), Subject("three", uniform(3, info=shallow().info))
 LOGITS = 2e-3
 """Of a divergence: the model's logits differ by about 1e-5 between forwards of different shapes."""
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return get_task("perplexity").samples(tiny(), SETTINGS)
+    return get_task("perplexity").samples(shallow(), SETTINGS)
 
 
 def naive(reference, logits):
@@ -41,7 +41,7 @@ def naive(reference, logits):
 @torch.inference_mode()
 def read(cache, ids, prefix, step):
     """Logits of all scored tokens, from the model itself."""
-    model = tiny().model
+    model = shallow().model
     model(input_ids=torch.tensor([ids[:prefix]]), past_key_values=cache)
     parts = [ids[start : min(start + step, len(ids) - 1)] for start in range(prefix, len(ids) - 1, step)]
     return torch.cat([model(input_ids=torch.tensor([part]), past_key_values=cache).logits[0] for part in parts])
@@ -49,7 +49,7 @@ def read(cache, ids, prefix, step):
 
 @torch.inference_mode()
 def one_pass(ids, prefix):
-    return tiny().model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, prefix:-1]
+    return shallow().model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, prefix:-1]
 
 
 @pytest.mark.parametrize("change", [1e-4, 1e-2, 1.0, 10.0])
@@ -74,8 +74,8 @@ def test_divergence_of_the_same_predictions_is_zero_and_of_nonsense_large_and_fi
 @pytest.mark.parametrize("step", [1, 16, 1000])
 def test_every_token_is_compared_as_two_forwards_say(samples, step):
     ids, settings = list(samples[0].ids), dataclasses.replace(SETTINGS, step=step)
-    record = get_task("perplexity").measure(tiny(), TWO, samples[0], settings)
-    logits = read(MixedCache.from_plan(TWO.plan, tiny().config), ids, 64, step)
+    record = get_task("perplexity").measure(shallow(), TWO, samples[0], settings)
+    logits = read(MixedCache.from_plan(TWO.plan, shallow().config), ids, 64, step)
     reference = one_pass(ids, 64)
     assert record["first"] == 65
     assert len(record["kl"]) == record["tokens"] == 95
@@ -86,7 +86,9 @@ def test_every_token_is_compared_as_two_forwards_say(samples, step):
 
 @pytest.mark.slow
 def test_metrics_are_means_over_tokens_and_the_unquantized_row_has_none(samples):
-    report = run_task(get_task("perplexity"), tiny(), [TWO, THREE, Subject("full", uniform(16))], SETTINGS)
+    report = run_task(
+        get_task("perplexity"), shallow(), [TWO, THREE, Subject("full", uniform(16, info=shallow().info))], SETTINGS
+    )
     assert set(report.reference.metrics) == {"perplexity"}
     two, three, full = report.plans
     kl = np.array([record["kl"] for record in two.records])
@@ -102,15 +104,15 @@ def test_metrics_are_means_over_tokens_and_the_unquantized_row_has_none(samples)
 
 @pytest.mark.slow
 def test_rows_side_by_side_measure_what_each_measures_alone(samples):
-    report = run_task(get_task("perplexity"), tiny(), [TWO, THREE], SETTINGS)
-    alone = [get_task("perplexity").measure(tiny(), each, samples[1], SETTINGS) for each in (Subject(), TWO, THREE)]
+    report = run_task(get_task("perplexity"), shallow(), [TWO, THREE], SETTINGS)
+    alone = [get_task("perplexity").measure(shallow(), each, samples[1], SETTINGS) for each in (Subject(), TWO, THREE)]
     assert [row.records[1] for row in report.rows] == alone
 
 
 @pytest.fixture
 def forwards(monkeypatch):
     """(tokens, whether the cache is ours) of every forward."""
-    model, seen = tiny().model, []
+    model, seen = shallow().model, []
     forward = type(model).forward
 
     def counted(self, *args, **kwargs):
@@ -122,7 +124,7 @@ def forwards(monkeypatch):
 
 
 def _plans(count):
-    return [Subject(f"plan {number}", uniform(2)) for number in range(count)]
+    return [Subject(f"plan {number}", uniform(2, info=shallow().info)) for number in range(count)]
 
 
 @pytest.mark.slow
@@ -131,14 +133,14 @@ def test_the_unquantized_cache_reads_a_sample_once_for_as_many_plans_as_are_toge
     forwards, monkeypatch, plans, passes
 ):
     monkeypatch.setattr(work, "TOGETHER", 2)
-    run_task(get_task("perplexity"), tiny(), _plans(plans), SETTINGS)
+    run_task(get_task("perplexity"), shallow(), _plans(plans), SETTINGS)
     of_one = 1 + 6  # the prefix, and 95 tokens in steps of 16
     assert sum(not ours for _, ours in forwards) == passes * 2 * of_one
     assert sum(ours for _, ours in forwards) == plans * 2 * of_one
 
 
 def test_a_reading_keeps_one_part_of_the_logits_and_no_cache_after_the_last(samples):
-    reading = alongside.UnquantizedReading(tiny(), samples[0].ids, 64, 16)
+    reading = alongside.UnquantizedReading(shallow(), samples[0].ids, 64, 16)
     for part in reading.parts():
         assert reading.read(part).shape[0] <= 16
         assert reading.read(part) is reading.logits(part)
@@ -150,7 +152,7 @@ class NoMemory(torch.nn.Module):
 
     def __init__(self, most):
         super().__init__()
-        self.model, self.most, self.config = tiny().model, most, tiny().model.config
+        self.model, self.most, self.config = shallow().model, most, shallow().model.config
 
     def forward(self, input_ids, past_key_values, **kwargs):
         if not isinstance(past_key_values, MixedCache) and past_key_values.get_seq_length() > self.most:
@@ -164,7 +166,11 @@ class NoMemory(torch.nn.Module):
 @pytest.mark.slow
 def test_plans_have_their_perplexity_where_the_unquantized_cache_does_not_fit():
     loaded = stand_in(
-        model=NoMemory(100), info=tiny().info, tokenizer=tiny().tokenizer, config=tiny().config, device=tiny().device
+        model=NoMemory(100),
+        info=shallow().info,
+        tokenizer=shallow().tokenizer,
+        config=shallow().config,
+        device=shallow().device,
     )
     report = run_task(get_task("perplexity"), loaded, [TWO, THREE], SETTINGS)
     assert "out of memory" in report.reference.error
@@ -174,7 +180,7 @@ def test_plans_have_their_perplexity_where_the_unquantized_cache_does_not_fit():
 
 def kept(root, subjects, resume=False, limit=2):
     settings = dataclasses.replace(SETTINGS, limit=limit)
-    return run_task(get_task("perplexity"), tiny(), subjects, settings, RunFolders(root, "builtin--tiny", resume))
+    return run_task(get_task("perplexity"), shallow(), subjects, settings, RunFolders(root, "builtin--tiny", resume))
 
 
 @pytest.mark.slow
@@ -232,16 +238,16 @@ def test_positions_are_those_of_the_predicted_tokens():
 def test_positions_are_in_the_json_and_in_a_table_if_there_are_several():
     settings = Settings(length=1100, prefix=900, step=100, limit=1)
     task = get_task("perplexity")
-    report = run_task(task, tiny(), [TWO], settings)
+    report = run_task(task, shallow(), [TWO], settings)
     data = row_json(report.plans[0])["by_position"]
     assert [(each["start"], each["tokens"]) for each in data] == [(0, 1023 - 900), (1024, 1100 - 1024)]
     mean = sum(each["kl"]["value"] * each["tokens"] for each in data) / 199
     assert mean == pytest.approx(report.plans[0].value("kl"))
     assert "by_position" not in row_json(report.reference)
-    *_, table = report_tables(task, report, tiny().info)
+    *_, table = report_tables(task, report, shallow().info)
     assert [row[:3] for row in table.rows] == [["two", "0-1023", "123"], ["two", "1024-2047", "76"]]
-    short = run_task(task, tiny(), [TWO], SETTINGS)
-    assert len(report_tables(task, short, tiny().info)) == 1
+    short = run_task(task, shallow(), [TWO], SETTINGS)
+    assert len(report_tables(task, short, shallow().info)) == 1
 
 
 def test_a_quantile_is_that_of_all_numbers_and_whole_samples_are_drawn():

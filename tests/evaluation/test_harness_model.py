@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chatty import chatty, ends_texts
-from evaluating import stand_in, tiny, uniform
+from evaluating import shallow, stand_in, tiny, uniform
 from generation_files import GENERATION_FILES
 from harness_tasks import CHOOSE, DOCUMENTS, GENERATE, NAMES, ROLL, asked, plain, replies, write_tasks
 from lm_eval.api.instance import Instance
@@ -23,14 +23,13 @@ from kvmix_cli.evaluation.tasks.lm_eval.requests import ROLL as ROLLING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import SCORE as SCORING
 from kvmix_cli.evaluation.tasks.lm_eval.requests import TokenRequest, encode_requests
 
-TWO, FULL = (Subject(name, uniform(bits)) for name, bits in (("two", 2), ("full", 16)))
-ONE = Subject("one", uniform(1))
+TWO, FULL = (Subject(name, uniform(bits, info=shallow().info)) for name, bits in (("two", 2), ("full", 16)))
 
 
 @pytest.fixture(scope="module")
 def requests(folder):
     """All requests of the local tasks, by kind."""
-    lm = KvmixLM(tiny(), step=8)
+    lm = KvmixLM(shallow(), step=8)
     results = asked(folder, lm)
     found = {}
     for task, kind in zip(NAMES, (GENERATING, SCORING, SCORING, ROLLING), strict=True):
@@ -45,7 +44,7 @@ def requests(folder):
 
 
 def answers(requests, subject, **options):
-    reading = Answerer(**{"loaded": tiny(), "subject": subject, "step": 8, **options})
+    reading = Answerer(**{"loaded": shallow(), "subject": subject, "step": 8, **options})
     return [answer.value for answer in reading.answers(requests)]
 
 
@@ -68,7 +67,7 @@ def close(one, other, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize(("subject", "size"), [(Subject(), "auto"), (FULL, 1)], ids=["unquantized", "sixteen bits"])
 def test_at_16_bits_every_reply_and_every_number_is_lm_evals_own(folder, expected, subject, size):
-    found = asked(folder, KvmixLM(tiny(), subject=subject, batch_size=size))
+    found = asked(folder, KvmixLM(shallow(), subject=subject, batch_size=size))
     ours, theirs = replies(found), replies(expected)
     assert ours["local_generate"] == theirs["local_generate"]
     assert any(text for ((text,),) in ours["local_generate"].values())
@@ -95,8 +94,9 @@ def test_a_batch_reads_what_each_of_its_rows_reads_alone(requests, task):
 def test_the_very_first_token_of_an_answer_has_read_quantized_keys_and_values(requests):
     """A plain `generate` would decide it by the prefill pass, at any bits."""
     first = [dataclasses.replace(each, generation=_settings(max_gen_toks=1)) for each in requests["local_generate"]]
-    assert answers(first, ONE) != answers(first, Subject())
-    for answer in Answerer(tiny(), ONE, 8).answers(first):
+    one = Subject("one", uniform(1))
+    assert answers(first, one, loaded=tiny()) != answers(first, Subject(), loaded=tiny())
+    for answer in Answerer(tiny(), one, 8).answers(first):
         assert answer.tokens == 1
         assert answer.attended["quantized"] > 0.5 * answer.attended["total"]
 
@@ -105,7 +105,7 @@ def test_the_very_first_token_of_an_answer_has_read_quantized_keys_and_values(re
 def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeypatch, tokens, prompt, context):
     monkeypatch.setattr(KvmixLM, "encode_prompt", lambda self, text: [5] * tokens)
     monkeypatch.setattr(KvmixLM, "encode_pairs", lambda self, kind, instance: [([5] * tokens, [6, 7])])
-    lm = KvmixLM(tiny(), step=8)
+    lm = KvmixLM(shallow(), step=8)
     (asked,) = encode_requests(lm, GENERATING, [Instance(GENERATING, {}, ("", {"max_gen_toks": 2}), 0, ("task", 0, 1))])
     (scored,) = encode_requests(lm, SCORING, [Instance(SCORING, {}, ("", ""), 0, ("task", 0, 1))])
     assert (asked.prefill, scored.prefill) == (prompt, context)
@@ -116,12 +116,12 @@ def test_at_least_the_last_token_before_an_answer_goes_through_the_cache(monkeyp
 @pytest.mark.slow
 def test_below_16_bits_every_kind_of_request_reads_quantized_tokens_and_says_how_many(requests):
     for task in NAMES:
-        seen = [answer.attended for answer in Answerer(tiny(), TWO, 8).answers(requests[task])]
+        seen = [answer.attended for answer in Answerer(shallow(), TWO, 8).answers(requests[task])]
         assert all(each["quantized"] > 0.4 * each["total"] > 0 for each in seen), task
 
 
 def test_text_without_a_context_reads_nothing_quantized_and_the_share_shows_it():
-    lm = KvmixLM(tiny(), subject=TWO)
+    lm = KvmixLM(shallow(), subject=TWO)
     request = Instance(SCORING, {}, ("", " a few words"), 0, ("task", 0, 1))
     ((value, _),) = lm.loglikelihood([request])
     assert value == pytest.approx(plain().loglikelihood([request])[0][0], rel=1e-4)
@@ -131,7 +131,7 @@ def test_text_without_a_context_reads_nothing_quantized_and_the_share_shows_it()
 @pytest.mark.slow
 def test_what_does_not_fit_is_cut_on_the_left_as_lm_eval_cuts_it(folder, limit=48):
     expected = asked(folder, plain(max_length=limit, batch_size=1))
-    found = asked(folder, KvmixLM(tiny(), max_length=limit))
+    found = asked(folder, KvmixLM(shallow(), max_length=limit))
     ours, theirs = replies(found), replies(expected)
     assert ours["local_generate"] == theirs["local_generate"]
     for task, metric in (
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_cut_on_the_left_as_lm_eval_cuts_it(folder, limit=4
 @pytest.mark.slow
 def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(tmp_path):
     text = write_tasks(tmp_path, ROLL)
-    lm = KvmixLM(tiny(), subject=TWO, max_length=64)
+    lm = KvmixLM(shallow(), subject=TWO, max_length=64)
     asked(text, lm, ["local_roll"])
     instance = Instance(ROLLING, {}, ("one two three " * 80,), 0, ("task", 3, 1))
     found = encode_requests(lm, ROLLING, [instance])
@@ -158,7 +158,7 @@ def test_a_long_text_is_scored_in_lm_evals_windows_and_each_of_its_tokens_once(t
 
 @pytest.mark.slow
 def test_an_end_of_text_inside_a_prompt_does_not_end_the_answer(folder):
-    loaded = chatty("{% for m in messages %}<user>{{ m.content }}</s>\n{% endfor %}<model>")
+    loaded = chatty("{% for m in messages %}<user>{{ m.content }}</s>\n{% endfor %}<model>", shallow())
     options = {"apply_chat_template": True, "fewshot_as_multiturn": True}
     expected = replies(asked(folder, plain(loaded), ["local_generate"], **options), ["local_generate"])
     found = replies(asked(folder, KvmixLM(loaded), ["local_generate"], **options), ["local_generate"])
@@ -170,7 +170,7 @@ def test_an_end_of_text_inside_a_prompt_does_not_end_the_answer(folder):
 def test_prompts_with_examples_are_lm_evals_own(folder, tmp_path):
     some = write_tasks(tmp_path, GENERATE, CHOOSE, training_split="train", fewshot_split="train")
     names = ("local_generate", "local_choose")
-    expected, found = (asked(some, lm, names, num_fewshot=1) for lm in (plain(), KvmixLM(tiny())))
+    expected, found = (asked(some, lm, names, num_fewshot=1) for lm in (plain(), KvmixLM(shallow())))
     assert replies(found, names)["local_generate"] == replies(expected, names)["local_generate"]
     assert found["results"]["local_choose"]["acc,none"] == expected["results"]["local_choose"]["acc,none"]
 
@@ -179,10 +179,10 @@ def test_prompts_with_examples_are_lm_evals_own(folder, tmp_path):
 def test_sampled_answers_differ_from_each_other_and_come_again():
     sampled = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 12, "until": []}
     instances = [Instance(GENERATING, {}, ("The value is", sampled), 0, ("task", 0, 3))] * 3
-    one, again = (KvmixLM(tiny(), subject=TWO, seed=5).generate_until(instances) for _ in range(2))
+    one, again = (KvmixLM(shallow(), subject=TWO, seed=5).generate_until(instances) for _ in range(2))
     assert one == again
     assert len(set(one)) == 3
-    assert KvmixLM(tiny(), subject=TWO, seed=6).generate_until(instances) != one
+    assert KvmixLM(shallow(), subject=TWO, seed=6).generate_until(instances) != one
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_a_request_that_does_not_fit_alone_is_an_error_after_the_answers_before_
         return whole(answerer, batch)
 
     monkeypatch.setattr(Answerer, "_score", limited)
-    found = Answerer(tiny(), FULL, 8).answers(some)
+    found = Answerer(shallow(), FULL, 8).answers(some)
     assert [next(found).tokens for _ in range(3)] == [each.scored for each in some[:3]]
     with pytest.raises(EvaluationError, match=rf"out of memory at {some[3].name} alone, \d+ tokens on cpu; .*--resume"):
         next(found)
@@ -265,13 +265,13 @@ def test_batch_sizes_are_numbers_or_auto():
 def test_prompts_that_cannot_be_answered_are_errors(settings, said):
     instance = Instance(GENERATING, {}, ("a prompt", settings), 0, ("task", 7, 1))
     with pytest.raises(EvaluationError, match=f"task/7/0 {said}"):
-        KvmixLM(tiny(), max_length=64).generate_until([instance])
+        KvmixLM(shallow(), max_length=64).generate_until([instance])
 
 
 def test_settings_without_effect_here_are_passed_over():
     given = {"max_gen_toks": 4, "until": [], "num_beams": 1, "use_cache": True, "max_length": 99}
     instance = Instance(GENERATING, {}, ("a prompt", given), 0, ("task", 7, 1))
-    (request,) = encode_requests(KvmixLM(tiny()), GENERATING, [instance])
+    (request,) = encode_requests(KvmixLM(shallow()), GENERATING, [instance])
     assert json.loads(request.generation) == {"do_sample": False, "max_gen_toks": 4, "until": ["</s>"]}
 
 
@@ -280,13 +280,13 @@ def test_settings_without_effect_here_are_passed_over():
 def test_a_checkpoints_generation_settings_change_no_answer(requests, monkeypatch, file):
     some = requests["local_generate"][:2]
     plain = [answers(some, subject) for subject in (Subject(), TWO)]
-    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**file))
+    monkeypatch.setattr(shallow().model, "generation_config", GenerationConfig(**file))
     assert [answers(some, subject) for subject in (Subject(), TWO)] == plain
 
 
 def test_a_tokenizer_that_ends_every_text_ends_neither_prompts_nor_contexts():
     """Behind an end token an answer would begin a new document."""
-    ending = ends_texts(tiny())
+    ending = ends_texts(shallow())
     assert ending.tokenizer("a").input_ids[-1] == ending.tokenizer.eos_token_id
     instances = {
         GENERATING: Instance(GENERATING, {}, ("The value is", {"max_gen_toks": 4}), 0, ("task", 0, 1)),
@@ -294,7 +294,7 @@ def test_a_tokenizer_that_ends_every_text_ends_neither_prompts_nor_contexts():
         ROLLING: Instance(ROLLING, {}, ("The value is a number",), 0, ("task", 0, 1)),
     }
     for kind, instance in instances.items():
-        plain, ended = (encode_requests(KvmixLM(loaded), kind, [instance]) for loaded in (tiny(), ending))
+        plain, ended = (encode_requests(KvmixLM(loaded), kind, [instance]) for loaded in (shallow(), ending))
         assert ended == plain
 
 
@@ -312,12 +312,12 @@ def test_a_chat_template_that_loses_the_question_is_an_error(folder):
 def test_continuations_that_cannot_be_scored_are_errors(continuation):
     instance = Instance(SCORING, {}, ("a context", continuation), 0, ("task", 7, 1))
     with pytest.raises(EvaluationError, match=r"task/7/0: a continuation of \d+ tokens cannot be scored"):
-        KvmixLM(tiny(), max_length=64).loglikelihood([instance])
+        KvmixLM(shallow(), max_length=64).loglikelihood([instance])
 
 
 def test_a_model_that_has_fallen_apart_is_an_error_and_not_a_nan():
     class Broken:
-        config = tiny().model.config
+        config = shallow().model.config
 
         def __call__(self, input_ids, **_):
             return SimpleNamespace(logits=torch.full((*input_ids.shape, 4096), torch.nan))
@@ -337,7 +337,7 @@ def test_lm_eval_finds_the_model_by_its_name_and_its_plan_in_a_file(folder, tmp_
     uniform(2).save(path)
     given = f"pretrained=builtin:tiny,plan={path},device=cpu"
     results = asked(folder, "kvmix", ["local_choose"], model_args=given, batch_size=2)
-    same = asked(folder, KvmixLM(tiny(), subject=TWO), ["local_choose"])
+    same = asked(folder, KvmixLM(tiny(), subject=Subject("two", uniform(2))), ["local_choose"])
     for document, replied in replies(same, ["local_choose"])["local_choose"].items():
         mine = replies(results, ["local_choose"])["local_choose"][document]
         assert [each[0][0] for each in mine] == pytest.approx([each[0][0] for each in replied], rel=5e-3)
@@ -379,7 +379,7 @@ def test_what_an_interruption_leaves_in_lm_evals_own_cache_is_no_answer(folder, 
 
     def ask():
         name = ["local_roll"]
-        return replies(asked(folder, KvmixLM(tiny()), name, use_cache=str(tmp_path / "cache")), name)["local_roll"]
+        return replies(asked(folder, KvmixLM(shallow()), name, use_cache=str(tmp_path / "cache")), name)["local_roll"]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Answerer, "_score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

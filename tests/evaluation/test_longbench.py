@@ -8,7 +8,7 @@ import pytest
 import torch
 from chatty import LOSES_TEXT, ends_texts
 from commandline import kvmix, kvmix_json, refused
-from evaluating import tiny, uniform
+from evaluating import shallow, tiny, uniform
 from generation_files import GENERATION_FILES
 from longbench_files import lines, record, write
 from transformers import GenerationConfig
@@ -27,7 +27,7 @@ from kvmix_cli.evaluation.tasks.longbench.lm_eval_parts import score
 from kvmix_cli.models import loading as models
 
 SETTINGS = Settings()
-TWO = Subject("two", uniform(2))
+TWO = Subject("two", uniform(2, info=shallow().info))
 EIGHT = {
     "triviaqa",
     "qasper",
@@ -183,7 +183,7 @@ def test_longbench_e_is_averaged_in_each_bin_of_lengths():
 @pytest.mark.slow
 def test_all_data_sets_run_from_end_to_end(tmp_path, brief):
     write(tmp_path, *DATASETS, count=1)
-    report = run_task(longbench("longbench", tmp_path), tiny(), [TWO], SETTINGS)
+    report = run_task(longbench("longbench", tmp_path), shallow(), [TWO], SETTINGS)
     assert report.tokens <= 21 * 3
     assert report.warnings == ()
     for row in report.rows:
@@ -205,14 +205,14 @@ def test_all_data_sets_run_from_end_to_end(tmp_path, brief):
 def test_longbench_e_reads_its_own_files(tmp_path, brief):
     write(tmp_path, "qasper", count=5)
     write(tmp_path, "qasper", suffix="_e")
-    report = run_task(longbench("longbench-e:qasper", tmp_path), tiny(), [], SETTINGS)
+    report = run_task(longbench("longbench-e:qasper", tmp_path), shallow(), [], SETTINGS)
     assert len(report.rows[0].records) == 2
     assert "longbench_e_qasper_0_4k" in report.rows[0].metrics
 
 
 def test_the_limit_is_of_each_data_set_and_the_longest_prompt_comes_first(tmp_path):
     write(tmp_path, "qasper", "trec", count=5)
-    prompts = longbench("longbench:qasper,trec", tmp_path).samples(tiny(), Settings(limit=3))
+    prompts = longbench("longbench:qasper,trec", tmp_path).samples(shallow(), Settings(limit=3))
     assert [prompt.name for prompt in prompts] == [
         f"{name} {line}" for name in ("qasper", "trec") for line in (3, 2, 1)
     ]
@@ -222,7 +222,7 @@ def test_the_limit_is_of_each_data_set_and_the_longest_prompt_comes_first(tmp_pa
 
 def test_prompts_are_told_apart_by_all_that_scores_depend_on(tmp_path):
     write(tmp_path, "trec", count=1)
-    (prompt,) = longbench("longbench:trec", tmp_path).samples(tiny(), SETTINGS)
+    (prompt,) = longbench("longbench:trec", tmp_path).samples(shallow(), SETTINGS)
     changes = ({"ids": prompt.ids[1:]}, {"answers": ("Number",)}, {"classes": ("Reason",)}, {"length": 5})
     seen = {repr(dataclasses.replace(prompt, **change)) for change in ({}, *changes)}
     assert len(seen) == 5
@@ -238,10 +238,10 @@ def test_the_batch_changes_no_score(tmp_path, brief):
     write(tmp_path, "trec", count=1)
 
     def rows(batch):
-        return run_task(longbench("longbench:qasper,trec", tmp_path, batch_size=batch), tiny(), [TWO], SETTINGS).rows
+        return run_task(longbench("longbench:qasper,trec", tmp_path, batch_size=batch), shallow(), [TWO], SETTINGS).rows
 
     alone = rows(None)
-    for size in (2, 3, "auto"):
+    for size in (2, "auto"):
         for one, other in zip(alone, rows(size), strict=True):
             assert one.metrics == other.metrics
             assert [each["prediction"] for each in one.records] == [each["prediction"] for each in other.records]
@@ -252,10 +252,10 @@ def test_the_batch_changes_no_score(tmp_path, brief):
 
 @pytest.mark.parametrize(("eos", "ends"), [(1, (1,)), ([1, 5], (1, 5)), (None, (1,))])
 def test_an_answer_ends_at_any_end_token_and_on_samsum_at_a_newline_but_not_at_once(eos, ends, monkeypatch):
-    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(eos_token_id=eos))
-    newline = tiny().tokenizer("\n").input_ids[-1]
-    assert module.stop_rule(tiny(), DATASETS["qasper"]) == StopRule(128, ends)
-    assert module.stop_rule(tiny(), DATASETS["samsum"]) == StopRule(128, (*ends, newline), min_new_tokens=1)
+    monkeypatch.setattr(shallow().model, "generation_config", GenerationConfig(eos_token_id=eos))
+    newline = shallow().tokenizer("\n").input_ids[-1]
+    assert module.stop_rule(shallow(), DATASETS["qasper"]) == StopRule(128, ends)
+    assert module.stop_rule(shallow(), DATASETS["samsum"]) == StopRule(128, (*ends, newline), min_new_tokens=1)
 
 
 def test_the_built_in_model_stops_where_it_should(tmp_path):
@@ -278,13 +278,13 @@ def test_only_samsum_stops_at_a_newline():
 @pytest.mark.parametrize("file", GENERATION_FILES[::4], ids=",".join)  # all of them in decoding/test_batch.py
 def test_a_checkpoints_generation_settings_change_no_answer(file, tmp_path, brief, monkeypatch):
     task = longbench("longbench:qasper", equal_prompts(tmp_path, 2), batch_size=2)
-    prompts = task.samples(tiny(), SETTINGS)
+    prompts = task.samples(shallow(), SETTINGS)
 
     def records():
-        return [list(task.records(tiny(), subject, prompts, SETTINGS)) for subject in (Subject(), TWO)]
+        return [list(task.records(shallow(), subject, prompts, SETTINGS)) for subject in (Subject(), TWO)]
 
     plain = records()
-    monkeypatch.setattr(tiny().model, "generation_config", GenerationConfig(**file))
+    monkeypatch.setattr(shallow().model, "generation_config", GenerationConfig(**file))
     assert records() == plain
 
 
@@ -295,24 +295,24 @@ TEMPLATE = "[{% for m in messages %}{{ m.content }}{% endfor %}]"
 
 def test_a_chat_template_is_put_around_all_but_few_shot_and_code(tmp_path):
     write(tmp_path, *DATASETS, count=1)
-    prompts = longbench("longbench", tmp_path).samples(with_tokenizer(tiny(), TEMPLATE), SETTINGS)
+    prompts = longbench("longbench", tmp_path).samples(with_tokenizer(shallow(), TEMPLATE), SETTINGS)
     bare = {prompt.dataset.name for prompt in prompts if not prompt.chat}
     assert bare == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
     for prompt in prompts:
-        text = tiny().tokenizer.decode(prompt.ids)
+        text = shallow().tokenizer.decode(prompt.ids)
         assert (text.startswith("[") and text.endswith("]")) == prompt.chat
 
 
 def test_a_chat_template_that_loses_the_question_is_an_error(tmp_path):
     write(tmp_path, "qasper", count=1)
     with pytest.raises(TextError, match="chat template of builtin:tiny cannot be used: it leaves out"):
-        longbench("longbench:qasper", tmp_path).samples(with_tokenizer(tiny(), LOSES_TEXT), SETTINGS)
+        longbench("longbench:qasper", tmp_path).samples(with_tokenizer(shallow(), LOSES_TEXT), SETTINGS)
 
 
 def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
     write(tmp_path, "qasper", "trec", count=1)
     task = longbench("longbench:qasper,trec", tmp_path)
-    assert task.samples(ends_texts(tiny()), SETTINGS) == task.samples(tiny(), SETTINGS)
+    assert task.samples(ends_texts(shallow()), SETTINGS) == task.samples(shallow(), SETTINGS)
 
 
 @pytest.mark.slow
@@ -327,7 +327,7 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(tmp_path):
 def test_the_description_names_the_protocol(members, template, said, tmp_path):
     write(tmp_path, "qasper", "trec", count=30)
     task = longbench(f"longbench:{members}", tmp_path, max_length=400)
-    prompts = task.samples(with_tokenizer(tiny(), template), SETTINGS)
+    prompts = task.samples(with_tokenizer(shallow(), template), SETTINGS)
     description = task.describe(prompts, SETTINGS)
     assert said in description
     cut = sum(prompt.cut > 0 for prompt in prompts)
@@ -341,11 +341,11 @@ def test_the_description_names_the_protocol(members, template, said, tmp_path):
 def test_a_prompt_leaves_room_for_its_answer(tmp_path):
     (tmp_path / "qasper.jsonl").write_text(lines([record("qasper", 400)]))
     task = longbench("longbench:qasper", tmp_path)
-    (prompt,) = task.samples(tiny(), SETTINGS)
+    (prompt,) = task.samples(shallow(), SETTINGS)
     assert prompt.cut > 0
-    assert tiny().max_length - 128 - 8 <= len(prompt.ids) <= tiny().max_length - 128
-    (endless,) = task.samples(dataclasses.replace(tiny(), max_length=None), SETTINGS)
-    assert (endless.cut, len(endless.ids) > tiny().max_length) == (0, True)
+    assert shallow().max_length - 128 - 8 <= len(prompt.ids) <= shallow().max_length - 128
+    (endless,) = task.samples(dataclasses.replace(shallow(), max_length=None), SETTINGS)
+    assert (endless.cut, len(endless.ids) > shallow().max_length) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -360,18 +360,18 @@ def test_a_context_that_does_not_fit_is_an_error(options, limit, said, tmp_path)
     write(tmp_path, "qasper")
     task = longbench("longbench:qasper", tmp_path, **options)
     with pytest.raises(EvaluationError, match=said):
-        task.samples(dataclasses.replace(tiny(), max_length=limit), SETTINGS)
+        task.samples(dataclasses.replace(shallow(), max_length=limit), SETTINGS)
 
 
 def test_malformed_lines_are_a_warning_of_the_report(tmp_path, brief):
     (tmp_path / "qasper.jsonl").write_text("{\n" + lines([record("qasper")]))
     (tmp_path / "trec.jsonl").write_text(lines([record("trec"), record("trec", answers=[])]))
-    report = run_task(longbench("longbench:qasper,trec", tmp_path), tiny(), [], SETTINGS)
+    report = run_task(longbench("longbench:qasper,trec", tmp_path), shallow(), [], SETTINGS)
     qasper, trec = report.warnings
     assert "qasper.jsonl: skipped 1 malformed line of 2 (line 1: not valid JSON" in qasper
     assert "trec.jsonl: skipped 1 malformed line of 2 (line 2: no answers)" in trec
     with pytest.raises(EvaluationError, match=r"qasper\.jsonl, line 1: "):
-        run_task(longbench("longbench:qasper,trec", tmp_path, strict=True), tiny(), [], SETTINGS)
+        run_task(longbench("longbench:qasper,trec", tmp_path, strict=True), shallow(), [], SETTINGS)
 
 
 # Memory
@@ -400,7 +400,7 @@ def equal_prompts(folder, count):
 def test_an_automatic_batch_shrinks_until_it_fits(tmp_path, brief, monkeypatch):
     tried = exhausted(monkeypatch, lambda call, size: size <= 2)
     task = longbench("longbench:qasper", equal_prompts(tmp_path, 5), batch_size="auto")
-    report = run_task(task, tiny(), [], SETTINGS)
+    report = run_task(task, shallow(), [], SETTINGS)
     assert tried == [5, 2, 2, 1]
     assert len(report.rows[0].records) == 5
 
@@ -410,7 +410,7 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     data = equal_prompts(tmp_path, 5)
     tried = exhausted(monkeypatch, lambda call, size: call != 2)
     task = longbench("longbench:qasper", data, batch_size=2)
-    report = run_task(task, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny"))
+    report = run_task(task, shallow(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny"))
     (kept,) = (tmp_path / "out").glob("*/samples.jsonl")
     assert len(kept.read_text().splitlines()) == 2
     length = json.loads(kept.read_text().splitlines()[0])["prompt_tokens"]
@@ -421,7 +421,7 @@ def test_out_of_memory_keeps_what_there_is_and_a_smaller_batch_goes_on(tmp_path,
     tried.clear()
     exhausted(monkeypatch, lambda call, size: True)
     smaller = longbench("longbench:qasper", data, batch_size=1)
-    report = run_task(smaller, tiny(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny", resume=True))
+    report = run_task(smaller, shallow(), [], SETTINGS, RunFolders(tmp_path / "out", "tiny", resume=True))
     assert report.rows[0].error is None
     assert [one["sample"] for one in report.rows[0].records] == [f"qasper {line}" for line in range(1, 6)]
 
@@ -432,12 +432,12 @@ def test_a_resumed_run_must_be_of_the_same_prompts(tmp_path, brief, monkeypatch)
     answered = exhausted(monkeypatch, lambda call, size: True)
     write(tmp_path, "qasper", count=1)
     task = longbench("longbench:qasper", tmp_path)
-    first = run_task(task, tiny(), [], SETTINGS, runs)
-    assert run_task(task, tiny(), [], SETTINGS, runs) == first
+    first = run_task(task, shallow(), [], SETTINGS, runs)
+    assert run_task(task, shallow(), [], SETTINGS, runs) == first
     assert answered == [1], "the second time it is only read"
     write(tmp_path, "qasper", count=2)
     with pytest.warns(UserWarning, match=r"was measured with another samples\.count"):
-        changed = run_task(task, tiny(), [], SETTINGS, runs)
+        changed = run_task(task, shallow(), [], SETTINGS, runs)
     assert sum(answered) == 1 + 2
     assert len(changed.rows[0].records) == 2
 

@@ -21,7 +21,7 @@ from kvmix_cli.texts import load_texts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "profiles" / "builtin--tiny"
-CASES = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+CASES = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 SCALARS = st.one_of(
     st.none(),
@@ -185,7 +185,7 @@ def test_options(folder, monkeypatch):
     words = st.one_of(SCALARS.map(str), st.sampled_from(["2.3", "3", "8GiB", "1%", "2,4", "64", "recent:32"]))
     profile = str(SHIPPED / "profile.yaml")
 
-    @settings(CASES, max_examples=100)
+    @settings(CASES, max_examples=50)
     @given(st.lists(st.tuples(options, words), max_size=3))
     def run(pairs):
         arguments = [word.replace("\0", "") for pair in pairs for word in pair]

@@ -73,24 +73,27 @@ def test_names_from_files_are_text_in_every_picture(tmp_path):
         ElementTree.parse(tmp_path / "picture.svg")
 
 
+NUMBERS = [
+    [LEAST],
+    [0.0, LEAST],
+    [-LEAST, LEAST, 1.0],
+    [LEAST, LEAST, MOST],
+    [-MOST, MOST],
+    [MOST],
+    [0.0, 0.0, MOST],
+    [1.0, 1.0 + sys.float_info.epsilon],
+    [0.0, 0.0],
+    [-0.4, 0.2, 19898.8],
+    [1e-13, 3e-13],
+]
+EXTREME = ([-LEAST, LEAST, 1.0], [-MOST, MOST], [1.0, 1.0 + sys.float_info.epsilon])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "values",
-    [
-        [LEAST],
-        [0.0, LEAST],
-        [-LEAST, LEAST, 1.0],
-        [LEAST, LEAST, MOST],
-        [-MOST, MOST],
-        [MOST],
-        [0.0, 0.0, MOST],
-        [1.0, 1.0 + sys.float_info.epsilon],
-        [0.0, 0.0],
-        [-0.4, 0.2, 19898.8],
-        [1e-13, 3e-13],
-    ],
+    ("values", "reference"),
+    [(values, 10.0) for values in NUMBERS] + [(values, other) for values in EXTREME for other in (0.0, None)],
 )
-@pytest.mark.parametrize("reference", [0.0, 10.0, None])
 def test_any_numbers_can_be_drawn_with_ticks_that_are_short(values, reference):
     for draw in (
         lambda axes: draw_quality(axes, dots(values), INCREASE._replace(reference=reference), "stored bits"),

@@ -13,6 +13,7 @@ from commandline import kvmix, kvmix_json, refused
 from evaluating import INFO, run_folder, uniform
 from hypothesis import given
 from hypothesis import strategies as some
+from markupsafe import Markup
 from reporting import FOUR, PERPLEXITY, TWO, Scripted, measured, memory, perplexity, recall, throughput
 
 from kvmix_cli.cache.subject import Subject
@@ -20,6 +21,7 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.results import Metric
 from kvmix_cli.reporting.comparison import front
+from kvmix_cli.reporting.page import figures
 from kvmix_cli.reporting.plan_names import names_text
 
 HOSTILE = "<script>alert(1)</script>\"'&|`</title>"
@@ -94,6 +96,12 @@ def test_two_outputs_in_one_file_are_refused():
     assert not Path("numbers").exists()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages with empty figures: to draw them takes most of a report's time."""
+    monkeypatch.setattr(figures, "_drawn", lambda axes, label: Markup("<svg></svg>"))
+
+
 @dataclass(frozen=True)
 class Reported:
     """What a report without arguments but its files printed and wrote."""
@@ -165,6 +173,7 @@ def test_what_is_best_for_its_bits_is_marked_and_what_read_nothing_quantized_is_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_json_has_everything_that_was_measured(results):
     data = kvmix_json("report", "results")
     assert (data["command"], data["html"]) == ("report", "results/report.html")
@@ -313,6 +322,7 @@ def test_whatever_comes_from_files_is_text_and_never_markup():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_plans_that_were_measured_under_a_checksum_have_their_names():
     plan = uniform(2, info=INFO)
     name = plan.sha256[:12]
@@ -350,6 +360,7 @@ def test_control_characters_from_files_reach_no_output():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_first_line_is_the_answer_everywhere(reported, results):
     (first, second, third) = (reported.stdout, reported.markdown, reported.page.text)
     said = "four at 6 stored bits: +0.50 % perplexity [+0.10, +0.90], recall 12 of 12 against 12: cannot tell"
@@ -370,6 +381,7 @@ def test_every_one_of_many_plans_is_named_in_a_figure():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
     measured(Path("results"), perplexity())
     folder = run_folder("results", "two")
@@ -384,6 +396,7 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_and_other_models_stand_apart():
     measured(Path("one"), perplexity())
     measured(Path("two"), perplexity(), settings=Settings(length=2048))
@@ -399,6 +412,7 @@ def test_other_settings_and_other_models_stand_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_unfinished_damaged_or_failed_is_said():
     def record(subject, index):
         if subject is FOUR:
@@ -461,6 +475,7 @@ def test_runs_that_are_all_unfinished_are_listed():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("nominal_bits", -1), ("stored_bits", -2.5), ("quantized_share", 1.5)])
+@pytest.mark.usefixtures("undrawn")
 def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(results, name, value):
     path = run_folder("results", "two") / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
@@ -471,6 +486,7 @@ def test_impossible_bits_are_a_damaged_folder_and_cost_none_of_the_others(result
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
     path = run_folder("results", "two", "throughput") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -480,6 +496,7 @@ def test_a_context_of_no_tokens_costs_a_curve_and_not_the_report(results):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_samples_that_are_not_of_the_task_cost_a_plot_and_not_the_report(results):
     path = run_folder("results", "two", "recall") / "samples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -521,6 +538,7 @@ def test_the_metric_that_is_asked_for_is_the_one_that_is_compared(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.usefixtures("undrawn")
 def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypatch, results, width):
     names = [f"score_{index}" for index in range(12)]
     wide = Scripted(
@@ -535,6 +553,7 @@ def test_a_table_is_broken_between_tasks_and_turned_if_one_is_too_wide(monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_table_of_many_plans_is_not_turned_where_that_is_wider():
     plans = [Subject(f"plan {index}", uniform(2, info=INFO)) for index in range(20)]
     names = [f"score_{index}" for index in range(12)]

@@ -9,11 +9,12 @@ from tokenizers.processors import TemplateProcessing
 TEMPLATE = "{% for m in messages %}<user>{{ m.content | trim }}</user>{% endfor %}<model>"
 
 
-def chatty(template=TEMPLATE):
-    """Its tokenizer is a copy: others share the one that `tiny()` has."""
-    tokenizer = copy.deepcopy(tiny().tokenizer)
+def chatty(template=TEMPLATE, loaded=None):
+    """The built-in model, or some of its layers, with a copy of its tokenizer: others share the one that it has."""
+    loaded = loaded or tiny()
+    tokenizer = copy.deepcopy(loaded.tokenizer)
     tokenizer.chat_template = template
-    return dataclasses.replace(tiny(), tokenizer=tokenizer)
+    return dataclasses.replace(loaded, tokenizer=tokenizer)
 
 
 def ends_texts(loaded):

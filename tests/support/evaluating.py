@@ -1,6 +1,8 @@
 """What the evaluation tests share: the built-in model, short plans, and a task that needs no model."""
 
+import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvmix_cli.evaluation.base import Sample, Task
 from kvmix_cli.evaluation.bootstrap import ratio
 from kvmix_cli.evaluation.results import Estimate, Metric
+from kvmix_cli.models.geometry import model_info
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
 from kvmix_cli.plan.windows import NoWindow
@@ -23,6 +26,19 @@ INFO = ModelInfo(id="builtin:tiny", layers=8, kv_heads=2, head_dim=64)
 def tiny():
     """The built-in model in float32 on the CPU; tests must not change it."""
     return load_model("builtin:tiny", device="cpu")
+
+
+@functools.cache
+def shallow():
+    """The first two layers of the built-in model, where one way to read is compared with another; as little to change.
+
+    Whatever holds of two layers holds of eight, which take three times as long.
+    """
+    whole = tiny()
+    model = copy.deepcopy(whole.model)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    return replace(whole, model=model, info=model_info(model.config, whole.info.id))
 
 
 def save_small(place, layers):

@@ -5,7 +5,7 @@ import functools
 import json
 
 import yaml
-from evaluating import tiny
+from evaluating import shallow
 
 from kvmix_cli.texts import load_texts
 
@@ -91,10 +91,10 @@ def write_tasks(folder, *tasks, **changes):
 
 
 def plain(loaded=None, **options):
-    """lm-eval's own Hugging Face model, on the same weights."""
+    """lm-eval's own Hugging Face model, on the weights of `shallow()` or others."""
     from lm_eval.models.huggingface import HFLM
 
-    loaded = loaded or tiny()
+    loaded = loaded or shallow()
     options.setdefault("max_length", loaded.max_length)
     return HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), **options)
 
