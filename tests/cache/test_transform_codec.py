@@ -19,9 +19,11 @@ from coding import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.segments import Coded
 from kvmix_kernels.transform_layout import exact_count
 from teaching import PIECES, ids, teacher_forced
+from warned import falls_back_once
 
 from kvmix_cli.cache.coded import CodedLayer
 from kvmix_cli.cache.layer import MixedLayer
@@ -192,8 +194,6 @@ def test_exact_tokens_are_those_with_the_most_attention_times_error(tmp_path):
 
 def test_without_queries_the_error_decides_and_it_is_said_once(llama, tmp_path):
     """Under another attention, which shows no queries."""
-    from kvmix_kernels.runtime.fallback import warn_once
-
     warn_once.cache_clear()
     plan = coded_plan(llama, tmp_path, exact=1, rope=ROPE["llama"])
     tokens = ids(150)
@@ -218,7 +218,9 @@ def test_keys_and_values_of_a_prompt_wait_for_its_queries_and_can_be_read(tmp_pa
     layer.update(keys, values)
     assert torch.equal(layer.keys.dequantize(), keys)
     assert layer.get_seq_length() == 100
-    feed(keys[:, :, :5], values[:, :, :5])
+    warn_once.cache_clear()
+    with falls_back_once("the model's attention does not show its queries"):
+        feed(keys[:, :, :5], values[:, :, :5])
     assert layer.get_seq_length() == 105
     assert layer.stores[0].packed_tokens > 0
 
