@@ -77,10 +77,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             console.stop("interrupted", args[0] if args else None)
             raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:
-            if isinstance(error, _ClickException):
-                usage_error: Any = error
-                console.emit_error("UsageError", usage_error.format_message(), args[0] if args else None)
+        except _ClickException as error:
+            _emit_usage_error(error, args[0] if args else None)
             raise
 
     def _parse(self, ctx: Any, args: list[str]) -> list[str]:
@@ -116,14 +114,18 @@ class Commands(TyperGroup):
                 with _alone(INTERRUPTED):
                     console.stop(_interrupted(ctx), ctx.invoked_subcommand)
                 raise typer.Exit(INTERRUPTED) from None
+            except _ClickException as error:
+                _emit_usage_error(error, ctx.invoked_subcommand)
+                raise
             except Exception as error:
-                if isinstance(error, _ClickException):  # Typer shows it on stderr
-                    usage_error: Any = error
-                    console.emit_error("UsageError", usage_error.format_message(), ctx.invoked_subcommand)
-                    raise
                 with _alone(FAILED):
                     _report(error, ctx.invoked_subcommand)
                 raise typer.Exit(FAILED) from error
+
+
+def _emit_usage_error(error: Any, command: str | None) -> None:
+    """Write a usage error, which Typer shows on stderr, as the one object of `--json`."""
+    console.emit_error("UsageError", error.format_message(), command)
 
 
 def _refuse_empty(ctx: Any, args: list[str]) -> None:
@@ -287,17 +289,20 @@ def _report(error: Exception, command: str | None) -> None:
     if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
         place = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
-        unusable = KvmixError(f"cannot use {place}: {error.strerror}; name another file or folder")
-        unusable.__cause__ = error
-        console.fail(unusable, command)
+        _fail_by(error, f"cannot use {place}: {error.strerror}; name another file or folder", command)
     elif is_out_of_memory(error):
-        shortage = KvmixError(NO_MEMORY.format(error=first_sentence(error)))
-        shortage.__cause__ = error  # for --traceback
-        console.fail(shortage, command)
+        _fail_by(error, NO_MEMORY.format(error=first_sentence(error)), command)
     elif own := extension_error(error):
         console.fail(own, command)
     else:
         console.fail_bug(error, command)
+
+
+def _fail_by(cause: Exception, message: str, command: str | None) -> None:
+    """Report an error of ours with a cause, which `--traceback` shows."""
+    error = KvmixError(message)
+    error.__cause__ = cause
+    console.fail(error, command)
 
 
 def _version(wanted: bool) -> None:

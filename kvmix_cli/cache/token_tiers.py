@@ -188,7 +188,7 @@ class TokenTiers(TokenChoice):
     _merge: Merge | None = None
     shares: LayerShares | None = None
 
-    def __init__(self, policy: TokenPolicy, page: int = 1, layer: int = 0, rope: Rope | None = None) -> None:
+    def __init__(self, policy: TokenPolicy, page: int, layer: int = 0, rope: Rope | None = None) -> None:
         super().__init__(policy, layer, rope)
         self.heads = Buffer()
         self._page = page

@@ -49,7 +49,7 @@ def allocate(
         raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
     base = _base(budget)
     storage.caches(base.cache)  # refuses what is wrong before anything is read
-    from ..allocation import TRANSFORM_SCORE, default_cache, default_method
+    from ..allocation import default_cache, default_method
     from ..plan.presets import by_depth
     from ..profile import Profile
     from ..studies.directions import read_basis
@@ -57,12 +57,8 @@ def allocate(
     path = state.find_profile(files.profile, model=files.model, say=console.notice)
     source = Profile.load(path)
     method = budget.method or base.method or default_method(source)
-    if budget.method is None and base.method is None and method != PAPER:
-        knows = "directions" if method == TRANSFORM else "a score that knows widths"
-        console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
-    elif budget.method is None and base.method is None:
-        better = state.profile_command(source.model.id, "--score", TRANSFORM_SCORE)
-        console.notice(f"method {method}, the paper's; for plans that lose less, run `{better}`")
+    if budget.method is None and base.method is None:
+        _say_method(method, source)
     cache = default_cache(source, method) if budget.preset is None else base.cache
     caches = [_with_presets(each, storage) for each in storage.caches(cache)]
     chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
@@ -98,6 +94,18 @@ def allocate(
     _save(plan, path, command)
     with after_saving(f"the plan is saved in {path}"):
         _show(plan, source, path, budget.context, budget.batch)
+
+
+def _say_method(method: str, source: Profile) -> None:
+    """Say which method decides where none was named, and what would make it another one."""
+    from ..allocation import TRANSFORM_SCORE
+
+    if method == PAPER:
+        better = state.profile_command(source.model.id, "--score", TRANSFORM_SCORE)
+        console.notice(f"method {method}, the paper's; for plans that lose less, run `{better}`")
+    else:
+        knows = "directions" if method == TRANSFORM else "a score that knows widths"
+        console.notice(f"method {method}, since the profile has {knows}; the paper's is --method rank")
 
 
 def _by_head(plan: Plan, source: Profile, score: str | None, context: int, what: str, number: float) -> Plan:

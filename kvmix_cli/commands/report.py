@@ -55,10 +55,11 @@ def report(
     check_metric(collection, metric)
     page = html or _home(places[0]) / PAGE
     outputs = [path for path in (page, markdown, csv) if path is not None]
-    for path in outputs:
+    resolved = [path.resolve() for path in outputs]
+    for path, place in zip(outputs, resolved, strict=True):
         check_writable(path)
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise OutputError(f"two outputs would be {page if html else outputs[-1]}: give each of them a name of its own")
+        if resolved.count(place) > 1:
+            raise OutputError(f"two outputs would be {path}: give each of them a name of its own")
     command = ctx.meta[options.COMMAND_LINE]
     _show(collection, metric)
     files = {page: make_page(collection, metric, command)}

@@ -70,6 +70,8 @@ class Export:
         return [f"{what} in layers {format_ranges(layers)}" for what, layers in changed.items()]
 
 
+OR_PLUGIN = ", or use --to vllm-plugin"
+"""End of the reason why an engine cannot express transform codes."""
 Express = Callable[[Plan, "str | None"], Export]
 
 
@@ -103,7 +105,7 @@ class Target:
         refuse(self.name, rule, uneven, "use this plan with kvmix itself")
         coded = {index: "transform codes" for index, layer in plan.layers.items() if layer.is_coded}
         rule = "it has widths of whole tensors only"
-        refuse(self.name, rule, coded, "allocate with another --method, such as rank, or use --to vllm-plugin")
+        refuse(self.name, rule, coded, f"allocate with another --method, such as rank{OR_PLUGIN}")
         grouped = {index: "groups of KV heads" for index, layer in plan.layers.items() if layer.head_groups}
         refuse(self.name, rule, grouped, "allocate without --by-head")
         if axes := plan.cache.axes:

@@ -10,7 +10,7 @@ from ..plan import Plan
 from ..profile import Profile
 from .drawing import Look, new_figure, save, styled
 from .evaluation import format_estimate
-from .plots import draw_bits, draw_scores
+from .plots import draw_plan, draw_scores
 from .quality_plot import Dot, draw_rows
 
 INCREASE = "perplexity_increase_percent"
@@ -27,9 +27,8 @@ def plot_demo(profile: Profile, plans: Mapping[str, Plan], perplexity: Report, p
     name, score = next(iter(profile.scores.items()))
     draw_scores(scores, score, f"1. profile: {name}, {score.calibration.samples} samples")
     for row, (name, plan) in enumerate(plans.items(), 1):
-        widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
         title = f"2. allocate {name}: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored"
-        draw_bits(figure.add_subplot(grid[row, 0]), widths, title)
+        draw_plan(figure.add_subplot(grid[row, 0]), plan, title)
     rows = [row for row in perplexity.plans if INCREASE in row.metrics and row.stored_bits]
     dots = [_dot(row, index) for index, row in enumerate(rows)]
     if dots:

@@ -18,7 +18,17 @@ from .drawing import INK, KEY, POINTS, SOFT, VALUE, check_plot, describe, figure
 from .labels import name_points
 from .printable import one_line, shortened
 
-__all__ = ["Frontier", "Point", "check_plot", "draw_bits", "draw_scores", "plot_plans", "plot_profiles", "save"]
+__all__ = [
+    "Frontier",
+    "Point",
+    "check_plot",
+    "draw_bits",
+    "draw_plan",
+    "draw_scores",
+    "plot_plans",
+    "plot_profiles",
+    "save",
+]
 
 WIDTH, PANEL = 640, 235
 """Width of a picture and height of each of its panels, in points."""
@@ -50,8 +60,7 @@ def plot_plans(plans: Sequence[tuple[str, Plan]], path: Path, frontier: Frontier
     figure, panels = _panels(len(plans) + (frontier is not None))
     for axes, (name, plan) in zip(panels, plans, strict=False):
         numbers = f": {plan.bits.nominal:.4g} bits nominal, {plan.bits.stored:.4g} stored"
-        widths = {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}
-        draw_bits(axes, widths, _title(name, numbers))
+        draw_plan(axes, plan, _title(name, numbers))
     if frontier is not None:
         _draw_frontier(panels[-1], frontier)
     return save(figure, path)
@@ -72,6 +81,11 @@ def draw_scores(axes: Axes, score: Score, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log" if any(score.choices) else "linear")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+
+
+def draw_plan(axes: Axes, plan: Plan, title: str) -> None:
+    """Draw the bits of every layer of a plan, see `draw_bits`."""
+    draw_bits(axes, {index: (layer.k.mean_width, layer.v.mean_width) for index, layer in plan.layers.items()}, title)
 
 
 @styled()

@@ -11,6 +11,7 @@ from ..errors import ExportError
 from ..evaluation.grid import by_depth
 from ..evaluation.results import Estimate, Table
 from ..export import TARGETS
+from ..export.target import OR_PLUGIN
 from ..plan.sizes import format_bytes
 from ..studies.recommend.cost import Forecast
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
@@ -29,8 +30,6 @@ VERDICTS: dict[Outcome, str] = {
 }
 ENGINES = {"vLLM": "vllm", "llama.cpp": "llama.cpp"}
 """Other engines, and the names that `kvmix export` has for them."""
-PLUGIN = ", or use --to vllm-plugin"
-"""End of the reason why an engine cannot express transform codes: here the plugin has a sentence of its own."""
 COLUMNS = ("task", "number", "plan", "unquantized")
 
 
@@ -172,8 +171,8 @@ def commands(found: Recommendation) -> dict[str, str]:
         try:
             TARGETS[name].export(found.best.plan)
         except ExportError as error:
-            reason = str(error).removeprefix(f"{engine} ").removeprefix(f"{name} ").removesuffix(PLUGIN)
-            lines[engine] = one_line(reason)
+            reason = str(error).removeprefix(f"{engine} ").removeprefix(f"{name} ")
+            lines[engine] = one_line(reason.removesuffix(OR_PLUGIN))  # which has a sentence of its own below
         else:
             lines[engine] = shlex.join(["kvmix", "export", path, "--to", name])
     if any(layer.is_coded for layer in found.best.plan.layers.values()):

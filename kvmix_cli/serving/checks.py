@@ -6,15 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from kvmix_kernels.blocks.base import GPU_BLOCKS
+
 from ..cache.bases import check_bases
 from ..errors import KvmixError, PlanError
 from ..models.geometry import model_info
 from ..plan import Plan
 from ..plan.engine_blocks import check_blocks, left_out, losses_in_blocks, measured_loss
 from .contract import DEVICE_HOOKS, missing_hooks
-
-GPU_BLOCKS = (64, 128, 256)
-"""Tokens of blocks that the Triton kernels read (`kvmix_kernels/blocks/triton/launch.py`)."""
 
 
 def check_engine(plan: Plan, path: str, config: Any) -> None:

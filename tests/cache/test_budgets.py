@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import build
 from composing import BUDGETS, plan_for
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.attention import kvmix_attention
 from kvmix_cli.cache.composed import ComposedLayer
@@ -203,9 +203,7 @@ def test_beams_reorder_what_is_kept():
     one, other = (single_layer(policy, 4, SINK, Recent(tokens=WINDOW)) for _ in range(2))
     prompt, step = torch.randn(3, 2, 2, 200, 16).unbind(), torch.randn(3, 2, 2, 1, 16).unbind()
     read(one, *prompt)
-    one.batch_repeat_interleave(2)
-    one.batch_select_indices(torch.tensor([0, 3]))
-    one.reorder_cache(torch.tensor([1, 0]))
+    swap_by_beams(one)
     read(other, *(states.flip(0) for states in prompt))
     for _ in range(40):  # past a flush
         got, expected = read(one, *step), read(other, *step)

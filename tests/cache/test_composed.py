@@ -8,7 +8,7 @@ from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, case, implementati
 from composing import AXES, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
@@ -107,9 +107,7 @@ def test_beams_and_batches(axes):
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     with torch.no_grad():
         model(tokens, past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         model(tokens.flip(0), past_key_values=other)
         for _ in range(50):  # past a flush
             logits = [model(step, past_key_values=cache).logits for cache in (one, other)]

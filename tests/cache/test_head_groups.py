@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import build
 from composing import plan_for
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 from transformers.cache_utils import DynamicLayer
 
 from kvmix_cli.cache import mixed
@@ -129,9 +129,7 @@ def test_beams_and_going_back(model):
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     with torch.no_grad():
         model(tokens, past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         model(ids(9, seed=7), past_key_values=one)
         one.crop(-9)
         model(tokens.flip(0), past_key_values=other)

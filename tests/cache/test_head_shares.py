@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import EVICTED
 from reference import dense_attention_lse
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies.heads import kept_by_head
@@ -161,9 +161,7 @@ def test_beams_go_with_their_pages(model):
     tokens, step = ids(300), ids(2)
     with torch.no_grad():
         model(tokens, past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         model(ids(9, seed=7), past_key_values=one)
         one.crop(-9)
         model(tokens.flip(0), past_key_values=other)

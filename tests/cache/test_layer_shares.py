@@ -12,7 +12,7 @@ from composing import plan_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.segments import EVICTED
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.layer_shares import LayerShares, SharingLayer
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
@@ -207,9 +207,7 @@ def test_beams_files_and_going_back(model, tmp_path):
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     with torch.no_grad():
         model(tokens, past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         model(ids(9, seed=7), past_key_values=one)
         one.crop(-9)
         model(tokens.flip(0), past_key_values=other)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import EVICTED, Segments
-from teaching import ids, teacher_forced
+from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.handle import Handle
 from kvmix_cli.cache.merging import MERGES, LeavingTokens, Merge, left_padding
@@ -304,9 +304,7 @@ def test_beams_and_batches(model):
     one, other = (cache_of(model, 2, 4) for _ in range(2))
     with torch.no_grad():
         model(TOKENS[:, :155], past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         model(TOKENS[:, :155].flip(0), past_key_values=other)
         for _ in range(25):  # past a flush, whose threshold is of each sequence
             logits = [model(step, past_key_values=cache).logits for cache in (one, other)]

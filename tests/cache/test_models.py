@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import CONFIGS, build, case, implementations, reference_implementation
 from reference import reference_cache
-from teaching import PIECES, ids, teacher_forced
+from teaching import PIECES, ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.models.geometry import model_info
@@ -162,9 +162,7 @@ def test_batch_operations_equal_a_batch_made_so():
     tokens = ids(80, batch=2)
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     model(tokens, past_key_values=one)
-    one.batch_repeat_interleave(2)
-    one.batch_select_indices(torch.tensor([0, 3]))
-    one.reorder_cache(torch.tensor([1, 0]))
+    swap_by_beams(one)
     model(tokens.flip(0), past_key_values=other)
     step = ids(1)
     torch.testing.assert_close(model(step, past_key_values=one).logits, model(step, past_key_values=other).logits)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.segments import Coded
 from kvmix_kernels.transform_layout import exact_count
-from teaching import PIECES, ids, teacher_forced
+from teaching import PIECES, ids, swap_by_beams, teacher_forced
 from warned import falls_back_once
 
 from kvmix_cli.cache.coded import CodedLayer
@@ -232,9 +232,7 @@ def test_beams_and_batches(llama, tmp_path):
     one, other = (MixedCache.from_plan(plan, llama.config) for _ in range(2))
     with torch.no_grad():
         llama(tokens, past_key_values=one)
-        one.batch_repeat_interleave(2)
-        one.batch_select_indices(torch.tensor([0, 3]))
-        one.reorder_cache(torch.tensor([1, 0]))
+        swap_by_beams(one)
         for layer in one.layers:
             layer.offload()
             layer.prefetch()

@@ -14,6 +14,13 @@ def ids(count, batch=2, seed=0):
     return torch.randint(2, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
+def swap_by_beams(cache):
+    """Swap two sequences as a beam search may: each is repeated, one of each is kept, and these change places."""
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
 @torch.no_grad()
 def teacher_forced(model, cache, tokens, steps, mask=None):
     """Logits of every step when `tokens` enter the cache in pieces of the given lengths."""

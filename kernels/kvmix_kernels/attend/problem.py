@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,49 @@ from torch import Tensor
 from ..segments import Coded, Segments, SortedTokens
 
 
+class QueryProblem(ABC):
+    """Queries of any problem, and the number of them that share a KV head: all that some launches look at.
+
+    Attributes:
+        query: `[B, H, S, D]`.
+        scaling: factor on `q·k`.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        sink_logits: `[H]`, one logit of a query head that enters the softmax and has no value (GPT-OSS).
+    """
+
+    query: Tensor
+    scaling: float
+    softcap: float | None
+    sink_logits: Tensor | None
+
+    @property
+    @abstractmethod
+    def kv_heads(self) -> int:
+        """Number of KV heads, `H_kv`."""
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences, `B`."""
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads, `H`."""
+        return self.query.shape[1]
+
+    @property
+    def ratio(self) -> int:
+        """Query heads to a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def queries(self) -> int:
+        """Number of queries, `S`."""
+        return self.query.shape[2]
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionProblem:
+class AttentionProblem(QueryProblem):
     """Softmax attention of queries over keys and values; query head `h` reads KV head `h // (H / H_kv)`.
 
     A solution is a pair of tensors: the output `[B, H, S, D_v]` in the query's dtype, and the logarithms of the sums
@@ -55,29 +97,9 @@ class AttentionProblem:
             raise ValueError("keys and values are not in the same tiers; expected one token policy for both")
 
     @property
-    def batch(self) -> int:
-        """Number of sequences, `B`."""
-        return self.query.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads, `H`."""
-        return self.query.shape[1]
-
-    @property
     def kv_heads(self) -> int:
         """Number of KV heads, `H_kv`."""
         return self.key.tail.shape[1]
-
-    @property
-    def ratio(self) -> int:
-        """Query heads to a KV head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def queries(self) -> int:
-        """Number of queries, `S`."""
-        return self.query.shape[2]
 
     @property
     def head_dim(self) -> int:

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..layout import Kind
 from ..runtime.native.structs import CSegments
 
+GPU_BLOCKS = (64, 128, 256)
+"""Tokens of the blocks that GPU kernels read: of 64, values fill a tensor core (`attend/triton/steps.py`)."""
+
 
 class BlockTensor(ABC):
     """Keys or values of one layer, as a block has them in `nbytes` of its bytes.

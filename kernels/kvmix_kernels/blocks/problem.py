@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..attend.problem import QueryProblem
 from .base import BlockTensor
 
 
 @dataclass(frozen=True, eq=False)
-class BlockProblem:
+class BlockProblem(QueryProblem):
     """Causal attention of the last `S` tokens of several sequences over all of their tokens.
 
     Attributes:
@@ -38,24 +39,9 @@ class BlockProblem:
     sink_logits: Tensor | None = None
 
     @property
-    def batch(self) -> int:
-        """Number of sequences, `B`."""
-        return self.query.shape[0]
-
-    @property
     def kv_heads(self) -> int:
         """Number of KV heads, `H_kv`."""
         return self.keys.kv_heads
-
-    @property
-    def ratio(self) -> int:
-        """Query heads to a KV head."""
-        return self.query.shape[1] // self.kv_heads
-
-    @property
-    def queries(self) -> int:
-        """Number of queries, `S`."""
-        return self.query.shape[2]
 
     @property
     def page(self) -> int:

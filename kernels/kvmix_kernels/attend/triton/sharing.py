@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import triton
 from torch import Tensor
 
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, QueryProblem
 from .kernel import merge_kernel
 from .softmax import ADDITIVE, BOOLEAN, CAUSAL, LOG2_E
 
@@ -22,38 +21,6 @@ MOST_MERGED = 4096
 TOKENS_PER_SPLIT = 1024
 """Tokens in a split, at least: the partial result of a split is written and read once more."""
 PROGRAMS_PER_PROCESSOR = 8
-
-
-class QueryProblem(Protocol):
-    """Queries of any problem, and the number of them that share a KV head: all that launches look at."""
-
-    @property
-    def query(self) -> Tensor:
-        """Queries `[B, H, S, D]`."""
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences, `B`."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of KV heads, `H_kv`."""
-
-    @property
-    def ratio(self) -> int:
-        """Query heads to a KV head."""
-
-    @property
-    def queries(self) -> int:
-        """Number of queries, `S`."""
-
-    @property
-    def scaling(self) -> float:
-        """Factor on `q·k`."""
-
-    @property
-    def softcap(self) -> float | None:
-        """Soft-cap of the scores; see `AttentionProblem`."""
 
 
 @dataclass(frozen=True, eq=False)

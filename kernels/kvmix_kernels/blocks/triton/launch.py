@@ -10,13 +10,11 @@ from ...attend.triton.launch import DTYPES, MOST_CHANNELS, MOST_GROUPS
 from ...attend.triton.sharing import LEAST_ROWS, PartialResults, rows_of_program, score_factors, split
 from ...layout import PageLayout
 from ..affine import AffineBlocks
-from ..base import BlockTensor
+from ..base import GPU_BLOCKS, BlockTensor
 from ..plain import PlainBlocks
 from ..problem import BlockProblem
 from .kernel import BlockPointers, blocks_kernel
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
-"""Tokens of a block: of 64, values fill the steps of a tensor core (`attend/triton/steps.py`)."""
 MOST_TOGETHER = 128
 """Tokens whose scores are computed together."""
 
@@ -24,7 +22,7 @@ MOST_TOGETHER = 128
 def unsupported(problem: BlockProblem) -> str | None:
     """Return why the kernel cannot take this problem, for a warning; None if it can."""
     page, query = problem.page, problem.query
-    if not SMALLEST_BLOCK <= page <= LARGEST_BLOCK or page & (page - 1):
+    if page not in GPU_BLOCKS:
         return f"blocks of {page} tokens"
     if query.dtype not in DTYPES or query.stride(3) != 1:
         return f"{query.dtype} queries".replace("torch.", "")
