@@ -4,10 +4,11 @@ run_profile(loaded, ["grad-norm"], texts=load_texts("builtin"), source="builtin"
 """
 
 from .change import Change
+from .identity import describe_samples
 from .measure import ProbeOptions
 from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .probes import PROBES
-from .run import default_samples, describe_samples, find_probes, profile_lock, remove_journal, run_profile
+from .run import default_samples, find_probes, profile_lock, remove_journal, run_profile
 
 __all__ = [
     "PROBES",

@@ -6,9 +6,16 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import KvmixError
 from ..journal import canonical
+from ..models.loading import LoadedModel
+from ..plan import HeadGeometry
 from ..profile import Calibration, Score, ScoreSetup
+from .grid import Grid
+from .measure import KINDS, ProbeOptions
+from .probe import CacheProbe, Probe
 
 HASH_DIGITS = 8
 
@@ -43,6 +50,41 @@ class ScoreSettings:
         """
         data = (self.score, self.weights, self.setup, self.calibration.source, self.calibration.seed)
         return hashlib.sha256(canonical(data).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def describe_samples(samples: Sequence[Sequence[int]], source: str, seq_len: int, seed: int) -> Calibration:
+    """Return the record that a profile keeps of its samples, token ids."""
+    digest = hashlib.sha256()
+    for ids in samples:
+        digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
+    return Calibration(
+        source=source,
+        sha256=digest.hexdigest(),
+        samples=len(samples),
+        seq_len=seq_len,
+        seed=seed,
+        tokens=sum(map(len, samples)),
+    )
+
+
+def identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibration: Calibration) -> ScoreSettings:
+    """Return what the numbers of a probe with these options, on this text, depend on."""
+    grid, info = options.grid(probe), loaded.info
+    by_heads = [] if grid is None else [curve_choices(grid, heads) for heads in info.geometries]
+    return ScoreSettings(
+        score=probe.name,
+        weights=(info.revision, info.config_sha256, loaded.dtype),
+        choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
+        setup=ScoreSetup() if grid is None else _setup(grid),
+        per_head=options.per_head and not isinstance(probe, CacheProbe),
+        evict=options.evict if isinstance(probe, CacheProbe) else (),
+        calibration=calibration,
+    )
+
+
+def curve_choices(grid: Grid, heads: HeadGeometry) -> list[list[str]]:
+    """Return the choices of the curves of keys and of values in a layer with these heads."""
+    return [sorted(grid.layouts(kind, heads.dim(kind))) for kind in KINDS]
 
 
 def check_not_lost(before: Mapping[str, Score], now: Sequence[ScoreSettings]) -> None:
@@ -81,3 +123,16 @@ def _lost(old: Score, now: ScoreSettings) -> Iterator[str]:
         changed.append("encode minmax")
     if changed:
         yield f"with {', '.join(changed)}"
+
+
+def _setup(grid: Grid) -> ScoreSetup:
+    cache = grid.cache
+    setup: ScoreSetup = {
+        "page": cache.page,
+        "sink": cache.sink,
+        "window": cache.window.short,
+        "scale_dtype": cache.scale_dtype,
+    }
+    if cache.encode != "minmax":
+        setup["encode"] = cache.encode
+    return setup

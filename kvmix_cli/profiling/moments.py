@@ -136,6 +136,10 @@ class MomentParts:
         if journal is not None and not resume:
             remove_parts(journal)
 
+    def begin(self) -> MomentSums:
+        """Return the empty sums of a document."""
+        return MomentSums(self._ropes)
+
     def keep(self, number: int, sums: MomentSums) -> None:
         """Keep the sums of a document. Raises OutputError."""
         if self._journal is None:
