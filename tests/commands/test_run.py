@@ -5,10 +5,10 @@ from coding import falling_widths, made_up_basis
 from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import save_plan, tiny, uniform
 
-from kvmix_cli.commands import run as command
 from kvmix_cli.decoding import generate
 from kvmix_cli.models import loading as models
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformSettings, TransformTensor
+from kvmix_cli.texts import prompts
 
 KEYS = {
     "command": str,
@@ -160,7 +160,7 @@ def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path):
 
 
 def test_a_prompt_has_a_most_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "MAX_PROMPT", 2**20)
+    monkeypatch.setattr(prompts, "MAX_BYTES", 2**20)
     (tmp_path / "long.txt").write_bytes(b"x" * (2**20 + 1))
     for name in ("long.txt", "-"):
         said = refused(kvmix("run", *TINY, "--baseline", "--prompt-file", name, stdin="x" * (2**20 + 1)))
