@@ -80,7 +80,7 @@ def report(
 
 def _home(place: Path) -> Path:
     """Return the folder itself; for the folder of a single run, the one that it is in."""
-    from ..evaluation.runs import CONFIG
+    from ..evaluation.run_folder import CONFIG
 
     return place.parent if (place / CONFIG).is_file() else place
 

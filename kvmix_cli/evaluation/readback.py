@@ -21,7 +21,7 @@ from ..plan.layers import parse_mean_widths
 from .identity import FORMAT, plan_of
 from .records import SampleRecord, record_form
 from .results import Estimate, Metric, Row
-from .runs import CONFIG, METRICS, SAMPLES
+from .run_folder import CONFIG, METRICS, SAMPLES
 
 
 class LineKey(NamedTuple):

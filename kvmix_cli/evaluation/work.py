@@ -7,17 +7,14 @@ Processes that know nothing of each other share rows: each measures those whose 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from .._version import __version__
 from ..cache.subject import UNQUANTIZED, Subject
@@ -37,7 +34,8 @@ from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord, record_form
 from .results import Report, Row, counted
-from .runs import RunFolder, RunFolders
+from .runs import RunFolders
+from .unfinished import UnfinishedRow, unread_notices
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -65,60 +63,6 @@ _FAILURES = (
     ValueError,
 )
 """Errors that a baseline, which is code of another library, may raise instead of measuring."""
-
-
-@dataclass
-class UnfinishedRow:
-    """One subject's records so far.
-
-    Attributes:
-        folder: where its records are kept, if anywhere.
-        numbers: the samples that this rank still has records of to come, ascending.
-        source: yields these records, and None between their parts.
-        topic: of messages about this row between ranks.
-        records: one for each sample so far.
-        seconds: time that they took.
-        error: the reason why it cannot be measured to its end.
-        in_hand: time that the sample in hand has taken.
-    """
-
-    subject: Subject
-    folder: RunFolder | None
-    numbers: list[int]
-    source: Iterator[SampleRecord | None]
-    topic: str
-    records: list[SampleRecord] = field(default_factory=list)
-    seconds: float = 0.0
-    error: str | None = None
-    in_hand: float = 0.0
-
-    def lacks(self, number: int) -> bool:
-        """Return whether the record of a sample is still to come."""
-        return self.error is None and self.numbers[:1] == [number]
-
-    def measure_part(self) -> tuple[SampleRecord, float] | None:
-        """Measure on to the end of the sample in hand, or of its next part. Raises whatever measuring raises.
-
-        Returns:
-            The record, once it is complete, and the seconds that it took.
-        """
-        start = time.perf_counter()
-        try:
-            record = next(self.source)
-        except StopIteration:
-            self.numbers.clear()
-            return None
-        self.in_hand += time.perf_counter() - start
-        if record is None:
-            return None
-        seconds = round(record.pop("seconds", self.in_hand), 6)  # as it is kept: a resumed run adds up the same
-        self.in_hand = 0.0
-        self.numbers.pop(0)
-        self.records.append(record)
-        self.seconds += seconds
-        if self.folder is not None:
-            self.folder.append(record, seconds)
-        return record, seconds
 
 
 @dataclass(frozen=True)
@@ -328,7 +272,7 @@ class TaskWork:
         quantized = sum(record["attended"]["quantized"] for record in records)
         row = replace(row, metrics=metrics, records=tuple(records), seconds=unfinished.seconds)
         row = replace(row, quantized_share=quantized / seen if seen else 0.0)
-        unread = _nothing_quantized(subject, row, self.task.longer(self.settings))
+        unread = unread_notices(subject, row, self.task.longer(self.settings))
         return replace(row, warnings=(*unread, *self.task.warnings(subject, metrics)))
 
     @contextmanager
@@ -375,22 +319,3 @@ def _shortage(context: Context | None, device: str) -> str:
     if context is None:
         return f"out of memory on {device}; free some and go on with --resume"
     return f"out of memory at {context.tokens} tokens on {device}; use a smaller {context.option}"
-
-
-def _nothing_quantized(subject: Subject, row: Row, longer: str) -> list[str]:
-    """Return a warning for a row that read nothing quantized; `longer` says how to get longer contexts."""
-    if subject == Subject() or row.quantized_share > 0:
-        return []
-    if subject.plan is not None and subject.plan.evicts:
-        return []  # it saves memory by dropping tokens
-    if row.nominal_bits >= FULL_PRECISION_BITS:
-        if subject.plan is None:
-            return []
-        reason = "the plan has 16 bits everywhere"
-    elif subject.plan is None:
-        reason = f"its full-precision window holds the whole context; {longer}"
-    else:
-        cache = subject.plan.cache
-        reason = f"its sink ({cache.sink}), window ({cache.window.kind}) and page ({cache.page}) hold the whole context"
-        reason += f"; {longer}"
-    return [f"{subject.name}: NOTHING QUANTIZED WAS READ, so {row.task} says nothing about this plan: {reason}"]

@@ -21,7 +21,7 @@ from evaluating import INFO, Counting, run_folder, stand_in, uniform
 from kvmix_cli import journal
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import DocumentError, EvaluationError, OutputError, QuantizationError, StateError
-from kvmix_cli.evaluation import runs, work
+from kvmix_cli.evaluation import work
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.identity import safe_name
 from kvmix_cli.evaluation.readback import read_run
@@ -453,7 +453,7 @@ def test_a_disk_that_is_full_when_the_row_is_written_says_that_all_samples_are_k
         return write_text(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_text", full)
+        patch.setattr("kvmix_cli.evaluation.run_folder.write_text", full)
         with pytest.raises(
             OutputError, match=r"metrics\.json: No space .*; all samples are kept: continue with --resume"
         ):

@@ -17,8 +17,8 @@ from sweeping import FEW, SAMPLES, SUBJECTS, TASKS, sweep
 from kvmix_cli import journal, turns
 from kvmix_cli.errors import DocumentError, InUseError
 from kvmix_cli.evaluation import work
-from kvmix_cli.evaluation.runs import CONFIG, METRICS
-from kvmix_cli.evaluation.runs import SAMPLES as RECORDS
+from kvmix_cli.evaluation.run_folder import CONFIG, METRICS
+from kvmix_cli.evaluation.run_folder import SAMPLES as RECORDS
 from kvmix_cli.turns import first_free, take_turns
 
 ROWS = ["unquantized", *(subject.name for subject in FEW)]
