@@ -22,8 +22,8 @@ from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.plan import LayerPlan, Plan
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import TokenShares
 from kvmix_cli.plan.presets import plan_of
+from kvmix_cli.plan.tokens import TokenShares
 from kvmix_cli.texts import load_texts
 from kvmix_cli.texts.tokens import cut_samples
 

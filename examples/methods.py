@@ -17,7 +17,8 @@ from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 
 BUDGETS = (2.5, 3.0, 4.0)
 SLACK = 0.005

@@ -17,9 +17,9 @@ from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
 from .plan.document import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
+from .plan.fields import MOST_TOKENS
 from .plan.geometry import coverage_faults
 from .plan.moments import MomentsFile
-from .plan.policies import MOST_TOKENS
 from .plan.settings import MOST_ELEMENTS
 from .plan.windows import NoWindow
 

@@ -19,7 +19,8 @@ from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 
 STEPS = 16
 TIER = (Tier(share=0.2, k=8, v=8),)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from ..errors import BudgetError
 from ..plan import CacheSettings, LayerPlan
 from ..plan.forms import BitCount
-from ..plan.policies import TokenPolicy, TokenShares
 from ..plan.sizes import layer_bytes, parts_of, tensor_bits
+from ..plan.tokens import TokenPolicy, TokenShares
 from ..state import profile_command
 from .curves import falling
 from .knapsack import least_cost, least_loss

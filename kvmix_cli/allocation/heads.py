@@ -19,9 +19,10 @@ from kvmix_kernels.layout import Kind
 
 from ..errors import BudgetError
 from ..plan import LayerPlan, Plan
+from ..plan.fields import MOST_TOKENS
 from ..plan.layers import HeadGroup
-from ..plan.policies import MOST_TOKENS, TokenShares
 from ..plan.proportions import shared_out
+from ..plan.tokens import TokenShares
 from ..profile import Profile, TensorScore
 from ..state import profile_command
 from .choices import Choices, TensorChoice, undominated

@@ -13,8 +13,8 @@ from ..plan.codec import TransformSettings
 from ..plan.directions import Directions
 from ..plan.document import reason
 from ..plan.engine_blocks import engine_cache
-from ..plan.policies import TokenShares
 from ..plan.presets import ALIASES, Preset, find_preset, presets
+from ..plan.tokens import TokenShares
 from ..profile import Profile, Score
 from ..state import profile_command
 from .bases import SCORE

@@ -10,7 +10,7 @@ from kvmix_kernels.segments import KeptTokens
 from torch import Tensor
 
 from ..plan.moments import Rope
-from ..plan.policies import TokenPolicy
+from ..plan.tokens import TokenPolicy
 from .archive import Archive
 from .observation import AttentionCall, visible_at, weight_rows
 from .packing import KeptUnits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..plan.moments import Rope
-from ..plan.policies import TokenPolicy
+from ..plan.tokens import TokenPolicy
 from .archive import Archive
 from .buffer import Buffer, lasting
 from .labels import ImageLabels

@@ -76,10 +76,14 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
     from ..plan import plan
     from ..plan import presets as preset
     from ..plan.document import read_yaml
+    from ..plan.kvtuner import is_kvtuner
+    from ..plan.modelopt import is_modelopt
 
     document = read_yaml(path)
-    if plan.is_kvtuner(document):
+    if is_kvtuner(document):
         return plan.Plan.from_kvtuner(path, _model_of("KVTuner preset", path, model))
+    if is_modelopt(document):
+        return plan.Plan.from_modelopt(path, _model_of("map of ModelOpt", path, model))
     form = document.data.get("format") if isinstance(document.data, dict) else None
     if form == plan.FORMAT:
         return plan.Plan.load(path)

@@ -13,8 +13,8 @@ from kvmix_kernels.transform_layout import MAX_PAGE, MAX_WIDTH, RUN
 from pydantic import BeforeValidator, Field, field_validator
 
 from .document import StrictModel
+from .fields import MOST_TOKENS, FileSetting
 from .geometry import MAX_DIM
-from .policies import MOST_TOKENS, FileSetting
 
 CODED = "t"
 """Mark of a mean width of transform codes in the short form of plans."""

@@ -19,9 +19,10 @@ from pydantic import (
 
 from .codec import CODED, TransformTensor, codec_of
 from .document import StrictModel
+from .fields import as_tuple, known_width
 from .geometry import MAX_HEADS, format_ranges
-from .policies import TokenShares, as_tuple, known_width
 from .settings import CacheSettings, GroupSize
+from .tokens import TokenShares
 
 _WIDTH = rf"(\d{{1,2}}|{CODED}\d(?:\.\d{{1,3}})?)"
 _PART = re.compile(rf"\s*(\d{{1,5}})(?:-(\d{{1,5}}))?:k{_WIDTH}v{_WIDTH}\s*", re.ASCII)

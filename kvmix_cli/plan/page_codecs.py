@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvmix_kernels.layout import Kind
 from pydantic import model_validator
 
-from .policies import PolicySetting
+from .fields import PolicySetting
 
 
 class PageCodecs(PolicySetting):

@@ -11,20 +11,19 @@ import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, TypeGuard
+from typing import Any, Final, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
-from .channels import ChannelPolicy
-from .codec import TransformTensor
 from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
+from .faults import early_faults, model_faults
 from .forms import BitCount
 from .geometry import ModelInfo, coverage_faults
+from .kvtuner import kvtuner_layers
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
 from .modelopt import modelopt_layers
-from .policies import WIDTHS
 from .settings import CacheSettings, GroupSize
 from .sizes import CacheBytes, layer_bytes, mean_bits
 
@@ -32,7 +31,6 @@ FORMAT: Final = "kvmix-plan/1"
 BITS_TOLERANCE = 0.005
 """Files may state their bits rounded to two decimals."""
 _COUNTS: tuple[BitCount, ...] = ("nominal", "stored")
-_KVTUNER_KEYS = {"nbits_key", "nbits_value"}
 
 
 class Provenance(TypedDict, total=False):
@@ -103,9 +101,7 @@ class Plan(StrictModel):
     @model_validator(mode="after")
     def _complete(self) -> Plan:
         faults = [(("layers", *at), message) for at, message in coverage_faults(self.model, self.layers)]
-        faults += _channel_faults(self.cache.channels, self.model)
-        faults += _codec_faults(self.layers, self.cache, self.model)
-        faults += _own_faults(self.layers, self.cache, self.model)
+        faults += model_faults(self.layers, self.cache, self.model)
         if faults := faults or list(self._misstated_bits()):
             raise Faults(faults)
         return self
@@ -162,32 +158,18 @@ class Plan(StrictModel):
         document = read_yaml(Path(path))
         document.check_format(FORMAT)
         _expand_short(document)
-        return validate(document, cls, _early_faults(document.data))
+        return validate(document, cls, early_faults(document.data))
 
     @classmethod
     def from_kvtuner(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
-        """Read KVTuner's preset YAML (`0: {nbits_key: 8, nbits_value: 4}`); layers with a stock cache keep it.
+        """Read KVTuner's preset YAML; layers with a stock cache keep it.
 
         Raises:
             DocumentError: with every fault and its line.
             PlanError: if the model's heads cannot be packed.
         """
-        document = read_yaml(Path(path))
-        data = document.data
-        if not _has_kvtuner_form(data):
-            raise document.error([((), "not a KVTuner preset: expected `LAYER: {nbits_key: N, nbits_value: N}`")])
-        pairs = {int(index): pair for index, pair in data.items() if int(index) not in model.stock}
-        faults = list(coverage_faults(model, pairs))
-        faults += [
-            ((index, key), f"{index}.{key}: must be one of {', '.join(map(str, WIDTHS))}, got {bits!r}")
-            for index, pair in data.items()
-            for key, bits in pair.items()
-            if type(bits) is not int or bits not in WIDTHS
-        ]
-        if faults:
-            raise document.error(faults)
-        layers = {index: LayerPlan.of_bits(pair["nbits_key"], pair["nbits_value"]) for index, pair in pairs.items()}
-        return cls.build(model, dict(sorted(layers.items())), cache, {"method": "kvtuner"})
+        layers = kvtuner_layers(read_yaml(Path(path)), model)
+        return cls.build(model, layers, cache, {"method": "kvtuner"})
 
     @classmethod
     def from_modelopt(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
@@ -288,74 +270,6 @@ class Plan(StrictModel):
                 f"make one with `{shlex.join(['kvmix', 'profile', model.id])}` and "
                 f"`{shlex.join(['kvmix', 'allocate', '--avg-bits', '3', '--model', model.id])}`"
             )
-
-
-def is_kvtuner(document: Document) -> bool:
-    """Return whether a document has the form of KVTuner's presets."""
-    return _has_kvtuner_form(document.data)
-
-
-def _has_kvtuner_form(data: object) -> TypeGuard[dict[int | str, dict[str, Any]]]:
-    if not isinstance(data, dict) or not data:
-        return False
-    pairs = all(isinstance(pair, dict) and set(pair) == _KVTUNER_KEYS for pair in data.values())
-    return pairs and all(str(index).isdecimal() for index in data)
-
-
-def _channel_faults(channels: ChannelPolicy | None, model: ModelInfo) -> Iterator[Fault]:
-    """Yield a fault if the heads of a model cannot be cut into a policy's channel groups."""
-    if channels is None:
-        return
-    try:
-        for heads in model.geometries:
-            channels.widths(heads.key_dim)
-    except ValueError as error:
-        yield ("cache", "channels"), f"cache.channels: {error}"
-
-
-def _codec_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
-    """Yield a fault for transform codes that do not fit their layer, or whose basis is not stated."""
-    for index in sorted(layers.keys() & set(model.quantizable)):
-        heads = model.heads(index)
-        for tensor, kind in layers[index].tensors:
-            if isinstance(tensor, TransformTensor):
-                at = ("layers", index, kind[0])
-                for fault in tensor.faults(heads.kv_heads, heads.dim(kind)):
-                    yield (*at, "widths"), f"{'.'.join(map(str, at))}: {fault}"
-                if cache.transform is None:
-                    yield (*at, "codec"), f"{'.'.join(map(str, at))}: a transform needs its basis in cache.transform"
-
-
-def _own_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> Iterator[Fault]:
-    """Yield a fault for what a layer, or a group of its heads, has of its own that does not fit cache or model."""
-    for index in sorted(layers.keys() & set(model.quantizable)):
-        layer, kv_heads = layers[index], model.heads(index).kv_heads
-        faults = list(layer.head_faults(kv_heads))
-        if layer.head_groups and cache.tokens is not None and cache.tokens.by_layer is not None:
-            faults.append("layers that share out tokens as the prompt has it (by_layer) have no groups of heads")
-        yield from ((("layers", index, "head_groups"), f"layers.{index}.head_groups: {fault}") for fault in faults)
-        for _, part in [] if faults else layer.parts(kv_heads):
-            try:
-                own = part.settings(cache)
-                found = [*own.tokens.faults(cache.page), *own.budget_faults()] if own.tokens and part.tokens else []
-            except ValueError as error:
-                found = [reason(error)]
-            yield from ((("layers", index, "tokens"), f"layers.{index}.tokens: {fault}") for fault in found)
-
-
-def _early_faults(data: Any) -> list[Fault]:
-    """Return what does not fit the model of a file, as far as it can be told beside the file's other faults."""
-    layers, cache = data.get("layers"), data.get("cache")
-    faults: list[Fault] = []
-    try:
-        info = ModelInfo.model_validate(data.get("model"))
-        if isinstance(layers, dict) and all(type(layer) is int for layer in layers):
-            faults += [(("layers", *at), message) for at, message in coverage_faults(info, layers)]
-        if isinstance(cache, dict) and "channels" in cache:
-            faults += _channel_faults(ChannelPolicy.model_validate(cache["channels"]), info)
-    except ValueError:
-        pass
-    return faults
 
 
 def _expand_short(document: Document) -> None:

@@ -26,10 +26,10 @@ from ..errors import PlanError, StateError, did_you_mean
 from ..registry import Registry
 from .directions import Directions
 from .document import StrictModel, read_yaml, validate
+from .fields import Several, known_width
 from .geometry import ModelInfo
 from .layers import LayerPlan
 from .plan import Plan
-from .policies import Several, known_width
 from .pyramids import Pyramid
 from .settings import CacheSettings
 

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pydantic import Field, model_validator
 
 from .document import StrictModel
+from .fields import MOST_TOKENS, Share
 from .layers import LayerPlan
-from .policies import MOST_TOKENS, Share, TokenShares
 from .settings import CacheSettings
+from .tokens import TokenShares
 
 
 class EvictedByDepth(StrictModel):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .policies import MOST_TOKENS, PolicySetting
+from .fields import MOST_TOKENS, PolicySetting
 
 
 class SelectiveReading(PolicySetting):

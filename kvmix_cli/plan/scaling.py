@@ -20,15 +20,16 @@ from typing import Any
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ..errors import PlanError
+from .fields import WIDTHS
 from .geometry import ModelInfo
 from .layers import LayerPlan
 from .plan import Plan
-from .policies import WIDTHS, TokenPolicy
 from .presets import Preset, Widths
 from .pyramids import EvictedByDepth, KeptByDepth, Pyramid
 from .settings import CacheSettings
 from .sizes import mean_bits
 from .token_scores import READ_AGAIN
+from .tokens import TokenPolicy
 
 LAYOUT: dict[str, Any] = {"page": 64, "sink": 4, "group_size": 64, "window": {"kind": "recent", "tokens": 64}}
 EXACT_TOKENS = 100

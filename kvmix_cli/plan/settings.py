@@ -17,9 +17,11 @@ from pydantic import (
 from .channels import ChannelPolicy
 from .codec import TransformSettings
 from .document import Faults, StrictModel
+from .fields import MOST_TOKENS
 from .page_codecs import PageCodecs
-from .policies import MOST_TOKENS, TokenPolicy, Transforms
 from .reading import SelectiveReading
+from .tokens import TokenPolicy
+from .transforms import Transforms
 from .windows import Recent, Rpc, Window
 
 AXES: Final = ("transforms", "tokens", "channels", "reading", "codecs")

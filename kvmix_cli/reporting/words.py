@@ -11,9 +11,10 @@ from ..plan.channels import ChannelPolicy
 from ..plan.geometry import format_ranges
 from ..plan.layers import HeadGroup
 from ..plan.page_codecs import PageCodecs
-from ..plan.policies import Center, Rotate, TokenPolicy, TokenShares, Transform, Transforms
 from ..plan.reading import SelectiveReading
 from ..plan.settings import Axis
+from ..plan.tokens import TokenPolicy, TokenShares
+from ..plan.transforms import Center, Rotate, Transform, Transforms
 
 LABELS = {"transforms": "stored:", "tokens": "tokens:", "channels": "runs:", "reading": "read:", "codecs": "codec:"}
 EIGHTHS = "▏▎▍▌▋▊▉"

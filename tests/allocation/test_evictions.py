@@ -9,7 +9,7 @@ from made_up import make_info
 from kvmix_cli.allocation import Budget, allocate
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.policies import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
 from kvmix_cli.profile import Profile
 
 K = [{"2g64": 0.05, "4g64": 0.004}, {"2g64": 0.01, "4g64": 0.001}]

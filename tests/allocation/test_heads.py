@@ -10,8 +10,8 @@ from kvmix_cli.allocation import Budget, allocate, with_budgets, with_whole_head
 from kvmix_cli.allocation.heads import grouped
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
-from kvmix_cli.plan.policies import TokenPolicy
 from kvmix_cli.plan.proportions import shared_out
+from kvmix_cli.plan.tokens import TokenPolicy
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profile import Profile
 

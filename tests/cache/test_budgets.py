@@ -16,7 +16,8 @@ from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, TokenShares, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent
 
 PAGE, SINK, WINDOW = 16, 4, 10

@@ -19,7 +19,7 @@ from kvmix_cli.errors import PlanError, QuantizationError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.page_codecs import PageCodecs
-from kvmix_cli.plan.policies import Rotate, Transforms
+from kvmix_cli.plan.transforms import Rotate, Transforms
 from kvmix_cli.plan.windows import Recent
 
 KINDS = [(name, kind) for name, kind in product(CODECS, ("key", "value")) if (name, kind) != ("token-norm", "value")]

@@ -15,7 +15,7 @@ from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Tier, TokenPolicy
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
 
 WITHOUT_QUERIES = ("rotated", "centered", "recency", "before rope")
 SHIFTED = ("centered", "all of them")

@@ -15,7 +15,8 @@ from kvmix_cli.models.causality import check_causal
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.models.loading import LoadedModel
 from kvmix_cli.plan import CacheSettings, HeadGeometry, Plan
-from kvmix_cli.plan.policies import Center, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.reporting.words import layers_json, layers_text

@@ -12,7 +12,8 @@ from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Rotate, TokenPolicy, TokenShares, Transforms
+from kvmix_cli.plan.tokens import TokenPolicy, TokenShares
+from kvmix_cli.plan.transforms import Rotate, Transforms
 
 DUO = {"tokens": TokenPolicy(score="recency", keep=4 + 10, flush=16)}
 """Streaming heads: sinks and the latest tokens."""

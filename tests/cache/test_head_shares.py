@@ -18,7 +18,8 @@ from kvmix_cli.cache.policies.heads import kept_by_head
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, TokenShares, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 
 PAGE, SINK = 16, 4
 

@@ -11,7 +11,7 @@ from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.errors import CacheError
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
 
 FLUSH, SINK, DROPPED = 80, 4, 32
 TOKENS = ids(200)

@@ -21,7 +21,7 @@ from kvmix_cli.cache.policies.layers import LAYER_MEASURES, WEAK
 from kvmix_cli.errors import CacheError, PlanError
 from kvmix_cli.plan import LayerPlan, Plan
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
 
 PAGE, FLUSH = 16, 64
 EVICTING = {"tokens": TokenPolicy(evict=0.5, by_layer="mass", flush=FLUSH)}

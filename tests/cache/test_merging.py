@@ -21,7 +21,8 @@ from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan import CacheSettings
 from kvmix_cli.plan.merges import OF_SEQUENCE, kept_numbers
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, TokenShares, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy, TokenShares
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Merges are float32; references are float64."""

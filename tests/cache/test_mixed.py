@@ -18,7 +18,7 @@ from kvmix_cli.models.geometry import stock_layers
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan, TensorPlan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
 from kvmix_cli.plan.forms import storage_forms
-from kvmix_cli.plan.policies import TokenPolicy
+from kvmix_cli.plan.tokens import TokenPolicy
 from kvmix_cli.plan.windows import Recent, Rpc
 
 INFO = ModelInfo(id="test", layers=4, kv_heads=2, head_dim=16)

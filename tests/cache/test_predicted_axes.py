@@ -10,7 +10,7 @@ from made_up import layer_plans, sortings, transforms
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Transforms
+from kvmix_cli.plan.transforms import Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 
 windows = st.sampled_from([NoWindow(), Recent(tokens=20), Rpc()])

@@ -211,7 +211,7 @@ def test_a_waiting_prompt_can_be_read_and_follows_its_batch():
 
 
 def test_evicted_tokens_have_a_shape_and_no_numbers():
-    from kvmix_cli.plan.policies import TokenPolicy
+    from kvmix_cli.plan.tokens import TokenPolicy
 
     _, _, ours = filled("llama", "kvmix", 8, {"tokens": TokenPolicy(evict=0.5, flush=32)})
     assert ours.layers[0].keys.shape == (2, 2, PROMPT + STEPS, 16)

@@ -21,7 +21,7 @@ from kvmix_cli.errors import CacheError, OutputError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, HeadGeometry, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.page_codecs import PageCodecs
-from kvmix_cli.plan.policies import Center, Rotate, Transforms
+from kvmix_cli.plan.transforms import Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Recent, Rpc
 
 PAGE, SINK = 16, 4

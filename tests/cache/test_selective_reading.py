@@ -13,8 +13,9 @@ from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Rotate, TokenPolicy, Transforms
 from kvmix_cli.plan.reading import SelectiveReading
+from kvmix_cli.plan.tokens import TokenPolicy
+from kvmix_cli.plan.transforms import Rotate, Transforms
 from kvmix_cli.plan.windows import Recent, Rpc
 
 STEPS = [180, *[1] * 12]

@@ -19,8 +19,9 @@ from kvmix_cli.cache.policies import TOKEN_SCORES, Candidates, TokenScore, token
 from kvmix_cli.cache.rotary import rotations_of
 from kvmix_cli.cache.statistics import LastRows, QuerySum
 from kvmix_cli.errors import PolicyError
-from kvmix_cli.plan.policies import Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.token_scores import statistics_of
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Rotate, Transforms
 
 MODEL = build("llama", wide=True)
 MODEL.set_attn_implementation("kvmix")

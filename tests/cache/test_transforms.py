@@ -17,7 +17,7 @@ from kvmix_cli.cache.transforms.balancing import LIMIT
 from kvmix_cli.cache.transforms.rotation import hadamard
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.models.loading import load_model
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Transforms
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 
 CPU = torch.device("cpu")
 SIZES = [16, 32, 48, 64, 80, 96, 112, 128, 256]

@@ -1,5 +1,7 @@
 """`kvmix inspect`: shows, validates and compares; and is quiet about what is not asked."""
 
+import json
+
 import pytest
 from curves import curved, make_score
 from made_up import falling, make_info, make_profile
@@ -166,6 +168,14 @@ def test_a_kvtuner_preset_of_the_built_in_model(kvmix, tmp_path):
     (tmp_path / "preset.yaml").write_text(text)
     result = kvmix("inspect", "preset.yaml", "--model", "builtin:tiny", "--json").json
     assert (result["bits"]["nominal_k"], result["bits"]["nominal_v"]) == (8, 4)
+
+
+def test_a_map_of_modelopt_of_the_built_in_model(kvmix, tmp_path):
+    layers = {f"model.layers.{layer}.self_attn": {"quant_algo": "NVFP4"} for layer in range(6)}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quantized_layers": layers}}))
+    result = kvmix("inspect", "hf_quant_config.json", "--model", "builtin:tiny", "--json").json
+    assert result["bits"]["nominal"] == (6 * 4 + 2 * 16) / 8
+    assert "is a map of ModelOpt, which does not name its model" in kvmix("inspect", "hf_quant_config.json").error
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from kvmix_cli.decoding.prompt_scores import OVERLAP, REPEAT, REPEAT_FROM
 from kvmix_cli.errors import PlanError, PolicyError
 from kvmix_cli.plan import Plan, TensorPlan
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Rotate, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import TokenPolicy
+from kvmix_cli.plan.transforms import Rotate, Transforms
 from kvmix_cli.texts.tokens import encode
 
 SINK = 4

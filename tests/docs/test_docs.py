@@ -15,7 +15,7 @@ from kvmix_cli.cache.transforms import TRANSFORMS
 from kvmix_cli.codecs import CODECS
 from kvmix_cli.plan import ModelInfo, Plan, merges, token_scores
 from kvmix_cli.plan.document import parse_yaml
-from kvmix_cli.plan.plan import is_kvtuner
+from kvmix_cli.plan.kvtuner import is_kvtuner
 from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import PROBES

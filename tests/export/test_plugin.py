@@ -21,7 +21,7 @@ from kvmix_cli.plan.engine_blocks import (
     without_full_precision,
 )
 from kvmix_cli.plan.layers import HeadGroup
-from kvmix_cli.plan.policies import Balance, Transforms
+from kvmix_cli.plan.transforms import Balance, Transforms
 from kvmix_cli.plan.windows import NoWindow
 
 TARGET = TARGETS["vllm-plugin"]

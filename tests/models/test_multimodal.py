@@ -24,7 +24,7 @@ from kvmix_cli.models.attention import set_attention
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.layers import LayerPlan, TensorPlan
-from kvmix_cli.plan.policies import TokenPolicy
+from kvmix_cli.plan.tokens import TokenPolicy
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling.run import run_profile
 from kvmix_cli.texts.images import image_prompt, read_images

@@ -12,7 +12,7 @@ from kvmix_cli.models.geometry import model_info
 from kvmix_cli.models.parts import ROWWISE, plan_part, whole_sums
 from kvmix_cli.models.whole_sums import WholeSums
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Rotate, Transforms
+from kvmix_cli.plan.transforms import Rotate, Transforms
 from kvmix_cli.ranks import Ranks
 
 RANKS = [Ranks(rank, 2, is_sharded=True) for rank in range(2)]

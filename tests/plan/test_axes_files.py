@@ -9,7 +9,8 @@ from made_up import composed_plans, make_info, patient
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
 RUNS = ChannelPolicy(runs=(ChannelGroup(share=0.25, bits=4),), refresh=64)

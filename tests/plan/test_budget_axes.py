@@ -7,8 +7,9 @@ from made_up import composed_plans, make_info, patient
 
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.sizes import layer_bytes, packed_tokens, tensor_bits
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent
 
 MIKV = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)

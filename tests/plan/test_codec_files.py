@@ -13,8 +13,8 @@ from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, Transform
 from kvmix_cli.plan.basis import BasisFile
 from kvmix_cli.plan.layers import parse_mean_widths, parse_short
 from kvmix_cli.plan.moments import Rope
-from kvmix_cli.plan.policies import Rotate, Transforms
 from kvmix_cli.plan.sizes import layer_bytes, tensor_bits
+from kvmix_cli.plan.transforms import Rotate, Transforms
 
 SHA = hashlib.sha256(b"").hexdigest()
 TRANSFORM = TransformSettings(basis="a folder/basis.safetensors", sha256=SHA, frame=1024)

@@ -12,7 +12,6 @@ from kvmix_cli.allocation import allocate, make_bases, preset_start
 from kvmix_cli.errors import DocumentError, PlanError, StateError
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.presets import (
     LayerShare,
     Preset,
@@ -25,6 +24,8 @@ from kvmix_cli.plan.presets import (
     split,
 )
 from kvmix_cli.plan.settings import CacheSettings
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Recent
 
 NAMES = (

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from kvmix_cli.cache.transforms import build
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.policies import Center, Rotate, Transforms
+from kvmix_cli.plan.transforms import Center, Rotate, Transforms
 
 
 def saved(folder, file, kind="rotate"):

@@ -9,7 +9,7 @@ from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
-from kvmix_cli.plan.policies import TokenPolicy, TokenShares
+from kvmix_cli.plan.tokens import TokenPolicy, TokenShares
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profiling import ProbeOptions, find_probes
 from kvmix_cli.profiling.grid import Grid

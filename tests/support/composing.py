@@ -3,7 +3,8 @@
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Recent
 
 CENTERED = Transforms(k=(Center(),), v=(Center(),))

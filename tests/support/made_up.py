@@ -7,9 +7,10 @@ from kvmix_kernels.layout import ENCODERS
 from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.plan import WIDTHS, CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.policies import Balance, Center, Rotate, Tier, TokenPolicy, Transforms
 from kvmix_cli.plan.settings import ENCODES
 from kvmix_cli.plan.token_scores import statistics_of
+from kvmix_cli.plan.tokens import Tier, TokenPolicy
+from kvmix_cli.plan.transforms import Balance, Center, Rotate, Transforms
 from kvmix_cli.plan.windows import NoWindow, Recent, Rpc
 from kvmix_cli.profile import Calibration, LayerScore, Profile, Score, TensorScore
 

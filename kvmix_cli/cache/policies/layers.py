@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ...plan.policies import LayerMeasure
+from ...plan.tokens import LayerMeasure
 from ..observation import AttentionCall, QuerySample, head_weights
 
 WEAK = 0.01

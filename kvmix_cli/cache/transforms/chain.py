@@ -8,7 +8,7 @@ import torch
 from kvmix_kernels.layout import Kind
 from torch import Tensor
 
-from ...plan import policies
+from ...plan import transforms
 from ..archive import Archive
 from ..buffer import lasting
 from .arrays import find
@@ -89,7 +89,7 @@ def _in_turn(functions: Sequence[Callable[[Tensor], Tensor]], given: Tensor) -> 
 
 
 def build(
-    settings: policies.Transforms | None,
+    settings: transforms.Transforms | None,
     kind: Kind,
     layer: int,
     head_dim: int,
@@ -115,16 +115,16 @@ def build(
 
 
 def _step(
-    setting: policies.Transform, kind: Kind, layer: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    setting: transforms.Transform, kind: Kind, layer: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Transform:
-    if isinstance(setting, policies.OwnTransform):
+    if isinstance(setting, transforms.OwnTransform):
         return TRANSFORMS[setting.name]()
     name = f"layers.{layer}.{kind[0]}"
-    if isinstance(setting, policies.Rotate):
+    if isinstance(setting, transforms.Rotate):
         if setting.matrix is None:
             return Rotation(hadamard(head_dim, setting.seed, device, dtype))
         return Rotation(loaded(find(setting.located(setting.matrix), (name, "rotation")), head_dim, device, dtype))
-    if isinstance(setting, policies.Center):
+    if isinstance(setting, transforms.Center):
         if setting.means is None:
             return Centering(kind)
         stored = find(setting.located(setting.means), (name,))

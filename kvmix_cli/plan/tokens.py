@@ -1,12 +1,7 @@
-"""Settings of a plan beside its widths: transforms of the data, and policies that sort tokens and key channels.
+"""Policies of tokens: important ones are stored in tiers wider than their layer's bits, others may be dropped.
 
-    transforms  change keys and values before they are stored; attention takes the change back
-    tokens      store important tokens in tiers wider than their layer's bits, and may evict unimportant ones
-    channels    store important key channels in groups wider than their layer's bits
-    reading     keep everything, and let each decoded token read the pages that its query is nearest to
-
-A token or channel in no tier and no group is stored at its layer's own bits, so every axis combines with every plan.
-`cache/transforms`, `cache/policies` and `cache/packing` implement these settings.
+A token in no tier is stored at its layer's own bits, so a policy combines with every plan. `cache/policies` and
+`cache/packing` implement them.
 """
 
 from __future__ import annotations
@@ -14,161 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from typing_extensions import Self
+from pydantic import Field, field_validator, model_validator
 
-from .document import StrictModel
+from .fields import MOST_TOKENS, PolicySetting, Several, Share, known_width
 from .token_scores import WaitingStatistics, statistics_of
 
-WIDTHS = (*BITS, FULL_PRECISION_BITS)
-MOST_TOKENS = 2**20
-"""Tokens of one setting, such as a window or a flush: the longest context that a plan can describe."""
-MOST_ENTRIES = 16
-"""Transforms, tiers or channel groups in one list."""
-
-FOLDER = "folder"
-"""Key of a validation's context: the folder of the file that is validated."""
-
-
-def as_tuple(value: Any) -> Any:
-    """Return a list of a file as a tuple, and anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-T = TypeVar("T")
-Several = Annotated[tuple[T, ...], BeforeValidator(as_tuple), Field(max_length=MOST_ENTRIES)]
-"""A list of a file as a tuple."""
-Share = Annotated[float, Field(ge=0, lt=1)]
 LayerMeasure = Literal["variance", "sparsity", "mass"]
 """A number that a prompt's attention has in each layer."""
-
-
-class PolicySetting(StrictModel):
-    """A transform or policy, or a part of one, of which files state what is not the default."""
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return what files state: the kind of a transform, and everything that is not the default."""
-        usual = {name: field.default for name, field in type(self).model_fields.items() if name != "kind"}
-        return {name: value for name, value in write(self).items() if getattr(self, name) != usual.get(name, ...)}
-
-
-class FileSetting(PolicySetting):
-    """A setting with a tensor file, whose path in a plan file is relative to that file's folder and stays inside it.
-
-    In Python any path will do; a relative one is relative to the working folder.
-    """
-
-    _folder: Path | None = PrivateAttr(default=None)
-
-    @field_validator("matrix", "means", "basis", check_fields=False)
-    @classmethod
-    def _inside(cls, file: str | None, info: ValidationInfo) -> str | None:
-        folder = (info.context or {}).get(FOLDER)
-        if file is None or folder is None:
-            return file
-        root = folder.resolve()
-        if file.startswith("~") or "\0" in file or not (root / file).resolve().is_relative_to(root):
-            raise ValueError(f"{file!r} leads out of {folder}, the folder of this file: put the tensors inside it")
-        return file
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Keep the folder of the file that the setting comes from."""
-        self._folder = (context or {}).get(FOLDER)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare what files state; a plan is the same in another folder."""
-        return type(self) is type(other) and self.model_dump() == other.model_dump()
-
-    def located(self, file: str) -> str:
-        """Return the path of a file of this setting."""
-        return file if self._folder is None else str(self._folder / file)
-
-    def inside(self, folder: Path) -> Self:
-        """Return the same setting as read from a plan file in a folder. Raises ValueError for a file outside of it."""
-        return self.model_validate(self.model_dump(), context={FOLDER: folder})
-
-
-class Rotate(FileSetting):
-    """A rotation of the channels: a Hadamard matrix with random signs, or an orthogonal matrix from a file.
-
-    Attributes:
-        seed: seed of the random signs.
-        matrix: a safetensors file with `rotation` `[D, D]`, or `layers.N.k` and `layers.N.v` for each layer.
-    """
-
-    kind: Literal["rotate"] = "rotate"
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    matrix: str | None = None
-
-
-class Center(FileSetting):
-    """A subtraction of every channel's mean, over the prompt or from a file.
-
-    Attributes:
-        means: a safetensors file with `layers.N.k` and `layers.N.v`, each `[H_kv, D]`.
-    """
-
-    kind: Literal["center"] = "center"
-    means: str | None = None
-
-
-class Balance(PolicySetting):
-    """A scaling of channels by the prompt's range: keys by `sqrt(max|q| / max|k|)`, values by `1 / sqrt(max|v|)`."""
-
-    kind: Literal["balance"] = "balance"
-
-
-class OwnTransform(PolicySetting):
-    """A transform of the user's own, registered under a name by a file that `--import` names.
-
-    What it keeps of each sequence is not in the count of bytes.
-    """
-
-    kind: Literal["own"] = "own"
-    name: str
-
-
-Transform = Annotated[Rotate | Center | Balance | OwnTransform, Field(discriminator="kind")]
-
-
-class Transforms(PolicySetting):
-    """Transforms of keys and of values, in the order in which they are applied."""
-
-    k: Several[Transform] = ()
-    v: Several[Transform] = ()
-
-    def then(self, more: Transforms) -> Transforms:
-        """Return these transforms followed by others. Raises ValueError if both have one kind for keys, or values."""
-        for what, first, second in (("keys", self.k, more.k), ("values", self.v, more.v)):
-            if twice := {each.kind for each in first} & {each.kind for each in second}:
-                raise ValueError(f"both {sorted(twice)[0]} {what}")
-        return Transforms(k=self.k + more.k, v=self.v + more.v)
-
-    def kept(self, kind: Kind) -> int:
-        """Return the number of transforms of keys, or values, that keep a number per channel and sequence."""
-        transforms = self.k if kind == "key" else self.v
-        return sum(isinstance(each, Balance) or (isinstance(each, Center) and not each.means) for each in transforms)
-
-
-def known_width(bits: int) -> int:
-    """Return a width of a code. Raises ValueError unless it is one of `WIDTHS`."""
-    if bits not in WIDTHS:
-        raise ValueError(f"must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
-    return bits
 
 
 class Tier(PolicySetting):
