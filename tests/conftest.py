@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # without a network each look-up takes a minute
@@ -21,12 +22,15 @@ def pytest_sessionstart(session):
     if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
         return  # this process starts those that run the tests
     from filelock import FileLock
-    from kvmix_kernels.runtime.native import library
+    from kvmix_kernels.runtime.native import library_for
+    from kvmix_kernels.runtime.native.processor import available, wanted
 
     from kvmix_cli.cache import register
 
-    with FileLock(Path(tempfile.gettempdir(), f"kvmix-tests-{os.getuid() if hasattr(os, 'getuid') else ''}.lock")):
-        library()
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    lock = FileLock(Path(tempfile.gettempdir(), f"kvmix-tests-{user}.lock"))
+    with lock, ThreadPoolExecutor() as together:
+        list(together.map(library_for, available()[: available().index(wanted()) + 1]))
     register()
 
 

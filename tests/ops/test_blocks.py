@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from attending import INSTRUCTION_SETS
 from coded_pages import basis_of
 from in_blocks import DIM, HEADS, LENGTHS, RATIO, Sequences, affine, layer_of
 from kvmix_kernels.blocks import AffineBlocks, CodedBlocks
@@ -12,6 +11,7 @@ from kvmix_kernels.blocks import layer as layer_blocks
 from kvmix_kernels.layout import BITS, PageLayout
 from kvmix_kernels.quantize import naive
 from kvmix_kernels.runtime.native import library, use_instruction_set
+from kvmix_kernels.runtime.native.processor import INSTRUCTION_SETS
 
 
 def without_library(monkeypatch):

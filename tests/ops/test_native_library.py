@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import forking
 import pytest
-from attending import INSTRUCTION_SETS
-from kvmix_kernels.runtime.native import cache, library, structs
+from kvmix_kernels.runtime.native import cache, library, library_for, structs
+from kvmix_kernels.runtime.native import processor as processors
 from kvmix_kernels.runtime.native.build import BuildError, compiler
+from kvmix_kernels.runtime.native.processor import wanted
 from warned import fallbacks, falls_back_once
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -31,11 +33,12 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def compiled(monkeypatch):
     """A compiler that takes no time; the list of what it has made."""
-    contents, made = Path(library()._name).read_bytes(), []
+    contents = {isa: Path(library_for(isa)._name).read_bytes() for isa in ("generic", wanted())}
+    made = []
 
-    def compile_library(folder):
+    def compile_library(folder, isa):
         target = folder / "library.so"
-        target.write_bytes(contents)
+        target.write_bytes(contents[isa])
         made.append(target)
         return target
 
@@ -45,7 +48,7 @@ def compiled(monkeypatch):
 
 def load():
     """Load the library as a new process would."""
-    return library.__wrapped__()
+    return library_for.__wrapped__(wanted())
 
 
 def mode_of(path):
@@ -55,13 +58,13 @@ def mode_of(path):
 @needs_library
 def test_is_compiled_once_and_announced(compiled, caplog):
     for _ in range(2):
-        assert load().kvmix_isa().decode() in INSTRUCTION_SETS
+        assert load().kvmix_isa().decode() == wanted()
     assert len(compiled) == 1
     assert [(each.name, each.levelno) for each in caplog.records] == [("kvmix", logging.WARNING)]
     assert "compiling its CPU kernels, once" in caplog.text
-    assert mode_of(cache.entry()) == 0o700
-    assert sorted(mode_of(path) for path in cache.entry().iterdir()) == [0o600, 0o700]
-    assert list(cache.cache_dir().iterdir()) == [cache.entry()], "nothing else is left"
+    assert mode_of(cache.entry(wanted())) == 0o700
+    assert sorted(mode_of(path) for path in cache.entry(wanted()).iterdir()) == [0o600, 0o700]
+    assert list(cache.cache_dir().iterdir()) == [cache.entry(wanted())], "nothing else is left"
 
 
 @needs_library
@@ -69,7 +72,7 @@ def test_is_on_the_disk_before_it_has_its_name(compiled, monkeypatch):
     events, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync") or fsync(file))
     monkeypatch.setattr(Path, "replace", lambda self, to: events.append(Path(to).name) or replace(self, to))
-    found = cache.install(cache.entry())
+    found = cache.install(wanted())
     assert events == ["fsync", "fsync", found.name, "fsync", cache.STAMP, "fsync", "fsync"]
 
 
@@ -132,10 +135,10 @@ def link_the_folder_elsewhere(library):
     ],
 )
 def test_a_library_that_must_not_be_loaded_is_compiled_again(compiled, caplog, damage, reason):
-    damage(cache.install(cache.entry()))
+    damage(cache.install(wanted()))
     caplog.clear()
     for _ in range(2):
-        assert load().kvmix_isa().decode() in INSTRUCTION_SETS
+        assert load().kvmix_isa().decode() == wanted()
     assert len(compiled) == 2
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
@@ -145,7 +148,7 @@ def test_a_library_that_must_not_be_loaded_is_compiled_again(compiled, caplog, d
 
 @needs_library
 def test_a_library_of_another_user_is_not_loaded(compiled, monkeypatch, caplog):
-    cache.install(cache.entry())
+    cache.install(wanted())
     owners = iter([{4242}])
     monkeypatch.setattr(cache, "_trusted_owners", lambda: next(owners, {os.geteuid()}))
     assert load() is not None
@@ -155,9 +158,9 @@ def test_a_library_of_another_user_is_not_loaded(compiled, monkeypatch, caplog):
 
 @needs_library
 def test_what_cannot_be_mended_is_one_named_warning(compiled, monkeypatch):
-    cut(cache.install(cache.entry()))
+    cut(cache.install(wanted()))
 
-    def fail(folder):
+    def fail(folder, isa):
         raise BuildError("no compiler")
 
     monkeypatch.setattr(cache, "compile_library", fail)
@@ -168,22 +171,22 @@ def test_what_cannot_be_mended_is_one_named_warning(compiled, monkeypatch):
 @needs_library
 @needs_compiler
 def test_a_library_without_a_function_is_compiled_again(compiled, monkeypatch, caplog):
-    def compile_nothing(folder):
+    def compile_nothing(folder, isa):
         target = folder / "library.so"
         subprocess.run([compiler(), "-shared", "-x", "c++", "/dev/null", "-o", str(target)], check=True)
         return target
 
     with monkeypatch.context() as once:
         once.setattr(cache, "compile_library", compile_nothing)
-        cache.install(cache.entry())
-    assert load().kvmix_isa().decode() in INSTRUCTION_SETS
+        cache.install(wanted())
+    assert load().kvmix_isa().decode() == wanted()
     assert len(compiled) == 1
     assert "undefined symbol: kvmix_attend" in caplog.text
 
 
 @needs_library
 def test_structs_that_differ_are_named_and_compiled_again_once(compiled, monkeypatch, caplog):
-    cache.install(cache.entry())
+    cache.install(wanted())
     fields = (*structs.CRun._fields_[:-1], ("by_token", ctypes.c_int32))
     other = type("CRun", (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr(structs, "STRUCTS", (other, *structs.STRUCTS[1:]))
@@ -208,19 +211,19 @@ def test_every_difference_of_a_struct_is_seen(struct):
 def test_two_may_compile_at_once(compiled, monkeypatch):
     together, quick = threading.Barrier(2), cache.compile_library
 
-    def slow(folder):
-        made = quick(folder)
+    def slow(folder, isa):
+        made = quick(folder, isa)
         together.wait(timeout=60)
         return made
 
     monkeypatch.setattr(cache, "compile_library", slow)
     found = []
-    both = [threading.Thread(target=lambda: found.append(cache.install(cache.entry()))) for _ in range(2)]
+    both = [threading.Thread(target=lambda: found.append(cache.install(wanted()))) for _ in range(2)]
     for each in both:
         each.start()
     for each in both:
         each.join()
-    assert found == [cache.find(cache.entry())] * 2
+    assert found == [cache.find(cache.entry(wanted()))] * 2
 
 
 def test_no_compiler_is_one_named_warning(monkeypatch):
@@ -257,7 +260,7 @@ def test_a_user_without_a_home_has_a_private_folder(compiled, monkeypatch, tmp_p
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
     assert cache.cache_dir() == tmp_path / f"kvmix-{os.geteuid()}"
-    assert load().kvmix_isa().decode() in INSTRUCTION_SETS
+    assert load().kvmix_isa().decode() == wanted()
     assert mode_of(cache.cache_dir()) == 0o700
 
 
@@ -282,8 +285,54 @@ def test_the_environment_can_ask_for_less(compiled, monkeypatch):
     monkeypatch.setenv("KVMIX_ISA", "generic")
     loaded = load()
     assert loaded.kvmix_isa() == b"generic"
-    loaded.kvmix_use(b"")
-    assert loaded.kvmix_isa() == b"generic"
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("sse2", ("generic",)),
+        ("avx2", ("generic",)),
+        ("avx2 fma", ("generic", "avx2")),
+        ("avx2 fma avx512f avx512bw avx512vl", ("generic", "avx2")),
+        ("avx2 fma avx512f avx512bw avx512vl avx512dq", ("generic", "avx2", "avx512")),
+        ("fma avx2 avx512_vnni avx512f avx512bw avx512vl avx512dq", ("generic", "avx2", "avx512", "vnni")),
+    ],
+)
+def test_a_processor_has_what_it_has_all_features_of(monkeypatch, tmp_path, flags, expected):
+    """The library is compiled for the last of them, and for nothing else."""
+    (tmp_path / "cpuinfo").write_text(
+        f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t: avx512_vnni\n\nflags\t: x\n"
+    )
+    monkeypatch.setattr(processors, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(processors, "available", processors.available.__wrapped__)
+    assert processors.available() == expected
+    assert processors.wanted() == expected[-1]
+    for asked in ("vnni", "avx2", "no such"):
+        monkeypatch.setenv("KVMIX_ISA", asked)
+        assert processors.wanted() == (asked if asked in expected else expected[-1])
+
+
+@pytest.mark.parametrize(("machine", "file"), [("aarch64", "/proc/cpuinfo"), ("x86_64", "gone")])
+def test_a_processor_of_which_nothing_is_known_has_generic_code(monkeypatch, machine, file):
+    monkeypatch.setattr(processors, "_CPUINFO", Path(file))
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert processors.available.__wrapped__() == ("generic",)
+
+
+@needs_library
+def test_a_library_for_another_instruction_set_is_compiled_again(compiled, monkeypatch, caplog):
+    """As where a folder was copied from another machine under the name of this one's."""
+    if wanted() == "generic":
+        pytest.skip("this processor has no other instruction set")
+    compile_library = cache.compile_library
+    with monkeypatch.context() as once:
+        once.setattr(cache, "compile_library", lambda folder, isa: compile_library(folder, "generic"))
+        cache.install(wanted())
+    assert load().kvmix_isa().decode() == wanted()
+    assert len(compiled) == 2
+    assert f"is for generic, not for {wanted()}" in caplog.text
 
 
 @pytest.mark.slow
@@ -300,7 +349,7 @@ def test_a_cut_library_ends_no_process(tmp_path, tmp_path_factory):
         return forking.run(code=code, env={**os.environ, "CXX": str(script)}, check=True)
 
     first = run()
-    assert first.stdout.strip() in INSTRUCTION_SETS
+    assert first.stdout.strip() == wanted()
     assert first.stderr == "kvmix: compiling its CPU kernels, once (some seconds)\n"
     (entry,) = tmp_path.iterdir()
     cut(next(entry.glob("*.so")))

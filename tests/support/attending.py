@@ -1,7 +1,6 @@
 """Every way to attend that this machine has, and what the results must be compared with."""
 
 import functools
-import os
 from dataclasses import replace
 from itertools import product
 
@@ -9,17 +8,15 @@ import torch
 from kvmix_kernels.attend import cpu, naive
 from kvmix_kernels.pooled import PooledTokens
 from kvmix_kernels.runtime.native import library, use_instruction_set
+from kvmix_kernels.runtime.native.processor import available, wanted
 from kvmix_kernels.segments import EVICTED, Tiers, count
 from poisoned import tiers
-
-INSTRUCTION_SETS = ["generic", "avx2", "avx512", "vnni"]
 
 
 def instruction_sets():
     """Those that this machine has, at most the one that `KVMIX_ISA` asks for, each in use while it is given."""
-    most = os.environ.get("KVMIX_ISA") or INSTRUCTION_SETS[-1]
-    for name in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(most) + 1]:
-        if use_instruction_set(name) == name:
+    for name in available()[: available().index(wanted()) + 1]:
+        if use_instruction_set(name) == name:  # none has a library under KVMIX_NATIVE=0
             yield name
     use_instruction_set()
 

@@ -13,13 +13,16 @@ from ..fallback import FallbackWarning
 from . import cache
 from .build import BuildError
 from .cache import LibraryError
+from .processor import available, wanted
 from .structs import mismatch
 
 LOG = logging.getLogger("kvmix")
 """Logger of the message that compiling begins, at level WARNING: without a handler Python writes it to stderr."""
 
 
-@functools.cache
+_in_use = ""  # what use_instruction_set has asked for
+
+
 def library() -> ctypes.CDLL | None:
     """Return the library, compiled if need be; None, after a warning, where it cannot be had.
 
@@ -27,14 +30,7 @@ def library() -> ctypes.CDLL | None:
     again, once. `KVMIX_NATIVE=0` does without the library, silently; `KVMIX_ISA=avx2` or `generic` asks for less than
     the processor has.
     """
-    if os.environ.get("KVMIX_NATIVE") == "0":
-        return None
-    try:
-        return _load_or_build()
-    except (BuildError, LibraryError, OSError) as error:
-        message = f"kvmix's CPU kernels are not available, falling back to slow PyTorch: {error}"
-        warnings.warn(message, FallbackWarning, stacklevel=2)
-        return None
+    return library_for(_in_use or wanted())
 
 
 def instruction_set() -> str:
@@ -45,42 +41,54 @@ def instruction_set() -> str:
 
 def use_instruction_set(name: str = "") -> str:
     """Use another instruction set that the processor has, or the best (`""`); return the one in use. For tests."""
-    loaded = library()
-    if loaded is not None:
-        loaded.kvmix_use(name.encode())
+    global _in_use
+    _in_use = name if name in available() else ""
     return instruction_set()
 
 
-def _load_or_build() -> ctypes.CDLL:
-    entry = cache.entry()
+@functools.cache
+def library_for(isa: str) -> ctypes.CDLL | None:
+    """Return the library for an instruction set that the processor has; see `library`."""
+    if os.environ.get("KVMIX_NATIVE") == "0":
+        return None
     try:
-        return _load(cache.find(entry))
+        return _load_or_build(isa)
+    except (BuildError, LibraryError, OSError) as error:
+        message = f"kvmix's CPU kernels are not available, falling back to slow PyTorch: {error}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+        return None
+
+
+def _load_or_build(isa: str) -> ctypes.CDLL:
+    try:
+        return _load(cache.find(cache.entry(isa)), isa)
     except (FileNotFoundError, NotADirectoryError):
         LOG.warning("kvmix: compiling its CPU kernels, once (some seconds)")
-        return _load(cache.install(entry))
+        return _load(cache.install(isa), isa)
     except LibraryError as error:
         LOG.warning("kvmix: compiling its CPU kernels again (some seconds): %s", error)
         try:
-            return _load(cache.install(entry))
+            return _load(cache.install(isa), isa)
         except BuildError as failure:
             raise BuildError(f"{error}, and it cannot be compiled again: {failure}") from failure
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, isa: str) -> ctypes.CDLL:
     """Load a library, and check that it has every function, and structs as Python fills them.
 
     Raises:
-        LibraryError: if it cannot be loaded, or lacks a function, or has another struct.
+        LibraryError: if it cannot be loaded, lacks a function, has another struct, or is for another instruction set.
     """
     try:
         loaded = ctypes.CDLL(str(path))
         for name in ("kvmix_attend", "kvmix_quantize", "kvmix_encode", "kvmix_code", "kvmix_place", "kvmix_store"):
             getattr(loaded, name).restype = None
-        loaded.kvmix_use.argtypes, loaded.kvmix_use.restype = [ctypes.c_char_p], None
         loaded.kvmix_isa.restype = loaded.kvmix_structs.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} cannot be loaded ({error})") from error
     difference = mismatch(bytes(loaded.kvmix_structs()).decode())
     if difference is not None:
         raise LibraryError(f"{path} does not fit this version of kvmix: {difference}")
+    if (made_for := bytes(loaded.kvmix_isa()).decode()) != isa:
+        raise LibraryError(f"{path} is for {made_for}, not for {isa}")
     return loaded

@@ -1,19 +1,20 @@
 """Compilation of the native library.
 
-The sources are plain C++ without torch's headers: a few seconds to compile, no tie to a torch version. Each source is
-compiled for every instruction set, and `native.cpp` chooses by CPUID at run time, so a library built on one machine
-never stops another with an illegal instruction.
+The sources are plain C++ without torch's headers: a few seconds to compile, no tie to a torch version. A library is of
+one instruction set, the one that this processor has (`processor.py`). Another machine that shares the folder has a
+library of its own there, so none is stopped by an illegal instruction.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from .processor import INSTRUCTION_SETS
 
 PACKAGE = Path(__file__).parents[2]
 SOURCES = {
@@ -23,7 +24,7 @@ SOURCES = {
     "transform/cpu.cpp": ("-ffp-contract=off",),
 }
 """Sources and their own flags: attention wants multiply-adds, the codecs must round where `naive` rounds."""
-DISPATCH = "runtime/native/native.cpp"
+EXPORTS = "runtime/native/native.cpp"
 HEADERS = (
     "runtime/native/simd.h",
     "attend/cpu.h",
@@ -42,26 +43,18 @@ HEADERS = (
 )
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
-_AVX512 = ("-DKVMIX_WIDTH=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-VARIANTS = {
-    "generic": ("-DKVMIX_WIDTH=4",),
-    "avx2": ("-DKVMIX_WIDTH=8", "-mavx2", "-mfma"),
-    "avx512": _AVX512,
-    "vnni": (*_AVX512, "-mavx512vnni"),
-}
-"""Instruction sets, least first; `native.cpp` chooses among them. Only x86 has more than the first."""
 
 
 class BuildError(Exception):
     """A library that could not be compiled or written; the message says why, in one line."""
 
 
-def build_key() -> str:
-    """Return a name for what these sources, flags and compiler make."""
+def build_key(isa: str) -> str:
+    """Return a name for what these sources, flags and compiler make for an instruction set."""
     digest = hashlib.sha256()
-    for name in (*SOURCES, DISPATCH, *HEADERS):
+    for name in (*SOURCES, EXPORTS, *HEADERS):
         digest.update((PACKAGE / name).read_bytes())
-    settings = (*FLAGS, *_extra_flags(), str(SOURCES), str(_variants()), compiler() or "", sys.platform)
+    settings = (*FLAGS, *_extra_flags(), str(SOURCES), isa, *INSTRUCTION_SETS[isa], compiler() or "", sys.platform)
     digest.update(" ".join(settings).encode())
     return digest.hexdigest()[:16]
 
@@ -72,8 +65,8 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def compile_library(folder: Path) -> Path:
-    """Compile the library into a folder, all sources at the same time, and return its path.
+def compile_library(folder: Path, isa: str) -> Path:
+    """Compile the library for an instruction set into a folder, all sources at the same time, and return its path.
 
     Raises:
         BuildError: if there is no compiler, or it fails.
@@ -83,7 +76,7 @@ def compile_library(folder: Path) -> Path:
         raise BuildError("no C++ compiler found (install g++, or set CXX)")
     library, jobs = folder / "library.so", {}
     try:
-        for target, arguments in _units(folder).items():
+        for target, arguments in _units(folder, isa).items():
             jobs[target] = _start(command, *FLAGS, *_extra_flags(), *arguments, "-c", "-o", str(target))
         for job in jobs.values():
             _finish(command, job)
@@ -97,21 +90,14 @@ def compile_library(folder: Path) -> Path:
     return library
 
 
-def _units(folder: Path) -> dict[Path, tuple[str, ...]]:
+def _units(folder: Path, isa: str) -> dict[Path, tuple[str, ...]]:
     """Return object files, and the arguments of the compiler for each: a source and its flags."""
-    units: dict[Path, tuple[str, ...]] = {}
-    for name, flags in _variants().items():
-        for source, own in SOURCES.items():
-            target = folder / f"{name}-{source.replace('/', '-')}.o"
-            units[target] = (f"-DKVMIX_ISA={name}", *flags, *own, str(PACKAGE / source))
-    has = (f"-DKVMIX_HAS_{name.upper()}" for name in _variants())
-    units[folder / "native.o"] = (*has, str(PACKAGE / DISPATCH))
-    return units
-
-
-def _variants() -> dict[str, tuple[str, ...]]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return VARIANTS if x86 else {"generic": VARIANTS["generic"]}
+    sources = {**SOURCES, EXPORTS: ()}
+    flags = (f"-DKVMIX_ISA={isa}", *INSTRUCTION_SETS[isa])
+    return {
+        folder / f"{source.replace('/', '-')}.o": (*flags, *own, str(PACKAGE / source))
+        for source, own in sources.items()
+    }
 
 
 def _extra_flags() -> tuple[str, ...]:

@@ -47,9 +47,9 @@ def cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"kvmix-{os.geteuid()}"
 
 
-def entry() -> Path:
-    """Return the folder of the library for these sources, flags and compiler, which may not exist yet."""
-    return cache_dir() / f"kvmix-{build_key()}"
+def entry(isa: str) -> Path:
+    """Return the folder of the library for an instruction set, which may not exist yet."""
+    return cache_dir() / f"kvmix-{build_key(isa)}"
 
 
 def find(folder: Path) -> Path:
@@ -77,8 +77,8 @@ def find(folder: Path) -> Path:
     return library
 
 
-def install(folder: Path) -> Path:
-    """Compile the library into an entry's folder in place of what is there, and return its path.
+def install(isa: str) -> Path:
+    """Compile the library for an instruction set into its folder, in place of what is there, and return its path.
 
     Several processes may do so at once: the last stamp wins, and every one finds a whole library.
 
@@ -86,10 +86,11 @@ def install(folder: Path) -> Path:
         BuildError: if it cannot be compiled, or the cache cannot be written.
         LibraryError: if what another process has put there meanwhile must not be used.
     """
+    folder = entry(isa)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
-            library = _named_by_checksum(compile_library(Path(scratch)))
+            library = _named_by_checksum(compile_library(Path(scratch), isa))
             stamp = _stamp_of(library)
             for path in (library, stamp):
                 _synchronise(path)

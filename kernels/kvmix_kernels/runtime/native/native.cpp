@@ -1,7 +1,5 @@
-// Chooses the instruction set, once, and exports the operations to Python.
+// Exports the operations to Python.
 #include <cstddef>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 
 #include "../../attend/cpu.h"
@@ -9,64 +7,35 @@
 #include "../../quantize/cpu.h"
 #include "../../transform/cpu.h"
 
-#define KVMIX_DECLARE(isa)                  \
-  namespace isa {                           \
-  void attend(const Attention&);            \
-  void quantize(const Quantization&);       \
-  void encode(const Encoding&);             \
-  void code(const Coding&);                 \
-  void place(const Placement&);             \
-  void store(const Storing&);               \
-  }
-
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
 
-KVMIX_DECLARE(generic)
-#ifdef KVMIX_HAS_AVX2
-KVMIX_DECLARE(avx2)
-KVMIX_DECLARE(avx512)
-KVMIX_DECLARE(vnni)
-#endif
+namespace KVMIX_ISA {
+void attend(const Attention&);
+void quantize(const Quantization&);
+void encode(const Encoding&);
+void code(const Coding&);
+void place(const Placement&);
+void store(const Storing&);
+}  // namespace KVMIX_ISA
 
 namespace {
 
-struct Variant {
-  const char* name;
-  void (*attend)(const Attention&);
-  void (*quantize)(const Quantization&);
-  void (*encode)(const Encoding&);
-  void (*code)(const Coding&);
-  void (*place)(const Placement&);
-  void (*store)(const Storing&);
-};
-
-#define VARIANT(isa) {#isa, isa::attend, isa::quantize, isa::encode, isa::code, isa::place, isa::store}
-
-// The best variant that the processor has, or the one asked for if it has that.
-Variant choose(const char* wanted) {
-#ifdef KVMIX_HAS_AVX2
-  const bool any = !wanted || !*wanted;
-  __builtin_cpu_init();
-  const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_vnni = has512 && __builtin_cpu_supports("avx512vnni");
-  const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_vnni && (any || !std::strcmp(wanted, "vnni"))) return VARIANT(vnni);
-  if (has512 && (any || !std::strcmp(wanted, "avx512"))) return VARIANT(avx512);
-  if (has2 && (any || !std::strcmp(wanted, "avx2"))) return VARIANT(avx2);
-#endif
-  return VARIANT(generic);
+void describe_struct(std::string& out, const char* name, size_t bytes) {
+  out += std::string("\n") + name + " " + std::to_string(bytes);
 }
 
-Variant current = choose(std::getenv("KVMIX_ISA"));
+void describe_field(std::string& out, const char* name, size_t offset, size_t bytes) {
+  out += std::string(" ") + name + ":" + std::to_string(offset) + ":" + std::to_string(bytes);
+}
 
 // One line a struct, "name bytes field:offset:bytes ...", which structs.py compares with its mirrors when it loads this
 // library. A field that is missing here shows in the struct's bytes, unless it fits the padding at its end.
 std::string describe_structs() {
   std::string out;
-#define STRUCT(type) out += "\n" #type " " + std::to_string(sizeof(type))
-#define FIELD(type, name) \
-  out += " " #name ":" + std::to_string(offsetof(type, name)) + ":" + std::to_string(sizeof(type::name))
+#define STRUCT(type) describe_struct(out, #type, sizeof(type))
+#define FIELD(type, name) describe_field(out, #name, offsetof(type, name), sizeof(type::name))
   STRUCT(Run);
   FIELD(Run, data); FIELD(Run, scales); FIELD(Run, data_strides); FIELD(Run, scales_strides);
   FIELD(Run, bits); FIELD(Run, channels); FIELD(Run, group); FIELD(Run, dtype);
@@ -129,15 +98,14 @@ std::string describe_structs() {
 
 }  // namespace
 
-EXPORT const char* kvmix_isa() { return current.name; }
-EXPORT void kvmix_use(const char* name) { current = choose(*name ? name : std::getenv("KVMIX_ISA")); }
+EXPORT const char* kvmix_isa() { return TEXT(KVMIX_ISA); }
 EXPORT const char* kvmix_structs() {
   static const std::string text = describe_structs();
   return text.c_str();
 }
-EXPORT void kvmix_attend(const Attention* x) { current.attend(*x); }
-EXPORT void kvmix_quantize(const Quantization* x) { current.quantize(*x); }
-EXPORT void kvmix_encode(const Encoding* x) { current.encode(*x); }
-EXPORT void kvmix_code(const Coding* x) { current.code(*x); }
-EXPORT void kvmix_place(const Placement* x) { current.place(*x); }
-EXPORT void kvmix_store(const Storing* x) { current.store(*x); }
+EXPORT void kvmix_attend(const Attention* x) { KVMIX_ISA::attend(*x); }
+EXPORT void kvmix_quantize(const Quantization* x) { KVMIX_ISA::quantize(*x); }
+EXPORT void kvmix_encode(const Encoding* x) { KVMIX_ISA::encode(*x); }
+EXPORT void kvmix_code(const Coding* x) { KVMIX_ISA::code(*x); }
+EXPORT void kvmix_place(const Placement* x) { KVMIX_ISA::place(*x); }
+EXPORT void kvmix_store(const Storing* x) { KVMIX_ISA::store(*x); }
