@@ -6,6 +6,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # without a network each look-up takes a minute
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is compiled, but importing hqq would load the compiler
 
@@ -57,3 +59,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONGEST))
+
+
+@pytest.fixture
+def less_text(monkeypatch):
+    """Less of what commands read as much of whatever their options are; each has tests of its own that read it all."""
+    from kvmix_cli.studies import coded
+    from kvmix_cli.studies.recommend import cost
+
+    monkeypatch.setattr(coded, "DOCUMENTS", 1)
+    monkeypatch.setattr(coded, "REACH", 1)
+    monkeypatch.setattr(cost, "FAR", 512)

@@ -127,7 +127,8 @@ def _estimate(
     from scipy.stats import bootstrap
 
     low = high = value
-    for method in ("BCa", "percentile"):
+    found = None
+    for method, count in (("BCa", resamples), ("percentile", 0)):  # of the same resamples
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # samples that are all alike have no acceleration
             found = bootstrap(
@@ -135,13 +136,14 @@ def _estimate(
                 statistic,
                 paired=paired,
                 vectorized=True,
-                n_resamples=resamples,
+                n_resamples=count,
+                bootstrap_result=found,
                 batch=BATCH,
                 confidence_level=COVERAGE,
                 method=method,
                 rng=np.random.default_rng(seed),
-            ).confidence_interval
-        low, high = float(found.low), float(found.high)
+            )
+        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
         if np.isfinite(low) and np.isfinite(high):
             break
     return Estimate(value, min(value, low), max(value, high))

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from evaluating import Counting, tiny
+from evaluating import Counting, shallow, tiny
 from made_up import falling
 from typer.testing import CliRunner
 
 from kvmix_cli import console, evaluation, profiling, state
 from kvmix_cli.evaluation import base
 from kvmix_cli.main import app
-from kvmix_cli.models import loading
+from kvmix_cli.models import loading, sources
 from kvmix_cli.studies import demo
 
 
@@ -39,7 +39,7 @@ class Ran:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path, monkeypatch):
+def _fresh(tmp_path, monkeypatch, less_text):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(state.ENVIRONMENT, raising=False)
     monkeypatch.setattr(console, "mode", console.Mode())
@@ -69,6 +69,22 @@ def profiled(tmp_path):
 def loaded_once(monkeypatch):
     """Commands get the built-in model that all tests share, in float32 on the CPU."""
     monkeypatch.setattr(loading, "load_model", lambda *arguments, **options: tiny())
+
+
+@pytest.fixture(scope="session")
+def shallow_assets(tmp_path_factory):
+    """Where the built-in model has its first two layers alone."""
+    folder = tmp_path_factory.mktemp("assets")
+    shallow().model.save_pretrained(folder / "tiny")
+    shallow().tokenizer.save_pretrained(folder / "tiny")
+    return folder
+
+
+@pytest.fixture
+def loaded_shallow(monkeypatch, shallow_assets):
+    """The built-in model has two layers, and commands get the one that all tests share: a third of the work."""
+    monkeypatch.setattr(sources, "ASSETS", shallow_assets)
+    monkeypatch.setattr(loading, "load_model", lambda *arguments, **options: shallow())
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ QUICK = ("--length", 332, "--prefix", 300, "--limit", 1)
 MIXED = "0-2:k3v4,3-7:k2v2"
 
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
+pytestmark = pytest.mark.usefixtures("loaded_shallow")
 
 
 def mixed():

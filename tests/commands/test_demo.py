@@ -10,7 +10,7 @@ from kvmix_cli.studies import demo as steps
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo):
+def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo, loaded_shallow):
     monkeypatch.chdir(tmp_path)
     result = kvmix_json("demo", "--quick", "--samples", 2, "--limit", 1)
     folder = tmp_path / "kvmix-demo"
@@ -26,13 +26,12 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo
     assert rows["perplexity", "unquantized"]["quantized_share"] == 0
     assert rows["perplexity", "kvmix"]["quantized_share"] > 0.75
     kl, stored = (
-        {name: read(rows["perplexity", name]) for name in ("transform", "kvmix")}
+        {name: read(rows["perplexity", name]) for name in ("transform", "kvmix", "uniform-2")}
         for read in (lambda row: row["metrics"]["kl"]["value"], lambda row: row["stored_bits"])
     )
-    assert kl["transform"] < kl["kvmix"] / 4, "even of two samples"
+    assert kl["transform"] < min(kl["kvmix"], kl["uniform-2"]) / 4, "even of two samples and two layers"
     assert stored["transform"] < stored["kvmix"]
-    assert rows["perplexity", "uniform-2"]["metrics"]["perplexity_increase_percent"]["value"] > 0
-    assert len(result["text"]) > 20
+    assert result["text"]
 
     measured = []
     monkeypatch.setattr(steps, "make_profile", counted(steps.make_profile, measured))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from curves import curve, make_score
-from evaluating import Counting, run_folder, tiny
+from evaluating import Counting, run_folder, shallow
 from made_up import falling
 
 import kvmix_cli
@@ -18,6 +18,7 @@ from kvmix_cli.profile import Profile
 from kvmix_cli.serving.checks import difference
 from kvmix_cli.studies import demo, search
 
+pytestmark = pytest.mark.usefixtures("loaded_shallow")
 SHORT = ("--samples", 2, "--seq-len", 40)
 FILES = {
     "allocation/evictions.py",
@@ -43,11 +44,6 @@ def hints(said):
     return [shlex.split(line)[1:] for line in re.findall(r"`(kvmix [^`]*)`", said)]
 
 
-@pytest.fixture(autouse=True)
-def loaded(monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *args, **options: tiny())
-
-
 @pytest.fixture
 def counting(monkeypatch):
     task = Counting()
@@ -58,7 +54,7 @@ def counting(monkeypatch):
 @pytest.fixture
 def ranked():
     """The saved profile of the built-in model, with a ranking alone."""
-    return Profile(model=tiny().info, scores=falling(8).scores).save(Path("profiles/builtin--tiny/profile.yaml"))
+    return Profile(model=shallow().info, scores=falling(2).scores).save(Path("profiles/builtin--tiny/profile.yaml"))
 
 
 def stop_at(place):
@@ -153,7 +149,7 @@ def test_systems_that_need_a_profile(kvmix):
 
 @pytest.mark.slow
 def test_a_plan_that_an_engine_holds_otherwise(kvmix):
-    path = Plan.uniform(tiny().info, 4, 4).save(Path("some where.yaml"))
+    path = Plan.uniform(shallow().info, 4, 4).save(Path("some where.yaml"))
     (line,) = hints(difference(Plan.load(path), str(path)))
     assert kvmix(*line, "--length", 64, "--limit", 1).code == 0
     said = difference(Plan.load("some where.engine.yaml"), "some where.engine.yaml")
@@ -256,9 +252,9 @@ def test_evictions_that_were_not_measured(kvmix):
 
 @pytest.mark.slow
 def test_an_interrupted_search_and_demo(kvmix, monkeypatch, short_demo):
-    values = [curve(0.01, groups=(64,))] * 8
+    values = [curve(0.01, groups=(64,))] * 2
     scores = {"loss": make_score(values, values)}
-    Profile(model=tiny().info, scores=scores).save(Path("profiles/builtin--tiny/profile.yaml"))
+    Profile(model=shallow().info, scores=scores).save(Path("profiles/builtin--tiny/profile.yaml"))
     args = (
         "allocate",
         "--stored-bits",

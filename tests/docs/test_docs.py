@@ -89,7 +89,7 @@ def test_file_examples_load(page, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forgetful")
+@pytest.mark.usefixtures("forgetful", "less_text")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_examples_run(page, tmp_path, monkeypatch):
     """In order, in one folder, with the files that the page shows and names in a comment at their head.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvmix_cli.cache.rotary import know_rotations
 from kvmix_cli.evaluation.base import Sample, Task
 from kvmix_cli.evaluation.bootstrap import ratio
 from kvmix_cli.evaluation.results import Estimate, Metric
@@ -38,6 +39,7 @@ def shallow():
     model = copy.deepcopy(whole.model)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
+    know_rotations(model)
     return replace(whole, model=model, info=model_info(model.config, whole.info.id))
 
 

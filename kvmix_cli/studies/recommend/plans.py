@@ -185,6 +185,7 @@ def _measure(
                 [way.score],
                 texts=texts,
                 source=purpose.calibration,
+                samples=samples,
                 seq_len=min(SEQ_LEN, loaded.max_length or SEQ_LEN),
                 seed=purpose.seed,
                 journal=journal,
