@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from ..errors import BudgetError
 from ..plan.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
@@ -44,7 +45,9 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments], directions
         except ValueError as error:
             raise BudgetError(f"layer {index} has no basis: {error}; measure it again with --score {SCORE}") from error
 
-    with ThreadPoolExecutor() as pool:  # numpy leaves the interpreter to others while it finds eigenvectors
+    # numpy leaves the interpreter to others while it finds eigenvectors; further threads for each small product would
+    # spend minutes waiting for one another where other processes use the cores
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor() as pool:
         layers = dict(zip(profile.model.quantizable, pool.map(made, profile.model.quantizable), strict=True))
     rope = {index: each.rope for index, each in moments.items() if each.rope is not None}
     frame = record.frame if record is not None and rope else None

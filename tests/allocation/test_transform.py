@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvmix_kernels.transform_layout import LEFT, MAX_WIDTH
 from made_up import make_info, patient
+from threadpoolctl import threadpool_info, threadpool_limits
 from with_moments import model_moments, profile_with_moments
 
-from kvmix_cli.allocation import Budget, allocate, make_bases
+from kvmix_cli.allocation import Budget, allocate, bases, make_bases
 from kvmix_cli.allocation.directions import Filling, expected_loss
 from kvmix_cli.errors import BudgetError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, TensorPlan
@@ -149,6 +150,19 @@ def test_moments_that_are_not_finite_name_the_layer():
     found[1].k.metric[0, 0, 0] = np.nan
     with pytest.raises(BudgetError, match="layer 1 has no basis"):
         make_bases(PROFILE, found)
+
+
+def test_layers_are_shared_out_among_threads_and_their_products_are_not(monkeypatch):
+    def linear_algebra_threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    seen, basis_along = set(), bases.basis_along
+    monkeypatch.setattr(
+        bases, "basis_along", lambda *a, **k: seen.update(linear_algebra_threads()) or basis_along(*a, **k)
+    )
+    with threadpool_limits(2, user_api="blas"):
+        make_bases(PROFILE, model_moments(INFO))
+        assert seen == {1} and linear_algebra_threads() == {2}
 
 
 def test_a_head_that_nobody_reads_gets_no_bits():
