@@ -9,7 +9,7 @@ text as a prompt, which is timed, and then decodes what follows in it, so that K
 of the same engine, and of unquantized ones to DynamicCache. With `--fill random` the caches are filled with random keys
 and values without reading a prompt, which takes minutes where it is long (vLLM reads one of random tokens), and there
 is no KL. Peers take turns: one step that is not timed, then `--steps` that are, `--rounds` times. All have the same
-weights in bfloat16 (but for "DynamicCache float32") and two threads; with `--cpu-time` one thread, whose own time is
+weights in bfloat16 (or in the dtype that the name has) and two threads; with `--cpu-time` one thread, whose own time is
 taken, which other work on the machine disturbs less. Medians; `ratio` is the time of DynamicCache in bfloat16 over the
 peer's, `over 16 bits` the peer's over that of 16 bits in the same engine. `peak` is the peak resident memory of a
 process that has this peer alone, weights and Python included: it reads a prompt, or fills its cache as `--fill` says,

@@ -45,13 +45,14 @@ RANDOM = "random-1b"
 """The name of a model with random weights, of the shape of Llama-3.2-1B: nothing has to be downloaded for its speed."""
 BASELINE = "DynamicCache bfloat16"
 UNQUANTIZED = {
+    "kvmix float16": "kvmix float16 16",
     "kvmix": "kvmix 16",
     "llama.cpp": "llama.cpp f16",
     "vLLM": "vLLM bfloat16",
     "DynamicCache": BASELINE,
     "QuantizedCache": BASELINE,
 }
-"""The cache of 16 bits of the engine whose names begin so."""
+"""The cache of 16 bits of the engine whose names begin so; the first that fits counts."""
 VLLM = Path(".venv-vllm/bin/python")
 """Python of the environment that `make vllm-env` makes."""
 IDS = 1000
@@ -163,8 +164,13 @@ class Peers:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """Return the model in bfloat16, with which all but one decode."""
+        """Return the model in bfloat16, with which all decode whose names have no other dtype."""
         return self._load(torch.bfloat16)
+
+    @cached_property
+    def in_float16(self) -> LoadedModel:
+        """Return the same weights in float16 (random ones are drawn anew)."""
+        return self._load(torch.float16)
 
     @cached_property
     def in_float32(self) -> LoadedModel:
@@ -176,13 +182,15 @@ class Peers:
         """Return a function for each name that makes the peer."""
         made: dict[str, Callable[[], Peer]] = {
             BASELINE: lambda: self._stock(self.loaded),
+            "DynamicCache float16": lambda: self._stock(self.in_float16),
             "DynamicCache float32": lambda: self._stock(self.in_float32),
         }
         for backend, bits in (("quanto", 4), ("quanto", 2), ("hqq", 4), ("hqq", 2)):
             made[f"QuantizedCache {backend} {bits}"] = lambda b=backend, n=bits: self._quantized(f"hf-{b}-{n}")
         for bits in (16, 8, 4, 2):
-            made[f"kvmix {bits}"] = lambda n=bits: self._kvmix(Plan.uniform(self.loaded.info, n, n))
-        made["kvmix transform 2"] = lambda: self._kvmix(self._transform_plan())
+            made[f"kvmix {bits}"] = lambda n=bits: self._uniform(self.loaded, n)
+            made[f"kvmix float16 {bits}"] = lambda n=bits: self._uniform(self.in_float16, n)
+        made["kvmix transform 2"] = lambda: self._kvmix(self.loaded, self._transform_plan())
         for kind in ("f16", "q8_0", "q4_0"):
             made[f"llama.cpp {kind}"] = lambda k=kind: self._llama_cpp(k)
         for kind in ("bfloat16", "fp8"):
@@ -211,9 +219,11 @@ class Peers:
         found = named_cache(name, loaded.config, loaded.model.dtype, loaded.device)
         return TransformersPeer(loaded, lambda: found.cache(loaded.config), "sdpa")
 
-    def _kvmix(self, plan: Plan) -> TransformersPeer:
-        config = self.loaded.config
-        return TransformersPeer(self.loaded, lambda: MixedCache.from_plan(plan, config, reserve=self.room), "kvmix")
+    def _uniform(self, loaded: LoadedModel, bits: int) -> TransformersPeer:
+        return self._kvmix(loaded, Plan.uniform(loaded.info, bits, bits))
+
+    def _kvmix(self, loaded: LoadedModel, plan: Plan) -> TransformersPeer:
+        return TransformersPeer(loaded, lambda: MixedCache.from_plan(plan, loaded.config, reserve=self.room), "kvmix")
 
     def _llama_cpp(self, kind: str) -> Peer:
         from peers_llama_cpp import LlamaCppPeer

@@ -63,11 +63,11 @@ def test_a_cell_has_times_bytes_and_kl_and_is_measured_once(script, tmp_path, ca
 @pytest.mark.slow
 def test_random_caches_hold_the_context_and_have_no_kl(script, tmp_path):
     out = tmp_path / "peers.jsonl"
-    script.main((*SMALL, "--fill", "random", "--out", str(out), "--peers", ",".join(OURS)))
+    script.main((*SMALL, "--fill", "random", "--out", str(out), "--peers", ",".join([*OURS, "kvmix float16 16"])))
     timed = cells(out)[0]["peers"]
     assert all(each["kl"] is None and not each["prompt_s"] and each["step_ms"] for each in timed.values())
     tokens, per_token = 288 + 3, 8 * 2 * 2 * 64 * 2  # layers, keys and values, heads, channels, bytes
-    assert timed["kvmix 16"]["nbytes"] == tokens * per_token
+    assert timed["kvmix 16"]["nbytes"] == timed["kvmix float16 16"]["nbytes"] == tokens * per_token
 
 
 def test_a_peer_alone_says_how_much_memory_its_process_has(whole, capsys):
@@ -102,6 +102,7 @@ def test_a_process_alone_reads_a_prompt_where_the_cell_does(whole, capsys, monke
     ("name", "reference"),
     [
         ("kvmix 2", "DynamicCache bfloat16"),
+        ("kvmix float16 4", "DynamicCache bfloat16"),
         ("QuantizedCache hqq 4", "DynamicCache bfloat16"),
         ("llama.cpp f16", "DynamicCache bfloat16"),
         ("llama.cpp q4_0", "llama.cpp f16"),
@@ -111,6 +112,11 @@ def test_a_process_alone_reads_a_prompt_where_the_cell_does(whole, capsys, monke
 )
 def test_predictions_are_compared_within_an_engine(whole, name, reference):
     assert whole.reference_of(name) == reference
+
+
+@pytest.mark.parametrize(("name", "full"), [("kvmix 4", "kvmix 16"), ("kvmix float16 4", "kvmix float16 16")])
+def test_times_are_compared_with_16_bits_of_the_same_weights(whole, name, full):
+    assert whole.unquantized(name) == full
 
 
 ANSWERS = """
