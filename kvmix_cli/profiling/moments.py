@@ -39,10 +39,11 @@ class MomentSums:
 
     Args:
         ropes: rotation of the keys of every layer that is measured, None where keys are left as they are.
+        frame: positions that share one origin of it.
     """
 
-    def __init__(self, ropes: Mapping[int, Rope | None]) -> None:
-        self._ropes = ropes
+    def __init__(self, ropes: Mapping[int, Rope | None], frame: int = FRAME) -> None:
+        self._ropes, self._frame = ropes, frame
         self._sums: dict[str, Tensor] = {}
 
     @property
@@ -76,7 +77,14 @@ class MomentSums:
         gradients = layer.gradients[kind][0].cpu().double()
         states = layer.states[kind][0, :, layer.grid.cache.sink :].cpu().double()
         rope = self._ropes[layer.index] if kind == "key" else None
-        return (gradients, states) if rope is None else (_to_frame(gradients, rope), _to_frame(states, rope))
+        if rope is None:
+            return gradients, states
+        return self._turned(gradients, rope), self._turned(states, rope)
+
+    def _turned(self, states: Tensor, rope: Rope) -> Tensor:
+        """Return keys `[H, T, D]`, the first of them after the sinks, turned back to the start of their frame."""
+        starts = torch.arange(states.shape[1]) // self._frame * self._frame
+        return turned(states, rope, -starts)
 
     def layer(self, index: int) -> LayerMoments:
         """Return the moments of one layer, in float64."""
@@ -187,9 +195,3 @@ def _weights(costs: Tensor, power: float) -> Tensor:
     smallest = torch.finfo(costs.dtype).tiny
     weights = torch.where(costs > 0, costs.clamp(min=smallest) ** (power - 1), 0.0)
     return weights * costs.sum(1, keepdim=True) / (weights * costs).sum(1, keepdim=True).clamp(min=smallest)
-
-
-def _to_frame(states: Tensor, rope: Rope) -> Tensor:
-    """Return keys `[H, T, D]`, the first of them after the sinks, as they are relative to the start of their frame."""
-    starts = torch.arange(states.shape[1]) // FRAME * FRAME
-    return turned(states, rope, -starts)

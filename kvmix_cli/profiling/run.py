@@ -115,7 +115,7 @@ def run_profile(
         journal = moments = None
 
     def measure(number: int) -> _Measured:
-        sums = MomentSums(ropes)
+        sums = MomentSums(ropes, options.frame)
         return _Measured(measure_sample(loaded, probes, chosen[number], options, sums), sums)
 
     with Journal(journal, settings, form, resume=resume) as record:
@@ -134,7 +134,9 @@ def run_profile(
             if not record.records:
                 record.remove()  # there is nothing to resume
             raise
-        file = _write_moments(moments, parts.total(len(chosen)), len(chosen)) if metrics and moments else None
+        file = None
+        if metrics and moments:
+            file = _write_moments(moments, parts.total(len(chosen)), len(chosen), options.frame)
     if not ranks.leads:
         return Profile.model_validate_json(ranks.agree(b""))
     profile = Profile(
@@ -264,19 +266,22 @@ def _settings(
         **({} if options.encode is None else {"encode": options.encode}),
         **({} if options.window is None else {"window": options.window.short}),
         **({"evict": options.evict} if options.evict else {}),
-        **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
+        **({"frame": options.frame} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),
     }
 
 
 def _identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibration: Calibration) -> ScoreSettings:
     grid, info = options.grid(probe), loaded.info
+    setup = ScoreSetup() if grid is None else _setup(grid)
+    if isinstance(probe, MetricProbe) and options.frame != FRAME:
+        setup["frame"] = options.frame
     by_heads = [] if grid is None else [_choices(grid, heads) for heads in info.geometries]
     return ScoreSettings(
         score=probe.name,
         weights=(info.revision, info.config_sha256, loaded.dtype),
         choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
-        setup=ScoreSetup() if grid is None else _setup(grid),
+        setup=setup,
         per_head=options.per_head and not isinstance(probe, CacheProbe),
         evict=options.evict if isinstance(probe, CacheProbe) else (),
         calibration=calibration,
@@ -317,10 +322,12 @@ def _record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpt
     return TypeAdapter(Annotated[Sample, AfterValidator(check)])
 
 
-def _write_moments(path: Path, sums: MomentSums, documents: int) -> MomentsFile:
+def _write_moments(path: Path, sums: MomentSums, documents: int, frame: int) -> MomentsFile:
     predictions, tokens = sums.counts
     digest = write_moments(path, sums.layers())
-    return MomentsFile(file=path.name, sha256=digest, documents=documents, predictions=predictions, tokens=tokens)
+    return MomentsFile(
+        file=path.name, sha256=digest, documents=documents, predictions=predictions, tokens=tokens, frame=frame
+    )
 
 
 def _score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings, moments: MomentsFile | None) -> Score:
