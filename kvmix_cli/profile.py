@@ -42,7 +42,7 @@ Count = Annotated[int, Field(ge=1, lt=2**48)]
 class ScoreSetup(TypedDict, total=False):
     """Cache settings that a score's curves were measured with; `window` is in the command line's form.
 
-    Without `encode` it was minmax.
+    Without `encode` it was minmax, and without `frame` it was that of `plan.moments`.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
@@ -52,6 +52,7 @@ class ScoreSetup(TypedDict, total=False):
     window: str
     scale_dtype: str
     encode: str
+    frame: Annotated[int, Field(ge=16, le=MOST_TOKENS)]
 
 
 class TensorScore(StrictModel):

@@ -56,6 +56,13 @@ class ProfileOptions:
             "at once [default: recent:128].",
         ),
     ] = None
+    frame: Annotated[
+        Any,
+        count_option(
+            "Positions that share one origin of the rotation of keys, for fisher-metric: fewer lose less and take more "
+            "time [default: 1024]."
+        ),
+    ] = None
     evict: Annotated[
         Any,
         typer.Option(
@@ -107,13 +114,15 @@ def profile(
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
     from ..plan import windows
+    from ..plan.moments import FRAME
     from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
     from ..studies.profiles import existing_profile, require_same_model
     from ..texts import load_texts
 
     per_head = what.granularity == "head"
     window = None if what.window is None else windows.parse_window(what.window)
-    how = ProbeOptions(what.bits, what.group_size, what.encode, window, what.evict or (), per_head, what.checkpointing)
+    frame, evict = what.frame or FRAME, what.evict or ()
+    how = ProbeOptions(what.bits, what.group_size, what.encode, window, evict, per_head, what.checkpointing, frame)
     how.check(find_probes(what.score))
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))

@@ -7,8 +7,8 @@
 
 and the same for `v`, all float32 but the frequencies. Of a symmetric matrix the upper triangle is kept, row by row;
 files of whole matrices `[H, D, D]` are read, too. Keys and their gradients are turned to the start of their frame:
-R(-p0) k with p0 = FRAME * ((t - sink) // FRAME) for the token at position t >= sink, so that their moments are those
-of positions sink to sink + FRAME - 1 at any context length.
+R(-p0) k with p0 = F * ((t - sink) // F) for the token at position t >= sink and frames of F positions, so that their
+moments are those of positions sink to sink + F - 1 at any context length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..files import write_bytes
 from .document import StrictModel
 
 FRAME = 1024
-"""Positions that share one origin of their rotation."""
+"""Positions that share one origin of their rotation, if a profile is not asked for others."""
 Array = NDArray[Any]
 RopeLayout = Literal["half", "interleaved"]
 """Pairs that a rotation turns: channels `c` and `c + n`, or `2 c` and `2 c + 1`, from the first rotated one on."""

@@ -12,10 +12,11 @@ from ..errors import KvmixError
 from ..journal import canonical
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
+from ..plan.moments import FRAME
 from ..profile import Calibration, Score, ScoreSetup
 from .grid import Grid
 from .measure import KINDS, ProbeOptions
-from .probe import CacheProbe, Probe
+from .probe import CacheProbe, MetricProbe, Probe
 
 HASH_DIGITS = 8
 
@@ -70,12 +71,15 @@ def describe_samples(samples: Sequence[Sequence[int]], source: str, seq_len: int
 def identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibration: Calibration) -> ScoreSettings:
     """Return what the numbers of a probe with these options, on this text, depend on."""
     grid, info = options.grid(probe), loaded.info
+    setup = ScoreSetup() if grid is None else _setup(grid)
+    if isinstance(probe, MetricProbe) and options.frame != FRAME:
+        setup["frame"] = options.frame
     by_heads = [] if grid is None else [curve_choices(grid, heads) for heads in info.geometries]
     return ScoreSettings(
         score=probe.name,
         weights=(info.revision, info.config_sha256, loaded.dtype),
         choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
-        setup=ScoreSetup() if grid is None else _setup(grid),
+        setup=setup,
         per_head=options.per_head and not isinstance(probe, CacheProbe),
         evict=options.evict if isinstance(probe, CacheProbe) else (),
         calibration=calibration,

@@ -23,6 +23,7 @@ from ..errors import KvmixError, ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
 from ..models.projections import decoder_layers
 from ..plan import CacheSettings, GroupSize, LayerPlan, Plan, TensorPlan
+from ..plan.moments import FRAME
 from ..plan.settings import Encode
 from ..plan.tokens import TokenPolicy, TokenShares
 from ..plan.windows import NoWindow, Window
@@ -51,6 +52,7 @@ class ProbeOptions:
         encode: encoder that curves are measured with.
         window: recent tokens whose pairs with a query metric probes leave out; `NoWindow` counts all pairs, as in an
             engine. None for each probe's own.
+        frame: positions that share one origin of the rotation of keys, for metric probes; whole pages.
         evict: shares of a layer's tokens whose eviction is measured, for cache probes; multiples of an eighth.
         per_head: also score every KV head.
         checkpointing: recompute activations in the backward pass to save memory; None decides by size.
@@ -63,6 +65,7 @@ class ProbeOptions:
     evict: tuple[float, ...] = ()
     per_head: bool = False
     checkpointing: bool | None = None
+    frame: int = FRAME
 
     def grid(self, probe: Probe) -> Grid | None:
         """Return the choices of a probe's curve and its cache; None for a probe that looks at neither."""
@@ -84,6 +87,13 @@ class ProbeOptions:
             raise KvmixError(f"score {names} does not look at widths; leave out --bits, --group-size and --encode")
         if self.window is not None and not any(isinstance(probe, MetricProbe) for probe in probes):
             raise KvmixError(f"score {names} has no metric of pairs; use --score fisher-metric, or leave out --window")
+        if self.frame != FRAME and not any(isinstance(probe, MetricProbe) for probe in probes):
+            raise KvmixError(f"score {names} has no frames; use --score fisher-metric, or leave out --frame")
+        page = CacheSettings().page
+        if self.frame < page or self.frame % page:
+            raise KvmixError(
+                f"a frame is whole pages of {page} tokens, not {self.frame}; use --frame 256, 512 or {FRAME}"
+            )
         if self.evict and not all(isinstance(probe, CacheProbe) for probe in probes):
             raise KvmixError(f"score {names} does not measure eviction; use --score kl, or leave out --evict")
         if wrong_shares := [share for share in self.evict if not 0 < share < 1 or share * EIGHTHS % 1]:

@@ -39,10 +39,11 @@ class MomentSums:
 
     Args:
         ropes: rotation of the keys of every layer that is measured, None where keys are left as they are.
+        frame: positions that share one origin of it.
     """
 
-    def __init__(self, ropes: Mapping[int, Rope | None]) -> None:
-        self._ropes = ropes
+    def __init__(self, ropes: Mapping[int, Rope | None], frame: int = FRAME) -> None:
+        self._ropes, self._frame = ropes, frame
         self._sums: dict[str, Tensor] = {}
 
     @property
@@ -76,7 +77,14 @@ class MomentSums:
         gradients = layer.gradients[kind][0].cpu().double()
         states = layer.states[kind][0, :, layer.grid.cache.sink :].cpu().double()
         rope = self._ropes[layer.index] if kind == "key" else None
-        return (gradients, states) if rope is None else (_to_frame(gradients, rope), _to_frame(states, rope))
+        if rope is None:
+            return gradients, states
+        return self._turned(gradients, rope), self._turned(states, rope)
+
+    def _turned(self, states: Tensor, rope: Rope) -> Tensor:
+        """Return keys `[H, T, D]`, the first of them after the sinks, turned back to the start of their frame."""
+        starts = torch.arange(states.shape[1]) // self._frame * self._frame
+        return turned(states, rope, -starts)
 
     def layer(self, index: int) -> LayerMoments:
         """Return the moments of one layer, in float64."""
@@ -130,15 +138,16 @@ class MomentParts:
     A part is written before the record of its document, so that a journal never has a record without its part.
     """
 
-    def __init__(self, journal: Path | None, ropes: Mapping[int, Rope | None], *, resume: bool) -> None:
+    def __init__(self, journal: Path | None, ropes: Mapping[int, Rope | None], frame: int, *, resume: bool) -> None:
+        self.frame = frame
         self._journal, self._ropes = journal, ropes
-        self._total = MomentSums(ropes)
+        self._total = self.begin()
         if journal is not None and not resume:
             remove_parts(journal)
 
     def begin(self) -> MomentSums:
         """Return the empty sums of a document."""
-        return MomentSums(self._ropes)
+        return MomentSums(self._ropes, self.frame)
 
     def keep(self, number: int, sums: MomentSums) -> None:
         """Keep the sums of a document. Raises OutputError."""
@@ -150,7 +159,7 @@ class MomentParts:
     def total(self, documents: int) -> MomentSums:
         """Return the sums of all documents. Raises DocumentError if one is missing or damaged."""
         if self._journal is not None:
-            self._total = MomentSums(self._ropes)
+            self._total = self.begin()
             for number in range(documents):
                 self._total.merge_file(_part(self._journal, number))
         return self._total
@@ -191,9 +200,3 @@ def _weights(costs: Tensor, power: float) -> Tensor:
     smallest = torch.finfo(costs.dtype).tiny
     weights = torch.where(costs > 0, costs.clamp(min=smallest) ** (power - 1), 0.0)
     return weights * costs.sum(1, keepdim=True) / (weights * costs).sum(1, keepdim=True).clamp(min=smallest)
-
-
-def _to_frame(states: Tensor, rope: Rope) -> Tensor:
-    """Return keys `[H, T, D]`, the first of them after the sinks, as they are relative to the start of their frame."""
-    starts = torch.arange(states.shape[1]) // FRAME * FRAME
-    return turned(states, rope, -starts)

@@ -9,7 +9,6 @@ from pydantic import AfterValidator, TypeAdapter
 
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
-from ..plan.moments import FRAME
 from ..profile import Calibration
 from .identity import curve_choices
 from .measure import ProbeOptions
@@ -39,7 +38,7 @@ def journal_settings(
         **({} if options.encode is None else {"encode": options.encode}),
         **({} if options.window is None else {"window": options.window.short}),
         **({"evict": options.evict} if options.evict else {}),
-        **({"frame": FRAME} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
+        **({"frame": options.frame} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
         **calibration.model_dump(),
     }
 

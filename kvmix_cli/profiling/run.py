@@ -21,7 +21,7 @@ from .grid import Grid
 from .identity import check_not_lost, describe_samples, identify
 from .means import mean_score
 from .measure import ProbeOptions, measure_sample
-from .moments import MomentParts, MomentSums, remove_parts
+from .moments import MomentParts, remove_parts
 from .probe import ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .records import Sample, journal_settings, record_form
@@ -91,9 +91,9 @@ def run_profile(
     with Journal(journal, settings, form, resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
-        parts = MomentParts(journal, ropes, resume=resume)
+        parts = MomentParts(journal, ropes, options.frame, resume=resume)
         _measure_rest(loaded, probes, options, chosen, record, parts, form, on_step)
-        file = _write_moments(moments, parts.total(len(chosen)), len(chosen)) if metrics and moments else None
+        file = _write_moments(moments, parts, len(chosen)) if metrics and moments else None
     if not ranks.leads:
         return Profile.model_validate_json(ranks.agree(b""))
     profile = Profile(
@@ -205,7 +205,15 @@ def find_probes(scores: Sequence[str | Probe]) -> list[Probe]:
     return [PROBES[score]() if isinstance(score, str) else score for score in scores]
 
 
-def _write_moments(path: Path, sums: MomentSums, documents: int) -> MomentsFile:
+def _write_moments(path: Path, parts: MomentParts, documents: int) -> MomentsFile:
+    sums = parts.total(documents)
     predictions, tokens = sums.counts
     digest = write_moments(path, sums.layers())
-    return MomentsFile(file=path.name, sha256=digest, documents=documents, predictions=predictions, tokens=tokens)
+    return MomentsFile(
+        file=path.name,
+        sha256=digest,
+        documents=documents,
+        predictions=predictions,
+        tokens=tokens,
+        frame=parts.frame,
+    )

@@ -89,7 +89,7 @@ def profile_work(
 
     def timed() -> float:
         begun = time.perf_counter()
-        measure_sample(loaded, probes, ids, options, MomentSums(ropes))
+        measure_sample(loaded, probes, ids, options, MomentSums(ropes, options.frame))
         return time.perf_counter() - begun
 
     one = timed()

@@ -286,6 +286,8 @@ def test_options_reach_the_model_and_the_probe(kvmix, faked, tmp_path):
     expected |= {"device": "cpu", "trust_remote_code": True, "resume": False, "scores": ("grad-norm",)}
     assert {name: faked[name] for name in expected} == expected
     assert faked["options"] == profiling.ProbeOptions(checkpointing=False)
+    assert kvmix("profile", "org/model", "--score", "fisher-metric", "--frame", 256, "--out", "other.yaml").code == 0
+    assert faked["options"] == profiling.ProbeOptions(frame=256)
 
 
 @pytest.mark.slow

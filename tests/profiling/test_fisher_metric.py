@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 from torch.nn.functional import cross_entropy
 from with_moments import model_moments, profile_with_moments
 
+from kvmix_cli.allocation import Budget, allocate
 from kvmix_cli.cache.rotary import measure_rotations
 from kvmix_cli.errors import DocumentError, KvmixError, ModelError, TextError
 from kvmix_cli.plan import CacheSettings
@@ -28,6 +29,7 @@ from kvmix_cli.profiling.moments import MomentSums
 from kvmix_cli.profiling.probes.fisher import Fisher
 from kvmix_cli.profiling.probes.fisher_metric import FisherMetric
 from kvmix_cli.profiling.probes.taylor import Taylor
+from kvmix_cli.studies.directions import read_basis
 
 CACHE = CacheSettings(page=16, sink=2, window=Recent(tokens=8))
 GRID = Grid(bits=(2,), group_sizes=(16,), cache=CACHE)
@@ -46,12 +48,6 @@ def sample(tokens=TOKENS, seed=0):
 @pytest.fixture(params=FAMILIES)
 def loaded(request):
     return wrap(build(request.param))
-
-
-@pytest.fixture
-def small_frames(monkeypatch):
-    """Frames of 32 positions, so that a short text has several."""
-    monkeypatch.setattr(moments, "FRAME", FRAME)
 
 
 def turned_to_frame(states, rope):
@@ -98,7 +94,6 @@ def moments_without(left_out, costs, slopes, states):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_frames")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_moments_are_of_the_gradients_of_packed_tokens_but_for_the_dearest(loaded, monkeypatch, checkpointing):
     ids, labels = sample(), sample(TOKENS - 1, seed=7)[0]
@@ -108,7 +103,7 @@ def test_moments_are_of_the_gradients_of_packed_tokens_but_for_the_dearest(loade
     monkeypatch.setattr(gradients, "drawn_loss", lambda logits, seed: cross_entropy(logits, labels))
     ropes = measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
     assert (None in ropes.values()) == ("DeepseekV3" in type(loaded.model).__name__), "a latent has no position"
-    sums = MomentSums(ropes)
+    sums = MomentSums(ropes, FRAME)
     measured = shared_pass(loaded, [FisherMetric()], ids, GRID, sums=sums, checkpointing=checkpointing, per_head=True)
     assert sums.counts == (READERS, PACKED)
     for index, layer in sums.layers().items():
@@ -181,6 +176,26 @@ def test_a_profile_names_its_tensors_and_reads_them_back(model, tmp_path):
             assert {array.dtype for array in each} == {np.dtype("float32")}
         assert isinstance(layer.rope, Rope)
         np.testing.assert_allclose(layer.rope.frequencies, 10000.0 ** -(np.arange(8) / 8), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_shorter_frames_are_those_of_the_plan(model, tmp_path):
+    """Of 280 tokens some are beyond the first frame of 256: moments of keys are others, those of values the same."""
+    usual, short = (tmp_path / name for name in ("usual", "short"))
+    scores = [
+        profiled(model, usual).score("fisher-metric"),
+        (found := profiled(model, short, options=ProbeOptions(frame=256))).score("fisher-metric"),
+    ]
+    assert [score.moments.frame for score in scores] == [1024, 256]
+    assert scores[1].setup["frame"] == 256 and scores[0].identity != scores[1].identity
+    assert Profile.load(found.save(short / "profile.yaml")).score("fisher-metric").setup == scores[1].setup
+    (first, *_), (other, *_) = (
+        read_moments(folder, score.moments).values() for folder, score in zip((usual, short), scores, strict=True)
+    )
+    np.testing.assert_array_equal(first.v.covariance, other.v.covariance)
+    assert not np.allclose(first.k.covariance, other.k.covariance)
+    plan = allocate(found, Budget(avg_bits=2), basis=read_basis(found, short))
+    assert plan.cache.transform.frame == 256
 
 
 def test_symmetric_matrices_are_kept_once_and_whole_ones_are_read(tmp_path):
@@ -281,6 +296,11 @@ def test_a_journal_of_other_frames_does_not_go_on(model, tmp_path, monkeypatch):
     [
         ({"seq_len": 200}, TextError, "a --seq-len of 262 or more"),
         ({"options": ProbeOptions(bits=(2,))}, KvmixError, "score fisher-metric does not look at widths; leave out"),
+        (
+            {"options": ProbeOptions(frame=200)},
+            KvmixError,
+            "a frame is whole pages of 128 tokens, not 200; use --frame 256",
+        ),
         ({"moments": None}, KvmixError, r"score fisher-metric measures tensors: name a file for them"),
     ],
 )

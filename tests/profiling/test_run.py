@@ -261,6 +261,7 @@ def test_a_probe_of_ones_own(loaded):
         (["taylor"], {"bits": (16,)}, "16 bits is no width of a cache"),
         (["taylor"], {"group_sizes": (4,)}, "must be a number of at least 8 or 'row', got 4"),
         (["error", "loss"], {"checkpointing": True}, "score error, loss has no backward pass"),
+        (["taylor"], {"frame": 256}, "score taylor has no frames; use --score fisher-metric, or leave out --frame"),
         (["taylor", "loss"], {"per_head": True}, "score loss has no scores per head"),
     ],
 )
