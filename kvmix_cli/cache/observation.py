@@ -150,6 +150,11 @@ class TailAttention:
         """Return the weights `[B, H_kv, count]` of the oldest tokens; None before there were queries."""
         return None if self._weights.total is None else self._weights.total[..., :count]
 
+    @property
+    def last_rows(self) -> Tensor | None:
+        """Return the rows `[B, H_kv, R, n]` of the queries that count, if these are the last ones; None without any."""
+        return self._weights.rows if isinstance(self._weights, LastRows) else None
+
     def rates(self, count: int) -> Tensor | None:
         """Return the weights `[B, H_kv, count]` of the oldest tokens, in the mean over queries that could see each.
 

@@ -152,7 +152,18 @@ class LastRows:
     @property
     def total(self) -> Tensor | None:
         """Return the sum, or the maximum, of the rows that count, `[B, H, n]`; None before any was added."""
-        return None if self._rows is None else reduced(self._rows, self._reduce)
+        return None if self.rows is None else reduced(self.rows, self._reduce)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Return the rows that count, or as many as there are; None before any was added."""
+        earlier, last = self._earlier, self._last
+        if earlier is None or last is None:
+            rows = last if earlier is None else earlier
+            return None if rows is None else rows[:, :, max(0, rows.shape[2] - self._count) :]
+        new = last[:, :, max(0, last.shape[2] - self._count) :]
+        old = earlier[:, :, max(0, earlier.shape[2] + new.shape[2] - self._count) :]
+        return torch.cat([pad(old, (0, new.shape[3] - old.shape[3])), new], dim=2)
 
     @property
     def nbytes(self) -> int:
@@ -160,11 +171,16 @@ class LastRows:
         return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
 
     @lasting
+    def start(self, rows: Tensor) -> None:
+        """Go on from rows `[B, H, R, n]`, of which none can be taken back."""
+        self._earlier, self._last = rows.detach(), None
+
+    @lasting
     def add(self, rows: Tensor, final: bool = False) -> None:
         """Add a forward's rows; those of earlier ones can no longer be taken back, nor these if they are `final`."""
-        self._earlier, self._last = self._rows, rows.detach()
+        self._earlier, self._last = self.rows, rows.detach()
         if final:
-            self._earlier, self._last = self._rows, None
+            self._earlier, self._last = self.rows, None
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` rows, as far as they are of the last forward."""
@@ -186,17 +202,6 @@ class LastRows:
         """Replace what is held by `change` of it: a selection of the batch, another device."""
         self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
 
-    @property
-    def _rows(self) -> Tensor | None:
-        """Return the rows that count, or as many as there are."""
-        earlier, last = self._earlier, self._last
-        if earlier is None or last is None:
-            rows = last if earlier is None else earlier
-            return None if rows is None else rows[:, :, max(0, rows.shape[2] - self._count) :]
-        new = last[:, :, max(0, last.shape[2] - self._count) :]
-        old = earlier[:, :, max(0, earlier.shape[2] + new.shape[2] - self._count) :]
-        return torch.cat([pad(old, (0, new.shape[3] - old.shape[3])), new], dim=2)
-
 
 def _plus(total: Tensor | None, rows: Tensor | None, reduce: Reduction) -> Tensor | None:
     if rows is None:
@@ -208,6 +213,12 @@ def _plus(total: Tensor | None, rows: Tensor | None, reduce: Reduction) -> Tenso
 def combined(one: Tensor, other: Tensor, reduce: Reduction) -> Tensor:
     """Return the sum, or the maximum, of two rows."""
     return torch.maximum(one, other) if reduce == "max" else one + other
+
+
+def beside(one: Tensor, other: Tensor) -> Tensor:
+    """Return rows `[B, H, R, n]` and `[B, H, S, m]` of the same last queries in one, `[B, H, max(R, S), n + m]`."""
+    count = max(one.shape[2], other.shape[2])
+    return torch.cat([pad(rows, (0, 0, count - rows.shape[2], 0)) for rows in (one, other)], dim=3)
 
 
 def reduced(rows: Tensor, reduce: Reduction) -> Tensor:

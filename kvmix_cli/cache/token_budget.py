@@ -14,7 +14,7 @@ from ..plan.tokens import TokenPolicy
 from .archive import Archive
 from .observation import AttentionCall, visible_at, weight_rows
 from .packing import KeptUnits
-from .statistics import LastRows, QuerySum
+from .statistics import LastRows, QuerySum, beside
 from .store import Store
 from .token_tiers import TokenChoice, sample_of
 
@@ -26,8 +26,8 @@ class TokenBudget(TokenChoice):
     by importance, so that the tokens of a unit are about as important as each other. The importance of a unit is the
     sum over its tokens, or the maximum if the score takes one. A score that follows attention goes on adding what is
     received while a unit is kept (H2O, arXiv 2306.14048, section 4), or if it looks at the last queries only, takes
-    those since the last choice (MorphKV, arXiv 2503.00979, section 3). With another score the importance stays that of
-    the moment at which the tokens left the window.
+    theirs, whether they came before the choice that the unit was kept by or after it (MorphKV, arXiv 2503.00979,
+    section 3). With another score the importance stays that of the moment at which the tokens left the window.
 
     Args:
         policy: token policy with a number of tokens to keep.
@@ -69,13 +69,16 @@ class TokenBudget(TokenChoice):
             best = ranking.argsort(dim=-1, descending=True, stable=True)[..., :most]
             tokens = best.unflatten(2, (most // self._unit, self._unit)).sort(dim=-1).values.flatten(2)
         units, places = torch.cat([self._held(ranking), self._of_units(ranking.gather(2, tokens))], dim=2), None
-        limit = self._kept // self._unit
+        rows, limit = self._rows(tokens), self._kept // self._unit
         if self.is_sorting and units.shape[2] > limit:
             places = units.topk(limit, dim=2).indices.sort(dim=2).values
             units = units.gather(2, places)
+            rows = None if rows is None else rows.take_along_dim(places[:, :, None], dim=3)
         self._units = self._without_attention()
         if isinstance(self._units, QuerySum):
             self._units.start(units)
+        elif rows is not None:
+            self._units.start(rows)
         self._place((tokens + self._tokens).int(), places)
         self._tokens += count
         choice = KeptUnits(tokens, places)
@@ -143,6 +146,17 @@ class TokenBudget(TokenChoice):
         if held is None:
             return ranking.new_zeros(*ranking.shape[:2], self.sorted.length // self._unit)
         return held.mean(1, keepdim=True).expand_as(held) if self.score.heads == "shared" else held
+
+    def _rows(self, tokens: Tensor) -> Tensor | None:
+        """Return what the last queries give to held units and to those of new tokens `[B, H_kv, n]`, a row each."""
+        received = self.attention.last_rows
+        if received is None or not isinstance(self._units, LastRows):
+            return None
+        new = self._of_units(received.take_along_dim(tokens[:, :, None], dim=3))
+        held = self._units.rows
+        if held is None:
+            held = new.new_zeros(*new.shape[:3], self.sorted.length // self._unit)
+        return beside(held, new)
 
     def _of_units(self, numbers: Tensor) -> Tensor:
         """Return the sum, or the maximum, over the tokens of each unit: `[..., n]` becomes `[..., n / unit]`."""

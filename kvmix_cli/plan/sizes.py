@@ -231,7 +231,7 @@ def _policy_bytes(cache: CacheSettings, heads: HeadGeometry, tokens: int, contex
     if cache.tokens.sure is not None:
         index += held_tokens(tokens, cache)[-1] // cache.page * HEAD_BYTES
     if cache.kept is not None:
-        held, numbers = min(tokens, cache.kept), statistics.of_unit(cache.tokens.when == "always")
+        held, numbers = min(tokens, cache.kept), statistics.of_unit(cache.tokens.when == "always", context)
         index = held * POSITION_BYTES + held // unit * numbers * STATISTIC_BYTES
     waiting = max(0, context - cache.sink - tokens) * statistics.numbers(heads.kv_heads, context)
     labels = 0 if cache.tokens.images is None else context - (cache.sink + tokens if tokens else 0)

@@ -31,14 +31,17 @@ class WaitingStatistics:
     queries: int = 0
     follows: bool = False
 
-    def of_unit(self, is_chosen_again: bool) -> int:
+    def of_unit(self, is_chosen_again: bool, context: int) -> int:
         """Return the numbers of each unit that a token budget keeps, a token after the last choice."""
-        return PARTS if self.follows and is_chosen_again and not self.last else 1
+        return self._rows(context) if self.follows and is_chosen_again else 1
 
     def numbers(self, kv_heads: int, context: int) -> int:
         """Return the numbers of each waiting token in all KV heads, after a prompt of `context` tokens."""
-        rows = min(self.last, context) + 1 if self.last else PARTS
-        return rows * self.weighs * kv_heads + PARTS * self.counts
+        return self._rows(context) * self.weighs * kv_heads + PARTS * self.counts
+
+    def _rows(self, context: int) -> int:
+        """Return the numbers that a KV head keeps of what a token, or a unit, has received."""
+        return min(self.last, context) + 1 if self.last else PARTS
 
 
 READ_AGAIN = frozenset({"kvzip"})

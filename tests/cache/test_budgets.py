@@ -103,6 +103,22 @@ def test_the_last_queries_choose_again():
     assert min(held) < 96, "some tokens outlive a choice"
 
 
+@pytest.mark.parametrize("score", ["morphkv", "snapkv", "tova"])
+def test_what_the_last_queries_have_chosen_keeps_their_attention(score):
+    """A choice right after another one, with no query between them, does not drop all that the first has kept."""
+    torch.manual_seed(0)
+    layer = single_layer(TokenPolicy(score=score, keep=32, flush=32))
+    keys, values, queries = (torch.randn(1, 1, 128, 16, dtype=torch.float64) for _ in range(3))
+    keys[:, :, 5] = 20 * torch.nn.functional.normalize(queries.mean(2) + 1, dim=-1)
+    queries += 1
+    read(layer, keys[:, :, :96], values[:, :, :96], queries[:, :, :96])
+    for start in (96, 112):
+        some = slice(start, start + 16)
+        read(layer, keys[:, :, some], values[:, :, some], queries[:, :, some])
+        assert 5 in layer._tokens.sorted.view[0, 0].tolist()
+    assert layer._tokens.sorted_tokens == 96
+
+
 @pytest.mark.parametrize("padding", [0, 25])
 def test_nothing_changes_while_the_budget_holds_everything(model, padding):
     tokens, steps = ids(140), [90] + [1] * 6 + [44]
