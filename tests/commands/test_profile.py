@@ -61,6 +61,7 @@ def test_from_nothing_on_the_built_in_model(kvmix, tmp_path):
     assert kvmix("allocate", "--avg-bits", 2.3).code == 0
 
 
+@pytest.mark.usefixtures("loaded_shallow")
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatch):
     real = profiling.run_profile
@@ -98,6 +99,7 @@ def test_interrupted_and_resumed_is_the_same_profile(kvmix, tmp_path, monkeypatc
 CURVES = ("--samples", 1, "--seq-len", 300, "--bits", "2,4", "--group-size", 64)
 
 
+@pytest.mark.usefixtures("loaded_shallow")
 @pytest.mark.slow
 def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     saved = tmp_path / FOLDER / "profile.yaml"
@@ -131,6 +133,7 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     assert kvmix("inspect", saved, "--plot", "scores.png").code == 0
 
 
+@pytest.mark.usefixtures("loaded_shallow")
 @pytest.mark.slow
 def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added(kvmix, tmp_path):
     metric = ("profile", "builtin:tiny", "--score", "fisher-metric", "--samples", 1, "--seq-len", 300)
@@ -226,6 +229,7 @@ def test_a_score_is_replaced_by_one_of_the_same_settings_only(kvmix, tmp_path):
     assert kvmix(*args, "--replace").code == 0
 
 
+@pytest.mark.usefixtures("loaded_shallow")
 @pytest.mark.slow
 def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, tmp_path):
     """Files without `identity` are read, keep their checksum, and their choices are not lost either."""
@@ -241,6 +245,7 @@ def test_a_score_of_an_earlier_version_is_compared_by_what_its_file_says(kvmix, 
     assert kvmix(*args).code == 0
 
 
+@pytest.mark.usefixtures("loaded_shallow")
 @pytest.mark.slow
 def test_fields_of_records_that_are_left_out_are_said_once_and_in_json(kvmix):
     record = {"question": "one two three four five " * 30, "answer": "six", "choices": ["six", "seven"]}
