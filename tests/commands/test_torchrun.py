@@ -19,13 +19,15 @@ ROOT = Path(__file__).parents[2]
 PROFILE = ("profile", "builtin:tiny", "--samples", 3, "--seq-len", 288, "--score", "grad-norm,fisher-metric")
 EVAL = ("eval", "builtin:tiny", "--uniform", 2, "--length", 332, "--prefix", 300, "--limit", 3, "--json")
 TENSOR_PARALLEL = "--tensor-parallel"
+LESS_TEXT = f"from kvmix_cli.studies import coded; coded.DOCUMENTS = coded.REACH = 1; {forking.COMMAND}"
+"""Transform codes are read on one document of one sample: they are the leader's alone."""
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A profile, a plan of transform codes, and rows of an evaluation, of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    forking.run(*PROFILE, "--out", "profile.yaml", cwd=folder, check=True)
+    forking.run(*PROFILE, "--out", "profile.yaml", code=LESS_TEXT, cwd=folder, check=True)
     plan = folder / "coded.yaml"
     forking.run("allocate", "--profile", "profile.yaml", "--avg-bits", 2, "--out", plan, cwd=folder, check=True)
     found = forking.run(*EVAL, "--plan", plan, cwd=folder, check=True)
@@ -56,7 +58,7 @@ def one_line(ranks):
 
 def test_copies_share_the_samples_of_a_profile_and_of_an_evaluation(alone, tmp_path):
     profile, plan, rows = alone
-    (code, said, _), (other_code, *silence) = torchrun(*PROFILE, "--out", "profile.yaml", cwd=tmp_path)
+    (code, said, _), (other_code, *silence) = torchrun(*PROFILE, "--out", "profile.yaml", code=LESS_TEXT, cwd=tmp_path)
     assert (code, other_code, silence) == (0, 0, ["", ""])
     assert "grad-norm of builtin:tiny" in said
     found = Profile.load(tmp_path / "profile.yaml")

@@ -33,7 +33,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def torchrun(*arguments, world=2, cwd=None):
+def torchrun(*arguments, world=2, **options):
     """Run `kvmix ARGUMENTS` on as many ranks; return the exit code, stdout and stderr of each."""
     shared = {LAUNCHED: "test", "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = []
@@ -41,7 +41,7 @@ def torchrun(*arguments, world=2, cwd=None):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
         streams = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - closed below
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        process = forking.start(*arguments, cwd=cwd, env=environment, stdout=streams[0], stderr=streams[1])
+        process = forking.start(*arguments, env=environment, stdout=streams[0], stderr=streams[1], **options)
         ranks.append((process, *streams))
     found = []
     for process, *streams in ranks:
