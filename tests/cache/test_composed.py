@@ -103,13 +103,13 @@ def test_beams_and_batches(axes):
     model = build("llama", wide=True)
     model.set_attn_implementation("kvmix")
     plan = plan_for(model, quantized(axes), 2, 4)
-    tokens, step = ids(120), ids(2)
+    tokens, step = ids(120), ids(10)
     one, other = (MixedCache.from_plan(plan, model.config) for _ in range(2))
     with torch.no_grad():
         model(tokens, past_key_values=one)
         swap_by_beams(one)
         model(tokens.flip(0), past_key_values=other)
-        for _ in range(50):  # past a flush
+        for _ in range(10):  # past a flush
             logits = [model(step, past_key_values=cache).logits for cache in (one, other)]
             torch.testing.assert_close(*logits)
     cache = MixedCache.from_plan(plan, model.config)

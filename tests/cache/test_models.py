@@ -79,7 +79,7 @@ def test_left_padding(family):
 
 
 def generate(model, cache, prompt, **options):
-    options = {"max_new_tokens": 40, "do_sample": False} | options
+    options = {"max_new_tokens": 24, "do_sample": False} | options
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
 
 

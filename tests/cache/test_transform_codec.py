@@ -228,7 +228,7 @@ def test_keys_and_values_of_a_prompt_wait_for_its_queries_and_can_be_read(tmp_pa
 @pytest.mark.slow
 def test_beams_and_batches(llama, tmp_path):
     plan = coded_plan(llama, tmp_path, exact=1, rope=ROPE["llama"])
-    tokens, step = ids(120), ids(2)
+    tokens, step = ids(120), ids(6)
     one, other = (MixedCache.from_plan(plan, llama.config) for _ in range(2))
     with torch.no_grad():
         llama(tokens, past_key_values=one)
@@ -237,7 +237,7 @@ def test_beams_and_batches(llama, tmp_path):
             layer.offload()
             layer.prefetch()
         llama(tokens.flip(0), past_key_values=other)
-        for _ in range(30):  # past a page
+        for _ in range(10):  # past a page
             logits = [llama(step, past_key_values=cache).logits for cache in (one, other)]
             torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6)
     cache = MixedCache.from_plan(plan, llama.config)

@@ -49,7 +49,7 @@ def test_every_task_runs_on_the_built_in_model():
 
 
 @pytest.mark.slow
-def test_the_long_context_suite_runs_at_several_lengths_and_says_what_it_left_out():
+def test_the_long_context_suite_runs_at_several_lengths_and_says_what_it_left_out(loaded_shallow):
     options = ("--task", "long-context", "--length", "380,420,8K", "--limit", 2, "--uniform", 2)
     result = kvmix_json("eval", *TINY, *options)
     names = ["recall", "passkey", "kv_retrieval", "multi_hop", "code_completion"]

@@ -3,20 +3,15 @@
 from pathlib import Path
 
 import pytest
-from evaluating import Counting, tiny
+from evaluating import Counting
 from full_disk import fill_disk
 
 from kvmix_cli import evaluation
-from kvmix_cli.models import loading as models
 from kvmix_cli.plan import Plan
 from kvmix_cli.profile import Profile
 
+pytestmark = pytest.mark.usefixtures("loaded_shallow")
 FULL = "No space left on device; "
-
-
-@pytest.fixture(autouse=True)
-def loaded(monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *args, **options: tiny())
 
 
 @pytest.mark.slow
