@@ -81,7 +81,7 @@ gpu: export PYTHONPATH := .:kernels
 # Kernels as they are: one that is wrong shall fail here, not be left to PyTorch.
 gpu: export KVMIX_TRITON := 1
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/ops/test_triton_gpu.py
+	$(PYTHON) -m pytest -m gpu tests/ops/test_triton_gpu.py tests/ops/test_blocks_gpu.py
 	$(PYTHON) kernels/bench/bench_quantize_gpu.py --out $(OUT)
 	$(PYTHON) kernels/bench/bench_attend_gpu.py --out $(OUT)
 	$(PYTHON) kernels/bench/bench_generate_gpu.py --out $(OUT)

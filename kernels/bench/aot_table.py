@@ -25,6 +25,8 @@ from aot_cases import (
     compile_attend,
     compile_blocks,
     compile_coded,
+    compile_coded_blocks,
+    compile_coded_store,
     compile_encode,
     lane_instructions_per_code,
     lane_instructions_per_plane_code,
@@ -80,10 +82,12 @@ def _transform_table(capabilities: list[int]) -> None:
     for capability in capabilities:
         kernels = {"attend": compile_coded(capability)}
         kernels |= {f"encode {kind}s": compile_encode(capability, kind) for kind in ("key", "value")}
+        kernels["attend to blocks"] = compile_coded_blocks(capability)
+        kernels |= {f"store {kind}s in blocks": compile_coded_store(capability, kind) for kind in ("key", "value")}
         for name, kernel in kernels.items():
             registers, spilled = kernel.usage
             costs = {}
-            if name == "attend":
+            if name.startswith("attend"):
                 for (kind, bits), loop in plane_loops(kernel).items():
                     costs.setdefault(kind, []).append(f"{lane_instructions_per_plane_code(kernel, loop):.2f} ({bits})")
             cost = "; ".join(f"{kind}s {', '.join(each)}" for kind, each in costs.items())

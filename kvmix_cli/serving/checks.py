@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from kvmix_kernels.blocks.base import GPU_BLOCKS
+from kvmix_kernels.blocks.base import GPU_BLOCKS, GPU_FRAME
 
 from ..cache.bases import check_bases
 from ..errors import KvmixError, PlanError
 from ..models.geometry import model_info
-from ..plan import Plan
+from ..plan import Plan, TransformTensor
 from ..plan.engine_blocks import check_blocks, left_out, losses_in_blocks, measured_loss
 from .contract import DEVICE_HOOKS, missing_hooks
 
@@ -62,10 +62,21 @@ def _check_kernels(plan: Plan, block: int) -> None:
         raise PlanError(
             f"blocks of {block} tokens have no GPU kernel; start the engine with --block-size 64, 128 or 256"
         )
-    if plan.cache.transform is not None:
+    alone = [
+        str(index)
+        for index, layer in plan.layers.items()
+        if isinstance(layer.k, TransformTensor) != isinstance(layer.v, TransformTensor)
+    ]
+    if alone:
         raise PlanError(
-            "blocks of transform codes have no GPU kernel; serve them on a CPU, or a plan of affine codes here "
-            "(`kvmix allocate --method ilp`)"
+            f"layers {', '.join(alone)} have transform codes of keys or values alone, which have no GPU kernel; "
+            "serve them on a CPU, or give both the same codec in the plan"
+        )
+    frame = None if plan.cache.transform is None else plan.cache.transform.frame
+    if frame is not None and frame % max(GPU_FRAME, block):
+        raise PlanError(
+            f"frames of {frame} positions have no GPU kernel; profile with the default ones, multiples of "
+            f"{max(GPU_FRAME, block)}, or serve them on a CPU"
         )
 
 

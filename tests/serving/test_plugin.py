@@ -19,7 +19,7 @@ from kvmix_cli.export import TARGETS
 from kvmix_cli.export.plugin import with_measured_loss
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.windows import NoWindow
-from kvmix_cli.serving import contract, plugin
+from kvmix_cli.serving import checks, contract, plugin
 
 TOKENS_OF_A_BLOCK = 128
 
@@ -335,7 +335,7 @@ def test_a_gpu_is_said_to_be_untried_and_extends_vllms_backend_for_it(engine, pl
     assert backend.get_builder_cls()._cudagraph_support == "never"
 
 
-def test_what_has_no_gpu_kernel_is_refused_on_a_gpu(engine, plan_file, tmp_path, monkeypatch):
+def test_what_has_no_gpu_kernel_is_refused_on_a_gpu(engine, plan_file, tmp_path):
     found = engine()
     serving.register()
     found.modules["vllm.platforms"].current_platform = platform("cuda")
@@ -344,14 +344,25 @@ def test_what_has_no_gpu_kernel_is_refused_on_a_gpu(engine, plan_file, tmp_path,
     ):
         created(found, block=16)
     model = build("llama")
-    coded = coded_plan(model, tmp_path, exact=0)
-    coded = Plan.build(coded.model, coded.layers, coded.cache.model_copy(update={"sink": 1, "window": NoWindow()}))
-    monkeypatch.setenv(serving.VARIABLE, str(coded.save(tmp_path / "coded.yaml")))
+    for v, match in (
+        (16, "layers 0, 1, 2, 3 have transform codes of keys or values alone, which have no GPU kernel"),
+        ("coded", "frames of 64 positions have no GPU kernel; profile with the default ones, multiples of 128"),
+    ):
+        with pytest.raises(PlanError, match=match):
+            checks._check_kernels(coded_plan(model, tmp_path, v=v, exact=0), 64)
+
+
+def test_transform_codes_are_taken_on_a_gpu(engine, tmp_path, monkeypatch):
+    model = build("llama")
+    coded = coded_plan(model, tmp_path, exact=0, frame=128)
+    plan = Plan.build(coded.model, coded.layers, coded.cache.model_copy(update={"sink": 1, "window": NoWindow()}))
+    monkeypatch.setenv(serving.VARIABLE, str(plan.save(tmp_path / "coded.yaml")))
     found = engine()
     serving.register()
     found.modules["vllm.platforms"].current_platform = platform("cuda")
-    with pytest.raises(PlanError, match="blocks of transform codes have no GPU kernel; serve them on a CPU"):
-        created(found, config=model.config, block=64)
+    created(found, config=model.config, block=64)
+    found.attention(4, 64, 0.125, num_kv_heads=2, prefix="model.layers.0.attn")
+    assert found.attention.backends["model.layers.0.attn"].get_impl_cls()(window=(-1, -1)).plan == plan
 
 
 def test_a_name_that_a_devices_engine_lacks_is_named(engine, plan_file):

@@ -6,9 +6,10 @@ from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend
 from kvmix_kernels.attend.triton.planes import CHUNK, PLANE_BITS
-from kvmix_kernels.blocks import AffineBlocks, BlockLayer, PlainBlocks
+from kvmix_kernels.blocks import AffineBlocks, BlockLayer, CodedBlocks, PlainBlocks
 from kvmix_kernels.blocks.problem import BlockProblem
 from kvmix_kernels.blocks.triton import attend as attend_blocks
+from kvmix_kernels.blocks.triton import coded_store
 from kvmix_kernels.blocks.triton.store import store
 from kvmix_kernels.quantize import triton as quantizing
 from kvmix_kernels.segments import Channels, Coded, Packed, Plain, Segments
@@ -119,7 +120,18 @@ def lane_instructions_per_code(kernel, head_dim=128, tokens=PAGE):
 def compile_blocks(capability, k_bits, v_bits, *, group=None, head_dim=128, ratio=4, page=PAGE):
     """The kernel for attention over an engine's blocks, compiled: one sequence that decodes."""
     tensors = (in_blocks(kind, bits, group, head_dim, page) for kind, bits in (("key", k_bits), ("value", v_bits)))
-    layer = BlockLayer(*tensors)
+    return compiled_over_blocks(capability, BlockLayer(*tensors), head_dim, ratio, page)
+
+
+def compile_coded_blocks(capability, *, head_dim=128, ratio=4, page=PAGE, sink=1):
+    """The kernel for attention over blocks of transform codes, compiled: one sequence that decodes."""
+    tensors = (coded_in_blocks(kind, head_dim, page, sink) for kind in ("key", "value"))
+    compiled = compiled_over_blocks(capability, BlockLayer(*tensors), head_dim, ratio, page)
+    return next(each for each in compiled if each.name == "coded_kernel")
+
+
+def compiled_over_blocks(capability, layer, head_dim, ratio, page):
+    """What attention over one sequence's blocks compiles."""
     blocks, table = torch.zeros(PAGES, layer.nbytes, dtype=torch.uint8), torch.arange(PAGES, dtype=torch.int32)[None]
     query = torch.zeros(1, ratio, 1, head_dim, dtype=torch.bfloat16)
     lengths = torch.tensor([PAGES * page])
@@ -142,3 +154,17 @@ def in_blocks(kind, bits, group, head_dim, page):
     if bits == 16:
         return PlainBlocks(kind, 1, head_dim, page, torch.bfloat16)
     return AffineBlocks(kind, 1, PageLayout("value", bits, head_dim, page, group))
+
+
+def compile_coded_store(capability, kind, *, head_dim=128, page=PAGE, sink=1):
+    """The kernel that stores tokens as transform codes in an engine's blocks, compiled."""
+    tensor, states = coded_in_blocks(kind, head_dim, page, sink), torch.zeros(4, 1, head_dim, dtype=torch.bfloat16)
+    blocks = torch.zeros(PAGES, tensor.nbytes, dtype=torch.uint8)
+    with ahead_of_time(capability) as compiled:
+        coded_store.store(tensor, blocks, states, torch.arange(4), torch.arange(4))
+    return compiled[0]
+
+
+def coded_in_blocks(kind, head_dim, page, sink):
+    """Keys or values of one KV head as transform codes in blocks."""
+    return CodedBlocks(coded(kind, head_dim, page=page).packed.basis, sink, torch.bfloat16)

@@ -54,10 +54,10 @@ def falling_widths(kv_heads, dim, seed=0):
     return tuple("".join(map(str, widths)) for widths in heads)
 
 
-def coded_plan(model, folder, k="coded", v="coded", exact=0, rope=None, window=10):
+def coded_plan(model, folder, k="coded", v="coded", exact=0, rope=None, window=10, frame=FRAME):
     """A plan of `coded` tensors, or of a number of bits."""
     info = model_info(model.config, "test")
-    cache = settings_with(folder, made_up_basis(info, rope=rope), exact, window)
+    cache = settings_with(folder, made_up_basis(info, frame, rope), exact, window)
 
     def tensor(what, dim, kv_heads, seed):
         if what == "coded":

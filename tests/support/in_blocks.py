@@ -38,7 +38,7 @@ class Sequences:
         pages = [-(-length // page) for length in lengths.tolist()]
         blocks = torch.randperm(sum(pages) + 2, generator=draw)
         self.layer, self.page, self.lengths = layer, page, lengths
-        self.blocks = torch.full((len(blocks), layer.nbytes + 16), 255, dtype=torch.uint8)  # as floats: NaN
+        self.blocks = torch.full((len(blocks), layer.nbytes + 32), 255, dtype=torch.uint8)  # as floats: NaN
         self.blocks[blocks[:-2], : layer.nbytes] = 0
         self.table = torch.full((len(pages), max(pages) + 1), -7, dtype=torch.int32)  # nothing reads what is not there
         self.keys, self.values, self.slots = [], [], []
@@ -47,7 +47,7 @@ class Sequences:
             self.table[row, : pages[row]] = blocks[first : first + pages[row]].int()
             positions = torch.arange(length)
             slots = self.table[row].long()[positions // page] * page + positions % page
-            keys, values = torch.randn(2, length, HEADS, layer.keys.head_dim, generator=draw).to(dtype)
+            keys, values = torch.randn(2, length, layer.keys.kv_heads, layer.keys.head_dim, generator=draw).to(dtype)
             order = torch.randperm(length, generator=draw)
             for some in order.tensor_split(2):
                 layer.write(self.blocks, keys[some], values[some], slots[some], positions[some])

@@ -12,6 +12,8 @@ from ..runtime.native.structs import CSegments
 
 GPU_BLOCKS = (64, 128, 256)
 """Tokens of the blocks that GPU kernels read: of 64, values fill a tensor core (`attend/triton/steps.py`)."""
+GPU_FRAME = 128
+"""Tokens of which a frame of transform codes must have whole numbers, or whole blocks if these are longer."""
 
 
 class BlockTensor(ABC):

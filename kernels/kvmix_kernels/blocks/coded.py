@@ -57,34 +57,34 @@ class CodedBlocks(BlockTensor):
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         codes, scales = self._encode(states, positions)
-        self._place(self._codes(blocks), codes, slots)
+        self._place(self.codes(blocks), codes, slots)
         if scales is not None:
             largest = torch.finfo(scales.dtype).max  # one token that is not finite must not reach others
-            room = self._scales(blocks)
+            room = self.scales(blocks)
             room[slots // self.page, :, slots % self.page] = scales.nan_to_num(0.0, largest, -largest)
         first = positions < self.sink
         if first.any():
-            self._sinks(blocks)[slots[first] // self.page, :, positions[first]] = states[first].to(self.dtype)
+            self.sinks(blocks)[slots[first] // self.page, :, positions[first]] = states[first].to(self.dtype)
 
     def read(self, blocks: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        tokens = self._pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
+        tokens = self.pages(blocks[table.long()]).select(0, len(table), dtype)[0].flatten(1, 2)
         if self.sink:
-            tokens[:, : self.sink] = self._sinks(blocks)[table[0].long()].to(dtype)
+            tokens[:, : self.sink] = self.sinks(blocks)[table[0].long()].to(dtype)
         return tokens
 
     def round_trip(self, states: Tensor, positions: Tensor) -> Tensor:
         codes, scales = self._encode(states, positions)
         pages = codes.transpose(0, 1)[None, :, :, None]
         by_page = None if scales is None else scales.T[None, :, :, None]
-        tokens = states_of(pages, by_page, self.basis, self._frames(positions), states.dtype)[0, :, :, 0]
+        tokens = states_of(pages, by_page, self.basis, self.frames_of(positions), states.dtype)[0, :, :, 0]
         kept = states.to(self.dtype).to(states.dtype)
         return torch.where((positions < self.sink)[:, None, None], kept, tokens.transpose(0, 1))
 
     def native(self, blocks: Tensor, table: Tensor) -> CSegments:
-        call = pages_of(self._pages(blocks))
+        call = pages_of(self.pages(blocks))
         call.codes_strides[0] = call.scales_strides[0] = 0  # every sequence has the same blocks
         if self.sink:
-            exact = self._sinks(blocks)[table[:, 0].long()].nan_to_num()  # a short sequence has written few of them
+            exact = self.sinks(blocks)[table[:, 0].long()].nan_to_num()  # a short sequence has written few of them
             places = torch.arange(self.sink, dtype=torch.int32)
             self._held = exact, places  # until the next call
             call.places, call.exact, call.exact_strides = places.data_ptr(), exact.data_ptr(), exact.stride()[:3]
@@ -93,18 +93,20 @@ class CodedBlocks(BlockTensor):
 
     def _encode(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return codes `[n, H_kv, D]` uint8 and scales `[n, H_kv]` of tokens `[n, H_kv, D]`."""
-        frames, native = self._frames(positions), library()
+        frames, native = self.frames_of(positions), library()
         if native is not None and takes(states, self.basis):
             return code(native, states, self.basis, frames)
         pages = states.transpose(0, 1)[None, :, :, None]  # of one token each
         codes, scales, _ = naive_code(project_tokens(pages, self.basis, frames), self.basis)
         return codes[0, :, :, 0].transpose(0, 1), None if scales is None else scales[0, :, :, 0].T
 
-    def _frames(self, positions: Tensor) -> Tensor | None:
-        """Return the frame of every token, `[n]`; None where nothing is turned, as in the first frame."""
+    def frames_of(self, positions: Tensor) -> Tensor | None:
+        """Return the frame of every token, `[n]`; None where nothing is turned, as in the first frame on a CPU."""
         frames = self.basis.frames
-        if frames is None or not frames.turns or frames.length is None or not (positions >= frames.length).any():
+        if frames is None or not frames.turns or frames.length is None:
             return None
+        if positions.device.type == "cpu" and not (positions >= frames.length).any():
+            return None  # a GPU is not waited for
         return positions // frames.length
 
     def _place(self, blocks: Tensor, codes: Tensor, slots: Tensor) -> None:
@@ -115,24 +117,25 @@ class CodedBlocks(BlockTensor):
             widths, places = self.basis.arrays.widths, self.basis.arrays.places
             cpu.place(native, "direction", blocks, codes, slots, widths, places, self.page)
 
-    def _codes(self, blocks: Tensor) -> Tensor:
+    def codes(self, blocks: Tensor) -> Tensor:
+        """Return the codes of blocks, `[N, page_bytes]`."""
         return blocks[:, : self.basis.layout.page_bytes]
 
-    def _scales(self, blocks: Tensor) -> Tensor:
+    def scales(self, blocks: Tensor) -> Tensor:
         """Return the scales of blocks of values, `[N, H_kv, page]`."""
         scales = blocks[:, self.basis.layout.page_bytes : self._code_bytes].view(torch.float16)
         by_head: Tensor = scales.unflatten(1, (self.kv_heads, self.page))
         return by_head
 
-    def _sinks(self, blocks: Tensor) -> Tensor:
+    def sinks(self, blocks: Tensor) -> Tensor:
         """Return the first tokens of sequences that begin in blocks, `[N, H_kv, sink, D]`."""
         tokens: Tensor = blocks[:, self._code_bytes :].view(self.dtype).unflatten(1, (self.kv_heads, self.sink, -1))
         return tokens
 
-    def _pages(self, blocks: Tensor) -> Coded:
+    def pages(self, blocks: Tensor) -> Coded:
         """Return blocks as the pages of one sequence."""
-        scales = self._scales(blocks).transpose(0, 1)[None] if self.basis.layout.is_scaled else None
-        return Coded(self.basis, self._codes(blocks)[None, None], scales)
+        scales = self.scales(blocks).transpose(0, 1)[None] if self.basis.layout.is_scaled else None
+        return Coded(self.basis, self.codes(blocks)[None, None], scales)
 
     def _unpack(self, blocks: Tensor) -> Tensor:
         return unpack(blocks[None, None], self.basis)[0].transpose(0, 1)

@@ -50,7 +50,7 @@ class BlockLayer:
         """Store tokens `[n, H_kv, D]` in `blocks` `[N, bytes]` uint8; see `BlockTensor.write`."""
         of_keys, of_values = self.parts(blocks)
         for tensor, own, states in ((self.keys, of_keys, keys), (self.values, of_values, values)):
-            if not _is_stored_on_gpu(tensor, own, states, slots):
+            if not _is_stored_on_gpu(tensor, own, states, slots, positions):
                 tensor.write(own, states, slots, positions)
 
     def attend(
@@ -94,15 +94,18 @@ class BlockLayer:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _is_stored_on_gpu(tensor: BlockTensor, blocks: Tensor, states: Tensor, slots: Tensor) -> bool:
+def _is_stored_on_gpu(tensor: BlockTensor, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> bool:
     """Store tokens where a GPU has a kernel for it, and return whether it has."""
     if not gpu.is_usable(states.device):
         return False
-    from .triton import store
+    from .triton import coded_store, store
 
-    if not store.takes(tensor, states):
+    if store.takes(tensor, states):
+        store.store(tensor.kind, tensor.layout, tensor.words(blocks), tensor.by_token(blocks), states, slots)
+    elif coded_store.takes(tensor, states):
+        coded_store.store(tensor, blocks, states, slots, positions)
+    else:
         return False
-    store.store(tensor.kind, tensor.layout, tensor.words(blocks), tensor.by_token(blocks), states, slots)
     return True
 
 

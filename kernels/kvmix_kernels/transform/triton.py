@@ -6,6 +6,7 @@ a plane, those are the tokens that share bytes. With planes of `b` bits, `j = e 
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,15 @@ KINDS = (4, 2, 1)
 """Bits of planes."""
 
 
+class Directions(NamedTuple):
+    """Directions of a KV head `[WIDTH]`: whether each exists, its deviation, its step, and the number of its codes."""
+
+    exists: Any
+    deviation: Any
+    step: Any
+    level: Any
+
+
 def supports(pages: Tensor, basis: TransformBasis) -> bool:
     """Return whether the kernel takes these pages: in at most float32, of so many directions."""
     dtypes = torch.promote_types(pages.dtype, torch.float32), basis.mean.dtype
@@ -41,7 +51,7 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
     codes = torch.empty(shape[0], 1, shape[2], layout.page_bytes, dtype=torch.uint8, device=device)
     scales = torch.empty(shape[:4], dtype=torch.float16, device=device)
     errors = torch.empty(shape[:4], dtype=torch.float32, device=device)
-    places, shifts = _planes_of(layout, device)
+    places, shifts = bit_planes_of(layout, device)
     width = triton.next_power_of_2(layout.head_dim)
     block = min(triton.next_power_of_2(layout.page // 8), max(1, MOST_ELEMENTS // (8 * width)))
     grid = (shape[0] * shape[1] * shape[2], triton.cdiv(layout.page // 8, block))
@@ -73,7 +83,7 @@ def encode(pages: Tensor, basis: TransformBasis, first_page: int = 0) -> Encoded
 
 
 @functools.cache
-def _planes_of(layout: TransformLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+def bit_planes_of(layout: TransformLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return where each direction's planes of 4, 2 and 1 bits are in a page, and the bits below, `[H_kv, 3, D]` int32.
 
     A direction without such a plane has a place below 0.
@@ -151,50 +161,69 @@ def encode_kernel(
     head = page // count % heads
     codes += (page // (heads * count) * count + page % count) * page_bytes
     direction = tl.arange(0, WIDTH)
-    is_direction = direction < HEAD_DIM
-    of_head = head * HEAD_DIM + direction
-    deviation = tl.load(deviation + of_head, mask=is_direction, other=1.0)
-    step = tl.load(steps + of_head, mask=is_direction, other=0.0)
-    level = tl.load(levels + of_head, mask=is_direction, other=1.0)
-    is_coded = (level > 1.5) & is_direction
-    unit_step = tl.where(is_coded, tl.div_rn(step, deviation), 1.0)
+    directions = load_directions(deviation, steps, levels, head, HEAD_DIM, WIDTH)
 
     within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_token = within < EIGHTH
     token = tl.reshape(tl.arange(0, 8)[:, None] * EIGHTH + within[None, :], [8 * BLOCK])
     token_inside = tl.reshape((tl.arange(0, 8)[:, None] >= 0) & is_token[None, :], [8 * BLOCK])
     at = (page * PAGE + token)[:, None] * HEAD_DIM + direction[None, :]
-    x = tl.load(z + at, mask=token_inside[:, None] & is_direction[None, :], other=0.0)
-    units = tl.div_rn(x, tl.broadcast_to(deviation[None, :], [8 * BLOCK, WIDTH]))
-    scaled = units
-    scale = tl.full([8 * BLOCK], 1.0, tl.float16)
+    x = tl.load(z + at, mask=token_inside[:, None] & directions.exists[None, :], other=0.0)
+    code, scale, decoded = code_tokens(x, directions, SCALED, SMALLEST)
     if SCALED:
-        squares = tl.sum(tl.where(is_coded[None, :], units * units, 0.0), 1)
-        coded = tl.maximum(tl.sum(is_coded.to(tl.float32), 0), 1.0)
-        mean = tl.div_rn(squares, tl.full([8 * BLOCK], 0.0, tl.float32) + coded)
-        scale = tl.maximum(tl.sqrt_rn(mean), SMALLEST).to(tl.float16)
-        scaled = tl.div_rn(units, tl.broadcast_to(scale.to(tl.float32)[:, None], [8 * BLOCK, WIDTH]))
-    ratio = tl.div_rn(scaled, tl.broadcast_to(unit_step[None, :], [8 * BLOCK, WIDTH]))
-    code = tl.floor(ratio + level[None, :] * 0.5)
-    code = tl.minimum(tl.maximum(code, 0.0), level[None, :] - 1)
-    middle = (code - level[None, :] * 0.5 + 0.5) * step[None, :]
-    if SCALED:
-        values = tl.div_rn(middle, tl.broadcast_to(deviation[None, :], [8 * BLOCK, WIDTH]))
-        factor = tl.sum(values * scaled, 1)
-        factor = tl.div_rn(factor, tl.maximum(tl.sum(values * values, 1), 1e-6))
-        scale = (scale.to(tl.float32) * factor).to(tl.float16)
         tl.store(scales + page * PAGE + token, scale, mask=token_inside)
-        middle = middle * scale.to(tl.float32)[:, None]
-    error = x - middle
+    error = x - decoded
     tl.store(errors + page * PAGE + token, tl.sum(error * error, 1), mask=token_inside)
 
     fields = tl.reshape(code.to(tl.int32), [8, BLOCK, WIDTH])
     for kind in tl.static_range(3):
         store_planes(
             codes, fields, places + (head * 3 + kind) * HEAD_DIM + direction,
-            shifts + (head * 3 + kind) * HEAD_DIM + direction, is_direction, within, is_token, 4 >> kind, EIGHTH, BLOCK,
-            WIDTH,
+            shifts + (head * 3 + kind) * HEAD_DIM + direction, directions.exists, within, is_token, 4 >> kind, EIGHTH,
+            BLOCK, WIDTH,
         )  # fmt: skip
+
+
+@triton.jit
+def load_directions(deviation, steps, levels, head, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Load the directions of a KV head; those that do not exist have one code."""
+    direction = tl.arange(0, WIDTH)
+    exists = direction < HEAD_DIM
+    at = head * HEAD_DIM + direction
+    deviation = tl.load(deviation + at, mask=exists, other=1.0)
+    step = tl.load(steps + at, mask=exists, other=0.0)
+    return Directions(exists, deviation, step, tl.load(levels + at, mask=exists, other=1.0))
+
+
+@triton.jit
+def code_tokens(x, directions, SCALED: tl.constexpr, SMALLEST: tl.constexpr):
+    """Code tokens in the basis `[N, WIDTH]`: return codes in float32, scales `[N]` float16, and what they stand for."""
+    TOKENS: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    level, step = directions.level, directions.step
+    deviation = tl.broadcast_to(directions.deviation[None, :], [TOKENS, WIDTH])
+    is_coded = (level > 1.5) & directions.exists
+    unit_step = tl.where(is_coded, tl.div_rn(step, directions.deviation), 1.0)
+    units = tl.div_rn(x, deviation)
+    scaled = units
+    scale = tl.full([TOKENS], 1.0, tl.float16)
+    if SCALED:
+        squares = tl.sum(tl.where(is_coded[None, :], units * units, 0.0), 1)
+        coded = tl.maximum(tl.sum(is_coded.to(tl.float32), 0), 1.0)
+        mean = tl.div_rn(squares, tl.full([TOKENS], 0.0, tl.float32) + coded)
+        scale = tl.maximum(tl.sqrt_rn(mean), SMALLEST).to(tl.float16)
+        scaled = tl.div_rn(units, tl.broadcast_to(scale.to(tl.float32)[:, None], [TOKENS, WIDTH]))
+    ratio = tl.div_rn(scaled, tl.broadcast_to(unit_step[None, :], [TOKENS, WIDTH]))
+    code = tl.floor(ratio + level[None, :] * 0.5)
+    code = tl.minimum(tl.maximum(code, 0.0), level[None, :] - 1)
+    decoded = (code - level[None, :] * 0.5 + 0.5) * step[None, :]
+    if SCALED:
+        values = tl.div_rn(decoded, deviation)
+        factor = tl.sum(values * scaled, 1)
+        factor = tl.div_rn(factor, tl.maximum(tl.sum(values * values, 1), 1e-6))
+        scale = (scale.to(tl.float32) * factor).to(tl.float16)
+        decoded = decoded * scale.to(tl.float32)[:, None]
+    return code, scale, decoded
 
 
 @triton.jit

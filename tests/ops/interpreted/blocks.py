@@ -125,7 +125,6 @@ def test_a_trial_of_storing_passes_and_finds_another_kernel_wrong(monkeypatch):
     [
         (layer_of("4", 32), {}, "blocks of 32 tokens"),
         (layer_of("4", 96), {}, "blocks of 96 tokens"),
-        (layer_of("coded", 64), {}, "blocks of transform codes"),
         (layer(2, 2, 512, 64, (None, None)), {}, "heads of 512 channels"),
         (layer(2, 2, 256, 64, (16, None)), {}, "keys in groups of 16"),
         (layer_of("4", 64), {"dtype": torch.float64}, "float64 queries"),
@@ -139,6 +138,7 @@ def test_what_has_no_kernel_is_named(held, change, complaint):
 
 
 def test_a_layer_attends_with_the_kernel_where_there_is_a_gpu(monkeypatch):
+    mixed = Sequences(layer_of("mixed", 64), 64)
     monkeypatch.setenv("KVMIX_TRITON", "1")
     monkeypatch.setattr(gpu, "is_usable", lambda device: True)
     held = Sequences(layer(4, 2, 64, 64, (32, None)), 64)
@@ -146,9 +146,8 @@ def test_a_layer_attends_with_the_kernel_where_there_is_a_gpu(monkeypatch):
     operands = held.blocks, held.table, held.lengths, 0.125
     got = held.layer.attend(query, *operands)
     assert torch.equal(got, attend(problem_of(held, query, 0.125)))
-    held = Sequences(layer_of("coded", 64), 64)
-    with pytest.warns(UserWarning, match="attention over blocks of transform codes has no GPU kernel"):
-        held.layer.attend(query, held.blocks, held.table, held.lengths, 0.125)
+    with pytest.warns(UserWarning, match="attention over transform codes of keys or values alone has no GPU kernel"):
+        mixed.layer.attend(query, mixed.blocks, mixed.table, mixed.lengths, 0.125)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

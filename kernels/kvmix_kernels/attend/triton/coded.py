@@ -5,6 +5,9 @@ leaves in memory, each tile's relative to the largest score until then, times th
 plane, codes of values times these weights are sums. So a program keeps no more than one tile of scores or one chunk of
 sums in registers, however many directions a head has and whatever their widths, and nothing in it depends on them.
 
+Pages lie one after the other, or are blocks of an engine: a table says where the next of a sequence is, each sequence
+ends at its own length, and queries are its last tokens.
+
 Codes are the left operand, and are never converted: masked into the mantissa of a bfloat16 `2^bits`, a code of a plane
 of `bits` bits *is* the number `2^bits + code`.
 """
@@ -23,6 +26,7 @@ KINDS = tl.constexpr(len(PLANE_BITS))
 LENGTHS = ["kv_heads", "queries", "pages", "pages_per_frame", "frames", "key_rows", "value_rows", "exact"]
 SPLITS = ["splits", "tiles", "tiles_per_split"]
 STRIDES = ["keys_batch", "keys_page", "values_batch", "values_page", "scales_batch", "scales_head", "scales_page"]
+STRIDES += ["table_batch"]
 MASK_STRIDES = ["mask_batch", "mask_head", "mask_query", "mask_token"]
 
 
@@ -101,6 +105,9 @@ def coded_kernel(
     scales_batch,
     scales_head,
     scales_page,
+    table,
+    table_batch,
+    lengths,
     places,
     firsts,
     exact,
@@ -131,7 +138,11 @@ def coded_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attend to a split of the pages, with arguments that `coded_launch.py` prepares."""
+    """Attend to a split of the pages, with arguments that `coded_launch.py` prepares.
+
+    Without a table, all sequences have as many pages, and `places` and `firsts` tell which tokens are exact; with one,
+    those before `exact` are.
+    """
     TOGETHER: tl.constexpr = TILE // PAGE
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = head // kv_heads, head % kv_heads
@@ -140,17 +151,25 @@ def coded_kernel(
     is_row = row < rows
     mask_rows = mask + batch * mask_batch + (kv_head * RATIO + row // queries) * mask_head
     mask_rows += (row % queries).to(tl.int64) * mask_query
-    scoring = Scoring(cap, mask_rows, mask_token, is_row, row)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+    if table is None:
+        tokens, last_seen = pages * PAGE, row
+        places, firsts = places + head * exact, firsts + head * (pages + 1)
+    else:
+        tokens = tl.load(lengths + batch).to(tl.int32)
+        last_seen = tokens - queries + row % queries
+        table += batch * table_batch
+        pages = tl.cdiv(tokens, PAGE)
+        last = tl.minimum(last, tl.cdiv(tl.max(tl.where(is_row, last_seen, -1), 0) + 1, TILE))
+    scoring = Scoring(cap, mask_rows, mask_token, is_row, last_seen)
     keys += tl.multiple_of(batch * keys_batch, PAGE // 8)
     values += tl.multiple_of(batch * values_batch, PAGE // 8)
     scales += batch * scales_batch + kv_head * scales_head
     key_places, value_places = key_places + kv_head * key_rows, value_places + kv_head * value_rows
     key_chunks, value_chunks = key_chunks + kv_head * (KINDS + 1), value_chunks + kv_head * (KINDS + 1)
-    places, firsts = places + head * exact, firsts + head * (pages + 1)
     weights += (head * rows + row) * (tiles * TILE)
     decays += (head * rows + row) * tiles
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles)
     zero = tl.zeros([BLOCK], tl.float32)
     running = Softmax(tl.full([BLOCK], float("-inf"), tl.float32), zero, (zero,))
     for tile in tl.range(first, last):
@@ -159,17 +178,19 @@ def coded_kernel(
         products = tl.zeros([TILE, BLOCK], tl.float32)
         for kind in tl.static_range(KINDS):
             products += code_products(
-                keys, keys_page, page, pages, key_places, tl.load(key_chunks + kind), tl.load(key_chunks + kind + 1),
-                coefficients + folded * key_rows, is_row, bits_of(kind), PAGE, TILE, BLOCK, STAGES,
+                keys, keys_page, page, pages, table, key_places, tl.load(key_chunks + kind),
+                tl.load(key_chunks + kind + 1), coefficients + folded * key_rows, is_row, bits_of(kind), PAGE, TILE,
+                BLOCK, STAGES,
             )  # fmt: skip
         products += tl.load(offsets + folded, mask=is_row, other=0.0)[None, :]
         token = page * PAGE + tl.arange(0, TILE)
-        scores = score(products, token, pages * PAGE, scoring, MASK, SOFTCAP, TOGETHER == 1)
+        scores = score(products, token, tokens, scoring, MASK, SOFTCAP, TOGETHER == 1)
         if EXACT:
-            scores = tl.where(is_exact(token, page, pages, places, firsts, TOGETHER)[:, None], float("-inf"), scores)
+            hidden = token < exact if table is not None else is_exact(token, page, pages, places, firsts, TOGETHER)
+            scores = tl.where(hidden[:, None], float("-inf"), scores)
         running, decay, weight = weigh(running, (scores,))
-        at = scales + (token // PAGE).to(tl.int64) * scales_page + token % PAGE
-        scale = to_float32(tl.load(at, mask=token < pages * PAGE, other=0.0))
+        at = scales + page_at(token // PAGE, token < tokens, table) * scales_page + token % PAGE
+        scale = to_float32(tl.load(at, mask=token < tokens, other=0.0))
         weight = round_to(weight[0] * scale[:, None], tl.bfloat16)
         mass = running.sums[0] * decay + tl.sum(to_float32(weight), 0)
         running = Softmax(running.peak, running.total, (mass,))
@@ -186,8 +207,8 @@ def coded_kernel(
         for chunk in tl.range(tl.load(value_chunks + kind), tl.load(value_chunks + kind + 1)):
             place = tl.multiple_of(tl.load(value_places + plane + chunk * CHUNK), PAGE // 8)
             sums = code_sums(
-                values, values_page, place, first, last, pages, weights, decays, is_row, bits_of(kind), PAGE, TILE,
-                BLOCK, STAGES,
+                values, values_page, place, first, last, pages, table, weights, decays, is_row, bits_of(kind), PAGE,
+                TILE, BLOCK, STAGES,
             )  # fmt: skip
             sums = (sums - center(kind) * running.sums[0][None, :]) / divisor[None, :]
             tl.store(means[None, :] + (plane + chunk * CHUNK)[:, None], sums, mask=is_row[None, :])
@@ -202,6 +223,7 @@ def code_products(
     stride,
     page,
     pages,
+    table,
     places,
     first,
     last,
@@ -218,7 +240,7 @@ def code_products(
     parts = ()
     for _ in tl.static_range(8 // BITS):
         parts = parts + (tl.zeros([TILE * BITS // 8, BLOCK], tl.float32),)
-    at, is_page = bytes_of(stride, page, pages, BITS, PAGE, TILE)
+    at, is_page = bytes_of(stride, page, pages, table, BITS, PAGE, TILE)
     for chunk in tl.range(first, last, num_stages=STAGES):
         index = plane + chunk * CHUNK
         place = tl.multiple_of(tl.load(places + index), PAGE // 8)
@@ -239,6 +261,7 @@ def code_sums(
     first,
     last,
     pages,
+    table,
     weights,
     decays,
     is_row,
@@ -254,7 +277,7 @@ def code_sums(
     token = within // BYTES * PAGE + within % BYTES
     sums = tl.zeros([CHUNK, BLOCK], tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
-        at, is_page = bytes_of(stride, tile * (TILE // PAGE), pages, BITS, PAGE, TILE)
+        at, is_page = bytes_of(stride, tile * (TILE // PAGE), pages, table, BITS, PAGE, TILE)
         words = load_bytes(values, at[None, :], place[:, None], is_page[None, :], PAGE == TILE)
         sums = sums * tl.load(decays + tile, mask=is_row, other=0.0)[None, :]
         for field in tl.static_range(8 // BITS):
@@ -265,15 +288,24 @@ def code_sums(
 
 
 @triton.jit
-def bytes_of(stride, page, pages, BITS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
+def bytes_of(stride, page, pages, table, BITS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
     """Return where the bytes of a plane of a tile's pages are, `[TILE * BITS / 8]`, and whether such pages exist."""
     BYTES: tl.constexpr = PAGE * BITS // 8
     within = tl.arange(0, TILE * BITS // 8)
     if PAGE == TILE:
-        return tl.multiple_of(tl.cast(page, tl.int64) * stride, PAGE // 8) + within, within >= 0
+        return tl.multiple_of(page_at(page, page < pages, table) * stride, PAGE // 8) + within, within >= 0
     else:
         page = page + within // BYTES
-        return page.to(tl.int64) * stride + within % BYTES, page < pages
+        return page_at(page, page < pages, table) * stride + within % BYTES, page < pages
+
+
+@triton.jit
+def page_at(page, is_page, table):
+    """Return which pages in memory some pages are, int64; without a table those that are counted so."""
+    if table is None:
+        return tl.cast(page, tl.int64)
+    else:
+        return tl.load(table + page, mask=is_page, other=0).to(tl.int64)
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def _segments(kind: CodedKind, of: Kind, pages: int, places: Tensor, draw: torch
     width = kind.dims[of == "value"]
     states = torch.randn(BATCH, len(WIDEST), SINKS + pages * kind.page + TAIL, width, generator=draw)
     sink, middle, tail = states.to(kind.device, kind.dtypes[1]).split([SINKS, pages * kind.page, TAIL], dim=2)
-    basis = _basis(kind, of, width, draw)
+    basis = random_basis(of, width, kind.page, kind.device, draw, exact=int(kind.has_exact))
     found = transform.encode(middle.unflatten(2, (pages, kind.page)), basis)
     if not kind.has_exact:
         return Segments(sink, Coded(basis, found.codes, found.scales), tail)
@@ -120,16 +120,19 @@ def _segments(kind: CodedKind, of: Kind, pages: int, places: Tensor, draw: torch
     return Segments(sink, Coded(basis, found.codes, found.scales, places.int(), exact), tail)
 
 
-def _basis(kind: CodedKind, of: Kind, width: int, draw: torch.Generator) -> TransformBasis:
+def random_basis(
+    of: Kind, width: int, page: int, device: torch.device, draw: torch.Generator, exact: int = 0
+) -> TransformBasis:
+    """Return random directions of `width` channels of as many KV heads as `WIDEST`; keys are turned to frames."""
     runs = -(-width // 8)
     widths = tuple(tuple(most - run * (most + 1) // runs for run in range(runs)) for most in WIDEST)
-    layout = TransformLayout(of, widths, width, kind.page, exact=int(kind.has_exact))
+    layout = TransformLayout(of, widths, width, page, exact)
     encoder = torch.linalg.qr(torch.randn(len(WIDEST), width, width, generator=draw))[0]
     mean = 0.1 * torch.randn(len(WIDEST), width, generator=draw)
     made = (encoder, encoder.mT.contiguous(), mean, torch.ones(len(WIDEST), width))
-    matrix, inverse, means, deviation = (part.to(kind.device) for part in made)
-    frequencies = torch.linspace(1, 0, width // 2, device=kind.device).double() if of == "key" else None
-    frames = None if frequencies is None else Frames(max(256, kind.page), frequencies)
+    matrix, inverse, means, deviation = (part.to(device) for part in made)
+    frequencies = torch.linspace(1, 0, width // 2, device=device).double() if of == "key" else None
+    frames = None if frequencies is None else Frames(max(256, page), frequencies)
     return TransformBasis(layout, matrix, inverse, means, deviation, frames)
 
 

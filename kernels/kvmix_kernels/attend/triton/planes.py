@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...segments import Coded
 from ...transform import TransformBasis
 from ...transform_layout import PLANES
 
@@ -94,7 +93,7 @@ def _of_head(basis: TransformBasis, head: int) -> tuple[list[tuple[int, int, flo
     return rows, chunks
 
 
-def fold(rows: Tensor, coded: Coded) -> tuple[Tensor, Tensor]:
+def fold(rows: Tensor, basis: TransformBasis, pages: int) -> tuple[Tensor, Tensor]:
     """Fold query rows into coefficients of the planes of keys, for each frame.
 
     Scores are `coefficients . numbers + offsets`; offsets are computed from the rounded coefficients, so that what
@@ -102,15 +101,16 @@ def fold(rows: Tensor, coded: Coded) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: `[B, H_kv, R, D]` float32, times every factor of the scores.
-        coded: pages of keys.
+        basis: of the keys.
+        pages: of a sequence.
 
     Returns:
         Coefficients `[B, H_kv, frames, R, P]` bfloat16, and offsets `[B, H_kv, frames, R]` float32.
     """
-    planes, frames = planes_of(coded.basis), coded.basis.frames
+    planes, frames = planes_of(basis), basis.frames
     turned = rows[:, :, None]
     if frames is not None and frames.turns:
-        count = frames.count(coded.pages, coded.page)
+        count = frames.count(pages, basis.layout.page)
         index = torch.arange(count, device=rows.device)
         turned = frames.turn(turned.expand(-1, -1, count, -1, -1), index)
     coefficients = (turned @ planes.matrix[:, None]).bfloat16()

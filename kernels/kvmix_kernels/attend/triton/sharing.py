@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..problem import AttentionProblem, QueryProblem
+from ..problem import QueryProblem
 from .kernel import merge_kernel
 from .softmax import ADDITIVE, BOOLEAN, CAUSAL, LOG2_E
 
@@ -99,7 +99,7 @@ def score_factors(problem: QueryProblem) -> tuple[float, float]:
     return problem.scaling * (2 / softcap if softcap else 1) * LOG2_E.value, (softcap or 0.0) * LOG2_E.value
 
 
-def mask_of_rows(mask: Tensor | None, problem: AttentionProblem, tokens: int) -> Tensor:
+def mask_of_rows(mask: Tensor | None, problem: QueryProblem, tokens: int) -> Tensor:
     """Return a mask as the kernels take it, `[B, H, S, tokens]`; anything with these strides where there is none."""
     per_row = problem.query if mask is None else mask.expand(*problem.query.shape[:3], tokens)
     return per_row.view(torch.uint8) if per_row.dtype == torch.bool else per_row

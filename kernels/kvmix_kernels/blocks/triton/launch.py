@@ -13,6 +13,7 @@ from ..affine import AffineBlocks
 from ..base import GPU_BLOCKS, BlockTensor
 from ..plain import PlainBlocks
 from ..problem import BlockProblem
+from . import coded_launch
 from .kernel import BlockPointers, blocks_kernel
 
 MOST_TOGETHER = 128
@@ -27,17 +28,17 @@ def unsupported(problem: BlockProblem) -> str | None:
     if query.dtype not in DTYPES or query.stride(3) != 1:
         return f"{query.dtype} queries".replace("torch.", "")
     for tensor in (problem.keys, problem.values):
-        if not isinstance(tensor, AffineBlocks | PlainBlocks):
-            return "blocks of transform codes"
         if tensor.head_dim > MOST_CHANNELS or tensor.head_dim % 16:
             return f"heads of {tensor.head_dim} channels"
         if isinstance(tensor, AffineBlocks) and tensor.layout.groups > MOST_GROUPS:
             return f"{tensor.kind}s in groups of {tensor.layout.group}"
-    return None
+    return coded_launch.unsupported(problem) if coded_launch.has_codes(problem) else None
 
 
 def attend(problem: BlockProblem) -> Tensor:
     """Return the output `[B, H, S, D_v]`. Nothing waits for the GPU; a table's width decides the number of programs."""
+    if coded_launch.has_codes(problem):
+        return coded_launch.attend(problem)
     block, device = rows_of_program(problem), problem.query.device
     keys, values = key_layouts(problem.keys), value_layout(problem.values)
     programs, blocks = problem.batch * problem.kv_heads, triton.cdiv(problem.ratio * problem.queries, block)

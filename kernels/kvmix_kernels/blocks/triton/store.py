@@ -110,8 +110,14 @@ def put(
     words_of_column = tl.maximum(rows * WIDTH // 16, 1)  # 0 of channels that do not exist
     index = first + row % words_of_column * COLUMNS
     shift = row // words_of_column * WIDTH + index % 2 * 16
-    tl.atomic_and(words + index // 2, ~(((1 << WIDTH) - 1) << shift), mask=inside)
-    tl.atomic_or(words + index // 2, code << shift, mask=inside)
+    put_bits(words + index // 2, code, shift, inside, WIDTH)
+
+
+@triton.jit
+def put_bits(words, code, shift, inside, WIDTH: tl.constexpr):
+    """Put `WIDTH` bits of codes into words that other programs write at the same time, from bit `shift` on."""
+    tl.atomic_and(words, ~(((1 << WIDTH) - 1) << shift), mask=inside)
+    tl.atomic_or(words, code << shift, mask=inside)
 
 
 def store(kind: Kind, layout: PageLayout, words: Tensor, scales: Tensor, states: Tensor, slots: Tensor) -> None:

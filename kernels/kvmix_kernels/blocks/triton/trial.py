@@ -9,12 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ...attend.triton.coded_trial import MOST_QUERIES, difference
+from ...attend.triton.coded_trial import MOST_QUERIES, difference, random_basis
 from ...layout import FULL_PRECISION_BITS, Kind, PageLayout
 from ...runtime import trial
 from .. import naive
 from ..affine import AffineBlocks
 from ..base import BlockTensor
+from ..coded import CodedBlocks
 from ..plain import PlainBlocks
 from ..problem import BlockProblem
 from .launch import attend, value_layout
@@ -31,6 +32,7 @@ class BlockKind:
         device: the GPU.
         dtypes: of queries, and of keys and values in full precision.
         page: tokens of a block.
+        sink: of transform codes, the first tokens that are in full precision; None where there are no such codes.
         keys: layout of a page of values with the keys' bits and groups; None for full precision.
         values: their layout, None for full precision.
         dims: channels of keys and of values.
@@ -42,6 +44,7 @@ class BlockKind:
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype]
     page: int
+    sink: int | None
     keys: PageLayout | None
     values: PageLayout | None
     dims: tuple[int, int]
@@ -52,7 +55,8 @@ class BlockKind:
     def __str__(self) -> str:
         keys, values = (FULL_PRECISION_BITS if each is None else each.bits for each in (self.keys, self.values))
         heads = f"{self.ratio} query heads of {self.dims[0]} channels to a KV head, blocks of {self.page}"
-        return f"K{keys} V{values} ({heads}, {self.dtypes[0]})".replace("torch.", "")
+        codes = f"K{keys} V{values}" if self.sink is None else f"transform codes and a sink of {self.sink}"
+        return f"{codes} ({heads}, {self.dtypes[0]})".replace("torch.", "")
 
 
 def is_trusted(problem: BlockProblem) -> bool:
@@ -67,11 +71,13 @@ def passes(kind: BlockKind) -> bool:
 
 
 def _kind_of(problem: BlockProblem) -> BlockKind:
-    plain = [each.dtype for each in (problem.keys, problem.values) if isinstance(each, PlainBlocks)]
+    tensors = problem.keys, problem.values
+    plain = [each.dtype for each in tensors if isinstance(each, PlainBlocks | CodedBlocks)]
     return BlockKind(
         problem.query.device,
         (problem.query.dtype, plain[0] if plain else problem.query.dtype),
         problem.page,
+        next((each.sink for each in tensors if isinstance(each, CodedBlocks)), None),
         value_layout(problem.keys),
         value_layout(problem.values),
         (problem.keys.head_dim, problem.values.head_dim),
@@ -89,7 +95,7 @@ def _failure(kind: BlockKind) -> str | None:
 
     lengths = [PAGES * kind.page - MISSING, kind.page + kind.queries]
     table = torch.tensor([[4, 0, 2], [1, 3, 0]], dtype=torch.int32, device=kind.device)
-    keys, values = _storage(kind, "key", kind.keys), _storage(kind, "value", kind.values)
+    keys, values = _storage(kind, "key", kind.keys, generator), _storage(kind, "value", kind.values, generator)
     rooms = []
     for tensor in (keys, values):
         rooms.append(torch.zeros(table.numel(), tensor.nbytes, dtype=torch.uint8, device=kind.device))
@@ -112,7 +118,10 @@ def _failure(kind: BlockKind) -> str | None:
     return difference((attend(problem),), (expected,))
 
 
-def _storage(kind: BlockKind, of: Kind, layout: PageLayout | None) -> BlockTensor:
+def _storage(kind: BlockKind, of: Kind, layout: PageLayout | None, draw: torch.Generator) -> BlockTensor:
+    if kind.sink is not None:
+        basis = random_basis(of, kind.dims[of == "value"], kind.page, kind.device, draw)
+        return CodedBlocks(basis, kind.sink, kind.dtypes[1])
     if layout is None:
         return PlainBlocks(of, KV_HEADS, kind.dims[of == "value"], kind.page, kind.dtypes[1])
     return AffineBlocks(of, KV_HEADS, layout)
