@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 """Columns of a table when stdout is not a terminal: wide enough that paths and plans are not cut."""
+LEAST_WIDTH = 20
+"""Columns of a table in any terminal, also in one that says that it has 1: cells of a narrower one would be lost."""
 RATE_SECONDS = 24 * 60 * 60
 """Seconds that the rate of a bar is taken over; rich takes 30, and says nothing where one step takes longer."""
 BETWEEN = 3
@@ -201,7 +203,7 @@ def width() -> int:
     """Return the columns that a table may take."""
     from rich.console import Console
 
-    return Console().width if sys.stdout.isatty() else PIPE_WIDTH
+    return max(LEAST_WIDTH, Console().width) if sys.stdout.isatty() else PIPE_WIDTH
 
 
 def emit_json(result: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from .errors import OutputError
 UNCHANGED = "; no file was changed"
 STREAMS = (Path("/dev"), Path("/dev/fd"))
 """Folders whose links, such as /dev/stdout, stand for streams."""
+SHOWN = 32
+"""Characters of a file's name that its temporary one begins with; a name may have 255 bytes, and both are one."""
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -100,7 +102,7 @@ def after_saving(saved: str) -> Iterator[None]:
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """Open a new file beside a path; it is removed unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:SHOWN]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file, Path(name)

@@ -93,7 +93,9 @@ class Commands(TyperGroup):
                 console.fail(error, args[0])
                 raise typer.Exit(FAILED) from error
             console.mode.json = "--json" in args
-            _refuse_empty(type(ctx)(command, info_name=args[0], parent=ctx), args)
+            own = type(ctx)(command, info_name=args[0], parent=ctx)
+            _refuse_empty(own, args)
+            _refuse_repeated(own, args[1:])
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
@@ -137,6 +139,15 @@ def _refuse_empty(ctx: Any, args: list[str]) -> None:
             ctx.fail(f"{place} is empty: write one, or leave it out")
 
 
+def _refuse_repeated(ctx: Any, args: list[str]) -> None:
+    """Refuse a second value of an option that takes one, of which the parser would keep the last without a word."""
+    _, _, order = ctx.command.make_parser(ctx).parse_args(args=list(args))
+    for each in order:
+        takes_one = each.param_type_name == "option" and not (each.multiple or each.is_flag)
+        if takes_one and order.count(each) > 1:
+            ctx.fail(f"{each.opts[0]} is given {order.count(each)} times, and takes one value")
+
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -146,10 +157,10 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, command: Callable[..., None], summary: str, *examples: str, **more: Any) -> None:
+def _add(name: str, command: Callable[..., None], summary: str, *examples: str) -> None:
     """Register a command; its help ends with the examples."""
     epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
-    app.command(name, short_help=summary, epilog=epilog, **more)(command)
+    app.command(name, short_help=summary, epilog=epilog, cls=GroupedCommand)(command)
 
 
 _add(
@@ -179,7 +190,6 @@ _add(
     "Measure plans against the unquantized cache.",
     "kvmix eval --task longbench",
     'kvmix eval --plan rank-2.3 --baseline hf-quanto-4 --fail-if "perplexity>+1%"',
-    cls=GroupedCommand,
 )
 _add(
     "report",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,13 +10,11 @@ from kvmix_kernels.transform import Frames, TransformBasis
 from kvmix_kernels.transform_layout import TransformLayout
 from torch import Tensor
 
-from ..errors import PlanError
-from ..plan import HeadGeometry, Plan, TransformSettings, TransformTensor
+from ..plan import HeadGeometry, TransformSettings
 from ..plan.basis import BasisFile, TensorName
+from ..plan.tensor_files import open_basis
 from .buffer import lasting
 
-FILES = 2
-"""Basis files that are kept in memory."""
 TENSORS = 512
 """Keys or values of a layer whose tensors are kept in memory: those of both files, of models of up to 128 layers."""
 
@@ -27,16 +24,6 @@ class _Directions(NamedTuple):
     decoder: Tensor
     mean: Tensor
     deviation: Tensor
-
-
-def check_bases(plan: Plan) -> None:
-    """Raise PlanError unless the basis of a plan is there and fits the heads of all of its coded layers."""
-    for index, layer in plan.layers.items():
-        heads = plan.model.heads(index)
-        for tensor, kind in layer.tensors:
-            if isinstance(tensor, TransformTensor) and plan.cache.transform is not None:
-                path, file = open_basis(plan.cache.transform)
-                file.tensor(path, index, "k" if kind == "key" else "v", heads)
 
 
 def basis_of(
@@ -63,23 +50,6 @@ def basis_of(
     geometry = HeadGeometry(kv_heads=layout.kv_heads, key_dim=layout.head_dim, value_dim=layout.head_dim)
     file.tensor(path, index, kind, geometry)
     return _basis(file, index, layout, device, torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def open_basis(settings: TransformSettings) -> tuple[Path, BasisFile]:
-    """Return the path and the content of a plan's basis, which is kept in memory. Raises PlanError."""
-    path = Path(settings.located(settings.basis))
-    file = _loaded(path.absolute(), settings.sha256)
-    if file.frame != settings.frame:
-        raise PlanError(
-            f"basis {path}: made for frames of {file.frame}, and the plan says {settings.frame}; use the file that was "
-            "written with the plan, or allocate again, which writes both"
-        )
-    return path, file
-
-
-@lru_cache(maxsize=FILES)
-def _loaded(path: Path, sha256: str) -> BasisFile:
-    return BasisFile.load(path, sha256)
 
 
 @lru_cache(maxsize=TENSORS)

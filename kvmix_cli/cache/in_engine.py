@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..plan import Plan
 from ..plan.engine_blocks import check_blocks, stored_bits
-from .bases import check_bases
+from ..plan.tensor_files import check_bases
 from .blocks import block_layer
 from .mixed import CountingCache
 

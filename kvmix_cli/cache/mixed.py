@@ -17,8 +17,8 @@ from ..errors import CacheError, PlanError, PolicyError
 from ..models.geometry import stock_layers
 from ..plan import CacheSettings, LayerPlan, Plan
 from ..plan.sizes import exact_tokens
+from ..plan.tensor_files import check_bases
 from ..plan.token_scores import PRESS
-from .bases import check_bases
 from .coded import CodedLayer
 from .composed import ComposedLayer, is_composed
 from .grouped import GroupedLayer

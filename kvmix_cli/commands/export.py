@@ -29,7 +29,7 @@ class ExportOptions:
         str, typer.Option(metavar="ENGINE", help="vllm, vllm-plugin, modelopt, llama.cpp, ik_llama or kvtuner.")
     ]
     plan: Annotated[
-        str | None, typer.Argument(metavar="[PLAN]", help="File or name of a plan [default: the newest].")
+        str | None, typer.Argument(metavar="PLAN", help="File or name of a plan [default: the newest].")
     ] = None
     format: Annotated[
         str | None,

@@ -22,7 +22,10 @@ class GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                plain = ARGUMENTS if parameter.param_type_name == "argument" else OPTIONS
+                is_argument = parameter.param_type_name == "argument"
+                plain = ARGUMENTS if is_argument else OPTIONS
+                if is_argument:  # some versions of Typer put Python's type behind the name: `DIR <list[Path]>`
+                    record = (str(parameter.metavar or record[0]), record[1])
                 groups.setdefault(getattr(parameter, "rich_help_panel", None) or plain, []).append(record)
         for name in sorted(groups, key=lambda name: name != ARGUMENTS):
             with formatter.section(name):

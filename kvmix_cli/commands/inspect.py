@@ -22,7 +22,7 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
     ],
-    other: Annotated[Path | None, typer.Argument(metavar="[FILE2]", help="Another of its kind, to compare.")] = None,
+    other: Annotated[Path | None, typer.Argument(metavar="FILE2", help="Another of its kind, to compare.")] = None,
     context: Annotated[int, options.count_option("Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, options.count_option("Sequences that bytes are counted at.")] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw what is in the files.")] = None,
@@ -71,7 +71,12 @@ def _path(given: Path, model: str | None) -> Path:
 
 
 def _load(path: Path, model: str | None) -> Plan | Profile:
-    """Read a file of any kind. Raises DocumentError with all of its faults."""
+    """Read a file of any kind.
+
+    Raises:
+        DocumentError: with all of its faults.
+        PlanError: if a file that a plan names is missing, or another one.
+    """
     from .. import profile
     from ..plan import plan
     from ..plan import presets as preset
@@ -86,7 +91,11 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
         return plan.Plan.from_modelopt(path, _model_of("map of ModelOpt", path, model))
     form = document.data.get("format") if isinstance(document.data, dict) else None
     if form == plan.FORMAT:
-        return plan.Plan.load(path)
+        from ..plan.tensor_files import check_files
+
+        found = plan.Plan.load(path)
+        check_files(found)
+        return found
     if form == profile.FORMAT:
         return profile.Profile.load(path)
     if form == preset.FORMAT:

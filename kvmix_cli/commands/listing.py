@@ -23,7 +23,7 @@ def list_kind(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]", help="models, plans, presets, probes, solvers, tasks, policies, codecs or exports."
+            metavar="KIND", help="models, plans, presets, probes, solvers, tasks, policies, codecs or exports."
         ),
     ] = None,
     model: Model = None,

@@ -23,7 +23,7 @@ def report(
     ctx: typer.Context,
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[DIR]...", help="Folders that `kvmix eval` wrote into [default: results]."),
+        typer.Argument(metavar="DIR", help="Folders that `kvmix eval` wrote into [default: results]."),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the page goes [default: report.html in the first DIR].")

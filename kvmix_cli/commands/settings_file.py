@@ -42,9 +42,12 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
     Raises:
         DocumentError: with every fault of the file, each with its line.
     """
-    file, rest = _split(arguments)
-    if file is None:
+    files, rest = _split(arguments)
+    if not files:
         return list(arguments)
+    if len(files) > 1:
+        ctx.fail(f"{OPTION} is given {len(files)} times, and takes one file")
+    file = files[0]
     from ..plan.document import read_yaml
 
     document = read_yaml(Path(file))
@@ -72,9 +75,9 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
     return [*added, *rest, *last]
 
 
-def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the file that `--config` names, and the other arguments; the last one counts, as of any option."""
-    file, rest, words = None, [], iter(arguments)
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files that `--config` names, and the other arguments."""
+    files, rest, words = [], [], iter(arguments)
     for word in words:
         if word == "--":
             rest += [word, *words]
@@ -82,11 +85,13 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
             file = next(words, None)
             if file is None:
                 rest.append(word)  # without a file, the command itself refuses it
+            else:
+                files.append(file)
         elif word.startswith(f"{OPTION}="):
-            file = word.removeprefix(f"{OPTION}=")
+            files.append(word.removeprefix(f"{OPTION}="))
         else:
             rest.append(word)
-    return file, rest
+    return files, rest
 
 
 def _names(command: Any, ctx: Any) -> dict[str, Any]:

@@ -103,11 +103,11 @@ def parse_seed(text: str | int) -> int:
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
-    """Return the bit widths of a list, `2,3`."""
+    """Return the bit widths of a list, `2,3`, ascending."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,2}", part) for part in parts):
         raise typer.BadParameter(f"'{text}' is not a list of bit widths; write it like 2,3,4")
-    return tuple(int(part) for part in parts)
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def parse_batch(text: str) -> int | str:

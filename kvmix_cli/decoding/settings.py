@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
+    LogitsProcessorList,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -28,7 +29,7 @@ from ..quiet import hushed
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import Cache, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
     from ..models.loading import LoadedModel
@@ -126,6 +127,9 @@ def continue_tokens(
 
     The cache may hold the first tokens of each row already; only the others are fed to it. `inputs` is what the model
     reads beside the ids, such as the pixels of images.
+
+    Raises:
+        ModelError: if a score of a token is NaN, of which the largest would be any token.
     """
     more = {name: _placed(value, loaded.model.dtype, loaded.device) for name, value in (inputs or {}).items()}
     with hushed(), _without_defaults(loaded.model):
@@ -135,11 +139,26 @@ def continue_tokens(
             past_key_values=cache,
             generation_config=settings,
             streamer=streamer,
-            logits_processor=logits_processor,
+            logits_processor=LogitsProcessorList([*(logits_processor or ()), _NanRefusal(loaded)]),
             stopping_criteria=stopping_criteria,
             **more,
         )
     return found
+
+
+class _NanRefusal(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+    """A check of each token's scores `[B, V]`, which changes none of them."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise ModelError(
+                f"{self._loaded.info.id} gives NaN as scores of the next token, in {self._loaded.dtype}: its weights "
+                "are damaged, or its numbers too large for that dtype (--dtype float32)"
+            )
+        return scores
 
 
 def _placed(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing_extensions import TypeVar
 
 from ..cache.subject import Subject
 from ..errors import EvaluationError, TextError
-from ..texts.tokens import encode, opening
+from ..texts.tokens import beginning, encode, opening
 from .records import SampleRecord
 from .results import Estimate, Metric, Row, Table, counted
 
@@ -189,16 +188,19 @@ def chunks(loaded: LoadedModel, texts: Sequence[str], source: str, length: int, 
 
 
 def _parts(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> Iterator[Sample]:
-    """Yield all samples that there are; a document is encoded when it is reached."""
+    """Yield all samples that there are; a document is encoded when it is reached, and as far as it is needed."""
     first = opening(tokenizer)
     body = length - len(first)
     order = [index for index, text in enumerate(texts) if len(text.encode()) >= body]
     random.Random(seed).shuffle(order)
-    encode_once = functools.cache(lambda index: encode(tokenizer, texts[index]))
+    encoded: dict[int, list[int]] = {}
     for part in count():
         longer = []
+        end = (part + 1) * body
         for index in order:
-            ids = encode_once(index)[part * body : (part + 1) * body]
+            if len(encoded.get(index, ())) < end:
+                encoded[index] = beginning(tokenizer, texts[index], end if part == 0 else 2 * end)
+            ids = encoded[index][end - body : end]
             if len(ids) == body:
                 longer.append(index)
                 yield Sample(f"document {index} part {part}", (*first, *ids))

@@ -224,11 +224,26 @@ def _load_weights(
                 f"{checkpoint.id} has pickled weights (*.bin) and no safetensors, and a pickle can hold code: take a "
                 "version with *.safetensors, or add --allow-pickle if you trust its author"
             ) from error
+        if isinstance(error, KeyError) and (name := _setting_of(config.to_dict(), *error.args[:1])) is not None:
+            raise ModelError(
+                f"config.json of {checkpoint.id} has {name} {error.args[0]!r}, which this transformers does not know: "
+                "correct it there, or use a newer transformers"
+            ) from error
         raise ModelError(f"cannot load the weights of {checkpoint.id}: {first_sentence(error)}") from error
     _require_complete(checkpoint.id, report)
     if checkpoint.gguf is not None and not packed_modules(model):
         model.hf_quantizer, model.is_quantized = None, False  # its weights have been unpacked: it is a dense model
     return model
+
+
+def _setting_of(settings: dict[str, Any], value: object) -> str | None:
+    """Return the name of the setting, also of one inside another, that has a value; None if none has it."""
+    for name, each in settings.items():
+        if isinstance(each, dict) and (inside := _setting_of(each, value)) is not None:
+            return f"{name}.{inside}"
+        if isinstance(each, str) and each == value:
+            return str(name)
+    return None
 
 
 def _require_complete(model_id: str, report: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..cache.bases import open_basis
 from ..errors import ModelError, PlanError
 from ..plan import LayerPlan, ModelInfo, Plan, TensorPlan, TransformTensor
+from ..plan.tensor_files import open_basis
 from ..ranks import Ranks, own_heads
 
 ROWWISE = "rowwise"

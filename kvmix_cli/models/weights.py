@@ -17,6 +17,7 @@ WEIGHT_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that say which shard holds which weight; the first that is there is read."""
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 LOADED = ("*.safetensors", "*.bin", "*.index.json", "tokenizer*", "*.model")
 """Files that loading may read."""
 POINTER = b"version https://git-lfs.github.com/spec"
@@ -27,7 +28,12 @@ MAX_HEADER = 100_000_000
 
 
 def check_files(folder: Path, model_id: str) -> None:
-    """Raise ModelError for files that git-LFS has not fetched, or shards that are missing, outside or cut."""
+    """Check the files of a model folder before they are loaded.
+
+    Raises:
+        ModelError: for files that git-LFS has not fetched, shards that are missing or outside, weights that are cut or
+            damaged, and settings of generation that cannot be read, of which transformers would take none.
+    """
     pointers = sorted({path.name for pattern in LOADED for path in folder.glob(pattern) if _is_pointer(path)})
     if pointers:
         raise ModelError(
@@ -36,10 +42,11 @@ def check_files(folder: Path, model_id: str) -> None:
         )
     for path in weight_files(folder, model_id):
         size, whole = path.stat().st_size, _whole_size(path)
-        if whole is not None and size != whole:
-            raise ModelError(
-                f"cannot load the weights of {model_id}: {path.name} has {size} of {whole} bytes; get the file again"
-            )
+        if size != whole:
+            found = "has no tensors that can be read" if whole is None else f"has {size} of {whole} bytes"
+            raise ModelError(f"cannot load the weights of {model_id}: {path.name} {found}; get the file again")
+    if (folder / GENERATION).is_file() and not _is_object(folder / GENERATION):
+        raise ModelError(f"{GENERATION} of {model_id} is no JSON object: correct it, or take it away")
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
@@ -92,6 +99,14 @@ def _shards(index: Path, model_id: str) -> list[str]:
         raise ModelError(
             f"{index.name} of {model_id} is damaged: expected a `weight_map` from weights to files; get the file again"
         ) from error
+
+
+def _is_object(path: Path) -> bool:
+    """Return whether a file holds a JSON object."""
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _leads_outside(name: str) -> bool:

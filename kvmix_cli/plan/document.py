@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import DocumentError, together
+from ..errors import DocumentError, did_you_mean, together
+from .known_keys import known_keys
 
 MAX_BYTES = 4 * 2**20
 """Bytes of a file. A profile of 10,000 layers, the most that a plan may have, takes a third of it."""
@@ -164,7 +165,7 @@ def validate(document: Document, model: type[ModelT], also: Sequence[Fault] = ()
     try:
         checked = model.model_validate(document.data, context={"folder": Path(document.source).parent})
     except ValidationError as error:
-        raise document.error([*_faults(error, document), *also]) from error
+        raise document.error([*_faults(error, document, model), *also]) from error
     if also:
         raise document.error(also)
     return checked
@@ -249,14 +250,22 @@ def _scalar(loader: Any, node: yaml.Node) -> Any:
     return value
 
 
-def _faults(error: ValidationError, document: Document | None) -> Iterator[Fault]:
+def _faults(error: ValidationError, document: Document | None, model: type[BaseModel] | None = None) -> Iterator[Fault]:
     for fault in error.errors():
         location = _location(fault["loc"], document)
         own = fault.get("ctx", {}).get("error")
         if isinstance(own, Faults):
             yield from (((*location, *at), message) for at, message in own.found)
         else:
-            yield location, _message(fault, location)
+            yield location, _message(fault, location) + _nearest(fault, model)
+
+
+def _nearest(fault: Any, model: type[BaseModel] | None) -> str:
+    """Return a hint at the key that an unknown one was meant to be; nothing for other faults."""
+    if model is None or fault["type"] != "extra_forbidden":
+        return ""
+    name = str(fault["loc"][-1])
+    return did_you_mean(name, sorted(known_keys(model, fault["loc"]) - {name}))
 
 
 def _location(loc: tuple[int | str, ...], document: Document | None) -> Location:

@@ -25,6 +25,11 @@ class Rotate(FileSetting):
     seed: int = Field(default=0, ge=0, lt=2**63)
     matrix: str | None = None
 
+    @property
+    def file(self) -> str | None:
+        """Return the file that is named; None if there is none."""
+        return self.matrix
+
 
 class Center(FileSetting):
     """A subtraction of every channel's mean, over the prompt or from a file.
@@ -35,6 +40,11 @@ class Center(FileSetting):
 
     kind: Literal["center"] = "center"
     means: str | None = None
+
+    @property
+    def file(self) -> str | None:
+        """Return the file that is named; None if there is none."""
+        return self.means
 
 
 class Balance(PolicySetting):

@@ -8,11 +8,11 @@ from typing import Any
 
 from kvmix_kernels.blocks.base import GPU_BLOCKS, GPU_FRAME
 
-from ..cache.bases import check_bases
 from ..errors import KvmixError, PlanError
 from ..models.geometry import model_info
 from ..plan import Plan, TransformTensor
 from ..plan.engine_blocks import check_blocks, left_out, losses_in_blocks, measured_loss
+from ..plan.tensor_files import check_bases
 from .contract import DEVICE_HOOKS, missing_hooks
 
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 MIN_TOKENS = 32
 """Shorter pieces say little about attention and are dropped."""
 
+CHARACTERS = 16
+"""Characters that are encoded for each token that is wanted of a text; those of prose have about four."""
+MARGIN = 256
+"""Tokens at the end of a piece of text that may differ from those of the whole text."""
+
 Samples = list[list[int]]
 
 
@@ -32,6 +37,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     check_text(text)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[int]:
+    """Return at least `tokens` of the first token ids of a text, or all that it has.
+
+    A text much longer than that is not encoded as a whole: 40 MB take minutes.
+
+    Raises:
+        TextError: if what is encoded is no text.
+    """
+    end = CHARACTERS * (tokens + MARGIN)
+    while end < len(text):
+        ids = encode(tokenizer, text[:end])[:-MARGIN]
+        if len(ids) >= tokens:
+            return ids
+        end *= 4
+    return encode(tokenizer, text)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

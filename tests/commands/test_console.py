@@ -70,6 +70,15 @@ def in_columns(monkeypatch, capsys, columns, rows, width):
     return lines
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "7"])
+def test_no_terminal_is_so_narrow_that_cells_are_lost(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True)
+    console.table("bits", ["layer", "K"], [["0-7", "2.19"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("0-7" in line and "2.19" in line for line in lines), lines
+
+
 @pytest.mark.parametrize("width", [50, 60, 80, 100])
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_no_number_is_wrapped_in_a_narrow_terminal(monkeypatch, capsys, width, count):

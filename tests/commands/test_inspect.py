@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from coding import made_up_basis, settings_with
 from curves import curved, make_score
 from made_up import falling, make_info, make_profile
 
 from kvmix_cli.allocation import Budget, allocate
-from kvmix_cli.plan import CacheSettings, Plan
+from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformTensor
+from kvmix_cli.plan.transforms import Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Rpc
 from kvmix_cli.profile import Profile
 from kvmix_cli.reporting import plots
@@ -161,6 +163,36 @@ def test_a_file_that_is_not_there(kvmix):
     ran = kvmix("inspect", "gone.yaml")
     assert ran.code == 1
     assert "gone.yaml: cannot be read: No such file or directory" in ran.error
+
+
+@pytest.mark.parametrize("step", [Rotate(matrix="r.safetensors"), Center(means="r.safetensors")])
+def test_a_tensor_file_that_a_plan_names_has_to_be_there(kvmix, tmp_path, step):
+    cache = CacheSettings(transforms=Transforms(k=(step,)))
+    plan = Plan.from_short("0-1:k2v2", make_info(2), cache).save(tmp_path / "plan.yaml")
+    ran = kvmix("inspect", plan)
+    assert ran.code == 1
+    assert f"there is no file {tmp_path / 'r.safetensors'}" in ran.error
+    (tmp_path / "r.safetensors").touch()
+    assert kvmix("inspect", plan).code == 0
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"other", "cut short, or no basis"), (None, "there is no such file")])
+def test_the_basis_of_a_plan_has_to_be_there_and_whole(kvmix, tmp_path, content, said):
+    info = make_info(2, head_dim=16)
+    settings = settings_with(tmp_path, made_up_basis(info)).transform
+    plan = tmp_path / "plan.yaml"
+    storage = TransformTensor(widths=("21",) * info.kv_heads)
+    layers = {index: LayerPlan(k=storage, v=storage) for index in range(2)}
+    cache = CacheSettings(page=16, transform=settings.model_copy(update={"basis": "basis.safetensors"}))
+    Plan.build(info, layers, cache).save(plan)
+    assert kvmix("inspect", plan).code == 0
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other" / "basis.safetensors").write_bytes(content)
+    ran = kvmix("inspect", plan.rename(tmp_path / "other" / "plan.yaml"), "--json")
+    assert ran.code == 1
+    assert said in ran.error
+    assert ran.json["error"]["type"] == "PlanError"
 
 
 def test_a_kvtuner_preset_of_the_built_in_model(kvmix, tmp_path):

@@ -94,6 +94,28 @@ def test_a_value_without_a_character_is_not_taken_for_none(kvmix, option):
     assert "the prompt is empty" in kvmix("run", "--plan", "gone.yaml", "--prompt", "").error
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["allocate", "--stored-bits", "2", "--stored-bits", "3"], "--stored-bits is given 2 times"),
+        (["run", "--plan=a", "--prompt", "x", "--plan", "b"], "--plan is given 2 times"),
+        (["inspect", "a.yaml", "--model", "x", "--model", "x"], "--model is given 2 times"),
+    ],
+)
+def test_an_option_of_one_value_does_not_take_the_last_of_two_silently(kvmix, args, said):
+    ran = kvmix(*args, "--json")
+    assert ran.code == 2
+    assert ran.json["error"]["message"] == f"{said}, and takes one value"
+    assert kvmix("eval", "--plan", "gone.yaml", "--plan", "lost.yaml", "-q", "-q").code == 1  # of many, and flags
+
+
+@pytest.mark.parametrize(("command", "argument"), [("report", "DIR"), ("inspect", "FILE2"), ("export", "PLAN")])
+def test_help_shows_arguments_without_types_of_python(kvmix, command, argument):
+    out = kvmix(command, "--help").out
+    assert f" [{argument}]" in out.splitlines()[0]
+    assert any(line.split()[0] == argument and "<" not in line for line in out.splitlines() if line.strip())
+
+
 def kinds(kind):
     """An error and those below it, of the tree in errors.py."""
     below = (child for child in kind.__subclasses__() if child.__module__ == errors.__name__)

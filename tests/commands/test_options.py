@@ -149,6 +149,11 @@ def test_lists_of_counts_are_sorted():
         values.parse_counts("1024,,2")
 
 
+@pytest.mark.parametrize("text", ["2,3,8", "8, 3,2", "3,2,2,8,3"])
+def test_lists_of_widths_are_sorted_so_that_equal_ones_name_one_plan(text):
+    assert values.parse_bits(text) == (2, 3, 8)
+
+
 @pytest.mark.parametrize(("text", "dtype"), [("bf16", "bfloat16"), ("FP16", "float16"), ("float32", "float32")])
 def test_dtypes_have_several_names(text, dtype):
     assert values.parse_dtype(text) == dtype

@@ -56,6 +56,12 @@ def test_flags_and_modes(write):
     assert (off.exit_code, "--samples" in off.stderr) == (2, True)
 
 
+def test_of_two_files_neither_is_left_out_silently(write):
+    file = write("kind: solvers\n")
+    result = kvmix("list", "--config", file, f"--config={file}")
+    assert (result.exit_code, "--config is given 2 times, and takes one file" in result.stderr) == (2, True)
+
+
 FAULTS = {
     "limt: 3": "line 1: no option 'limt' of kvmix eval (did you mean 'limit'?)",
     "limit: {a: 1}": "limit: must be text, a number or a list of them, got {'a': 1}",

@@ -162,3 +162,12 @@ def test_a_padding_token_that_the_model_does_not_know_is_not_fed_to_it(token, ch
 def test_room_is_made_for_some_thousands_of_tokens_at_most():
     assert reserve(10, 256) == 266
     assert reserve(10, 900_000_000) == 10 + RESERVED_TOKENS
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_is_no_score_of_a_token(monkeypatch, temperature):
+    """Of NaN the largest is any token, so a damaged model would answer something."""
+    model = shallow().model
+    monkeypatch.setattr(model.lm_head, "forward", lambda states: torch.full((*states.shape[:2], 4096), torch.nan))
+    with pytest.raises(ModelError, match="gives NaN as scores of the next token, in float32: its weights are damaged"):
+        generate(shallow(), IDS, unquantized_cache(model.config), max_new_tokens=2, temperature=temperature)

@@ -106,6 +106,25 @@ def test_every_document_gives_a_sample_before_any_gives_two():
     assert parts == whole[: len(whole) // 64 * 64]
 
 
+def test_a_long_document_is_encoded_as_far_as_it_is_needed():
+    """Samples are those of the whole text, whose encoding would take a minute for every 40 MB."""
+    words = "alpha beta, gamma = delta(1) " * 2
+    text = "".join(f"{number} {words[number % 20 :]}" for number in range(20_000))
+    read = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            read.append(len(text))
+            return tiny().tokenizer(text, **options)
+
+    found = chunks(stand_in(tokenizer=Counting()), [text], "here", 64, 9, seed=0)
+    assert sum(read) < len(text) / 10
+    whole = encode(tiny().tokenizer, text)
+    assert [sample.ids for sample in found] == [tuple(whole[64 * part : 64 * part + 64]) for part in range(9)]
+
+
 def test_the_token_a_tokenizer_opens_texts_with_opens_every_sample():
     class Opening:
         bos_token_id = 7

@@ -229,7 +229,16 @@ def test_no_weights(folder):
 @pytest.mark.parametrize("content", [b"", b"garbage", (TINY / "model.safetensors").read_bytes()[:100_000]])
 def test_damaged_weights(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    assert "cannot load the weights" in failure(folder)
+    found = f"has {len(content)} of " if len(content) > 100 else "has no tensors that can be read"
+    assert f"model.safetensors {found}" in failure(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"eos_token_id": ', "[" * 100_000])
+def test_generation_settings_that_cannot_be_read_are_not_passed_over(folder, text):
+    """Transformers would go on without them, and so without the tokens that end an answer."""
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json of" in failure(folder)
+    assert "is no JSON object: correct it, or take it away" in failure(folder)
 
 
 def shard(folder, place="model-00002-of-00002.safetensors"):
@@ -422,9 +431,10 @@ def test_what_a_forward_returns_is_not_the_checkpoints_choice(folder, changes):
     ("changes", "said"),
     [
         ({"pad_token_id": 99999}, "Padding_idx must be within"),
-        ({"hidden_act": "zork"}, "KeyError: 'zork'"),
+        ({"hidden_act": "zork"}, "has hidden_act 'zork', which this transformers does not know: correct it"),
         ({"dtype": "zork"}, "has no attribute 'zork'"),
-        ({"rope_scaling": {"type": "zork"}}, "zork"),
+        ({"rope_scaling": {"type": "zork"}}, "type 'zork', which this transformers does not know"),
+        ({"rope_parameters": {"rope_type": "zork", "rope_theta": 1e4}}, "has rope_parameters.rope_type 'zork'"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_line(folder, changes, said):

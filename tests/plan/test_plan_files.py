@@ -169,6 +169,7 @@ def test_bits_may_be_rounded_in_a_file(load):
         ("float16", "float32", ["line 6: cache.scale_dtype: should be 'float16' or 'bfloat16', got 'float32'"]),
         ("tokens: 128", "tokens: -1", ["line 6: cache.window.tokens: should be greater than or equal to 0, got -1"]),
         ("tokens: 128", "ratio: {2: 1.5}", ["line 6: unknown key 'cache.window.ratio'"]),
+        ("tokens: 128", "tokns: 128", ["line 6: unknown key 'cache.window.tokns' (did you mean 'tokens'?)"]),
         ("{kind: recent, tokens: 128}", "{kind: rpc, ratio: {2: 1.5}}", ["line 6: cache.window.ratio: ratios must be"]),
         ("{kind: recent, tokens: 128}", "{kind: rpc, ratio: {2: .nan}}", ["line 6: cache.window.ratio: ratios must"]),
         ("nominal: 2.875", "nominal: 2", ["line 5: bits.nominal is 2 but the layers amount to 2.8750"]),
@@ -204,7 +205,7 @@ def test_all_faults_at_once(load):
     text = changed("1: {k: {bits: 2}, v", "1: {v", text)
     text = changed("  3: {k", "  9: {k", text)
     assert faults(load, text) == [
-        "line 6: unknown key 'cache.paeg'",
+        "line 6: unknown key 'cache.paeg' (did you mean 'page'?)",
         "line 7: no entry for layer 3",
         "line 8: layers.0.k.bits: must be one of 1, 2, 3, 4, 8, 16, got 7",
         "line 9: 'layers.1.k' is missing",

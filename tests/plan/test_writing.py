@@ -31,6 +31,13 @@ def test_folders_are_made(tmp_path):
     assert path.read_text(encoding="utf-8") == "été\n"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path, name):
+    check_writable(tmp_path / name)
+    assert write_bytes(tmp_path / name, b"x").read_bytes() == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_permissions_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:

@@ -17,7 +17,7 @@ from kvmix_cli import texts
 from kvmix_cli.errors import FieldsLeftOut, TextError
 from kvmix_cli.texts import HELD_OUT_MODULES, describe_texts, is_one_document, load_texts, named, prose, read_text
 from kvmix_cli.texts.chat import prompt_ids
-from kvmix_cli.texts.tokens import encode
+from kvmix_cli.texts.tokens import beginning, encode
 
 
 @pytest.fixture(autouse=True)
@@ -540,3 +540,18 @@ def test_only_a_name_describes_more_than_itself():
     assert is_one_document("wikitext2")
     assert is_one_document("wikitext2:file.txt")
     assert not is_one_document("c4")
+
+
+# Token ids
+
+
+@pytest.mark.parametrize("unit", ["x", "word ", "a\u0301 \u65e5\u672c", " " * 40 + "\n"])
+def test_the_beginning_of_a_text_has_the_tokens_of_the_whole(unit):
+    text = unit * 30_000
+    tokenizer = tiny().tokenizer
+    whole = encode(tokenizer, text)
+    for tokens in (1, 100, len(whole)):
+        ids = beginning(tokenizer, text, tokens)
+        assert len(ids) >= tokens
+        assert ids == whole[: len(ids)]
+    assert beginning(tokenizer, text, len(whole) + 1) == whole

@@ -10,7 +10,7 @@ import torch
 
 from ....errors import TextError
 from ....texts import load_texts
-from ....texts.tokens import encode, opening
+from ....texts.tokens import beginning, opening
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def stretch(loaded: LoadedModel, settings: Settings, length: int) -> tuple[int, 
     texts = load_texts(settings.text, held_out=True, seed=settings.seed)
     found: list[int] = []
     for index in random.Random(settings.seed).sample(range(len(texts)), len(texts)):
-        found += encode(loaded.tokenizer, texts[index])
+        found += beginning(loaded.tokenizer, texts[index], wanted - len(found))
         if len(found) >= wanted:
             break
     if len(first) + len(found) < length:

@@ -1,0 +1,53 @@
+"""Tensor files that a plan names beside its own file: the basis of transform codes, matrices and means. No torch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import PlanError
+from .basis import BasisFile
+from .codec import TransformSettings, TransformTensor
+from .plan import Plan
+from .transforms import Center, Rotate
+
+FILES = 2
+"""Basis files that are kept in memory."""
+
+
+def check_files(plan: Plan) -> None:
+    """Raise PlanError unless all files that a plan names are there, and its basis fits."""
+    check_bases(plan)
+    transforms = plan.cache.transforms
+    for each in () if transforms is None else (*transforms.k, *transforms.v):
+        if isinstance(each, (Rotate, Center)) and (named := each.file) is not None:
+            path = Path(each.located(named)).expanduser()
+            if not path.is_file():
+                raise PlanError(f"there is no file {path}; give the path of a safetensors file")
+
+
+def check_bases(plan: Plan) -> None:
+    """Raise PlanError unless the basis of a plan is there and fits the heads of all of its coded layers."""
+    for index, layer in plan.layers.items():
+        heads = plan.model.heads(index)
+        for tensor, kind in layer.tensors:
+            if isinstance(tensor, TransformTensor) and plan.cache.transform is not None:
+                path, file = open_basis(plan.cache.transform)
+                file.tensor(path, index, "k" if kind == "key" else "v", heads)
+
+
+def open_basis(settings: TransformSettings) -> tuple[Path, BasisFile]:
+    """Return the path and the content of a plan's basis, which is kept in memory. Raises PlanError."""
+    path = Path(settings.located(settings.basis))
+    file = _loaded(path.absolute(), settings.sha256)
+    if file.frame != settings.frame:
+        raise PlanError(
+            f"basis {path}: made for frames of {file.frame}, and the plan says {settings.frame}; use the file that was "
+            "written with the plan, or allocate again, which writes both"
+        )
+    return path, file
+
+
+@lru_cache(maxsize=FILES)
+def _loaded(path: Path, sha256: str) -> BasisFile:
+    return BasisFile.load(path, sha256)
