@@ -43,7 +43,7 @@ from .commands import (
 )
 from .commands.grouped import GroupedCommand
 from .commands.ranks import meet
-from .commands.settings_file import with_settings
+from .commands.settings_file import say_which_counts, with_settings
 from .errors import FieldsLeftOut, KvmixError, first_sentence, is_out_of_memory
 from .extensions import extension_error
 from .garbage import put_off
@@ -95,7 +95,7 @@ class Commands(TyperGroup):
             console.mode.json = "--json" in args
             own = type(ctx)(command, info_name=args[0], parent=ctx)
             _refuse_empty(own, args)
-            _refuse_repeated(own, args[1:])
+            _say_repeated(own, args[1:])
         ctx.meta[options.COMMAND_LINE] = shlex.join(["kvmix", *args])
         return super().parse_args(ctx, args)
 
@@ -139,13 +139,13 @@ def _refuse_empty(ctx: Any, args: list[str]) -> None:
             ctx.fail(f"{place} is empty: write one, or leave it out")
 
 
-def _refuse_repeated(ctx: Any, args: list[str]) -> None:
-    """Refuse a second value of an option that takes one, of which the parser would keep the last without a word."""
+def _say_repeated(ctx: Any, args: list[str]) -> None:
+    """Say of an option that takes one value and has several which of them counts: scripts append to override."""
     _, _, order = ctx.command.make_parser(ctx).parse_args(args=list(args))
-    for each in order:
-        takes_one = each.param_type_name == "option" and not (each.multiple or each.is_flag)
-        if takes_one and order.count(each) > 1:
-            ctx.fail(f"{each.opts[0]} is given {order.count(each)} times, and takes one value")
+    for option in dict.fromkeys(order):
+        takes_one = option.param_type_name == "option" and not (option.multiple or option.is_flag)
+        if takes_one:
+            say_which_counts(option.opts[0], order.count(option), args)
 
 
 app = typer.Typer(

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import console
 from ..errors import did_you_mean
 
 OPTION = "--config"
@@ -45,9 +46,8 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
     files, rest = _split(arguments)
     if not files:
         return list(arguments)
-    if len(files) > 1:
-        ctx.fail(f"{OPTION} is given {len(files)} times, and takes one file")
-    file = files[0]
+    say_which_counts(OPTION, len(files), arguments)
+    file = files[-1]
     from ..plan.document import read_yaml
 
     document = read_yaml(Path(file))
@@ -73,6 +73,12 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
     if faults:
         raise document.error(faults)
     return [*added, *rest, *last]
+
+
+def say_which_counts(option: str, times: int, arguments: Sequence[str]) -> None:
+    """Say that of several values of an option the last one counts, unless the arguments ask for quiet."""
+    if times > 1 and not {"-q", "--quiet"} & set(arguments):
+        console.notice(f"{option} is given {times} times: the last one counts")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

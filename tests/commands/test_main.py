@@ -95,18 +95,19 @@ def test_a_value_without_a_character_is_not_taken_for_none(kvmix, option):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "said", "counts"),
     [
-        (["allocate", "--stored-bits", "2", "--stored-bits", "3"], "--stored-bits is given 2 times"),
-        (["run", "--plan=a", "--prompt", "x", "--plan", "b"], "--plan is given 2 times"),
-        (["inspect", "a.yaml", "--model", "x", "--model", "x"], "--model is given 2 times"),
+        (["run", "--plan=a.yaml", "--prompt", "x", "--plan", "b.yaml"], "--plan is given 2 times", "b.yaml"),
+        (["inspect", "--model", "x", "c.yaml", "--model", "x"], "--model is given 2 times", "c.yaml"),
+        (["eval", "--plan", "d.yaml", "--plan", "e.yaml", "--json", "--json"], None, "d.yaml"),  # of many, and flags
     ],
 )
-def test_an_option_of_one_value_does_not_take_the_last_of_two_silently(kvmix, args, said):
-    ran = kvmix(*args, "--json")
-    assert ran.code == 2
-    assert ran.json["error"]["message"] == f"{said}, and takes one value"
-    assert kvmix("eval", "--plan", "gone.yaml", "--plan", "lost.yaml", "-q", "-q").code == 1  # of many, and flags
+def test_of_an_option_given_twice_the_last_value_counts_and_that_is_said(kvmix, args, said, counts):
+    ran = kvmix(*args)
+    assert ran.code == 1
+    assert counts in ran.error
+    assert (f"kvmix: {said}: the last one counts" in ran.err) if said else ("times" not in ran.err)
+    assert "times" not in kvmix(*args, "-q").err
 
 
 @pytest.mark.parametrize(("command", "argument"), [("report", "DIR"), ("inspect", "FILE2"), ("export", "PLAN")])

@@ -1,5 +1,7 @@
 """`--config run.yaml`: the same command as with its settings as options, which win; faults, all at once."""
 
+from pathlib import Path
+
 import pytest
 from commandline import kvmix, kvmix_json, refused
 
@@ -56,10 +58,13 @@ def test_flags_and_modes(write):
     assert (off.exit_code, "--samples" in off.stderr) == (2, True)
 
 
-def test_of_two_files_neither_is_left_out_silently(write):
-    file = write("kind: solvers\n")
-    result = kvmix("list", "--config", file, f"--config={file}")
-    assert (result.exit_code, "--config is given 2 times, and takes one file" in result.stderr) == (2, True)
+def test_of_two_files_the_last_one_counts_and_that_is_said(write):
+    first, last = Path("first.yaml"), write("kind: solvers\n")
+    first.write_text("kind: probes\n")
+    result = kvmix("list", "--config", str(first), f"--config={last}")
+    assert result.stdout.startswith("solvers")
+    assert "--config is given 2 times: the last one counts" in result.stderr
+    assert not kvmix("list", "-q", "--config", str(first), "--config", last).stderr
 
 
 FAULTS = {
