@@ -19,6 +19,11 @@ SHOWN = 32
 """Characters of a file's name that its temporary one begins with; a name may have 255 bytes, and both are one."""
 
 
+def is_device(path: Path) -> bool:
+    """Return whether a path is a device, of which reading may have no end. Raises OSError if that cannot be told."""
+    return path.is_char_device() or path.is_block_device()
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file whole or not at all, with its folders. Raises OutputError."""
     return write_bytes(path, text.encode("utf-8"))

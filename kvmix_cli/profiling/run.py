@@ -149,11 +149,12 @@ def _measure_rest(
         sums = parts.begin()
         return MeasuredSample(measure_sample(loaded, probes, samples[number], options, sums), sums)
 
+    has_moments = bool(_metrics(probes))
     on_step(len(record.records), len(samples))
     numbers = range(int(loaded.ranks.agree(str(len(record.records)).encode())), len(samples))
     try:
         for measured in share_samples(loaded.ranks, numbers, measure, form):
-            if _metrics(probes):
+            if has_moments:
                 parts.keep(len(record.records), measured.sums)
             record.append(measured.sample)
             on_step(len(record.records), len(samples))

@@ -6,13 +6,13 @@ import csv
 import gzip
 import io
 import json
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import TextError
+from ..files import is_device
 from .hub import is_saved, rows_of, saved_texts
 from .records import document, has_text
 from .tokens import check_text
@@ -50,8 +50,7 @@ def read_text(path: Path) -> str:
         TextError: if it cannot be read, is a device, or is not UTF-8 text.
     """
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        if is_device(path):
             raise TextError(f"{path} is a device: give a text file")
         data = path.read_bytes()
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import TextError, first_sentence
+from ..files import is_device
 from .chat import TEMPLATE_FAILURES
 
 NOT_INPUTS = frozenset({"input_ids", "attention_mask"})
@@ -68,7 +68,7 @@ def _read(path: Path) -> Any:
     from PIL import Image
 
     try:
-        if stat.S_ISCHR(mode := path.stat().st_mode) or stat.S_ISBLK(mode):
+        if is_device(path):
             raise TextError(f"cannot read the image {path}: it is a device, not a file")
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import TextError
+from ..files import is_device
 from .files import decoded
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def read_prompt(name: str) -> str:
         if name == STDIN:
             data = b"" if sys.stdin is None else _read_at_most(sys.stdin.buffer, label)
         else:
-            mode = Path(name).stat().st_mode
-            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            if is_device(Path(name)):
                 raise TextError(f"cannot read the prompt from {name}: it is a device, not a file")
             with Path(name).open("rb") as file:
                 data = _read_at_most(file, label)

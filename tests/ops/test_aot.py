@@ -53,6 +53,20 @@ def check(kernel, capability):
     assert kernel.shared <= SHARED_MEMORY[capability]
 
 
+def check_planes(kernel, capability, budget):
+    check(kernel, capability)
+    for (kind, bits), loop in plane_loops(kernel).items():
+        assert not any(loop[name] for name in CONVERSIONS), f"codes of {kind}s are converted to numbers"
+        assert lane_instructions_per_plane_code(kernel, loop) <= budget[bits]
+
+
+def check_exact_divisions(kernel, capability):
+    check(kernel, capability)
+    assert "div.full" not in kernel.ptx
+    assert "div.rn.f32" in kernel.ptx
+    assert "fma.rn.f32" not in kernel.ptx
+
+
 @pytest.mark.parametrize(("capability", "bits"), [(80, 3), (90, 2), (90, 4)])
 def test_packed_attention_is_as_cheap_as_it_was(capability, bits):
     kernel, merge = compile_attend(capability, bits, bits)
@@ -97,48 +111,31 @@ def test_attention_over_an_engines_blocks_is_as_cheap_as_it_was(capability, k_bi
 @pytest.mark.parametrize(("capability", "kind", "bits"), [(80, "key", 3), (90, "value", 2)])
 def test_storing_in_an_engines_blocks_divides_exactly_and_writes_bits_atomically(capability, kind, bits):
     kernel = compile_store(capability, kind, bits, group=64)
-    check(kernel, capability)
-    assert "div.full" not in kernel.ptx
-    assert "div.rn.f32" in kernel.ptx
-    assert "fma.rn.f32" not in kernel.ptx
+    check_exact_divisions(kernel, capability)
     assert any(f".{operation}.b32" in kernel.ptx for operation in ("and", "or"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_attention_to_transform_codes_is_as_cheap_as_it_was(capability):
-    kernel = compile_coded(capability)
-    check(kernel, capability)
-    for (kind, bits), loop in plane_loops(kernel).items():
-        assert not any(loop[name] for name in CONVERSIONS), f"codes of {kind}s are converted to numbers"
-        assert lane_instructions_per_plane_code(kernel, loop) <= PLANES_BUDGET[bits]
+    check_planes(compile_coded(capability), capability, PLANES_BUDGET)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_attention_to_transform_codes_in_an_engines_blocks_is_as_cheap_as_it_was(capability):
-    kernel = compile_coded_blocks(capability)
-    check(kernel, capability)
-    for (kind, bits), loop in plane_loops(kernel).items():
-        assert not any(loop[name] for name in CONVERSIONS), f"codes of {kind}s are converted to numbers"
-        assert lane_instructions_per_plane_code(kernel, loop) <= PLANES_IN_BLOCKS_BUDGET[bits]
+    check_planes(compile_coded_blocks(capability), capability, PLANES_IN_BLOCKS_BUDGET)
 
 
 @pytest.mark.parametrize(("capability", "kind"), [(80, "value"), (90, "key")])
 def test_transform_codes_are_stored_with_exact_divisions_and_bits_written_atomically(capability, kind):
     kernel = compile_coded_store(capability, kind)
-    check(kernel, capability)
-    assert "div.full" not in kernel.ptx
-    assert "div.rn.f32" in kernel.ptx
-    assert "fma.rn.f32" not in kernel.ptx
+    check_exact_divisions(kernel, capability)
     assert any(f".{operation}.b32" in kernel.ptx for operation in ("and", "or"))
 
 
 @pytest.mark.parametrize(("capability", "kind"), [(80, "key"), (90, "value")])
 def test_transform_codes_are_made_with_exact_divisions(capability, kind):
     kernel = compile_encode(capability, kind)
-    check(kernel, capability)
-    assert "div.full" not in kernel.ptx
-    assert "div.rn.f32" in kernel.ptx
-    assert "fma.rn.f32" not in kernel.ptx
+    check_exact_divisions(kernel, capability)
     assert ".ftz" not in kernel.ptx.replace("cvt.rmi.ftz", "")  # of a number of at least 1/2, which is never flushed
 
 

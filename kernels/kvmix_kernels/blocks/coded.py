@@ -84,7 +84,7 @@ class CodedBlocks(BlockTensor):
         call = pages_of(self.pages(blocks))
         call.codes_strides[0] = call.scales_strides[0] = 0  # every sequence has the same blocks
         if self.sink:
-            exact = self.sinks(blocks)[table[:, 0].long()].nan_to_num()  # a short sequence has written few of them
+            exact = self.first_tokens(blocks, table)
             places = torch.arange(self.sink, dtype=torch.int32)
             self._held = exact, places  # until the next call
             call.places, call.exact, call.exact_strides = places.data_ptr(), exact.data_ptr(), exact.stride()[:3]
@@ -131,6 +131,10 @@ class CodedBlocks(BlockTensor):
         """Return the first tokens of sequences that begin in blocks, `[N, H_kv, sink, D]`."""
         tokens: Tensor = blocks[:, self._code_bytes :].view(self.dtype).unflatten(1, (self.kv_heads, self.sink, -1))
         return tokens
+
+    def first_tokens(self, blocks: Tensor, table: Tensor) -> Tensor:
+        """Return the sink of each sequence of a table `[B, n]`, `[B, H_kv, sink, D]`."""
+        return self.sinks(blocks)[table[:, 0].long()].nan_to_num()  # a short sequence has written few of them
 
     def pages(self, blocks: Tensor) -> Coded:
         """Return blocks as the pages of one sequence."""

@@ -103,17 +103,15 @@ def _attend_to_sink(
     problem: BlockProblem, keys: CodedBlocks, values: CodedBlocks, partial: PartialResults, index: int
 ) -> None:
     """Attend to the sink, and write mean and logarithm as one split among others."""
-    first = problem.table[:, 0].long()
-    key, value = (
-        tensor.sinks(blocks)[first].nan_to_num().float()  # a short sequence has written few of them
-        for tensor, blocks in ((keys, problem.key_blocks), (values, problem.value_blocks))
-    )
+    key = keys.first_tokens(problem.key_blocks, problem.table).float()
+    value = values.first_tokens(problem.value_blocks, problem.table).float()
+    device = problem.query.device
     grouped = problem.query.float().unflatten(1, (problem.kv_heads, problem.ratio)).flatten(2, 3)
     scores = grouped @ key.transpose(-1, -2) * problem.scaling
     if problem.softcap is not None:
         scores = problem.softcap * (scores / problem.softcap).tanh()
-    query = torch.arange(problem.queries, device=first.device).repeat(problem.ratio)
+    query = torch.arange(problem.queries, device=device).repeat(problem.ratio)
     last_seen = (problem.lengths - problem.queries)[:, None, None, None] + query[:, None]
-    scores = scores.masked_fill(torch.arange(keys.sink, device=first.device) > last_seen, -torch.inf)
+    scores = scores.masked_fill(torch.arange(keys.sink, device=device) > last_seen, -torch.inf)
     partial.means[:, index] = (scores.softmax(-1) @ value).flatten(0, 1)
     partial.logarithms[:, index] = scores.logsumexp(-1).flatten(0, 1) * LOG2_E.value

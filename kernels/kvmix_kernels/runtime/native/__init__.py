@@ -23,6 +23,7 @@ LOG = logging.getLogger("kvmix")
 _in_use = ""  # what use_instruction_set has asked for
 
 
+@functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the library, compiled if need be; None, after a warning, where it cannot be had.
 
@@ -43,6 +44,7 @@ def use_instruction_set(name: str = "") -> str:
     """Use another instruction set that the processor has, or the best (`""`); return the one in use. For tests."""
     global _in_use
     _in_use = name if name in available() else ""
+    library.cache_clear()
     return instruction_set()
 
 
