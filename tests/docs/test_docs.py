@@ -1,18 +1,21 @@
 """Every example in the README and the docs is run: Python blocks, plan and profile files, and `$ kvmix` lines."""
 
 import functools
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from commandline import kvmix
+from typer.main import get_command
 
 from kvmix_cli import extensions
 from kvmix_cli.cache.merging import MERGES
 from kvmix_cli.cache.policies import TOKEN_SCORES
 from kvmix_cli.cache.transforms import TRANSFORMS
 from kvmix_cli.codecs import CODECS
+from kvmix_cli.main import app
 from kvmix_cli.plan import ModelInfo, Plan, merges, token_scores
 from kvmix_cli.plan.document import parse_yaml
 from kvmix_cli.plan.kvtuner import is_kvtuner
@@ -107,6 +110,36 @@ def test_command_examples_run(page, tmp_path, monkeypatch):
         result = kvmix(*arguments, *SHORTER.get(arguments[0], []))
         assert result.exit_code == 0, f"{line}: {result.stderr}"
     assert lines or page != ROOT / "README.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_shown_have_the_options_shown(page):
+    """In code of every kind, also what takes too long to be run here; names are checked, and no values."""
+    for line in commands_in(page.read_text()):
+        words = itertools.takewhile(lambda word: word not in ("|", "||", ">"), shlex.split(line, comments=True))
+        _, name, *arguments = words
+        command = get_command(app).get_command(None, name)
+        if command is None:
+            assert name.startswith("-"), f"there is no such command: {line}"
+            continue
+        context = command.context_class(command, info_name=name)
+        _, left, _ = command.make_parser(context).parse_args(arguments)
+        assert not set(left) - {"..."}, f"too many arguments: {line}"
+
+
+def test_commands_are_found_on_many_pages():
+    assert sum(len(list(commands_in(page.read_text()))) for page in PAGES) > 150
+
+
+def commands_in(text):
+    """Yield the calls of kvmix in the code of a page, fenced or indented, each in one line."""
+    is_fenced = False
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            is_fenced = not is_fenced
+        elif is_fenced or line.startswith("    "):
+            for call in re.findall(r"^ *(?:\$ )?(?:[A-Z_]+=\S+ )*(kvmix [a-z-].*)", line):
+                yield re.sub(r"\$\([^)]*\)", "", call)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
