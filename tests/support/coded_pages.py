@@ -1,7 +1,8 @@
 """Keys and values in transform codes with random directions, with poisoned memory around everything that is theirs."""
 
 import torch
-from kvmix_kernels.segments import Coded, Segments
+from kvmix_kernels.pages import Coded
+from kvmix_kernels.segments import Segments
 from kvmix_kernels.transform import Frames, TransformBasis, encode
 from kvmix_kernels.transform_layout import TransformLayout
 from poisoned import in_a_poisoned_buffer, in_pages

@@ -2,7 +2,8 @@
 
 import torch
 from coded_pages import tokens_at
-from kvmix_kernels.segments import Coded, Segments
+from kvmix_kernels.pages import Coded
+from kvmix_kernels.segments import Segments
 from kvmix_kernels.transform import Frames, TransformBasis, naive
 from kvmix_kernels.transform_layout import RUN, TransformLayout
 from poisoned import in_a_poisoned_buffer, in_pages

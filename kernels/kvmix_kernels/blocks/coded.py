@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..attend.coded import LONGEST_PAGE, pages_of
+from ..pages import Coded
 from ..runtime.native import library
 from ..runtime.native.structs import DTYPES, CSegments
-from ..segments import Coded
 from ..transform import TransformBasis
 from ..transform.cpu import code, takes
 from ..transform.naive import code as naive_code

@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from ...layout import Kind
+from ...pages import Coded
 from ...runtime import trial
-from ...segments import Coded, Segments
+from ...segments import Segments
 from ...transform import Frames, TransformBasis
 from ...transform import naive as transform
 from ...transform_layout import TransformLayout

@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from ...layout import FULL_PRECISION_BITS, Kind, PageLayout
+from ...pages import Channels, Packed, Plain
 from ...quantize.naive import quantize
 from ...runtime import trial
-from ...segments import Channels, Packed, Plain, Segments
+from ...segments import Segments
 from .. import naive
 from ..problem import AttentionProblem
 from . import coded_trial
