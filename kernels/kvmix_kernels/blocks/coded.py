@@ -114,8 +114,8 @@ class CodedBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            widths, places = self.basis.arrays.widths, self.basis.arrays.places
-            cpu.place(native, "direction", blocks, codes, slots, widths, places, self.page)
+            layout = cpu.BlockLayout("direction", self.basis.arrays.widths, self.basis.arrays.places, self.page)
+            cpu.place(native, layout, blocks, codes, slots)
 
     def codes(self, blocks: Tensor) -> Tensor:
         """Return the codes of blocks, `[N, page_bytes]`."""
