@@ -51,17 +51,6 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Path:
     return path
 
 
-def append_line(path: Path, line: str, advice: str) -> None:
-    """Add a line to a file, on the disk when this returns. Raises OutputError, with what to do then."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
-
-
 def check_writable(path: Path) -> None:
     """Find out before any work, and without a trace, whether a file can be written. Raises OutputError."""
     folder = path.absolute().parent

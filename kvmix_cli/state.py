@@ -95,11 +95,6 @@ def profile_path(model: str) -> Path:
     return model_dir(model) / PROFILE
 
 
-def plan_path(model: str, name: str) -> Path:
-    """Return the file that `kvmix allocate` writes for the plan of that name."""
-    return model_dir(model) / PLANS / f"{name}.yaml"
-
-
 def journal_path(profile: Path) -> Path:
     """Return the journal of an unfinished profile, beside it: `profile.partial.jsonl`."""
     return profile.with_name(f"{profile.stem}.partial.jsonl")

@@ -22,8 +22,9 @@ import results
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend
+from kvmix_kernels.pages import Coded, Packed
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Coded, Packed, Segments
+from kvmix_kernels.segments import Segments
 from kvmix_kernels.transform import Frames, TransformBasis, encode
 from kvmix_kernels.transform_layout import TransformLayout
 from torch import Tensor

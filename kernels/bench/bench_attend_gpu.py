@@ -20,8 +20,10 @@ import gpu
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import Tiers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa

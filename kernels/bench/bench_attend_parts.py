@@ -24,8 +24,10 @@ import torch
 from bench_attend_cpu import GROUP, HEAD_DIM, KV_HEADS, PAGE, RATIO, check, pack
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Channels, Packed, Plain, Segments, Tiers
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import Tiers
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)

@@ -22,8 +22,9 @@ import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.attend.choice import with_all_pages
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from kvmix_kernels.summaries import Summarized
 from torch import Tensor
 

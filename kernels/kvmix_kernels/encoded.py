@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .segments import TokenPages
+from .pages import TokenPages
 
 
 @dataclass(frozen=True, eq=False)

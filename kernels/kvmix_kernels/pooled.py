@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .segments import EVICTED, Channels, Packed, SortedTokens
+from .pages import Channels, Packed
+from .sorted_tokens import EVICTED, SortedTokens
 from .summaries import ChosenPages
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .segments import Coded, Packed, TokenPages
+from .pages import Coded, Packed, TokenPages
 
 Sharing = Literal["max", "sum", "layer"]
 """Query heads that choose together: those of a KV head, by their largest weight or the sum of all, or the layer's."""

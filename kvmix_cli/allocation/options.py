@@ -172,24 +172,19 @@ def make_problem(
         DocumentError: if the profile has no such score.
         PlanError: if the model's heads cannot be packed.
     """
-    cache = cache or default_cache(profile, method)
-    if by_head and "heads" not in METHODS[method].uses:
+    uses, cache, pins = METHODS[method].uses, cache or default_cache(profile, method), dict(pins or {})
+    if by_head and "heads" not in uses:
         raise BudgetError(f"method {method} does not decide by KV head; use --method ilp, or leave out --by-head")
+    if evict and ("evictions" not in uses or by_head):
+        raise BudgetError("shares to evict need --method ilp, and go without --by-head")
     evictions = tuple(sorted(set(evict or ())))
     if evictions:
-        if "evictions" not in METHODS[method].uses or by_head:
-            raise BudgetError("shares to evict need --method ilp, and go without --by-head")
         cache = with_evictions(cache, evictions)
-        whole = {"tokens": TokenShares(evict=0.0)}
-        pins = {layer: pin.model_copy(update=whole) for layer, pin in (pins or {}).items()}
-    weighs = "group_sizes" in METHODS[method].uses
+        pins = {layer: pin.model_copy(update={"tokens": TokenShares(evict=0.0)}) for layer, pin in pins.items()}
+    weighs = "group_sizes" in uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
-    if "basis" not in METHODS[method].uses:
-        basis = None
-    elif basis is None:
-        command = profile_command(profile.model.id, "--score", SCORE)
-        raise BudgetError(f"method {method} needs directions: measure them with `{command}`")
-    else:
+    basis = _needed_basis(profile, method, basis)
+    if basis is not None:
         cache = _with_basis(cache, basis, default_exact(profile.score(SCORE)) if exact is None else exact)
     problem = Problem(
         profile=profile,
@@ -199,18 +194,41 @@ def make_problem(
         k_bits=_widths("k_bits", K_BITS if k_bits is None else k_bits, min_bits, max_bits),
         v_bits=_widths("v_bits", (K_BITS if weighs else V_BITS) if v_bits is None else v_bits, min_bits, max_bits),
         group_sizes=sizes if weighs else sizes[:1],
-        pins=dict(pins or {}),
+        pins=pins,
         seed=seed,
         basis=basis,
         code_bits=code_bits,
         by_head=by_head,
         evictions=evictions,
     )
-    if basis is not None and budget.max_loss is not None and pins:
-        raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")
-    if basis is None and budget.max_loss is not None and not problem.score.predicts_loss:
-        raise _no_prediction(profile, problem.score_name)
+    _check_loss(problem, method)
     return problem
+
+
+def _needed_basis(profile: Profile, method: str, basis: BasisFile | None) -> BasisFile | None:
+    """Return the basis if the method has a use for one. Raises BudgetError if it needs one that is not there."""
+    if "basis" not in METHODS[method].uses:
+        return None
+    if basis is None:
+        command = profile_command(profile.model.id, "--score", SCORE)
+        raise BudgetError(f"method {method} needs directions: measure them with `{command}`")
+    return basis
+
+
+def _check_loss(problem: Problem, method: str) -> None:
+    """Raise BudgetError for a limit of a loss that the method, or the score, cannot predict."""
+    if problem.budget.max_loss is None:
+        return
+    if problem.basis is not None and problem.pins:
+        raise BudgetError(f"method {method} cannot predict the loss of pinned layers; leave out --pin or --max-loss")
+    if problem.basis is None and not problem.score.predicts_loss:
+        profile = problem.profile
+        able = [name for name, each in profile.scores.items() if each.predicts_loss]
+        measure = f"measure one that does with `{profile_command(profile.model.id, '--score', 'fisher')}`"
+        advice = f"use --score {' or '.join(able)}" if able else measure
+        raise BudgetError(
+            f"score '{problem.score_name}' does not predict a loss, so it cannot keep to --max-loss: {advice}"
+        )
 
 
 def _widths(name: str, widths: Sequence[int], least: int | None, most: int | None) -> tuple[int, ...]:
@@ -243,10 +261,3 @@ def _with_basis(cache: CacheSettings, basis: BasisFile, exact: int) -> CacheSett
         return CacheSettings.model_validate({**cache.model_dump(), "transform": settings.model_dump()})
     except ValueError as error:
         raise BudgetError(reason(error)) from error
-
-
-def _no_prediction(profile: Profile, score: str) -> BudgetError:
-    able = [name for name, each in profile.scores.items() if each.predicts_loss]
-    measure = f"measure one that does with `{profile_command(profile.model.id, '--score', 'fisher')}`"
-    advice = f"use --score {' or '.join(able)}" if able else measure
-    return BudgetError(f"score '{score}' does not predict a loss, so it cannot keep to --max-loss: {advice}")

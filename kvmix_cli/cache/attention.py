@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import PolicyError
 from .grouped import GroupedHandle
-from .handle import Handle
+from .handle import Handle, TransformingLayer
 from .observation import AttentionCall
 
 NAME = "kvmix"
@@ -66,11 +66,7 @@ def kvmix_attention(
         attention_mask = _chosen(indices, attention_mask, key.shape[2])
     if kwargs.get("block_indices") is not None:
         raise PolicyError("blocks of keys that are chosen for each head (MiniMax-M3) need the model's own attention")
-    layer = key.layer if isinstance(key, Handle) else None
-    if isinstance(key, Handle):
-        _refuse_masked_keys(module)
-    if layer is not None:
-        layer.check(softcap, s_aux)
+    layer = _checked_layer(module, key, softcap, s_aux) if isinstance(key, Handle) else None
     if isinstance(key, Handle) and key.is_raw and isinstance(value, Handle):
         key, value = key.segments.tail, value.segments.tail
     stored = layer if isinstance(key, Handle) else None
@@ -159,10 +155,20 @@ def _chosen(indices: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
     return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
-def _refuse_masked_keys(module: nn.Module) -> None:
-    """Raise PolicyError if a head-wise press has masked keys, which it would do by writing to them."""
+def _checked_layer(
+    module: nn.Module, key: Handle, softcap: float | None, s_aux: Tensor | None
+) -> TransformingLayer | None:
+    """Return the layer of a handle, if attention has more to do for it than to read it.
+
+    Raises:
+        PolicyError: if it cannot be read by this attention, or a head-wise press has masked keys, which it would do by
+            writing to them.
+    """
     if getattr(module, "masked_key_indices", None) is not None:
         raise PolicyError(
             f"layer {getattr(module, 'layer_idx', '?')}: a head-wise press of kvpress masks single keys of a cache, "
             "which a kvmix cache does not let it write; use a press that drops whole tokens, or an unquantized cache"
         )
+    if key.layer is not None:
+        key.layer.check(softcap, s_aux)
+    return key.layer

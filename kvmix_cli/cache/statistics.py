@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,24 +17,19 @@ Reduction = Literal["sum", "max"]
 """Weights of several queries, and of the query heads of a group, are summed, or their maximum is taken."""
 
 
-class QuerySum:
-    """A sum over queries of rows `[B, H, R, n]`, from which rows of the last forward can be taken back.
+class _ForwardRows(ABC):
+    """Rows `[B, H, R, n]` of queries, of which those of the last forward can be taken back.
 
     `n` may grow from one forward to the next.
-
-    Args:
-        reduce: the sum, or the maximum, which starts from 0.
     """
 
-    def __init__(self, reduce: Reduction = "sum") -> None:
-        self._reduce: Reduction = reduce
+    def __init__(self) -> None:
         self._earlier: Tensor | None = None
         self._last: Tensor | None = None
 
-    @property
-    def total(self) -> Tensor | None:
-        """Return the sum `[B, H, n]`; None before anything was added."""
-        return _plus(self._earlier, self._last, self._reduce)
+    @abstractmethod
+    def _kept(self) -> Tensor | None:
+        """Return what is kept of all rows; None before anything was added."""
 
     @property
     def nbytes(self) -> int:
@@ -41,16 +37,16 @@ class QuerySum:
         return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
 
     @lasting
-    def start(self, total: Tensor) -> None:
-        """Go on from a sum `[B, H, n]`, of which nothing can be taken back."""
-        self._earlier, self._last = total.detach(), None
+    def start(self, kept: Tensor) -> None:
+        """Go on from what was kept of earlier rows, of which nothing can be taken back."""
+        self._earlier, self._last = kept.detach(), None
 
     @lasting
     def add(self, rows: Tensor, final: bool = False) -> None:
-        """Add a forward's rows, which can be taken back unless they are `final`; earlier ones become final."""
-        self._earlier, self._last = self.total, rows.detach()
+        """Add a forward's rows; those of earlier ones can no longer be taken back, nor these if they are `final`."""
+        self._earlier, self._last = self._kept(), rows.detach()
         if final:
-            self._earlier, self._last = _plus(self._earlier, rows, self._reduce), None
+            self._earlier, self._last = self._kept(), None
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` rows, as far as they are of the last forward."""
@@ -61,16 +57,75 @@ class QuerySum:
         """Keep the columns `[start, stop)`."""
         self.apply(lambda part: part[..., start:stop].clone())  # a view would keep those of a whole prompt
 
+    @lasting
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held by `change` of it: a selection of the batch, another device."""
+        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
+
+
+class QuerySum(_ForwardRows):
+    """A sum over queries of rows, `[B, H, n]`.
+
+    Args:
+        reduce: the sum, or the maximum, which starts from 0.
+    """
+
+    def __init__(self, reduce: Reduction = "sum") -> None:
+        super().__init__()
+        self._reduce: Reduction = reduce
+
+    @property
+    def total(self) -> Tensor | None:
+        """Return the sum `[B, H, n]`; None before anything was added."""
+        return _plus(self._earlier, self._last, self._reduce)
+
     def exchange(self, archive: Archive) -> None:
         """Give the sum to an archive, or take it from one."""
         batch = archive.rows[0]
         self._earlier = archive.tensor("earlier", self._earlier, (batch, None, None), torch.float32)
         self._last = archive.tensor("last", self._last, (batch, None, None, None), torch.float32)
 
-    @lasting
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by `change` of it: a selection of the batch, another device."""
-        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
+    def _kept(self) -> Tensor | None:
+        return self.total
+
+
+class LastRows(_ForwardRows):
+    """Rows of the last queries.
+
+    Args:
+        count: rows that count, the last ones.
+        reduce: what becomes of them.
+    """
+
+    def __init__(self, count: int, reduce: Reduction) -> None:
+        super().__init__()
+        self._count = count
+        self._reduce: Reduction = reduce
+
+    @property
+    def total(self) -> Tensor | None:
+        """Return the sum, or the maximum, of the rows that count, `[B, H, n]`; None before any was added."""
+        return None if self.rows is None else reduced(self.rows, self._reduce)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Return the rows that count, or as many as there are; None before any was added."""
+        earlier, last = self._earlier, self._last
+        if earlier is None or last is None:
+            rows = last if earlier is None else earlier
+            return None if rows is None else rows[:, :, max(0, rows.shape[2] - self._count) :]
+        new = last[:, :, max(0, last.shape[2] - self._count) :]
+        old = earlier[:, :, max(0, earlier.shape[2] + new.shape[2] - self._count) :]
+        return torch.cat([pad(old, (0, new.shape[3] - old.shape[3])), new], dim=2)
+
+    def exchange(self, archive: Archive) -> None:
+        """Give the rows to an archive, or take them from one."""
+        shape = (archive.rows[0], None, None, None)
+        self._earlier = archive.tensor("earlier", self._earlier, shape, torch.float32)
+        self._last = archive.tensor("last", self._last, shape, torch.float32)
+
+    def _kept(self) -> Tensor | None:
+        return self.rows
 
 
 class RunningMean:
@@ -131,76 +186,6 @@ class RunningMean:
         """Replace what is held by `change` of it: a selection of the batch, another device."""
         self._earlier = change(self._earlier)
         self._last = self._last if self._last is None else change(self._last)
-
-
-class LastRows:
-    """Rows `[B, H, R, n]` of the last queries, from which rows of the last forward can be taken back.
-
-    `n` may grow from one forward to the next.
-
-    Args:
-        count: rows that count, the last ones.
-        reduce: what becomes of them.
-    """
-
-    def __init__(self, count: int, reduce: Reduction) -> None:
-        self._count = count
-        self._reduce: Reduction = reduce
-        self._earlier: Tensor | None = None
-        self._last: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor | None:
-        """Return the sum, or the maximum, of the rows that count, `[B, H, n]`; None before any was added."""
-        return None if self.rows is None else reduced(self.rows, self._reduce)
-
-    @property
-    def rows(self) -> Tensor | None:
-        """Return the rows that count, or as many as there are; None before any was added."""
-        earlier, last = self._earlier, self._last
-        if earlier is None or last is None:
-            rows = last if earlier is None else earlier
-            return None if rows is None else rows[:, :, max(0, rows.shape[2] - self._count) :]
-        new = last[:, :, max(0, last.shape[2] - self._count) :]
-        old = earlier[:, :, max(0, earlier.shape[2] + new.shape[2] - self._count) :]
-        return torch.cat([pad(old, (0, new.shape[3] - old.shape[3])), new], dim=2)
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes held."""
-        return sum(part.nbytes for part in (self._earlier, self._last) if part is not None)
-
-    @lasting
-    def start(self, rows: Tensor) -> None:
-        """Go on from rows `[B, H, R, n]`, of which none can be taken back."""
-        self._earlier, self._last = rows.detach(), None
-
-    @lasting
-    def add(self, rows: Tensor, final: bool = False) -> None:
-        """Add a forward's rows; those of earlier ones can no longer be taken back, nor these if they are `final`."""
-        self._earlier, self._last = self.rows, rows.detach()
-        if final:
-            self._earlier, self._last = self.rows, None
-
-    def take_back(self, count: int) -> None:
-        """Forget the last `count` rows, as far as they are of the last forward."""
-        if self._last is not None:
-            self._last = self._last[:, :, : max(0, self._last.shape[2] - count)]
-
-    def narrow(self, start: int, stop: int | None = None) -> None:
-        """Keep the columns `[start, stop)`."""
-        self.apply(lambda part: part[..., start:stop].clone())  # a view would keep those of a whole prompt
-
-    def exchange(self, archive: Archive) -> None:
-        """Give the rows to an archive, or take them from one."""
-        shape = (archive.rows[0], None, None, None)
-        self._earlier = archive.tensor("earlier", self._earlier, shape, torch.float32)
-        self._last = archive.tensor("last", self._last, shape, torch.float32)
-
-    @lasting
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by `change` of it: a selection of the batch, another device."""
-        self._earlier, self._last = (part if part is None else change(part) for part in (self._earlier, self._last))
 
 
 def _plus(total: Tensor | None, rows: Tensor | None, reduce: Reduction) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from kvmix_kernels.segments import KeptTokens
+from kvmix_kernels.sorted_tokens import KeptTokens
 from torch import Tensor
 
 from ..plan.moments import Rope

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from torch import Tensor
 
 from ..errors import PolicyError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +48,50 @@ def allocate(
         raise typer.BadParameter("pareto decides in about a second and takes no budget to try: leave out --dry-run")
     if budget.method == FAMILY and files.out is not None:
         raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
+    request = _request(budget, storage, effort, files, loading.seed)
+    folder = _plans_folder(request.path, files.profile, request.source)
+    command = ctx.meta[COMMAND_LINE]
+    if request.method == FAMILY:
+        _allocate_family(request, budget, storage, effort, files, folder, command)
+        return
+    named = request.source if files.profile else None
+    name = files.name or default_name(request.method, budget, storage, effort, loading.seed, named)
+    path = files.out or folder / f"{name}.yaml"
+    if files.dry_run:
+        _show_work(request, path, effort, loading)
+        return
+    plan = _completed(_decide(request, path, effort, loading), request.source, budget, storage, effort)
+    if plan.cache.transform is not None and (basis := request.chosen.get("basis")) is not None:
+        basis.save(path.parent / plan.cache.transform.basis)
+    _save(plan, path, command)
+    with after_saving(f"the plan is saved in {path}"):
+        _show(plan, request.source, path, budget.context, budget.batch)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be decided.
+
+    Attributes:
+        source: the profile.
+        path: file of the profile.
+        chosen: options of the method.
+    """
+
+    source: Profile
+    path: Path
+    method: str
+    budget: Budget
+    chosen: AllocationOptions
+
+
+def _request(
+    budget: BudgetOptions, storage: StorageOptions, effort: SearchOptions, files: PlanFileOptions, seed: int
+) -> _Request:
+    """Return what the options ask for, and say which method decides if none is named. Raises KvmixError."""
     base = _base(budget)
     storage.caches(base.cache)  # refuses what is wrong before anything is read
     from ..allocation import default_cache, default_method
-    from ..plan.presets import by_depth
     from ..profile import Profile
     from ..studies.directions import read_basis
 
@@ -61,25 +102,38 @@ def allocate(
         _say_method(method, source)
     cache = default_cache(source, method) if budget.preset is None else base.cache
     caches = [_with_presets(each, storage) for each in storage.caches(cache)]
-    chosen = _choices(source, method, base, storage, caches, effort.score, loading.seed)
+    chosen = _choices(source, method, base, storage, caches, effort.score, seed)
     if method == TRANSFORM:
         chosen["basis"] = read_basis(source, path.parent, base.directions)
-    command = ctx.meta[COMMAND_LINE]
-    if method == FAMILY:
-        from ..allocation import frontier
+    return _Request(source, path, method, base.budget, chosen)
 
-        family = files.name or "+".join([FAMILY, *(storage.put_on or [])])
-        options = "" if files.name else options_hash(method, storage, effort, source if files.profile else None)
-        folder = _plans_folder(path, files.profile, source)
-        plans = [by_depth(plan, storage.put_on or []) for plan in frontier(source, **chosen)]
-        _show_family(plans, family, options, folder, command, budget)
-        return
-    name = files.name or default_name(method, budget, storage, effort, loading.seed, source if files.profile else None)
-    path = files.out or _plans_folder(path, files.profile, source) / f"{name}.yaml"
-    if files.dry_run:
-        _show_work(source, method, base.budget, chosen, path, effort, loading)
-        return
-    plan = _decide(source, method, base.budget, chosen, path, effort, loading)
+
+def _allocate_family(
+    request: _Request,
+    budget: BudgetOptions,
+    storage: StorageOptions,
+    effort: SearchOptions,
+    files: PlanFileOptions,
+    folder: Path,
+    command: str,
+) -> None:
+    """Decide, write and show plans along the whole range of bits."""
+    from ..allocation import frontier
+    from ..plan.presets import by_depth
+
+    presets, named = storage.put_on or [], request.source if files.profile else None
+    family = files.name or "+".join([FAMILY, *presets])
+    options = "" if files.name else options_hash(request.method, storage, effort, named)
+    plans = [by_depth(plan, presets) for plan in frontier(request.source, **request.chosen)]
+    _show_family(plans, family, options, folder, command, budget)
+
+
+def _completed(
+    plan: Plan, source: Profile, budget: BudgetOptions, storage: StorageOptions, effort: SearchOptions
+) -> Plan:
+    """Return a plan with what is decided after its widths: presets by depth, and tokens of each KV head."""
+    from ..plan.presets import by_depth
+
     if storage.put_on:
         plan = by_depth(plan, storage.put_on)
         plan = plan.model_copy(update={"provenance": {**plan.provenance, "with": storage.put_on}})
@@ -89,11 +143,7 @@ def allocate(
             )
     if storage.by_head is not None:
         plan = _by_head(plan, source, effort.score, budget.context, *storage.by_head)
-    if plan.cache.transform is not None and (basis := chosen.get("basis")) is not None:
-        basis.save(path.parent / plan.cache.transform.basis)
-    _save(plan, path, command)
-    with after_saving(f"the plan is saved in {path}"):
-        _show(plan, source, path, budget.context, budget.batch)
+    return plan
 
 
 def _say_method(method: str, source: Profile) -> None:
@@ -118,23 +168,16 @@ def _by_head(plan: Plan, source: Profile, score: str | None, context: int, what:
     return with_whole_heads(plan, source, score, number) if what == "whole" else plan
 
 
-def _show_work(
-    source: Profile,
-    method: str,
-    budget: Budget,
-    chosen: AllocationOptions,
-    path: Path,
-    effort: SearchOptions,
-    loading: LoadingOptions,
-) -> None:
+def _show_work(request: _Request, path: Path, effort: SearchOptions, loading: LoadingOptions) -> None:
     """Show what would be decided; of a search, what would be measured for that."""
     from ..studies.dry_run import allocation_work, search_work
 
-    if method == SEARCH:
+    source = request.source
+    if request.method == SEARCH:
         load = partial(loading.load, source.model.id, source.model.revision)
         show_work("allocate", search_work(source, load, effort.trials, effort.samples, path))
     else:
-        show_work("allocate", allocation_work(source, method, budget, chosen, path))
+        show_work("allocate", allocation_work(source, request.method, request.budget, request.chosen, path))
 
 
 def _base(budget: BudgetOptions) -> Start:
@@ -199,27 +242,20 @@ def _choices(
     }
 
 
-def _decide(
-    source: Profile,
-    method: str,
-    budget: Budget,
-    chosen: AllocationOptions,
-    path: Path,
-    effort: SearchOptions,
-    loading: LoadingOptions,
-) -> Plan:
-    if method != SEARCH:
+def _decide(request: _Request, path: Path, effort: SearchOptions, loading: LoadingOptions) -> Plan:
+    source = request.source
+    if request.method != SEARCH:
         from ..allocation import allocate as decide
 
-        return decide(source, budget, method=method, **chosen)
+        return decide(source, request.budget, method=request.method, **request.chosen)
     from ..files import check_writable
     from ..studies.search import search
 
     check_writable(path)
     return search(
         source,
-        budget,
-        chosen,
+        request.budget,
+        request.chosen,
         lambda: loading.load(source.model.id, source.model.revision),
         journal=state.trials_path(path),
         resume=effort.resume,

@@ -70,11 +70,7 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
     """
     from ..export import TARGETS
     from ..export.plugin import with_measured_loss
-    from ..files import check_writable, write_text
     from ..plan import Plan
-    from ..plan.plan import FORMAT as PLAN_FORMAT
-    from ..profile import FORMAT as PROFILE_FORMAT
-    from ..studies.directions import keep_basis
 
     target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
@@ -82,9 +78,7 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
     made = target.export(found, what.format)
     out = None if what.out == Path("-") else what.out
     if out is not None:
-        check_writable(out)
-        if state.is_headed(out, PLAN_FORMAT, PROFILE_FORMAT) and (out.samefile(path) or not made.in_blocks):
-            raise OutputError(f"{out} is a plan or profile of kvmix, which the export would replace: name another file")
+        _check_out(out, path, made)
     for line in made.rounded:
         console.notice(f"rounded: {line}")
     for line in made.losses:
@@ -100,13 +94,7 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
         if made.in_blocks:
             made = with_measured_loss(made, cost.text, cost.tokens, there, here)
     console.notice(f"caution: {target.caution}")
-    if out is None:
-        console.text(made.text)
-    else:
-        if made.in_blocks:  # first, so that no plan is written without its basis
-            keep_basis(made.plan, out.parent)
-        write_text(out, made.text)
-        console.notice(f"wrote {out}")
+    _write(made, out)
     console.emit_json(
         {
             "command": "export",
@@ -124,6 +112,31 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
             "measured": None if cost is None else cost.as_json(),
         }
     )
+
+
+def _check_out(out: Path, plan: Path, made: Export) -> None:
+    """Raise OutputError if the export cannot be written, or would replace a plan or profile that is no export."""
+    from ..files import check_writable
+    from ..plan.plan import FORMAT as PLAN_FORMAT
+    from ..profile import FORMAT as PROFILE_FORMAT
+
+    check_writable(out)
+    if state.is_headed(out, PLAN_FORMAT, PROFILE_FORMAT) and (out.samefile(plan) or not made.in_blocks):
+        raise OutputError(f"{out} is a plan or profile of kvmix, which the export would replace: name another file")
+
+
+def _write(made: Export, out: Path | None) -> None:
+    """Write the export; None for standard output. Raises OutputError."""
+    from ..files import write_text
+    from ..studies.directions import keep_basis
+
+    if out is None:
+        console.text(made.text)
+        return
+    if made.in_blocks:  # first, so that no plan is written without its basis
+        keep_basis(made.plan, out.parent)
+    write_text(out, made.text)
+    console.notice(f"wrote {out}")
 
 
 def _layers(made: Export) -> list[dict[str, Any]] | None:

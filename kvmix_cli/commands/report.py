@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,41 +42,60 @@ def report(
 ) -> None:
     """Say in words which plans are safe; merge runs into tables and one page with plots."""
     from ..evaluation.collect import collect
-    from ..files import after_saving, check_writable, write_text
     from ..reporting.comparison import check_metric
-    from ..reporting.markdown import markdown_document
     from ..reporting.page.page import make_page
     from ..reporting.plan_names import with_names
-    from ..reporting.printable import printable
-    from ..reporting.result_tables import as_csv, as_json, group_tables, unfinished_table
+    from ..reporting.result_tables import as_csv, as_json
     from ..reporting.verdict import answers
 
     places = folders or [RESULTS]
     collection = with_names(collect(places), places)
     check_metric(collection, metric)
     page = html or _home(places[0]) / PAGE
-    outputs = [path for path in (page, markdown, csv) if path is not None]
-    resolved = [path.resolve() for path in outputs]
-    for path, place in zip(outputs, resolved, strict=True):
-        check_writable(path)
-        if resolved.count(place) > 1:
-            raise OutputError(f"two outputs would be {path}: give each of them a name of its own")
+    _check_outputs([path for path in (page, markdown, csv) if path is not None])
     command = ctx.meta[options.COMMAND_LINE]
     _show(collection, metric)
     files = {page: make_page(collection, metric, command)}
     if markdown:
-        tables = [table for group in collection.groups for table in group_tables(group, metric)]
-        tables += [unfinished_table(collection)] if collection.unfinished else []
-        files[markdown] = markdown_document(tables, command, answers(collection))
+        files[markdown] = _markdown(collection, metric, command)
     if csv:
         files[csv] = as_csv(collection)
+    _write(files)
+    answered = {"answers": answers(collection)}
+    console.emit_json({"command": "report", **as_json(collection, metric), **answered, "html": page})
+
+
+def _check_outputs(paths: Sequence[Path]) -> None:
+    """Raise OutputError if a file cannot be written, or two of them are one."""
+    from ..files import check_writable
+
+    resolved = [path.resolve() for path in paths]
+    for path, place in zip(paths, resolved, strict=True):
+        check_writable(path)
+        if resolved.count(place) > 1:
+            raise OutputError(f"two outputs would be {path}: give each of them a name of its own")
+
+
+def _write(files: Mapping[Path, str]) -> None:
+    """Write the files, each whole or not at all. Raises OutputError, which says what is saved by then."""
+    from ..files import after_saving, write_text
+    from ..reporting.printable import printable
+
     written: list[str] = []
     for path, text in files.items():
         with after_saving(f"all runs are as they were{', and saved is ' + ', '.join(written) if written else ''}"):
             written.append(str(write_text(path, printable(text))))
         console.notice(f"wrote {path}")
-    answered = {"answers": answers(collection)}
-    console.emit_json({"command": "report", **as_json(collection, metric), **answered, "html": page})
+
+
+def _markdown(collection: Collection, metric: str | None, command: str) -> str:
+    from ..reporting.markdown import markdown_document
+    from ..reporting.result_tables import group_tables, unfinished_table
+    from ..reporting.verdict import answers
+
+    tables = [table for group in collection.groups for table in group_tables(group, metric)]
+    tables += [unfinished_table(collection)] if collection.unfinished else []
+    return markdown_document(tables, command, answers(collection))
 
 
 def _home(place: Path) -> Path:

@@ -12,8 +12,13 @@ from .run_options import CacheOptions, FillingOptions, PromptOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import Cache
 
+    from ..cache.subject import Subject
+    from ..decoding.generate import Generation
+    from ..decoding.prompt_cache import PromptFiles
     from ..models.loading import LoadedModel
+    from ..studies.selection import Choice
 
 
 @expand
@@ -31,33 +36,12 @@ def run(
     if prompt.image:
         refuse({**filling.of_files, "prefill_chunk": filling.prefill_chunk}, "is for prompts without images")
     text, images = _read(prompt)
-    from ..studies.selection import check_widths, choose
-
-    uniform = [] if storage.uniform is None else [storage.uniform]
-    check_widths(uniform)
-    choice = choose(
-        [storage.plan] if storage.plan else [],
-        [storage.preset] if storage.preset else [],
-        model=which.model,
-        revision=which.revision,
-        need_plan=not (storage.baseline or storage.preset or uniform),
-        say=console.notice,
-    )
-    from ..cache.subject import Subject
-    from ..decoding.footprint import full_context, measure_footprint
+    choice, subject = _chosen(storage, which, loading)
     from ..decoding.generate import generate, room
     from ..decoding.prompt_cache import PromptFiles
     from ..decoding.settings import reserve
-    from ..models.loading import load_info
-    from ..reporting.generation import generation_json, generation_table
-    from ..reporting.words import layers_json, layers_text
     from ..texts.prompts import check_length
 
-    subject = Subject()
-    if not storage.baseline:
-        info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
-        name, plan = list(choice.plans(info, uniform, console.notice, encode=storage.encode).items())[-1]
-        subject = Subject(name, plan)
     files = PromptFiles(filling.load_cache, filling.save_cache)
     files.check(subject.plan)
     loaded = loading.load(choice.model, choice.revision, reads_images=bool(images))
@@ -81,16 +65,31 @@ def run(
         on_prompt=files.saving(cache, loaded, ids),
     )
     console.text("\n" if common.quiet else "\n\n")
-    footprint = measure_footprint(cache, subject.plan, loaded.model.dtype.itemsize)
-    whole = full_context(subject.plan, loaded)
-    if not common.quiet:
-        console.table(*generation_table(subject.name, generation, footprint, whole, files))
-        if subject.plan is not None and (layers := layers_text(loaded.info, subject.plan)):
-            console.notice(layers)
-    if footprint.quantized_share == 0 and subject.plan is not None:
-        console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
-    more = {"layers": None if subject.plan is None else layers_json(loaded.info, subject.plan), **files.as_json()}
-    console.emit_json(generation_json(loaded.info.id, subject.name, generation, footprint, whole) | more)
+    _show(loaded, subject, cache, generation, files, quiet=common.quiet)
+
+
+def _chosen(storage: CacheOptions, which: ModelOptions, loading: LoadingOptions) -> tuple[Choice, Subject]:
+    """Return which model is meant, and its cache. Raises KvmixError."""
+    from ..studies.selection import check_widths, choose
+
+    uniform = [] if storage.uniform is None else [storage.uniform]
+    check_widths(uniform)
+    choice = choose(
+        [storage.plan] if storage.plan else [],
+        [storage.preset] if storage.preset else [],
+        model=which.model,
+        revision=which.revision,
+        need_plan=not (storage.baseline or storage.preset or uniform),
+        say=console.notice,
+    )
+    from ..cache.subject import Subject  # which loads torch
+    from ..models.loading import load_info
+
+    if storage.baseline:
+        return choice, Subject()
+    info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading.trust_remote_code)
+    name, plan = list(choice.plans(info, uniform, console.notice, encode=storage.encode).items())[-1]
+    return choice, Subject(name, plan)
 
 
 def _read(prompt: PromptOptions) -> tuple[str, list[Any]]:
@@ -115,3 +114,24 @@ def _prompt(
     if images:
         return image_prompt(loaded.processor, text, images, loaded.info.id)
     return chat_ids(loaded.tokenizer, text, loaded.info.id) if chat else prompt_ids(loaded.tokenizer, text), {}
+
+
+def _show(
+    loaded: LoadedModel, subject: Subject, cache: Cache, generation: Generation, files: PromptFiles, *, quiet: bool
+) -> None:
+    """Show how fast it was and what the cache took, and what part of the model the plan is of."""
+    from ..decoding.footprint import full_context, measure_footprint
+    from ..reporting.generation import generation_json, generation_table
+    from ..reporting.words import layers_json, layers_text
+
+    plan = subject.plan
+    footprint = measure_footprint(cache, plan, loaded.model.dtype.itemsize)
+    whole = full_context(plan, loaded)
+    if not quiet:
+        console.table(*generation_table(subject.name, generation, footprint, whole, files))
+        if plan is not None and (layers := layers_text(loaded.info, plan)):
+            console.notice(layers)
+    if footprint.quantized_share == 0 and plan is not None:
+        console.alert("nothing was quantized: sink, window and page held all tokens; this was the unquantized model")
+    more = {"layers": None if plan is None else layers_json(loaded.info, plan), **files.as_json()}
+    console.emit_json(generation_json(loaded.info.id, subject.name, generation, footprint, whole) | more)

@@ -141,20 +141,8 @@ def load_model(
         check_files(folder, checkpoint.id)
     tokenizer = _load_tokenizer(checkpoint)
     processor = _load_processor(checkpoint, config) if reads_images else None
-    placement = split_by(ranks) if tensor_parallel else {"device_map": "auto"} if device == SPREAD else {}
-    with whole_sums() if tensor_parallel else nullcontext():
-        model = _load_weights(
-            checkpoint,
-            config,
-            reads_images=reads_images,
-            use_safetensors=not allow_pickle or None,
-            dtype=wanted,
-            **placement,
-        )
-    if checkpoint.adapter is not None:
-        model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
-    if device != SPREAD and not tensor_parallel:
-        model = _move(model, checkpoint.id, device)
+    options = {"reads_images": reads_images, "use_safetensors": not allow_pickle or None, "dtype": wanted}
+    model = _load_placed(checkpoint, config, device, ranks, **options)
     model.eval()
     _check_vocabulary(tokenizer, model, checkpoint.id)
     register_attention()
@@ -198,6 +186,23 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _load_placed(
+    checkpoint: Checkpoint, config: PreTrainedConfig, device: str, ranks: Ranks, **options: Any
+) -> PreTrainedModel:
+    """Load weights, with those of an adapter, onto a device, spread over all of them, or this rank's part.
+
+    Args:
+        ranks: those that have a part each, if they are sharded.
+        options: of `_load_weights`.
+    """
+    placement = split_by(ranks) if ranks.is_sharded else {"device_map": "auto"} if device == SPREAD else {}
+    with whole_sums() if ranks.is_sharded else nullcontext():
+        model = _load_weights(checkpoint, config, **options, **placement)
+    if checkpoint.adapter is not None:
+        model = merge_adapter(model, checkpoint.adapter, checkpoint.id)
+    return model if device == SPREAD or ranks.is_sharded else _move(model, checkpoint.id, device)
 
 
 def _load_weights(

@@ -14,8 +14,9 @@ from functools import cached_property
 
 import torch
 from kvmix_kernels.layout import Kind, PageLayout
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize import dequantize, quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from torch import Tensor
 
 from ..errors import QuantizationError

@@ -16,7 +16,7 @@ from ..plan.moments import FRAME
 from ..profile import Calibration, Score, ScoreSetup
 from .grid import Grid
 from .measure import KINDS, ProbeOptions
-from .probe import CacheProbe, MetricProbe, Probe
+from .probe import MetricProbe, Probe
 
 HASH_DIGITS = 8
 
@@ -74,21 +74,21 @@ def identify(loaded: LoadedModel, probe: Probe, options: ProbeOptions, calibrati
     setup = ScoreSetup() if grid is None else _setup(grid)
     if isinstance(probe, MetricProbe) and options.frame != FRAME:
         setup["frame"] = options.frame
-    by_heads = [] if grid is None else [curve_choices(grid, heads) for heads in info.geometries]
+    by_heads = [curve_choices(grid, heads) for heads in info.geometries]
     return ScoreSettings(
         score=probe.name,
         weights=(info.revision, info.config_sha256, loaded.dtype),
         choices=[sorted({key for choices in by_heads for key in choices[place]}) for place in range(len(KINDS))],
         setup=setup,
-        per_head=options.per_head and not isinstance(probe, CacheProbe),
-        evict=options.evict if isinstance(probe, CacheProbe) else (),
+        per_head=options.scores_heads(probe),
+        evict=options.shares(probe),
         calibration=calibration,
     )
 
 
-def curve_choices(grid: Grid, heads: HeadGeometry) -> list[list[str]]:
-    """Return the choices of the curves of keys and of values in a layer with these heads."""
-    return [sorted(grid.layouts(kind, heads.dim(kind))) for kind in KINDS]
+def curve_choices(grid: Grid | None, heads: HeadGeometry) -> list[list[str]]:
+    """Return the choices of the curves of keys and of values in a layer with these heads; none without a grid."""
+    return [[] if grid is None else sorted(grid.layouts(kind, heads.dim(kind))) for kind in KINDS]
 
 
 def check_not_lost(before: Mapping[str, Score], now: Sequence[ScoreSettings]) -> None:

@@ -77,6 +77,14 @@ class ProbeOptions:
         cache = own.cache if self.encode is None else own.cache.model_copy(update={"encode": self.encode})
         return replace(own, bits=self.bits or own.bits, group_sizes=self.group_sizes or own.group_sizes, cache=cache)
 
+    def shares(self, probe: Probe) -> tuple[float, ...]:
+        """Return the shares whose eviction a probe measures; none for a probe that does not read a cache."""
+        return self.evict if isinstance(probe, CacheProbe) else ()
+
+    def scores_heads(self, probe: Probe) -> bool:
+        """Return whether a probe scores every KV head; one that reads a cache scores whole layers only."""
+        return self.per_head and not isinstance(probe, CacheProbe)
+
     def check(self, probes: Sequence[Probe]) -> None:
         """Raise KvmixError for an option that these probes have no use for."""
         names = ", ".join(probe.name for probe in probes)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, TypeAdapter
 
 from ..models.loading import LoadedModel
-from ..plan import HeadGeometry
+from ..plan import HeadGeometry, ModelInfo
 from ..profile import Calibration
 from .identity import curve_choices
 from .measure import ProbeOptions
-from .probe import CacheProbe, MetricProbe, Probe
+from .probe import MetricProbe, Probe
 from .results import SampleResult
 
 FORMAT = "kvmix-journal/2"
@@ -45,30 +46,48 @@ def journal_settings(
 
 def record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions) -> TypeAdapter[Sample]:
     """Return the schema of a journal's record: the scores, layers, choices and heads of this very run."""
-    info = loaded.info
-    choices: dict[str, dict[HeadGeometry, list[list[str]]]] = {}
-    for probe in probes:
-        grid = options.grid(probe)
-        choices[probe.name] = {
-            heads: [[], []] if grid is None else curve_choices(grid, heads) for heads in info.geometries
-        }
-    evict = {probe.name: options.evict if isinstance(probe, CacheProbe) else () for probe in probes}
-    has_heads = {probe.name: options.per_head and not isinstance(probe, CacheProbe) for probe in probes}
+    forms = {probe.name: _ResultForm.of(loaded.info, probe, options) for probe in probes}
 
     def check(sample: Sample) -> Sample:
-        if list(sample) != list(choices):
+        if list(sample) != list(forms):
             raise ValueError("other scores")
         for name, result in sample.items():
-            if list(result.layers) != info.quantizable:
-                raise ValueError("other layers")
-            for index, layer in result.layers.items():
-                heads = info.heads(index)
-                if [sorted(each.curve) for each in layer] != choices[name][heads]:
-                    raise ValueError("other choices")
-                if sorted(result.evict.get(index, ())) != sorted(evict[name]):
-                    raise ValueError("other shares evicted")
-                if {len(each.heads) for each in layer} != {heads.kv_heads if has_heads[name] else 0}:
-                    raise ValueError("other heads")
+            forms[name].check(result)
         return sample
 
     return TypeAdapter(Annotated[Sample, AfterValidator(check)])
+
+
+@dataclass(frozen=True)
+class _ResultForm:
+    """What one probe's result for a sample has in a run.
+
+    Attributes:
+        choices: of the curves of keys and of values, by the heads of a layer.
+        shares: shares whose eviction is measured.
+        scores_heads: whether every KV head has a score.
+    """
+
+    model: ModelInfo
+    choices: dict[HeadGeometry, list[list[str]]]
+    shares: list[float]
+    scores_heads: bool
+
+    @classmethod
+    def of(cls, model: ModelInfo, probe: Probe, options: ProbeOptions) -> _ResultForm:
+        """Return the form that a probe's results have with these options."""
+        choices = {heads: curve_choices(options.grid(probe), heads) for heads in model.geometries}
+        return cls(model, choices, sorted(options.shares(probe)), options.scores_heads(probe))
+
+    def check(self, result: SampleResult) -> None:
+        """Raise ValueError for a result of another run."""
+        if list(result.layers) != self.model.quantizable:
+            raise ValueError("other layers")
+        for index, layer in result.layers.items():
+            heads = self.model.heads(index)
+            if [sorted(each.curve) for each in layer] != self.choices[heads]:
+                raise ValueError("other choices")
+            if sorted(result.evict.get(index, ())) != self.shares:
+                raise ValueError("other shares evicted")
+            if {len(each.heads) for each in layer} != {heads.kv_heads if self.scores_heads else 0}:
+                raise ValueError("other heads")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -15,10 +17,10 @@ from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..plan.moments import MomentsFile, write_moments
-from ..profile import Profile, Score
+from ..profile import Calibration, Profile, Score
 from ..texts.tokens import Samples, cut_samples
 from .grid import Grid
-from .identity import check_not_lost, describe_samples, identify
+from .identity import ScoreSettings, check_not_lost, describe_samples, identify
 from .means import mean_score
 from .measure import ProbeOptions, measure_sample
 from .moments import MomentParts, remove_parts
@@ -67,7 +69,7 @@ def run_profile(
         KvmixError: for an unknown score, an option that no score has a use for, or a score in `before` that would be
             lost.
     """
-    probes, options, ranks = find_probes(scores), options or ProbeOptions(), loaded.ranks
+    probes, options = find_probes(scores), options or ProbeOptions()
     _check(loaded, probes, options, moments)
     chosen = cut_samples(
         loaded.tokenizer,
@@ -79,35 +81,97 @@ def run_profile(
         max_length=loaded.max_length,
     )
     loaded.check_ids(chosen)
-    calibration = describe_samples(chosen, source, seq_len, seed)
+    work = _Work(loaded, probes, options, chosen, describe_samples(chosen, source, seq_len, seed))
     outliers = share_outliers(loaded, chosen)
-    identities = [identify(loaded, probe, options, calibration) for probe in probes]
-    check_not_lost(before or {}, identities)
-    settings, form = journal_settings(loaded, probes, options, calibration), record_form(loaded, probes, options)
-    layers, metrics = loaded.info.quantizable, _metrics(probes)
-    ropes = measure_rotations(loaded.model, layers, loaded.max_length) if metrics else dict.fromkeys(layers)
-    if not ranks.leads:
-        journal = moments = None
-    with Journal(journal, settings, form, resume=resume) as record:
-        if journal is not None and len(record.records) > len(chosen):
-            raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
-        parts = MomentParts(journal, ropes, options.frame, resume=resume)
-        _measure_rest(loaded, probes, options, chosen, record, parts, form, on_step)
-        file = _write_moments(moments, parts, len(chosen)) if metrics and moments else None
-    if not ranks.leads:
-        return Profile.model_validate_json(ranks.agree(b""))
+    check_not_lost(before or {}, work.identities)
+    if not loaded.ranks.leads:
+        work.measure(None, None, resume, on_step)
+        return Profile.model_validate_json(loaded.ranks.agree(b""))
     profile = Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
-        scores={
-            probe.name: mean_score(probe, record.records, identity, file)
-            for probe, identity in zip(probes, identities, strict=True)
-        },
+        scores=work.measure(journal, moments, resume, on_step),
         outliers=outliers(),
     )
-    if ranks.world > 1:
-        ranks.agree(profile.model_dump_json().encode())
+    if loaded.ranks.world > 1:
+        loaded.ranks.agree(profile.model_dump_json().encode())
     return profile
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The samples of a profile, and the probes that each of them is measured with.
+
+    Attributes:
+        samples: token ids.
+        calibration: what the profile says of them.
+    """
+
+    loaded: LoadedModel
+    probes: Sequence[Probe]
+    options: ProbeOptions
+    samples: Samples
+    calibration: Calibration
+
+    @cached_property
+    def identities(self) -> list[ScoreSettings]:
+        """Return what the numbers of each probe depend on."""
+        return [identify(self.loaded, probe, self.options, self.calibration) for probe in self.probes]
+
+    def measure(
+        self, journal: Path | None, moments: Path | None, resume: bool, on_step: Callable[[int, int], None]
+    ) -> dict[str, Score]:
+        """Measure what the journal does not have yet, and write the moments; return the scores on the leader.
+
+        Raises:
+            DocumentError: if the journal has more samples than there are.
+        """
+        settings = journal_settings(self.loaded, self.probes, self.options, self.calibration)
+        form = record_form(self.loaded, self.probes, self.options)
+        layers, metrics = self.loaded.info.quantizable, _metrics(self.probes)
+        ropes = measure_rotations(self.loaded.model, layers, self.loaded.max_length) if metrics else {}
+        with Journal(journal, settings, form, resume=resume) as record:
+            if journal is not None and len(record.records) > len(self.samples):
+                fault = f"it has {len(record.records)} samples, more than {len(self.samples)}"
+                raise DocumentError(str(journal), [fault])
+            parts = MomentParts(journal, ropes, self.options.frame, resume=resume)
+            self._measure_rest(record, parts, form, on_step)
+            file = _write_moments(moments, parts, len(self.samples)) if metrics and moments else None
+        if not self.loaded.ranks.leads:
+            return {}
+        return {
+            probe.name: mean_score(probe, record.records, identity, file)
+            for probe, identity in zip(self.probes, self.identities, strict=True)
+        }
+
+    def _measure_rest(
+        self,
+        record: Journal[Sample],
+        parts: MomentParts,
+        form: TypeAdapter[Sample],
+        on_step: Callable[[int, int], None],
+    ) -> None:
+        """Measure the samples that are not in the journal yet; their records go there, their moments to `parts`."""
+        ranks, total = self.loaded.ranks, len(self.samples)
+
+        def measure(number: int) -> MeasuredSample:
+            sums = parts.begin()
+            sample = measure_sample(self.loaded, self.probes, self.samples[number], self.options, sums)
+            return MeasuredSample(sample, sums)
+
+        has_moments = bool(_metrics(self.probes))
+        on_step(len(record.records), total)
+        numbers = range(int(ranks.agree(str(len(record.records)).encode())), total)
+        try:
+            for measured in share_samples(ranks, numbers, measure, form):
+                if has_moments:
+                    parts.keep(len(record.records), measured.sums)
+                record.append(measured.sample)
+                on_step(len(record.records), total)
+        except (ModelError, SystemExit):
+            if not record.records:
+                record.remove()  # there is nothing to resume
+            raise
 
 
 def _check(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOptions, moments: Path | None) -> None:
@@ -131,37 +195,6 @@ def _grids(probes: Sequence[Probe], options: ProbeOptions) -> list[Grid]:
 
 def _metrics(probes: Sequence[Probe]) -> list[MetricProbe]:
     return [probe for probe in probes if isinstance(probe, MetricProbe)]
-
-
-def _measure_rest(
-    loaded: LoadedModel,
-    probes: Sequence[Probe],
-    options: ProbeOptions,
-    samples: Samples,
-    record: Journal[Sample],
-    parts: MomentParts,
-    form: TypeAdapter[Sample],
-    on_step: Callable[[int, int], None],
-) -> None:
-    """Measure the samples that are not in the journal yet; their records go there, their moments to `parts`."""
-
-    def measure(number: int) -> MeasuredSample:
-        sums = parts.begin()
-        return MeasuredSample(measure_sample(loaded, probes, samples[number], options, sums), sums)
-
-    has_moments = bool(_metrics(probes))
-    on_step(len(record.records), len(samples))
-    numbers = range(int(loaded.ranks.agree(str(len(record.records)).encode())), len(samples))
-    try:
-        for measured in share_samples(loaded.ranks, numbers, measure, form):
-            if has_moments:
-                parts.keep(len(record.records), measured.sums)
-            record.append(measured.sample)
-            on_step(len(record.records), len(samples))
-    except (ModelError, SystemExit):
-        if not record.records:
-            record.remove()  # there is nothing to resume
-        raise
 
 
 def default_samples(scores: Sequence[str | Probe]) -> int:

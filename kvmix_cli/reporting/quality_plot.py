@@ -76,7 +76,7 @@ class Quality(NamedTuple):
 
 
 @styled()
-def draw_quality(axes: Axes, dots: Sequence[Dot], quality: Quality, cost: str, title: str = "") -> list[str]:
+def draw_quality(axes: Axes, dots: Sequence[Dot], quality: Quality, cost: str) -> list[str]:
     """Draw points with intervals and names, the front as stairs, and the unquantized cache as a dashed line.
 
     Args:
@@ -89,7 +89,7 @@ def draw_quality(axes: Axes, dots: Sequence[Dot], quality: Quality, cost: str, t
     costs = [drawable(dot.cost) for dot in dots]
     reference = None if quality.reference is None else drawable(quality.reference)
     direction = "higher is better" if quality.higher_is_better else "lower is better"
-    describe(axes, x=cost, y=f"{quality.title}, {direction}", title=title)
+    describe(axes, x=cost, y=f"{quality.title}, {direction}")
     values = [*low, *high, *([] if reference is None else [reference])]
     fit_axis(axes.yaxis, values, FuncFormatter(signed if quality.increase else tick_text))
     _fit_cost(axes, costs, spread="bits" in cost)

@@ -63,7 +63,7 @@ def make_profile(
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure the layers' importance, or with `resume` read or finish what an earlier demo has measured."""
-    from ..profiling import ProbeOptions, run_profile
+    from ..profiling import ProbeOptions, remove_journal, run_profile
     from ..texts import load_texts
 
     path = profile_path(out)
@@ -87,7 +87,7 @@ def make_profile(
         on_step=on_step,
     )
     profile.save(path, command)
-    journal.unlink(missing_ok=True)
+    remove_journal(journal)
     return profile
 
 

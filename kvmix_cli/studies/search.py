@@ -48,7 +48,6 @@ def search(
     texts: str = "builtin",
     samples: int = 4,
     progress: Progress | None = None,
-    notice: Callable[[str], None] = lambda message: None,
 ) -> Plan:
     """Return the best of the plans that are measured.
 
@@ -63,7 +62,6 @@ def search(
         texts: text to measure on, as given to `--calibration`.
         samples: number of its documents.
         progress: progress bar, see `evaluation.runner.Progress`.
-        notice: function that is told, when the user interrupts the search, that it can be continued.
 
     Raises:
         KvmixError: if the budget cannot be met, plans cannot be measured, or the journal cannot be used.
@@ -87,11 +85,7 @@ def search(
             step()
             return loss
 
-        try:
-            return refine(profile, budget, measure_and_count, trials=trials, **options)
-        except KeyboardInterrupt:
-            notice("what was measured is kept: go on with the same command and --resume")
-            raise
+        return refine(profile, budget, measure_and_count, trials=trials, **options)
 
 
 def remembered(

@@ -9,7 +9,7 @@ from composing import BY_HEAD, plan_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from reference import dense_attention_lse
 from teaching import ids, swap_by_beams, teacher_forced
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import build
 from composing import plan_for
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from teaching import ids, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache

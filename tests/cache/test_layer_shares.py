@@ -11,7 +11,7 @@ from architectures import build
 from composing import plan_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.layer_shares import LayerShares, SharingLayer

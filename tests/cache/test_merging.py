@@ -10,7 +10,8 @@ from composing import plan_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
-from kvmix_kernels.segments import EVICTED, Segments
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import EVICTED
 from teaching import ids, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.handle import Handle

@@ -4,8 +4,8 @@ import pytest
 import torch
 from architectures import build
 from composing import AXES, plan_for
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.runtime.native import library
-from kvmix_kernels.segments import Packed
 from teaching import ids
 from transformers import MistralConfig
 

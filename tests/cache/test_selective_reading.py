@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import build
 from coding import coded_plan
-from kvmix_kernels.segments import Coded
+from kvmix_kernels.pages import Coded
 from page_choices import summary_of
 from teaching import ids, teacher_forced
 

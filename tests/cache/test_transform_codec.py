@@ -19,8 +19,8 @@ from coding import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvmix_kernels.pages import Coded
 from kvmix_kernels.runtime.fallback import warn_once
-from kvmix_kernels.segments import Coded
 from kvmix_kernels.transform_layout import exact_count
 from teaching import PIECES, ids, swap_by_beams, teacher_forced
 from warned import falls_back_once

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import build
 from composing import plan_for
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from profiling_models import wrap
 from teaching import ids
 

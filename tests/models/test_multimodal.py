@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from commandline import kvmix, kvmix_json, refused
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from PIL import Image
 from transformers.cache_utils import DynamicCache
 

@@ -6,7 +6,7 @@ from attending import paths, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, naive
-from kvmix_kernels.segments import Packed
+from kvmix_kernels.pages import Packed
 from poisoned import segments
 from reference import dense_attention
 

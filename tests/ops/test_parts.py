@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import AttentionProblem, attend, naive
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.quantize import quantize
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.runtime.native import library
-from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import EVICTED, Tiers
 from poisoned import channel_runs, packed_pages, pooled, segments
 from reference import dense_attention_lse
 from warned import falls_back_once

@@ -6,8 +6,9 @@ from attending import dense, seen
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend import AttentionProblem, naive
 from kvmix_kernels.attend.parts import parts_of
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.pooled import PooledTokens
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from poisoned import pooled
 from reference import dense_attention_lse
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import instruction_sets, relative_rms
-from coded_pages import random_places
+from coded_pages import coded, coded_segments, random_basis, random_places, random_widths
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend, cpu, naive
@@ -17,7 +17,6 @@ from kvmix_kernels.transform import cpu as transform_cpu
 from kvmix_kernels.transform import encode
 from kvmix_kernels.transform import naive as transform_naive
 from poisoned import mask_of, segments
-from transform_codes import coded, coded_segments, random_basis, random_widths
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no native library")
 

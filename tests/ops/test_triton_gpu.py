@@ -14,8 +14,10 @@ from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.attend import naive as definition
 from kvmix_kernels.attend.triton.codes import decode, decode_plainly
 from kvmix_kernels.attend.triton.steps import fields_of, share_of, step_of
+from kvmix_kernels.pages import Channels, Packed
 from kvmix_kernels.quantize import naive, quantize, quantize_into
-from kvmix_kernels.segments import Channels, Packed, Segments, Tiers
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import Tiers
 
 pytestmark = [
     pytest.mark.gpu,

@@ -53,7 +53,7 @@ def test_the_same_picture_is_the_same_file(tmp_path, suffix):
     def draw(folder):
         with styled():
             axes = new_figure(400, 300).subplots()
-        draw_quality(axes, dots([3.0, 1.0, 2.0]), INCREASE, "stored bits", "title")
+        draw_quality(axes, dots([3.0, 1.0, 2.0]), INCREASE, "stored bits")
         return save(axes.figure, tmp_path / folder / f"picture.{suffix}").read_bytes()
 
     assert draw("one") == draw("other")

@@ -11,8 +11,9 @@ from kvmix_kernels.blocks.problem import BlockProblem
 from kvmix_kernels.blocks.triton import attend as attend_blocks
 from kvmix_kernels.blocks.triton import coded_store
 from kvmix_kernels.blocks.triton.store import store
+from kvmix_kernels.pages import Channels, Coded, Packed, Plain
 from kvmix_kernels.quantize import triton as quantizing
-from kvmix_kernels.segments import Channels, Coded, Packed, Plain, Segments
+from kvmix_kernels.segments import Segments
 from kvmix_kernels.transform import TransformBasis
 from kvmix_kernels.transform import triton as transforming
 from kvmix_kernels.transform_layout import RUN, TransformLayout

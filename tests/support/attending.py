@@ -9,7 +9,7 @@ from kvmix_kernels.attend import cpu, naive
 from kvmix_kernels.pooled import PooledTokens
 from kvmix_kernels.runtime.native import library, use_instruction_set
 from kvmix_kernels.runtime.native.processor import available, wanted
-from kvmix_kernels.segments import EVICTED, Tiers, count
+from kvmix_kernels.sorted_tokens import EVICTED, Tiers, count
 from poisoned import tiers
 
 

@@ -1,13 +1,11 @@
-"""Keys and values in transform codes with random directions, with poisoned memory around everything that is theirs."""
+"""Keys and values in transform codes with random directions, and poisoned memory around everything that is theirs."""
 
 import torch
-from kvmix_kernels.segments import Coded, Segments
-from kvmix_kernels.transform import Frames, TransformBasis, encode
-from kvmix_kernels.transform_layout import TransformLayout
+from kvmix_kernels.pages import Coded
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.transform import Frames, TransformBasis, naive
+from kvmix_kernels.transform_layout import RUN, TransformLayout
 from poisoned import in_a_poisoned_buffer, in_pages
-
-MENU = ["6543", "3322", "5510", "6666", "4100", "1111", "0000", "6300"]
-"""Widths of quarters of a head."""
 
 
 def basis_of(kind, menu, head_dim, page, frame=None, exact=0, seed=0):
@@ -27,16 +25,37 @@ def basis_of(kind, menu, head_dim, page, frame=None, exact=0, seed=0):
     return TransformBasis(layout, encoder, encoder.inverse(), mean, deviation, frames)
 
 
-def coded(states, basis, places=None):
-    """Whole pages of `[B, H_kv, T, D]` in transform codes; tokens at `places` `[B, H_kv, N]` are exact."""
-    found = encode(in_pages(states, basis.layout.page), basis)
-    return Coded(
-        basis,
-        in_a_poisoned_buffer(found.codes),
-        None if found.scales is None else in_a_poisoned_buffer(found.scales),
-        places,
-        None if places is None else tokens_at(states, places),
-    )
+def random_widths(heads, head_dim, generator):
+    """Widths that fall along each head, its own; some heads have runs of 0 bits, and one may have nothing else."""
+    runs = -(-head_dim // RUN)
+    drawn = torch.randint(0, 7, (heads, runs), generator=generator)
+    drawn[torch.rand(heads, runs, generator=generator) < 0.3] = 0
+    return tuple(tuple(sorted(head.tolist(), reverse=True)) for head in drawn)
+
+
+def random_basis(kind, widths, head_dim, page, exact=0, frame=None, interleaved=False, seed=0):
+    """Random directions that are not orthogonal; keys are turned to frames of `frame` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = len(widths)
+    decoder = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=generator))[0]
+    decoder = decoder * (0.5 + torch.rand(heads, 1, head_dim, generator=generator))
+    deviation = (0.5 + torch.rand(heads, head_dim, generator=generator)).sort(descending=True)[0]
+    pairs = head_dim // 4  # RoPE of half the channels, not the first ones
+    frequencies = 100.0 ** -(torch.arange(pairs) / pairs).double()
+    frames = Frames(frame, frequencies, head_dim - 2 * pairs, interleaved) if kind == "key" else None
+    mean = torch.randn(heads, head_dim, generator=generator) / 4
+    layout = TransformLayout(kind, widths, head_dim, page, exact)
+    return TransformBasis(layout, torch.linalg.inv(decoder).contiguous(), decoder, mean, deviation, frames)
+
+
+def coded(basis, states, places=None):
+    """Whole pages of `[B, H_kv, T, D]`, encoded by definition; tokens at `places` `[B, H_kv, N]` are exact."""
+    found = naive.encode(in_pages(states, basis.layout.page), basis)
+    codes = in_a_poisoned_buffer(found.codes)
+    scales = None if found.scales is None else in_a_poisoned_buffer(found.scales)
+    if places is None:
+        return Coded(basis, codes, scales)
+    return Coded(basis, codes, scales, in_a_poisoned_buffer(places), in_a_poisoned_buffer(tokens_at(states, places)))
 
 
 def tokens_at(states, places):
@@ -54,17 +73,22 @@ def random_places(batch, heads, pages, page, exact):
     return places.sort().values
 
 
-def coded_segments(
+def coded_segments(basis, sinks, pages, tail, places=None, batch=2, dtype=torch.float32):
+    """Sinks, pages of transform codes and tail."""
+    layout = basis.layout
+    shape = (batch, layout.kv_heads, sinks + pages * layout.page + tail, layout.head_dim)
+    sink, middle, end = torch.randn(shape).to(dtype).split([sinks, pages * layout.page, tail], dim=2)
+    held = coded(basis, middle, places) if pages else None
+    return Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(end))
+
+
+def coded_pair(
     menu, sinks, pages, tail, head_dim=64, page=64, frame=None, exact=0, dtype=torch.float32, batch=2, seed=0
 ):  # fmt: skip
-    """Sinks, pages of transform codes and tail, of keys and of values; these have the menu from the other end."""
-    heads = len(menu)
-    places = random_places(batch, heads, pages, page, exact)
-    made = []
-    for kind, of_kind in (("key", menu), ("value", menu[::-1])):
-        states = torch.randn(batch, heads, sinks + pages * page + tail, head_dim).to(dtype)
-        basis = basis_of(kind, of_kind, head_dim, page, frame if kind == "key" else None, exact, seed)
-        sink, middle, end = states.split([sinks, pages * page, tail], dim=2)
-        held = coded(middle, basis, places) if pages else None
-        made.append(Segments(in_a_poisoned_buffer(sink) if sinks else None, held, in_a_poisoned_buffer(end)))
-    return made
+    """The same of keys and of values, which have the menu from the other end."""
+    places = random_places(batch, len(menu), pages, page, exact)
+    bases = (
+        basis_of("key", menu, head_dim, page, frame, exact, seed),
+        basis_of("value", menu[::-1], head_dim, page, None, exact, seed),
+    )
+    return [coded_segments(basis, sinks, pages, tail, places, batch, dtype) for basis in bases]

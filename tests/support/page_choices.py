@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from coded_pages import coded_segments
+from coded_pages import coded_pair
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.summaries import Summarized
 from poisoned import in_a_poisoned_buffer, segments
@@ -22,7 +22,7 @@ def summarized_problem(codec, pages, count, kind, sharing, ratio, mask=None, que
         key, value = (segments(which, 4, 3, pages, 10, 64, page, 16) for which in ("key", "value"))
     else:
         frame = 2 * page if codec == "frames" else None
-        key, value = coded_segments(["6543", "3322"], 3, pages, 10, page=page, frame=frame, exact=2)
+        key, value = coded_pair(["6543", "3322"], 3, pages, 10, page=page, frame=frame, exact=2)
     held = key.packed
     summary = summary_of(held.select(0, pages, torch.float32), kind)
     key = replace(key, packed=Summarized(held, in_a_poisoned_buffer(summary), count, sharing))

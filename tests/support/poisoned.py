@@ -5,9 +5,11 @@ import contextlib
 import torch
 from kvmix_kernels import PageLayout
 from kvmix_kernels.attend.triton import sharing
+from kvmix_kernels.pages import Channels, Packed, Plain
 from kvmix_kernels.pooled import PooledTokens
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import EVICTED, Channels, Packed, Plain, Segments, Tiers
+from kvmix_kernels.segments import Segments
+from kvmix_kernels.sorted_tokens import EVICTED, Tiers
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..encoded import CodecPages
+from ..pages import Coded
 from ..runtime import gpu
 from ..runtime.fallback import warn_once
 from ..runtime.native import library
-from ..segments import Coded
 from ..summaries import Summarized
 from . import cpu, naive
 from .choice import gathered, with_all_pages, with_chosen_pages

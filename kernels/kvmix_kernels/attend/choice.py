@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..segments import Coded, Packed
+from ..pages import Coded, Packed
 from ..summaries import ChosenPages, Summarized
 from .problem import AttentionProblem
 

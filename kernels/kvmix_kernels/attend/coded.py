@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..pages import Coded
 from ..runtime.native.structs import DTYPES, CCoded
-from ..segments import Coded
 from ..transform import Frames, TransformBasis
 
 LONGEST_PAGE = 1024

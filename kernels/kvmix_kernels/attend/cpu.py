@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..pages import Channels, Coded, Packed
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CSegments
-from ..segments import Channels, Coded, Packed, Segments
+from ..segments import Segments
 from ..summaries import ChosenPages
 from .pages import NativePages, native_pages
 from .parts import Part, parts_of

@@ -12,8 +12,9 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from ..layout import FULL_PRECISION_BITS
+from ..pages import Channels, Coded, Packed, Plain, TokenPages
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CRun, CSegments
-from ..segments import Channels, Coded, Packed, Plain, SortedTokens, TokenPages
+from ..sorted_tokens import SortedTokens
 from ..summaries import ChosenPages
 from . import coded
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..pages import Channels, Coded, Packed
 from ..pooled import PooledTokens
-from ..segments import Channels, Coded, Packed, Segments, SortedTokens, Tiers, count
+from ..segments import Segments
+from ..sorted_tokens import SortedTokens, Tiers, count
 from ..summaries import ChosenPages
 from .problem import AttentionProblem
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..segments import Coded, Segments, SortedTokens
+from ..pages import Coded
+from ..segments import Segments
+from ..sorted_tokens import SortedTokens
 
 
 class QueryProblem(ABC):

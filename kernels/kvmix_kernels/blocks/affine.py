@@ -67,12 +67,10 @@ class AffineBlocks(BlockTensor):
         return tuple((start, PageLayout("key", self.layout.bits, width, self.page)) for start, width in widths)
 
     @cached_property
-    def _widths(self) -> Tensor:
-        return torch.full((self.kv_heads, self.head_dim), self.layout.bits, dtype=torch.uint8)
-
-    @cached_property
-    def _places(self) -> Tensor:
-        return torch.arange(self.kv_heads) * (self._code_bytes // self.kv_heads)
+    def _code_layout(self) -> cpu.BlockLayout:
+        widths = torch.full((self.kv_heads, self.head_dim), self.layout.bits, dtype=torch.uint8)
+        places = torch.arange(self.kv_heads) * (self._code_bytes // self.kv_heads)
+        return cpu.BlockLayout(self.kind, widths, places, self.page, self.layout.group)
 
     def write(self, blocks: Tensor, states: Tensor, slots: Tensor, positions: Tensor) -> None:
         is_read = self.encoder == "minmax" and states.dtype in DTYPES and states.stride(2) == 1
@@ -80,8 +78,8 @@ class AffineBlocks(BlockTensor):
         if native is None:
             self.write_plainly(blocks, states, slots)
             return
-        own, group = blocks[:, : self._code_bytes], self.layout.group
-        cpu.store(native, self.kind, own, self.by_token(blocks), states, slots, self._widths, self._places, group)
+        codes = blocks[:, : self._code_bytes]
+        cpu.store(native, self._code_layout, codes, self.by_token(blocks), states, slots)
 
     def write_plainly(self, blocks: Tensor, states: Tensor, slots: Tensor) -> None:
         """Store tokens by the definition, `[n, H_kv, D]` in blocks `[N, nbytes]`; see `write`."""
@@ -139,7 +137,7 @@ class AffineBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            cpu.place(native, self.kind, blocks, codes, slots, self._widths, self._places, self.page, self.layout.group)
+            cpu.place(native, self._code_layout, blocks, codes, slots)
 
     def words(self, blocks: Tensor) -> Tensor:
         """Return the words of blocks, `[N, H_kv, rows * bits / 16, columns]`."""

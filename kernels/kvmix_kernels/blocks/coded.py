@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..attend.coded import LONGEST_PAGE, pages_of
+from ..pages import Coded
 from ..runtime.native import library
 from ..runtime.native.structs import DTYPES, CSegments
-from ..segments import Coded
 from ..transform import TransformBasis
 from ..transform.cpu import code, takes
 from ..transform.naive import code as naive_code
@@ -114,8 +114,8 @@ class CodedBlocks(BlockTensor):
         if native is None:
             naive.place(blocks, codes, slots, self.page, self._unpack, self._pack)
         else:
-            widths, places = self.basis.arrays.widths, self.basis.arrays.places
-            cpu.place(native, "direction", blocks, codes, slots, widths, places, self.page)
+            layout = cpu.BlockLayout("direction", self.basis.arrays.widths, self.basis.arrays.places, self.page)
+            cpu.place(native, layout, blocks, codes, slots)
 
     def codes(self, blocks: Tensor) -> Tensor:
         """Return the codes of blocks, `[N, page_bytes]`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,63 +13,56 @@ from ..runtime.native.structs import DTYPES, FORMS, CAttention, CPart, CPlacemen
 from .problem import BlockProblem
 
 
-def place(
-    library: ctypes.CDLL,
-    form: str,
-    blocks: Tensor,
-    codes: Tensor,
-    slots: Tensor,
-    widths: Tensor,
-    places: Tensor,
-    page: int,
-    group: int = 0,
-) -> None:
+class BlockLayout(NamedTuple):
+    """Where the codes of a block lie.
+
+    Attributes:
+        form: `"direction"`, `"key"` or `"value"`: how they are packed.
+        widths: `[H_kv, D]` uint8, bits of the codes.
+        places: `[H_kv]` int64, first byte of each head in a block.
+        page: tokens of a block.
+        group: channels of a group, which are packed together where they are keys'; 0 for directions.
+    """
+
+    form: str
+    widths: Tensor
+    places: Tensor
+    page: int
+    group: int = 0
+
+
+def place(library: ctypes.CDLL, layout: BlockLayout, blocks: Tensor, codes: Tensor, slots: Tensor) -> None:
     """Put codes of tokens into blocks, as `naive.place` does.
 
     Args:
         library: the native library.
-        form: `"direction"`, `"key"` or `"value"`: how the codes of a block lie.
+        layout: of the blocks.
         blocks: `[N, bytes]` uint8, the codes of every block.
         codes: `[n, H_kv, D]` uint8.
         slots: `[n]` int64.
-        widths: `[H_kv, D]` uint8, bits of the codes.
-        places: `[H_kv]` int64, first byte of each head in a block.
-        page: tokens of a block.
-        group: channels of keys that are packed together.
     """
     codes, slots = codes.contiguous(), slots.contiguous()
-    call = _placement(form, blocks, slots, codes.shape, widths, places, page, group)
+    call = _placement(layout, blocks, slots, codes.shape)
     call.codes = codes.data_ptr()
     library.kvmix_place(ctypes.byref(call))
 
 
 def store(
-    library: ctypes.CDLL,
-    form: str,
-    blocks: Tensor,
-    scales: Tensor,
-    states: Tensor,
-    slots: Tensor,
-    widths: Tensor,
-    places: Tensor,
-    group: int,
+    library: ctypes.CDLL, layout: BlockLayout, blocks: Tensor, scales: Tensor, states: Tensor, slots: Tensor
 ) -> None:
     """Put tokens into blocks as codes, each group of channels by its smallest and largest element.
 
     Args:
         library: the native library.
-        form: `"key"` or `"value"`: how the codes of a block lie.
+        layout: of the blocks: of keys or values, of one width, in groups of a multiple of 16 channels.
         blocks: `[N, bytes]` uint8, the codes of every block.
         scales: `[N, H_kv, groups, 2, page]`, scale and zero of every block, one token after the other.
         states: `[n, H_kv, D]` in a dtype of `DTYPES`, channels contiguous.
         slots: `[n]` int64.
-        widths: `[H_kv, D]` uint8, bits of the codes, all alike.
-        places: `[H_kv]` int64, first byte of each head in a block.
-        group: channels of a group, a multiple of 16.
     """
     slots = slots.contiguous()
     call = CStoring(
-        to=_placement(form, blocks, slots, states.shape, widths, places, scales.shape[-1], group),
+        to=_placement(layout, blocks, slots, states.shape),
         states=states.data_ptr(),
         scales=scales.data_ptr(),
         states_strides=states.stride()[:2],
@@ -79,29 +73,20 @@ def store(
     library.kvmix_store(ctypes.byref(call))
 
 
-def _placement(
-    form: str,
-    blocks: Tensor,
-    slots: Tensor,
-    shape: Sequence[int],
-    widths: Tensor,
-    places: Tensor,
-    page: int,
-    group: int,
-) -> CPlacement:
+def _placement(layout: BlockLayout, blocks: Tensor, slots: Tensor, shape: Sequence[int]) -> CPlacement:
     """Return where tokens `[n, H_kv, D]` of this shape go, without their codes; `slots` must outlive it."""
     return CPlacement(
         slots=slots.data_ptr(),
         blocks=blocks.data_ptr(),
-        widths=widths.data_ptr(),
-        places=places.data_ptr(),
+        widths=layout.widths.data_ptr(),
+        places=layout.places.data_ptr(),
         block_bytes=blocks.stride(0),
         tokens=shape[0],
         heads=shape[1],
         dim=shape[2],
-        page=page,
-        form=FORMS[form],
-        group=group,
+        page=layout.page,
+        form=FORMS[layout.form],
+        group=layout.group,
         threads=torch.get_num_threads(),
     )
 
@@ -141,8 +126,3 @@ def attend(library: ctypes.CDLL, problem: BlockProblem) -> Tensor:
         call.sink_logits = logits.data_ptr()
     library.kvmix_attend(ctypes.byref(call))
     return output
-
-
-def strides(view: Tensor, axes: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Return the strides of these axes for batch, head and block, of which the batch has none: all share the blocks."""
-    return (ctypes.c_int64 * 3)(0, *(view.stride(axis) for axis in axes))

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.segments import SortedTokens, TokenPages
+from kvmix_kernels.pages import TokenPages
+from kvmix_kernels.sorted_tokens import SortedTokens
 from torch import Tensor
 
 from ..archive import Archive

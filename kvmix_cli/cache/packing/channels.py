@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from kvmix_kernels.layout import Encoder, PageLayout
-from kvmix_kernels.segments import Channels
+from kvmix_kernels.pages import Channels
 from torch import Tensor
 
 from ..archive import Archive

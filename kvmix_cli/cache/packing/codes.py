@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from kvmix_kernels.pages import Coded
 from kvmix_kernels.quantize.finite import FiniteWatch
-from kvmix_kernels.segments import Coded
 from kvmix_kernels.transform import TransformBasis, encode
 from torch import Tensor
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from kvmix_kernels.layout import Encoder, PageLayout
+from kvmix_kernels.pages import Packed, Plain
 from kvmix_kernels.quantize import quantize_into
 from kvmix_kernels.quantize.finite import FiniteWatch
-from kvmix_kernels.segments import Packed, Plain
 from torch import Tensor
 
 from ...errors import QuantizationError

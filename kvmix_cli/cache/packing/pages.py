@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from kvmix_kernels.layout import Encoder, PageLayout
-from kvmix_kernels.segments import Packed
+from kvmix_kernels.pages import Packed
 from torch import Tensor
 
 from ..archive import Archive

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from kvmix_kernels.pooled import PooledTokens
-from kvmix_kernels.segments import EVICTED
+from kvmix_kernels.sorted_tokens import EVICTED
 from torch import Tensor
 
 from ..archive import Archive

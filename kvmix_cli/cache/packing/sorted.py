@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from kvmix_kernels.segments import Channels, KeptTokens, Packed, SortedTokens, Tiers
+from kvmix_kernels.pages import Channels, Packed
+from kvmix_kernels.sorted_tokens import KeptTokens, SortedTokens, Tiers
 from torch import Tensor
 
 from ...errors import PlanError

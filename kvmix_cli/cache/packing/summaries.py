@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from kvmix_kernels.segments import Coded, Packed
+from kvmix_kernels.pages import Coded, Packed
 from kvmix_kernels.summaries import Summarized
 from torch import Tensor
 

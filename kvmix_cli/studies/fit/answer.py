@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import BudgetError, ModelError, PlanError
-from ...plan import CacheSettings, LayerPlan, ModelInfo, Plan
+from ...plan import LayerPlan, ModelInfo, Plan
 from ...plan.fields import WIDTHS
 from ...plan.sizes import format_bytes
 from .facts import ModelFacts
@@ -208,7 +208,7 @@ def usual_plans(info: ModelInfo) -> dict[str, Plan]:
     return found
 
 
-def average_plan(info: ModelInfo, bits: float, cache: CacheSettings | None = None) -> Plan:
+def average_plan(info: ModelInfo, bits: float) -> Plan:
     """Return a plan whose nominal bits are as near to a mean as two widths allow, and not above it.
 
     Which layers have the wider one is not decided by any score: bytes do not depend on it where layers are alike.
@@ -226,7 +226,7 @@ def average_plan(info: ModelInfo, bits: float, cache: CacheSettings | None = Non
             layer: LayerPlan.of_bits(*(2 * [high if place < wide else low]))
             for place, layer in enumerate(info.quantizable)
         }
-        return Plan.build(info, layers, cache, {"method": "average"})
+        return Plan.build(info, layers, provenance={"method": "average"})
 
     count = len(info.quantizable)
     most = bisect_right(range(1, count + 1), bits + 1e-9, key=lambda wide: plan(wide).bits.nominal) if high > low else 0

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from kvmix_kernels import BITS, PageLayout
 from kvmix_kernels.attend import AttentionProblem
 from kvmix_kernels.attend.triton import attend, unsupported
+from kvmix_kernels.pages import Packed
 from kvmix_kernels.quantize.naive import quantize
-from kvmix_kernels.segments import Packed, Segments
+from kvmix_kernels.segments import Segments
 from poisoned import mask_of, segments, splits_of
 from reference import dense_attention
 

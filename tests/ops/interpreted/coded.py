@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attending import relative_rms
-from coded_pages import basis_of, coded_segments
+from coded_pages import basis_of, coded_pair
 from kvmix_kernels.attend import AttentionProblem, naive
 from kvmix_kernels.attend.triton import attend, coded_trial, is_trusted, trial, unsupported
 from kvmix_kernels.attend.triton.planes import planes_of
@@ -43,7 +43,7 @@ def problem_of(
     softcap=None, logits=False, sinks=3, batch=1,
 ):  # fmt: skip
     torch.manual_seed(len(menu) + pages)
-    key, value = coded_segments(menu, sinks, pages, queries + 20, head_dim, page, frame, exact, dtype, batch)
+    key, value = coded_pair(menu, sinks, pages, queries + 20, head_dim, page, frame, exact, dtype, batch)
     heads, tokens = ratio * len(menu), key.shape[2]
     query = torch.randn(batch, heads, queries, head_dim).to(dtype)
     mask = mask_of(masking, queries, tokens, sinks + page + 5)
@@ -90,12 +90,12 @@ def test_directions_of_zero_bits_are_not_in_the_tables():
 def test_what_has_no_kernel_is_named(change, complaint):
     shape = {"pages": 1, "page": 64, "tail": 40, "frame": None, "queries": 1} | change
     queries = shape.pop("queries")
-    key, value = coded_segments(["4100"], 3, head_dim=32, batch=1, **shape)
+    key, value = coded_pair(["4100"], 3, head_dim=32, batch=1, **shape)
     assert complaint in unsupported(AttentionProblem(torch.randn(1, 2, queries, 32), key, value, scaling=1.0))
 
 
 def test_codes_of_one_side_alone_have_no_kernel():
-    key, value = coded_segments(["4100"], 3, 1, 40, head_dim=32, batch=1)
+    key, value = coded_pair(["4100"], 3, 1, 40, head_dim=32, batch=1)
     plain = Segments(None, None, value.dequantize())
     complaint = unsupported(AttentionProblem(torch.randn(1, 2, 1, 32), key, plain, scaling=1.0))
     assert complaint == "transform codes of keys or values alone"

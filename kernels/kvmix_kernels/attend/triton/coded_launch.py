@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...segments import Coded
+from ...pages import Coded
 from ..problem import AttentionProblem, QueryProblem
 from .coded import coded_kernel
 from .planes import decode_sums, fold, planes_of

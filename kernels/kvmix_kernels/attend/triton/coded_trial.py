@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from ...layout import Kind
+from ...pages import Coded
 from ...runtime import trial
-from ...segments import Coded, Segments
+from ...segments import Segments
 from ...transform import Frames, TransformBasis
 from ...transform import naive as transform
 from ...transform_layout import TransformLayout
@@ -100,7 +101,7 @@ def _failure(kind: CodedKind) -> str | None:
         key,
         value,
         scaling=0.5 * kind.dims[0] ** -0.5,
-        mask=_mask(kind, torch.randn(BATCH, 1, kind.queries, key.shape[2], generator=draw).to(kind.device)),
+        mask=random_mask(kind.mask, torch.randn(BATCH, 1, kind.queries, key.shape[2], generator=draw).to(kind.device)),
         softcap=20.0 if kind.softcap else None,
     )
     return difference(attend(problem), naive.attend(replace(problem, query=problem.query.double())))
@@ -136,10 +137,10 @@ def random_basis(
     return TransformBasis(layout, matrix, inverse, means, deviation, frames)
 
 
-def _mask(kind: CodedKind, random: Tensor) -> Tensor | None:
-    """Make a random mask, under which every query attends to something."""
-    if kind.mask is None:
+def random_mask(dtype: torch.dtype | None, random: Tensor) -> Tensor | None:
+    """Make a random mask, under which every query attends to something; None where the dtype of masks is None."""
+    if dtype is None:
         return None
     mask = random > 0
     mask[..., -1] = True
-    return mask if kind.mask == torch.bool else torch.zeros_like(random).masked_fill(~mask, -torch.inf).to(kind.mask)
+    return mask if dtype == torch.bool else torch.zeros_like(random).masked_fill(~mask, -torch.inf).to(dtype)

@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from ...layout import PageLayout
-from ...segments import Channels, Packed, Plain, Segments
+from ...pages import Channels, Packed, Plain
+from ...segments import Segments
 from ..parts import Part, parts_of, uncoded_parts_of
 from ..problem import AttentionProblem
 from . import coded_launch

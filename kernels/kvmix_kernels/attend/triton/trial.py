@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from ...layout import FULL_PRECISION_BITS, Kind, PageLayout
+from ...pages import Channels, Packed, Plain
 from ...quantize.naive import quantize
 from ...runtime import trial
-from ...segments import Channels, Packed, Plain, Segments
+from ...segments import Segments
 from .. import naive
 from ..problem import AttentionProblem
 from . import coded_trial
@@ -123,7 +124,7 @@ def _failure(kind: AttentionKind) -> str | None:
         key,
         value,
         scaling=0.5 * kind.dims[0] ** -0.5,  # random keys at 1 bit are long
-        mask=_mask(kind, random(kind.queries, key.shape[2])[:, :1]),
+        mask=coded_trial.random_mask(kind.mask, random(kind.queries, key.shape[2])[:, :1]),
         softcap=20.0 if kind.softcap else None,
     )
     return coded_trial.difference(attend(problem), naive.attend(replace(problem, query=query.double())))
@@ -147,15 +148,6 @@ def _run(run: PageLayout | int, page: int, random: Callable[..., Tensor]) -> Pac
     if isinstance(run, int):
         return Plain(random(PAGES, run, page))
     return Packed(run, *quantize(random(PAGES, page, run.head_dim), run))
-
-
-def _mask(kind: AttentionKind, random: Tensor) -> Tensor | None:
-    """Make a random mask, under which every query attends to something."""
-    if kind.mask is None:
-        return None
-    mask = random > 0
-    mask[..., -1] = True
-    return mask if kind.mask == torch.bool else torch.zeros_like(random).masked_fill(~mask, -torch.inf).to(kind.mask)
 
 
 def _bits(run: PageLayout | int | None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...attend.triton.coded_launch import BlockTable, attend_to_pages, tile_of
 from ...attend.triton.sharing import PartialResults
 from ...attend.triton.softmax import LOG2_E
-from ...segments import Coded
+from ...pages import Coded
 from ..coded import CodedBlocks
 from ..problem import BlockProblem
 
