@@ -33,7 +33,7 @@ def dry_run_json(command: str, found: DryRun) -> dict[str, Any]:
         "command": command,
         "dry_run": True,
         "model": found.model,
-        "steps": [step._asdict() for step in found.steps],
+        "steps": [{"name": step.name, "what": step.what, "seconds": step.seconds} for step in found.steps],
         "seconds": found.seconds,
         "memory_bytes": found.memory,
         "writes": list(found.writes),

@@ -13,7 +13,7 @@ from ..evaluation.results import Estimate, Table
 from ..export import TARGETS
 from ..export.target import OR_PLUGIN
 from ..plan.sizes import format_bytes
-from ..studies.recommend.cost import Forecast
+from ..studies.recommend.cost import PROVEN, Forecast, PlannedStep
 from ..studies.recommend.judge import FEWEST, Judgement, Outcome
 from ..studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 from .comparison import ITSELF
@@ -212,13 +212,28 @@ def _evidence_json(row: EvidenceRow) -> dict[str, Any]:
 
 def forecast_table(found: Forecast) -> Table:
     """Return the steps of a recommendation with their times, which are estimates, and what these rest on."""
-    rows = [(step.name, step.what, duration_text(step.seconds)) for step in found.steps]
-    total = f"about {duration_text(found.seconds)} in all, samples that are kept already not counted off\n"
+    rows = [(step.name, step.what, duration_text(step.seconds), _range_text(step)) for step in found.steps]
     unknown = any(step.seconds is None for step in found.steps)
-    known = "" if unknown and not found.seconds else total
-    notes = f"{known}about {format_bytes(found.memory)} of memory for weights and two caches\n{found.basis}\n"
+    notes = [] if unknown and not found.seconds else _total(found)
+    notes += [f"about {format_bytes(found.memory)} of memory for weights and two caches", found.basis]
     title = f"what a recommendation for {one_line(found.model.id)} at {tokens(found.context)} would do"
-    return Table(title, ("step", "what", "about"), rows, notes)
+    return Table(title, ("step", "what", "about", "from - to"), rows, "".join(f"{note}\n" for note in notes))
+
+
+def _total(found: Forecast) -> list[str]:
+    """Return the time of all steps, and what it depends on."""
+    shortest, longest = map(duration_text, found.range)
+    total = f"about {duration_text(found.seconds)} in all, from {shortest} to {longest}: that depends on how many plans"
+    lines = [f"{total} have to be measured; samples that are kept already are not counted off"]
+    if found.per_proof:
+        each = duration_text(found.per_proof)
+        lines += [f"should more than {PROVEN.most} have to be proven, each takes up to {each}"]
+    return lines
+
+
+def _range_text(step: PlannedStep) -> str:
+    """Return the shortest and the longest time of a step whose time depends on what is found, `60 s - 3 min`."""
+    return " - ".join(map(duration_text, step.range)) if step.each else ""
 
 
 def forecast_json(found: Forecast) -> dict[str, Any]:
@@ -228,8 +243,15 @@ def forecast_json(found: Forecast) -> dict[str, Any]:
         "model": found.model.id,
         "context": found.context,
         "dry_run": True,
-        "steps": [step._asdict() for step in found.steps],
+        "steps": [_planned_json(step) for step in found.steps],
         "seconds": found.seconds,
+        "seconds_range": found.range,
+        "seconds_per_proof": found.per_proof,
         "memory_bytes": found.memory,
         "basis": found.basis,
     }
+
+
+def _planned_json(step: PlannedStep) -> dict[str, Any]:
+    about = {"name": step.name, "what": step.what, "seconds": step.seconds}
+    return {**about, "seconds_range": None if step.seconds is None else step.range}

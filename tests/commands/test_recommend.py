@@ -79,6 +79,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(kvmix):
     assert [step["name"] for step in found["steps"]] == ["profile", "read codes", "compare", "prove", "recall"]
     assert found["seconds"] == pytest.approx(sum(step["seconds"] for step in found["steps"]))
     assert all(step["seconds"] > 0 for step in found["steps"])
+    shares = {step["name"]: [each / step["seconds"] for each in step["seconds_range"]] for step in found["steps"]}
+    assert shares["profile"] == shares["read codes"] == [1, 1]
+    assert shares["compare"] == pytest.approx([1 / 2, 2]), "2 to 8 plans, 4 as a rule"
+    assert shares["prove"] == pytest.approx([1 / 2, 3 / 2]), "1 to 3 plans, 2 as a rule"
+    assert shares["recall"] == pytest.approx([1, 2]), "the unquantized cache once, and 1 to 3 plans"
+    least, most = found["seconds_range"]
+    assert least < found["seconds"] < most
     assert found["memory_bytes"] > 2**20
     assert "a few passes on this machine" in found["basis"]
     assert kept() == {}

@@ -20,7 +20,7 @@ from kvmix_cli.reporting.recommendation import (
     recommendation_json,
     recommendation_tables,
 )
-from kvmix_cli.studies.recommend.cost import Forecast, PlannedStep
+from kvmix_cli.studies.recommend.cost import COMPARED, PROVEN, Forecast, PlannedStep
 from kvmix_cli.studies.recommend.judge import Judgement
 from kvmix_cli.studies.recommend.study import MeasuredPlan, MeasuredTask, Recommendation
 
@@ -177,18 +177,27 @@ def test_engines_that_can_express_a_plan_get_a_command_and_others_a_reason():
 def test_a_forecast_says_what_is_there_what_takes_how_long_and_what_cannot_be_told():
     steps = (
         PlannedStep("profile", "profile.yaml is there", 0.0),
-        PlannedStep("compare", "KL of about 3 plans", 240.0),
+        PlannedStep("compare", "KL of plans", 240.0, COMPARED, 60.0),
+        PlannedStep("prove", "KL of plans", 400.0, PROVEN, 200.0),
         PlannedStep("gsm8k", "as many prompts as the task has", None),
     )
     some = Forecast(INFO, 4096, 4096, steps, 2**30, "timed")
     table = forecast_table(some)
-    assert [row[2] for row in table.rows] == ["0 s", "4 min", "not known"]
-    assert "about 4 min in all" in table.footer
+    assert [row[2:] for row in table.rows] == [
+        ("0 s", ""),
+        ("4 min", "2 min - 8 min"),
+        ("7 min", "3 min - 10 min"),
+        ("not known", ""),
+    ]
+    assert "about 11 min in all, from 5 min to 18 min: that depends on how many plans" in table.footer
+    assert "should more than 3 have to be proven, each takes up to 3 min\n" in table.footer
     assert "about 1 GiB of memory" in table.footer
-    assert forecast_json(some)["steps"][2] == {
-        "name": "gsm8k",
-        "what": "as many prompts as the task has",
-        "seconds": None,
-    }
-    unknown = some.__class__(INFO, 4096, 4096, steps[2:], 2**30, "no times")
+    data = forecast_json(some)
+    assert (data["seconds"], data["seconds_range"], data["seconds_per_proof"]) == (640, (320, 1080), 200)
+    assert data["steps"][2:] == [
+        {"name": "prove", "what": "KL of plans", "seconds": 400, "seconds_range": (200, 600)},
+        {"name": "gsm8k", "what": "as many prompts as the task has", "seconds": None, "seconds_range": None},
+    ]
+    unknown = some.__class__(INFO, 4096, 4096, steps[3:], 2**30, "no times")
     assert "in all" not in forecast_table(unknown).footer
+    assert "have to be proven" not in forecast_table(unknown).footer

@@ -1,5 +1,6 @@
 """The smallest safe plan: what numbers prove, in which order plans are measured, and which of them is the answer."""
 
+import itertools
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from kvmix_cli.models import sources
 from kvmix_cli.plan import Plan
 from kvmix_cli.studies.recommend import forecast, study
 from kvmix_cli.studies.recommend.bench import ModelBench, Purpose, read_purpose, usable_length
-from kvmix_cli.studies.recommend.cost import ModelSpeed
+from kvmix_cli.studies.recommend.cost import ANSWERED, COMPARED, PROVEN, ModelSpeed
 from kvmix_cli.studies.recommend.judge import (
     FEWEST,
     is_within,
@@ -29,7 +30,7 @@ from kvmix_cli.studies.recommend.judge import (
     outcome,
     reach,
 )
-from kvmix_cli.studies.recommend.plans import Calibrated, Way, first_guess
+from kvmix_cli.studies.recommend.plans import STORED_BITS, Calibrated, Way, first_guess
 from kvmix_cli.studies.recommend.study import _Search, questions, smallest_passing
 
 PATIENT = settings(patient, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -173,6 +174,16 @@ def test_the_smallest_that_passes_is_found_in_few_steps(count, data):
     assert len(seen) == len(set(seen)) <= 2 * count.bit_length() + 1
 
 
+def test_a_forecast_counts_as_many_comparisons_as_the_search_may_take():
+    count = len(STORED_BITS)
+    asked = []
+    for start, smallest in itertools.product(range(1, count), range(1, count)):
+        seen = set()
+        assert smallest_passing(count, start, lambda index: seen.add(index) or index >= smallest) == smallest  # noqa: B023
+        asked.append(len(seen))
+    assert (min(asked), max(asked)) == (COMPARED.least, COMPARED.most)
+
+
 @PATIENT
 @given(st.integers(1, 20), st.data())
 def test_answers_given_ahead_are_those_that_the_search_asks_for(count, data):
@@ -311,6 +322,21 @@ def test_what_another_process_is_at_is_come_back_to(monkeypatch):
     found = scripted.run()
     assert (found.best.path, found.best.outcome) == (alone.best.path, alone.best.outcome) == (3, "safe")
     assert alone.compared.items() <= found.compared.items()
+
+
+def test_a_forecast_counts_as_many_proofs_as_a_first_plan_that_fails_late_makes_needed(monkeypatch):
+    scripted = Scripted(monkeypatch, [0.1, 0.004, 0.004])
+    measure = scripted.bench.measure
+
+    def rises_in_later_documents(task, name, plan, limit, length):
+        scripted.kl[1] = 0.004 if limit else [0.004, 0.0105]
+        return measure(task, name, plan, limit, length)
+
+    scripted.bench.measure = rises_in_later_documents
+    found = scripted.run()
+    assert (found.best.path, found.best.outcome) == (2, "safe")
+    whole = [task for task, _, limit, _ in scripted.seen if limit is None]
+    assert (whole.count("perplexity"), whole.count("recall")) == (PROVEN.usual, ANSWERED.usual)
 
 
 def test_a_plan_that_loses_recall_makes_way_for_the_next_one(monkeypatch):

@@ -3,6 +3,8 @@
 A step of tokens behind p others takes a + b p seconds. Both are measured, through the unquantized cache and through one
 of 4 bits, since half of the reading is through each. A prompt takes what its steps would, times a measured ratio. Where
 documents are read back, every token's predictions are compared with the unquantized cache's, which is timed as well.
+
+How many plans have to be measured is known only when it is done, so times are ranges: from one proof to several.
 """
 
 from __future__ import annotations
@@ -32,8 +34,6 @@ NEAR, FAR = 256, 2048
 """Tokens in the cache before the steps that are timed."""
 REPEATS = 3
 BITS = 4
-COMPARED = 4
-"""Plans that are compared before one is proven, about: the first guess and its neighbours."""
 GRADIENTS = 4.0
 """Time of a calibration document over that of reading it once as a prompt: a forward and a backward pass, and the sums
 of squares of all layers' gradients, keys and values."""
@@ -41,16 +41,48 @@ QUESTIONS = 100
 """Tokens of questions and answers behind a context, about."""
 
 
+class PlanCount(NamedTuple):
+    """The number of plans that a part of the work is done with: at least, as a rule, and at most."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.least} to {self.most} plans"
+
+
+ONE = PlanCount(1, 1, 1)
+COMPARED = PlanCount(2, 4, 8)
+"""Plans that are compared before one is proven: the first guess and the one below it suffice if both come out so; 8 is
+the most that the search among the 17 of `plans.STORED_BITS` takes. For `builtin:tiny` and SmolLM2 it was 4."""
+PROVEN = PlanCount(1, 2, 3)
+"""Plans whose KL is measured on all documents. For `builtin:tiny` and SmolLM2 the first one was above the limit in the
+last part of the positions, and the next one passed (docs/recommend.md). There is no bound but the number of plans."""
+ANSWERED = PlanCount(1, 1, PROVEN.most)
+"""Plans that do the other tasks: only those whose KL passes."""
+
+
 class PlannedStep(NamedTuple):
     """A part of the work.
 
     Attributes:
         seconds: about; None if that cannot be told, 0 for what is there already.
+        plans: how many plans it is done with; `seconds` is of the usual number.
+        each: seconds of one plan of these.
     """
 
     name: str
     what: str
     seconds: float | None
+    plans: PlanCount = ONE
+    each: float = 0.0
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Return the seconds with the fewest and with the most plans; zeros if no time can be told."""
+        plans, seconds = self.plans, self.seconds or 0.0
+        return seconds - (plans.usual - plans.least) * self.each, seconds + (plans.most - plans.usual) * self.each
 
 
 @dataclass(frozen=True)
@@ -74,6 +106,17 @@ class Forecast:
     def seconds(self) -> float:
         """Return the time of all steps for which it can be told."""
         return sum(step.seconds or 0.0 for step in self.steps)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Return the time of these steps with the fewest and with the most plans."""
+        shortest, longest = zip(*(step.range for step in self.steps), strict=True)
+        return sum(shortest), sum(longest)
+
+    @property
+    def per_proof(self) -> float:
+        """Return the time of each plan that has to be proven beyond `PROVEN.most`, at most; 0 if none is known."""
+        return sum(step.each for step in self.steps if step.plans.most == PROVEN.most)
 
 
 @dataclass(frozen=True)
@@ -167,10 +210,10 @@ def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[P
     both = 2 * speed.read_back(prefix(length), length)
     limit = purpose.limit or make_task(DIVERGENCE).default_limit
     few = min(FIRST_DOCUMENTS, limit)
-    what = f"KL of about {COMPARED} plans on {few} documents of {length} tokens"
-    yield PlannedStep("compare", what, COMPARED * few * both)
-    what = f"KL of one plan on {limit - few} more documents"
-    yield PlannedStep("prove", what, (limit - few) * both)
+    what = f"KL of {COMPARED} on {few} documents of {length} tokens"
+    yield PlannedStep("compare", what, COMPARED.usual * few * both, COMPARED, few * both)
+    what, one = f"KL of {PROVEN} on {limit - few} more documents", (limit - few) * both
+    yield PlannedStep("prove", what, PROVEN.usual * one, PROVEN, one)
     for name in purpose.other_tasks:
         yield _proof(make_task(name), purpose, bench, speed)
 
@@ -201,8 +244,9 @@ def _proof(task: Task, purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -
     if context is None:
         return PlannedStep(task.name, "as many prompts as the task has, or --limit", None)
     count = task.limit(bench.settings(purpose.limit, bench.context))
-    one = speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS)
-    return PlannedStep(task.name, f"{count} exercises of {bench.context} tokens, through both caches", 2 * count * one)
+    one = count * (speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS))
+    what = f"{count} exercises of {bench.context} tokens, through the unquantized cache and {ANSWERED}"
+    return PlannedStep(task.name, what, (1 + ANSWERED.usual) * one, ANSWERED, one)
 
 
 def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
