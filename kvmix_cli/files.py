@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +50,26 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Path:
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def safetensors_head(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the beginning of a safetensors file, after which the data of its tensors follow one after the other.
+
+    So a file is written, or its checksum taken, without a second copy of all tensors.
+
+    Args:
+        tensors: dtype as the format names it, shape and bytes of each tensor, in the order of their data. If wider
+            dtypes come first, every tensor begins at a multiple of its element's size.
+        metadata: of the file.
+    """
+    forms: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        start, end = end, end + size
+        forms[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(forms, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_writable(path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..errors import CacheError
-from ..files import write_parts
+from ..files import safetensors_head, write_parts
 from ..models.geometry import fingerprint
 from ..plan import Plan
 from ..plan.document import StrictModel
@@ -260,21 +260,11 @@ def _cut(layer: Any, tokens: int, held: int) -> int:
 
 
 def _safetensors(tensors: Mapping[str, Tensor], header: CacheHeader) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file part by part, so that no second copy of all tensors is made.
-
-    Wider dtypes come first, so that every tensor begins at a multiple of its element's size.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    forms: dict[str, Any] = {"__metadata__": {"kvmix": header.model_dump_json()}}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        forms[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(forms).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for _, tensor in ordered:
+    """Yield a safetensors file part by part, so that no second copy of all tensors is made."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    forms = {name: (_DTYPES[each.dtype], each.shape, each.nbytes) for name, each in ordered.items()}
+    yield safetensors_head(forms, {"kvmix": header.model_dump_json()})
+    for tensor in ordered.values():
         yield _bytes(tensor)
 
 

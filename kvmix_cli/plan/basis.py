@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,18 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 from typing_extensions import TypedDict
 
 from ..errors import PlanError, first_sentence
-from ..files import write_bytes
+from ..files import safetensors_head, write_parts
 from ..ranks import own_heads
 from .geometry import HeadGeometry
 from .moments import Rope, RopeLayout
 
 FORMAT: Final = "kvmix-basis/1"
+_DTYPES: Final = {np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
+"""Names of dtypes in safetensors."""
 TensorName = Literal["k", "v"]
 TENSOR_NAMES: Final[tuple[TensorName, ...]] = ("k", "v")
 Floats = NDArray[np.float32]
@@ -120,25 +122,32 @@ class BasisFile:
     @cached_property
     def sha256(self) -> str:
         """Return the checksum of the file."""
-        return hashlib.sha256(self.content).hexdigest()
+        digest = hashlib.sha256()
+        for part in self._parts():
+            digest.update(part)
+        return digest.hexdigest()
 
     def save(self, path: Path) -> str:
         """Write the file, and return its checksum. Raises OutputError."""
-        write_bytes(path, self.content)
+        write_parts(path, self._parts())
         return self.sha256
 
-    @cached_property
-    def content(self) -> bytes:
-        """Return the file's content, the same for equal bases."""
+    def _parts(self) -> Iterator[bytes | memoryview]:
+        """Yield the file part by part, the same for equal bases, so that no second copy of it is made."""
+        frequencies = {f"layers.{index}.rope.frequencies": each.frequencies for index, each in self.rope.items()}
         arrays: dict[str, NDArray[Any]] = {}
-        for index, kinds in sorted(self.layers.items()):
-            for kind, each in sorted(kinds.items()):
+        for index, kinds in self.layers.items():
+            for kind, each in kinds.items():
                 arrays |= {f"layers.{index}.{kind}.{name}": array for name, array in vars(each).items()}
-        arrays |= {f"layers.{index}.rope.frequencies": each.frequencies for index, each in sorted(self.rope.items())}
+        ordered = {
+            name: np.ascontiguousarray(each) for part in (frequencies, arrays) for name, each in sorted(part.items())
+        }
         rope = {f"{i}": _Turn(layout=each.layout, start=each.start) for i, each in sorted(self.rope.items())}
         header = _Header(format=FORMAT, model=self.model, frame=self.frame, rope=rope)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        return save(contiguous, {"kvmix": json.dumps(header)})
+        forms = {name: (_DTYPES[array.dtype], array.shape, array.nbytes) for name, array in ordered.items()}
+        yield safetensors_head(forms, {"kvmix": json.dumps(header)})
+        for array in ordered.values():
+            yield array.reshape(-1).view(np.uint8).data
 
     @classmethod
     def load(cls, path: Path, sha256: str | None = None) -> BasisFile:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from coding import falling_widths, made_up_basis
 from made_up import make_info
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
@@ -123,6 +125,15 @@ def test_the_short_form_shows_mean_widths_and_is_no_plan():
 @pytest.fixture
 def basis():
     return made_up_basis(make_info(2, head_dim=16), rope=np.ones(8))
+
+
+def test_a_basis_is_written_as_safetensors_itself_writes_it(basis, tmp_path):
+    """Byte for byte, so that plans made with other versions find the file that they name."""
+    path = tmp_path / "basis.safetensors"
+    basis.save(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    assert path.read_bytes() == save(load_file(path), metadata)
 
 
 def test_a_basis_is_read_as_it_was_written(basis, tmp_path):
