@@ -189,6 +189,8 @@ def make_problem(
     elif basis is None:
         command = profile_command(profile.model.id, "--score", SCORE)
         raise BudgetError(f"method {method} needs directions: measure them with `{command}`")
+    elif score not in (None, SCORE):
+        raise BudgetError(f"method {method} decides by score {SCORE}, not by '{score}': leave out --score")
     else:
         cache = _with_basis(cache, basis, default_exact(profile.score(SCORE)) if exact is None else exact)
     problem = Problem(

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -98,6 +98,26 @@ def refuse(options: Mapping[str, Any], reason: str) -> None:
     """Raise typer.BadParameter for any option that was given."""
     for name in given(options):
         raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
+
+
+def was_given(ctx: Any, *names: str) -> bool:
+    """Return whether one of these parameters of the command was given, be it with the value that it has anyway."""
+    sources = [ctx.get_parameter_source(name) for name in names]
+    return any(source is not None and not source.name.startswith("DEFAULT") for source in sources)
+
+
+def say_unused(ctx: Any, names: Iterable[str], reason: str) -> None:
+    """Say of options that were given and change nothing that they do not, and why.
+
+    Args:
+        ctx: context of the command.
+        names: parameters of the command, `calibration` for `--calibration`.
+        reason: what they are for, or why they are not used: `is for --method search`.
+    """
+    own = {each.name: each for each in ctx.command.params}
+    for name in names:
+        if was_given(ctx, name):
+            console.notice(f"{own[name].opts[0]} {reason}: it changes nothing here")
 
 
 def processors() -> int:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from .. import console
-from .options import CommonOptions, LoadingOptions, ModelOptions, expand, refuse
+from .options import CommonOptions, LoadingOptions, ModelOptions, expand, refuse, say_unused
 from .run_options import CacheOptions, FillingOptions, PromptOptions
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 @expand
 def run(
+    ctx: typer.Context,
     prompt: PromptOptions,
     storage: CacheOptions,
     filling: FillingOptions,
@@ -30,6 +33,10 @@ def run(
         refuse(filling.of_files, "needs a plan: the unquantized cache is not packed")
     if prompt.image:
         refuse({**filling.of_files, "prefill_chunk": filling.prefill_chunk}, "is for prompts without images")
+    if prompt.temperature == 0:
+        say_unused(ctx, ["top_p", "seed"], "is for sampling, with a --temperature above 0")
+    if storage.baseline:
+        say_unused(ctx, ["plan"], "only names the model: with --baseline the cache is unquantized")
     text, images = _read(prompt)
     from ..studies.selection import check_widths, choose
 

@@ -83,9 +83,11 @@ class Task(ABC, Generic[SampleT, RecordT]):
         timed: the numbers are times, which another machine would not give again.
         is_local: the numbers are of one process, such as times and bytes: no rank measures for another one.
         side_by_side: rows measure a sample together, part by part, and compare their parts.
+        unread: settings that change nothing in it.
     """
 
     default_limit: ClassVar[int]
+    unread: ClassVar[tuple[str, ...]] = ("prefix",)
     timed: ClassVar[bool] = False
     is_local: ClassVar[bool] = False
     side_by_side: ClassVar[bool] = False

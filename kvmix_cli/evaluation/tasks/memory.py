@@ -54,6 +54,7 @@ class Memory(Task[Sample, MemoryRecord]):
         Metric("compression", higher_is_better=True, unit="x"),
     )
     default_limit = 1
+    unread = ("prefix", "step")
     is_local = True
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Sample]:

@@ -52,6 +52,7 @@ class Perplexity(Task[Sample, PerplexityRecord]):
         Metric("same_token", higher_is_better=True, plans_only=True),
     )
     default_limit = 10
+    unread = ()
     side_by_side = True
 
     def __init__(self) -> None:

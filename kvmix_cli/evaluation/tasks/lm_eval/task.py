@@ -48,6 +48,7 @@ class HarnessTask(Task[TokenRequest, HarnessRecord]):
     max_length: int | None = None
     apply_chat_template: bool = False
 
+    unread: ClassVar[tuple[str, ...]] = ("length", "prefix", "text")
     default_limit: ClassVar[int] = 0
     """Unused: without a limit all documents are measured."""
 

@@ -75,6 +75,7 @@ class Throughput(Task[Point, ThroughputRecord]):
         Metric("largest_batch_cache_bytes", higher_is_better=False, unit="bytes"),
     )
     timed = True
+    unread = ("prefix", "step")
     is_local = True
 
     def limit(self, settings: Settings) -> int:
