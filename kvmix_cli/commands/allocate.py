@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console, state
+from ..counting import counted
 from ..files import after_saving
 from .allocate_options import (
     FAMILY,
@@ -290,9 +291,9 @@ def _show_family(
 
     named: list[tuple[Path, Plan]] = []
     for plan in plans:
-        with after_saving(f"{len(named)} of {len(plans)} plans are saved in {folder}"):
+        with after_saving(f"{len(named)} of {counted(len(plans), 'plan')} are saved in {folder}"):
             named.append((_save(plan, folder / f"{member_name(plan, family, options)}.yaml", command), plan))
-    with after_saving(f"all {len(plans)} plans are saved in {folder}"):
+    with after_saving(f"{counted(len(plans), 'plan')} saved in {folder}"):
         console.table(*family_table(named))
         console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
 

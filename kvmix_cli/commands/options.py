@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import console, state
+from ..counting import counted
 from ..extensions import load_extension
 from .settings_file import Config
 from .values import count_option, parse_encode, parse_model_dtype, parse_seed
@@ -130,7 +131,8 @@ def _use_threads(threads: int | None) -> int | None:
     if threads is None:
         return None
     if not 1 <= threads <= processors():
-        raise typer.BadParameter(f"{threads} threads: this process has {processors()} processors; use 1 to that many")
+        most = counted(processors(), "processor")
+        raise typer.BadParameter(f"{threads} threads: this process has {most}; use 1 to that many")
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:  # it has read the environment already
         sys.modules["torch"].set_num_threads(threads)

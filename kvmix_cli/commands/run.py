@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import console
+from ..counting import counted
 from .options import CommonOptions, LoadingOptions, ModelOptions, expand, refuse, say_unused
 from .run_options import CacheOptions, FillingOptions, PromptOptions
 
@@ -73,7 +74,9 @@ def run(
     ids, inputs = _prompt(loaded, text, images, chat=prompt.chat)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < prompt.max_new_tokens:
-        console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
+        console.notice(
+            f"at most {counted(allowed, 'new token')}: the model's limit is {loaded.max_length}, prompt included"
+        )
     cache = files.cache(subject, loaded, ids, reserve(len(ids), allowed))
     generation = generate(
         loaded,

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
 from typing_extensions import TypeVar
 
 from ..cache.subject import Subject
+from ..counting import counted
 from ..errors import EvaluationError, TextError
 from ..texts.tokens import beginning, encode, opening
 from .records import SampleRecord
-from .results import Estimate, Metric, Row, Table, counted
+from .results import Estimate, Metric, Row, Table
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from .. import journal as journals
 from .._version import __version__
 from ..cache.rotary import measure_rotations
+from ..counting import counted
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
@@ -90,7 +91,9 @@ def run_profile(
         journal = moments = None
     with Journal(journal, settings, form, resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
-            raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
+            raise DocumentError(
+                str(journal), [f"it has {counted(len(record.records), 'sample')}, more than {len(chosen)}"]
+            )
         parts = MomentParts(journal, ropes, options.frame, resume=resume)
         _measure_rest(loaded, probes, options, chosen, record, parts, form, on_step)
         file = _write_moments(moments, parts, len(chosen)) if metrics and moments else None

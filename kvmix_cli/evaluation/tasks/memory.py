@@ -10,6 +10,7 @@ import torch
 from ...cache.mixed import MixedCache
 from ...cache.sizes import cache_nbytes
 from ...cache.subject import Subject, attended
+from ...counting import counted
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError
 from ...models.memory import devices, watch
@@ -17,7 +18,7 @@ from ...texts import load_texts
 from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
 from ..records import MemoryRecord
-from ..results import Estimate, Metric, counted
+from ..results import Estimate, Metric
 
 if TYPE_CHECKING:
     from transformers import Cache

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ... import state
+from ...counting import counted
 from ...errors import PlanError
 from ...plan import ModelInfo, Plan
 from ..coded import DOCUMENTS, EXACT, PROMPT, REACH
@@ -167,9 +168,9 @@ def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[P
     both = 2 * speed.read_back(prefix(length), length)
     limit = purpose.limit or make_task(DIVERGENCE).default_limit
     few = min(FIRST_DOCUMENTS, limit)
-    what = f"KL of about {COMPARED} plans on {few} documents of {length} tokens"
+    what = f"KL of about {COMPARED} plans on {counted(few, 'document')} of {length} tokens"
     yield PlannedStep("compare", what, COMPARED * few * both)
-    what = f"KL of one plan on {limit - few} more documents"
+    what = f"KL of one plan on {counted(limit - few, 'more document')}"
     yield PlannedStep("prove", what, (limit - few) * both)
     for name in purpose.other_tasks:
         yield _proof(make_task(name), purpose, bench, speed)
@@ -191,7 +192,7 @@ def _profiling(purpose: Purpose, speed: ModelSpeed, loaded: LoadedModel) -> Iter
         yield PlannedStep("profile", f"{path} is there", 0.0)
         return
     samples, tokens = default_samples([way.score]), min(SEQ_LEN, loaded.max_length or SEQ_LEN)
-    what = f"{way.score} on {samples} documents of {tokens} tokens"
+    what = f"{way.score} on {counted(samples, 'document')} of {tokens} tokens"
     yield PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
     yield reading_step(speed, tokens)
 
@@ -202,7 +203,9 @@ def _proof(task: Task, purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -
         return PlannedStep(task.name, "as many prompts as the task has, or --limit", None)
     count = task.limit(bench.settings(purpose.limit, bench.context))
     one = speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS)
-    return PlannedStep(task.name, f"{count} exercises of {bench.context} tokens, through both caches", 2 * count * one)
+    return PlannedStep(
+        task.name, f"{counted(count, 'exercise')} of {bench.context} tokens, through both caches", 2 * count * one
+    )
 
 
 def measure_speed(loaded: LoadedModel, step: int) -> ModelSpeed:
