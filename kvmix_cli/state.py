@@ -137,6 +137,16 @@ def find_profile(given: str | Path | None = None, *, model: str | None = None, s
     return folder / PROFILE
 
 
+def check_owner(path: Path, recorded: str, model: str | None) -> None:
+    """Raise StateError if a model was named, and the file that was named as well is of another one.
+
+    Args:
+        recorded: id of the model that the file names.
+    """
+    if model is not None and slug(model) != slug(recorded):
+        raise StateError(f"{path} is of {recorded}, not of {model}: leave out --model, or name a file of that model")
+
+
 def find_plan(given: str | Path | None = None, *, model: str | None = None, say: Say = unsaid) -> Path:
     """Return the plan that a command means: the file given, a plan by its name, or else the newest one of a model.
 

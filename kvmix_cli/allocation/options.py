@@ -183,7 +183,7 @@ def make_problem(
         pins = {layer: pin.model_copy(update={"tokens": TokenShares(evict=0.0)}) for layer, pin in pins.items()}
     weighs = "group_sizes" in uses
     sizes = tuple(dict.fromkeys(group_sizes or (cache.group_size,)))
-    basis = _needed_basis(profile, method, basis)
+    basis = _needed_basis(profile, method, basis, score)
     if basis is not None:
         cache = _with_basis(cache, basis, default_exact(profile.score(SCORE)) if exact is None else exact)
     problem = Problem(
@@ -205,13 +205,19 @@ def make_problem(
     return problem
 
 
-def _needed_basis(profile: Profile, method: str, basis: BasisFile | None) -> BasisFile | None:
-    """Return the basis if the method has a use for one. Raises BudgetError if it needs one that is not there."""
+def _needed_basis(profile: Profile, method: str, basis: BasisFile | None, score: str | None) -> BasisFile | None:
+    """Return the basis if the method has a use for one.
+
+    Raises:
+        BudgetError: if the method needs a basis that is not there, or is to decide by another score.
+    """
     if "basis" not in METHODS[method].uses:
         return None
     if basis is None:
         command = profile_command(profile.model.id, "--score", SCORE)
         raise BudgetError(f"method {method} needs directions: measure them with `{command}`")
+    if score not in (None, SCORE):
+        raise BudgetError(f"method {method} decides by score {SCORE}, not by '{score}': leave out --score")
     return basis
 
 

@@ -59,7 +59,8 @@ class MixedLayer(CacheLayerMixin):
         """Add `[B, H_kv, S, D]` keys and values and return all of them, `[B, H_kv, T, D]`.
 
         Raises:
-            CacheError: if they have another batch size or other heads than what is held; nothing is added then.
+            CacheError: if keys and values are not of the same sequences, heads and tokens, or have another batch size
+                or other heads than what is held; nothing is added then.
             QuantizationError: if what has to be packed is NaN, infinite, or beyond the scale's range.
         """
         self._prepare(key_states, value_states)
@@ -213,7 +214,13 @@ class MixedLayer(CacheLayerMixin):
         return Store(packing, self.settings, bits, self._reserve)
 
     def _prepare(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the stores before the first tokens, and refuse tokens that do not fit the ones held."""
+        """Make the stores before the first tokens, and refuse tokens that do not fit each other or the ones held."""
+        shapes = tuple(key_states.shape), tuple(value_states.shape)
+        if {len(shape) for shape in shapes} != {4} or shapes[0][:3] != shapes[1][:3]:
+            raise CacheError(
+                f"layer {self.index} was given keys {list(shapes[0])} and values {list(shapes[1])}; expected "
+                "[batch, KV heads, tokens, channels] of both, which may differ in channels alone"
+            )
         if self._stores is None:
             self.lazy_initialization(key_states, value_states)
         for name, store, new in zip(("keys", "values"), self.stores, (key_states, value_states), strict=True):

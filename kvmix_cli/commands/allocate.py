@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .. import console, state
+from ..counting import counted
 from ..files import after_saving
 from .allocate_options import (
     FAMILY,
@@ -25,12 +26,18 @@ from .allocate_options import (
     options_hash,
 )
 from .dry_run import show_work
-from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, expand, given, say_unused
 
 if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget, Start
     from ..plan import CacheSettings, Plan
     from ..profile import Profile
+
+
+OF_SEARCH = ("trials", "calibration", "samples", "resume", "dtype", "device", "trust_remote_code", "allow_pickle")
+"""Options of the method that measures plans."""
+OF_WIDTHS, OF_GROUPS = ("k_bits", "v_bits", "min_bits", "max_bits"), ("group_size", "encode")
+"""Options of methods that choose one width for a whole tensor, and of tensors that are stored in groups."""
 
 
 @expand
@@ -49,6 +56,7 @@ def allocate(
     if budget.method == FAMILY and files.out is not None:
         raise typer.BadParameter("pareto writes several plans; use --name instead of --out")
     request = _request(budget, storage, effort, files, loading.seed)
+    _say_unused(ctx, request.method, storage, files)
     folder = _plans_folder(request.path, files.profile, request.source)
     command = ctx.meta[COMMAND_LINE]
     if request.method == FAMILY:
@@ -97,6 +105,7 @@ def _request(
 
     path = state.find_profile(files.profile, model=files.model, say=console.notice)
     source = Profile.load(path)
+    state.check_owner(path, source.model.id, files.model)
     method = budget.method or base.method or default_method(source)
     if budget.method is None and base.method is None:
         _say_method(method, source)
@@ -144,6 +153,24 @@ def _completed(
     if storage.by_head is not None:
         plan = _by_head(plan, source, effort.score, budget.context, *storage.by_head)
     return plan
+
+
+def _say_unused(ctx: typer.Context, method: str, storage: StorageOptions, files: PlanFileOptions) -> None:
+    """Say which of the options given do nothing for a method."""
+    from ..allocation import METHODS
+
+    uses = METHODS[method].uses
+    if method != SEARCH:
+        say_unused(ctx, OF_SEARCH, "is for --method search, which alone loads the model")
+    if "seed" not in uses:
+        say_unused(ctx, ["seed"], f"is for what is drawn at random, and method {method} draws nothing")
+    if "basis" in uses:
+        unused = OF_WIDTHS if storage.pin else OF_WIDTHS + OF_GROUPS
+        say_unused(ctx, unused, f"is for widths and groups of whole tensors, and method {method} codes directions")
+    else:
+        say_unused(ctx, ["exact"], f"is for --method {TRANSFORM}")
+    if files.out is not None:
+        say_unused(ctx, ["name"], "is for a plan without --out")
 
 
 def _say_method(method: str, source: Profile) -> None:
@@ -225,6 +252,7 @@ def _choices(
 
     if len(caches) > 1 and "group_sizes" not in METHODS[method].uses:
         console.notice(f"{method} does not choose among group sizes: all groups have {caches[0].group_size} elements")
+    of_heads = method == TRANSFORM and storage.by_head is not None  # which --score is for; directions have their own
     return {
         "k_bits": storage.k_bits or base.k_bits,
         "v_bits": storage.v_bits or base.v_bits,
@@ -233,7 +261,7 @@ def _choices(
         "pins": parse_pins(storage.pin, source.model) if storage.pin else None,
         "group_sizes": [cache.group_size for cache in caches],
         "cache": caches[0],
-        "score": score or default_score(source, method),
+        "score": default_score(source, method) if score is None or of_heads else score,
         "seed": seed,
         "exact": storage.exact,
         "code_bits": base.code_bits,
@@ -299,9 +327,9 @@ def _show_family(
 
     named: list[tuple[Path, Plan]] = []
     for plan in plans:
-        with after_saving(f"{len(named)} of {len(plans)} plans are saved in {folder}"):
+        with after_saving(f"{len(named)} of {counted(len(plans), 'plan')} are saved in {folder}"):
             named.append((_save(plan, folder / f"{member_name(plan, family, options)}.yaml", command), plan))
-    with after_saving(f"all {len(plans)} plans are saved in {folder}"):
+    with after_saving(f"{counted(len(plans), 'plan')} saved in {folder}"):
         console.table(*family_table(named))
         console.emit_json({"command": "allocate", **family_json(named, budget.context, budget.batch)})
 

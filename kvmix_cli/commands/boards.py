@@ -34,6 +34,7 @@ def hold_leaderboard(board: BoardOptions, setup: Setup) -> None:
     rules = board.rules
     path = state.find_profile(rules.pop("profile", None), model=setup.model, say=console.notice)
     profile = Profile.load(path)
+    state.check_owner(path, profile.model.id, setup.model)
     tasks = split_tasks("perplexity,recall" if setup.tasks is None else setup.tasks)
     root = setup.results["root"]
     check_writable(root / "leaderboard.png")

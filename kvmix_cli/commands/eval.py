@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,17 @@ from ..ranks import current
 from .boards import hold_leaderboard, hold_systems, leave, saved, warn
 from .dry_run import show_work
 from .eval_options import BoardOptions, EvalOptions, TaskOptions
-from .options import COMMAND_LINE, CommonOptions, LoadingOptions, ModelOptions, expand, given, refuse
+from .options import (
+    COMMAND_LINE,
+    CommonOptions,
+    LoadingOptions,
+    ModelOptions,
+    expand,
+    given,
+    refuse,
+    say_unused,
+    was_given,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.base import Task
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
     from ..studies.selection import Choice
 
 GATE_FAILED = 3
+READ_BY_SOME = ("length", "prefix", "step", "text")
+"""Settings that some tasks have no use for."""
 
 
 @expand
@@ -54,6 +66,7 @@ def evaluate(
         _hold_board(board, work, own, _setup(ctx, work, which, loading))
         return
     refuse(board.rules, "needs --leaderboard")
+    _say_unread(ctx, work.task, own)
     from ..studies.measure import SubjectNames
 
     names = SubjectNames(work.plan or [], work.preset or [], work.uniform or [], work.baseline or [], work.encode)
@@ -76,6 +89,19 @@ def _hold_board(board: BoardOptions, work: EvalOptions, own: dict[str, Any], set
     else:
         refuse({**others, "preset": None, **board.of_scores}, "does not go with --systems")
         hold_systems(board, work.preset or [], own, setup)
+
+
+def _say_unread(ctx: typer.Context, names: str | None, own: Mapping[str, Any]) -> None:
+    """Say which settings were given that none of the tasks named has a use for."""
+    if not was_given(ctx, *READ_BY_SOME):
+        return
+    from ..evaluation import get_task, split_tasks
+
+    tasks = [get_task(name) for name in split_tasks(names or "perplexity")]
+    unread = set.intersection(*({*task.unread} for task in tasks)) & {*READ_BY_SOME}
+    if "contexts" in own and all("contexts" in task.options() or "length" in task.unread for task in tasks):
+        unread.add("length")
+    say_unused(ctx, sorted(unread), f"is not for {', '.join(task.name for task in tasks)}")
 
 
 def _check_several(work: EvalOptions) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from .. import console, state
 from ..errors import OutputError
-from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse
+from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse, say_unused
 from .values import count_option
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..studies.exported import ExportCost
 
 COST = "Cost, with --measure"
+OF_MODEL = ("dtype", "device", "seed", "trust_remote_code", "allow_pickle", "threads")
+"""Options that a plan is exported without."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def export(ctx: typer.Context, what: ExportOptions, loading: LoadingOptions, com
     from ..export.plugin import with_measured_loss
     from ..plan import Plan
 
+    if not what.measure:
+        say_unused(ctx, OF_MODEL, "is for --measure, which loads the model")
     target = TARGETS[what.to]
     path = state.find_plan(what.plan, model=what.model, say=console.notice)
     found = Plan.load(path)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @options.expand
 def inspect(
+    ctx: typer.Context,
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A profile, a plan (or its name), or a preset (or its name).")
     ],
@@ -42,6 +43,8 @@ def inspect(
     profiles = [each for each in found if not isinstance(each, Plan)]
     if plans and profiles:
         raise KvmixError(f"{file} and {other} cannot be compared: one is a profile, the other a plan")
+    if other is not None or not plans:
+        options.say_unused(ctx, ["context", "batch", "profile"], "is for one plan")
     if other is not None:
         if plot is not None:
             _plot(paths, plans, profiles, None, plot)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import console
-from .options import CommonOptions, Model, ProfilesDir, expand
+from .options import CommonOptions, Model, ProfilesDir, expand, say_unused
 
 MORE = {
     "tasks": "and every task of lm-eval, by its name there\n",
@@ -20,6 +20,7 @@ MORE = {
 
 @expand
 def list_kind(
+    ctx: typer.Context,
     kind: Annotated[
         str | None,
         typer.Argument(
@@ -33,6 +34,8 @@ def list_kind(
     """List everything of a kind, with one line each; without a kind, the names of all kinds."""
     from ..studies.listing import ListedItem, kinds, list_items
 
+    if kind not in (None, "plans"):
+        say_unused(ctx, ["model"], "is for plans")
     if kind is None:
         names = {each: [item.name for item in list_items(each, model)] for each in kinds()}
         found = [ListedItem(each, ", ".join(inside) or "none yet") for each, inside in names.items()]

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import console, state
+from ..counting import counted
 from ..extensions import load_extension
 from .settings_file import Config
 from .values import count_option, parse_encode, parse_model_dtype, parse_seed
@@ -100,6 +101,26 @@ def refuse(options: Mapping[str, Any], reason: str) -> None:
         raise typer.BadParameter(f"--{name.replace('_', '-')} {reason}")
 
 
+def was_given(ctx: Any, *names: str) -> bool:
+    """Return whether one of these parameters of the command was given, be it with the value that it has anyway."""
+    sources = [ctx.get_parameter_source(name) for name in names]
+    return any(source is not None and not source.name.startswith("DEFAULT") for source in sources)
+
+
+def say_unused(ctx: Any, names: Iterable[str], reason: str) -> None:
+    """Say of options that were given and change nothing that they do not, and why.
+
+    Args:
+        ctx: context of the command.
+        names: parameters of the command, `calibration` for `--calibration`.
+        reason: what they are for, or why they are not used: `is for --method search`.
+    """
+    own = {each.name: each for each in ctx.command.params}
+    for name in names:
+        if was_given(ctx, name):
+            console.notice(f"{own[name].opts[0]} {reason}: it changes nothing here")
+
+
 def processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,7 +131,8 @@ def _use_threads(threads: int | None) -> int | None:
     if threads is None:
         return None
     if not 1 <= threads <= processors():
-        raise typer.BadParameter(f"{threads} threads: this process has {processors()} processors; use 1 to that many")
+        most = counted(processors(), "processor")
+        raise typer.BadParameter(f"{threads} threads: this process has {most}; use 1 to that many")
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:  # it has read the environment already
         sys.modules["torch"].set_num_threads(threads)

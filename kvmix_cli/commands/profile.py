@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console, state
+from ..counting import counted
 from ..errors import KvmixError
 from ..files import after_saving
 from ..ranks import current
@@ -173,8 +174,8 @@ def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, pat
         is_other = (what.calibration, seed) != (text.source, text.seed)
         if name in what.score and (is_less or is_other):
             raise KvmixError(
-                f"{path} has {name} over {text.samples} samples of {text.seq_len} tokens of {text.source} (seed "
-                f"{text.seed}), which {what.samples} of {what.seq_len} of {what.calibration} (seed {seed}) would "
+                f"{path} has {name} over {counted(text.samples, 'sample')} of {text.seq_len} tokens of {text.source} "
+                f"(seed {text.seed}), which {what.samples} of {what.seq_len} of {what.calibration} (seed {seed}) would "
                 "replace: add --replace, or name another file with --out"
             )
 
@@ -232,7 +233,7 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
 
     samples = next(iter(result.scores.values())).calibration.samples
     if samples < what.samples:
-        console.notice(f"the text gave {samples} samples, not {what.samples}")
+        console.notice(f"the text gave {counted(samples, 'sample')}, not {what.samples}")
     for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
         console.table(*table)
     for spectrum in measure_spectra(result, path.parent):

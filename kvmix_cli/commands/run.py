@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from .. import console
-from .options import CommonOptions, LoadingOptions, ModelOptions, expand, refuse
+from ..counting import counted
+from .options import CommonOptions, LoadingOptions, ModelOptions, expand, refuse, say_unused
 from .run_options import CacheOptions, FillingOptions, PromptOptions
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 @expand
 def run(
+    ctx: typer.Context,
     prompt: PromptOptions,
     storage: CacheOptions,
     filling: FillingOptions,
@@ -35,6 +39,10 @@ def run(
         refuse(filling.of_files, "needs a plan: the unquantized cache is not packed")
     if prompt.image:
         refuse({**filling.of_files, "prefill_chunk": filling.prefill_chunk}, "is for prompts without images")
+    if prompt.temperature == 0:
+        say_unused(ctx, ["top_p", "seed"], "is for sampling, with a --temperature above 0")
+    if storage.baseline:
+        say_unused(ctx, ["plan"], "only names the model: with --baseline the cache is unquantized")
     text, images = _read(prompt)
     choice, subject = _chosen(storage, which, loading)
     from ..decoding.generate import generate, room
@@ -50,7 +58,9 @@ def run(
     ids, inputs = _prompt(loaded, text, images, chat=prompt.chat)
     allowed = min(prompt.max_new_tokens, room(len(ids), loaded.max_length))
     if allowed < prompt.max_new_tokens:
-        console.notice(f"at most {allowed} new tokens: the model's limit is {loaded.max_length}, prompt included")
+        console.notice(
+            f"at most {counted(allowed, 'new token')}: the model's limit is {loaded.max_length}, prompt included"
+        )
     cache = files.cache(subject, loaded, ids, reserve(len(ids), allowed))
     generation = generate(
         loaded,

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
 from typing_extensions import TypeVar
 
 from ..cache.subject import Subject
+from ..counting import counted
 from ..errors import EvaluationError, TextError
 from ..texts.tokens import beginning, encode, opening
 from .records import SampleRecord
-from .results import Estimate, Metric, Row, Table, counted
+from .results import Estimate, Metric, Row, Table
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -83,9 +84,11 @@ class Task(ABC, Generic[SampleT, RecordT]):
         timed: the numbers are times, which another machine would not give again.
         is_local: the numbers are of one process, such as times and bytes: no rank measures for another one.
         side_by_side: rows measure a sample together, part by part, and compare their parts.
+        unread: settings that change nothing in it.
     """
 
     default_limit: ClassVar[int]
+    unread: ClassVar[tuple[str, ...]] = ("prefix",)
     timed: ClassVar[bool] = False
     is_local: ClassVar[bool] = False
     side_by_side: ClassVar[bool] = False

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ..counting import counted
 from ..errors import DocumentError, EvaluationError, KvmixError
 from ..journal import canonical, read_records, refuse_constant
 from ..plan import CacheSettings, ModelInfo, Plan
@@ -85,7 +86,9 @@ def read_run(folder: Path) -> Measured | Unfinished:
         return Unfinished(folder, command, config.model.id, config.task, plan_of(folder, data), len(records), samples)
     row = _read_row(path)
     if row.error is None and len(records) != config.samples.count:
-        raise DocumentError(str(path), [f"sums up {config.samples.count} samples, but {len(records)} are there"])
+        raise DocumentError(
+            str(path), [f"sums up {counted(config.samples.count, 'sample')}, and has {counted(len(records), 'record')}"]
+        )
     if row.task != config.task:
         raise DocumentError(str(path), [f"has the row of task {row.task}, but {CONFIG} that of {config.task}"])
     return Measured(

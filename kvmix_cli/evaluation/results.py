@@ -51,11 +51,6 @@ class Table(NamedTuple):
     footer: str = ""
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number with its noun: `1 document`, `2 documents`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 @dataclass(frozen=True)
 class Row:
     """One plan, or the unquantized cache, on one task. Without metrics there is an error instead.

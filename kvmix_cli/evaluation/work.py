@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..cache.subject import UNQUANTIZED, Subject
+from ..counting import counted
 from ..errors import (
     EvaluationError,
     InUseError,
@@ -33,7 +34,7 @@ from ..models.parts import plan_part
 from .base import Context, Sample, Settings, Task
 from .machine import machine
 from .records import SampleRecord, record_form
-from .results import Report, Row, counted
+from .results import Report, Row
 from .runs import RunFolders
 from .unfinished import UnfinishedRow, unread_notices
 
@@ -181,7 +182,7 @@ class TaskWork:
         row.seconds = 0.0 if folder is None else folder.seconds
         if folder is not None and len(records) > len(self.samples):
             row.error = (
-                f"{folder.folder} has {len(records)} records of {len(self.samples)} samples; "
+                f"{folder.folder} has {counted(len(records), 'record')} of {counted(len(self.samples), 'sample')}; "
                 "leave out --resume to start over"
             )
         return row

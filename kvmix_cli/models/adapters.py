@@ -103,7 +103,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, model_id: str) -> Pr
         raise ModelError(_unfit(model_id, adapter, first_sentence(error))) from error
     if left_out:
         raise ModelError(
-            _unfit(model_id, adapter, f"{len(left_out)} of its weights do not match, such as {left_out[0]}")
+            _unfit(model_id, adapter, f"weights do not match: {len(left_out)} of them, such as {left_out[0]}")
         )
     return merged
 

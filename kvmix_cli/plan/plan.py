@@ -263,10 +263,13 @@ class Plan(StrictModel):
             ][:1]
         )
         if self.model.config_sha256 and model.config_sha256 and self.model.config_sha256 != model.config_sha256:
-            wrong = wrong or ["same layers, but another configuration"]
+            checksums = f"(checksum {self.model.config_sha256[:8]} against {model.config_sha256[:8]})"
+            wrong = wrong or [f"same layers, but another configuration {checksums}"]
         if wrong:
+            is_same_name = self.model.id == model.id
+            other = f"another {model.id} than this one" if is_same_name else f"{self.model.id}, not for {model.id}"
             raise PlanError(
-                f"the plan was made for {self.model.id}, not for {model.id}: {', '.join(wrong)}; "
+                f"the plan was made for {other}: {', '.join(wrong)}; "
                 f"make one with `{shlex.join(['kvmix', 'profile', model.id])}` and "
                 f"`{shlex.join(['kvmix', 'allocate', '--avg-bits', '3', '--model', model.id])}`"
             )

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from .. import journal as journals
 from .._version import __version__
 from ..cache.rotary import measure_rotations
+from ..counting import counted
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
@@ -132,7 +133,7 @@ class _Work:
         ropes = measure_rotations(self.loaded.model, layers, self.loaded.max_length) if metrics else {}
         with Journal(journal, settings, form, resume=resume) as record:
             if journal is not None and len(record.records) > len(self.samples):
-                fault = f"it has {len(record.records)} samples, more than {len(self.samples)}"
+                fault = f"it has {counted(len(record.records), 'sample')}, more than {len(self.samples)}"
                 raise DocumentError(str(journal), [fault])
             parts = MomentParts(journal, ropes, self.options.frame, resume=resume)
             self._measure_rest(record, parts, form, on_step)

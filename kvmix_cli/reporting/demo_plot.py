@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..counting import counted
 from ..evaluation.results import Report, Row
 from ..plan import Plan
 from ..profile import Profile
@@ -25,7 +26,7 @@ def plot_demo(profile: Profile, plans: Mapping[str, Plan], perplexity: Report, p
     grid = figure.add_gridspec(1 + len(plans), 2)
     scores, quality = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
     name, score = next(iter(profile.scores.items()))
-    draw_scores(scores, score, f"1. profile: {name}, {score.calibration.samples} samples")
+    draw_scores(scores, score, f"1. profile: {name}, {counted(score.calibration.samples, 'sample')}")
     for row, (name, plan) in enumerate(plans.items(), 1):
         title = f"2. allocate {name}: {plan.bits.nominal:.3g} bits nominal, {plan.bits.stored:.3g} stored"
         draw_plan(figure.add_subplot(grid[row, 0]), plan, title)

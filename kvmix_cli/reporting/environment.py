@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..counting import counted
 from ..evaluation.results import Table
 from ..plan.sizes import format_bytes
 from ..studies.environment import Environment
@@ -25,7 +26,7 @@ def environment_tables(found: Environment) -> list[Table]:
 
 def _device(device: dict[str, Any]) -> str:
     parts = [str(device["name"])]
-    parts += [f"{device['processors']} processors"] if "processors" in device else []
+    parts += [f"{counted(device['processors'], 'processor')}"] if "processors" in device else []
     parts += [format_bytes(device["memory_bytes"])] if device.get("memory_bytes") else []
     parts += [f"capability {device['capability']}"] if "capability" in device else []
     return ", ".join(parts)

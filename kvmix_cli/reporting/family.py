@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..counting import counted
 from ..evaluation.results import Table
 from ..plan import Plan
 from .tables import plan_json
@@ -30,7 +31,7 @@ def family_table(named: Sequence[tuple[Path, Plan]]) -> Table:
         losses = ["-", "-"] if loss is None else [f"{loss:.5f}", f"{100 * math.expm1(loss):+.2f} %"]
         rows.append([path.stem, f"{plan.bits.stored:.4g}", f"{plan.bits.nominal:.4g}", *losses])
     return Table(
-        f"{len(named)} plans for {first.model.id} by {first.provenance['score']}",
+        f"{counted(len(named), 'plan')} for {first.model.id} by {first.provenance['score']}",
         ["plan", "stored", "nominal", "loss", "perplexity"],
         rows,
         f"loss is predicted, in nats a token\nplans:   {first_path.parent}",

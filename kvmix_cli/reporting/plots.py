@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..counting import counted
 from ..plan import Plan
 from ..profile import Profile, Score
 from ..studies.explain import Frontier
@@ -131,7 +132,7 @@ def _draw_frontier(axes: Axes, frontier: Frontier) -> None:
 
 
 def _samples_text(samples: int) -> str:
-    return f", mean and spread over {samples} samples" if samples > 1 else ", one sample"
+    return f", mean and spread over {counted(samples, 'sample')}" if samples > 1 else ", one sample"
 
 
 def _title(name: str, numbers: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from ..counting import counted
 from ..evaluation.results import Table
 from ..profile import CodedLoss
 from ..studies.spectrum import SHARE, LayerSpectrum, ScoreSpectrum, TensorSpectrum
@@ -71,7 +72,8 @@ def spectrum_table(spectrum: ScoreSpectrum, model: str, folder: Path) -> Table:
     total = sum(layer.k.loss + layer.v.loss for layer in spectrum.layers.values())
     footer = (
         f"loss: nats a predicted token if only the mean were kept; {total:.4g} in all layers\n"
-        f"over {record.documents} documents, {record.tokens} packed tokens and {record.predictions} predictions"
+        f"over {counted(record.documents, 'document')}, {counted(record.tokens, 'packed token')} and "
+        f"{counted(record.predictions, 'prediction')}"
         f"{', all pairs of them, for engines' if spectrum.is_for_engines else ''}\n"
         f"tensors: {folder / record.file}"
     )

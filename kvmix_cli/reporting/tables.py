@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from ..counting import counted
 from ..evaluation.results import Table
 from ..plan import AnyTensor, CacheSettings, Plan, TransformTensor
 from ..plan.settings import Encode
@@ -104,7 +105,7 @@ def profile_tables(profile: Profile, path: Path, *, ascii_only: bool = False) ->
         text = score.calibration
         footer = f"calibrated on {text.source}, {text.tokens} tokens, in {score.seconds:.1f} s\nprofile: {path}"
         title = f"{name} of {profile.model.id}"
-        samples = f"over {text.samples} samples of {text.seq_len} tokens"
+        samples = f"over {counted(text.samples, 'sample')} of {text.seq_len} tokens"
         if any(score.choices):
             columns, rows = _curve_rows(score)
             tables.append(Table(f"{title} by bits, {score.unit}, mean {samples}", columns, rows, footer))
@@ -157,7 +158,7 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
     cache = plan.cache
     lines = [
         f"bits:    nominal {nominal}, stored {plan.bits.stored:.4g}",
-        f"bytes:   {size}, at {context} tokens{sequences}",
+        f"bytes:   {size}, at {counted(context, 'token')}{sequences}",
         f"cache:   page {cache.page}, sink {cache.sink}, group {cache.group_size}, {cache.scale_dtype} scales, "
         f"window {cache.window.short}" + ("" if cache.encode == "minmax" else f", {encode_text(cache.encode)}"),
         *axes_lines(cache),
@@ -165,7 +166,7 @@ def summary(plan: Plan, path: Path, context: int, batch: int) -> str:
     if len(plan.model.geometries) > 1 or plan.model.value_dim is not None:
         lines.append(f"heads:   {heads_text(plan.model)}")
     if stock := len(plan.model.stock):
-        lines.append(f"stock:   {stock} layers without full attention keep their own cache and are not counted")
+        lines.append(f"stock:   not counted are the own caches of {counted(stock, 'layer')} without full attention")
     return "\n".join([*lines, f"plan:    {path}"])
 
 

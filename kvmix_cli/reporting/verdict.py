@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ..counting import counted
 from ..evaluation.bootstrap import ratio
 from ..evaluation.collect import Collection, Group, Line, Measurement
-from ..evaluation.results import Estimate, Metric, Row, counted
+from ..evaluation.results import Estimate, Metric, Row
 from .comparison import headline, short_name
 from .evaluation import format_estimate
 from .printable import one_line

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict
 
+from ..counting import counted
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.channels import ChannelPolicy
 from ..plan.geometry import format_ranges
@@ -89,7 +90,7 @@ def axes_lines(cache: CacheSettings) -> list[str]:
 def codes_in_words(settings: TransformSettings) -> str:
     """Return `basis FILE, frames of 1024 positions, 1 exact token of each page and KV head`."""
     frames = "no frames" if settings.frame is None else f"frames of {settings.frame} positions"
-    exact = f"{settings.exact} exact {'token' if settings.exact == 1 else 'tokens'} of each page and KV head"
+    exact = f"{counted(settings.exact, 'exact token')} of each page and KV head"
     return f"basis {settings.basis}, {frames}, {exact}"
 
 
@@ -141,7 +142,7 @@ def _reading(reading: SelectiveReading) -> str:
     """Return `the best pages of 2048 tokens, by the mean of their keys; layers 0-1 read everything`."""
     part = f"{100 * reading.share:.4g} %" if reading.share is not None else f"{reading.tokens} tokens"
     by = {"mean": "the mean of their keys", "range": "the range of their keys"}[reading.summary]
-    skipped = f"; the first {reading.skip} layers read everything" if reading.skip else ""
+    skipped = f"; everything in the first {counted(reading.skip, 'layer')}" if reading.skip else ""
     return f"the best pages of {part}, by {by}{skipped}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..allocation import TRANSFORM_SCORE
+from ..counting import counted
 from ..plan import Plan
 from .measure import Prepared, Setup, SubjectNames, prepare
 from .recommend.cost import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed, reading_step
@@ -71,7 +72,7 @@ def profile_work(
     writes: Sequence[Path],
 ) -> DryRun:
     """Return the work of a profile, told from one short sample. Raises KvmixError as `profile` does."""
-    what = f"{', '.join(scores)} on {samples} samples of {seq_len} tokens"
+    what = f"{', '.join(scores)} on {counted(samples, 'sample')} of {seq_len} tokens"
     if not _has_weights(model):
         return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), _UNKNOWN)
     from ..cache.rotary import measure_rotations
@@ -109,9 +110,8 @@ def evaluation_work(
     """Return the work of an evaluation. Raises KvmixError as `eval` does before it measures."""
     writes = (setup.results["root"],)
     if not _has_weights(choice.model, choice.revision):
-        what = (
-            f"{setup.tasks or 'perplexity'} with {len(names.plans) + len(names.uniform) + len(names.baselines)} caches"
-        )
+        caches = counted(len(names.plans) + len(names.uniform) + len(names.baselines), "cache")
+        what = f"{setup.tasks or 'perplexity'} with {caches}"
         return DryRun(choice.model, (PlannedStep("eval", what, None),), None, writes, _UNKNOWN)
     found = prepare(choice, names, setup, options, gates)
     setup.settings.check()
@@ -139,7 +139,7 @@ def allocation_work(profile: Profile, method: str, budget: Budget, options: Allo
 def search_work(profile: Profile, load: Callable[[], LoadedModel], trials: int, samples: int, path: Path) -> DryRun:
     """Return the work of a search: the plans that it would measure."""
     seq_len = next(iter(profile.scores.values())).calibration.seq_len
-    what = f"the loss of up to {trials} plans on {samples} documents of {seq_len} tokens"
+    what = f"the loss of up to {counted(trials, 'plan')} on {counted(samples, 'document')} of {seq_len} tokens"
     if not _has_weights(profile.model.id, profile.model.revision):
         return DryRun(profile.model.id, (PlannedStep("search", what, None),), None, (path,), _UNKNOWN)
     from .search import PREFIX, STEP
@@ -152,8 +152,6 @@ def search_work(profile: Profile, load: Callable[[], LoadedModel], trials: int, 
 
 
 def _task_steps(found: Prepared, settings: Settings, speed: ModelSpeed) -> Iterator[PlannedStep]:
-    from ..evaluation.results import counted
-
     rows = len(found.subjects) + 1
     for task in found.tasks:
         context, count = task.context(settings), task.limit(settings)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from ..counting import counted
 from ..errors import TextError
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def spread(texts: Sequence[str], chooser: random.Random) -> list[str]:
 
 def _check(samples: int, seq_len: int, shortest: int, max_length: int | None) -> None:
     if samples < 1 or seq_len < 2:
-        raise TextError(f"cannot profile {samples} samples of {seq_len} tokens: at least 1 sample of 2 tokens")
+        raise TextError(
+            f"cannot profile {counted(samples, 'sample')} of {counted(seq_len, 'token')}: at least 1 sample of 2 tokens"
+        )
     if seq_len < shortest:
         raise TextError(
             f"in {seq_len} tokens nothing is read that the cache has packed: use a --seq-len of {shortest} or more"

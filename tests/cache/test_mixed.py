@@ -152,6 +152,17 @@ def test_other_heads_are_refused(shape):
     assert cache.get_seq_length(1) == 30
 
 
+@pytest.mark.parametrize("held", [0, 30])
+@pytest.mark.parametrize("values", [(2, 2, 4, 16), (1, 2, 3, 16), (2, 1, 3, 16), (2, 2, 3)])
+def test_keys_and_values_of_other_tokens_are_refused(held, values):
+    cache = MixedCache.from_plan(Plan.uniform(INFO, 4, 4, SETTINGS), build("llama", torch.float32).config)
+    if held:
+        cache.update(torch.ones(2, 2, held, 16), torch.ones(2, 2, held, 16), 1)
+    with pytest.raises(CacheError, match=r"layer 1 was given keys \[2, 2, 3, 16\] and values .*; expected \[batch"):
+        cache.update(torch.ones(2, 2, 3, 16), torch.ones(values), 1)
+    assert cache.get_seq_length(1) == held
+
+
 @pytest.mark.parametrize(("prompt", "bad"), [(900, "values"), (30, "values"), (900, "keys")])
 def test_numbers_that_cannot_be_quantized_leave_keys_and_values_of_one_length(prompt, bad):
     config = build("llama", torch.float32).config

@@ -289,7 +289,7 @@ def test_a_model_without_full_attention(kvmix, profiled):
 
 def test_stock_layers_are_mentioned(kvmix, profiled):
     make_profile([1.0, 2.0], info=make_info(3, stock={1: "sliding_attention"})).save(profiled)
-    assert "1 layers without full attention keep their own cache" in kvmix("allocate", "--avg-bits", 3).out
+    assert "own caches of 1 layer without full attention" in kvmix("allocate", "--avg-bits", 3).out
 
 
 def test_a_full_disk_leaves_nothing(kvmix, tmp_path, monkeypatch):

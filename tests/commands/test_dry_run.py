@@ -15,13 +15,13 @@ def nothing_was_written(folder):
 
 @pytest.mark.slow
 def test_a_profile(tmp_path, loaded_once):
-    options = ["--samples", 3, "--seq-len", 288]
+    options = ["--samples", 1, "--seq-len", 288]
     answer = kvmix_json("profile", "builtin:tiny", *options, "--dry-run")
     assert answer.keys() >= KEYS
     assert (answer["command"], answer["dry_run"]) == ("profile", True)
     assert answer["writes"] == ["profiles/builtin--tiny/profile.yaml"]
     assert answer["memory_bytes"] > 4 * 6_951_168
-    assert "3 samples of 288 tokens" in answer["steps"][0]["what"]
+    assert "1 sample of 288 tokens" in answer["steps"][0]["what"]
     assert nothing_was_written(tmp_path)
     assert 0 < answer["seconds"] < 3600
 

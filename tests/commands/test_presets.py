@@ -224,7 +224,7 @@ class TestSolved:
     def test_a_profile_of_another_model_is_refused(self):
         save_with_moments(TINY_PROFILE, make_info(4, model_id="builtin:tiny"))
         said = refused(kvmix("eval", *TINY, "--preset", "transform-2"))
-        assert "the plan was made for builtin:tiny, not for builtin:tiny: layers 4 against 8" in said
+        assert "the plan was made for another builtin:tiny than this one: layers 4 against 8" in said
         assert not list(Path("profiles").glob("**/basis-*")), "nothing is written"
 
     def test_nothing_is_put_on_it(self):

@@ -14,6 +14,7 @@ PACKAGES = {"kvmix_cli": ROOT / "kvmix_cli", "kvmix_kernels": ROOT / "kernels" /
 FLOORS = [
     ["_version", "errors", "kvmix_kernels.layout"],
     [
+        "counting",
         "extensions",
         "files",
         "garbage",

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -108,3 +109,17 @@ def test_the_tree_in_the_readme_is_the_tree():
                 folders[depth:] = [entry]
     rooms = {f"kvmix_cli/{path.name}" for path in (ROOT / "kvmix_cli").iterdir() if path.is_dir()}
     assert not {room for room in rooms if "__pycache__" not in room} - named
+
+
+def test_numbers_that_may_be_one_have_a_singular():
+    nouns = re.compile(r" (more |new |packed |exact )*(samples|documents|exercises|processors|repeats|predictions)\b")
+    found = [
+        f"{path.name}:{text.lineno}: {ast.unparse(number.value)}{words.value[:20]}"
+        for path in SOURCES
+        for text in ast.walk(tree_of(path))
+        if isinstance(text, ast.JoinedStr)
+        for number, words in itertools.pairwise(text.values)
+        if isinstance(number, ast.FormattedValue) and isinstance(words, ast.Constant) and nouns.match(words.value)
+        if ast.unparse(number.value) != "name" and not ast.unparse(number.value).isupper()
+    ]
+    assert not found, "say it with `counted`"

@@ -27,6 +27,7 @@ class KVRetrieval(Needles):
     name = "kv_retrieval"
     metrics = (Metric("kv_retrieval", higher_is_better=True),)
     default_limit = TRIES * DEPTHS
+    unread = ("prefix", "text")
 
     @property
     def exercises(self) -> int:

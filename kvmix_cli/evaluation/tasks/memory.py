@@ -10,6 +10,7 @@ import torch
 from ...cache.mixed import MixedCache
 from ...cache.sizes import cache_nbytes
 from ...cache.subject import Subject, attended
+from ...counting import counted
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError
 from ...models.memory import devices, watch
@@ -17,7 +18,7 @@ from ...texts import load_texts
 from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import ratio
 from ..records import MemoryRecord
-from ..results import Estimate, Metric, counted
+from ..results import Estimate, Metric
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -54,6 +55,7 @@ class Memory(Task[Sample, MemoryRecord]):
         Metric("compression", higher_is_better=True, unit="x"),
     )
     default_limit = 1
+    unread = ("prefix", "step")
     is_local = True
 
     def samples(self, loaded: LoadedModel, settings: Settings) -> list[Sample]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...cache.subject import Subject, attended
+from ...counting import counted
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError, TextError
 from ...texts import load_texts
@@ -21,7 +22,7 @@ from ...texts.tokens import encode
 from ..base import Context, Sample, Settings, Task
 from ..bootstrap import proportion
 from ..records import RecalledValue, RecallRecord
-from ..results import Estimate, counted
+from ..results import Estimate
 from .facts import Fact, Question, ask_for
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ...cache.subject import AttendedPairs, Subject, attended
+from ...counting import counted
 from ...decoding.feed import feed, prefill
 from ...errors import EvaluationError
 from ...texts import describe_texts, is_one_document, load_texts
@@ -19,7 +20,7 @@ from ..base import Sample, Settings, Task, chunks
 from ..bootstrap import pooled_quantile, ratio
 from ..positions import position_tables
 from ..records import PerplexityRecord
-from ..results import Estimate, Metric, Row, Table, counted
+from ..results import Estimate, Metric, Row, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,7 @@ class Perplexity(Task[Sample, PerplexityRecord]):
         Metric("same_token", higher_is_better=True, plans_only=True),
     )
     default_limit = 10
+    unread = ()
     side_by_side = True
 
     def __init__(self) -> None:

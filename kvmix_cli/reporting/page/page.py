@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from ..._version import __version__
+from ...counting import counted
 from ...evaluation.collect import Collection, Group, Line
 from ...evaluation.readback import LineKey, Measured
 from ..comparison import main_metrics, measured_metrics, short_name, warnings
@@ -127,8 +128,10 @@ def _table(group: Group, looks: Mapping[LineKey, Look], blocks: Sequence[Block])
 def _facts(group: Group) -> list[str]:
     model, config = group.model, group.config
     planned = len(model.quantizable)
-    layers = f"{model.layers} layers" if planned == model.layers else f"{planned} of {model.layers} layers planned"
-    heads = f"{model.kv_heads} KV head" + ("s" if model.kv_heads > 1 else "") + f" of {model.head_dim}"
+    layers = (
+        counted(model.layers, "layer") if planned == model.layers else f"{planned} of {model.layers} layers planned"
+    )
+    heads = f"{counted(model.kv_heads, 'KV head')} of {model.head_dim}"
     return [
         f"{layers}, {heads if len(model.geometries) == 1 and model.value_dim is None else heads_text(model)}",
         f"{config['dtype']} on {config['device']}",
@@ -151,5 +154,5 @@ def _foot(groups: Sequence[Group], command: str) -> list[str]:
 def _machine(machine: Mapping[str, Any]) -> str:
     named = dict(machine)
     device, threads = named.pop("device", "an unknown device"), named.pop("threads", None)
-    beside = [] if threads is None else ["1 thread" if threads == 1 else f"{threads} threads"]
+    beside = [] if threads is None else [counted(threads, "thread")]
     return ", ".join([str(device), *beside, *(f"{name} {version}" for name, version in named.items())])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...allocation import TRANSFORM, TRANSFORM_SCORE, default_score, predicted_loss
+from ...counting import counted
 from ...errors import DocumentError, EvaluationError
 from ...plan import CacheSettings, GroupSize, Plan
 from ...plan.document import reason
@@ -159,7 +160,7 @@ def measure(
     subjects = [Subject(name, plan) for name, plan in by_name.items()]
     tasks = [get_task(name, options) for name in names]
     steps = (1 + len(subjects)) * sum(task.limit(settings) for task in tasks)
-    with (progress or no_progress)(f"{len(by_name)} plans", steps) as bar:
+    with (progress or no_progress)(counted(len(by_name), "plan"), steps) as bar:
         return run_tasks(tasks, loaded, subjects, settings, runs, lambda title, total: nullcontext(bar))
 
 

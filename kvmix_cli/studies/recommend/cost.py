@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ... import state
+from ...counting import counted
 from ...errors import PlanError
 from ...plan import ModelInfo, Plan
 from ..coded import DOCUMENTS, EXACT, PROMPT, REACH
@@ -210,9 +211,9 @@ def _steps(purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -> Iterator[P
     both = 2 * speed.read_back(prefix(length), length)
     limit = purpose.limit or make_task(DIVERGENCE).default_limit
     few = min(FIRST_DOCUMENTS, limit)
-    what = f"KL of {COMPARED} on {few} documents of {length} tokens"
+    what = f"KL of {COMPARED} on {counted(few, 'document')} of {length} tokens"
     yield PlannedStep("compare", what, COMPARED.usual * few * both, COMPARED, few * both)
-    what, one = f"KL of {PROVEN} on {limit - few} more documents", (limit - few) * both
+    what, one = f"KL of {PROVEN} on {counted(limit - few, 'more document')}", (limit - few) * both
     yield PlannedStep("prove", what, PROVEN.usual * one, PROVEN, one)
     for name in purpose.other_tasks:
         yield _proof(make_task(name), purpose, bench, speed)
@@ -234,7 +235,7 @@ def _profiling(purpose: Purpose, speed: ModelSpeed, loaded: LoadedModel) -> Iter
         yield PlannedStep("profile", f"{path} is there", 0.0)
         return
     samples, tokens = default_samples([way.score]), min(SEQ_LEN, loaded.max_length or SEQ_LEN)
-    what = f"{way.score} on {samples} documents of {tokens} tokens"
+    what = f"{way.score} on {counted(samples, 'document')} of {tokens} tokens"
     yield PlannedStep("profile", what, samples * GRADIENTS * speed.prefill(tokens))
     yield reading_step(speed, tokens)
 
@@ -245,7 +246,7 @@ def _proof(task: Task, purpose: Purpose, bench: ModelBench, speed: ModelSpeed) -
         return PlannedStep(task.name, "as many prompts as the task has, or --limit", None)
     count = task.limit(bench.settings(purpose.limit, bench.context))
     one = count * (speed.prefill(bench.context) + speed.read(bench.context, bench.context + QUESTIONS))
-    what = f"{count} exercises of {bench.context} tokens, through the unquantized cache and {ANSWERED}"
+    what = f"{counted(count, 'exercise')} of {bench.context} tokens, through the unquantized cache and {ANSWERED}"
     return PlannedStep(task.name, what, (1 + ANSWERED.usual) * one, ANSWERED, one)
 
 

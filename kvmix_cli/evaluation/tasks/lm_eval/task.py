@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....cache.subject import Subject
+from ....counting import counted
 from ....errors import EvaluationError
 from ...base import Settings, Task
 from ...records import HarnessRecord
-from ...results import Estimate, Metric, counted
+from ...results import Estimate, Metric
 from .answers import Answerer, parse_batch_size
 from .data import LoadedTasks, TaskSetup, build_requests, load_tasks
 from .metrics import reported_metrics
@@ -48,6 +49,7 @@ class HarnessTask(Task[TokenRequest, HarnessRecord]):
     max_length: int | None = None
     apply_chat_template: bool = False
 
+    unread: ClassVar[tuple[str, ...]] = ("length", "prefix", "text")
     default_limit: ClassVar[int] = 0
     """Unused: without a limit all documents are measured."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
+from ....counting import counted
 from ....errors import EvaluationError, first_sentence
 from ....texts.chat import chat_ids, prompt_ids
 from ...base import Sample
@@ -159,7 +160,9 @@ def describe_prompts(prompts: Sequence[LongBenchPrompt]) -> str:
     lengths = [len(prompt.ids) for prompt in prompts]
     least, most = min(lengths), max(lengths)
     some = f" ({names})" if len(counts) <= MAX_NAMES else f" from {len(counts)} data sets,"
-    return f"{len(prompts)} prompts{some} of " + (f"{most} tokens" if least == most else f"{least} to {most} tokens")
+    return f"{counted(len(prompts), 'prompt')}{some} of " + (
+        f"{most} tokens" if least == most else f"{least} to {most} tokens"
+    )
 
 
 def describe_chat(prompts: Sequence[LongBenchPrompt]) -> str:

@@ -53,6 +53,7 @@ class LongBench(Task[LongBenchPrompt, LongBenchRecord]):
     family: ClassVar[str] = "longbench"
     suffix: ClassVar[str] = ""
     known: ClassVar[Mapping[str, tuple[str, ...]]] = MEMBERS
+    unread: ClassVar[tuple[str, ...]] = ("length", "prefix", "step", "text")
     default_limit: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....cache.subject import Subject
+from ....counting import counted
 from ....decoding.timing import Timing, time_generation
 from ....errors import EvaluationError
 from ....models.memory import attempt, devices, free_memory, tidy
@@ -75,6 +76,7 @@ class Throughput(Task[Point, ThroughputRecord]):
         Metric("largest_batch_cache_bytes", higher_is_better=False, unit="bytes"),
     )
     timed = True
+    unread = ("prefix", "step")
     is_local = True
 
     def limit(self, settings: Settings) -> int:
@@ -138,8 +140,8 @@ class Throughput(Task[Point, ThroughputRecord]):
         batches = sorted({point.batch for point in samples if point.batch is not None})
         sweep = " x ".join(", ".join(str(number) for number in each) for each in (contexts, batches))
         return (
-            f"{self.new_tokens} new tokens after prompts of {sweep}, the first one counted with its prompt; "
-            f"medians of {self.repeats} repeats, in brackets their extremes; "
+            f"{counted(self.new_tokens, 'new token')} after prompts of {sweep}, the first one counted with its prompt; "
+            f"medians of {counted(self.repeats, 'repeat')}, in brackets their extremes; "
             f"shown: {contexts[-1]} x {batches[-1]}; other caches than ours run under SDPA"
         )
 
