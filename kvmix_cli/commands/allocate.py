@@ -78,7 +78,7 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be decided.
+    """Request of one run of the command: what is to be decided, from which profile.
 
     Attributes:
         source: the profile.

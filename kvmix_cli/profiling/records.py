@@ -60,7 +60,7 @@ def record_form(loaded: LoadedModel, probes: Sequence[Probe], options: ProbeOpti
 
 @dataclass(frozen=True)
 class _ResultForm:
-    """What one probe's result for a sample has in a run.
+    """Form of one probe's result for a sample in a run.
 
     Attributes:
         choices: of the curves of keys and of values, by the heads of a layer.

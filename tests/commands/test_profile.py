@@ -107,7 +107,7 @@ def test_scores_are_added_to_the_profile_that_is_there(kvmix, tmp_path):
     first = Profile.load(saved)
     ran = kvmix("profile", "builtin:tiny", *CURVES, "--score", "fisher,error", "--granularity", "head")
     assert (ran.code, ran.err) == (0, f"kvmix: {FOLDER}/profile.yaml had grad-norm and keeps grad-norm\n")
-    assert "fisher of builtin:tiny by bits, nats, mean over 1 samples of 300 tokens" in ran.out
+    assert "fisher of builtin:tiny by bits, nats, mean over 1 sample of 300 tokens" in ran.out
     assert "K 2g64" in ran.out
     assert "grad-norm" not in ran.out
     both = Profile.load(saved)
@@ -149,7 +149,7 @@ def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added
     shown = kvmix("inspect", folder / "profile.yaml")
     assert (shown.code, shown.err) == (0, "")
     assert "directions of builtin:tiny that carry 99% of the loss, by fisher-metric" in shown.out
-    assert "over 1 documents, 128 packed tokens and 39 predictions" in shown.out
+    assert "over 1 document, 128 packed tokens and 39 predictions" in shown.out
     found = kvmix("inspect", folder / "profile.yaml", "--json").json["scores"]["fisher-metric"]
     contexts = dict.fromkeys(each["context"] for each in found["moments"]["coded"])
     measured = [(context, exact) for context in contexts for exact in (1, 2, 4)]

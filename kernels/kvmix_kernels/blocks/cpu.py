@@ -14,7 +14,7 @@ from .problem import BlockProblem
 
 
 class BlockLayout(NamedTuple):
-    """Where the codes of a block lie.
+    """Layout of the codes of a block.
 
     Attributes:
         form: `"direction"`, `"key"` or `"value"`: how they are packed.
