@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from kvmix_kernels.segments import Segments
@@ -21,7 +22,6 @@ from ..plan.sizes import budget_unit
 from ..plan.tokens import TokenPolicy
 from .archive import Archive
 from .layer_shares import LayerShares
-from .merging import Merge
 from .observation import AttentionCall
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
@@ -32,6 +32,8 @@ from .token_budget import TokenBudget
 from .token_tiers import TokenTiers
 from .transforms import Chain, build
 from .watching import WatchingLayer
+
+Choice = TypeVar("Choice")
 
 
 def is_composed(settings: CacheSettings) -> bool:
@@ -247,27 +249,33 @@ class ComposedLayer(WatchingLayer):
         return TokenBudget(policy, kept, budget_unit(self.plan, self.settings), self.index, self.rope)
 
     def _policy_functions(self) -> tuple[PolicyFunctions, PolicyFunctions]:
-        """Return the functions of the plan's policies: values get what was chosen for their keys."""
+        """Return the functions of the plan's policies: values get what was chosen for their keys.
+
+        They are partial functions and methods, not closures, so that a copy of this layer has those of its own parts.
+        """
         keys = values = PolicyFunctions(self._channel_importance)
         tokens, unit = self._tokens, budget_unit(self.plan, self.settings)
         if isinstance(tokens, TokenTiers):
-            keys = replace(keys, tiers_of=lambda stored: tokens.choose(*self._oldest(stored)), sorted=tokens.sorted)
-            keys = replace(keys, heads=tokens.heads)
-            values = replace(keys, tiers_of=tokens.chosen_for_keys)
-            keys = replace(keys, merged=lambda stored: self._merged(0, stored, tokens.merge))
-            values = replace(values, merged=lambda stored: self._merged(1, stored, tokens.merge))
+            shared = replace(keys, sorted=tokens.sorted, heads=tokens.heads)
+            merged = partial(self._merged, 0, tokens), partial(self._merged, 1, tokens)
+            keys = replace(shared, tiers_of=partial(self._chosen, tokens.choose), merged=merged[0])
+            values = replace(shared, tiers_of=tokens.chosen_for_keys, merged=merged[1])
         elif tokens is not None:
-            chosen = tokens
-            keys = replace(keys, kept_of=lambda stored: chosen.choose(*self._oldest(stored)), sorted=chosen.sorted)
-            keys = replace(keys, unit=unit)
-            values = replace(keys, kept_of=chosen.chosen_for_keys)
+            shared = replace(keys, sorted=tokens.sorted, unit=unit)
+            keys = replace(shared, kept_of=partial(self._chosen, tokens.choose))
+            values = replace(shared, kept_of=tokens.chosen_for_keys)
         return keys, values
 
-    def _merged(self, index: int, stored: Tensor, merge: Merge | None) -> Tensor:
+    def _chosen(self, choose: Callable[[Tensor, Tensor, int], Choice], stored: Tensor) -> Choice:
+        """Return a policy's choice among the tail's oldest tokens, whose keys are stored so, `[B, H_kv, n, D]`."""
+        return choose(*self._oldest(stored))
+
+    def _merged(self, index: int, tokens: TokenTiers, stored: Tensor) -> Tensor:
         """Return stored keys (index 0) or values (1) `[B, H_kv, n, D]`, the dropped ones in those that stay.
 
         Those that nothing is merged into stay as they are, bit for bit.
         """
+        merge = tokens.merge
         if merge is None or (index == 0 and not merge.has_keys):
             return stored
         chain = (self._keys, self._values)[index]

@@ -224,9 +224,10 @@ def test_a_copy_goes_on_by_itself(axes):
     model, _, ours = filled("llama", "kvmix", 2, quantized(axes), wide=True)
     model.set_attn_implementation("kvmix")
     untouched = filled("llama", "kvmix", 2, quantized(axes), wide=True)[2]
-    twin, step = copy.deepcopy(ours), ids(1, seed=5)
+    twin = copy.deepcopy(ours)
     with torch.no_grad():
-        model(ids(50, seed=6), past_key_values=ours)
-        model(ids(50, seed=6), past_key_values=ours)
-        got = [model(step, past_key_values=cache).logits for cache in (twin, untouched)]
-    torch.testing.assert_close(*got)
+        for tokens in (ids(50, seed=6), ids(50, seed=6)):
+            model(tokens, past_key_values=ours)
+        for tokens in (ids(70, seed=4), ids(70, seed=5), ids(1, seed=5)):  # past a flush
+            got = [model(tokens, past_key_values=cache).logits for cache in (twin, untouched)]
+            torch.testing.assert_close(*got)
