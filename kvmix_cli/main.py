@@ -194,7 +194,7 @@ _add(
 _add(
     "report",
     report.report,
-    "Runs in one table, and a page with plots.",
+    "Merge runs into tables and a page with plots.",
     "kvmix report",
     "kvmix report results --markdown report.md --metric recall",
 )
@@ -222,14 +222,14 @@ _add(
 _add(
     "recommend",
     recommend.recommend,
-    "The smallest plan that is safe at your context.",
+    "Find the smallest plan that is safe at your context.",
     "kvmix recommend builtin:tiny --context 2K",
     "kvmix recommend Qwen/Qwen3-8B --context 32K --memory 24GiB --max-loss 1%",
 )
 _add(
     "demo",
     demo.demo,
-    "All of it on the built-in model, in a few minutes.",
+    "Run all of it on the built-in model, in a few minutes.",
     "kvmix demo --quick",
     "kvmix demo --out here --resume",
 )
@@ -243,7 +243,7 @@ _add(
 _add(
     "env",
     listing.env,
-    "Versions, devices, kernels and folders, for bug reports.",
+    "Show versions, devices, kernels and folders, for bug reports.",
     "kvmix env",
     "kvmix env --json",
 )
@@ -327,9 +327,11 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Decide how many bits each layer's KV cache deserves, then run and honestly evaluate the model with it.
+    """Store the KV cache of a model in few bits: measure what matters, decide the bits, generate and evaluate.
 
-    In this order: profile MODEL, allocate, run, eval. State between them is files under ./profiles.
+    In this order: profile MODEL, allocate, run, eval. Each finds what the one before it wrote, under ./profiles.
+
+    To see all of it without a model of your own: kvmix demo --quick
     """
 
 

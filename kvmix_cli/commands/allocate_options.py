@@ -154,7 +154,9 @@ class StorageOptions:
     ] = None
     scale_dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", parser=parse_dtype, help="Of scales: float16 or bfloat16 [default: float16]."),
+        typer.Option(
+            metavar="DTYPE", parser=parse_dtype, help="Data type of scales: float16 or bfloat16 [default: float16]."
+        ),
     ] = None
     encode: Encoding = None
     exact: Annotated[
@@ -212,8 +214,8 @@ class SearchOptions:
         str | None, typer.Option(metavar="NAME", help="Score to use [default: the best for the method].")
     ] = None
     trials: Annotated[int, count_option("Plans that search measures.")] = 40
-    calibration: Annotated[str, typer.Option(metavar="TEXT", help="What search measures on.")] = "builtin"
-    samples: Annotated[int, count_option("Documents of it.")] = 4
+    calibration: Annotated[str, typer.Option(metavar="TEXT", help="Text that search measures on.")] = "builtin"
+    samples: Annotated[int, count_option("Documents that search measures on.")] = 4
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search, or a shorter one.")] = (
         False
     )
@@ -224,7 +226,7 @@ class PlanFileOptions:
     """The profile that is read, and the plan file that is written."""
 
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", callback=_file_name, help="Of the plan [default: e.g. rank-2.3].")
+        str | None, typer.Option(metavar="NAME", callback=_file_name, help="Name of the plan [default: e.g. rank-2.3].")
     ] = None
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write [default: plans/NAME.yaml beside the profile].")

@@ -68,7 +68,7 @@ class EvalOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Somebody else's cache beside ours: bf16, fp8, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}, or "
+            help="Another project's cache to compare with: bf16, fp8, hf-fp8, hf-quanto-{2,4}, hf-hqq-{1,2,3,4,8}, or "
             "all of these; uniform-N, random-plan[-SEED]; repeatable.",
         ),
     ] = None
@@ -78,7 +78,9 @@ class EvalOptions:
             metavar="N", parser=_parse_length, help="Tokens of a document or context; several for tasks of --contexts."
         ),
     ] = "1024"
-    prefix: Annotated[int, count_option("Of these, prefilled before scoring (perplexity).", least=None)] = 256
+    prefix: Annotated[
+        int, count_option("Tokens of these that are prefilled before scoring (perplexity).", least=None)
+    ] = 256
     step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.", least=None)] = 32
     prefill_chunk: Annotated[
         int | None, count_option("Tokens prefilled at a time, each packed before the next [default: all].", least=None)
@@ -98,7 +100,9 @@ class EvalOptions:
     tensor_parallel: TensorParallel = False
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'."),
+        typer.Option(
+            metavar="GATE", help="Exit with 3 if it holds, such as 'perplexity>+1%' or 'recall<0.8'; repeatable."
+        ),
     ] = None
 
     def __post_init__(self) -> None:
@@ -151,24 +155,44 @@ class TaskOptions:
     ] = False
     contexts: Annotated[
         Any,
-        typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="Tokens, e.g. 1024,4096."),
+        typer.Option(
+            metavar="LIST",
+            parser=parse_counts,
+            rich_help_panel=SWEEPS,
+            help="Tokens of contexts, e.g. 1024,4096 [default: --length].",
+        ),
     ] = None
     batches: Annotated[
-        Any, typer.Option(metavar="LIST", parser=parse_counts, rich_help_panel=SWEEPS, help="E.g. 1,8.")
+        Any,
+        typer.Option(
+            metavar="LIST",
+            parser=parse_counts,
+            rich_help_panel=SWEEPS,
+            help="Sequences at a time (throughput) [default: 1,8].",
+        ),
     ] = None
     new_tokens: Annotated[
-        int | None, count_option("Tokens to decode (throughput).", least=2, rich_help_panel=SWEEPS)
+        int | None, count_option("Tokens to decode (throughput) [default: 32].", least=2, rich_help_panel=SWEEPS)
     ] = None
-    repeats: Annotated[int | None, count_option("Times each point is measured.", rich_help_panel=SWEEPS)] = None
+    repeats: Annotated[
+        int | None, count_option("Times each point is measured (throughput) [default: 3].", rich_help_panel=SWEEPS)
+    ] = None
     memory: Annotated[
         Any,
         typer.Option(
-            metavar="SIZE", parser=parse_bytes, rich_help_panel=SWEEPS, help="Find the largest batch within it."
+            metavar="SIZE",
+            parser=parse_bytes,
+            rich_help_panel=SWEEPS,
+            help="Also find the largest batch within it (throughput) [default: no search].",
         ),
     ] = None
-    depths: Annotated[int | None, count_option("Places of a needle in its context.", rich_help_panel=SWEEPS)] = None
+    depths: Annotated[
+        int | None,
+        count_option("Places of a needle in its context [default: 10; recall: scattered].", rich_help_panel=SWEEPS),
+    ] = None
     hops: Annotated[
-        int | None, count_option("Names that a number is handed on to (multi_hop).", rich_help_panel=SWEEPS)
+        int | None,
+        count_option("Names that a number is handed on to (multi_hop) [default: 2].", rich_help_panel=SWEEPS),
     ] = None
 
 
@@ -187,7 +211,12 @@ class BoardOptions:
     ] = False
     stored_bits: Annotated[
         Any,
-        typer.Option(metavar="LIST", parser=parse_budgets, rich_help_panel=BOARD, help="Budgets, e.g. 2.5,3,3.5,4."),
+        typer.Option(
+            metavar="LIST",
+            parser=parse_budgets,
+            rich_help_panel=BOARD,
+            help="Budgets [default: 2.5,3,3.5,4; of --systems 2,2.5,3,4].",
+        ),
     ] = None
     scores: Annotated[
         Any, typer.Option(metavar="LIST", parser=parse_names, rich_help_panel=BOARD, help="Scores [default: all].")

@@ -59,14 +59,18 @@ class FitOptions:
     encode: Encoding = None
     dtype: Annotated[
         str,
-        typer.Option(metavar="DTYPE", parser=parse_model_dtype, help="Of the model: auto (the configuration's), ..."),
+        typer.Option(
+            metavar="DTYPE",
+            parser=parse_model_dtype,
+            help="Data type of the model: auto (the configuration's), float32, bfloat16 or float16.",
+        ),
     ] = "auto"
     weights_dtype: Annotated[
         Any,
         typer.Option(
             metavar="DTYPE",
             parser=_parse_weights_dtype,
-            help="Of its weights alone: float32, bfloat16, float16, float8, int8, int4 [default: as they are stored].",
+            help="Data type of the weights alone: float32, bfloat16, float16, float8, int8, int4 [default: as stored].",
         ),
     ] = None
     prefill_chunk: Annotated[Any, count_option("Tokens of a prompt that are fed at once [default: all].", least=1)] = (

@@ -174,7 +174,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", metavar="ID", help="Hub id, local folder or builtin:tiny; needed if several have files."),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", parser=parse_seed, help="Of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(metavar="N", parser=parse_seed, help="Seed of all random choices.")]
 Threads = Annotated[
     int | None, count_option("Threads on the CPU [default: torch's own choice].", least=None, callback=_use_threads)
 ]

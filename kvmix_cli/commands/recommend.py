@@ -37,14 +37,18 @@ class RecommendOptions:
     context: Annotated[int | None, count_option("Tokens [default: the model's limit, at most 32K].")] = None
     memory: Annotated[
         int | None,
-        typer.Option(metavar="SIZE", parser=parse_bytes, help="Of weights, prompt and cache, e.g. 8GiB."),
+        typer.Option(
+            metavar="SIZE",
+            parser=parse_bytes,
+            help="Limit for weights, prompt and cache together, e.g. 8GiB [default: none].",
+        ),
     ] = None
     max_loss: Annotated[
         Any,
         typer.Option(
             metavar="SHARE",
             parser=parse_share,
-            help="Of the perplexity that may be lost: 1% or 0.01, which is a KL of .00995 nats a token.",
+            help="Largest loss of perplexity that counts as safe: 1% or 0.01, which is a KL of .00995 nats a token.",
         ),
     ] = "1%"
     task: Annotated[
@@ -52,9 +56,13 @@ class RecommendOptions:
     ] = "perplexity,recall"
     text: Annotated[
         str,
-        typer.Option(metavar="SOURCE", help="To measure on: builtin (held out), wikitext2, c4, a file or a folder."),
+        typer.Option(
+            metavar="SOURCE", help="Text to measure on: builtin (held out), wikitext2, c4, a file or a folder."
+        ),
     ] = "builtin"
-    calibration: Annotated[str, typer.Option(metavar="TEXT", help="To profile on, if there is no profile.")] = "builtin"
+    calibration: Annotated[str, typer.Option(metavar="TEXT", help="Text to profile on, if there is no profile.")] = (
+        "builtin"
+    )
     limit: Annotated[int | None, count_option("Most samples of a task [default: the task's].")] = None
     step: Annotated[int, count_option("Tokens fed at a time; 1 is exact decoding.")] = 32
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where every sample is kept.")] = Path("results")

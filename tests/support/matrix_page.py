@@ -20,6 +20,8 @@ STORED = ROOT / "tests" / "models" / "matrix.json"
 PAGE = ROOT / "docs" / "models.md"
 _HEAD = """# Models, architecture by architecture
 
+Look up here whether kvmix works with your model's type (`model_type` in its config.json), and if it does not, why.
+
 Every architecture that transformers {version} lists as a causal language model, or as one that reads images or sound
 and writes text, is built here from its configuration, small (a layer of each kind, at least two, heads of 32 channels,
 some thousand tokens) and with random weights, saved as its checkpoints are, and loaded by kvmix's own loader. Six
