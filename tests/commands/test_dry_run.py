@@ -6,6 +6,7 @@ from commandline import kvmix, kvmix_json, refused
 from kvmix_cli.models import sources
 from kvmix_cli.studies import dry_run
 
+VOCABULARY = 4096
 KEYS = {"command", "dry_run", "model", "steps", "seconds", "memory_bytes", "writes", "basis"}
 
 
@@ -14,13 +15,14 @@ def nothing_was_written(folder):
 
 
 @pytest.mark.slow
-def test_a_profile(tmp_path, loaded_once):
+def test_a_profile(tmp_path, loaded_once, monkeypatch):
+    monkeypatch.setattr(dry_run, "PREDICTIONS", 1000)  # more than all else
     options = ["--samples", 1, "--seq-len", 288]
     answer = kvmix_json("profile", "builtin:tiny", *options, "--dry-run")
     assert answer.keys() >= KEYS
     assert (answer["command"], answer["dry_run"]) == ("profile", True)
     assert answer["writes"] == ["profiles/builtin--tiny/profile.yaml"]
-    assert answer["memory_bytes"] > 4 * 6_951_168
+    assert answer["memory_bytes"] > 4 * (6_951_168 + 1000 * 288 * VOCABULARY)
     assert "1 sample of 288 tokens" in answer["steps"][0]["what"]
     assert nothing_was_written(tmp_path)
     assert 0 < answer["seconds"] < 3600
