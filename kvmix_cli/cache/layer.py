@@ -59,8 +59,8 @@ class MixedLayer(CacheLayerMixin):
         """Add `[B, H_kv, S, D]` keys and values and return all of them, `[B, H_kv, T, D]`.
 
         Raises:
-            CacheError: if keys and values are not of the same sequences, heads and tokens, or have another batch size or
-                other heads than what is held; nothing is added then.
+            CacheError: if keys and values are not of the same sequences, heads and tokens, or have another batch size
+                or other heads than what is held; nothing is added then.
             QuantizationError: if what has to be packed is NaN, infinite, or beyond the scale's range.
         """
         self._prepare(key_states, value_states)
