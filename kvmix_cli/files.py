@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +18,10 @@ from .errors import OutputError
 UNCHANGED = "; no file was changed"
 STREAMS = (Path("/dev"), Path("/dev/fd"))
 """Folders whose links, such as /dev/stdout, stand for streams."""
+UNFINISHED = ".unfinished"
+"""End of the names of temporary files."""
+ABANDONED_SECONDS = 24 * 60 * 60
+"""Age of a temporary file that nobody is writing any more."""
 SHOWN = 32
 """Characters of a file's name that its temporary one begins with; a name may have 255 bytes, and both are one."""
 
@@ -117,12 +123,22 @@ def after_saving(saved: str) -> Iterator[None]:
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """Open a new file beside a path; it is removed unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:SHOWN]}.")
+    prefix = f".{path.name[:SHOWN]}."
+    _remove_left(path.parent, prefix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file, Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path, prefix: str) -> None:
+    """Remove temporary files that killed processes have left, which can be as large as a cache of a long prompt."""
+    for left in folder.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
+        with suppress(OSError):  # another process has removed it, or may not be asked to
+            if time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

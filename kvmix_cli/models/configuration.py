@@ -6,6 +6,7 @@ transformers loads torch with its configurations wherever it is installed; see `
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ..network import HTTP_ERROR, is_offline
 from ..plan import ModelInfo
 from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
-from .geometry import model_info
+from .geometry import MAX_LAYERS, model_info
 from .gguf import SUFFIX, check_gguf, gguf_settings, read_header
 from .multimodal import find_loader, without_speech
 from .sources import canonical_id, explain, locate, meta_sibling
@@ -133,6 +134,7 @@ def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             if checkpoint.gguf is not None and torchless.is_hidden():
                 config = AutoConfig.for_model(**gguf_settings(read_header(checkpoint.path)))
             else:
+                _check_layers(checkpoint)
                 config = AutoConfig.from_pretrained(checkpoint.source, **checkpoint.options)
     except UNREADABLE as error:
         if checkpoint.gguf is not None:
@@ -156,6 +158,28 @@ def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         each.return_dict = True  # what a forward returns is decided here, whatever the checkpoint asks for
         each.output_attentions = each.output_hidden_states = False
     return config
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Raise ModelError for more layers than any model has, of which transformers would make lists without end.
+
+    Only of a model in a folder; a file that cannot be read is transformers' to judge.
+    """
+    file = checkpoint.path / "config.json"
+    try:
+        pending = [json.loads(file.read_bytes())]
+    except (OSError, ValueError, RecursionError):
+        return
+    while pending:
+        settings = pending.pop()
+        if isinstance(settings, dict):
+            pending += settings.values()
+            for name, value in settings.items():
+                if name.endswith(("_layer", "layers")) and isinstance(value, int | float) and value > MAX_LAYERS:
+                    raise ModelError(
+                        f"{checkpoint.id} has {value:.6g} as its {name}; expected at most {MAX_LAYERS}: correct its "
+                        "config.json"
+                    )
 
 
 def check_decoder(config: PreTrainedConfig, model_id: str) -> None:

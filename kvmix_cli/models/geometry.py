@@ -24,7 +24,11 @@ MAX_LAYERS = 10_000
 MAX_NUMBER = 2**53
 """More than any setting is, and the last whole number that a float holds as well."""
 _SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
-"""Settings that no model has without being at least 1. (Others may be 0: latent attention has no `head_dim`.)"""
+"""Settings that no model has without being at least 1."""
+_OF_HEADS = ("head_dim", "v_head_dim", "kv_lora_rank")
+"""Settings that are at least 1 where a model has them; beside `kv_lora_rank`, `head_dim` may be 0."""
+_COUNTS = ("_size", "_dim", "_rank", "_heads", "_experts")
+"""Ends of the names of settings that are never negative."""
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 _REAL = ("rope_theta", "factor")
@@ -61,6 +65,7 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
     text = config.get_text_config(decoder=True)
     _require_sizes(text, model_id)
     _require_layers(text, model_id)
+    _require_rope(getattr(text, "rope_parameters", None), model_id)
     stock = stock_layers(config)
     _require_attention(text, model_id, stock)
     return ModelInfo.of_heads(
@@ -198,11 +203,32 @@ def _require_sizes(text: PreTrainedConfig, model_id: str) -> None:
     """Raise ModelError for numbers of a damaged configuration that arithmetic with them would only trip over later."""
     sizes = {name: _of_all(text, name) for name in _SIZES}
     for name, value in {**vars(text), **sizes}.items():
-        least = 1 if name in sizes else -MAX_NUMBER
+        least = _least(name, text)
         if isinstance(value, int) and not least <= value < MAX_NUMBER:
             shown = value if abs(value) < MAX_NUMBER else f"a number of {len(f'{abs(value):x}')} hexadecimal digits"
             raise ModelError(
                 f"{model_id} has {shown} as its {name}; expected {least} to {MAX_NUMBER - 1}: correct its config.json"
+            )
+
+
+def _least(name: str, text: PreTrainedConfig) -> int:
+    """Return the smallest number that a setting can have."""
+    is_unused = name == "head_dim" and getattr(text, "kv_lora_rank", None)
+    if name in _SIZES or (name in _OF_HEADS and not is_unused):
+        return 1
+    return 0 if name.endswith(_COUNTS) else -MAX_NUMBER
+
+
+def _require_rope(parameters: Any, model_id: str) -> None:
+    """Raise ModelError for rotary positions that are no positions: all of their numbers are finite and above 0."""
+    if not isinstance(parameters, dict):
+        return
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            _require_rope(value, model_id)
+        elif name in _ROPE and isinstance(value, int | float) and not 0 < value < math.inf:
+            raise ModelError(
+                f"{model_id} has {value} as its {name}; expected a number above 0: correct its config.json"
             )
 
 

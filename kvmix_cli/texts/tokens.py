@@ -20,6 +20,8 @@ CHARACTERS = 16
 """Characters that are encoded for each token that is wanted of a text; those of prose have about four."""
 MARGIN = 256
 """Tokens at the end of a piece of text that may differ from those of the whole text."""
+PARTS = 64
+"""Parts of a long document that samples are taken from, unless there are more samples: the same for any number."""
 
 Samples = list[list[int]]
 
@@ -122,18 +124,30 @@ def _check(samples: int, seq_len: int, shortest: int, max_length: int | None) ->
         raise TextError(f"the model takes at most {max_length} tokens, not {seq_len}: use a smaller --seq-len")
 
 
+def _parts(text: str, count: int, tokens: int) -> list[str]:
+    """Return a text whole; of one much longer than `count` pieces of `tokens`, evenly placed parts for one each.
+
+    They may begin within a word.
+    """
+    size = CHARACTERS * (tokens + MARGIN)
+    if len(text) <= 2 * count * size:
+        return [text]
+    return [text[(start := len(text) * number // count) : start + size] for number in range(count)]
+
+
 def _documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seq_len: int, least: int, enough: int
 ) -> Iterator[Samples]:
     """Yield the pieces of each document that has any, until `enough` of them have had one of full length.
 
-    Each begins with the opening token and has at least `least` tokens. Further documents are not even tokenized.
+    Each begins with the opening token and has at least `least` tokens. Further documents are not even tokenized, nor is
+    more of a long one than such pieces take.
     """
     first = opening(tokenizer)
-    room = seq_len - len(first)
+    room, samples = seq_len - len(first), enough
     for document in documents:
-        ids = encode(tokenizer, document)
-        cut = [first + ids[start : start + room] for start in range(0, len(ids), room)]
+        parts = (encode(tokenizer, part) for part in _parts(document, max(PARTS, samples), room))
+        cut = [first + ids[start : start + room] for ids in parts for start in range(0, len(ids), room)]
         if pieces := [piece for piece in cut if len(piece) >= least]:
             yield pieces
             enough -= len(pieces[0]) == seq_len

@@ -204,6 +204,11 @@ def test_a_folder_without_a_config(tmp_path):
         ('{"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}}', "pass --trust-remote-code"),
         ('{"model_type": "mamba"}', "nothing to quantize"),
         ('{"model_type": "llama", "num_hidden_layers": -1}', "-1 layers"),
+        (
+            '{"model_type": "gemma3_text", "num_hidden_layers": 1e12}',
+            "1e+12 as its num_hidden_layers; expected at most",
+        ),
+        ('{"model_type": "gemma3", "text_config": {"num_hidden_layers": 1000000000000}}', "expected at most 10000"),
         ('{"model_type": "whisper"}', "is an encoder-decoder (whisper)"),
         ('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}', "is an encoder (BertForMaskedLM)"),
     ],

@@ -225,6 +225,20 @@ def test_two_may_compile_at_once(compiled, monkeypatch):
     assert found == [cache.find(cache.entry(wanted()))] * 2
 
 
+@needs_library
+def test_what_killed_compilers_left_is_removed_and_no_other_folder(compiled):
+    home = cache.cache_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    left, busy, other = (home / name for name in (".building-left", ".building-busy", "notes"))
+    for folder in (left, busy, other):
+        folder.mkdir()
+        (folder / "library.so").touch()
+    for folder in (left, other):
+        os.utime(folder, (0, 0))
+    cache.install(wanted())
+    assert [folder.exists() for folder in (left, busy, other)] == [False, True, True]
+
+
 def test_no_compiler_is_one_named_warning(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with falls_back_once("no C\\+\\+ compiler found \\(install g\\+\\+, or set CXX\\)"):

@@ -143,3 +143,18 @@ def test_a_link_to_a_file_is_replaced_and_the_file_is_kept(tmp_path):
     write_text(tmp_path / "link", "new")
     assert (tmp_path / "file").read_text() == "kept"
     assert (tmp_path / "link").read_text() == "new"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_of_others(tmp_path):
+    left, fresh = tmp_path / ".plan.yaml.abc123.unfinished", tmp_path / ".plan.yaml.def456.unfinished"
+    others = [
+        tmp_path / ".plan.yaml.swp",
+        tmp_path / ".other.yaml.abc123.unfinished",
+        tmp_path / "plan.yaml.unfinished",
+    ]
+    for path in (left, fresh, *others):
+        path.touch()
+    for path in (left, *others):
+        os.utime(path, (0, 0))
+    write_text(tmp_path / "plan.yaml", "a")
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, *others, tmp_path / "plan.yaml"])

@@ -106,6 +106,23 @@ def test_no_sample_at_all_is_an_error(loaded, texts):
         cut_samples(loaded.tokenizer, texts, 3, 64, seed=0)
 
 
+def test_of_a_long_document_no_more_is_tokenized_than_samples_take(loaded):
+    seen = []
+
+    def counting(text, **options):
+        seen.append(text)
+        return loaded.tokenizer(text, **options)
+
+    counting.bos_token_id = loaded.tokenizer.bos_token_id
+    text = "".join(f"line {number} of a long text\n" for number in range(60_000))
+    four, eight = (cut_samples(counting, [text], samples, 64, seed=0) for samples in (4, 8))
+    assert [len(sample) for sample in eight] == [64] * 8
+    assert eight[:4] == four, "more samples begin with the same ones"
+    assert sum(map(len, seen)) < len(text) / 2
+    places = [text.index(part) for part in seen[1:65]]
+    assert places == [len(text) * number // 64 for number in range(64)]
+
+
 def test_a_sample_longer_than_the_model_is_an_error(loaded):
     assert cut_samples(loaded.tokenizer, TEXTS, 1, 128, seed=0, max_length=128)
     with pytest.raises(TextError, match="at most 128 tokens, not 129: use a smaller --seq-len"):

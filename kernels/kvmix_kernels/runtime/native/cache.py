@@ -17,11 +17,17 @@ import os
 import shutil
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from .build import BuildError, build_key, compile_library
 
 STAMP = "stamp"
+BUILDING = ".building-"
+"""Start of the names of folders in which a library is compiled."""
+ABANDONED_SECONDS = 60 * 60
+"""Age of such a folder in which nobody compiles any more; it takes a minute at most."""
 
 
 class LibraryError(Exception):
@@ -89,7 +95,8 @@ def install(isa: str) -> Path:
     folder = entry(isa)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
+        _remove_left(folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BUILDING) as scratch:
             library = _named_by_checksum(compile_library(Path(scratch), isa))
             stamp = _stamp_of(library)
             for path in (library, stamp):
@@ -103,6 +110,14 @@ def install(isa: str) -> Path:
         reason = error.strerror or error
         raise BuildError(f"{error.filename or folder} cannot be written ({reason}); set KVMIX_CACHE_DIR") from error
     return find(folder)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove folders in which processes were compiling when they were killed."""
+    for left in folder.glob(f"{BUILDING}*"):
+        with suppress(OSError):  # another process has removed it, or it is somebody else's
+            if time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left)
 
 
 def _named_by_checksum(compiled: Path) -> Path:
