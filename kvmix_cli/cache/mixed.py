@@ -24,7 +24,7 @@ from .composed import ComposedLayer, is_composed
 from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
-from .layer_shares import LayerShares
+from .tokens.shares import LayerShares
 from .policies import token_score
 from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
