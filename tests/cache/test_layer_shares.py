@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kvmix_kernels.sorted_tokens import EVICTED
 from teaching import ids, swap_by_beams, teacher_forced
 
-from kvmix_cli.cache.tokens.shares import LayerShares, SharingLayer
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.observation import AttentionCall
 from kvmix_cli.cache.policies.layers import LAYER_MEASURES, WEAK
+from kvmix_cli.cache.tokens.shares import LayerShares, SharingLayer
 from kvmix_cli.errors import CacheError, PlanError
 from kvmix_cli.plan import LayerPlan, Plan
 from kvmix_cli.plan.layers import HeadGroup

@@ -16,7 +16,7 @@ from ..observation import AttentionCall, visible_at, weight_rows
 from ..packing import KeptUnits
 from ..statistics import LastRows, QuerySum, beside
 from ..store import Store
-from .tiers import TokenChoice, sample_of
+from .choice import TokenChoice, sample_of
 
 
 class TokenBudget(TokenChoice):

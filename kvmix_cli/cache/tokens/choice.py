@@ -1,4 +1,4 @@
-"""The base of what a token policy decides about one layer's tokens as they leave its window, and what that rests on."""
+"""Decisions of a token policy about one layer's tokens as they leave its window, and the statistics behind them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from kvmix_kernels.sorted_tokens import EVICTED
 from torch import Tensor
 
-from ...errors import PolicyError
 from ...plan.moments import Rope
 from ...plan.tokens import TokenPolicy
 from ..archive import Archive
 from ..buffer import Buffer, lasting
-from .labels import ImageLabels
-from .shares import LayerShares
-from ..merging import MERGES, LeavingTokens, Merge
 from ..observation import AttentionCall, QuerySample, TailAttention
-from ..packing.pooled import heads_of_pages
 from ..policies import Candidates, TokenScore, token_score
-from ..policies.heads import kept_by_head
 from ..policies.tokens import SAMPLED_QUERIES, at_positions
 from ..store import ROLLBACK, Store
 

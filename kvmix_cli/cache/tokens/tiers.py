@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from kvmix_kernels.sorted_tokens import EVICTED
@@ -14,16 +12,14 @@ from ...errors import PolicyError
 from ...plan.moments import Rope
 from ...plan.tokens import TokenPolicy
 from ..archive import Archive
-from ..buffer import Buffer, lasting
+from ..buffer import Buffer
+from ..merging import MERGES, LeavingTokens, Merge
+from ..observation import AttentionCall
+from ..packing.pooled import heads_of_pages
+from ..policies.heads import kept_by_head
+from .choice import TokenChoice
 from .labels import ImageLabels
 from .shares import LayerShares
-from ..merging import MERGES, LeavingTokens, Merge
-from ..observation import AttentionCall, QuerySample, TailAttention
-from ..packing.pooled import heads_of_pages
-from ..policies import Candidates, TokenScore, token_score
-from ..policies.heads import kept_by_head
-from ..policies.tokens import SAMPLED_QUERIES, at_positions
-from ..store import ROLLBACK, Store
 
 
 class TokenTiers(TokenChoice):
