@@ -70,3 +70,21 @@ def less_text(monkeypatch):
     monkeypatch.setattr(coded, "DOCUMENTS", 1)
     monkeypatch.setattr(coded, "REACH", 1)
     monkeypatch.setattr(cost, "FAR", 512)
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """Forget afterwards what a user's files or the examples register."""
+    from kvmix_cli import extensions
+    from kvmix_cli.cache.merging import MERGES
+    from kvmix_cli.cache.policies import TOKEN_SCORES
+    from kvmix_cli.cache.transforms import TRANSFORMS
+    from kvmix_cli.codecs import CODECS
+    from kvmix_cli.plan import merges, token_scores
+    from kvmix_cli.profiling import PROBES
+
+    for registry in (TOKEN_SCORES, MERGES, TRANSFORMS, CODECS, PROBES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
+    monkeypatch.setattr(merges, "_OF_HEAD", dict(merges._OF_HEAD))
+    monkeypatch.setattr(extensions, "_LOADED", {})

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..plan import TransformTensor
 from ..plan.sizes import exact_tokens, window_widths
 from .archive import Archive
-from .exact import NEAR, ExactTokens
 from .observation import AttentionCall
 from .queued import QueryQueue, QueuedCall
 from .store import Store
+from .tokens.exact import NEAR, ExactTokens
 from .watching import WatchingLayer
 
 

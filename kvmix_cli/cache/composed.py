@@ -21,15 +21,15 @@ from ..plan.moments import Rope
 from ..plan.sizes import budget_unit
 from ..plan.tokens import TokenPolicy
 from .archive import Archive
-from .layer_shares import LayerShares
 from .observation import AttentionCall
 from .packing import PolicyFunctions
 from .policies import CHANNEL_SCORES, ChannelScore, ChannelStatistics
-from .prompt_scores import PromptScores
 from .statistics import QuerySum
 from .store import ROLLBACK, Store
-from .token_budget import TokenBudget
-from .token_tiers import TokenTiers
+from .tokens.budget import TokenBudget
+from .tokens.prompt_scores import PromptScores
+from .tokens.shares import LayerShares
+from .tokens.tiers import TokenTiers
 from .transforms import Chain, build
 from .watching import WatchingLayer
 

@@ -17,10 +17,10 @@ from ..plan.forms import storage_forms
 from ..plan.sizes import transform_layout, window_widths
 from .archive import Archive
 from .bases import basis_of
-from .exact import ExactTokens
 from .handle import Handle
 from .packing import CodePacking, Packing, PolicyFunctions, SummaryPacking, packing_of
 from .store import Store
+from .tokens.exact import ExactTokens
 
 
 class MixedLayer(CacheLayerMixin):

@@ -24,12 +24,12 @@ from .composed import ComposedLayer, is_composed
 from .grouped import GroupedLayer
 from .handle import Handle
 from .layer import MixedLayer
-from .layer_shares import LayerShares
 from .policies import token_score
 from .rotary import Rotations, rotations_of
 from .saving import CacheFile, save_cache
 from .sizes import cache_nbytes, stock_nbytes
 from .stateful import StatefulLayer, layer_beside
+from .tokens.shares import LayerShares
 
 
 @dataclass

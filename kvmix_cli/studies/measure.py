@@ -132,20 +132,12 @@ def prepare(
     from ..models.loading import load_info, load_model
 
     check_baselines(names.baselines)
-    loading = setup.loading
+    loading: Loading = {**setup.loading, "revision": choice.revision}
     tasks = get_tasks(split_tasks(DEFAULT_TASKS if setup.tasks is None else setup.tasks), options)
     conditions = _conditions(gates, tasks)
     info = load_info(choice.model, revision=choice.revision, trust_remote_code=loading["trust_remote_code"])
     plans = choice.plans(info, names.uniform, say, encode=names.encode)
-    loaded = load_model(
-        choice.model,
-        revision=choice.revision,
-        dtype=loading["dtype"],
-        device=loading["device"],
-        trust_remote_code=loading["trust_remote_code"],
-        allow_pickle=loading.get("allow_pickle", False),
-        tensor_parallel=loading.get("tensor_parallel", False),
-    )
+    loaded = load_model(choice.model, **loading)
     subjects = [Subject(name, plan) for name, plan in plans.items()]
     subjects += baseline_subjects(names.baselines, loaded, plans, setup.settings.seed)
     return Prepared(tasks, conditions, plans, loaded, subjects)

@@ -8,7 +8,7 @@ from architectures import CONFIGS, NO_KVMIX_ATTENTION, build, case, implementati
 from composing import AXES, plan_for, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from teaching import ids, swap_by_beams, teacher_forced
+from teaching import ids, left_padded, swap_by_beams, takes_back_without_a_trace, teacher_forced
 
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
@@ -21,12 +21,6 @@ WITHOUT_QUERIES = ("rotated", "centered", "recency", "before rope")
 SHIFTED = ("centered", "all of them")
 CANNOT_BE_CENTERED = {"gemma2", "gpt_oss"}
 STEPS = [90] + [1] * 5 + [70, 5, 1]
-
-
-def left_padded(tokens, padding):
-    mask = torch.ones_like(tokens)
-    mask[0, :padding] = 0
-    return mask
 
 
 COMBINED = ("all of them", "before rope", "queries to come", "everything")
@@ -127,17 +121,7 @@ def test_taking_back_part_of_the_last_forward_leaves_no_trace(axes, steps, promp
     model = TAKING_BACK
     plan = plan_for(model, quantized(axes), 2, 4)
     rolled_back, straight = (MixedCache.from_plan(plan, model.config) for _ in range(2))
-    with torch.no_grad():
-        for cache in (rolled_back, straight):
-            model(ids(prompt), past_key_values=cache)
-        for seed, (count, back) in enumerate(steps):
-            back, new = min(back, count), ids(count, seed=seed)
-            model(new, past_key_values=rolled_back)
-            rolled_back.crop(-back)
-            if count > back:
-                model(new[:, : count - back], past_key_values=straight)
-        logits = [model(ids(1, seed=99), past_key_values=cache).logits for cache in (rolled_back, straight)]
-    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+    takes_back_without_a_trace(model, rolled_back, straight, prompt, steps)
     assert rolled_back.nbytes == straight.nbytes
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.transform_layout import LEAST_PAGES, exact_count
 
-from kvmix_cli.cache.exact import ExactTokens
+from kvmix_cli.cache.tokens.exact import ExactTokens
 
 BATCH, HEADS, PAGE, WIDTHS = 2, 2, 4, {"key": 3, "value": 5}
 

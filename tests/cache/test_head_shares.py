@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.sorted_tokens import EVICTED
 from reference import dense_attention_lse
-from teaching import ids, swap_by_beams, teacher_forced
+from teaching import changes_nothing, follows_beams, ids, teacher_forced
 
-from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
+from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.policies.heads import kept_by_head
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan import CacheSettings
@@ -113,17 +113,12 @@ def test_all_sure_is_what_heads_alike_keep(model):
 def test_nothing_changes_while_nothing_is_dropped(model, padding):
     """The prompt is shorter than a flush, and only it is cut; what is decoded fills pages of all heads alike."""
     tokens, steps = ids(200), [70] + [1] * 4 + [126]
-    mask = torch.ones_like(tokens)
-    mask[0, :padding] = 0
     axes = {
         "tokens": BY_HEAD["tokens"].model_copy(update={"when": "prompt"}),
         "transforms": Transforms(k=(Rotate(), Balance()), v=(Center(),)),
     }
     cache = cache_of(model, axes=axes)
-    got = teacher_forced(model, cache, tokens, steps, mask)
-    expected = teacher_forced(model, unquantized_cache(model.config), tokens, steps, mask)
-    torch.testing.assert_close(got[0, padding:], expected[0, padding:], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-5)
+    changes_nothing(model, cache, tokens, steps, padding)
     assert cache.layers[0].stores[0].packed_tokens == 64
     keys = cache.layers[0].keys.dequantize()
     cache.crop(-150)
@@ -159,15 +154,7 @@ def test_predicted_bytes_are_allocated_whatever_the_prompt(model, bits, context)
 
 def test_beams_go_with_their_pages(model):
     one, other = cache_of(model, 2, 2), cache_of(model, 2, 2)
-    tokens, step = ids(300), ids(2)
-    with torch.no_grad():
-        model(tokens, past_key_values=one)
-        swap_by_beams(one)
-        model(ids(9, seed=7), past_key_values=one)
-        one.crop(-9)
-        model(tokens.flip(0), past_key_values=other)
-        logits = [model(step, past_key_values=cache).logits for cache in (one, other)]
-    torch.testing.assert_close(*logits)
+    follows_beams(model, one, other, ids(300))
     with pytest.raises(PlanError, match=r"a token policy has evicted 128 of 256"):
         one.crop(-200)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvmix_kernels.attend import AttentionProblem, attend
 from kvmix_kernels.segments import Segments
 from kvmix_kernels.sorted_tokens import EVICTED
-from teaching import ids, swap_by_beams, teacher_forced
+from teaching import ids, left_padded, swap_by_beams, teacher_forced
 
 from kvmix_cli.cache.handle import Handle
 from kvmix_cli.cache.merging import MERGES, LeavingTokens, Merge, left_padding
@@ -259,8 +259,8 @@ def test_a_model_stores_what_its_tokens_merge_to(model, states, transforms):
 
 def test_padding_takes_nothing_and_goes_nowhere(model):
     """Rows of a batch with 25 tokens of padding store what a prompt without padding merges them to."""
-    padding, mask = 25, torch.ones_like(TOKENS)
-    mask[0, :padding] = 0
+    padding = 25
+    mask = left_padded(TOKENS, padding)
     unquantized, merged = unquantized_cache(model.config), cache_of(model, score="keydiff")
     for cache in (unquantized, merged):
         teacher_forced(model, cache, TOKENS, [190], mask)

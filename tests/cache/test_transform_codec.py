@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from kvmix_kernels.pages import Coded
 from kvmix_kernels.runtime.fallback import warn_once
 from kvmix_kernels.transform_layout import exact_count
-from teaching import PIECES, ids, swap_by_beams, teacher_forced
+from teaching import PIECES, ids, left_padded, swap_by_beams, takes_back_without_a_trace, teacher_forced
 from warned import falls_back_once
 
 from kvmix_cli.cache.coded import CodedLayer
 from kvmix_cli.cache.layer import MixedLayer
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.observation import AttentionCall
-from kvmix_cli.cache.store import ROLLBACK
 from kvmix_cli.errors import PlanError, QuantizationError
 from kvmix_cli.plan import LayerPlan, TransformTensor
 from kvmix_cli.plan.basis import BasisFile
@@ -57,12 +56,6 @@ def model_of(family):
 @pytest.fixture(scope="module")
 def llama():
     return model_of("llama")
-
-
-def left_padded(tokens, padding):
-    mask = torch.ones_like(tokens)
-    mask[0, :padding] = 0
-    return mask
 
 
 @pytest.mark.slow
@@ -255,17 +248,7 @@ def test_taking_back_part_of_the_last_forward_leaves_no_trace(tmp_path_factory, 
     model = model_of("llama")
     plan = coded_plan(model, tmp_path_factory.mktemp("basis"), exact=exact, rope=ROPE["llama"])
     rolled_back, straight = (MixedCache.from_plan(plan, model.config) for _ in range(2))
-    with torch.no_grad():
-        for cache in (rolled_back, straight):
-            model(ids(prompt), past_key_values=cache)
-        for seed, (size, back) in enumerate(steps):
-            back, new = min(back, size, ROLLBACK), ids(size, seed=seed)
-            model(new, past_key_values=rolled_back)
-            rolled_back.crop(-back)
-            if size > back:
-                model(new[:, : size - back], past_key_values=straight)
-        logits = [model(ids(1, seed=99), past_key_values=cache).logits for cache in (rolled_back, straight)]
-    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+    takes_back_without_a_trace(model, rolled_back, straight, prompt, steps)
 
 
 @pytest.mark.parametrize("exact", [0, 2])

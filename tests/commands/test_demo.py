@@ -17,6 +17,7 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     profile = Profile.load(folder / "builtin--tiny" / "profile.yaml")
     assert profile.score("grad-norm").calibration.samples == 2
+    assert not list(folder.rglob("*.partial*")), "what an interrupted demo would have gone on with"
     plans = {path.stem: Plan.load(path) for path in (folder / "builtin--tiny" / "plans").glob("*.yaml")}
     assert sorted(plans) == ["kvmix", "random-0", "transform", "uniform-2"]
     assert len({plans[name].bits for name in plans if name not in ("uniform-2", "transform")}) == 1

@@ -7,14 +7,8 @@ import pytest
 import yaml
 from commandline import TINY, kvmix, kvmix_json, refused
 
-from kvmix_cli import extensions
-from kvmix_cli.cache.merging import MERGES
-from kvmix_cli.cache.policies import TOKEN_SCORES
-from kvmix_cli.cache.transforms import TRANSFORMS
-from kvmix_cli.codecs import CODECS
 from kvmix_cli.models.loading import load_info
-from kvmix_cli.plan import CacheSettings, Plan, merges, token_scores
-from kvmix_cli.profiling import PROBES
+from kvmix_cli.plan import CacheSettings, Plan, token_scores
 
 SCORE = """
 from kvmix_cli.cache.policies import TOKEN_SCORES, TokenScore
@@ -52,13 +46,7 @@ PROMPT = "def f(x):\n" + "    x = x + 1\n" * 60
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch, tmp_path):
-    """Forget afterwards what the files have registered."""
-    for registry in (TOKEN_SCORES, MERGES, TRANSFORMS, CODECS, PROBES):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
-    monkeypatch.setattr(merges, "_OF_HEAD", dict(merges._OF_HEAD))
-    monkeypatch.setattr(extensions, "_LOADED", {})
+def _empty_folder(monkeypatch, tmp_path, forgetful):
     monkeypatch.chdir(tmp_path)
 
 

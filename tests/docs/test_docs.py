@@ -10,18 +10,12 @@ import pytest
 from commandline import kvmix
 from typer.main import get_command
 
-from kvmix_cli import extensions
-from kvmix_cli.cache.merging import MERGES
-from kvmix_cli.cache.policies import TOKEN_SCORES
-from kvmix_cli.cache.transforms import TRANSFORMS
-from kvmix_cli.codecs import CODECS
 from kvmix_cli.main import app
-from kvmix_cli.plan import ModelInfo, Plan, merges, token_scores
+from kvmix_cli.plan import ModelInfo, Plan
 from kvmix_cli.plan.document import parse_yaml
 from kvmix_cli.plan.kvtuner import is_kvtuner
 from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
-from kvmix_cli.profiling import PROBES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -53,16 +47,6 @@ def blocks(language):
         texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
         found += [pytest.param(page, text, id=f"{page.name}-{number}") for number, text in enumerate(texts)]
     return found
-
-
-@pytest.fixture
-def forgetful(monkeypatch):
-    """Forget afterwards what an example registers."""
-    for registry in (TOKEN_SCORES, MERGES, TRANSFORMS, CODECS, PROBES):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(token_scores, "_KNOWN", dict(token_scores._KNOWN))
-    monkeypatch.setattr(merges, "_OF_HEAD", dict(merges._OF_HEAD))
-    monkeypatch.setattr(extensions, "_LOADED", {})
 
 
 @pytest.mark.slow

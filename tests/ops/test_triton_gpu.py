@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attending import relative_rms
+from attending import GPU_RMS, relative_rms
 from poisoned import channels, in_a_poisoned_buffer, mask_of, packed, segments, segments_in_tiers, tiers
 from reference import dense_attention
 
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 DEVICE = torch.device("cuda")
-RMS = 5e-3
 
 
 def to_gpu(stored):
@@ -122,7 +121,7 @@ def test_equals_dense_attention(k_bits, v_bits):
     plain = [each.read(0, tokens, torch.float32) for each in (key, value)]
     expected = dense_attention(query, *plain, scaling, mask, softcap, logits)
     got, _ = attend(problem_on_gpu(query, key, value, scaling, mask, softcap, logits))
-    assert relative_rms(got.cpu(), expected) < RMS
+    assert relative_rms(got.cpu(), expected) < GPU_RMS
 
 
 def same_on_the_gpu(query, key, value, mask=None):
@@ -130,7 +129,7 @@ def same_on_the_gpu(query, key, value, mask=None):
     got = attend(problem_on_gpu(query, key, value, 0.1, mask))
     expected = definition.attend(AttentionProblem(query.double(), key, value, 0.1, mask))
     for one, other in zip(got, expected, strict=True):
-        assert relative_rms(one.cpu(), other) < RMS
+        assert relative_rms(one.cpu(), other) < GPU_RMS
 
 
 RUNS = [((16, 16), (32, 4), (80, 2)), ((48, 3), (16, 8)), ((32, 1), (32, 16)), ((16, 16), (16, 4), (16, 2), (16, 1))]

@@ -4,24 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from with_moments import DIM, random_metric
 
 from kvmix_cli.plan.directions import basis_along
 from kvmix_cli.plan.metric import basis_of
 from kvmix_cli.plan.moments import Rope
 
-HEADS, DIM = 3, 8
-
-
-def random_matrices(seed, rank=DIM):
-    """Return [H, D, D] of a rank, with eigenvalues over three decades."""
-    factors = np.random.default_rng(seed).normal(size=(HEADS, DIM, rank)) * np.geomspace(1, 1e-1, rank)
-    return factors @ factors.transpose(0, 2, 1)
-
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, DIM), st.sampled_from(["variance", "channels"]))
 def test_an_error_along_a_direction_costs_what_the_metric_says(seed, rank, directions):
-    metric, covariance = random_matrices(seed), random_matrices(seed + 1, rank)
+    metric, covariance = random_metric(seed), random_metric(seed + 1, rank)
     encode, decode, eigenvalues = basis_along(directions, metric, covariance)
     # float64, products of 8 numbers: 1e-8 is far above their rounding
     np.testing.assert_allclose(encode @ decode, np.broadcast_to(np.eye(DIM), encode.shape), atol=1e-8)
@@ -40,7 +33,7 @@ def test_channels_that_rotate_into_each_other_stay_together(layout):
     pairs = Rope(np.ones(3), layout, 2).pairs
     mates = {(2, 5), (3, 6), (4, 7)} if layout == "half" else {(2, 3), (4, 5), (6, 7)}
     assert set(map(tuple, pairs.tolist())) == mates
-    encode, _, eigenvalues = basis_along("channels", random_matrices(7), random_matrices(8), pairs=pairs)
+    encode, _, eigenvalues = basis_along("channels", random_metric(7), random_metric(8), pairs=pairs)
     assert ((encode != 0).sum(-1) == 1).all() and ((encode != 0).sum(-2) == 1).all(), "each direction is one channel"
     for order, own in zip((encode != 0).argmax(-1).tolist(), eigenvalues, strict=True):
         for one, other in mates:
@@ -49,7 +42,7 @@ def test_channels_that_rotate_into_each_other_stay_together(layout):
 
 
 def test_the_metrics_own_directions_and_a_head_nobody_attends_to():
-    metric, covariance = random_matrices(2), random_matrices(3)
+    metric, covariance = random_metric(2), random_metric(3)
     metric[1] = 0
     found = basis_along("variance", metric, covariance)
     assert 0 < found.eigenvalues[1].sum() < 1e-15 * found.eigenvalues[0].sum()

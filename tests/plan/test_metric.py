@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from with_moments import DIM, HEADS, random_metric
 
 from kvmix_cli.plan.metric import basis_of, carrying, needs_shrinkage, spectrum
-
-HEADS, DIM = 3, 8
-
-
-def random_metric(seed, rank=DIM):
-    """Return [H, D, D] of a rank, with eigenvalues over three decades."""
-    factors = np.random.default_rng(seed).normal(size=(HEADS, DIM, rank)) * np.geomspace(1, 1e-1, rank)
-    return factors @ factors.transpose(0, 2, 1)
 
 
 def floored(metric, floor):

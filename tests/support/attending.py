@@ -12,6 +12,11 @@ from kvmix_kernels.runtime.native.processor import available, wanted
 from kvmix_kernels.sorted_tokens import EVICTED, Tiers, count
 from poisoned import tiers
 
+GPU_RMS = 5e-3
+"""Of kernels for GPUs, relative: coefficients are rounded to bfloat16, and so may be the result."""
+GPU_LOGARITHM = 1e-2
+"""Of their logarithms, absolute: what weights that are that wrong add up to."""
+
 
 def instruction_sets():
     """Those that this machine has, at most the one that `KVMIX_ISA` asks for, each in use while it is given."""
@@ -87,6 +92,14 @@ def seen(query, key, mask):
 
 def relative_rms(got, expected):
     return ((got.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()).item()
+
+
+def like_the_definition(problem, got, logarithms):
+    """Compare output and logarithms of a kernel for GPUs with the definition in float64."""
+    expected, meant = naive.attend(replace(problem, query=problem.query.double()))
+    assert relative_rms(got, expected) < GPU_RMS
+    some = meant > -1e30  # a query that may see nothing has a logarithm near the end of float32
+    torch.testing.assert_close(logarithms.double()[some], meant[some], rtol=0, atol=GPU_LOGARITHM)
 
 
 def same_bits(one, other):

@@ -8,6 +8,13 @@ from kvmix_cli.profile import CodedLoss, Profile
 from kvmix_cli.state import moments_path
 
 SCORE = "fisher-metric"
+HEADS, DIM = 3, 8
+
+
+def random_metric(seed, rank=DIM):
+    """Return [H, D, D] of a rank, with eigenvalues over three decades."""
+    factors = np.random.default_rng(seed).normal(size=(HEADS, DIM, rank)) * np.geomspace(1, 1e-1, rank)
+    return factors @ factors.transpose(0, 2, 1)
 
 
 def tensor_moments(random, heads, dim):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import QuantizationError
 from ..archive import Archive
 from ..buffer import Buffer
-from ..exact import ExactTokens
+from ..tokens.exact import ExactTokens
 from .base import Packing
 from .groups import NOT_FINITE, PAGES_AT_ONCE
 

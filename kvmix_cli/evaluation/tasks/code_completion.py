@@ -20,7 +20,7 @@ from ...texts.tokens import encode, opening
 from ..base import Settings
 from ..results import Metric
 from .facts import WORDS, Fact, Question, as_code
-from .needles import DEPTHS, TRIES, Exercise, Needles, Writer, alike
+from .needles import Exercise, Needles, Writer, alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,11 +110,6 @@ class CodeCompletion(Needles):
 
     name = "code_completion"
     metrics = (Metric("code_completion", higher_is_better=True),)
-    default_limit = TRIES * DEPTHS
-
-    @property
-    def exercises(self) -> int:
-        return TRIES * len(self.places())
 
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
         if settings.text != BUILTIN:

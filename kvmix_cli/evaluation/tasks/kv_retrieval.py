@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..base import Settings
 from ..results import Metric
 from .facts import Phrasing, as_chat_or_code
-from .needles import DEPTHS, TRIES, Exercise, Needles, Writer, alike
+from .needles import Exercise, Needles, Writer, alike
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
@@ -26,12 +26,7 @@ class KVRetrieval(Needles):
 
     name = "kv_retrieval"
     metrics = (Metric("kv_retrieval", higher_is_better=True),)
-    default_limit = TRIES * DEPTHS
     unread = ("prefix", "text")
-
-    @property
-    def exercises(self) -> int:
-        return TRIES * len(self.places())
 
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
         phrasing, lines = as_chat_or_code(loaded.tokenizer), len(self.places())

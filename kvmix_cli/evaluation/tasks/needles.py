@@ -72,10 +72,12 @@ class Needles(Task[Exercise, RecallRecord]):
     contexts: tuple[int, ...] | None = None
     depths: int | None = None
 
+    default_limit = TRIES * DEPTHS
+
     @property
-    @abstractmethod
     def exercises(self) -> int:
         """Return the exercises of each length that are measured without `--limit`."""
+        return TRIES * len(self.places())
 
     @abstractmethod
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..base import Settings
 from ..results import Metric
 from .facts import Phrasing, as_chat_or_code, ask_for
-from .needles import DEPTHS, TRIES, Exercise, Needles, TooShort, Writer, filler, stretch
+from .needles import Exercise, Needles, TooShort, Writer, filler, stretch
 
 if TYPE_CHECKING:
     from ...models.loading import LoadedModel
@@ -24,11 +24,6 @@ class Passkey(Needles):
 
     name = "passkey"
     metrics = (Metric("passkey", higher_is_better=True),)
-    default_limit = TRIES * DEPTHS
-
-    @property
-    def exercises(self) -> int:
-        return TRIES * len(self.places())
 
     def writer(self, loaded: LoadedModel, settings: Settings, longest: int) -> Writer:
         pool = filler(loaded, settings, longest)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attending import relative_rms
+from attending import GPU_RMS, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_blocks import Sequences, layer_of
@@ -14,8 +14,6 @@ from kvmix_kernels.layout import PageLayout
 from kvmix_kernels.runtime import gpu
 from poisoned import splits_of
 
-RMS = 5e-3
-"""Relative. Coefficients are rounded to bfloat16, and so may be the result."""
 HEADS = 2
 
 widths = st.sampled_from([*BITS, 16])
@@ -66,7 +64,7 @@ def test_equals_dense_attention(
     with splits_of(split):
         got = attend(problem)
     assert got.dtype == dtype
-    assert relative_rms(got, held.attended(query, softcap, sinks)) < RMS
+    assert relative_rms(got, held.attended(query, softcap, sinks)) < GPU_RMS
 
 
 def test_sequences_that_share_blocks_and_tables_wider_than_they_need():
@@ -77,7 +75,7 @@ def test_sequences_that_share_blocks_and_tables_wider_than_they_need():
     query = torch.randn(3, 6, 1, 64, generator=held.draw)
     with splits_of(64):
         got = attend(problem_of(held, query, 0.125))
-    assert relative_rms(got, held.attended(query)) < RMS
+    assert relative_rms(got, held.attended(query)) < GPU_RMS
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])

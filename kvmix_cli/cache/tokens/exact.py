@@ -10,10 +10,10 @@ from kvmix_kernels.layout import Kind
 from kvmix_kernels.transform_layout import exact_count
 from torch import Tensor
 
-from .archive import Archive
-from .buffer import lasting
-from .observation import AttentionCall, QuerySample, TailAttention, visible_at, weight_rows
-from .statistics import RunningMean
+from ..archive import Archive
+from ..buffer import lasting
+from ..observation import AttentionCall, QuerySample, TailAttention, visible_at, weight_rows
+from ..statistics import RunningMean
 
 SAMPLE = QuerySample(recent=32, spread=96)
 """Queries of a prompt that are looked at."""

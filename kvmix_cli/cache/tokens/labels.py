@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .archive import Archive
-from .buffer import lasting
+from ..archive import Archive
+from ..buffer import lasting
 
 
 class ImageLabels:

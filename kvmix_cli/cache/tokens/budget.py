@@ -9,14 +9,14 @@ import torch
 from kvmix_kernels.sorted_tokens import KeptTokens
 from torch import Tensor
 
-from ..plan.moments import Rope
-from ..plan.tokens import TokenPolicy
-from .archive import Archive
-from .observation import AttentionCall, visible_at, weight_rows
-from .packing import KeptUnits
-from .statistics import LastRows, QuerySum, beside
-from .store import Store
-from .token_tiers import TokenChoice, sample_of
+from ...plan.moments import Rope
+from ...plan.tokens import TokenPolicy
+from ..archive import Archive
+from ..observation import AttentionCall, visible_at, weight_rows
+from ..packing import KeptUnits
+from ..statistics import LastRows, QuerySum, beside
+from ..store import Store
+from .choice import TokenChoice, sample_of
 
 
 class TokenBudget(TokenChoice):

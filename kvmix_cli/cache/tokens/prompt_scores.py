@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .buffer import lasting
-from .observation import AttentionCall, QuerySample, weight_rows
+from ..buffer import lasting
+from ..observation import AttentionCall, QuerySample, weight_rows
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Which tokens stay, in which tier, or exact: choices of one layer as tokens leave its window."""
