@@ -190,9 +190,9 @@ def _costs(gradients: Tensor, states: Tensor) -> Tensor:
 
 
 def _kept(costs: Tensor, share: float) -> Tensor:
-    """Return 1 for the tokens that count and 0 for a share of the dearest, `[H, P]`: as many in every head."""
-    dearest = costs.topk(round(share * costs.shape[1]), dim=1).indices
-    return torch.ones_like(costs).scatter_(1, dearest, 0.0)
+    """Return 1 for the tokens that count and 0 for a share of the costliest, `[H, P]`: as many in every head."""
+    costliest = costs.topk(round(share * costs.shape[1]), dim=1).indices
+    return torch.ones_like(costs).scatter_(1, costliest, 0.0)
 
 
 def _weights(costs: Tensor, power: float) -> Tensor:
