@@ -17,11 +17,11 @@ from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
+from kvmix_cli.plan.scaling import SLACK
 from kvmix_cli.plan.tokens import Tier, TokenPolicy
 from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 
 BUDGETS = (2.5, 3.0, 4.0)
-SLACK = 0.005
 UNIFORM = [(k, v) for k in (8, 4, 3, 2, 1) for v in (8, 4, 3, 2, 1) if v <= k <= 2 * v]
 """Keys and values of all layers, the widest first once they are sorted."""
 ROTATED = Transforms(k=(Rotate(),))

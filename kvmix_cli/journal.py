@@ -7,6 +7,7 @@ While a journal is open nobody else can open it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -27,6 +28,8 @@ RecordT = TypeVar("RecordT")
 
 SYNC_SECONDS = 5.0
 """Seconds between two fsyncs. A kill loses nothing that was written; a power failure loses at most these seconds."""
+HASH_DIGITS = 8
+"""Digits of hashes in names and identities."""
 
 
 class Journal(Generic[RecordT]):
@@ -181,6 +184,11 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def canonical(data: Any) -> str:
     """Return plain data as text that is the same for the same data; keys of any kind are text in it."""
     return json.dumps(_with_text_keys(data), sort_keys=True, default=str)
+
+
+def short_hash(data: Any) -> str:
+    """Return some digits that tell plain data from other data, for names and identities."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def _with_text_keys(data: Any) -> Any:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["key", "value"]
+KINDS: Final[tuple[Kind, Kind]] = ("key", "value")
 Encoder = Literal["minmax", "refit", "search"]
 """How the scale and zero of a group are chosen (`quantize/grids.py`). Layout, bytes and decoding are the same."""
 ENCODERS: Final[tuple[Encoder, ...]] = ("minmax", "refit", "search")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from kvmix_kernels.layout import Kind
+from kvmix_kernels.layout import KINDS, Kind
 
 from ..plan import LayerPlan, TensorPlan
-from .problem import KINDS, Decision, Problem
+from .problem import Decision, Problem
 
 Slot = tuple[int, Kind]
 """A layer's keys or values."""

@@ -15,6 +15,8 @@ from fractions import Fraction
 from itertools import product
 from typing import NamedTuple
 
+from kvmix_kernels.layout import KINDS
+
 from ..errors import BudgetError
 from ..plan import CacheSettings, LayerPlan
 from ..plan.forms import BitCount
@@ -23,7 +25,7 @@ from ..plan.tokens import TokenPolicy, TokenShares
 from ..state import profile_command
 from .curves import falling
 from .knapsack import least_cost, least_loss
-from .problem import KINDS, Decision, Problem
+from .problem import Decision, Problem
 
 PRECISION = 2**10
 """Costs are whole numbers of so many parts of a bit."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
-from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
+from kvmix_kernels.layout import FULL_PRECISION_BITS, KINDS, Kind
 
 from ..plan import WIDTHS, CacheSettings, HeadGeometry, Plan, TensorPlan
 from ..plan.codec import TransformTensor
@@ -14,8 +13,6 @@ from ..plan.forms import page_layout
 from ..plan.sizes import tensor_bits
 from ..profile import Score
 from .curves import Curves
-
-_KINDS: Final[tuple[Kind, ...]] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def explain(plan: Plan, importance: Score, prediction: Score | None) -> list[Rea
     """
     curves = Curves(prediction, plan.model, plan.cache) if prediction else None
     elements = plan.unquantized_bytes(1, element_bytes=1)
-    slots = [(layer, kind) for layer in sorted(plan.layers) for kind in _KINDS]
+    slots = [(layer, kind) for layer in sorted(plan.layers) for kind in KINDS]
     return [_reason(plan, layer, kind, importance, curves, elements) for layer, kind in slots]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from kvmix_kernels.layout import Kind
+from kvmix_kernels.layout import KINDS, Kind
 
 from ..errors import BudgetError
 from ..plan import LayerPlan, Plan
@@ -26,7 +26,7 @@ from ..plan.tokens import TokenShares
 from ..profile import Profile, TensorScore
 from ..state import profile_command
 from .choices import Choices, TensorChoice, undominated
-from .problem import KINDS, Decision, Problem
+from .problem import Decision, Problem
 
 SURE = 0.2
 """Part of the mean budget that every head is sure of (AdaKV's)."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Final, TypeVar
+from typing import TypeVar
 
-from kvmix_kernels.layout import Kind
+from kvmix_kernels.layout import KINDS, Kind
 
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
@@ -25,7 +25,6 @@ from .curves import Curves
 from .levels import Levels
 
 T = TypeVar("T")
-KINDS: Final[tuple[Kind, ...]] = ("key", "value")
 Decision = dict[int, LayerPlan]
 """Storage of every layer that a method decides."""
 Measure = Callable[[Mapping[int, LayerPlan]], float]

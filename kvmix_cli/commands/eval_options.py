@@ -10,7 +10,7 @@ import typer
 
 from ..errors import EvaluationError
 from .dry_run import DryRunFlag
-from .options import Encoding, given
+from .options import ENCODE_ALONE, Encoding, given
 from .ranks import TensorParallel
 from .values import (
     count_option,
@@ -112,7 +112,7 @@ class EvalOptions:
             if isinstance(value, int) and value < 1:
                 raise EvaluationError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.encode and not self.uniform:
-            raise EvaluationError("--encode is for --uniform; a plan file has `encode` in its cache section")
+            raise EvaluationError(ENCODE_ALONE)
 
     @property
     def lengths(self) -> tuple[int, ...]:

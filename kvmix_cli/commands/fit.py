@@ -9,7 +9,7 @@ import typer
 
 from .. import console
 from ..errors import ModelError, did_you_mean
-from .options import CommonOptions, Encoding, ModelOptions, ProfilesDir, expand, refuse
+from .options import ENCODE_ALONE, CommonOptions, Encoding, ModelOptions, ProfilesDir, expand, refuse
 from .values import count_option, parse_bytes, parse_dtype, parse_model_dtype, parse_number, parse_width
 
 WEIGHT_NAMES = {"fp8": "float8", "q8": "int8", "q4": "int4", "4bit": "int4", "8bit": "int8"}
@@ -92,7 +92,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         """Raise typer.BadParameter for an encoder without a width, which changes no byte, and for GPUs of no name."""
         if self.encode and not self.uniform:
-            raise typer.BadParameter("--encode is for --uniform; a plan file has `encode` in its cache section")
+            raise typer.BadParameter(ENCODE_ALONE)
         if self.gpu is None:
             refuse({"tp": self.tp}, "needs --gpu")
         else:

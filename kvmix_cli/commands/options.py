@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "kvmix.command_line"
 """Key of `ctx.meta`: the command line as it was given, e.g. `kvmix allocate --avg-bits 2.3`."""
+ENCODE_ALONE = "--encode is for --uniform; a plan file has `encode` in its cache section"
+"""Message for an encoder without a width that it encodes."""
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
@@ -209,6 +211,13 @@ class ModelOptions:
     def model(self) -> str | None:
         """Return the model's id; None if there is none."""
         return self.argument or self.option
+
+    @property
+    def needed(self) -> str:
+        """Return the model's id. Raises typer.BadParameter if there is none."""
+        if self.model is None:
+            raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
+        return self.model
 
 
 @dataclass(frozen=True)

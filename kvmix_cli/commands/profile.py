@@ -109,9 +109,7 @@ def profile(
 
     Scores are added to the profile that is there; those of the same name are replaced.
     """
-    model = which.model
-    if model is None:
-        raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
+    model = which.needed
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
     from ..plan import windows

@@ -80,9 +80,7 @@ def recommend(
     Profile, plans and samples that exist are used; what was interrupted goes on with the same command.
     Several processes with the same command and folders share the work.
     """
-    model = which.model
-    if model is None:
-        raise typer.BadParameter("name the model: a hub id, a local folder or builtin:tiny")
+    model = which.needed
     from ..evaluation import split_tasks
     from ..studies.recommend import Purpose
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import KvmixError
 from ..files import check_writable
-from .options import Encoding, refuse
+from .options import ENCODE_ALONE, Encoding, refuse
 from .values import count_option, parse_number, parse_width
 
 
@@ -66,7 +66,7 @@ class CacheOptions:
         if self.baseline and self.uniform is not None:
             raise typer.BadParameter("choose one of --baseline and --uniform")
         if self.encode and self.uniform is None:
-            raise typer.BadParameter("--encode is for --uniform; a plan file has `encode` in its cache section")
+            raise typer.BadParameter(ENCODE_ALONE)
         if self.preset and self.plan:
             raise typer.BadParameter("choose one of --plan and --preset, or put them together: --plan PLAN+PRESET")
         if self.preset and (self.baseline or self.uniform is not None):

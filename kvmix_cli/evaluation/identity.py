@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..journal import canonical, plain
+from ..journal import HASH_DIGITS, plain, short_hash
 
 FORMAT = "kvmix-run/1"
 SHARED = ("kvmix", "model", "dtype", "device", "attention", "settings")
 """Keys of a config that do not depend on its task and plan."""
-HASH_DIGITS = 8
 PART_BYTES = 78
 """Bytes of a task, model or plan in a folder's name: three of them, a hash and what joins them stay below 255."""
 _HASH = re.compile(rf"__[0-9a-f]{{{HASH_DIGITS}}}$")
@@ -29,8 +28,7 @@ def identity(config: Config) -> str:
     """
     if not config:
         return ""
-    text = canonical(compared(config))
-    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+    return short_hash(compared(config))
 
 
 def plan_of(folder: Path, config: Config) -> str:

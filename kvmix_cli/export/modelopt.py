@@ -13,10 +13,8 @@ from .._version import __version__
 from ..errors import ExportError, did_you_mean
 from ..plan import Plan
 from ..plan.engine_formats import FULL, MODELOPT
+from ..plan.modelopt import MIXED, SCHEMA
 from .target import AGAIN, FP8_CAUTION, Export, Target, quantizes, refuse, widths
-
-MIXED = "MIXED_PRECISION"
-SCHEMA = 1
 
 
 def express(plan: Plan, form: str | None) -> Export:

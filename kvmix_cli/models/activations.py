@@ -13,9 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .stock import StockLayer
+from .stock import FLOAT32_BYTES, StockLayer
 
-FLOAT32_BYTES = 4
 RESIDUALS = 4
 """Hidden states alive within a layer: the embeddings, the layer's input, its residual, and the same normalized."""
 PROJECTED = 4

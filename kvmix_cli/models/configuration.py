@@ -24,9 +24,10 @@ from .. import torchless
 from ..errors import ModelError, first_sentence
 from ..network import HTTP_ERROR, is_offline
 from ..plan import ModelInfo
+from ..plan.geometry import MAX_LAYERS
 from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
-from .geometry import MAX_LAYERS, model_info
+from .geometry import model_info
 from .gguf import SUFFIX, check_gguf, gguf_settings, read_header
 from .multimodal import find_loader, without_speech
 from .sources import canonical_id, explain, locate, meta_sibling

@@ -18,9 +18,8 @@ from .. import torchless
 from ..errors import ModelError
 from ..plan import HeadGeometry, ModelInfo
 from ..plan.document import reason
+from ..plan.geometry import MAX_LAYERS
 
-MAX_LAYERS = 10_000
-"""More than any model has, and few enough that a damaged configuration cannot ask for endless work."""
 MAX_NUMBER = 2**53
 """More than any setting is, and the last whole number that a float holds as well."""
 _SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")

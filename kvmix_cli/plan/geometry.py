@@ -19,6 +19,7 @@ from pydantic import (
 from .document import Fault, Faults, StrictModel
 
 MAX_LAYERS = 10_000
+"""More than any model has, and few enough that a damaged file cannot ask for endless work."""
 MAX_HEADS = MAX_DIM = 2**16
 
 

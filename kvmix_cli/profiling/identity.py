@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from kvmix_kernels.layout import KINDS
 
 from ..errors import KvmixError
-from ..journal import canonical
+from ..journal import HASH_DIGITS, short_hash
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
 from ..plan.moments import FRAME
 from ..profile import Calibration, Score, ScoreSetup
 from .grid import Grid
-from .measure import KINDS, ProbeOptions
+from .measure import ProbeOptions
 from .probe import MetricProbe, Probe
-
-HASH_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ScoreSettings:
         The amount of text, the choices and the heads are left out: there may be more of them.
         """
         data = (self.score, self.weights, self.setup, self.calibration.source, self.calibration.seed)
-        return hashlib.sha256(canonical(data).encode()).hexdigest()[:HASH_DIGITS]
+        return short_hash(data)
 
 
 def describe_samples(samples: Sequence[Sequence[int]], source: str, seq_len: int, seed: int) -> Calibration:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, Kind, PageLayout
+from kvmix_kernels.layout import BITS, FULL_PRECISION_BITS, KINDS, Kind, PageLayout
 from torch import Tensor
 
 from ..cache.mixed import MixedCache
@@ -35,7 +35,6 @@ from .packed import check_differentiable
 from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .results import Labels, LayerResult, PassResults, SampleResult, TensorResult
 
-KINDS: tuple[Kind, Kind] = ("key", "value")
 _FULL = TensorPlan(bits=FULL_PRECISION_BITS)
 EIGHTHS = 8
 """Shares that can be evicted are eighths."""

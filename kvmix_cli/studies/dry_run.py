@@ -16,7 +16,7 @@ from ..allocation import TRANSFORM_SCORE
 from ..counting import counted
 from ..plan import Plan
 from .measure import Prepared, Setup, SubjectNames, prepare
-from .recommend.cost import FAR, NEAR, QUESTIONS, ModelSpeed, PlannedStep, measure_speed, reading_step
+from .recommend.cost import FAR, NEAR, NO_WEIGHTS, QUESTIONS, ModelSpeed, PlannedStep, measure_speed, reading_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +77,7 @@ def profile_work(
     """Return the work of a profile, told from one short sample. Raises KvmixError as `profile` does."""
     what = f"{', '.join(scores)} on {counted(samples, 'sample')} of {seq_len} tokens"
     if not _has_weights(model):
-        return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), _UNKNOWN)
+        return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), NO_WEIGHTS)
     from ..cache.rotary import measure_rotations
     from ..profiling import find_probes
     from ..profiling.measure import measure_sample
@@ -116,7 +116,7 @@ def evaluation_work(
     if not _has_weights(choice.model, choice.revision):
         caches = counted(len(names.plans) + len(names.uniform) + len(names.baselines), "cache")
         what = f"{setup.tasks or 'perplexity'} with {caches}"
-        return DryRun(choice.model, (PlannedStep("eval", what, None),), None, writes, _UNKNOWN)
+        return DryRun(choice.model, (PlannedStep("eval", what, None),), None, writes, NO_WEIGHTS)
     found = prepare(choice, names, setup, options, gates)
     setup.settings.check()
     for task in found.tasks:
@@ -145,7 +145,7 @@ def search_work(profile: Profile, load: Callable[[], LoadedModel], trials: int, 
     seq_len = next(iter(profile.scores.values())).calibration.seq_len
     what = f"the loss of up to {counted(trials, 'plan')} on {counted(samples, 'document')} of {seq_len} tokens"
     if not _has_weights(profile.model.id, profile.model.revision):
-        return DryRun(profile.model.id, (PlannedStep("search", what, None),), None, (path,), _UNKNOWN)
+        return DryRun(profile.model.id, (PlannedStep("search", what, None),), None, (path,), NO_WEIGHTS)
     from .search import PREFIX, STEP
 
     loaded = load()
@@ -181,8 +181,8 @@ def _memory(loaded: LoadedModel, tokens: int, *, caches: int, kept_layers: int =
     Args:
         predictions: float32 tensors of the predictions of all tokens.
     """
-    from ..models.activations import FLOAT32_BYTES, activation_sizes
-    from ..models.stock import stock_cache
+    from ..models.activations import activation_sizes
+    from ..models.stock import FLOAT32_BYTES, stock_cache
 
     size = loaded.model.dtype.itemsize
     cache = Plan.uniform(loaded.info, 16, 16).unquantized_bytes(tokens, element_bytes=size)
@@ -204,6 +204,3 @@ def _basis(speed: ModelSpeed) -> str:
         f"a few passes on this machine: behind {NEAR} and {FAR} tokens a step of {speed.step} takes "
         f"{1e3 * speed.at(NEAR):.3g} and {1e3 * speed.at(FAR):.3g} ms, a prompt {speed.prompt:.0%} of its steps"
     )
-
-
-_UNKNOWN = "no times: the weights are not on this machine, and this does not download them"

@@ -40,6 +40,8 @@ GRADIENTS = 4.0
 of squares of all layers' gradients, keys and values."""
 QUESTIONS = 100
 """Tokens of questions and answers behind a context, about."""
+NO_WEIGHTS = "no times: the weights are not on this machine, and this does not download them"
+"""What times are from, where there are none."""
 
 
 class PlanCount(NamedTuple):
@@ -193,9 +195,8 @@ def _unknown(purpose: Purpose) -> Forecast:
     steps += [
         PlannedStep(name, f"of one plan at {context} tokens", None) for name in (DIVERGENCE, *purpose.other_tasks)
     ]
-    basis = "no times: the weights are not on this machine, and this does not download them"
     memory = facts.weights.total + _caches(facts.info, context, facts.element_bytes)
-    return Forecast(facts.info, context, context, tuple(steps), memory, basis)
+    return Forecast(facts.info, context, context, tuple(steps), memory, NO_WEIGHTS)
 
 
 def _caches(info: ModelInfo, tokens: int, element_bytes: int) -> int:
