@@ -72,11 +72,14 @@ def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as `--json` states them: without those that have no value or only change what is shown."""
     hidden = {"ctx", *(field.name for field in fields(CommonOptions))}
     names = {"argument": "model", "option": "model"}
-    return {
-        names.get(name, name): str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in given(values).items()
-        if name not in hidden
-    }
+    return {names.get(name, name): _writable(value) for name, value in given(values).items() if name not in hidden}
+
+
+def _writable(value: Any) -> Any:
+    """Return a value as JSON can have it: NaN and Inf, which options are refused for later, as text."""
+    if isinstance(value, list | tuple):
+        return [_writable(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:

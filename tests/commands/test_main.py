@@ -242,6 +242,7 @@ def test_an_interrupt_under_json_is_one_object(kvmix, monkeypatch):
         (["report", "nowhere"], {"folders": ["nowhere"]}),
         (["profile", "org/model", "--granularity", "row"], {"model": "org/model", "granularity": "row"}),
         (["run", "--model", "org/model", "--prompt", "x", "--temperature", "nan"], {"model": "org/model"}),
+        (["fit", "builtin:tiny", "--avg-bits", "nan"], {"avg_bits": ["nan"]}),
         (["eval", "--length", "0"], {"length": 0, "output_dir": "results"}),
         (["recommend", "builtin:none", "--max-loss", "2%"], {"model": "builtin:none", "max_loss": 0.02}),
         (["demo", "--out", "/dev/null/demo", "--quick"], {"out": "/dev/null/demo", "quick": True}),
