@@ -76,7 +76,7 @@ class ProfileOptions:
     ] = "builtin"
     samples: Annotated[
         Any,
-        count_option("Samples of text [default: 30; 10 for fisher-metric alone]."),
+        count_option("Samples of text [default: 30; 20 for fisher-metric alone]."),
     ] = None
     seq_len: Annotated[int, count_option("Tokens of a sample.", least=2)] = 1024
     out: Annotated[

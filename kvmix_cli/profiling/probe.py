@@ -76,12 +76,13 @@ class MetricProbe(Probe):
     Attributes:
         labels: labels of the loss.
         grid: the cache; there are no choices.
-        samples: samples by default; few, since every token of a sample tells about all directions.
+        samples: samples by default; fewer, since every token of a sample tells about all directions. Plans of ten lose
+            an eighth to a quarter more (docs/transform-coding.md).
     """
 
     labels: ClassVar[Labels] = "model"
     grid: ClassVar[Grid] = Grid(bits=(), group_sizes=())
-    samples = 10
+    samples = 20
 
     @abstractmethod
     def score(self, moments: TensorMoments) -> list[float]:

@@ -174,8 +174,8 @@ def test_the_loss_metric_goes_beside_the_profile_and_stays_when_scores_are_added
     assert (folder / "profile.safetensors").read_bytes() == tensors
 
 
-def test_ten_documents_by_default_for_the_loss_metric_alone(kvmix, faked):
-    for score, samples in (("fisher-metric", 10), ("fisher-metric,fisher", 30), ("grad-norm", 30)):
+def test_twenty_documents_by_default_for_the_loss_metric_alone(kvmix, faked):
+    for score, samples in (("fisher-metric", 20), ("fisher-metric,fisher", 30), ("grad-norm", 30)):
         assert kvmix("profile", "org/model", "--score", score, "--out", f"{score}.yaml").code == 0
         assert faked["samples"] == samples
 

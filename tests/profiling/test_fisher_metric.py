@@ -226,9 +226,9 @@ def test_the_same_text_gives_the_same_file(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_documents_are_measured_by_default(model, tmp_path):
+def test_twenty_documents_are_measured_by_default(model, tmp_path):
     score = profiled(model, tmp_path, samples=None).score("fisher-metric")
-    assert (score.calibration.samples, score.moments.documents) == (10, 10)
+    assert (score.calibration.samples, score.moments.documents) == (20, 20)
 
 
 class Killed(BaseException):
