@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from .. import journal as journals
 from .._version import __version__
@@ -14,18 +15,27 @@ from ..cache.rotary import measure_rotations
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
+from ..plan.codebooks import CodebooksFile
 from ..plan.moments import MomentsFile, write_moments
 from ..profile import Profile, Score
 from ..texts.tokens import Samples, cut_samples
+from .codebooks import learn_codebooks
 from .grid import Grid
 from .identity import check_not_lost, describe_samples, identify
 from .means import mean_score
 from .measure import ProbeOptions, measure_sample
-from .moments import MomentParts, remove_parts
+from .moments import MomentParts, MomentSums, remove_parts
 from .probe import ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .records import Sample, journal_settings, record_form
 from .sharing import MeasuredSample, share_outliers, share_samples
+
+
+class TensorFiles(TypedDict, total=False):
+    """The records of files with the tensors that probes have measured."""
+
+    moments: MomentsFile
+    codebooks: CodebooksFile
 
 
 def run_profile(
@@ -54,8 +64,8 @@ def run_profile(
         samples: number of samples, of at most `seq_len` tokens each; None for `default_samples`. If the text gives
             fewer, all of it is used, and `calibration.samples` of the scores says how many there were.
         journal: file of finished samples. The caller removes it with `remove_journal` once the profile is saved.
-        moments: file that moments of keys and values are written to, in the folder where the profile will be; for
-            `fisher-metric` only.
+        moments: file that moments of keys and values are written to, in the folder where the profile will be, with
+            codebooks beside them; for `fisher-metric` and `codebooks` only.
         resume: go on with the samples in the journal.
         before: scores that must not be replaced by ones of other settings, or of less.
         on_step: called with the number of finished samples and of all, first at the start.
@@ -91,16 +101,19 @@ def run_profile(
     with Journal(journal, settings, form, resume=resume) as record:
         if journal is not None and len(record.records) > len(chosen):
             raise DocumentError(str(journal), [f"it has {len(record.records)} samples, more than {len(chosen)}"])
-        parts = MomentParts(journal, ropes, options.frame, resume=resume)
+        keeps_tokens = any(probe.keeps_tokens for probe in metrics)
+        parts = MomentParts(journal, ropes, options.frame, keeps_tokens=keeps_tokens, resume=resume)
         _measure_rest(loaded, probes, options, chosen, record, parts, form, on_step)
-        file = _write_moments(moments, parts, len(chosen)) if metrics and moments else None
+        files = TensorFiles()
+        if metrics and moments:
+            files = _written(moments, parts.total(len(chosen)), loaded.info.id, len(chosen), metrics)
     if not ranks.leads:
         return Profile.model_validate_json(ranks.agree(b""))
     profile = Profile(
         model=loaded.info,
         provenance={"kvmix": __version__, "dtype": loaded.dtype},
         scores={
-            probe.name: mean_score(probe, record.records, identity, file)
+            probe.name: mean_score(probe, record.records, identity, **files)
             for probe, identity in zip(probes, identities, strict=True)
         },
         outliers=outliers(),
@@ -206,15 +219,21 @@ def find_probes(scores: Sequence[str | Probe]) -> list[Probe]:
     return [PROBES[score]() if isinstance(score, str) else score for score in scores]
 
 
-def _write_moments(path: Path, parts: MomentParts, documents: int) -> MomentsFile:
-    sums = parts.total(documents)
-    predictions, tokens = sums.counts
-    digest = write_moments(path, sums.layers())
-    return MomentsFile(
-        file=path.name,
-        sha256=digest,
-        documents=documents,
-        predictions=predictions,
-        tokens=tokens,
-        frame=parts.frame,
-    )
+def _written(path: Path, sums: MomentSums, model: str, documents: int, probes: Sequence[MetricProbe]) -> TensorFiles:
+    """Write the tensors that probes measure, and return the records of their files. Raises OutputError."""
+    found = TensorFiles()
+    if any(not probe.keeps_tokens for probe in probes):
+        predictions, tokens = sums.counts
+        found["moments"] = MomentsFile(
+            file=path.name,
+            sha256=write_moments(path, sums.layers()),
+            documents=documents,
+            predictions=predictions,
+            tokens=tokens,
+            frame=sums.frame,
+        )
+    if any(probe.keeps_tokens for probe in probes):
+        beside = path.with_suffix(f".codebooks{path.suffix}")
+        codebooks, tokens = learn_codebooks(sums, model)
+        found["codebooks"] = CodebooksFile(file=beside.name, sha256=codebooks.save(beside), tokens=tokens)
+    return found
