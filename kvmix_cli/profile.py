@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
+from .plan.codebooks import CodebooksFile
 from .plan.document import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
 from .plan.fields import MOST_TOKENS
 from .plan.geometry import coverage_faults
@@ -151,6 +152,7 @@ class Score(StrictModel):
         calibration: text that the score was measured on.
         setup: cache settings that a curve was measured with, e.g. `{page: 128, scale_dtype: float16}`.
         moments: the file of moments of keys and values, for a score that measures them.
+        codebooks: the file of learned codebooks, for a score that learns them.
         coded: losses of plans made from these moments, of different contexts, and in each of different numbers of
             exact tokens, both ascending; empty if none was measured.
         identity: hash of the settings that another score of this name must have to replace it; "" in older files.
@@ -161,6 +163,7 @@ class Score(StrictModel):
     calibration: Calibration
     setup: ScoreSetup = Field(default_factory=ScoreSetup)
     moments: MomentsFile | None = None
+    codebooks: CodebooksFile | None = None
     coded: list[CodedLoss] = Field(default_factory=list)
     identity: str = Field(default="", pattern=r"^[0-9a-f]{0,64}$")
     layers: dict[int, LayerScore]
@@ -276,6 +279,7 @@ class Profile(StrictModel):
             lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
             lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
+            lines += [f"    codebooks: {flow(score.codebooks.model_dump())}"] if score.codebooks else []
             lines += ["    coded:"] if score.coded else []
             lines += [f"      - {flow(_digits(each.model_dump(exclude_none=True)))}" for each in score.coded]
             lines += [f"    identity: {flow(score.identity)}"] if score.identity else []

@@ -20,12 +20,15 @@ class CodecPages(TokenPages):
         decode: function from parts of some of the pages to their tokens `[B, H_kv, n, page, channels]`.
         size: tokens of a page.
         channels: of a token.
+        turn: function from decoded pages and the number of the first of them to what attention reads, where that
+            depends on positions; None for the same.
     """
 
     parts: Mapping[str, Tensor]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
     size: int
     channels: int
+    turn: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def page(self) -> int:
@@ -40,4 +43,5 @@ class CodecPages(TokenPages):
         return self.channels
 
     def select(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self.decode({name: part[:, :, first:last] for name, part in self.parts.items()}).to(dtype)
+        pages = self.decode({name: part[:, :, first:last] for name, part in self.parts.items()}).to(dtype)
+        return pages if self.turn is None else self.turn(pages, first)

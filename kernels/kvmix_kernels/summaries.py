@@ -21,15 +21,18 @@ class Summarized(TokenPages):
     Attributes:
         held: the pages.
         summary: `[B, H_kv, pages, 1, D]`, the mean of each page's keys as they are stored, or `[B, H_kv, pages, 2, D]`,
-            the smallest and the largest number of each channel.
+            the smallest and the largest number of each channel, or `[B, H_kv, pages, page, P]` uint8, the codes of the
+            `P` parts of each key.
         count: pages that a query reads.
         sharing: query heads that choose together.
+        books: `[B, H_kv, P, entries, D / P]`, what the codes stand for; None for other summaries.
     """
 
     held: Packed | Coded
     summary: Tensor
     count: int
     sharing: Sharing = "max"
+    books: Tensor | None = None
 
     @property
     def page(self) -> int:

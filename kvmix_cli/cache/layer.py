@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from kvmix_kernels.segments import Segments
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..codecs.vectors import LearnedVectors
 from ..errors import CacheError, PlanError
 from ..plan import CacheSettings, LayerPlan, TensorPlan
 from ..plan.forms import storage_forms
 from ..plan.sizes import transform_layout, window_widths
 from .archive import Archive
 from .bases import basis_of
+from .codebooks import books_of, turns_of
 from .handle import Handle
-from .packing import CodePacking, Packing, PolicyFunctions, SummaryPacking, packing_of
+from .packing import CodecPacking, CodePacking, Packing, PolicyFunctions, SummaryPacking, packing_of
 from .store import Store
 from .tokens.exact import ExactTokens
 
@@ -44,7 +47,7 @@ class MixedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the stores for the heads that arrive. Raises PlanError if they cannot be packed."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self._kv_heads = key_states.dtype, key_states.device, key_states.shape[1]
         functions = self._policy_functions()
         try:
             keys = self._packing("key", key_states.shape[-1], functions[0])
@@ -202,13 +205,25 @@ class MixedLayer(CacheLayerMixin):
         tensor, name = self.plan.k if kind == "key" else self.plan.v, f"layer {self.index} {kind}s"
         if isinstance(tensor, TensorPlan):
             forms = storage_forms(tensor, kind, self.settings, head_dim)
+            if isinstance(codec := forms[0].groups[0], LearnedVectors):
+                return self._learned_packing(name, codec)
             return packing_of(name, forms, self.settings, self._reserve, functions)
         if self.settings.transform is None:
             raise AssertionError("a plan with transform codes has their basis")
         layout = transform_layout(tensor, kind, self.settings, head_dim)
         basis = basis_of(self.settings.transform, self.index, layout, self.device, self.dtype)
-        room = max(0, self._reserve - self.settings.sink) // self.settings.page
-        return CodePacking(name, basis, room, self._exact)
+        return CodePacking(name, basis, self._room, self._exact)
+
+    def _learned_packing(self, name: str, codec: LearnedVectors) -> CodecPacking:
+        """Return storage by codebooks that were learned from a model's keys, as they are before RoPE, or its values."""
+        books = books_of(self.settings, self.index, codec, self._kv_heads, self.device)
+        turns = turns_of(self.settings, self.index) if codec.kind == "key" else None
+        return CodecPacking(name, replace(codec, books=books), self._room, turns)
+
+    @property
+    def _room(self) -> int:
+        """Return the pages to make room for at first."""
+        return max(0, self._reserve - self.settings.sink) // self.settings.page
 
     def _store(self, packing: Packing | None, bits: int) -> Store:
         return Store(packing, self.settings, bits, self._reserve)

@@ -82,6 +82,11 @@ class PageCodec(ABC):
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return pages `[..., page, head_dim]`, float32, from their parts."""
 
+    @classmethod
+    def learned(cls) -> type[PageCodec]:
+        """Return the codec with codebooks that a plan gives it. Raises ValueError for a codec that takes none."""
+        raise ValueError(f"the codec {cls.__name__} has no codebook that a plan could give it; use vectors")
+
     @property
     def constant(self) -> Tensor | None:
         """Return a table that saved caches must find again, such as a codebook; None for none."""

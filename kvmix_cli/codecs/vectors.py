@@ -1,24 +1,29 @@
-"""Vector codes: a few channels of a token coded together, by a codebook of the normal distribution.
+"""Vector codes: a few channels of a token coded together, by a codebook.
 
-The codebook is universal, as of NSNQuant (arXiv 2505.18231) and HIGGS, and of no model: keys and values must be
-rotated, which makes their channels nearly normal. VecInfer (arXiv 2510.06175) and CQ (arXiv 2405.03917) learn theirs.
+One codebook is universal, of the normal distribution, as of NSNQuant (arXiv 2505.18231) and HIGGS, and of no model:
+keys and values must be rotated, which makes their channels nearly normal. Or every group of channels has one of its own
+that was learned from calibration text, as of CQ (arXiv 2405.03917).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from . import clustering
 from .base import PageCodec, StoredPart
 from .levels import gaussian_levels
 from .packed import pack, unpack
 
 SPANS: Final = {1: 8, 2: 4, 3: 2, 4: 2, 8: 1}
 """Channels that are coded together, by width: a code has 8 bits, at 3 bits 6."""
+LEARNED_BITS: Final = (1, 2, 3, 4)
+"""Widths of learned codebooks."""
 SAMPLES, LLOYD_STEPS = 2**14, 16
 """Of the clustering that makes a codebook, from a fixed seed."""
 AT_ONCE: Final = 2**12
@@ -59,12 +64,59 @@ class Vectors(PageCodec):
         codes = codes.view(*pages.shape[:-2], -1)
         return {"codes": pack(codes, self.bits * self.span), "scales": scale.to(getattr(torch, self.scale_dtype))}
 
+    @classmethod
+    def learned(cls) -> type[LearnedVectors]:
+        return LearnedVectors
+
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         codes = unpack(parts["codes"], self.bits * self.span, self.page * self.head_dim // self.span)
         pages: Tensor = (
             self.constant.to(codes.device)[codes.long()].flatten(-2).unflatten(-1, (self.page, self.head_dim))
         )
         return pages * parts["scales"].float()[..., None]
+
+
+@dataclass(frozen=True)
+class LearnedVectors(Vectors):
+    """Codes of neighbouring channels by a codebook for each KV head and group of channels: `b` stored bits, no scales.
+
+    Attributes:
+        books: `[H_kv, D / span, 2^(bits * span), span]` float32; None where only bytes are counted.
+    """
+
+    books: Tensor | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.bits not in LEARNED_BITS:
+            raise ValueError(f"learned codebooks have widths of {', '.join(map(str, LEARNED_BITS))}, not {self.bits}")
+
+    @property
+    def parts(self) -> Mapping[str, StoredPart]:
+        return {"codes": StoredPart((self.code_bytes,))}
+
+    @property
+    def constant(self) -> Tensor:
+        if self.books is None:
+            raise AssertionError("a cache is given the codebooks of its plan")
+        return self.books
+
+    def encode(self, pages: Tensor) -> Mapping[str, Tensor]:
+        """Return the codes of pages `[B, H_kv, ..., page, head_dim]`."""
+        books = self.constant
+        clouds = pages.movedim(1, 0).reshape(len(books), -1, *books.shape[1::2]).transpose(1, 2).flatten(0, 1)
+        codes = clustering.nearest(clouds, books.flatten(0, 1)).unflatten(0, books.shape[:2]).transpose(1, 2)
+        shape = (len(books), pages.shape[0], *pages.shape[2:-2], -1)
+        return {"codes": pack(codes.reshape(shape).movedim(0, 1), self.bits * self.span)}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return pages `[B, H_kv, ..., page, head_dim]`."""
+        books, packed = self.constant, parts["codes"]
+        heads, groups, entries, _ = books.shape
+        codes = unpack(packed, self.bits * self.span, self.page * groups).unflatten(-1, (self.page, groups))
+        first = torch.arange(0, heads * groups * entries, entries, device=packed.device).view(heads, groups)
+        places = codes + first.view(heads, *(1 for _ in codes.shape[2:-1]), groups)
+        return books.flatten(0, 2)[places].flatten(-2)
 
 
 def nearest(vectors: Tensor, book: Tensor) -> Tensor:

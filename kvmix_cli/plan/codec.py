@@ -13,12 +13,11 @@ from kvmix_kernels.transform_layout import MAX_PAGE, MAX_WIDTH, RUN
 from pydantic import BeforeValidator, Field, field_validator
 
 from .document import StrictModel
-from .fields import MOST_TOKENS, FileSetting
+from .fields import MOST_TOKENS, SHA256, FileSetting
 from .geometry import MAX_DIM
 
 CODED = "t"
 """Mark of a mean width of transform codes in the short form of plans."""
-_SHA256 = r"^[0-9a-f]{64}$"
 _DIGITS = frozenset(map(str, range(MAX_WIDTH + 1)))
 
 
@@ -93,7 +92,7 @@ class TransformSettings(FileSetting):
     """
 
     basis: str
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256)
     frame: int | None = Field(default=None, ge=16, le=MOST_TOKENS)
     exact: int = Field(default=1, ge=0, lt=MAX_PAGE)
 

@@ -66,6 +66,8 @@ def _own_faults(layers: Mapping[int, LayerPlan], cache: CacheSettings, model: Mo
         faults = list(layer.head_faults(kv_heads))
         if layer.head_groups and cache.tokens is not None and cache.tokens.by_layer is not None:
             faults.append("layers that share out tokens as the prompt has it (by_layer) have no groups of heads")
+        if layer.head_groups and cache.codecs is not None and cache.codecs.codebooks is not None:
+            faults.append("codebooks are of all KV heads of a layer, which has no groups of heads then")
         yield from ((("layers", index, "head_groups"), f"layers.{index}.head_groups: {fault}") for fault in faults)
         for _, part in [] if faults else layer.parts(kv_heads):
             try:

@@ -25,6 +25,8 @@ MOST_TOKENS = 2**20
 MOST_ENTRIES = 16
 """Transforms, tiers or channel groups in one list."""
 
+SHA256 = r"^[0-9a-f]{64}$"
+"""Pattern of a file's checksum."""
 FOLDER = "folder"
 """Key of a validation's context: the folder of the file that is validated."""
 
@@ -65,7 +67,7 @@ class FileSetting(PolicySetting):
 
     _folder: Path | None = PrivateAttr(default=None)
 
-    @field_validator("matrix", "means", "basis", check_fields=False)
+    @field_validator("matrix", "means", "basis", "codebooks", check_fields=False)
     @classmethod
     def _inside(cls, file: str | None, info: ValidationInfo) -> str | None:
         folder = (info.context or {}).get(FOLDER)

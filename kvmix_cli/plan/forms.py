@@ -92,7 +92,8 @@ def _channel_storage(tensor: TensorPlan, kind: Kind, cache: CacheSettings, chann
     name = None if cache.codecs is None else cache.codecs.of(kind)
     if name is None:
         return layout
-    return CODECS[name](kind, layout.bits, channels, layout.page, layout.group_size, layout.scale_dtype)
+    codec = CODECS[name].learned() if cache.codecs and cache.codecs.codebooks else CODECS[name]
+    return codec(kind, layout.bits, channels, layout.page, layout.group_size, layout.scale_dtype)
 
 
 def _affine_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, channels: int) -> PageLayout:

@@ -109,6 +109,7 @@ class Preset(StrictModel):
         avg_bits: its budget of nominal bits.
         directions: where the directions of its transform codes come from.
         code_bits: widths that these may have besides 0; None for all.
+        codebooks: `profile` for codecs with codebooks that a profile of the model has; None for none, or their own.
         tokens: what the layers have of their own in the token policy of the cache, by depth; None for the same in all.
     """
 
@@ -118,6 +119,7 @@ class Preset(StrictModel):
     avg_bits: float | None = Field(default=None, gt=0, le=FULL_PRECISION_BITS)
     directions: Directions = "loss"
     code_bits: Annotated[Several[Annotated[int, Field(ge=1, le=MAX_WIDTH)]], Field(min_length=1)] | None = None
+    codebooks: Literal["profile"] | None = None
     tokens: Pyramid | None = None
     cache: CacheSettings
 
@@ -131,6 +133,8 @@ class Preset(StrictModel):
             raise ValueError("must have either bits, or method and avg_bits")
         if self.method is None and self.model_fields_set & {"directions", "code_bits"}:
             raise ValueError("directions and code_bits need a method")
+        if self.codebooks is not None and self.cache.codecs is None:
+            raise ValueError("codebooks need codecs that take them, cache.codecs")
         return self
 
     @classmethod
@@ -150,6 +154,8 @@ class Preset(StrictModel):
             raise PlanError(
                 f"preset '{name}' states no widths: make a plan of it with --preset {name} of kvmix allocate"
             )
+        if self.codebooks is not None:
+            raise PlanError(f"preset '{name}' has codebooks of a profile: make its plan with a profile that has them")
         count, k, v = len(model.quantizable), self.bits.k, self.bits.v
         layers = {
             layer: LayerPlan.of_bits(k.at(place, count), v.at(place, count))

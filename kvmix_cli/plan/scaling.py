@@ -12,6 +12,7 @@ Between two widths, the first layers have the wider one.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import product
@@ -93,7 +94,7 @@ def _widened(
         for cut in range(len(WIDTHS)):
             rung = _Rung(preset, widths, step, cut)
             layers, cache = rung.layers(model), rung.cache
-            if _bits(layers, cache, model) <= stored_bits + SLACK:
+            if _bits_if_any(layers, cache, model) <= stored_bits + SLACK:
                 return _filled(layers, replace(rung, step=step + 1).layers(model), cache, model, stored_bits)
     raise ValueError(f"its narrowest widths take {_bits(layers, cache, model):.2f}")
 
@@ -172,7 +173,7 @@ def _filled(
     best = layers
     for index in sorted(layers)[:-1]:
         more = {**best, index: wider[index]}
-        if _bits(more, cache, model) > stored_bits + SLACK:
+        if _bits_if_any(more, cache, model) > stored_bits + SLACK:
             break
         best = more
     return best, cache
@@ -281,6 +282,14 @@ def _kept_by_depth(preset: Preset, tokens: TokenPolicy, keep: int) -> Pyramid:
 def _moved(bits: int, places: int) -> int:
     """Return the width some places after, or before, another one, as far as there are any."""
     return WIDTHS[min(max(WIDTHS.index(bits) + places, 0), len(WIDTHS) - 1)]
+
+
+def _bits_if_any(layers: dict[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> float:
+    """Return stored bits, and infinity for widths that the codec of a preset does not have."""
+    try:
+        return _bits(layers, cache, model)
+    except ValueError:
+        return math.inf
 
 
 def _bits(layers: dict[int, LayerPlan], cache: CacheSettings, model: ModelInfo) -> float:

@@ -85,6 +85,8 @@ class CacheSettings(StrictModel):
             faults.append(
                 ("codecs", f"page codecs combine with transforms only, not with {', '.join(others)}; take one out")
             )
+        if self.codecs is not None and self.codecs.codebooks is not None and self.transforms is not None:
+            faults.append(("codecs", "codebooks were learned of keys and values as they are; take the transforms out"))
         if self.transform is not None and (others := [name for name in self.axes if name not in ("reading", "codecs")]):
             faults.append(("transform", f"transform codes do not combine with {', '.join(others)}; take one out"))
         if faults:

@@ -27,6 +27,7 @@ from .forms import INDEX_BYTES, BitCount, StorageForm, page_layout, storage_form
 from .geometry import HeadGeometry, ModelInfo
 from .layers import AnyTensor, LayerPlan, TensorPlan
 from .merges import kept_numbers
+from .reading import SelectiveReading
 from .settings import CacheSettings
 
 HEAD_BYTES = 2
@@ -57,7 +58,9 @@ def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: i
     Raises:
         ValueError: if the head, or a channel group, cannot be packed.
     """
-    summary = summary_numbers(tensor, kind, cache) * FULL_PRECISION_BITS / cache.page if count == "stored" else 0
+    summary: float = 0
+    if (reading := _summarizing(tensor, kind, cache)) is not None and count == "stored":
+        summary = 8 * reading.page_bytes(cache.page, head_dim, FULL_PRECISION_BITS // 8) / (cache.page * head_dim)
     if isinstance(tensor, TransformTensor):
         layout = transform_layout(tensor, kind, cache, head_dim)
         return layout.nominal_bits if count == "nominal" else layout.stored_bits + summary
@@ -71,10 +74,9 @@ def tensor_bits(tensor: AnyTensor, kind: Kind, cache: CacheSettings, head_dim: i
     return bits + 8 * index / (2 * head_dim)
 
 
-def summary_numbers(tensor: AnyTensor, kind: Kind, cache: CacheSettings) -> int:
-    """Return the numbers, of 16 bits or the model's dtype, that summarize each channel of a page; 0 for none."""
-    is_summarized = cache.reading is not None and kind == "key" and tensor.window_bits != FULL_PRECISION_BITS
-    return cache.reading.numbers if cache.reading is not None and is_summarized else 0
+def _summarizing(tensor: AnyTensor, kind: Kind, cache: CacheSettings) -> SelectiveReading | None:
+    """Return the choice of pages that a layer's keys have summaries for; None for those without."""
+    return cache.reading if kind == "key" and tensor.window_bits != FULL_PRECISION_BITS else None
 
 
 def parts_of(
@@ -186,7 +188,11 @@ def tensor_bytes(
         unit: tokens that a budget of tokens keeps or drops together, see `budget_unit`; by default the tensor's own.
     """
     tokens = packed_tokens(context, tensor.window_bits if window_bits is None else window_bits, cache)
-    summaries = tokens // cache.page * summary_numbers(tensor, kind, cache) * heads.elements(kind) * element_bytes
+    summaries = 0
+    if (reading := _summarizing(tensor, kind, cache)) is not None and tokens:
+        sizes = heads.dim(kind), element_bytes
+        summaries = tokens // cache.page * reading.page_bytes(cache.page, *sizes) + reading.book_bytes(*sizes)
+        summaries *= heads.kv_heads
     if isinstance(tensor, TransformTensor):
         pages, layout = tokens // cache.page, transform_layout(tensor, kind, cache, heads.dim(kind))
         full = context - tokens + exact_count(layout.exact, pages, cache.page)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from ..plan.codebooks import CodebooksFile
 from ..plan.moments import MomentsFile
 from ..profile import LayerScore, Score, TensorScore
 from .identity import ScoreSettings
@@ -16,15 +17,22 @@ from .results import TensorResult
 K = TypeVar("K")
 
 
-def mean_score(probe: Probe, samples: Sequence[Sample], settings: ScoreSettings, moments: MomentsFile | None) -> Score:
-    """Return a probe's means over the samples, for the profile."""
+def mean_score(
+    probe: Probe,
+    samples: Sequence[Sample],
+    settings: ScoreSettings,
+    moments: MomentsFile | None = None,
+    codebooks: CodebooksFile | None = None,
+) -> Score:
+    """Return a probe's means over the samples, for the profile, with the record of the file that is its own."""
     measured = [sample[probe.name] for sample in samples]
     return Score(
         seconds=sum(each.seconds for each in measured),
         unit=probe.unit,
         calibration=settings.calibration,
         setup=settings.setup,
-        moments=moments if isinstance(probe, MetricProbe) else None,
+        moments=moments if isinstance(probe, MetricProbe) and not probe.keeps_tokens else None,
+        codebooks=codebooks if isinstance(probe, MetricProbe) and probe.keeps_tokens else None,
         identity=settings.identity,
         layers={
             index: LayerScore(

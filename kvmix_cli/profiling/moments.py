@@ -33,6 +33,11 @@ POWER = 0.7
 """Power of its cost that a token counts by in the metric; the sum of costs stays. With 1 more is lost on both models,
 with .5 on builtin:tiny (docs/transform-coding.md)."""
 
+KEPT = ".kept."
+"""Part of the names of what is kept of single tokens, which documents are joined in, and not added."""
+TOKENS_KEPT = 512
+"""Most tokens that are kept of a document."""
+
 
 class MomentSums:
     """Sums over the tokens of some documents, by layer.
@@ -40,16 +45,17 @@ class MomentSums:
     Args:
         ropes: rotation of the keys of every layer that is measured, None where keys are left as they are.
         frame: positions that share one origin of it.
+        keeps_tokens: some tokens are kept as they are, too, to learn codebooks from.
     """
 
-    def __init__(self, ropes: Mapping[int, Rope | None], frame: int = FRAME) -> None:
-        self._ropes, self._frame = ropes, frame
+    def __init__(self, ropes: Mapping[int, Rope | None], frame: int = FRAME, *, keeps_tokens: bool = False) -> None:
+        self.ropes, self.frame, self._keeps_tokens = ropes, frame, keeps_tokens
         self._sums: dict[str, Tensor] = {}
 
     @property
     def counts(self) -> tuple[int, int]:
         """Return the predictions that have read something packed, and the tokens that one of them found packed."""
-        first = min(self._ropes)
+        first = min(self.ropes)
         predictions, packed = (int(self._sums[f"{first}.{name}"]) for name in ("predictions", "packed"))
         return predictions, packed
 
@@ -71,19 +77,38 @@ class MomentSums:
         self._add(f"{index}.predictions", torch.tensor(readers.stop - readers.start))
         self._add(f"{index}.packed", torch.tensor(packed.stop - packed.start))
         self._add(f"{index}.tokens", counted[0].sum().long())
+        if self._keeps_tokens:
+            self._keep(layer)
+
+    def _keep(self, layer: LayerAttention) -> None:
+        """Keep some packed tokens of a document, evenly spaced, with keys as they are before RoPE."""
+        count = layer.packed.stop - layer.packed.start
+        places = torch.linspace(0, count - 1, min(count, TOKENS_KEPT)).long()
+        rope = self.ropes[layer.index]
+        for kind, gradients in layer.gradients.items():
+            found = [gradients[0].cpu()[:, places], layer.states[kind][0, :, layer.packed].cpu()[:, places]]
+            if kind == "key" and rope is not None:
+                found = [turned(each, rope, -(layer.packed.start + places)) for each in found]
+            self._add(f"{layer.index}.{kind}{KEPT}squares", found[0].square().bfloat16())
+            self._add(f"{layer.index}.{kind}{KEPT}states", found[1].bfloat16())
+
+    def kept(self, index: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        """Return the keys or values of the tokens that were kept, and the squares of their gradients, `[H, n, D]`."""
+        states, squares = (self._sums[f"{index}.{kind}{KEPT}{name}"].float() for name in ("states", "squares"))
+        return states, squares
 
     def _in_frames(self, layer: LayerAttention, kind: Kind) -> tuple[Tensor, Tensor]:
         """Return gradients `[H, P, D]` of packed tokens and states `[H, T, D]` of all but the sinks, in float64."""
         gradients = layer.gradients[kind][0].cpu().double()
         states = layer.states[kind][0, :, layer.grid.cache.sink :].cpu().double()
-        rope = self._ropes[layer.index] if kind == "key" else None
+        rope = self.ropes[layer.index] if kind == "key" else None
         if rope is None:
             return gradients, states
         return self._turned(gradients, rope), self._turned(states, rope)
 
     def _turned(self, states: Tensor, rope: Rope) -> Tensor:
         """Return keys `[H, T, D]`, the first of them after the sinks, turned back to the start of their frame."""
-        starts = torch.arange(states.shape[1]) // self._frame * self._frame
+        starts = torch.arange(states.shape[1]) // self.frame * self.frame
         return turned(states, rope, -starts)
 
     def layer(self, index: int) -> LayerMoments:
@@ -96,11 +121,11 @@ class MomentSums:
             metric = self._sums[f"{index}.{kind}.gradients"] / predictions
             return TensorMoments(metric.numpy(), covariance.numpy(), mean.numpy())
 
-        return LayerMoments(moments("key"), moments("value"), self._ropes[index])
+        return LayerMoments(moments("key"), moments("value"), self.ropes[index])
 
     def layers(self) -> dict[int, LayerMoments]:
         """Return the moments of all layers."""
-        return {index: self.layer(index) for index in self._ropes}
+        return {index: self.layer(index) for index in self.ropes}
 
     def merge(self, other: MomentSums) -> None:
         """Add the sums of other documents."""
@@ -129,7 +154,9 @@ class MomentSums:
             raise DocumentError(str(path), [why]) from error
 
     def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if name in self._sums:
+            value = torch.cat([self._sums[name], value], dim=1) if KEPT in name else self._sums[name] + value
+        self._sums[name] = value
 
 
 class MomentParts:
@@ -138,16 +165,23 @@ class MomentParts:
     A part is written before the record of its document, so that a journal never has a record without its part.
     """
 
-    def __init__(self, journal: Path | None, ropes: Mapping[int, Rope | None], frame: int, *, resume: bool) -> None:
-        self.frame = frame
-        self._journal, self._ropes = journal, ropes
+    def __init__(
+        self,
+        journal: Path | None,
+        ropes: Mapping[int, Rope | None],
+        frame: int,
+        *,
+        keeps_tokens: bool = False,
+        resume: bool,
+    ) -> None:
+        self._journal, self._ropes, self._frame, self._keeps_tokens = journal, ropes, frame, keeps_tokens
         self._total = self.begin()
         if journal is not None and not resume:
             remove_parts(journal)
 
     def begin(self) -> MomentSums:
         """Return the empty sums of a document."""
-        return MomentSums(self._ropes, self.frame)
+        return MomentSums(self._ropes, self._frame, keeps_tokens=self._keeps_tokens)
 
     def keep(self, number: int, sums: MomentSums) -> None:
         """Keep the sums of a document. Raises OutputError."""

@@ -4,7 +4,7 @@ There are four kinds, by what they look at:
 
     WeightProbe     the loss gradient of each layer's K and V projection                  grad-norm
     ChangeProbe     the change that storing a layer's keys, or values, at a choice makes  taylor, fisher, error
-    MetricProbe     moments of keys and values, and of the loss gradient for them         fisher-metric
+    MetricProbe     moments of keys and values, and of the loss gradient for them         fisher-metric, codebooks
     CacheProbe      a document that is read back through the real cache                   loss, kl
 
 All but cache probes share one forward pass, and one backward pass for each kind of labels. A probe is a small
@@ -78,9 +78,11 @@ class MetricProbe(Probe):
         grid: the cache; there are no choices.
         samples: samples by default; fewer, since every token of a sample tells about all directions. Plans of ten lose
             an eighth to a quarter more (docs/transform-coding.md).
+        keeps_tokens: some tokens of every sample are kept, too, and codebooks are learned from them; moments are not.
     """
 
     labels: ClassVar[Labels] = "model"
+    keeps_tokens: ClassVar[bool] = False
     grid: ClassVar[Grid] = Grid(bits=(), group_sizes=())
     samples = 20
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from .. import journal as journals
 from .._version import __version__
@@ -17,18 +18,27 @@ from ..counting import counted
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
+from ..plan.codebooks import CodebooksFile
 from ..plan.moments import MomentsFile, write_moments
 from ..profile import Calibration, Profile, Score
 from ..texts.tokens import Samples, cut_samples
+from .codebooks import learn_codebooks
 from .grid import Grid
 from .identity import ScoreSettings, check_not_lost, describe_samples, identify
 from .means import mean_score
 from .measure import ProbeOptions, measure_sample
-from .moments import MomentParts, remove_parts
+from .moments import MomentParts, MomentSums, remove_parts
 from .probe import ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .records import Sample, journal_settings, record_form
 from .sharing import MeasuredSample, share_outliers, share_samples
+
+
+class TensorFiles(TypedDict, total=False):
+    """The records of files with the tensors that probes have measured."""
+
+    moments: MomentsFile
+    codebooks: CodebooksFile
 
 
 def run_profile(
@@ -57,8 +67,8 @@ def run_profile(
         samples: number of samples, of at most `seq_len` tokens each; None for `default_samples`. If the text gives
             fewer, all of it is used, and `calibration.samples` of the scores says how many there were.
         journal: file of finished samples. The caller removes it with `remove_journal` once the profile is saved.
-        moments: file that moments of keys and values are written to, in the folder where the profile will be; for
-            `fisher-metric` only.
+        moments: file that moments of keys and values are written to, in the folder where the profile will be, with
+            codebooks beside them; for `fisher-metric` and `codebooks` only.
         resume: go on with the samples in the journal.
         before: scores that must not be replaced by ones of other settings, or of less.
         on_step: called with the number of finished samples and of all, first at the start.
@@ -135,13 +145,17 @@ class _Work:
             if journal is not None and len(record.records) > len(self.samples):
                 fault = f"it has {counted(len(record.records), 'sample')}, more than {len(self.samples)}"
                 raise DocumentError(str(journal), [fault])
-            parts = MomentParts(journal, ropes, self.options.frame, resume=resume)
+            keeps_tokens = any(probe.keeps_tokens for probe in metrics)
+            parts = MomentParts(journal, ropes, self.options.frame, keeps_tokens=keeps_tokens, resume=resume)
             self._measure_rest(record, parts, form, on_step)
-            file = _write_moments(moments, parts, len(self.samples)) if metrics and moments else None
+            files = TensorFiles()
+            if metrics and moments:
+                documents = len(self.samples)
+                files = _written(moments, parts.total(documents), self.loaded.info.id, documents, metrics)
         if not self.loaded.ranks.leads:
             return {}
         return {
-            probe.name: mean_score(probe, record.records, identity, file)
+            probe.name: mean_score(probe, record.records, identity, **files)
             for probe, identity in zip(self.probes, self.identities, strict=True)
         }
 
@@ -240,15 +254,21 @@ def find_probes(scores: Sequence[str | Probe]) -> list[Probe]:
     return [PROBES[score]() if isinstance(score, str) else score for score in scores]
 
 
-def _write_moments(path: Path, parts: MomentParts, documents: int) -> MomentsFile:
-    sums = parts.total(documents)
-    predictions, tokens = sums.counts
-    digest = write_moments(path, sums.layers())
-    return MomentsFile(
-        file=path.name,
-        sha256=digest,
-        documents=documents,
-        predictions=predictions,
-        tokens=tokens,
-        frame=parts.frame,
-    )
+def _written(path: Path, sums: MomentSums, model: str, documents: int, probes: Sequence[MetricProbe]) -> TensorFiles:
+    """Write the tensors that probes measure, and return the records of their files. Raises OutputError."""
+    found = TensorFiles()
+    if any(not probe.keeps_tokens for probe in probes):
+        predictions, tokens = sums.counts
+        found["moments"] = MomentsFile(
+            file=path.name,
+            sha256=write_moments(path, sums.layers()),
+            documents=documents,
+            predictions=predictions,
+            tokens=tokens,
+            frame=sums.frame,
+        )
+    if any(probe.keeps_tokens for probe in probes):
+        beside = path.with_suffix(f".codebooks{path.suffix}")
+        codebooks, tokens = learn_codebooks(sums, model)
+        found["codebooks"] = CodebooksFile(file=beside.name, sha256=codebooks.save(beside), tokens=tokens)
+    return found

@@ -141,7 +141,9 @@ def _tokens(policy: TokenPolicy) -> str:
 def _reading(reading: SelectiveReading) -> str:
     """Return `the best pages of 2048 tokens, by the mean of their keys; layers 0-1 read everything`."""
     part = f"{100 * reading.share:.4g} %" if reading.share is not None else f"{reading.tokens} tokens"
-    by = {"mean": "the mean of their keys", "range": "the range of their keys"}[reading.summary]
+    by = {"mean": "the mean of their keys", "range": "the range of their keys", "codes": "codes of their keys"}[
+        reading.summary
+    ]
     skipped = f"; everything in the first {counted(reading.skip, 'layer')}" if reading.skip else ""
     return f"the best pages of {part}, by {by}{skipped}"
 

@@ -15,6 +15,8 @@ from ..plan.moments import read_moments
 from ..plan.presets import Preset
 from ..profile import Profile
 from ..state import Say, unsaid
+from .codebooks import SCORE as CODEBOOKS_SCORE
+from .codebooks import has_codebooks, with_codebooks
 
 
 @dataclass(frozen=True)
@@ -91,23 +93,25 @@ def keep_basis(plan: Plan, folder: Path) -> None:
 def preset_plan(preset: Preset, name: str, model: ModelInfo, say: Say = unsaid) -> Plan:
     """Return the plan of a model from a preset; one with a method is solved from the newest profile of the model.
 
-    The basis of such a plan is written beside the plans of the model.
+    The basis of such a plan, or the codebooks of its codecs, are written beside the plans of the model.
 
     Raises:
-        StateError: if no profile of the model has directions.
+        StateError: if no profile of the model has directions, or codebooks, if the preset needs them.
         DocumentError: if a file is faulty.
         BudgetError, PlanError: if the preset does not fit the model.
         OutputError: if the basis cannot be written.
     """
-    if preset.avg_bits is None:
+    if preset.avg_bits is None and preset.codebooks is None:
         return preset.plan(model, name)
     try:
         found = FoundProfile.load(state.find_profile(model=model.id, say=say))
     except StateError as error:
-        raise _unmeasured(name, model) from error
-    if not has_directions(found.profile):
-        raise _unmeasured(name, model)
+        raise _unmeasured(preset, name, model) from error
     folder = state.model_dir(model.id) / state.PLANS
+    if preset.codebooks is not None and has_codebooks(found.profile):
+        return with_codebooks(preset, found.profile, found.folder, folder).plan(model, name)
+    if preset.avg_bits is None or not has_directions(found.profile):
+        raise _unmeasured(preset, name, model)
     return solved_preset(preset, model, found, Budget(avg_bits=preset.avg_bits), preset.cache, folder)
 
 
@@ -134,6 +138,7 @@ def solved_preset(
     return with_basis(plan, basis, folder)
 
 
-def _unmeasured(name: str, model: ModelInfo) -> StateError:
-    command = state.profile_command(model.id, "--score", TRANSFORM_SCORE)
-    return StateError(f"preset '{name}' needs the directions of {model.id}, which no profile has: run `{command}`")
+def _unmeasured(preset: Preset, name: str, model: ModelInfo) -> StateError:
+    what, score = ("directions", TRANSFORM_SCORE) if preset.codebooks is None else ("codebooks", CODEBOOKS_SCORE)
+    command = state.profile_command(model.id, "--score", score)
+    return StateError(f"preset '{name}' needs the {what} of {model.id}, which no profile has: run `{command}`")

@@ -1,6 +1,8 @@
 """Tokens that are dropped and merged: rules against loops in float64, and what a whole model stores of them."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,7 +95,8 @@ def look_m(keys, stays, is_token):
     return weights / weights.sum(1, keepdims=True)
 
 
-def kvmerger(keys, stays, is_token):
+def kvmerger(keys, stays, is_token, attention=None):
+    """Weights of the most attended token that stays in a run, or of the nearest one if no attention is known."""
     table, joined = cosines(keys), {}
     for i in np.flatnonzero(~stays & is_token):
         found = []
@@ -103,9 +106,11 @@ def kvmerger(keys, stays, is_token):
                 j += step
                 if stays[j]:
                     found.append(j)
-                    break
+                    if attention is None:
+                        break
         if found:
-            joined.setdefault(min(found, key=lambda j: abs(j - i)), []).append(i)
+            best = min(found, key=lambda j: abs(j - i)) if attention is None else max(found, key=attention.__getitem__)
+            joined.setdefault(best, []).append(i)
     weights = np.eye(len(keys))
     for j, others in joined.items():
         distances = np.linalg.norm(keys[others] - keys[j], axis=1)
@@ -185,10 +190,25 @@ def test_other_rules_are_their_formulas(name, dropped, padding, seed):
             if name == "cam":
                 weights = (np.eye(60), cam(attention, stays, is_token))
             else:
-                weights = ({"look-m": look_m, "kvmerger": kvmerger}[name](own[0], stays, is_token),) * 2
+                rule = {"look-m": look_m, "kvmerger": partial(kvmerger, attention=attention)}[name]
+                weights = (rule(own[0], stays, is_token),) * 2
             for states, expected, weight in zip((keys, values), own, weights, strict=True):
                 got = states if states is keys and not merge.has_keys else merge.of(states)
                 torch.testing.assert_close(got[row, head], torch.from_numpy(weight @ expected).float(), **CLOSE)
+
+
+@settings(deadline=None, max_examples=20)
+@given(dropped=st.integers(1, 59), padding=st.sampled_from([0, 5, 59]), seed=st.integers(0, 2**16))
+def test_runs_without_attention_join_the_nearest_token(dropped, padding, seed):
+    noise = torch.randn(2, 2, 3, 60, 16, generator=torch.Generator().manual_seed(seed))
+    keys, values = noise[0].cumsum(2) / 3, noise[1]
+    tokens = replace(leaving(keys, dropped, seed, padding), attention=None)
+    merged = started("kvmerger", 2, 3).merge(tokens).of(values)
+    for row in range(2):
+        for head in range(3):
+            own = [x[row, head].double().numpy() for x in (keys, values)]
+            weights = kvmerger(own[0], tokens.stays[row, head].numpy(), tokens.is_token[row, 0].numpy())
+            torch.testing.assert_close(merged[row, head], torch.from_numpy(weights @ own[1]).float(), **CLOSE)
 
 
 def test_values_without_attention_say_what_they_need(model):

@@ -52,7 +52,7 @@ def test_skipped_layers_read_everything(llama):
     assert torch.equal(logits_of(llama, plan_for(llama, SelectiveReading(tokens=16, skip=layers)))[0], plain)
 
 
-@pytest.mark.parametrize("kind", ["mean", "range"])
+@pytest.mark.parametrize("kind", ["mean", "range", "codes"])
 def test_more_pages_come_nearer_to_all(llama, kind):
     plain, _ = logits_of(llama, plan_for(llama, None))
     errors = []
@@ -103,8 +103,27 @@ def test_a_crop_and_beams_take_summaries_along(llama):
         assert (packed.summary - means).abs().max() < 0.05
 
 
-def test_a_file_has_the_summaries(llama, tmp_path):
-    plan, tokens = plan_for(llama, SelectiveReading(tokens=32, summary="range")), ids(192)
+def test_codes_are_of_the_nearest_entries_also_after_crops_and_beams(llama):
+    """Of the codebooks of the prompt, whatever was taken back since; a sequence keeps its own."""
+    plan, tokens = plan_for(llama, SelectiveReading(tokens=48, summary="codes")), ids(192)
+    cache = MixedCache.from_plan(plan, llama.config)
+    teacher_forced(llama, cache, tokens[:, :180], [120, *[1] * 60])
+    before = cache.layers[0].stores[0].segments().packed
+    cache.crop(-70)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    teacher_forced(llama, cache, tokens[[1, 0], 110:190], [80])
+    packed = cache.layers[0].stores[0].segments().packed
+    assert torch.equal(packed.books, before.books[[1, 0]])
+    keys = packed.held.select(0, packed.pages, torch.float32)
+    parts = keys.unflatten(-1, (2, 16)).movedim(4, 2)
+    distances = torch.cdist(parts.flatten(3, 4), packed.books)
+    chosen = distances.gather(-1, packed.summary.movedim(4, 2).flatten(3).long()[..., None])[..., 0]
+    assert (chosen - distances.amin(-1)).max() < 0.05  # of 8-bit codes
+
+
+@pytest.mark.parametrize("kind", ["range", "codes"])
+def test_a_file_has_the_summaries(llama, tmp_path, kind):
+    plan, tokens = plan_for(llama, SelectiveReading(tokens=32, summary=kind)), ids(192)
     cache = MixedCache.from_plan(plan, llama.config)
     teacher_forced(llama, cache, tokens[:, :180], [180])
     path = cache.save(tmp_path / "cache.safetensors", tokens[:, :180], llama)
@@ -115,12 +134,13 @@ def test_a_file_has_the_summaries(llama, tmp_path):
 
 
 def test_predicted_bytes_are_measured_bytes(llama):
-    for kind in ("mean", "range"):
+    more = {"mean": 0.5, "range": 1, "codes": 0.25}  # numbers of 16 bits a page of 16 keys; two bytes a key of 32
+    for kind, stored in more.items():
         plan = plan_for(llama, SelectiveReading(tokens=32, summary=kind))
         _, cache = logits_of(llama, plan, steps=[300, 1])
         predicted = plan.cache_bytes(300, batch=2, element_bytes=4).total
         assert cache.nbytes == predicted + 2 * plan.unquantized_bytes(1, element_bytes=4)
-    assert plan.bits.stored == plan_for(llama, None).bits.stored + 1  # two numbers of 16 bits a page of 16, of keys
+        assert plan.bits.stored == plan_for(llama, None).bits.stored + stored
 
 
 def test_transform_codes_with_exact_tokens(llama, tmp_path):

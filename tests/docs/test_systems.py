@@ -18,7 +18,8 @@ MorphKV, BalanceKV, KVCrush, CoKV, BaKlaVa, Fast KVzip, ReCalKV, Eigen Attention
 TriForce, TokenSelect, INTP, longctx_bench, kvpress, StreamingLLM, SnapKV, PyramidKV, AdaKV, H2O, TOVA,
 BumbleBee, KeyDiff, Expected attention, KVzip, LOOK-M, CaM, ChunkKV, VL-Cache, Quest, DuoAttention, OSCAR,
 OScaR, KVarN, Block-GTQ, KVTC, SPECTRA, AATC, KVQuant, TurboQuant, PolarQuant, VecInfer, NSNQuant, CommVQ,
-HIGGS, KVLinC, SQuat, SAW-INT4, NVFP4 KV, InnerQ, RateQuant, AlignedKV, OjaKV, QuaRot
+HIGGS, KVLinC, SQuat, SAW-INT4, NVFP4 KV, InnerQ, RateQuant, AlignedKV, OjaKV, QuaRot, fraQtl, EDEN, LU-KV, InfLLM,
+LLMLingua-2
 """
 """Those of the literature that kvmix grew from."""
 
@@ -93,5 +94,5 @@ def test_figures_of_systems_are_those_of_the_table():
     for row in ROWS:
         names, figures = re.findall(r"`([^`]+)`", row[1]), row[5].split(" / ")
         for name, figure in zip(names, figures, strict=True) if names else ():
-            expected = f"{measured[name]:.3f}" if name in measured else "no plan"
-            assert abs(float(figure) - measured[name]) < 6e-4 if name in measured else figure == expected, name
+            known = {f"{measured[name]:.3f}"} if name in measured else {"no plan", "not measured"}
+            assert abs(float(figure) - measured[name]) < 6e-4 if name in measured else figure in known, name

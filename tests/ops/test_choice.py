@@ -29,7 +29,7 @@ def mask_of(kind, tokens, hidden):
     codec=st.sampled_from(["affine", "coded", "frames"]),
     pages=st.integers(2, 6),
     count=st.integers(1, 6),
-    kind=st.sampled_from(["mean", "range"]),
+    kind=st.sampled_from(["mean", "range", "codes"]),
     sharing=st.sampled_from(["max", "sum", "layer"]),
     ratio=st.sampled_from([1, 3]),
     masking=st.sampled_from([None, "bool", "additive"]),

@@ -37,6 +37,7 @@ NAMES = (
     "cam",
     "chunkkv",
     "cocktail",
+    "cq",
     "d2o",
     "eigen",
     "expected-attention",
@@ -63,6 +64,7 @@ NAMES = (
     "morphkv-512",
     "nsnquant",
     "oscar-tokens",
+    "pqcache",
     "pyramidkv",
     "qaq",
     "quarot",
@@ -86,7 +88,8 @@ NAMES = (
 )
 SOLVED = ("block-gtq", "eigen", "spectra", "transform-2")
 """Their widths are decided from a profile."""
-STATED = tuple(name for name in NAMES if name not in SOLVED)
+STATED = tuple(name for name in NAMES if name not in (*SOLVED, "cq"))
+"""All others but the one whose codebooks a profile has."""
 WIDTHS_ONLY = ("asymkv", "kivi-2", "kivi-4", "kvmix-paper", "kvquant", "xquant")
 ENCODED = ("higgs", "kvarn", "nsnquant", "oscar-tokens", "quarot", "turboquant", "vecinfer")
 TIERS = TokenPolicy(tiers=(Tier(share=0.2, k=8, v=8),), flush=160)
@@ -352,11 +355,20 @@ def shown_plan(name, info):
     """The plan of a preset; one that is solved has made-up directions, on which no bits depend."""
     if name in STATED:
         return plan_of(name, info)
+    if name == "cq":
+        return with_named_codebooks(find_preset(name)).plan(info, name)
     start, profile = preset_start(name), profile_with_moments(info)
     basis = make_bases(profile, model_moments(info), start.directions)
     return allocate(
         profile, start.budget, method=start.method, cache=start.cache, basis=basis, code_bits=start.code_bits
     )
+
+
+def with_named_codebooks(preset):
+    """A preset whose codecs name a file, of which bits depend on no number."""
+    codecs = preset.cache.codecs.model_copy(update={"codebooks": "books.safetensors", "sha256": 64 * "0"})
+    cache = preset.cache.model_copy(update={"codecs": codecs})
+    return preset.model_copy(update={"cache": cache, "codebooks": None})
 
 
 def test_low_rank_leaves_directions_out_and_codes_the_others_alike():

@@ -6,13 +6,16 @@ import pytest
 from commandline import kvmix, kvmix_json, refused
 from curves import curved
 from evaluating import save_small
+from learned_books import with_made_up_codebooks
 from with_moments import save_with_moments
 
 from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, StateError
 from kvmix_cli.evaluation.results import Estimate, Report, Row
 from kvmix_cli.models.loading import load_model
+from kvmix_cli.plan import Plan
 from kvmix_cli.plan.presets import presets
+from kvmix_cli.plan.tensor_files import check_files
 from kvmix_cli.reporting.systems import system_tables
 from kvmix_cli.studies.directions import FoundProfile
 from kvmix_cli.studies.leaderboard import Board
@@ -27,7 +30,7 @@ from kvmix_cli.studies.leaderboard.systems import (
 from kvmix_cli.studies.leaderboard.systems import LAYERS as LAYERED
 
 LAYERS = 4
-READING = {"quest", "shadowkv", "tokenselect"}
+READING = {"pqcache", "quest", "shadowkv", "tokenselect"}
 """They read 2,048 tokens at a step, which is all of the contexts here."""
 SIZE = 3.0
 TOO_LARGE = {"minikv"}
@@ -45,7 +48,8 @@ def folder(tmp_path_factory):
         groups = (64,) if name == "kl" else (64, 128)
         scores |= curved(LAYERS, head_dim=64, name=name, seed=seed, groups=groups).scores
     info = load_model(str(place / "model"), device="cpu").info
-    save_with_moments(place / "profile.yaml", info, scores)
+    profile = save_with_moments(place / "profile.yaml", info, scores)
+    with_made_up_codebooks(profile, place).save(place / "profile.yaml")
     return place
 
 
@@ -93,11 +97,24 @@ def test_what_is_put_on_a_row_takes_no_bytes_of_its_own(small):
 
 
 def test_without_a_profile_rows_that_need_one_are_left_out(small):
-    names = ("kivi-2", "transform-2", "layers", "layers+rotate-2")
+    names = ("kivi-2", "transform-2", "layers", "layers+rotate-2", "cq")
     plans, left_out = system_plans(small.info, 2048, names=names, stored_bits=(3.0,))
     assert [each.name for each in plans] == ["kivi-2"]
     assert [each.name for each in left_out] == list(names[1:])
-    assert all(f"run `kvmix profile {small.info.id} --score fisher" in each.reason for each in left_out)
+    assert all(f"run `kvmix profile {small.info.id} --score fisher" in each.reason for each in left_out[:-1])
+    assert f"run `kvmix profile {small.info.id} --score codebooks`" in left_out[-1].reason
+
+
+def test_codebooks_of_a_profile_are_beside_the_plans(small, measured):
+    (found,), _ = system_plans(small.info, 2048, names=("cq",), stored_bits=(2.0,), measured=measured)
+    codecs = found.plan.cache.codecs
+    assert found.plan.bits.stored == found.plan.bits.nominal == 2
+    assert Path(codecs.located(codecs.codebooks)).parent == measured.folder / "plans"
+    assert codecs.sha256 == measured.profile.score("codebooks").codebooks.sha256
+    check_files(found.plan)
+    again = Plan.load(found.plan.save(measured.folder / "plans" / "cq.yaml"))
+    check_files(again)
+    assert again.sha256 == found.plan.sha256
 
 
 def test_a_row_that_is_no_preset_is_refused(small):

@@ -16,6 +16,22 @@ def summary_of(states, kind):
     return torch.stack([states.amin(3), states.amax(3)], dim=3)
 
 
+def codes_of(states, parts=2, entries=250):
+    """Codes `[B, H_kv, pages, page, P]` of pages by random codebooks `[B, H_kv, P, entries, D / P]`, and these.
+
+    So many entries that hardly any two keys have the same codes, whose pages would be equally good.
+    """
+    books = torch.randn(*states.shape[:2], parts, entries, states.shape[4] // parts)
+    split = states.flatten(2, 3).unflatten(-1, (parts, -1)).transpose(2, 3)
+    codes = torch.cdist(split, books).argmin(-1).mT
+    return codes.unflatten(2, states.shape[2:4]).to(torch.uint8), books
+
+
+def keys_of_codes(codes, books):
+    """The keys `[n, D]` that codes `[n, P]` of one head stand for, in float64."""
+    return torch.stack([torch.cat([book[code] for book, code in zip(books, row, strict=True)]) for row in codes.long()])
+
+
 def summarized_problem(codec, pages, count, kind, sharing, ratio, mask=None, queries=1, page=64):
     """A problem over two sequences of random pages with random summaries, near those of the pages."""
     if codec == "affine":
@@ -24,8 +40,12 @@ def summarized_problem(codec, pages, count, kind, sharing, ratio, mask=None, que
         frame = 2 * page if codec == "frames" else None
         key, value = coded_pair(["6543", "3322"], 3, pages, 10, page=page, frame=frame, exact=2)
     held = key.packed
-    summary = summary_of(held.select(0, pages, torch.float32), kind)
-    key = replace(key, packed=Summarized(held, in_a_poisoned_buffer(summary), count, sharing))
+    states, books = held.select(0, pages, torch.float32), None
+    if kind == "codes":
+        summary, books = codes_of(states)
+    else:
+        summary = in_a_poisoned_buffer(summary_of(states, kind))
+    key = replace(key, packed=Summarized(held, summary, count, sharing, books))
     query = torch.randn(2, 2 * ratio, queries, 64)
     return AttentionProblem(query, key, value, 0.3, mask)
 
@@ -40,10 +60,14 @@ def hidden_by_choice(problem):
         for head in range(problem.heads):
             logits = []
             for number in range(pages.pages):
-                products = query[row, head] * summary[row, head // ratio, number]
+                own = summary[row, head // ratio, number]
+                if pages.books is not None:
+                    own = keys_of_codes(own, pages.books[row, head // ratio].double())
+                products = query[row, head] * own
                 at = start + number * page
                 seen = problem.mask is None or problem.mask[row, 0, 0, at : at + page].any()
-                logits.append(products.amax(0).sum() if seen else torch.tensor(-torch.inf).double())
+                best_key = products.amax(0).sum() if pages.books is None else products.sum(-1).max()
+                logits.append(best_key if seen else torch.tensor(-torch.inf).double())
             weights[row, head] = torch.stack(logits).softmax(-1)
     hidden = torch.zeros(problem.batch, problem.heads, 1, problem.key.shape[2], dtype=torch.bool)
     hidden[..., start : start + pages.tokens] = True

@@ -1,7 +1,9 @@
 """The choice of the pages that a query reads, by their summaries (Quest, arXiv 2406.10774; ShadowKV, 2410.21465).
 
-Every page stands for its tokens with its summary: the mean key `m`, with the logit `q·m`, or the smallest and largest
-number of each channel, with the largest logit that any key between them could have, `sum_d max(q_d lo_d, q_d hi_d)`.
+Every page stands for its tokens with its summary: the mean key `m`, with the logit `q·m`; the smallest and largest
+number of each channel, with the largest logit that any key between them could have, `sum_d max(q_d lo_d, q_d hi_d)`;
+or codes of all of its keys, each cut into parts, with the largest logit of the keys that they stand for, by a table of
+the products of the query and all entries of the codebooks (PQCache, arXiv 2407.12820).
 The softmax of these logits over a head's pages is what the heads that choose together compare.
 """
 
@@ -69,7 +71,11 @@ def chosen_pages(query: Tensor, pages: Summarized, allowed: Tensor | None = None
         allowed: `[B, 1 or H, pages]`, pages with any token that the query may attend to; None for all.
     """
     kv_heads = pages.summary.shape[1]
-    logits = _logits(query.unflatten(1, (kv_heads, -1)).to(pages.summary.dtype), pages.summary)
+    grouped_queries = query.unflatten(1, (kv_heads, -1))
+    if pages.books is None:
+        logits = _logits(grouped_queries.to(pages.summary.dtype), pages.summary)
+    else:
+        logits = _coded_logits(grouped_queries.to(pages.books.dtype), pages.summary, pages.books)
     logits = logits.to(torch.promote_types(query.dtype, torch.float32))
     if allowed is not None:
         grouped = allowed.expand(-1, query.shape[1], -1).unflatten(1, (kv_heads, -1))
@@ -89,6 +95,21 @@ def _logits(query: Tensor, summary: Tensor) -> Tensor:
     if summary.shape[3] == 2:
         query = torch.cat([query.clamp(max=0), query.clamp(min=0)], dim=-1)
     return (summary.flatten(3) @ query.mT).mT
+
+
+def _coded_logits(query: Tensor, codes: Tensor, books: Tensor) -> Tensor:
+    """Return the largest logit in each page `[B, H_kv, R, pages]` of the keys that codes stand for.
+
+    Args:
+        query: `[B, H_kv, R, D]`.
+        codes: `[B, H_kv, pages, page, P]`.
+        books: `[B, H_kv, P, entries, D / P]`.
+    """
+    parts = query.unflatten(-1, (books.shape[2], -1)).transpose(2, 3)
+    tables = parts @ books.mT  # [B, H_kv, P, R, entries]
+    places = codes.flatten(2, 3).mT.long()[:, :, :, None].expand(-1, -1, -1, query.shape[2], -1)
+    logits: Tensor = tables.gather(-1, places).sum(2).unflatten(-1, codes.shape[2:4]).amax(-1)
+    return logits
 
 
 def _by_page(mask: Tensor, problem: AttentionProblem, page: int) -> Tensor:

@@ -24,7 +24,7 @@ from .pooled import PooledPacking
 from .sorted import BudgetPacking, FullPacking, KeptUnits, TierPacking
 from .summaries import SummaryPacking
 
-__all__ = ["CodePacking", "KeptUnits", "Packing", "PolicyFunctions", "SummaryPacking", "packing_of"]
+__all__ = ["CodePacking", "CodecPacking", "KeptUnits", "Packing", "PolicyFunctions", "SummaryPacking", "packing_of"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ...codecs import PageCodec
 from ...errors import PlanError, QuantizationError
 from ..archive import Archive
 from ..buffer import Buffer
+from ..codebooks import Turn
 from .base import Packing
 from .groups import NOT_FINITE, PAGES_AT_ONCE
 
@@ -24,12 +25,16 @@ class CodecPacking(Packing):
         name: of the tensor, for errors, e.g. `layer 3 keys`.
         codec: of every page.
         reserve: pages to make room for at first.
+        turns: turns of pages before they are encoded, and of decoded ones, each given the number of the first page;
+            None for none.
     """
 
-    def __init__(self, name: str, codec: PageCodec, reserve: int = 0) -> None:
+    def __init__(self, name: str, codec: PageCodec, reserve: int = 0, turns: tuple[Turn, Turn] | None = None) -> None:
         self.unit = codec.page
         self._name = name
         self._codec = codec
+        self._back = None if turns is None else turns[0]
+        self._forth = None if turns is None else turns[1]
         self._parts = {part: Buffer(reserve) for part in codec.parts}
         self._pages = 0
         self._held: CodecPages | None = None
@@ -42,12 +47,14 @@ class CodecPacking(Packing):
     def view(self) -> CodecPages:
         parts, held = {name: buffer.view for name, buffer in self._parts.items()}, self._held
         if held is None or any(held.parts[name] is not part for name, part in parts.items()):
-            held = self._held = CodecPages(parts, self._codec.decode, self.unit, self._codec.head_dim)
+            held = self._held = CodecPages(parts, self._codec.decode, self.unit, self._codec.head_dim, self._forth)
         return held
 
     def pack(self, states: Tensor) -> None:
         pages = states.unflatten(2, (-1, self.unit))
-        made = [self._encoded(some.float()) for some in pages.split(PAGES_AT_ONCE, dim=2)]
+        firsts = range(self._pages, self._pages + pages.shape[2], PAGES_AT_ONCE)
+        parts_of = zip(firsts, pages.split(PAGES_AT_ONCE, dim=2), strict=True)
+        made = [self._encoded(self._turned_back(some.float(), first)) for first, some in parts_of]
         for parts in made:
             for name, part in parts.items():
                 self._parts[name].append(part)
@@ -76,6 +83,9 @@ class CodecPacking(Packing):
 
     def buffers(self) -> Iterator[Buffer]:
         yield from self._parts.values()
+
+    def _turned_back(self, pages: Tensor, first: int) -> Tensor:
+        return pages if self._back is None else self._back(pages, first)
 
     def _encoded(self, pages: Tensor) -> Mapping[str, Tensor]:
         """Return the parts of pages `[B, H_kv, n, page, head_dim]`, checked: a codec may be the user's own."""

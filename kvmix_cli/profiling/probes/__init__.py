@@ -15,6 +15,7 @@ PROBES: Registry[type[Probe]] = Registry(
         "taylor": "taylor:Taylor",
         "fisher": "fisher:Fisher",
         "fisher-metric": "fisher_metric:FisherMetric",
+        "codebooks": "codebooks:CoupledChannels",
         "error": "error:Error",
         "loss": "loss:Loss",
         "kl": "kl:Kl",

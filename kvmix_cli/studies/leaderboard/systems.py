@@ -15,6 +15,8 @@ from ...plan.presets import Preset, find_preset, presets, put_on
 from ...plan.scaling import LAYOUT, scaled
 from ...profile import parse_choice
 from ...state import PLANS, Say, profile_command, unsaid
+from ..codebooks import SCORE as CODEBOOKS_SCORE
+from ..codebooks import has_codebooks, with_codebooks
 from ..directions import FoundProfile, has_directions, solved_preset
 from .board import Board, check_tasks, measure, rank
 from .candidates import CandidatePlan, Omission
@@ -156,7 +158,7 @@ def _plan(name: str, model: ModelInfo, stored_bits: float, context: int, measure
     elif (preset := find_preset(base)).bits is None:
         plan = _coded(preset, base, model, stored_bits, measured)
     else:
-        plan = scaled(preset, base, model, stored_bits, context)
+        plan = scaled(_with_its_codebooks(preset, base, model, measured), base, model, stored_bits, context)
     plan.check_model(model)
     for each in added:
         cache = put_on(plan.cache, each, f"'{base}'")
@@ -185,6 +187,15 @@ def _coded(preset: Preset, name: str, model: ModelInfo, stored_bits: float, meas
         raise _unmeasured(model, "fisher-metric", f"preset '{name}' ")
     cache = CacheSettings.model_validate({**LAYOUT, "page": preset.cache.page})
     return solved_preset(preset, model, measured, Budget(stored_bits=stored_bits), cache, measured.folder / PLANS)
+
+
+def _with_its_codebooks(preset: Preset, name: str, model: ModelInfo, measured: FoundProfile | None) -> Preset:
+    """Return a preset with the codebooks of a profile, if it needs any."""
+    if preset.codebooks is None:
+        return preset
+    if measured is None or not has_codebooks(measured.profile):
+        raise _unmeasured(model, CODEBOOKS_SCORE, f"preset '{name}' ")
+    return with_codebooks(preset, measured.profile, measured.folder, measured.folder / PLANS)
 
 
 def _unmeasured(model: ModelInfo, score: str, what: str = "it ") -> PlanError:
