@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from evaluating import save_small
+from learned_books import with_made_up_codebooks
 from with_moments import save_with_moments
 
 from kvmix_cli.allocation import Budget
@@ -16,6 +17,7 @@ from kvmix_cli.evaluation.tasks.memory import predicted_bytes
 from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.presets import find_preset, presets
+from kvmix_cli.studies.codebooks import with_codebooks
 from kvmix_cli.studies.directions import FoundProfile, solved_preset
 
 LAYERS = 4
@@ -35,7 +37,8 @@ def small(tmp_path_factory):
     place = tmp_path_factory.mktemp("small")
     save_small(place / "model", LAYERS)
     loaded = load_model(str(place / "model"), device="cpu")
-    save_with_moments(place / "profile.yaml", loaded.info)
+    profile = save_with_moments(place / "profile.yaml", loaded.info)
+    with_made_up_codebooks(profile, place).save(place / "profile.yaml")
     return loaded, FoundProfile.load(place / "profile.yaml")
 
 
@@ -46,6 +49,8 @@ def planned(name, small):
     if preset.bits is None:
         budget = Budget(avg_bits=preset.avg_bits)
         return solved_preset(preset, loaded.info, found, budget, preset.cache, found.folder / "plans")
+    if preset.codebooks is not None:
+        preset = with_codebooks(preset, found.profile, found.folder, found.folder / "plans")
     plan = preset.plan(loaded.info, name)
     if plan.cache.reading is None:
         return plan

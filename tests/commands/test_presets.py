@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from commandline import TINY, kvmix, kvmix_json, refused
 from evaluating import save_plan, save_small, tiny, uniform
+from learned_books import with_made_up_codebooks
 from made_up import falling, make_info
 from with_moments import save_with_moments
 
@@ -43,7 +44,8 @@ class TestEval:
         assert bits(rows)["paper"] == bits(rows)["kvmix-paper"]
 
     def test_every_preset_is_a_row(self, counting):
-        save_with_moments(TINY_PROFILE, tiny().info)
+        profile = save_with_moments(TINY_PROFILE, tiny().info)
+        with_made_up_codebooks(profile, TINY_PROFILE.parent).save(TINY_PROFILE)
         names = tuple(preset.presets())
         rows = kvmix_json("eval", *TINY, *(part for name in names for part in ("--preset", name)))["rows"]
         assert [row["plan"] for row in rows] == ["unquantized", *names]
