@@ -58,10 +58,12 @@ class PlanCount(NamedTuple):
 ONE = PlanCount(1, 1, 1)
 COMPARED = PlanCount(2, 4, 8)
 """Plans that are compared before one is proven: the first guess and the one below it suffice if both come out so; 8 is
-the most that the search among the 17 of `plans.STORED_BITS` takes. For `builtin:tiny` and SmolLM2 it was 4."""
+the most that the search among the 17 of `plans.STORED_BITS` takes. For SmolLM2 it was 4, for `builtin:tiny` 4 to 6
+(docs/recommend.md)."""
 PROVEN = PlanCount(1, 2, 3)
-"""Plans whose KL is measured on all documents. For `builtin:tiny` and SmolLM2 the first one was above the limit in the
-last part of the positions, and the next one passed (docs/recommend.md). There is no bound but the number of plans."""
+"""Plans whose KL is measured on all documents. For SmolLM2 the first one was above the limit in the last part of the
+positions, and the next one passed; for `builtin:tiny` it was one or two (docs/recommend.md). There is no bound but the
+number of plans."""
 ANSWERED = PlanCount(1, 1, PROVEN.most)
 """Plans that do the other tasks: only those whose KL passes."""
 
