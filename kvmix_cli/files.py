@@ -78,6 +78,13 @@ def safetensors_head(tensors: Mapping[str, tuple[str, Sequence[int], int]], meta
     return len(text).to_bytes(8, "little") + text
 
 
+def safetensors_metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file from its content. Raises ValueError, KeyError or TypeError."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
 def check_writable(path: Path) -> None:
     """Find out before any work, and without a trace, whether a file can be written. Raises OutputError."""
     folder = path.absolute().parent

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,11 @@ from safetensors.numpy import load
 from typing_extensions import TypedDict
 
 from ..errors import PlanError, first_sentence
-from ..files import safetensors_head, write_parts
+from ..files import safetensors_head, safetensors_metadata, write_parts
 from ..ranks import own_heads
 from .geometry import HeadGeometry
-from .moments import Rope, RopeLayout
+from .moments import Rope
+from .ropes import RopeRecord, read_ropes, rope_arrays, rope_records
 
 FORMAT: Final = "kvmix-basis/1"
 _DTYPES: Final = {np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
@@ -40,20 +41,13 @@ Variances = Mapping[tuple[int, TensorName], NDArray[np.float64]]
 """Of the directions of each layer's keys and values, `[H_kv, D]`, half of which is a loss in nats a token."""
 
 
-class _Turn(TypedDict):
-    """The channels of a layer that RoPE turns, as `Rope` has them."""
-
-    layout: RopeLayout
-    start: int
-
-
 class _Header(TypedDict):
     """Metadata of a basis file; `rope` is by layer."""
 
     format: str
     model: str
     frame: int | None
-    rope: dict[str, _Turn]
+    rope: dict[str, RopeRecord]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +128,16 @@ class BasisFile:
 
     def _parts(self) -> Iterator[bytes | memoryview]:
         """Yield the file part by part, the same for equal bases, so that no second copy of it is made."""
-        frequencies = {f"layers.{index}.rope.frequencies": each.frequencies for index, each in self.rope.items()}
         arrays: dict[str, NDArray[Any]] = {}
         for index, kinds in self.layers.items():
             for kind, each in kinds.items():
                 arrays |= {f"layers.{index}.{kind}.{name}": array for name, array in vars(each).items()}
         ordered = {
-            name: np.ascontiguousarray(each) for part in (frequencies, arrays) for name, each in sorted(part.items())
+            name: np.ascontiguousarray(each)
+            for part in (rope_arrays(self.rope), arrays)
+            for name, each in sorted(part.items())
         }
-        rope = {f"{i}": _Turn(layout=each.layout, start=each.start) for i, each in sorted(self.rope.items())}
-        header = _Header(format=FORMAT, model=self.model, frame=self.frame, rope=rope)
+        header = _Header(format=FORMAT, model=self.model, frame=self.frame, rope=rope_records(self.rope))
         forms = {name: (_DTYPES[array.dtype], array.shape, array.nbytes) for name, array in ordered.items()}
         yield safetensors_head(forms, {"kvmix": json.dumps(header)})
         for array in ordered.values():
@@ -167,7 +161,7 @@ class BasisFile:
             raise _fault(path, why, "put the file back where the plan names it") from error
         try:
             arrays = load(data)
-            header = json.loads(_metadata(data)["kvmix"])
+            header = json.loads(safetensors_metadata(data)["kvmix"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise _fault(path, f"cut short, or no basis ({first_sentence(error)})", "copy the file again") from error
         if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
@@ -192,13 +186,10 @@ class BasisFile:
                     layers[int(index)][kind] = each = LayerBasis(**parts)
                     if faults := each.faults():
                         raise _fault(path, f"layer {index} {kind}: {faults[0]}", advice)
-            rope = {
-                int(index): Rope(arrays[f"layers.{index}.rope.frequencies"].astype(np.float64), **each)
-                for index, each in header["rope"].items()
-            }
+            rope = read_ropes(arrays, header["rope"])
             for layer, turn in rope.items():
                 channels = layers[layer]["k"].mean.shape[1] - 2 * len(turn.frequencies)
-                if turn.layout not in get_args(RopeLayout) or not 0 <= turn.start <= channels:
+                if not 0 <= turn.start <= channels:
                     raise ValueError(f"RoPE of layer {layer} turns {turn.layout!r} channels from {turn.start} on")
             return cls(header["model"], layers, header["frame"], rope)
         except (KeyError, TypeError, ValueError) as error:
@@ -213,13 +204,6 @@ class BasisFile:
             why = f"made for {self.model}, with {has} for layer {index} {kind}, which is {expected[0]} x {expected[1]}"
             raise _fault(path, why, "use the basis of this model")
         return found
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """Return the metadata of safetensors that have been read already."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata: dict[str, str] = header["__metadata__"]
-    return metadata
 
 
 def _fault(path: Path, why: str, advice: str) -> PlanError:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,36 +25,25 @@ from safetensors.numpy import load, save
 from typing_extensions import TypedDict
 
 from ..errors import PlanError, first_sentence
-from ..files import write_bytes
+from ..files import safetensors_metadata, write_bytes
 from .basis import TENSOR_NAMES, TensorName
-from .document import StrictModel
 from .geometry import HeadGeometry
-from .moments import Rope, RopeLayout
+from .moments import ProfileFile, Rope
+from .ropes import RopeRecord, read_ropes, rope_arrays, rope_records
 
 FORMAT: Final = "kvmix-codebooks/1"
 Books = NDArray[np.float16]
 """Codebooks of one width, `[H_kv, D / span, 2^(W span), span]`."""
 
 
-class CodebooksFile(StrictModel):
+class CodebooksFile(ProfileFile):
     """The record that a score keeps of its codebooks.
 
     Attributes:
-        file: name of the file, in the folder of the profile.
-        sha256: its checksum.
         tokens: tokens that they were learned from.
     """
 
-    file: str
-    sha256: str
     tokens: Annotated[int, Field(ge=1, lt=2**48)]
-
-
-class _Turn(TypedDict):
-    """The channels of a layer that RoPE turns, as `Rope` has them."""
-
-    layout: RopeLayout
-    start: int
 
 
 class _Header(TypedDict):
@@ -62,7 +51,7 @@ class _Header(TypedDict):
 
     format: str
     model: str
-    rope: dict[str, _Turn]
+    rope: dict[str, RopeRecord]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +82,9 @@ class Codebooks:
             for kind, widths in sorted(kinds.items())
             for bits, books in sorted(widths.items())
         }
-        arrays |= {f"layers.{index}.rope.frequencies": each.frequencies for index, each in sorted(self.rope.items())}
-        rope = {f"{i}": _Turn(layout=each.layout, start=each.start) for i, each in sorted(self.rope.items())}
-        return save(arrays, {"kvmix": json.dumps(_Header(format=FORMAT, model=self.model, rope=rope))})
+        arrays |= rope_arrays(self.rope)
+        header = _Header(format=FORMAT, model=self.model, rope=rope_records(self.rope))
+        return save(arrays, {"kvmix": json.dumps(header)})
 
     def save(self, path: Path) -> str:
         """Write the file, and return its checksum. Raises OutputError."""
@@ -121,8 +110,7 @@ class Codebooks:
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise _fault(path, f"its checksum is {found[:12]}..., and the plan was made with {sha256[:12]}...")
         try:
-            header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["kvmix"])
-            return cls._parsed(load(data), header)
+            return cls._parsed(load(data), json.loads(safetensors_metadata(data)["kvmix"]))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise _fault(path, f"it holds no codebooks ({first_sentence(error)})") from error
 
@@ -136,13 +124,7 @@ class Codebooks:
             index, kind, width = name.split(".")[1:4]
             if kind in TENSOR_NAMES:
                 layers.setdefault(int(index), {}).setdefault(kind, {})[int(width)] = _checked(name, array, int(width))
-        rope = {
-            int(index): Rope(arrays[f"layers.{index}.rope.frequencies"].astype(np.float64), **each)
-            for index, each in header["rope"].items()
-        }
-        if wrong := [each.layout for each in rope.values() if each.layout not in get_args(RopeLayout)]:
-            raise ValueError(f"RoPE turns {wrong[0]!r} channels")
-        return cls(header["model"], layers, rope)
+        return cls(header["model"], layers, read_ropes(arrays, header["rope"]))
 
     def tensor(self, path: Path, index: int, kind: TensorName, bits: int, heads: HeadGeometry) -> Books:
         """Return the codebooks of a layer's keys or values at a width. Raises PlanError if they do not fit."""

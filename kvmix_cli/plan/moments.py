@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..errors import DocumentError
-from ..files import write_bytes
+from ..files import safetensors_metadata, write_bytes
 from .document import StrictModel
 
 FRAME = 1024
@@ -71,24 +71,16 @@ class LayerMoments(NamedTuple):
     rope: Rope | None
 
 
-class MomentsFile(StrictModel):
-    """The record that a score keeps of its moments.
+class ProfileFile(StrictModel):
+    """The record that a score keeps of a file with its tensors.
 
     Attributes:
         file: name of the file, in the folder of the profile.
         sha256: checksum of the file.
-        documents: calibration documents.
-        predictions: predictions that read something packed, over which the metric is a mean.
-        tokens: tokens that some prediction found packed.
-        frame: positions of a frame.
     """
 
     file: str
     sha256: str
-    documents: Annotated[int, _COUNT]
-    predictions: Annotated[int, _COUNT]
-    tokens: Annotated[int, _COUNT]
-    frame: Annotated[int, _COUNT] = FRAME
 
     @field_validator("file")
     @classmethod
@@ -96,6 +88,22 @@ class MomentsFile(StrictModel):
         if Path(file).name != file:
             raise ValueError(f"must be the name of a file in the folder of the profile, got {file}")
         return file
+
+
+class MomentsFile(ProfileFile):
+    """The record that a score keeps of its moments.
+
+    Attributes:
+        documents: calibration documents.
+        predictions: predictions that read something packed, over which the metric is a mean.
+        tokens: tokens that some prediction found packed.
+        frame: positions of a frame.
+    """
+
+    documents: Annotated[int, _COUNT]
+    predictions: Annotated[int, _COUNT]
+    tokens: Annotated[int, _COUNT]
+    frame: Annotated[int, _COUNT] = FRAME
 
 
 def write_moments(path: Path, layers: Mapping[int, LayerMoments]) -> str:
@@ -133,8 +141,8 @@ def read_moments(folder: Path, record: MomentsFile) -> dict[int, LayerMoments]:
     if hashlib.sha256(data).hexdigest() != record.sha256:
         raise _unusable(path, "it is not the file that the profile was written with, or was cut short")
     try:
-        tensors, size = load(data), int.from_bytes(data[:8], "little")
-        ropes = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["rope"])
+        tensors = load(data)
+        ropes = json.loads(safetensors_metadata(data)["rope"])
         indices = sorted({int(name.split(".")[1]) for name in tensors})
         return {index: _layer(tensors, index, ropes.get(str(index))) for index in indices}
     except (SafetensorError, ValueError, KeyError, IndexError) as error:

@@ -9,7 +9,7 @@ from made_up import make_info
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, HeadGeometry, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.codebooks import Codebooks
+from kvmix_cli.plan.codebooks import Codebooks, CodebooksFile
 from kvmix_cli.plan.layers import HeadGroup
 from kvmix_cli.plan.page_codecs import PageCodecs
 from kvmix_cli.plan.presets import find_preset
@@ -79,6 +79,11 @@ def test_a_file_outside_of_the_plans_folder_is_refused(tmp_path):
     path = Plan.uniform(INFO, 2, 2, CacheSettings(codecs=outside)).save(tmp_path / "plan.yaml")
     with pytest.raises(DocumentError, match="leads out of"):
         Plan.load(path)
+
+
+def test_a_record_names_a_file_beside_its_profile():
+    with pytest.raises(ValueError, match="must be the name of a file in the folder of the profile"):
+        CodebooksFile(file="../c.safetensors", sha256="", tokens=1)
 
 
 def test_a_file_that_is_missing_cut_short_or_another(tmp_path):
