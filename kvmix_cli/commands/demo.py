@@ -68,7 +68,7 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     reports = steps.evaluate(loaded, plans, effort, seed, what.out, resume=what.resume, progress=console.progress)
     with after_saving(f"profile, plans and all samples are saved in {what.out}: --resume goes on from there"):
         _show(reports, steps.MODEL)
-        plot_demo(profile, {name: plans[name] for name in (steps.CHOSEN, steps.CODED)}, reports[0], picture)
+        plot_demo(profile, {name: plans[name] for name in (steps.RANKED, steps.CODED)}, reports[0], picture)
     console.text(f"generated through the {steps.CODED} plan:\n\n{steps.PROMPT}")
     sample = steps.generate_sample(loaded, plans[steps.CODED], console.text)
     console.text(f"\n\npicture: {picture}\nfiles:   {what.out}\n")

@@ -91,16 +91,17 @@ def draw_plan(axes: Axes, plan: Plan, title: str) -> None:
 
 @styled()
 def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str = "") -> None:
-    """Draw the bits of every layer, keys upwards and values downwards; a layer that the plan leaves alone has none.
+    """Draw the bits of every layer, keys upwards, values downwards; a layer that the plan leaves alone has no number.
 
     Args:
         layers: bits of keys and of values, by layer; of transform codes their mean.
     """
     count, most = 1 + max(layers), math.ceil(max(width for pair in layers.values() for width in pair)) or 1
+    edges = [index - 0.5 for index in range(count + 1)]
     for kind, (sign, name, color) in enumerate(((1, "keys", KEY), (-1, "values", VALUE))):
-        heights = [sign * layers[index][kind] if index in layers else 0 for index in range(count)]
-        axes.stairs(heights, [index - 0.5 for index in range(count + 1)], fill=True, color=color)
-        _name_widths(axes, heights, color)
+        widths = [layers[index][kind] if index in layers else None for index in range(count)]
+        axes.stairs([sign * (width or 0) for width in widths], edges, fill=True, color=color)
+        _name_widths(axes, widths, sign, color)
         middle, at = 0.5 + 0.25 * sign, "axes fraction"
         axes.annotate(name, (1.015, middle), xycoords=at, va="center", color=color, annotation_clip=False)
     axes.axhline(0, color=SOFT, linewidth=0.8)
@@ -111,15 +112,17 @@ def draw_bits(axes: Axes, layers: Mapping[int, tuple[float, float]], title: str 
     describe(axes, x="layer", y="bits", title=title)
 
 
-def _name_widths(axes: Axes, heights: Sequence[float], color: str) -> None:
+def _name_widths(axes: Axes, widths: Sequence[float | None], sign: int, color: str) -> None:
     """Write every width beyond the end of its bar, if the layers of that width beside each other are wide enough."""
-    layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(heights)
-    for height, run in groupby(range(len(heights)), key=lambda index: heights[index]):
+    layer = 0.85 * axes.get_window_extent().width / figure_of(axes).dpi * POINTS / len(widths)
+    for width, run in groupby(range(len(widths)), key=lambda index: widths[index]):
+        if width is None:
+            continue
         layers = list(run)
-        name = f"{abs(height):.1f}".removesuffix(".0")
-        if height and layer * len(layers) > DIGIT * len(name):
-            middle, up = (layers[0] + layers[-1]) / 2, "bottom" if height > 0 else "top"
-            axes.text(middle, height, name, ha="center", va=up, color=color)
+        name = f"{width:.1f}".removesuffix(".0")
+        if layer * len(layers) > DIGIT * len(name):
+            middle, up = (layers[0] + layers[-1]) / 2, "bottom" if sign > 0 else "top"
+            axes.text(middle, sign * width, name, ha="center", va=up, color=color)
 
 
 def _draw_frontier(axes: Axes, frontier: Frontier) -> None:

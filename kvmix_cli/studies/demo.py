@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MODEL = "builtin:tiny"
 TASKS = ("perplexity", "recall")
-CHOSEN = "kvmix"
+RANKED = "rank"
 """Name of the plan that the paper's score and ranking decide."""
 CODED = "transform"
 """Name of the plan of transform codes, whose bits follow the loss's own metric."""
@@ -108,7 +108,7 @@ def make_plans(profile: Profile, effort: Effort, seed: int, out: Path, command: 
 
     basis = read_basis(profile, folder)
     coded = allocate(profile, budget, method=TRANSFORM, cache=CACHE, basis=basis)
-    plans = {CODED: with_basis(coded, basis, folder / state.PLANS), CHOSEN: plan("rank")}
+    plans = {CODED: with_basis(coded, basis, folder / state.PLANS), RANKED: plan("rank")}
     plans |= {f"random-{number}": plan("random", number) for number in range(seed, seed + effort.random_plans)}
     plans["uniform-2"] = Plan.uniform(profile.model, 2, 2, CACHE)
     for name, each in plans.items():

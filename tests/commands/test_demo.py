@@ -19,19 +19,19 @@ def test_the_whole_pipeline_in_an_empty_folder(tmp_path, monkeypatch, short_demo
     assert profile.score("grad-norm").calibration.samples == 2
     assert not list(folder.rglob("*.partial*")), "what an interrupted demo would have gone on with"
     plans = {path.stem: Plan.load(path) for path in (folder / "builtin--tiny" / "plans").glob("*.yaml")}
-    assert sorted(plans) == ["kvmix", "random-0", "transform", "uniform-2"]
+    assert sorted(plans) == ["random-0", "rank", "transform", "uniform-2"]
     assert len({plans[name].bits for name in plans if name not in ("uniform-2", "transform")}) == 1
     rows = {(row["task"], row["plan"]): row for row in result["rows"]}
     assert len(rows) == 2 * (1 + len(plans))
     assert all("error" not in row for row in rows.values())
     assert rows["perplexity", "unquantized"]["quantized_share"] == 0
-    assert rows["perplexity", "kvmix"]["quantized_share"] > 0.75
+    assert rows["perplexity", "rank"]["quantized_share"] > 0.75
     kl, stored = (
-        {name: read(rows["perplexity", name]) for name in ("transform", "kvmix", "uniform-2")}
+        {name: read(rows["perplexity", name]) for name in ("transform", "rank", "uniform-2")}
         for read in (lambda row: row["metrics"]["kl"]["value"], lambda row: row["stored_bits"])
     )
-    assert kl["transform"] < min(kl["kvmix"], kl["uniform-2"]) / 4, "even of two samples and two layers"
-    assert stored["transform"] < stored["kvmix"]
+    assert kl["transform"] < min(kl["rank"], kl["uniform-2"]) / 4, "even of two samples and two layers"
+    assert stored["transform"] < stored["rank"]
     assert result["text"]
 
     measured = []

@@ -44,11 +44,13 @@ def test_the_notebook_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
         assert numbers(before) == pytest.approx(numbers(after), rel=0.05, abs=2e-5)
 
     text = "\n".join(printed)
-    assert float(re.search(r"([\d.]+) stored bits", text)[1]) <= 3
+    assert float(re.search(r"([\d.]+) stored bits", text)[1]) <= 2.35
     packed, plain = map(float, re.search(r"tokens in ([\d.]+) MiB instead of ([\d.]+)", text).groups())
     assert packed < plain / 2
     rows = dict(re.findall(r"^(.+): perplexity [\d.]+ .*, (\d+)% read quantized$", text, re.MULTILINE))
     assert list(rows) == ["unquantized", "planned", "2 bits everywhere"]
     assert rows["unquantized"] == "0"
-    assert int(rows["planned"]) == int(rows["2 bits everywhere"]) > 50
-    assert (tmp_path / "plan.yaml").is_file()
+    assert min(int(rows["planned"]), int(rows["2 bits everywhere"])) > 50
+    planned, uniform = map(float, re.findall(r"([\d.]+) nats from", text))
+    assert planned < uniform / 20
+    assert (tmp_path / "quickstart" / "plan.yaml").is_file()

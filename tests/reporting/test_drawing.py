@@ -171,6 +171,18 @@ def test_bits_of_80_layers_of_which_some_are_left_alone():
     assert {"8", "0"} <= set(shown)
 
 
+@pytest.mark.parametrize("bits, numbers", [((0, 2), ["0", "2"]), ((0, 0), ["0", "0"])])
+def test_a_width_of_zero_is_written_and_a_layer_that_is_left_alone_has_no_number(bits, numbers):
+    axes = page_axes(165)
+    draw_bits(axes, {0: bits, 2: (4, 4)})
+    assert [text.get_text() for text in axes.texts if text.get_text()[0].isdigit()] == [
+        numbers[0],
+        "4",
+        numbers[1],
+        "4",
+    ]
+
+
 @pytest.mark.slow
 def test_a_picture_of_plans_has_titles_units_and_the_frontier(tmp_path):
     from made_up import make_info
