@@ -17,7 +17,7 @@ from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import load_info
 from kvmix_cli.plan import CacheSettings, ModelInfo, Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.scaling import SLACK
+from kvmix_cli.plan.presets.scaling import SLACK
 from kvmix_cli.plan.tokens import Tier, TokenPolicy
 from kvmix_cli.plan.transforms import Balance, Rotate, Transforms
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from .errors import DocumentError, InUseError, OutputError
 from .files import write_text
-from .plan.document import reason
+from .plan.document.strict_yaml import reason
 
 RecordT = TypeVar("RecordT")
 

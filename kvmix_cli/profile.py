@@ -16,12 +16,12 @@ from typing_extensions import TypedDict
 from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
-from .plan.codebooks import CodebooksFile
-from .plan.document import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
-from .plan.fields import MOST_TOKENS
-from .plan.geometry import coverage_faults
-from .plan.moments import MomentsFile
+from .plan.document.fields import MOST_TOKENS
+from .plan.document.geometry import coverage_faults
+from .plan.document.strict_yaml import Fault, Faults, StrictModel, flow, head_comment, read_yaml, validate
 from .plan.settings import MOST_ELEMENTS
+from .plan.tensors.codebooks import CodebooksFile
+from .plan.tensors.moments import MomentsFile
 from .plan.windows import NoWindow
 
 FORMAT: Final = "kvmix-profile/1"
@@ -43,7 +43,7 @@ Count = Annotated[int, Field(ge=1, lt=2**48)]
 class ScoreSetup(TypedDict, total=False):
     """Cache settings that a score's curves were measured with; `window` is in the command line's form.
 
-    Without `encode` it was minmax, and without `frame` it was that of `plan.moments`.
+    Without `encode` it was minmax, and without `frame` it was that of `plan.tensors.moments`.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]

@@ -35,9 +35,9 @@ from kvmix_cli.decoding.feed import fill as read_prompt
 from kvmix_cli.decoding.feed import last_logits
 from kvmix_cli.models.loading import LoadedModel, load_model
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformTensor
-from kvmix_cli.plan.basis import TENSOR_NAMES, BasisFile, LayerBasis
 from kvmix_cli.plan.codec import TransformSettings
-from kvmix_cli.plan.moments import FRAME, Rope
+from kvmix_cli.plan.tensors.basis import TENSOR_NAMES, BasisFile, LayerBasis
+from kvmix_cli.plan.tensors.moments import FRAME, Rope
 from kvmix_cli.profile import Profile
 from kvmix_cli.studies.directions import read_basis
 

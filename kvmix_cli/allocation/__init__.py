@@ -17,7 +17,6 @@ from .._version import __version__
 from ..errors import BudgetError
 from ..plan import Plan
 from ..plan.engine_blocks import METRIC_WINDOW
-from ..plan.pins import parse_pins
 from ..plan.plan import Provenance
 from ..profile import Profile
 from .bases import SCORE as TRANSFORM_SCORE
@@ -39,6 +38,7 @@ from .options import (
     make_problem,
     preset_start,
 )
+from .pins import parse_pins
 from .problem import Decision, Measure, Method, Problem
 from .solvers import FAMILY, METHODS, SEARCH, SOLVERS, TRANSFORM
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..errors import BudgetError
-from ..plan.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
-from ..plan.directions import Directions, basis_along
-from ..plan.metric import UNREAD
-from ..plan.moments import LayerMoments
+from ..plan.tensors.basis import TENSOR_NAMES, BasisFile, Floats, LayerBasis, TensorName
+from ..plan.tensors.directions import Directions, basis_along
+from ..plan.tensors.metric import UNREAD
+from ..plan.tensors.moments import LayerMoments
 from ..profile import Profile
 
 SCORE = "fisher-metric"
@@ -28,7 +28,7 @@ def make_bases(profile: Profile, moments: Mapping[int, LayerMoments], directions
 
     Args:
         profile: the profile that `moments` belong to.
-        moments: of every layer, from `plan.moments.read_moments`.
+        moments: of every layer, from `plan.tensors.moments.read_moments`.
         directions: where they come from.
 
     Raises:

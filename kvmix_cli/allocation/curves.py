@@ -25,10 +25,10 @@ from types import MappingProxyType
 from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 
 from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan
-from ..plan.basis import Variances
 from ..plan.codec import TransformTensor
 from ..plan.forms import page_layout
 from ..plan.layers import AnyTensor
+from ..plan.tensors.basis import Variances
 from ..profile import Score, TensorScore, parse_choice
 from .directions import expected_loss
 

@@ -1,7 +1,7 @@
 """Bits for single directions: reverse water-filling over all layers, KV heads, keys and values.
 
-Half the squared error of a direction is an expected loss in nats a predicted token (`plan.metric`), and the quantizer
-of `w` bits leaves the share `LEFT[w]` of a direction's variance `l`. The next bit is therefore worth
+Half the squared error of a direction is an expected loss in nats a predicted token (`plan.tensors.metric`), and the
+quantizer of `w` bits leaves the share `LEFT[w]` of a direction's variance `l`. The next bit is therefore worth
 `l (LEFT[w] - LEFT[w + 1]) / 2` nats wherever it goes, and each is worth less than the one before. The plan of least
 loss takes bits in the order of their worth until the budget is spent (Cover and Thomas, section 10.3.3).
 """

@@ -19,11 +19,11 @@ from kvmix_kernels.layout import KINDS, Kind
 
 from ..errors import BudgetError
 from ..plan import LayerPlan, Plan
-from ..plan.fields import MOST_TOKENS
+from ..plan.document.fields import MOST_TOKENS
 from ..plan.layers import HeadGroup
-from ..plan.proportions import shared_out
 from ..plan.tokens import TokenShares
 from ..profile import Profile, TensorScore
+from ..proportions import shared_out
 from ..state import profile_command
 from .choices import Choices, TensorChoice, undominated
 from .problem import Decision, Problem

@@ -8,12 +8,12 @@ from typing import TypedDict
 
 from ..errors import BudgetError, StateError
 from ..plan import WIDTHS, CacheSettings, GroupSize, LayerPlan
-from ..plan.basis import BasisFile
 from ..plan.codec import TransformSettings
-from ..plan.directions import Directions
-from ..plan.document import reason
+from ..plan.document.strict_yaml import reason
 from ..plan.engine_blocks import engine_cache
 from ..plan.presets import ALIASES, Preset, find_preset, presets
+from ..plan.tensors.basis import BasisFile
+from ..plan.tensors.directions import Directions
 from ..plan.tokens import TokenShares
 from ..profile import Profile, Score
 from ..state import profile_command

@@ -12,11 +12,11 @@ from kvmix_kernels.layout import KINDS, Kind
 
 from ..errors import BudgetError, PlanError
 from ..plan import CacheSettings, GroupSize, HeadGeometry, LayerPlan, ModelInfo, TensorPlan
-from ..plan.basis import BasisFile, Variances
 from ..plan.codec import TransformTensor
 from ..plan.forms import page_layout
 from ..plan.layers import AnyTensor
 from ..plan.sizes import format_bytes, layer_bytes
+from ..plan.tensors.basis import BasisFile, Variances
 from ..profile import Profile, Score, choice_key, parse_choice
 from ..state import profile_command
 from .budgets import TOLERANCE, Budget

@@ -11,8 +11,8 @@ from kvmix_kernels.transform_layout import TransformLayout
 from torch import Tensor
 
 from ..plan import HeadGeometry, TransformSettings
-from ..plan.basis import BasisFile, TensorName
 from ..plan.tensor_files import open_basis
+from ..plan.tensors.basis import BasisFile, TensorName
 from .buffer import lasting
 
 TENSORS = 512

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..codecs.vectors import LearnedVectors
 from ..plan import CacheSettings, HeadGeometry
-from ..plan.basis import TensorName
-from ..plan.codebooks import Codebooks
-from ..plan.moments import Rope
 from ..plan.tensor_files import open_codebooks
+from ..plan.tensors.basis import TensorName
+from ..plan.tensors.codebooks import Codebooks
+from ..plan.tensors.moments import Rope
 from .buffer import lasting
 from .rotary import turned
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import CacheError, PolicyError
 from ..plan import CacheSettings
-from ..plan.moments import Rope
 from ..plan.sizes import budget_unit
+from ..plan.tensors.moments import Rope
 from ..plan.tokens import TokenPolicy
 from .archive import Archive
 from .observation import AttentionCall

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..errors import PolicyError
 from ..models.geometry import max_length, model_info
-from ..plan.moments import FRAME, Rope, RopeLayout
+from ..plan.tensors.moments import FRAME, Rope, RopeLayout
 
 TOKENS = 8
 """Tokens that are run at every position."""

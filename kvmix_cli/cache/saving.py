@@ -25,7 +25,7 @@ from ..errors import CacheError
 from ..files import safetensors_head, write_parts
 from ..models.geometry import fingerprint
 from ..plan import Plan
-from ..plan.document import StrictModel
+from ..plan.document.strict_yaml import StrictModel
 from .archive import Archive
 from .buffer import lasting
 from .layer import MixedLayer

@@ -323,7 +323,7 @@ def _show_family(
     plans: Sequence[Plan], family: str, options: str, folder: Path, command: str, budget: BudgetOptions
 ) -> None:
     """Write the plans, each whole or not at all, and show them. Raises OutputError."""
-    from ..reporting.family import family_json, family_table, member_name
+    from ..reporting.tables.family import family_json, family_table, member_name
 
     named: list[tuple[Path, Plan]] = []
     for plan in plans:
@@ -335,7 +335,7 @@ def _show_family(
 
 
 def _show(plan: Plan, source: Profile, path: Path, context: int, batch: int) -> None:
-    from ..reporting.tables import loss_text, plan_json, plan_table
+    from ..reporting.tables.plans import loss_text, plan_json, plan_table
     from ..studies.explain import settings_notices
 
     loss, method = plan.provenance.get("predicted_loss"), plan.provenance["method"]

@@ -188,7 +188,7 @@ class StorageOptions:
     def caches(self, base: CacheSettings) -> list[CacheSettings]:
         """Return cache settings with these options, one for each group size. Raises typer.BadParameter."""
         from ..plan import CacheSettings, windows
-        from ..plan.document import reason
+        from ..plan.document.strict_yaml import reason
 
         names = ("page", "sink", "scale_dtype", "window", "encode")
         settings = {

@@ -88,10 +88,10 @@ def _show_board(setup: Setup, model: str, tasks: Sequence[str], found: Board, na
     """Show a board, and write its tables and its picture beside the records."""
     from ..evaluation.identity import short_checksum
     from ..files import write_text
-    from ..reporting.leaderboard import board_json, plan_names, tables
     from ..reporting.markdown import markdown_document
     from ..reporting.plan_names import NAMES, names_text, read_names
-    from ..reporting.systems import system_tables
+    from ..reporting.tables.leaderboard import board_json, plan_names, tables
+    from ..reporting.tables.systems import system_tables
 
     if not current().leads:
         return
@@ -99,7 +99,7 @@ def _show_board(setup: Setup, model: str, tasks: Sequence[str], found: Board, na
     for report in found.reports:
         warn(report)
     shown = tables(found) if name == "leaderboard" else system_tables(found, setup.settings.length)
-    from ..reporting.leaderboard_plot import plot_board
+    from ..reporting.plots.leaderboard import plot_board
 
     page = root / f"{name}__{short_checksum(shown)}.md"
     picture = page.with_suffix(".png")
@@ -136,7 +136,7 @@ def leave(reports: Sequence[Report]) -> None:
 
 def warn(report: Report) -> None:
     """Show the lines about a report that even a quiet user must see."""
-    from ..reporting.evaluation import report_warnings
+    from ..reporting.tables.evaluation import report_warnings
 
     for line in report_warnings(report):
         console.alert(line)

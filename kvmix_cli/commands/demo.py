@@ -50,9 +50,9 @@ def demo(ctx: typer.Context, what: DemoOptions, common: CommonOptions) -> None:
     picture = what.out / "demo.png"
     check_writable(picture)
     from ..models.loading import load_model
-    from ..reporting.demo_plot import plot_demo
-    from ..reporting.evaluation import rows_json
-    from ..reporting.tables import profile_tables
+    from ..reporting.plots.demo import plot_demo
+    from ..reporting.tables.evaluation import rows_json
+    from ..reporting.tables.plans import profile_tables
     from ..studies import demo as steps
 
     loaded = load_model(steps.MODEL)
@@ -87,7 +87,7 @@ def _show(reports: Sequence[Report], model: str) -> None:
 
 
 def _cells(perplexity: Row, recall: Row) -> list[str]:
-    from ..reporting.evaluation import format_estimate
+    from ..reporting.tables.evaluation import format_estimate
 
     value, increase = perplexity.metrics["perplexity"], perplexity.metrics.get("perplexity_increase_percent")
     kl, share = perplexity.metrics.get("kl"), recall.metrics["recall"]

@@ -18,7 +18,7 @@ DryRunFlag = Annotated[
 
 def show_work(command: str, found: DryRun) -> None:
     """Show the work of a command."""
-    from ..reporting.dry_run import dry_run_json, dry_run_table
+    from ..reporting.tables.dry_run import dry_run_json, dry_run_table
 
     console.table(*dry_run_table(command, found))
     console.emit_json(dry_run_json(command, found))

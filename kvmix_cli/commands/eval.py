@@ -144,7 +144,7 @@ def _setup(ctx: typer.Context, work: EvalOptions, which: ModelOptions, loading: 
 
 def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[str, Any], gates: Sequence[str]) -> None:
     """Measure, show each task's results as soon as they are there, and leave with the exit code of the outcome."""
-    from ..reporting.evaluation import evaluation_json
+    from ..reporting.tables.evaluation import evaluation_json
     from ..studies.measure import measure_plans
 
     evaluation = measure_plans(
@@ -171,7 +171,7 @@ def _measure(choice: Choice, names: SubjectNames, setup: Setup, options: dict[st
 def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> None:
     """Show one task's tables, and a picture beside the samples if the task's values have a place in their contexts."""
     from ..evaluation.runs import RunFolders
-    from ..reporting.evaluation import report_tables
+    from ..reporting.tables.evaluation import report_tables
 
     if not current().leads:
         return
@@ -180,7 +180,7 @@ def _show(task: Task, report: Report, model: ModelInfo, results: Results) -> Non
         for table in report_tables(task, report, model):
             console.table(*table)
     if any("answers" in record for row in report.rows for record in row.records):
-        from ..reporting.heat_map import plot_heat_maps
+        from ..reporting.plots.heat_map import plot_heat_maps
 
         path = RunFolders(model=state.slug(model.id), **results).picture(
             report.task, [(row.plan, row.records) for row in report.rows]

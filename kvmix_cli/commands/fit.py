@@ -138,7 +138,7 @@ def fit(which: ModelOptions, what: FitOptions, common: CommonOptions) -> None:
         gpus=gpus,
     )
     found = answer(facts, plans or usual_plans(facts.info), question)
-    from ..reporting.fit import fit_json, fit_tables
+    from ..reporting.tables.fit import fit_json, fit_tables
 
     for table in fit_tables(found):
         console.table(*table)

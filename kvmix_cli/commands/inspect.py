@@ -83,9 +83,9 @@ def _load(path: Path, model: str | None) -> Plan | Profile:
     from .. import profile
     from ..plan import plan
     from ..plan import presets as preset
-    from ..plan.document import read_yaml
-    from ..plan.kvtuner import is_kvtuner
-    from ..plan.modelopt import is_modelopt
+    from ..plan.document.strict_yaml import read_yaml
+    from ..plan.engines.kvtuner import is_kvtuner
+    from ..plan.engines.modelopt import is_modelopt
 
     document = read_yaml(path)
     if is_kvtuner(document):
@@ -152,8 +152,8 @@ def _frontier(reasons: Explanation | None) -> Frontier | None:
 
 
 def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int, batch: int) -> None:
-    from ..reporting.explain import explanation_json, explanation_table
-    from ..reporting.tables import plan_json, plan_table, stated_loss
+    from ..reporting.tables.explain import explanation_json, explanation_table
+    from ..reporting.tables.plans import plan_json, plan_table, stated_loss
 
     data = {
         **_head(path, plan),
@@ -170,9 +170,9 @@ def _show_plan(path: Path, plan: Plan, reasons: Explanation | None, context: int
 
 
 def _show_profile(path: Path, profile: Profile) -> None:
-    from ..reporting.outliers import outlier_table
-    from ..reporting.spectrum import spectrum_json, spectrum_table
-    from ..reporting.tables import outliers_json, profile_tables, score_json
+    from ..reporting.tables.outliers import outlier_table
+    from ..reporting.tables.plans import outliers_json, profile_tables, score_json
+    from ..reporting.tables.spectrum import spectrum_json, spectrum_table
     from ..studies.spectrum import measure_spectra
 
     spectra = measure_spectra(profile, path.parent)
@@ -197,7 +197,7 @@ def _head(path: Path, found: Plan | Profile) -> dict[str, Any]:
 
 
 def _compare(paths: tuple[Path, Path], plans: list[Plan], profiles: list[Profile]) -> None:
-    from ..reporting.compare import plans_json, plans_table, profiles_json, profiles_tables
+    from ..reporting.tables.compare import plans_json, plans_table, profiles_json, profiles_tables
     from ..studies.compare import compare_plans, compare_profiles
 
     if plans:
@@ -215,7 +215,7 @@ def _compare(paths: tuple[Path, Path], plans: list[Plan], profiles: list[Profile
 def _plot(
     paths: list[Path], plans: list[Plan], profiles: list[Profile], reasons: Explanation | None, picture: Path
 ) -> None:
-    from ..reporting.plots import check_plot, plot_plans, plot_profiles
+    from ..reporting.plots.plans import check_plot, plot_plans, plot_profiles
 
     check_plot(picture)
     names = [path.stem for path in paths]

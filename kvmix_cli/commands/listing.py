@@ -53,7 +53,7 @@ def list_kind(
 @expand
 def env(profiles_dir: ProfilesDir = None, common: CommonOptions = CommonOptions()) -> None:
     """Show versions, devices, kernels, threads and folders, and what is missing: for bug reports."""
-    from ..reporting.environment import environment_tables
+    from ..reporting.tables.environment import environment_tables
     from ..studies.environment import read_environment
 
     found = read_environment()

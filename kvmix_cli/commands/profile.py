@@ -113,7 +113,7 @@ def profile(
     path = what.out or state.profile_path(model)
     _check_outputs(path, what.plot)
     from ..plan import windows
-    from ..plan.moments import FRAME
+    from ..plan.tensors.moments import FRAME
     from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
     from ..studies.profiles import existing_profile, require_same_model
     from ..texts import load_texts
@@ -158,7 +158,7 @@ def _check_outputs(path: Path, plot: Path | None) -> None:
 
     check_writable(path)
     if plot is not None:
-        from ..reporting.plots import check_plot
+        from ..reporting.plots.plans import check_plot
 
         check_plot(plot)
 
@@ -225,8 +225,8 @@ def _save(result: Profile, before: Profile | None, path: Path, command: str) -> 
 
 def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> None:
     """Show the scores; `score` and `layers` of the JSON object are those of the first one."""
-    from ..reporting.outliers import outlier_notices
-    from ..reporting.tables import outliers_json, profile_tables, score_json
+    from ..reporting.tables.outliers import outlier_notices
+    from ..reporting.tables.plans import outliers_json, profile_tables, score_json
     from ..studies.spectrum import measure_spectra
 
     samples = next(iter(result.scores.values())).calibration.samples
@@ -240,7 +240,7 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
     for notice in outlier_notices(result):
         console.notice(notice)
     if what.plot is not None:
-        from ..reporting.plots import plot_profiles
+        from ..reporting.plots.plans import plot_profiles
 
         console.notice(f"plot: {plot_profiles([(result.model.id, result)], what.plot)}")
     scores = {name: {"seconds": each.seconds, "layers": score_json(each)} for name, each in result.scores.items()}

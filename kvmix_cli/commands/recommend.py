@@ -119,7 +119,7 @@ def recommend(
 
 
 def _show_forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> None:
-    from ..reporting.recommendation import forecast_json, forecast_table
+    from ..reporting.tables.recommendation import forecast_json, forecast_table
     from ..studies.recommend import forecast
 
     found = forecast(purpose, load)
@@ -128,7 +128,7 @@ def _show_forecast(purpose: Purpose, load: Callable[[], LoadedModel]) -> None:
 
 
 def _show(found: Recommendation) -> None:
-    from ..reporting.recommendation import answer_text, commands, recommendation_json, recommendation_tables
+    from ..reporting.tables.recommendation import answer_text, commands, recommendation_json, recommendation_tables
 
     for table in recommendation_tables(found):
         console.table(*table)

@@ -45,8 +45,8 @@ def report(
     from ..reporting.comparison import check_metric
     from ..reporting.page.page import make_page
     from ..reporting.plan_names import with_names
-    from ..reporting.result_tables import as_csv, as_json
-    from ..reporting.verdict import answers
+    from ..reporting.tables.results import as_csv, as_json
+    from ..reporting.tables.verdict import answers
 
     places = folders or [RESULTS]
     collection = with_names(collect(places), places)
@@ -90,8 +90,8 @@ def _write(files: Mapping[Path, str]) -> None:
 
 def _markdown(collection: Collection, metric: str | None, command: str) -> str:
     from ..reporting.markdown import markdown_document
-    from ..reporting.result_tables import group_tables, unfinished_table
-    from ..reporting.verdict import answers
+    from ..reporting.tables.results import group_tables, unfinished_table
+    from ..reporting.tables.verdict import answers
 
     tables = [table for group in collection.groups for table in group_tables(group, metric)]
     tables += [unfinished_table(collection)] if collection.unfinished else []
@@ -108,8 +108,8 @@ def _home(place: Path) -> Path:
 def _show(collection: Collection, metric: str | None) -> None:
     """Show the answers, the tables, and what must be said about them."""
     from ..reporting.comparison import warnings
-    from ..reporting.result_tables import group_tables, unfinished_table
-    from ..reporting.verdict import answers
+    from ..reporting.tables.results import group_tables, unfinished_table
+    from ..reporting.tables.verdict import answers
 
     for line in (*collection.faults, *collection.notes):
         console.alert(f"warning: {line}")

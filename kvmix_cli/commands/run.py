@@ -131,7 +131,7 @@ def _show(
 ) -> None:
     """Show how fast it was and what the cache took, and what part of the model the plan is of."""
     from ..decoding.footprint import full_context, measure_footprint
-    from ..reporting.generation import generation_json, generation_table
+    from ..reporting.tables.generation import generation_json, generation_table
     from ..reporting.words import layers_json, layers_text
 
     plan = subject.plan

@@ -48,7 +48,7 @@ def with_settings(command: Any, ctx: Any, arguments: Sequence[str]) -> list[str]
         return list(arguments)
     say_which_counts(OPTION, len(files), arguments)
     file = files[-1]
-    from ..plan.document import read_yaml
+    from ..plan.document.strict_yaml import read_yaml
 
     document = read_yaml(Path(file))
     if not isinstance(document.data, dict):

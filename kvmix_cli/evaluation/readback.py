@@ -17,7 +17,7 @@ from ..errors import DocumentError, EvaluationError, KvmixError
 from ..journal import canonical, read_records, refuse_constant
 from ..plan import CacheSettings, ModelInfo, Plan
 from ..plan.codec import CODED
-from ..plan.document import read_yaml, reason, validate
+from ..plan.document.strict_yaml import read_yaml, reason, validate
 from ..plan.layers import parse_mean_widths
 from .identity import FORMAT, plan_of
 from .records import SampleRecord, record_form

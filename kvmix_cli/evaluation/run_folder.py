@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import DocumentError, OutputError
 from ..files import write_text
 from ..journal import Journal, check_same_settings, lock, refuse_constant, release
-from ..plan.document import flow, head_comment, read_yaml
+from ..plan.document.strict_yaml import flow, head_comment, read_yaml
 from .identity import Config, compared
 from .records import SampleRecord, record_form
 

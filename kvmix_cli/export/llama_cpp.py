@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import ExportError, did_you_mean
 from ..plan import Plan
-from ..plan.engine_formats import GGML, GGML_BLOCK, EngineFormat
+from ..plan.engines.formats import GGML, GGML_BLOCK, EngineFormat
 from .target import AGAIN, Export, FormatPair, Target, quantizes, refuse, widths
 
 OF_CHOICE = ("q4_0", "q8_0", "f16")

@@ -12,8 +12,8 @@ import json
 from .._version import __version__
 from ..errors import ExportError, did_you_mean
 from ..plan import Plan
-from ..plan.engine_formats import FULL, MODELOPT
-from ..plan.modelopt import MIXED, SCHEMA
+from ..plan.engines.formats import FULL, MODELOPT
+from ..plan.engines.modelopt import MIXED, SCHEMA
 from .target import AGAIN, FP8_CAUTION, Export, Target, quantizes, refuse, widths
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import ExportError
 from ..plan import Plan
+from ..plan.document.geometry import format_ranges
 from ..plan.engine_blocks import stored_bits
-from ..plan.engine_formats import EngineFormat
-from ..plan.geometry import format_ranges
+from ..plan.engines.formats import EngineFormat
 
 FP8_CAUTION = (
     "8 bits are fp8 (e4m3, one scale a tensor) there, not integers in groups, and there is no sink and no window in "

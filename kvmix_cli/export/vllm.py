@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from ..errors import ExportError, did_you_mean
 from ..plan import Plan
-from ..plan.engine_formats import FULL, VLLM
+from ..plan.engines.formats import FULL, VLLM
 from .target import AGAIN, FP8_CAUTION, Export, FormatPair, Target, quantizes, refuse, widths
 
 OF_CHOICE = tuple(name for name in VLLM if name != "nvfp4")

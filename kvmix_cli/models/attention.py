@@ -25,7 +25,7 @@ from ..cache.attention import NAME
 from ..cache.mixed import MixedCache
 from ..errors import KvmixError, ModelError, first_sentence, is_out_of_memory
 from ..plan import CacheSettings, LayerPlan, ModelInfo, Plan, TensorPlan
-from ..plan.geometry import format_ranges
+from ..plan.document.geometry import format_ranges
 from ..quiet import hushed
 from .causality import LIBRARY_ERRORS, TOKENS, sees_no_later_token, trial_logits
 

@@ -24,7 +24,7 @@ from .. import torchless
 from ..errors import ModelError, first_sentence
 from ..network import HTTP_ERROR, is_offline
 from ..plan import ModelInfo
-from ..plan.geometry import MAX_LAYERS
+from ..plan.document.geometry import MAX_LAYERS
 from ..quiet import hushed, verbose
 from .adapters import Adapter, find_adapter
 from .geometry import model_info

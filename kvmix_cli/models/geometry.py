@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from .. import torchless
 from ..errors import ModelError
 from ..plan import HeadGeometry, ModelInfo
-from ..plan.document import reason
-from ..plan.geometry import MAX_LAYERS
+from ..plan.document.geometry import MAX_LAYERS
+from ..plan.document.strict_yaml import reason
 
 MAX_NUMBER = 2**53
 """More than any setting is, and the last whole number that a float holds as well."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvmix_kernels.layout import WORD_BITS
 from pydantic import Field, field_validator, model_validator
 
-from .fields import MOST_TOKENS, PolicySetting, Several, known_width
+from .document.fields import MOST_TOKENS, PolicySetting, Several, known_width
 
 MOST_CHANNELS = 256
 """Channels of a head that can be sorted: their order is stored as uint8."""

@@ -12,9 +12,9 @@ from kvmix_kernels.layout import BITS
 from kvmix_kernels.transform_layout import MAX_PAGE, MAX_WIDTH, RUN
 from pydantic import BeforeValidator, Field, field_validator
 
-from .document import StrictModel
-from .fields import MOST_TOKENS, SHA256, FileSetting
-from .geometry import MAX_DIM
+from .document.fields import MOST_TOKENS, SHA256, FileSetting
+from .document.geometry import MAX_DIM
+from .document.strict_yaml import StrictModel
 
 CODED = "t"
 """Mark of a mean width of transform codes in the short form of plans."""
@@ -85,7 +85,7 @@ class TransformSettings(FileSetting):
     """The basis of a plan's transform codes, and the tokens that stay exact.
 
     Attributes:
-        basis: a file of `plan.basis`.
+        basis: a file of `plan.tensors.basis`.
         sha256: its checksum.
         frame: positions of a frame, whole pages, as the basis was made for; None for none.
         exact: tokens of each page and KV head that stay unquantized, keys and values both.

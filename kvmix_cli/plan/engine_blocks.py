@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError
 
 from ..errors import PlanError, together
 from .codec import TransformTensor
-from .document import StrictModel
+from .document.geometry import HeadGeometry
+from .document.strict_yaml import StrictModel
 from .forms import page_layout
-from .geometry import HeadGeometry
 from .layers import AnyTensor, TensorPlan
 from .plan import Plan
 from .settings import CacheSettings

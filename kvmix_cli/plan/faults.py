@@ -7,8 +7,8 @@ from typing import Any
 
 from .channels import ChannelPolicy
 from .codec import TransformTensor
-from .document import Fault, reason
-from .geometry import ModelInfo, coverage_faults
+from .document.geometry import ModelInfo, coverage_faults
+from .document.strict_yaml import Fault, reason
 from .layers import LayerPlan
 from .settings import CacheSettings
 

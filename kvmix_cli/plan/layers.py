@@ -18,9 +18,9 @@ from pydantic import (
 )
 
 from .codec import CODED, TransformTensor, codec_of
-from .document import StrictModel
-from .fields import as_tuple, known_width
-from .geometry import MAX_HEADS, format_ranges
+from .document.fields import as_tuple, known_width
+from .document.geometry import MAX_HEADS, format_ranges
+from .document.strict_yaml import StrictModel
 from .settings import CacheSettings, GroupSize
 from .tokens import TokenShares
 

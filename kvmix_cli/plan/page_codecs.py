@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvmix_kernels.layout import Kind
 from pydantic import Field, model_validator
 
-from .fields import SHA256, FileSetting
+from .document.fields import SHA256, FileSetting
 
 
 class PageCodecs(FileSetting):
@@ -16,7 +16,7 @@ class PageCodecs(FileSetting):
     The widths of layers are those of the codec; what a layer keeps at 16 bits has none.
 
     Attributes:
-        codebooks: a file of `plan.codebooks`, for codecs that take learned ones; None for those of the codec.
+        codebooks: a file of `plan.tensors.codebooks`, for codecs that take learned ones; None for those of the codec.
         sha256: its checksum.
     """
 

@@ -17,13 +17,13 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
 from ..files import write_text
-from .document import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
+from .document.geometry import ModelInfo, coverage_faults
+from .document.strict_yaml import Document, Fault, Faults, StrictModel, flow, head_comment, read_yaml, reason, validate
+from .engines.kvtuner import kvtuner_widths
+from .engines.modelopt import modelopt_widths
 from .faults import early_faults, model_faults
 from .forms import BitCount
-from .geometry import ModelInfo, coverage_faults
-from .kvtuner import kvtuner_layers
 from .layers import LayerPlan, LayerSpan, format_short, parse_short, spans_of
-from .modelopt import modelopt_layers
 from .settings import CacheSettings, GroupSize
 from .sizes import CacheBytes, layer_bytes, mean_bits
 
@@ -168,8 +168,8 @@ class Plan(StrictModel):
             DocumentError: with every fault and its line.
             PlanError: if the model's heads cannot be packed.
         """
-        layers = kvtuner_layers(read_yaml(Path(path)), model)
-        return cls.build(model, layers, cache, {"method": "kvtuner"})
+        widths = kvtuner_widths(read_yaml(Path(path)), model)
+        return cls.build(model, _layers_of(widths), cache, {"method": "kvtuner"})
 
     @classmethod
     def from_modelopt(cls, path: Path | str, model: ModelInfo, cache: CacheSettings | None = None) -> Plan:
@@ -179,8 +179,8 @@ class Plan(StrictModel):
             DocumentError: with every fault.
             PlanError: if the model's heads cannot be packed.
         """
-        layers = modelopt_layers(read_yaml(Path(path)), model)
-        return cls.build(model, layers, cache, {"method": "modelopt"})
+        widths = modelopt_widths(read_yaml(Path(path)), model)
+        return cls.build(model, _layers_of(widths), cache, {"method": "modelopt"})
 
     def save(self, path: Path | str, command: str = "") -> Path:
         """Write the plan file; `command` becomes its head comment. Raises OutputError."""
@@ -273,6 +273,10 @@ class Plan(StrictModel):
                 f"make one with `{shlex.join(['kvmix', 'profile', model.id])}` and "
                 f"`{shlex.join(['kvmix', 'allocate', '--avg-bits', '3', '--model', model.id])}`"
             )
+
+
+def _layers_of(widths: Mapping[int, tuple[int, int]]) -> dict[int, LayerPlan]:
+    return {index: LayerPlan.of_bits(*bits) for index, bits in widths.items()}
 
 
 def _expand_short(document: Document) -> None:

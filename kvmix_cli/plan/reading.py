@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .fields import MOST_TOKENS, PolicySetting
+from .document.fields import MOST_TOKENS, PolicySetting
 
 PARTS, ENTRIES = 2, 64
 """Parts of a key that have a code each, and what a code chooses from; a code takes a byte (PQCache: 2 of 6 bits)."""

@@ -16,8 +16,8 @@ from pydantic import (
 
 from .channels import ChannelPolicy
 from .codec import TransformSettings
-from .document import Faults, StrictModel
-from .fields import MOST_TOKENS
+from .document.fields import MOST_TOKENS
+from .document.strict_yaml import Faults, StrictModel
 from .page_codecs import PageCodecs
 from .reading import SelectiveReading
 from .tokens import TokenPolicy

@@ -23,8 +23,8 @@ from kvmix_kernels.layout import FULL_PRECISION_BITS, Kind
 from kvmix_kernels.transform_layout import CHOICE_BYTES, TransformLayout, exact_count
 
 from .codec import TransformTensor
+from .document.geometry import HeadGeometry, ModelInfo
 from .forms import INDEX_BYTES, BitCount, StorageForm, page_layout, storage_forms
-from .geometry import HeadGeometry, ModelInfo
 from .layers import AnyTensor, LayerPlan, TensorPlan
 from .merges import kept_numbers
 from .reading import SelectiveReading

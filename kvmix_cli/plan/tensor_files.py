@@ -8,12 +8,12 @@ from pathlib import Path
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ..errors import PlanError
-from .basis import BasisFile
-from .codebooks import Codebooks
 from .codec import TransformSettings, TransformTensor
 from .layers import TensorPlan
 from .page_codecs import PageCodecs
 from .plan import Plan
+from .tensors.basis import BasisFile
+from .tensors.codebooks import Codebooks
 from .transforms import Center, Rotate
 
 FILES = 2

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import MOST_TOKENS, PolicySetting, Several, Share, known_width
+from .document.fields import MOST_TOKENS, PolicySetting, Several, Share, known_width
 from .token_scores import WaitingStatistics, statistics_of
 
 LayerMeasure = Literal["variance", "sparsity", "mass"]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from kvmix_kernels.layout import Kind
 from pydantic import Field
 
-from .fields import FileSetting, PolicySetting, Several
+from .document.fields import FileSetting, PolicySetting, Several
 
 
 class Rotate(FileSetting):

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ..errors import KvmixError
-from .document import StrictModel
-from .fields import MOST_TOKENS, WIDTHS
+from .document.fields import MOST_TOKENS, WIDTHS
+from .document.strict_yaml import StrictModel
 
 PAPER_RATIO = {1: 0.1, 2: 0.1, 3: 0.2, 4: 0.2, 8: 0.2}
 """Shares of the tail kept at each width (KVmix, section 3.4: 20 % at 3-4 bits, 10 % at 2)."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..codecs.clustering import clustered
 from ..codecs.vectors import LEARNED_BITS, SPANS
-from ..plan.basis import TensorName
-from ..plan.codebooks import Books, Codebooks
+from ..plan.tensors.basis import TensorName
+from ..plan.tensors.codebooks import Books, Codebooks
 from .moments import MomentSums
 
 MOST_TOKENS = 4096

@@ -11,7 +11,7 @@ from kvmix_kernels.layout import Kind, PageLayout
 
 from ..errors import ModelError
 from ..plan import CacheSettings, GroupSize, ModelInfo, TensorPlan
-from ..plan.document import reason
+from ..plan.document.strict_yaml import reason
 from ..plan.engine_blocks import engine_cache
 from ..plan.forms import page_layout
 from ..profile import choice_key

@@ -13,7 +13,7 @@ from ..errors import KvmixError
 from ..journal import HASH_DIGITS, short_hash
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
-from ..plan.moments import FRAME
+from ..plan.tensors.moments import FRAME
 from ..profile import Calibration, Score, ScoreSetup
 from .grid import Grid
 from .measure import ProbeOptions

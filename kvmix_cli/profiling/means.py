@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from ..plan.codebooks import CodebooksFile
-from ..plan.moments import MomentsFile
+from ..plan.tensors.codebooks import CodebooksFile
+from ..plan.tensors.moments import MomentsFile
 from ..profile import LayerScore, Score, TensorScore
 from .identity import ScoreSettings
 from .probe import MetricProbe, Probe

@@ -23,8 +23,8 @@ from ..errors import KvmixError, ModelError, is_out_of_memory
 from ..models.loading import LoadedModel
 from ..models.projections import decoder_layers
 from ..plan import CacheSettings, GroupSize, LayerPlan, Plan, TensorPlan
-from ..plan.moments import FRAME
 from ..plan.settings import Encode
+from ..plan.tensors.moments import FRAME
 from ..plan.tokens import TokenPolicy, TokenShares
 from ..plan.windows import NoWindow, Window
 from . import gradients

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from ..cache.rotary import turned
 from ..errors import DocumentError, first_sentence
 from ..files import write_bytes
-from ..plan.moments import FRAME, LayerMoments, Rope, TensorMoments
+from ..plan.tensors.moments import FRAME, LayerMoments, Rope, TensorMoments
 from .change import LayerAttention
 
 LEFT_OUT = 0.02

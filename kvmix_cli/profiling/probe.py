@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..models.loading import LoadedModel
-from ..plan.moments import TensorMoments
+from ..plan.tensors.moments import TensorMoments
 from .change import Change
 from .grid import Grid
 from .results import Labels

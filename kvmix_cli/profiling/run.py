@@ -18,8 +18,8 @@ from ..counting import counted
 from ..errors import DocumentError, KvmixError, ModelError
 from ..journal import Journal
 from ..models.loading import LoadedModel
-from ..plan.codebooks import CodebooksFile
-from ..plan.moments import MomentsFile, write_moments
+from ..plan.tensors.codebooks import CodebooksFile
+from ..plan.tensors.moments import MomentsFile, write_moments
 from ..profile import Calibration, Profile, Score
 from ..texts.tokens import Samples, cut_samples
 from .codebooks import learn_codebooks

@@ -9,7 +9,7 @@ from typing import TypedDict
 from ..counting import counted
 from ..plan import CacheSettings, ModelInfo, Plan, TransformSettings
 from ..plan.channels import ChannelPolicy
-from ..plan.geometry import format_ranges
+from ..plan.document.geometry import format_ranges
 from ..plan.layers import HeadGroup
 from ..plan.page_codecs import PageCodecs
 from ..plan.reading import SelectiveReading

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DocumentError
-from ..plan.codebooks import Codebooks
 from ..plan.presets import Preset
+from ..plan.tensors.codebooks import Codebooks
 from ..profile import Profile
 
 SCORE = "codebooks"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import KvmixError
 from ..plan import LayerPlan, Plan
-from ..plan.document import StrictModel
+from ..plan.document.strict_yaml import StrictModel
 from ..profile import Profile, Score
 
 Pair = tuple[Any, Any]

@@ -9,10 +9,10 @@ from .. import state
 from ..allocation import TRANSFORM, TRANSFORM_SCORE, Budget, allocate, make_bases
 from ..errors import DocumentError, StateError
 from ..plan import CacheSettings, ModelInfo, Plan
-from ..plan.basis import BasisFile
-from ..plan.directions import Directions
-from ..plan.moments import read_moments
 from ..plan.presets import Preset
+from ..plan.tensors.basis import BasisFile
+from ..plan.tensors.directions import Directions
+from ..plan.tensors.moments import read_moments
 from ..profile import Profile
 from ..state import Say, unsaid
 from .codebooks import SCORE as CODEBOOKS_SCORE

@@ -10,10 +10,10 @@ from pathlib import Path
 from .. import state
 from ..errors import EvaluationError, PlanError, StateError
 from ..plan import CacheSettings, ModelInfo, Plan
-from ..plan.document import read_yaml
-from ..plan.fields import known_width
-from ..plan.kvtuner import is_kvtuner
-from ..plan.modelopt import is_modelopt
+from ..plan.document.fields import known_width
+from ..plan.document.strict_yaml import read_yaml
+from ..plan.engines.kvtuner import is_kvtuner
+from ..plan.engines.modelopt import is_modelopt
 from ..plan.presets import KVTUNER, by_depth, find_preset, plan_of, presets, put_on, split
 from ..plan.settings import Encode
 from ..state import Say, unsaid

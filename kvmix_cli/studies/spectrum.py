@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..plan.geometry import format_ranges
-from ..plan.metric import carrying, needs_shrinkage, spectrum
-from ..plan.moments import MomentsFile, Rope, TensorMoments, read_moments
+from ..plan.document.geometry import format_ranges
+from ..plan.tensors.metric import carrying, needs_shrinkage, spectrum
+from ..plan.tensors.moments import MomentsFile, Rope, TensorMoments, read_moments
 from ..profile import CodedLoss, Profile
 
 SHARE = 0.99

@@ -10,7 +10,7 @@ from kvmix_cli.allocation import EXACT, Budget, allocate, make_bases
 from kvmix_cli.allocation.correction import loss_ratio
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import LayerPlan
-from kvmix_cli.reporting.tables import stated_loss
+from kvmix_cli.reporting.tables.plans import stated_loss
 
 PLAIN = profile_with_moments(make_info(3, head_dim=32))
 BASIS = make_bases(PLAIN, model_moments(PLAIN.model))

@@ -10,10 +10,10 @@ from kvmix_cli.allocation import Budget, allocate, with_budgets, with_whole_head
 from kvmix_cli.allocation.heads import grouped
 from kvmix_cli.errors import BudgetError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan
-from kvmix_cli.plan.proportions import shared_out
 from kvmix_cli.plan.tokens import TokenPolicy
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profile import Profile
+from kvmix_cli.proportions import shared_out
 
 CURVE = {"2g64": 0.08, "4g64": 0.004}
 HEADS = [([0.07, 0.01], [0.002, 0.006]), ([0.03, 0.05], [0.001, 0.001])]

@@ -11,7 +11,7 @@ from kvmix_cli.cache.baselines.casting import EngineCache, RoundedLayer
 from kvmix_cli.cache.baselines.rounding import gaussian_levels, rounding
 from kvmix_cli.cache.transforms.rotation import sylvester
 from kvmix_cli.errors import EvaluationError
-from kvmix_cli.plan.engine_formats import FULL, GGML, MODELOPT, VLLM, EngineFormat
+from kvmix_cli.plan.engines.formats import FULL, GGML, MODELOPT, VLLM, EngineFormat
 
 gguf = pytest.importorskip("gguf")
 FORMATS = {each.name: each for pair in VLLM.values() for each in pair} | GGML

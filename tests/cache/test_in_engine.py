@@ -18,8 +18,8 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.errors import EvaluationError, PlanError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.basis import BasisFile
 from kvmix_cli.plan.engine_blocks import check_blocks, losses_in_blocks
+from kvmix_cli.plan.tensors.basis import BasisFile
 from kvmix_cli.plan.transforms import Balance, Transforms
 from kvmix_cli.plan.windows import NoWindow
 from kvmix_cli.studies.baselines import baseline_subjects, check_baselines

@@ -16,7 +16,7 @@ from kvmix_cli.codecs.vectors import LEARNED_BITS, SPANS
 from kvmix_cli.errors import CacheError, PlanError
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, Plan
-from kvmix_cli.plan.codebooks import Codebooks
+from kvmix_cli.plan.tensors.codebooks import Codebooks
 from kvmix_cli.plan.windows import Recent
 
 PAGE, SINK, WINDOW = 16, 4, 10

@@ -31,7 +31,7 @@ from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.observation import AttentionCall
 from kvmix_cli.errors import PlanError, QuantizationError
 from kvmix_cli.plan import LayerPlan, TransformTensor
-from kvmix_cli.plan.basis import BasisFile
+from kvmix_cli.plan.tensors.basis import BasisFile
 
 ROPE = {"llama": 1 / 10_000 ** (torch.arange(8) / 8), "gpt_neox": 1 / 10_000 ** (torch.arange(2) / 2)}
 """Frequencies of the small models: whole heads of 16, and a quarter of the channels of NeoX's."""

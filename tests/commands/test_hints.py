@@ -30,7 +30,7 @@ FILES = {
     "evaluation/readback.py",
     "main.py",
     "plan/plan.py",
-    "reporting/result_tables.py",
+    "reporting/tables/results.py",
     "serving/checks.py",
     "state.py",
     "studies/directions.py",

@@ -12,7 +12,7 @@ from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformTensor
 from kvmix_cli.plan.transforms import Center, Rotate, Transforms
 from kvmix_cli.plan.windows import Rpc
 from kvmix_cli.profile import Profile
-from kvmix_cli.reporting import plots
+from kvmix_cli.reporting.plots import plans as plots
 
 
 @pytest.fixture

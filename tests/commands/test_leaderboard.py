@@ -17,7 +17,7 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Task
 from kvmix_cli.evaluation.tasks.perplexity import Perplexity
 from kvmix_cli.profile import Profile
-from kvmix_cli.reporting import leaderboard_plot
+from kvmix_cli.reporting.plots import leaderboard as leaderboard_plot
 
 BOARD = ("eval", "--leaderboard", "--device", "cpu")
 SHORT = ("--length", 450, "--prefix", 400, "--limit", 2)

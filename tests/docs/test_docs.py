@@ -12,8 +12,8 @@ from typer.main import get_command
 
 from kvmix_cli.main import app
 from kvmix_cli.plan import ModelInfo, Plan
-from kvmix_cli.plan.document import parse_yaml
-from kvmix_cli.plan.kvtuner import is_kvtuner
+from kvmix_cli.plan.document.strict_yaml import parse_yaml
+from kvmix_cli.plan.engines.kvtuner import is_kvtuner
 from kvmix_cli.plan.presets import Preset
 from kvmix_cli.profile import Profile
 

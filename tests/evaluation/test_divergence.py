@@ -19,7 +19,7 @@ from kvmix_cli.evaluation.collect import collect
 from kvmix_cli.evaluation.positions import by_position
 from kvmix_cli.evaluation.runner import run_task
 from kvmix_cli.evaluation.runs import RunFolders
-from kvmix_cli.reporting.evaluation import report_tables, row_json
+from kvmix_cli.reporting.tables.evaluation import report_tables, row_json
 
 SETTINGS = Settings(length=160, prefix=64, step=16, limit=2)
 TWO, THREE = Subject("two", uniform(2, info=shallow().info)), Subject("three", uniform(3, info=shallow().info))

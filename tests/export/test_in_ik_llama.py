@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from kvmix_cli.cache.baselines.casting import EngineCache
 from kvmix_cli.export import TARGETS
 from kvmix_cli.plan import Plan
-from kvmix_cli.plan.engine_formats import GGML
+from kvmix_cli.plan.engines.formats import GGML
 
 pytest.importorskip("gguf")
 ik = pytest.importorskip("ik_llama_cpp._ctypes_api", reason="ik-llama-cpp-python is not installed")

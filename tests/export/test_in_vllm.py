@@ -12,7 +12,7 @@ from kvmix_cli.cache.baselines.rounding import gaussian_levels, rounding
 from kvmix_cli.cache.transforms.rotation import sylvester
 from kvmix_cli.export import TARGETS
 from kvmix_cli.plan import Plan
-from kvmix_cli.plan.engine_formats import MODELOPT, VLLM
+from kvmix_cli.plan.engines.formats import MODELOPT, VLLM
 
 pytestmark = pytest.mark.engine
 SUPPORTED = ("0.32", "0.33")

@@ -22,7 +22,7 @@ from kvmix_cli.plan import (
     TransformSettings,
     TransformTensor,
 )
-from kvmix_cli.plan.engine_formats import GGML, VLLM
+from kvmix_cli.plan.engines.formats import GGML, VLLM
 
 ENGINES = [name for name in TARGETS if name != "vllm-plugin"]
 """Engines with formats of their own; that of plans is in test_plugin.py."""

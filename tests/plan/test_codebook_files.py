@@ -9,11 +9,11 @@ from made_up import make_info
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, HeadGeometry, LayerPlan, Plan, TensorPlan
-from kvmix_cli.plan.codebooks import Codebooks, CodebooksFile
 from kvmix_cli.plan.layers import HeadGroup
 from kvmix_cli.plan.page_codecs import PageCodecs
 from kvmix_cli.plan.presets import find_preset
 from kvmix_cli.plan.tensor_files import check_files
+from kvmix_cli.plan.tensors.codebooks import Codebooks, CodebooksFile
 from kvmix_cli.plan.transforms import Rotate, Transforms
 
 INFO = make_info(2, head_dim=16)

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save
 
 from kvmix_cli.errors import DocumentError, PlanError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
-from kvmix_cli.plan.basis import BasisFile
 from kvmix_cli.plan.layers import parse_mean_widths, parse_short
-from kvmix_cli.plan.moments import Rope
 from kvmix_cli.plan.sizes import layer_bytes, tensor_bits
+from kvmix_cli.plan.tensors.basis import BasisFile
+from kvmix_cli.plan.tensors.moments import Rope
 from kvmix_cli.plan.transforms import Rotate, Transforms
 
 SHA = hashlib.sha256(b"").hexdigest()

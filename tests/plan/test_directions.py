@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from with_moments import DIM, random_metric
 
-from kvmix_cli.plan.directions import basis_along
-from kvmix_cli.plan.metric import basis_of
-from kvmix_cli.plan.moments import Rope
+from kvmix_cli.plan.tensors.directions import basis_along
+from kvmix_cli.plan.tensors.metric import basis_of
+from kvmix_cli.plan.tensors.moments import Rope
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from with_moments import DIM, HEADS, random_metric
 
-from kvmix_cli.plan.metric import basis_of, carrying, needs_shrinkage, spectrum
+from kvmix_cli.plan.tensors.metric import basis_of, carrying, needs_shrinkage, spectrum
 
 
 def floored(metric, floor):

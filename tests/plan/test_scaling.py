@@ -5,7 +5,7 @@ from made_up import make_info
 
 from kvmix_cli.errors import PlanError
 from kvmix_cli.plan.presets import Preset, find_preset, presets
-from kvmix_cli.plan.scaling import LAYOUT, SLACK, room, scaled
+from kvmix_cli.plan.presets.scaling import LAYOUT, SLACK, room, scaled
 from kvmix_cli.plan.sizes import FULL_PRECISION_BITS
 
 INFO = make_info(12)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_cli.errors import DocumentError
-from kvmix_cli.plan import document
-from kvmix_cli.plan.document import flow, parse_yaml, read_yaml
+from kvmix_cli.plan.document import strict_yaml as document
+from kvmix_cli.plan.document.strict_yaml import flow, parse_yaml, read_yaml
 
 
 def fault(text):

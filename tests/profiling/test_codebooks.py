@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from kvmix_cli.cache.rotary import measure_rotations, turned
 from kvmix_cli.plan import CacheSettings
-from kvmix_cli.plan.codebooks import Codebooks
+from kvmix_cli.plan.tensors.codebooks import Codebooks
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import gradients, run_profile

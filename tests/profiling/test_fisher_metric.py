@@ -19,7 +19,7 @@ from kvmix_cli.allocation import Budget, allocate
 from kvmix_cli.cache.rotary import measure_rotations
 from kvmix_cli.errors import DocumentError, KvmixError, ModelError, TextError
 from kvmix_cli.plan import CacheSettings
-from kvmix_cli.plan.moments import MomentsFile, Rope, read_moments, write_moments
+from kvmix_cli.plan.tensors.moments import MomentsFile, Rope, read_moments, write_moments
 from kvmix_cli.plan.windows import Recent
 from kvmix_cli.profile import Profile
 from kvmix_cli.profiling import gradients, moments, remove_journal, run_profile

@@ -9,7 +9,7 @@ from profiling_models import load, token_ids, wrap
 from kvmix_cli.errors import ModelError
 from kvmix_cli.profile import LayerOutliers, Profile
 from kvmix_cli.profiling.outliers import measure_outliers
-from kvmix_cli.reporting.outliers import outlier_notices, outlier_table
+from kvmix_cli.reporting.tables.outliers import outlier_notices, outlier_table
 
 IDS = token_ids(60)[0].tolist()
 

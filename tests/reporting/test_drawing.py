@@ -10,11 +10,11 @@ from matplotlib.text import Text
 from kvmix_cli.evaluation.grid import grid
 from kvmix_cli.evaluation.results import Estimate
 from kvmix_cli.plan import Plan
-from kvmix_cli.reporting.drawing import Look, new_figure, page_axes, save, styled, svg, tick_text
-from kvmix_cli.reporting.heat_map import draw_heat_map
-from kvmix_cli.reporting.labels import name_points
-from kvmix_cli.reporting.plots import Frontier, draw_bits, plot_plans
-from kvmix_cli.reporting.quality_plot import Dot, Quality, draw_quality, draw_rows
+from kvmix_cli.reporting.plots.drawing import Look, new_figure, page_axes, save, styled, svg, tick_text
+from kvmix_cli.reporting.plots.heat_map import draw_heat_map
+from kvmix_cli.reporting.plots.labels import name_points
+from kvmix_cli.reporting.plots.plans import Frontier, draw_bits, plot_plans
+from kvmix_cli.reporting.plots.quality import Dot, Quality, draw_quality, draw_rows
 
 LEAST, MOST = 5e-324, sys.float_info.max
 HOSTILE = "a\x1b]0;b\x07<script>$\\frac$&\"'{}`</svg>"

@@ -10,7 +10,7 @@ from evaluating import tiny
 from kvmix_cli.errors import OutputError
 from kvmix_cli.evaluation.results import Report, Row
 from kvmix_cli.models import loading as models
-from kvmix_cli.reporting.heat_map import heat_maps
+from kvmix_cli.reporting.plots.heat_map import heat_maps
 
 PICTURES = "passkey__builtin--tiny__heatmap__*.png"
 OPTIONS = ("--model", "builtin:tiny", "--device", "cpu", "--uniform", 2, "--length", 200, "--limit", 2, "--prefix", 100)
@@ -42,7 +42,7 @@ def test_a_disk_that_is_full_while_drawing_says_that_all_samples_are_saved(monke
     def full(*_):
         raise OutputError("cannot write heatmap.png: No space left on device")
 
-    monkeypatch.setattr("kvmix_cli.reporting.heat_map.plot_heat_maps", full)
+    monkeypatch.setattr("kvmix_cli.reporting.plots.heat_map.plot_heat_maps", full)
     result = kvmix("eval", *OPTIONS, "--task", "passkey", "--depths", 2)
     assert result.exit_code == 1
     assert result.stderr.endswith(

@@ -11,7 +11,7 @@ from kvmix_cli.evaluation.positions import PositionBucket
 from kvmix_cli.evaluation.results import Estimate, Metric, Report, Row
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.windows import NoWindow
-from kvmix_cli.reporting.recommendation import (
+from kvmix_cli.reporting.tables.recommendation import (
     answer_text,
     commands,
     evidence,

@@ -11,7 +11,7 @@ from kvmix_cli.errors import EvaluationError
 from kvmix_cli.evaluation.base import Settings
 from kvmix_cli.evaluation.collect import collect
 from kvmix_cli.evaluation.results import Metric
-from kvmix_cli.reporting.verdict import answers, tokens, verdicts
+from kvmix_cli.reporting.tables.verdict import answers, tokens, verdicts
 
 
 @pytest.fixture(autouse=True)

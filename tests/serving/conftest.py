@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformSettings, TransformTensor
-from kvmix_cli.plan.basis import BasisFile, LayerBasis
-from kvmix_cli.plan.moments import Rope
+from kvmix_cli.plan.tensors.basis import BasisFile, LayerBasis
+from kvmix_cli.plan.tensors.moments import Rope
 
 ROOT = Path(__file__).parents[2]
 FINE = "0:k8v8,1:k8v4,2:k16v8,3-6:k8v8,7:k8v16"

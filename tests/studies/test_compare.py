@@ -5,7 +5,7 @@ from made_up import falling, make_info, make_profile
 
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TransformSettings
-from kvmix_cli.reporting.compare import plans_json
+from kvmix_cli.reporting.tables.compare import plans_json
 from kvmix_cli.studies.compare import compare_plans, compare_profiles
 
 

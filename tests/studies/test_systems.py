@@ -16,7 +16,7 @@ from kvmix_cli.models.loading import load_model
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.presets import presets
 from kvmix_cli.plan.tensor_files import check_files
-from kvmix_cli.reporting.systems import system_tables
+from kvmix_cli.reporting.tables.systems import system_tables
 from kvmix_cli.studies.directions import FoundProfile
 from kvmix_cli.studies.leaderboard import Board
 from kvmix_cli.studies.leaderboard.standings import Standing

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvmix_cli.models.geometry import model_info
 from kvmix_cli.plan import CacheSettings, LayerPlan, Plan, TensorPlan, TransformSettings, TransformTensor
-from kvmix_cli.plan.basis import BasisFile, LayerBasis
-from kvmix_cli.plan.moments import Rope
+from kvmix_cli.plan.tensors.basis import BasisFile, LayerBasis
+from kvmix_cli.plan.tensors.moments import Rope
 from kvmix_cli.plan.windows import Recent
 
 PAGE, SINK, FRAME = 16, 4, 64

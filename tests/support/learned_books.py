@@ -4,9 +4,9 @@ import numpy as np
 from made_up import make_profile
 
 from kvmix_cli.codecs.vectors import LEARNED_BITS, SPANS
-from kvmix_cli.plan.codebooks import Codebooks, CodebooksFile
-from kvmix_cli.plan.moments import Rope
 from kvmix_cli.plan.page_codecs import PageCodecs
+from kvmix_cli.plan.tensors.codebooks import Codebooks, CodebooksFile
+from kvmix_cli.plan.tensors.moments import Rope
 
 SCORE = "codebooks"
 

@@ -3,7 +3,7 @@
 import numpy as np
 from made_up import make_profile
 
-from kvmix_cli.plan.moments import LayerMoments, MomentsFile, TensorMoments, write_moments
+from kvmix_cli.plan.tensors.moments import LayerMoments, MomentsFile, TensorMoments, write_moments
 from kvmix_cli.profile import CodedLoss, Profile
 from kvmix_cli.state import moments_path
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ...errors import EvaluationError
-from ...plan.engine_formats import EngineFormat
+from ...plan.engines.formats import EngineFormat
 from ..mixed import CountingCache, unquantized_cache
 from .rounding import FP8, Rounding, rounding, to_fp8
 

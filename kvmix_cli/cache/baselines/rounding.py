@@ -1,7 +1,7 @@
 """Numbers as the formats of other engines give them back: quantized and dequantized at once, `[..., D]` to `[..., D]`.
 
 Each token and head stands alone in all of these formats, so that what a cache returns does not depend on how many
-tokens came at once. Rules are read from the engines' sources, as named in `plan/engine_formats.py`; the tests compare
+tokens came at once. Rules are read from the engines' sources, as named in `plan/engines/formats.py`; the tests compare
 with llama.cpp's own quantizers and with values of vLLM's.
 """
 
@@ -14,7 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from ...plan.engine_formats import LEAST_TURN, EngineFormat
+from ...plan.engines.formats import LEAST_TURN, EngineFormat
 from ..transforms.rotation import sylvester
 
 Rounding = Callable[[Tensor], Tensor]

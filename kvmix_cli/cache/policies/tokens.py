@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from ...errors import PlanError, PolicyError
-from ...plan.moments import Rope
+from ...plan.tensors.moments import Rope
 from ...plan.token_scores import WaitingStatistics, declare
 from ...registry import Registry
 from ..rotary import turned

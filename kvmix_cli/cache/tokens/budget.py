@@ -9,7 +9,7 @@ import torch
 from kvmix_kernels.sorted_tokens import KeptTokens
 from torch import Tensor
 
-from ...plan.moments import Rope
+from ...plan.tensors.moments import Rope
 from ...plan.tokens import TokenPolicy
 from ..archive import Archive
 from ..observation import AttentionCall, visible_at, weight_rows

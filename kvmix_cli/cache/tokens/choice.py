@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...plan.moments import Rope
+from ...plan.tensors.moments import Rope
 from ...plan.tokens import TokenPolicy
 from ..archive import Archive
 from ..buffer import Buffer, lasting

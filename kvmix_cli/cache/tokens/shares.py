@@ -9,8 +9,8 @@ from fractions import Fraction
 from torch import Tensor
 
 from ...plan import Plan
-from ...plan.proportions import shared_out
 from ...plan.tokens import LayerMeasure
+from ...proportions import shared_out
 from ..archive import Archive
 from ..observation import AttentionCall
 from ..policies.layers import LAYER_MEASURES

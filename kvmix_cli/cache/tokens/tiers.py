@@ -9,7 +9,7 @@ from kvmix_kernels.sorted_tokens import EVICTED
 from torch import Tensor
 
 from ...errors import PolicyError
-from ...plan.moments import Rope
+from ...plan.tensors.moments import Rope
 from ...plan.tokens import TokenPolicy
 from ..archive import Archive
 from ..buffer import Buffer

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...plan.moments import TensorMoments
+from ...plan.tensors.moments import TensorMoments
 from ..probe import MetricProbe
 
 

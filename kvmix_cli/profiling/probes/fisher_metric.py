@@ -5,7 +5,7 @@
 in nats a predicted token, over the tokens that the cache would not keep exact (`profiling/moments.py`). Labels of L are
 drawn from the model, so that 1/2 E[e^T M e] is, to second order, the divergence that errors e of all packed keys cost
 if they have nothing to do with each other. M goes to the profile's tensors with the covariance S and the mean of keys
-and values: see `plan/moments.py`, and `plan/metric.py` for what they become.
+and values: see `plan/tensors/moments.py`, and `plan/tensors/metric.py` for what they become.
 
 As a score it is one number, 1/2 tr(M S), summed over heads: the loss if nothing of a layer's keys, or values, were
 kept but their mean. It says which layers matter, and nothing of widths.
@@ -13,7 +13,7 @@ kept but their mean. It says which layers matter, and nothing of widths.
 
 from __future__ import annotations
 
-from ...plan.moments import TensorMoments
+from ...plan.tensors.moments import TensorMoments
 from ..probe import MetricProbe
 
 

@@ -13,14 +13,14 @@ from ...evaluation.readback import LineKey
 from ...evaluation.results import Estimate, Metric
 from ...evaluation.tasks.throughput.summary import outcomes
 from ..comparison import comparable, headline, reference_number, short_name
-from ..drawing import Look, figure_of, page_axes, settle, svg
-from ..evaluation import format_estimate
-from ..heat_map import counted, draw_heat_map
-from ..plots import draw_bits
+from ..plots.drawing import Look, figure_of, page_axes, settle, svg
+from ..plots.heat_map import counted, draw_heat_map
+from ..plots.plans import draw_bits
+from ..plots.quality import ROW, Dot, Quality, draw_quality, draw_rows
+from ..plots.speed import Sweep, draw_speed, sweeps
 from ..printable import one_line
-from ..quality_plot import ROW, Dot, Quality, draw_quality, draw_rows
-from ..result_tables import bits
-from ..speed_plot import Sweep, draw_speed, sweeps
+from ..tables.evaluation import format_estimate
+from ..tables.results import bits
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -12,10 +12,10 @@ from ...counting import counted
 from ...evaluation.collect import Collection, Group, Line
 from ...evaluation.readback import LineKey, Measured
 from ..comparison import main_metrics, measured_metrics, short_name, warnings
-from ..drawing import Look
+from ..plots.drawing import Look
 from ..printable import printable
-from ..result_tables import Block, bits, block
-from ..verdict import answers, verdicts
+from ..tables.results import Block, bits, block
+from ..tables.verdict import answers, verdicts
 from ..words import heads_text
 from .figures import Figures, bits_figures, heat_figures, looks, quality_figures, speed_figures
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import BudgetError, ModelError, PlanError
 from ...plan import LayerPlan, ModelInfo, Plan
-from ...plan.fields import WIDTHS
+from ...plan.document.fields import WIDTHS
 from ...plan.sizes import format_bytes
 from .facts import ModelFacts
 from .formats import CacheFormat, LlamaCppFormat, PlanFormat, StockFormat, other_formats

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvmix_kernels.layout import FULL_PRECISION_BITS
 
 from ...plan import LayerPlan, Plan
-from ...plan.engine_formats import GGML, GGML_BLOCK
+from ...plan.engines.formats import GGML, GGML_BLOCK
 from ...plan.sizes import fullest_contexts, layer_bytes
 from .facts import ModelFacts
 

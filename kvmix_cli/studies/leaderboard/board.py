@@ -12,7 +12,7 @@ from ...allocation import TRANSFORM, TRANSFORM_SCORE, default_score, predicted_l
 from ...counting import counted
 from ...errors import DocumentError, EvaluationError
 from ...plan import CacheSettings, GroupSize, Plan
-from ...plan.document import reason
+from ...plan.document.strict_yaml import reason
 from ...plan.windows import parse_window
 from ...profile import Profile
 from ...state import PLANS

@@ -9,7 +9,7 @@ from itertools import product
 from ...allocation import METHODS, SOLVERS, TRANSFORM, Budget, allocate, default_score
 from ...errors import BudgetError, EvaluationError
 from ...plan import CacheSettings, GroupSize, Plan
-from ...plan.basis import BasisFile
+from ...plan.tensors.basis import BasisFile
 from ...profile import Profile
 from ..directions import has_directions
 

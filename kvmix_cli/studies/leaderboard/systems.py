@@ -12,7 +12,7 @@ from ...allocation import Budget, allocate
 from ...errors import BudgetError, EvaluationError, PlanError, StateError
 from ...plan import CacheSettings, ModelInfo, Plan
 from ...plan.presets import Preset, find_preset, presets, put_on
-from ...plan.scaling import LAYOUT, scaled
+from ...plan.presets.scaling import LAYOUT, scaled
 from ...profile import parse_choice
 from ...state import PLANS, Say, profile_command, unsaid
 from ..codebooks import SCORE as CODEBOOKS_SCORE

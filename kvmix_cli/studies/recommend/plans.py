@@ -16,7 +16,7 @@ from ... import state
 from ...allocation import TRANSFORM, TRANSFORM_SCORE, AllocationOptions, Budget, allocate, default_score
 from ...errors import BudgetError, DocumentError
 from ...plan import Plan
-from ...plan.basis import BasisFile
+from ...plan.tensors.basis import BasisFile
 from ...profile import Profile
 from ...state import Say
 from ...turns import first_free
