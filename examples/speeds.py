@@ -5,7 +5,7 @@
 
 All rows hold the same context and take turns, some tokens each, so that a slow moment comes to all of them. Time is the
 processor's in one thread, which other work on the machine changes less than the clock's. Beside the tokens in a second
-is the median, over turns, of what the row does in the time of the first one, `kivi-2`, and the extremes.
+is the median, over turns, of what the row does in the time of the first one, the unquantized cache, and the extremes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from kvmix_cli.cache.subject import Subject
 from kvmix_cli.decoding.feed import feed, prefill
 from kvmix_cli.errors import KvmixError
 from kvmix_cli.models.loading import LoadedModel
-from kvmix_cli.plan import Plan
 from kvmix_cli.studies.directions import FoundProfile
 from kvmix_cli.studies.leaderboard.systems import CHAMPION, system_plans
 from kvmix_cli.texts import load_texts
@@ -35,9 +34,10 @@ Times = Mapping[str, Sequence[float]]
 """Seconds of the processor for a token, by row and turn."""
 
 
-def filled(loaded: LoadedModel, plan: Plan, context: Sequence[int], reserve: int) -> Cache:
-    """Return a plan's cache with a context in it, and room for `reserve` tokens."""
-    cache = Subject("row", plan).cache(loaded.config, reserve=reserve)
+@torch.inference_mode()
+def filled(loaded: LoadedModel, subject: Subject, context: Sequence[int], reserve: int) -> Cache:
+    """Return a row's cache with a context in it, and room for `reserve` tokens."""
+    cache = subject.cache(loaded.config, reserve=reserve)
     prefill(loaded, cache, context)
     return cache
 
@@ -58,7 +58,7 @@ def in_turns(loaded: LoadedModel, caches: Mapping[str, Cache], answer: Sequence[
 def table(times: Times, sizes: Mapping[str, int]) -> list[str]:
     """Return lines: a row's name, its bytes, tokens in a second, and those in the time of one of the first row."""
     first = next(iter(times.values()))
-    lines = ["| row | KiB | tokens a second | against the first row |", "|---|---|---|---|"]
+    lines = ["| row | KiB | tokens a second | against unquantized |", "|---|---|---|---|"]
     for name, own in times.items():
         ratios = [other / each for other, each in zip(first, own, strict=True)]
         against = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, local folder or builtin:tiny")
     parser.add_argument("profile", type=Path, help="its profile")
-    parser.add_argument("--preset", action="append", default=[], help="some rows; all if not given")
+    parser.add_argument("--preset", action="append", default=[], help="some rows beside `kivi-2`; all if not given")
     parser.add_argument("--stored-bits", type=float, default=2.5)
     parser.add_argument("--length", type=int, default=2048, help="tokens of the context")
     parser.add_argument("--turns", type=int, default=5, help="turns that are counted")
@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         new = given.turn * (given.turns + 1)
         texts = load_texts(held_out=True)
         ids = list(cut_samples(loaded.tokenizer, texts, 1, given.length + new, 0, max_length=loaded.max_length)[0])
-        plans = {each.name: each.plan for each in sorted(found, key=lambda each: each.name != CHAMPION)}
-        caches = {name: filled(loaded, plan, ids[: given.length], len(ids)) for name, plan in plans.items()}
+        rows = [Subject(), *(Subject(each.name, each.plan) for each in found)]
+        caches = {each.name: filled(loaded, each, ids[: given.length], len(ids)) for each in rows}
         held = {name: cache_nbytes(cache) for name, cache in caches.items()}
         times = in_turns(loaded, caches, ids[given.length :], given.turn)
     except KvmixError as error:
