@@ -12,7 +12,7 @@ from kvmix_cli.allocation import allocate, make_bases, preset_start
 from kvmix_cli.errors import DocumentError, PlanError, StateError
 from kvmix_cli.plan import Plan
 from kvmix_cli.plan.channels import ChannelGroup, ChannelPolicy
-from kvmix_cli.plan.presets import (
+from kvmix_cli.plan.presets.preset import (
     LayerShare,
     Preset,
     by_depth,
