@@ -4,7 +4,7 @@
 
 Shape of Llama-3.2-1B: 8 KV heads, 4 query heads each, head_dim 64, one query; 4 bits in groups of 64, or of a page's
 tokens, if it has fewer. The choice of the pages is in the time; `ratio` is the time of the whole cache over it. Keys
-are random, so that the chosen pages are anywhere.
+and codes are random, so that the chosen pages are anywhere.
 
 `--cpu-time` is for a machine that does other things at the same time: one thread, and of its time only that in which it
 has a core. `--save` appends to results.csv.
@@ -28,6 +28,7 @@ from kvmix_kernels.segments import Segments
 from kvmix_kernels.summaries import Summarized
 from torch import Tensor
 
+PARTS, ENTRIES = 2, 64  # of codes, as plans have them
 KV_HEADS, RATIO, HEAD_DIM, BITS, GROUP = 8, 4, 64, 4, 64
 PAGES = (16, 32, 64, 128)
 
@@ -44,6 +45,10 @@ def summarized(keys: Segments, states: Tensor, page: int, kind: str, tokens: int
     pages, held = states.unflatten(2, (-1, page)), keys.packed
     if not isinstance(held, Packed):
         raise TypeError(held)
+    if kind == "codes":
+        codes = torch.randint(ENTRIES, (*pages.shape[:4], PARTS), dtype=torch.uint8)
+        books = torch.randn(1, KV_HEADS, PARTS, ENTRIES, HEAD_DIM // PARTS).to(states.dtype)
+        return replace(keys, packed=Summarized(held, codes, tokens // page, books=books))
     ends = torch.stack([pages.amin(3), pages.amax(3)], dim=3)
     summary = pages.mean(3, keepdim=True) if kind == "mean" else ends
     return replace(keys, packed=Summarized(held, summary, tokens // page))
@@ -52,12 +57,12 @@ def summarized(keys: Segments, states: Tensor, page: int, kind: str, tokens: int
 def measure(context: int, tokens: int, rounds: int, cpu_time: bool) -> list[dict[str, object]]:
     """Return one row a way to read."""
     torch.manual_seed(0)
-    query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM)
-    keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM) for _ in range(2))
+    query = torch.randn(1, KV_HEADS * RATIO, 1, HEAD_DIM).bfloat16()
+    keys, values = (torch.randn(1, KV_HEADS, context, HEAD_DIM).bfloat16() for _ in range(2))
     problems = {}
     for page in PAGES:
         key, value = pack("key", keys, page), pack("value", values, page)
-        for kind in ("mean", "range"):
+        for kind in ("mean", "range", "codes"):
             problem = AttentionProblem(query, summarized(key, keys, page, kind, tokens), value, HEAD_DIM**-0.5)
             problems[f"page {page}, {kind}"] = problem
         problems[f"page {page}, all"] = with_all_pages(problem)

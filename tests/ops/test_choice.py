@@ -7,8 +7,10 @@ import torch
 from attending import paths, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvmix_kernels.attend import attend, choice
+from kvmix_kernels.attend import attend, choice, choice_cpu
 from kvmix_kernels.attend.choice import gathered, with_all_pages, with_chosen_pages
+from kvmix_kernels.runtime.native import library, library_for
+from kvmix_kernels.runtime.native.processor import available
 from page_choices import hidden_by_choice, summarized_problem
 from reference import dense_attention
 
@@ -54,6 +56,37 @@ def test_equals_dense_attention_over_the_chosen_pages(codec, pages, count, kind,
         numbers = read.key.packed.numbers
         assert all(set(numbers[at].tolist()) == pages for at, pages in chosen.items())
         assert (numbers.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "range", "codes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_instruction_set_chooses_what_pytorch_does(kind, dtype):
+    torch.manual_seed(0)
+    for sharing in ("max", "sum", "layer"):
+        problem = summarized_problem("affine", 37, 9, kind, sharing, 5)
+        pages = problem.key.packed
+        books = None if pages.books is None else pages.books.to(dtype)
+        summary = pages.summary if kind == "codes" else pages.summary.to(dtype)
+        pages, query = replace(pages, summary=summary, books=books), problem.query[:, :, 0].to(dtype)
+        wide = replace(
+            pages,
+            summary=summary if kind == "codes" else summary.double(),
+            books=None if books is None else books.double(),
+        )
+        expected = choice._chosen_pages(query.double() * 0.3, wide, None)
+        for isa in available():
+            library = library_for(isa)
+            assert torch.equal(choice_cpu.chosen_pages(library, query, 0.3, pages), expected), isa
+
+
+def test_what_is_not_finite_is_worth_nothing_and_as_many_pages_are_chosen():
+    problem = summarized_problem("affine", 20, 6, "range", "max", 2)
+    query = problem.query[:, :, 0].clone()
+    query[0] = torch.nan
+    numbers = choice_cpu.chosen_pages(library(), query, 0.3, problem.key.packed)
+    assert torch.equal(numbers[0], torch.arange(6, dtype=torch.int32).expand(2, -1))
+    assert ((numbers >= 0) & (numbers < 20)).all()
+    assert (numbers.diff(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("codec", ["affine", "frames"])

@@ -24,7 +24,7 @@ def codes_of(states, parts=2, entries=250):
     books = torch.randn(*states.shape[:2], parts, entries, states.shape[4] // parts)
     split = states.flatten(2, 3).unflatten(-1, (parts, -1)).transpose(2, 3)
     codes = torch.cdist(split, books).argmin(-1).mT
-    return codes.unflatten(2, states.shape[2:4]).to(torch.uint8), books
+    return codes.unflatten(2, states.shape[2:4]).to(torch.uint8).contiguous(), books
 
 
 def keys_of_codes(codes, books):

@@ -16,6 +16,16 @@ from .cache import LibraryError
 from .processor import available, wanted
 from .structs import mismatch
 
+FUNCTIONS = (
+    "kvmix_attend",
+    "kvmix_choose",
+    "kvmix_quantize",
+    "kvmix_encode",
+    "kvmix_code",
+    "kvmix_place",
+    "kvmix_store",
+)
+"""Functions of the library that take a struct each."""
 LOG = logging.getLogger("kvmix")
 """Logger of the message that compiling begins, at level WARNING: without a handler Python writes it to stderr."""
 
@@ -83,7 +93,7 @@ def _load(path: Path, isa: str) -> ctypes.CDLL:
     """
     try:
         loaded = ctypes.CDLL(str(path))
-        for name in ("kvmix_attend", "kvmix_quantize", "kvmix_encode", "kvmix_code", "kvmix_place", "kvmix_store"):
+        for name in FUNCTIONS:
             getattr(loaded, name).restype = None
         loaded.kvmix_isa.restype = loaded.kvmix_structs.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:

@@ -19,6 +19,7 @@ from .processor import INSTRUCTION_SETS
 PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
+    "attend/choice.cpp": ("-ffp-contract=fast",),
     "blocks/cpu.cpp": ("-ffp-contract=off",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
     "transform/cpu.cpp": ("-ffp-contract=off",),
@@ -28,6 +29,7 @@ EXPORTS = "runtime/native/native.cpp"
 HEADERS = (
     "runtime/native/simd.h",
     "attend/cpu.h",
+    "attend/choice.h",
     "attend/plain.h",
     "attend/contract.h",
     "attend/codes.h",

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <string>
 
+#include "../../attend/choice.h"
 #include "../../attend/cpu.h"
 #include "../../blocks/cpu.h"
 #include "../../quantize/cpu.h"
@@ -13,6 +14,7 @@
 
 namespace KVMIX_ISA {
 void attend(const Attention&);
+void choose(const Choice&);
 void quantize(const Quantization&);
 void encode(const Encoding&);
 void code(const Coding&);
@@ -64,6 +66,12 @@ std::string describe_structs() {
   FIELD(Attention, part_count); FIELD(Attention, batch); FIELD(Attention, heads); FIELD(Attention, kv_heads);
   FIELD(Attention, queries); FIELD(Attention, dim); FIELD(Attention, value_dim);
   FIELD(Attention, threads); FIELD(Attention, scaling); FIELD(Attention, softcap);
+  STRUCT(Choice);
+  FIELD(Choice, query); FIELD(Choice, summary); FIELD(Choice, books); FIELD(Choice, numbers);
+  FIELD(Choice, query_strides); FIELD(Choice, summary_strides); FIELD(Choice, batch); FIELD(Choice, heads);
+  FIELD(Choice, kv_heads); FIELD(Choice, pages); FIELD(Choice, count); FIELD(Choice, rows); FIELD(Choice, dim);
+  FIELD(Choice, parts); FIELD(Choice, entries); FIELD(Choice, query_dtype); FIELD(Choice, dtype);
+  FIELD(Choice, sharing); FIELD(Choice, threads); FIELD(Choice, scaling);
   STRUCT(Quantization);
   FIELD(Quantization, pages); FIELD(Quantization, words); FIELD(Quantization, scales);
   FIELD(Quantization, pages_strides); FIELD(Quantization, words_strides); FIELD(Quantization, scales_strides);
@@ -104,6 +112,7 @@ EXPORT const char* kvmix_structs() {
   return text.c_str();
 }
 EXPORT void kvmix_attend(const Attention* x) { KVMIX_ISA::attend(*x); }
+EXPORT void kvmix_choose(const Choice* x) { KVMIX_ISA::choose(*x); }
 EXPORT void kvmix_quantize(const Quantization* x) { KVMIX_ISA::quantize(*x); }
 EXPORT void kvmix_encode(const Encoding* x) { KVMIX_ISA::encode(*x); }
 EXPORT void kvmix_code(const Coding* x) { KVMIX_ISA::code(*x); }

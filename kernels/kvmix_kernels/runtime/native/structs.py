@@ -1,7 +1,7 @@
 """The C structs that the native library takes, mirrored in ctypes, and the check that both sides agree.
 
 Class `CRun` mirrors `struct Run`, and so on: the same fields in the same order. What the fields mean is said in
-`attend/cpu.h`, `blocks/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
+`attend/cpu.h`, `attend/choice.h`, `blocks/cpu.h`, `quantize/cpu.h` and `transform/cpu.h`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """`enum Dtype` of simd.h."""
 ENCODER_NUMBERS: Final[dict[Encoder, int]] = {"minmax": 0, "refit": 1, "search": 2}
 """`enum Encoder` of quantize/cpu.h."""
+SHARINGS: Final = {"max": 0, "sum": 1, "layer": 2}
+"""`enum Sharing` of attend/choice.h."""
 FORMS: Final = {"direction": 0, "key": 1, "value": 2}
 """`enum Form` of blocks/cpu.h."""
 
@@ -132,6 +134,33 @@ class CAttention(ctypes.Structure):
     )
 
 
+class CChoice(ctypes.Structure):
+    """Everything that `kvmix_choose` takes."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("summary", ctypes.c_void_p),
+        ("books", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("query_strides", ctypes.c_int64 * 2),
+        ("summary_strides", _Strides),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("pages", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("parts", ctypes.c_int64),
+        ("entries", ctypes.c_int64),
+        ("query_dtype", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+        ("sharing", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    )
+
+
 class CQuantization(ctypes.Structure):
     """Everything that `kvmix_quantize` takes."""
 
@@ -241,7 +270,19 @@ class CStoring(ctypes.Structure):
     )
 
 
-STRUCTS: Final = (CRun, CCoded, CSegments, CPart, CAttention, CQuantization, CEncoding, CCoding, CPlacement, CStoring)
+STRUCTS: Final = (
+    CRun,
+    CCoded,
+    CSegments,
+    CPart,
+    CAttention,
+    CChoice,
+    CQuantization,
+    CEncoding,
+    CCoding,
+    CPlacement,
+    CStoring,
+)
 
 
 def describe(struct: type[ctypes.Structure]) -> str:
