@@ -13,6 +13,7 @@ from kvmix_kernels.transform_layout import MAX_PAGE
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict
 
+from .counting import counted
 from .errors import DocumentError
 from .files import write_text
 from .plan import ModelInfo
@@ -106,14 +107,30 @@ class LayerOutliers(StrictModel):
     value_token: MeasuredFloat = Field(ge=0)
 
 
+class LongerSamples(StrictModel):
+    """Samples of a calibration that are longer than the others, for moments of long contexts.
+
+    Attributes:
+        samples: number of them.
+        seq_len: tokens of the longest.
+    """
+
+    samples: Count
+    seq_len: Count = Field(ge=2)
+
+    def __str__(self) -> str:
+        return f"{self.samples}x{self.seq_len}"
+
+
 class Calibration(StrictModel):
     """The text that was profiled.
 
     Attributes:
         source: text as given to `--calibration`.
         sha256: checksum of the token ids of all samples.
-        samples: number of samples.
-        seq_len: tokens of the longest sample.
+        samples: number of samples, without the longer ones.
+        seq_len: tokens of the longest of them.
+        longer: longer samples besides; None if there are none.
         tokens: tokens of all samples together.
     """
 
@@ -121,8 +138,15 @@ class Calibration(StrictModel):
     sha256: str
     samples: Count
     seq_len: Count = Field(ge=2)
+    longer: LongerSamples | None = None
     seed: int
     tokens: Count = Field(ge=2)
+
+    @property
+    def amount(self) -> str:
+        """Return how much text it is: `20 samples of 1024 tokens and 3 of 4096`."""
+        further = f" and {self.longer.samples} of {self.longer.seq_len}" if self.longer else ""
+        return f"{counted(self.samples, 'sample')} of {self.seq_len} tokens{further}"
 
 
 class CodedLoss(StrictModel):
@@ -276,7 +300,7 @@ class Profile(StrictModel):
         lines.append("scores:")
         for name, score in self.scores.items():
             lines += [f"  {name}:", f"    seconds: {score.seconds:.2f}", f"    unit: {flow(score.unit)}"]
-            lines.append(f"    calibration: {flow(score.calibration.model_dump())}")
+            lines.append(f"    calibration: {flow(score.calibration.model_dump(exclude_none=True))}")
             lines += [f"    setup: {flow(score.setup)}"] if score.setup else []
             lines += [f"    moments: {flow(score.moments.model_dump())}"] if score.moments else []
             lines += [f"    codebooks: {flow(score.codebooks.model_dump())}"] if score.codebooks else []

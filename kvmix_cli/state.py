@@ -289,6 +289,9 @@ def _options(settings: dict[str, Any]) -> list[str]:
         value = settings.get(name)
         if value is not None:
             found += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    longer = settings.get("longer")
+    if isinstance(longer, dict):
+        found += ["--longer", f"{longer.get('samples')}x{longer.get('seq_len')}"]
     return found + (["--granularity", "head"] if settings.get("per_head") is True else [])
 
 

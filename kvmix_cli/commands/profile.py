@@ -19,11 +19,11 @@ from ..ranks import current
 from .dry_run import DryRunFlag, show_work
 from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
 from .ranks import TensorParallel
-from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_names, parse_window
+from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_longer, parse_names, parse_window
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
-    from ..profile import Profile
+    from ..profile import LongerSamples, Profile
     from ..profiling import ProbeOptions
 
 GRANULARITIES = ("layer", "head")
@@ -79,6 +79,14 @@ class ProfileOptions:
         count_option("Samples of text [default: 30; 20 for fisher-metric alone]."),
     ] = None
     seq_len: Annotated[int, count_option("Tokens of a sample.", least=2)] = 1024
+    longer: Annotated[
+        Any,
+        typer.Option(
+            metavar="NxTOKENS",
+            parser=parse_longer,
+            help="Further samples, longer than --seq-len, for fisher-metric: 3x4096 loses less in long contexts.",
+        ),
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write [default: profiles/<org>--<model>/profile.yaml]."),
@@ -100,6 +108,13 @@ class ProfileOptions:
         if self.granularity not in GRANULARITIES:
             raise KvmixError(f"no granularity '{self.granularity}'; there is {', '.join(GRANULARITIES)}")
 
+    @property
+    def longer_samples(self) -> LongerSamples | None:
+        """Return the samples that `longer` asks for."""
+        from ..profile import LongerSamples
+
+        return LongerSamples(samples=self.longer[0], seq_len=self.longer[1]) if self.longer else None
+
 
 @expand
 def profile(
@@ -114,7 +129,7 @@ def profile(
     _check_outputs(path, what.plot)
     from ..plan import windows
     from ..plan.tensors.moments import FRAME
-    from ..profiling import ProbeOptions, default_samples, find_probes, profile_lock
+    from ..profiling import ProbeOptions, check_longer, default_samples, find_probes, profile_lock
     from ..studies.profiles import existing_profile, require_same_model
     from ..texts import load_texts
 
@@ -123,13 +138,15 @@ def profile(
     frame, evict = what.frame or FRAME, what.evict or ()
     how = ProbeOptions(what.bits, what.group_size, what.encode, window, evict, per_head, what.checkpointing, frame)
     how.check(find_probes(what.score))
+    check_longer(find_probes(what.score), what.seq_len, what.longer_samples)
     if what.samples is None:
         what = replace(what, samples=default_samples(what.score))
     texts = load_texts(what.calibration, seed=loading.seed)
     if what.dry_run:
         from ..studies.dry_run import profile_work
 
-        sizes, writes = (what.samples, what.seq_len, loading.seed), [path, *([what.plot] if what.plot else [])]
+        sizes = (what.samples, what.seq_len, what.longer_samples, loading.seed)
+        writes = [path, *([what.plot] if what.plot else [])]
         load = partial(loading.load, model, which.revision)
         show_work("profile", profile_work(model, load, what.score, how, texts, *sizes, writes))
         return
@@ -168,14 +185,20 @@ def _check_replaced(before: Profile | None, what: ProfileOptions, seed: int, pat
     scores = {} if before is None or what.replace else before.scores
     for name, score in scores.items():
         text = score.calibration
-        is_less = what.samples < text.samples or what.seq_len < text.seq_len
+        is_less = what.samples < text.samples or what.seq_len < text.seq_len or _has_less(what.longer, text.longer)
         is_other = (what.calibration, seed) != (text.source, text.seed)
         if name in what.score and (is_less or is_other):
             raise KvmixError(
-                f"{path} has {name} over {counted(text.samples, 'sample')} of {text.seq_len} tokens of {text.source} "
-                f"(seed {text.seed}), which {what.samples} of {what.seq_len} of {what.calibration} (seed {seed}) would "
-                "replace: add --replace, or name another file with --out"
+                f"{path} has {name} over {text.amount} of {text.source} (seed {text.seed}), which {what.samples} of "
+                f"{what.seq_len} of {what.calibration} (seed {seed}) would replace: add --replace, or name another "
+                "file with --out"
             )
+
+
+def _has_less(longer: tuple[int, int] | None, before: LongerSamples | None) -> bool:
+    """Return whether fewer or shorter samples are asked for than the longer ones that a score was measured on."""
+    samples, seq_len = longer or (0, 0)
+    return before is not None and (samples < before.samples or seq_len < before.seq_len)
 
 
 def _measure(
@@ -194,7 +217,7 @@ def _measure(
     journal = state.journal_path(path)
     if journal.exists() and not what.resume:
         console.notice(f"{journal} is of an unfinished profile, which is started over; --resume goes on with one")
-    with console.progress(f"profile {model}", what.samples) as bar:
+    with console.progress(f"profile {model}", what.samples + (what.longer or (0,))[0]) as bar:
         result = run_profile(
             loaded,
             what.score,
@@ -202,6 +225,7 @@ def _measure(
             source=what.calibration,
             samples=what.samples,
             seq_len=what.seq_len,
+            longer=what.longer_samples,
             seed=seed,
             options=how,
             journal=journal,
@@ -229,9 +253,12 @@ def _show(result: Profile, what: ProfileOptions, path: Path, seconds: float) -> 
     from ..reporting.tables.plans import outliers_json, profile_tables, score_json
     from ..studies.spectrum import measure_spectra
 
-    samples = next(iter(result.scores.values())).calibration.samples
+    text = next(iter(result.scores.values())).calibration
+    samples, longer = text.samples, text.longer
     if samples < what.samples:
         console.notice(f"the text gave {counted(samples, 'sample')}, not {what.samples}")
+    if longer is not None and longer.samples < what.longer[0]:
+        console.notice(f"the text gave {counted(longer.samples, 'longer sample')}, not {what.longer[0]}")
     for table in profile_tables(result, path, ascii_only=not console.is_unicode()):
         console.table(*table)
     for spectrum in measure_spectra(result, path.parent):

@@ -79,6 +79,15 @@ def parse_counts(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"'{text}' is not a list of counts; write it like 1024,4096 or 1K,4K") from error
 
 
+def parse_longer(text: str) -> tuple[int, int]:
+    """Return a number of samples and their tokens, `3x4096` or `3x4K`."""
+    first, _, second = str(text).partition("x")
+    try:
+        return count(1)(first), count(2)(second)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"'{text}' is not samples of a length; write them like 3x4096 or 3x4K") from error
+
+
 def parse_number(text: str | float) -> float:
     """Return a number, `2.3`; whoever uses it judges its range, NaN and Inf included."""
     try:

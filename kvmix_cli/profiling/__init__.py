@@ -9,6 +9,7 @@ from .measure import ProbeOptions
 from .probe import CacheProbe, ChangeProbe, MetricProbe, Probe, WeightProbe
 from .probes import PROBES
 from .run import default_samples, find_probes, profile_lock, remove_journal, run_profile
+from .samples import check_longer
 
 __all__ = [
     "PROBES",
@@ -19,6 +20,7 @@ __all__ = [
     "Probe",
     "ProbeOptions",
     "WeightProbe",
+    "check_longer",
     "default_samples",
     "describe_samples",
     "find_probes",

@@ -14,7 +14,7 @@ from ..journal import HASH_DIGITS, short_hash
 from ..models.loading import LoadedModel
 from ..plan import HeadGeometry
 from ..plan.tensors.moments import FRAME
-from ..profile import Calibration, Score, ScoreSetup
+from ..profile import Calibration, LongerSamples, Score, ScoreSetup
 from .grid import Grid
 from .measure import ProbeOptions
 from .probe import MetricProbe, Probe
@@ -52,16 +52,23 @@ class ScoreSettings:
         return short_hash(data)
 
 
-def describe_samples(samples: Sequence[Sequence[int]], source: str, seq_len: int, seed: int) -> Calibration:
-    """Return the record that a profile keeps of its samples, token ids."""
+def describe_samples(
+    samples: Sequence[Sequence[int]], source: str, seq_len: int, seed: int, longer: LongerSamples | None = None
+) -> Calibration:
+    """Return the record that a profile keeps of its samples, token ids.
+
+    Args:
+        longer: the last so many samples are longer than the others.
+    """
     digest = hashlib.sha256()
     for ids in samples:
         digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
     return Calibration(
         source=source,
         sha256=digest.hexdigest(),
-        samples=len(samples),
+        samples=len(samples) - (longer.samples if longer else 0),
         seq_len=seq_len,
+        longer=longer,
         seed=seed,
         tokens=sum(map(len, samples)),
     )
@@ -111,7 +118,7 @@ def check_not_lost(before: Mapping[str, Score], now: Sequence[ScoreSettings]) ->
 def _lost(old: Score, now: ScoreSettings) -> Iterator[str]:
     """Yield what a score has that a new one would not have."""
     was, text = old.calibration, now.calibration
-    is_same_size = (was.samples, was.seq_len) == (text.samples, text.seq_len)
+    is_same_size = (was.samples, was.seq_len, was.longer) == (text.samples, text.seq_len, text.longer)
     if is_same_size and was.sha256 != text.sha256:
         yield f"over other text of {was.source} ({was.sha256[:HASH_DIGITS]}, now {text.sha256[:HASH_DIGITS]})"
     missing = sorted({*old.choices[0], *old.choices[1]} - {*now.choices[0], *now.choices[1]})

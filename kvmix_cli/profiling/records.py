@@ -40,7 +40,7 @@ def journal_settings(
         **({} if options.window is None else {"window": options.window.short}),
         **({"evict": options.evict} if options.evict else {}),
         **({"frame": options.frame} if any(isinstance(probe, MetricProbe) for probe in probes) else {}),
-        **calibration.model_dump(),
+        **calibration.model_dump(exclude_none=True),
     }
 
 

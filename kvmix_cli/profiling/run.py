@@ -20,17 +20,18 @@ from ..journal import Journal
 from ..models.loading import LoadedModel
 from ..plan.tensors.codebooks import CodebooksFile
 from ..plan.tensors.moments import MomentsFile, write_moments
-from ..profile import Calibration, Profile, Score
-from ..texts.tokens import Samples, cut_samples
+from ..profile import Calibration, LongerSamples, Profile, Score
+from ..texts.tokens import Samples
 from .codebooks import learn_codebooks
 from .grid import Grid
-from .identity import ScoreSettings, check_not_lost, describe_samples, identify
+from .identity import ScoreSettings, check_not_lost, identify
 from .means import mean_score
 from .measure import ProbeOptions, measure_sample
 from .moments import MomentParts, MomentSums, remove_parts
 from .probe import ChangeProbe, MetricProbe, Probe
 from .probes import PROBES
 from .records import Sample, journal_settings, record_form
+from .samples import check_longer, choose_samples
 from .sharing import MeasuredSample, share_outliers, share_samples
 
 
@@ -49,6 +50,7 @@ def run_profile(
     source: str,
     samples: int | None = None,
     seq_len: int = 1024,
+    longer: LongerSamples | None = None,
     seed: int = 0,
     options: ProbeOptions | None = None,
     journal: Path | None = None,
@@ -66,6 +68,7 @@ def run_profile(
         texts: documents; `source` is their name in the profile.
         samples: number of samples, of at most `seq_len` tokens each; None for `default_samples`. If the text gives
             fewer, all of it is used, and `calibration.samples` of the scores says how many there were.
+        longer: further samples, of at most so many tokens, for probes of moments only. As many as the text has.
         journal: file of finished samples. The caller removes it with `remove_journal` once the profile is saved.
         moments: file that moments of keys and values are written to, in the folder where the profile will be, with
             codebooks beside them; for `fisher-metric` and `codebooks` only.
@@ -81,19 +84,14 @@ def run_profile(
             lost.
     """
     probes, options = find_probes(scores), options or ProbeOptions()
+    check_longer(probes, seq_len, longer)
     _check(loaded, probes, options, moments)
-    chosen = cut_samples(
-        loaded.tokenizer,
-        texts,
-        default_samples(probes) if samples is None else samples,
-        seq_len,
-        seed,
-        shortest=max((grid.shortest for grid in _grids(probes, options)), default=0),
-        max_length=loaded.max_length,
-    )
+    count = default_samples(probes) if samples is None else samples
+    shortest = max((grid.shortest for grid in _grids(probes, options)), default=0)
+    chosen, calibration = choose_samples(loaded, texts, source, count, seq_len, longer, seed, shortest)
     loaded.check_ids(chosen)
-    work = _Work(loaded, probes, options, chosen, describe_samples(chosen, source, seq_len, seed))
-    outliers = share_outliers(loaded, chosen)
+    work = _Work(loaded, probes, options, chosen, calibration)
+    outliers = share_outliers(loaded, chosen[: calibration.samples])
     check_not_lost(before or {}, work.identities)
     if not loaded.ranks.leads:
         work.measure(None, None, resume, on_step)

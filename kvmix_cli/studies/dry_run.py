@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ..allocation import AllocationOptions, Budget
     from ..evaluation.base import Settings, Task
     from ..models.loading import LoadedModel
-    from ..profile import Profile
+    from ..profile import LongerSamples, Profile
     from ..profiling import ProbeOptions
     from .selection import Choice
 
@@ -71,11 +72,17 @@ def profile_work(
     texts: Sequence[str],
     samples: int,
     seq_len: int,
+    longer: LongerSamples | None,
     seed: int,
     writes: Sequence[Path],
 ) -> DryRun:
-    """Return the work of a profile, told from one short sample. Raises KvmixError as `profile` does."""
-    what = f"{', '.join(scores)} on {counted(samples, 'sample')} of {seq_len} tokens"
+    """Return the work of a profile, told from one short sample; that of longer ones also from one twice as long.
+
+    Raises:
+        KvmixError: as `profile` does.
+    """
+    further = f" and {longer.samples} of {longer.seq_len}" if longer else ""
+    what = f"{', '.join(scores)} on {counted(samples, 'sample')} of {seq_len} tokens{further}"
     if not _has_weights(model):
         return DryRun(model, (PlannedStep("profile", what, None),), None, tuple(writes), NO_WEIGHTS)
     from ..cache.rotary import measure_rotations
@@ -88,24 +95,42 @@ def profile_work(
     loaded, probes = load(), find_probes(scores)
     grids = [grid for grid in map(options.grid, probes) if grid is not None]
     tokens = min(seq_len, max([SHORT, *(2 * grid.shortest for grid in grids)]))
-    ids = cut_samples(loaded.tokenizer, texts, 1, tokens, seed, max_length=loaded.max_length)[0]
+    wanted = tokens if longer is None else 2 * tokens
+    ids = cut_samples(loaded.tokenizer, texts, 1, wanted, seed, max_length=loaded.max_length)[0]
+    twice, ids = ids, ids[:tokens]
     ropes = measure_rotations(loaded.model, loaded.info.quantizable, loaded.max_length)
 
-    def timed() -> float:
+    def timed(tokens: Sequence[int]) -> float:
         begun = time.perf_counter()
-        measure_sample(loaded, probes, ids, options, MomentSums(ropes, options.frame))
+        measure_sample(loaded, probes, tokens, options, MomentSums(ropes, options.frame))
         return time.perf_counter() - begun
 
-    one = timed()
+    one = timed(ids)
     if one < AGAIN_SECONDS:  # what is loaded or compiled once may be much of it
-        one = timed()
-    steps = [PlannedStep("profile", what, samples * one * seq_len / len(ids))]
+        one = timed(ids)
+    takes, more = partial(_extrapolated, (len(ids), one)), "longer ones in proportion"
+    if len(twice) > len(ids):
+        two = timed(twice)
+        takes, more = partial(takes, second=(len(twice), two)), f"one of {len(twice)} {two:.3g} s"
+    seconds = samples * takes(seq_len) + (longer.samples * takes(longer.seq_len) if longer else 0.0)
+    steps = [PlannedStep("profile", what, seconds)]
     if TRANSFORM_SCORE in scores:
         steps.append(reading_step(measure_speed(loaded, STEP), seq_len))
-    basis = f"one sample of {len(ids)} tokens took {one:.3g} s; longer ones in proportion"
+    basis = f"one sample of {len(ids)} tokens took {one:.3g} s; {more}"
     layers = loaded.info.layers
-    memory = _memory(loaded, seq_len, caches=0, kept_layers=layers, predictions=PREDICTIONS)
+    longest = seq_len if longer is None else longer.seq_len
+    memory = _memory(loaded, longest, caches=0, kept_layers=layers, predictions=PREDICTIONS)
     return DryRun(model, tuple(steps), memory, tuple(writes), basis)
+
+
+def _extrapolated(first: tuple[int, float], tokens: int, second: tuple[int, float] | None = None) -> float:
+    """Return the seconds that a sample of so many tokens takes, from the tokens and seconds of shorter ones.
+
+    They grow in proportion; with two samples, those of attention with the square of the tokens.
+    """
+    (few, brief), (many, lasting) = first, second or first
+    slope = max(0.0, (lasting / many - brief / few) / (many - few)) if second else 0.0
+    return tokens * (lasting / many + slope * (tokens - many))
 
 
 def evaluation_work(

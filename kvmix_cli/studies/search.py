@@ -150,11 +150,12 @@ class Bench:
         """Return everything that a loss depends on beside the plan's layers, as plain data for the journal."""
         from ..profiling import describe_samples
 
+        calibration = describe_samples(self.documents, self.texts, self.seq_len, self.seed)
         return {
             "model": self.loaded.info.model_dump(mode="json"),
             "dtype": self.loaded.dtype,
             "cache": self.cache.model_dump(mode="json"),
-            "calibration": describe_samples(self.documents, self.texts, self.seq_len, self.seed).model_dump(),
+            "calibration": calibration.model_dump(exclude_none=True),
             "prefix": PREFIX,
             "step": STEP,
         }

@@ -28,6 +28,26 @@ def test_a_profile(tmp_path, loaded_once, monkeypatch):
     assert 0 < answer["seconds"] < 3600
 
 
+@pytest.mark.slow
+def test_a_profile_with_longer_samples(loaded_once, monkeypatch):
+    """A sample takes a second for each thousand tokens, and for each million pairs of them."""
+    clock = [0.0]
+
+    def measured(loaded, probes, tokens, options, sums):
+        clock[0] += len(tokens) / 1e3 + len(tokens) ** 2 / 1e6
+
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("kvmix_cli.profiling.measure.measure_sample", measured)
+    monkeypatch.setattr(dry_run, "measure_speed", lambda loaded, step: SPEED)
+    options = ["--score", "fisher-metric", "--samples", 2, "--seq-len", 1000, "--longer", "3x2000"]
+    answer = kvmix_json("profile", "builtin:tiny", *options, "--dry-run")
+    step = answer["steps"][0]
+    assert step["what"] == "fisher-metric on 2 samples of 1000 tokens and 3 of 2000"
+    assert step["seconds"] == pytest.approx(2 * 2 + 3 * 6)
+    short = kvmix_json("profile", "builtin:tiny", *options[:-2], "--dry-run")
+    assert short["memory_bytes"] < answer["memory_bytes"] < 3 * short["memory_bytes"]
+
+
 SPEED = dry_run.ModelSpeed(step=32, base=0.1, slope=1e-4, prompt=0.5)
 
 

@@ -13,7 +13,7 @@ from made_up import falling
 
 from kvmix_cli import profiling
 from kvmix_cli.models import loading as models
-from kvmix_cli.profile import Profile
+from kvmix_cli.profile import LongerSamples, Profile
 
 FOLDER = "profiles/builtin--tiny"
 SHORT = ("--samples", 3, "--seq-len", 40)
@@ -197,6 +197,23 @@ def test_a_score_is_not_replaced_by_one_over_less_text(kvmix, faked, profiled, t
         assert profiled.read_text() != before
 
 
+@pytest.mark.parametrize(("longer", "replaced"), [(None, False), ("2x256", False), ("3x128", False), ("3x1K", True)])
+def test_a_score_is_not_replaced_by_one_without_as_many_longer_samples(kvmix, faked, profiled, longer, replaced):
+    had = Profile.load(profiled)
+    score = had.score("grad-norm")
+    text = score.calibration.model_copy(update={"longer": LongerSamples(samples=3, seq_len=256)})
+    score = score.model_copy(update={"calibration": text})
+    had.model_copy(update={"scores": {"fisher-metric": score}}).save(profiled)
+    faked["info"] = had.model
+    options = [] if longer is None else ["--longer", longer]
+    ran = kvmix("profile", "org/model", "--score", "fisher-metric", "--samples", 3, "--seq-len", 64, *options)
+    assert ran.code == (0 if replaced else 1)
+    if replaced:
+        assert faked["longer"] == LongerSamples(samples=3, seq_len=1024)
+    else:
+        assert "has fisher-metric over 3 samples of 64 tokens and 3 of 256 of builtin" in ran.error
+
+
 def test_a_score_is_not_replaced_by_one_over_other_text(kvmix, faked, profiled):
     before = profiled.read_text()
     faked["info"] = Profile.load(profiled).model
@@ -368,6 +385,7 @@ def test_a_disk_that_fills_up_keeps_the_journal_to_resume_from(kvmix, tmp_path, 
         (["builtin:tiny", "--score", "taylor", "--seq-len", "200"], "a --seq-len of 262 or more"),
         (["builtin:tiny", "--score", "loss", "--granularity", "head"], "score loss has no scores per head"),
         (["builtin:tiny", "--score", "error", "--no-checkpointing"], "score error has no backward pass"),
+        (["builtin:tiny", "--longer", "3x4096"], "score grad-norm has no use for longer samples"),
         (["builtin:tiny", "--granularity", "heads"], "no granularity 'heads'; there is layer, head"),
         (["builtin:tiny", "--calibration", "gone.txt"], "gone.txt"),
         (["builtin:tiny", "--calibration", "blank.txt"], "blank.txt"),
@@ -389,7 +407,15 @@ def test_errors_leave_nothing_behind(kvmix, tmp_path, monkeypatch, args, message
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["a", "b"], ["m", "--samples", "0"], ["m", "--seq-len", "1"], ["m", "--samples", "x"], ["m", "--bits", "x"]],
+    [
+        [],
+        ["a", "b"],
+        ["m", "--samples", "0"],
+        ["m", "--seq-len", "1"],
+        ["m", "--samples", "x"],
+        ["m", "--bits", "x"],
+        ["m", "--longer", "4096"],
+    ],
 )
 def test_wrong_usage(kvmix, args):
     ran = kvmix("profile", *args)

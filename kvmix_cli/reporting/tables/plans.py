@@ -105,7 +105,7 @@ def profile_tables(profile: Profile, path: Path, *, ascii_only: bool = False) ->
         text = score.calibration
         footer = f"calibrated on {text.source}, {text.tokens} tokens, in {score.seconds:.1f} s\nprofile: {path}"
         title = f"{name} of {profile.model.id}"
-        samples = f"over {counted(text.samples, 'sample')} of {text.seq_len} tokens"
+        samples = f"over {text.amount}"
         if any(score.choices):
             columns, rows = _curve_rows(score)
             tables.append(Table(f"{title} by bits, {score.unit}, mean {samples}", columns, rows, footer))
