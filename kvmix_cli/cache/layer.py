@@ -53,7 +53,7 @@ class MixedLayer(CacheLayerMixin):
             keys = self._packing("key", key_states.shape[-1], functions[0])
             values = self._packing("value", value_states.shape[-1], functions[1])
         except ValueError as error:
-            raise PlanError(f"layer {self.index} cannot be quantized: {error}; give it 16 bits") from error
+            raise PlanError(f"layer {self.index} cannot be quantized: {error}; or give it 16 bits") from error
         k_bits, v_bits = window_widths(self.plan, self.settings)
         self._stores = self._store(keys, k_bits), self._store(values, v_bits)
         self.is_initialized = True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..decoding.sampling import Sampling
 from ..errors import KvmixError
 from ..files import check_writable
 from .options import ENCODE_ALONE, Encoding, refuse
@@ -38,10 +38,7 @@ class PromptOptions:
         """Raise typer.BadParameter unless there is one prompt, and KvmixError for a setting out of its range."""
         if (self.prompt is None) == (self.prompt_file is None):
             raise typer.BadParameter("give the prompt with --prompt or with --prompt-file, one of them")
-        if not 0 <= self.temperature < math.inf:
-            raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise KvmixError(f"--top-p must be more than 0 and at most 1, got {self.top_p}")
+        Sampling(self.temperature, self.top_p)  # which checks them
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TextStreamer
@@ -16,6 +15,7 @@ from ..errors import KvmixError, is_out_of_memory
 from ..models.multimodal import image_tokens
 from .feed import fill
 from .prompt_scores import scores_prompts
+from .sampling import Sampling
 from .settings import continue_tokens, greedy_settings
 
 if TYPE_CHECKING:
@@ -104,12 +104,11 @@ def generate(
         KvmixError: if the prompt is empty or leaves no room for an answer, a setting is out of its range, or memory
             runs out.
     """
-    _check(max_new_tokens, temperature, top_p)
+    if max_new_tokens < 1:
+        raise KvmixError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    sampling = Sampling(temperature, top_p).settings
     loaded.check_ids([prompt_ids])
     allowed = min(max_new_tokens, room(len(prompt_ids), loaded.max_length))
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    )
     settings = greedy_settings(loaded, allowed, **sampling)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     if sampling:
@@ -171,12 +170,3 @@ def room(prompt_tokens: int, limit: int | None) -> int:
             f"the prompt has {prompt_tokens} tokens and the model's limit, answer included, is {limit}; shorten it"
         )
     return limit - prompt_tokens
-
-
-def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise KvmixError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise KvmixError(f"--top-p must be more than 0 and at most 1, got {top_p}")

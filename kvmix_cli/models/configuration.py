@@ -34,6 +34,8 @@ from .sources import canonical_id, explain, locate, meta_sibling
 
 PARTS_OF_ENCODER_DECODERS = frozenset({"musicgen", "musicgen_melody", "trocr", "whisper"})
 """Model types whose decoder alone is listed as a causal language model, but was never trained without its encoder."""
+MAX_SHOWN = 80
+"""Characters of a wrong setting that an error shows."""
 UNREADABLE = (
     AssertionError,
     OSError,
@@ -190,7 +192,12 @@ def check_decoder(config: PreTrainedConfig, model_id: str) -> None:
             f"{model_id} is an encoder-decoder ({config.model_type}): kvmix takes decoder-only language models"
         )
     classes = getattr(config, "architectures", None) or []
-    decodes = any(str(name).endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ModelError(
+            f"{model_id} has {str(classes)[:MAX_SHOWN]} as its architectures; expected a list with the name of a "
+            "class: correct its config.json"
+        )
+    decodes = any(name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in classes)
     if classes and not decodes and getattr(config, "is_decoder", True) is False:
         raise ModelError(f"{model_id} is an encoder ({classes[0]}): kvmix takes decoder-only language models")
 

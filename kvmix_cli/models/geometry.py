@@ -26,6 +26,14 @@ _SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_hea
 """Settings that no model has without being at least 1."""
 _OF_HEADS = ("head_dim", "v_head_dim", "kv_lora_rank")
 """Settings that are at least 1 where a model has them; beside `kv_lora_rank`, `head_dim` may be 0."""
+_OF_FEED_FORWARD = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_hidden_size",
+    "expert_ffn_hidden_size",
+    "ffn_dim",
+)
+"""Channels of feed-forward layers, at least 1 where a model has them; some models have a list, by layer."""
 _COUNTS = ("_size", "_dim", "_rank", "_heads", "_experts")
 """Ends of the names of settings that are never negative."""
 _SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -201,9 +209,11 @@ def _require_attention(text: PreTrainedConfig, model_id: str, stock: dict[int, s
 def _require_sizes(text: PreTrainedConfig, model_id: str) -> None:
     """Raise ModelError for numbers of a damaged configuration that arithmetic with them would only trip over later."""
     sizes = {name: _of_all(text, name) for name in _SIZES}
-    for name, value in {**vars(text), **sizes}.items():
+    for name, setting in {**vars(text), **sizes}.items():
         least = _least(name, text)
-        if isinstance(value, int) and not least <= value < MAX_NUMBER:
+        for value in setting if isinstance(setting, list) and least == 1 else [setting]:
+            if not isinstance(value, int) or least <= value < MAX_NUMBER:
+                continue
             shown = value if abs(value) < MAX_NUMBER else f"a number of {len(f'{abs(value):x}')} hexadecimal digits"
             raise ModelError(
                 f"{model_id} has {shown} as its {name}; expected {least} to {MAX_NUMBER - 1}: correct its config.json"
@@ -213,7 +223,7 @@ def _require_sizes(text: PreTrainedConfig, model_id: str) -> None:
 def _least(name: str, text: PreTrainedConfig) -> int:
     """Return the smallest number that a setting can have."""
     is_unused = name == "head_dim" and getattr(text, "kv_lora_rank", None)
-    if name in _SIZES or (name in _OF_HEADS and not is_unused):
+    if name in (*_SIZES, *_OF_FEED_FORWARD) or (name in _OF_HEADS and not is_unused):
         return 1
     return 0 if name.endswith(_COUNTS) else -MAX_NUMBER
 

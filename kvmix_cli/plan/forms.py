@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from kvmix_kernels.layout import FULL_PRECISION_BITS, Encoder, Kind, PageLayout
+from kvmix_kernels.layout import FULL_PRECISION_BITS, WORD_BITS, Encoder, Kind, PageLayout
 
 from ..codecs import CODECS, PageCodec
 from .layers import TensorPlan
@@ -20,6 +20,8 @@ ChannelStorage = PageLayout | PageCodec | int
 """A channel group: packed pages, pages of a codec, or a number of channels in full precision."""
 INDEX_BYTES = 1
 """A token's tier and a channel's place are uint8."""
+ANY_HEAD = "transform codes take heads of any size (profile --score fisher-metric)"
+"""The way to a plan where heads do not fit into pages."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def _channel_storage(tensor: TensorPlan, kind: Kind, cache: CacheSettings, chann
 
 
 def _affine_layout(tensor: TensorPlan, kind: Kind, cache: CacheSettings, channels: int) -> PageLayout:
+    if channels < WORD_BITS or channels % WORD_BITS:
+        raise ValueError(f"head_dim must be a positive multiple of {WORD_BITS}, got {channels}: {ANY_HEAD}")
     size = cache.group_size if tensor.group_size is None else tensor.group_size
     return PageLayout(
         kind=kind,

@@ -195,7 +195,9 @@ def test_heads_that_are_no_multiple_of_16_are_coded_but_not_packed():
     assert pinned.layers[0].short == "k16v16"
     with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
         allocate(profile, Budget(stored_bits=2.5), basis=basis, pins={0: layer_of(4)})
-    with pytest.raises(PlanError, match=r"no plan for org/model: .*multiple of 16"):
+    with pytest.raises(
+        PlanError, match=r"no plan for org/model: .*multiple of 16, got 20: transform codes take heads of any size"
+    ):
         allocate(profile, Budget(stored_bits=4), method="rank")
 
 

@@ -209,6 +209,8 @@ def test_a_folder_without_a_config(tmp_path):
             "1e+12 as its num_hidden_layers; expected at most",
         ),
         ('{"model_type": "gemma3", "text_config": {"num_hidden_layers": 1000000000000}}', "expected at most 10000"),
+        ('{"model_type": "llama", "architectures": 7}', "has 7 as its architectures; expected a list with the name of"),
+        ('{"model_type": "llama", "architectures": [3]}', "has [3] as its architectures"),
         ('{"model_type": "whisper"}', "is an encoder-decoder (whisper)"),
         ('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}', "is an encoder (BertForMaskedLM)"),
     ],
