@@ -11,7 +11,7 @@ from ..errors import KvmixError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Rules by which the next token is drawn.
 
     Attributes:
         temperature: 0 is greedy.
