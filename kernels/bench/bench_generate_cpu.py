@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import results
 import torch
@@ -41,12 +41,14 @@ BIG = {
 }
 
 
-def model_of(name: str | None, dtype: torch.dtype, *, is_blank: bool = False) -> tuple[PreTrainedModel, ModelInfo]:
+def model_of(
+    name: str | None, dtype: torch.dtype, *, is_blank: bool = False, shape: Mapping[str, Any] = BIG
+) -> tuple[PreTrainedModel, ModelInfo]:
     """Return a model and what plans know of it; without a name, weights are random, or zeros, which are made faster."""
     if name:
         loaded = load_model(name, dtype=str(dtype).removeprefix("torch."))
         return loaded.model, loaded.info
-    config = LlamaConfig(**BIG)
+    config = LlamaConfig(**shape)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device="cpu")
@@ -54,8 +56,10 @@ def model_of(name: str | None, dtype: torch.dtype, *, is_blank: bool = False) ->
         torch.nn.init.zeros_(parameter) if is_blank else torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.set_attn_implementation("kvmix")
-    info = ModelInfo(id="random-1b", layers=16, kv_heads=8, head_dim=64)
-    return model.eval(), info
+    size = model.num_parameters()
+    name = f"random-{size / 1e9:.0f}b" if size > 1e9 else f"random-{size / 1e6:.0f}m"
+    layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+    return model.eval(), ModelInfo(id=name, layers=layers, kv_heads=kv_heads, head_dim=config.head_dim)
 
 
 class Candidate(NamedTuple):
