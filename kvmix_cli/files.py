@@ -31,6 +31,17 @@ def is_device(path: Path) -> bool:
     return path.is_char_device() or path.is_block_device()
 
 
+def behind_links(path: Path) -> Path:
+    """Return the file that a symbolic link leads to, or would lead to; a path that is no such link as it is.
+
+    For files that a user names: one reads and writes through a link, as a shell does, and what is kept beside a file
+    is beside the real one. Files that a command names itself replace links, which may be somebody else's.
+    """
+    place = Path(os.path.realpath(path))
+    is_file = path.is_symlink() and not _is_stream(path) and (place.is_file() or not os.path.lexists(place))
+    return place if is_file else path
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file whole or not at all, with its folders. Raises OutputError."""
     return write_bytes(path, text.encode("utf-8"))
@@ -110,8 +121,13 @@ def _require_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     is_special = path.exists() and not path.is_file()
-    if is_special or (path.is_symlink() and path.parent.resolve() in [each.resolve() for each in STREAMS]):
+    if is_special or _is_stream(path):
         raise OutputError(f"cannot write {path}: it is a device or a pipe; name a file{UNCHANGED}")
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether a path is a link that stands for a stream, such as /dev/stdout."""
+    return path.is_symlink() and path.parent.resolve() in [each.resolve() for each in STREAMS]
 
 
 @contextmanager

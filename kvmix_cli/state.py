@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StateError, did_you_mean
+from .files import behind_links
 
 PROFILE = "profile.yaml"
 JOURNAL = "profile.partial.jsonl"
@@ -129,7 +130,7 @@ def find_profile(given: str | Path | None = None, *, model: str | None = None, s
         StateError: if there is none, if it is unfinished, or if several models have one and none is named.
     """
     if given is not None:
-        return _existing(Path(given))
+        return behind_links(_existing(Path(given)))
     folder = _only_model(model, "profile", [PROFILE, JOURNAL], say)
     if not (folder / PROFILE).is_file():
         raise _unfinished(folder)

@@ -15,6 +15,7 @@ from .dry_run import DryRunFlag
 from .options import Encoding, Model, given
 from .values import (
     count_option,
+    output_option,
     parse_bits,
     parse_budgets,
     parse_bytes,
@@ -229,7 +230,8 @@ class PlanFileOptions:
         str | None, typer.Option(metavar="NAME", callback=_file_name, help="Name of the plan [default: e.g. rank-2.3].")
     ] = None
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write [default: plans/NAME.yaml beside the profile].")
+        Path | None,
+        output_option("Where to write [default: plans/NAME.yaml beside the profile]."),
     ] = None
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Profile to use [default: the newest].")] = None
     model: Model = None

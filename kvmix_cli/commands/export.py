@@ -11,7 +11,7 @@ import typer
 from .. import console, state
 from ..errors import OutputError
 from .options import COMMAND_LINE, CommonOptions, LoadingOptions, Model, expand, refuse, say_unused
-from .values import count_option
+from .values import count_option, output_option
 
 if TYPE_CHECKING:
     from ..export import Export
@@ -41,7 +41,10 @@ class ExportOptions:
             "fewer bits].",
         ),
     ] = None
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write [default: standard output].")] = None
+    out: Annotated[
+        Path | None,
+        output_option("Where to write [default: standard output]."),
+    ] = None
     model: Model = None
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the divergence here, and there by a simulation of its formats.")

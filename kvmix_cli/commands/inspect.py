@@ -10,6 +10,7 @@ import typer
 from .. import console, state
 from ..errors import BudgetError, KvmixError, StateError
 from . import options
+from .values import output_option
 
 if TYPE_CHECKING:
     from ..plan import ModelInfo, Plan
@@ -26,7 +27,7 @@ def inspect(
     other: Annotated[Path | None, typer.Argument(metavar="FILE2", help="Another of its kind, to compare.")] = None,
     context: Annotated[int, options.count_option("Tokens that bytes are counted at.")] = 32768,
     batch: Annotated[int, options.count_option("Sequences that bytes are counted at.")] = 1,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw what is in the files.")] = None,
+    plot: Annotated[Path | None, output_option("Also draw what is in the files.", metavar="FILE.png")] = None,
     profile: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="To explain a plan with [default: the newest of its model]."),

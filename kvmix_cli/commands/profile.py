@@ -19,7 +19,16 @@ from ..ranks import current
 from .dry_run import DryRunFlag, show_work
 from .options import COMMAND_LINE, CommonOptions, Encoding, LoadingOptions, ModelOptions, expand
 from .ranks import TensorParallel
-from .values import count_option, parse_bits, parse_budgets, parse_groups, parse_longer, parse_names, parse_window
+from .values import (
+    count_option,
+    output_option,
+    parse_bits,
+    parse_budgets,
+    parse_groups,
+    parse_longer,
+    parse_names,
+    parse_window,
+)
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
@@ -89,9 +98,9 @@ class ProfileOptions:
     ] = None
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where to write [default: profiles/<org>--<model>/profile.yaml]."),
+        output_option("Where to write [default: profiles/<org>--<model>/profile.yaml]."),
     ] = None
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the scores by layer.")] = None
+    plot: Annotated[Path | None, output_option("Also draw the scores by layer.", metavar="FILE.png")] = None
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile stopped.")] = False
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a score even if it was measured on more text, or on other text.")

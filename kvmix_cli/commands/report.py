@@ -11,6 +11,7 @@ import typer
 from .. import console
 from ..errors import OutputError
 from . import options
+from .values import output_option
 
 if TYPE_CHECKING:
     from ..evaluation.collect import Collection
@@ -27,10 +28,11 @@ def report(
         typer.Argument(metavar="DIR", help="Folders that `kvmix eval` wrote into [default: results]."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the page goes [default: report.html in the first DIR].")
+        Path | None,
+        output_option("Where the page goes [default: report.html in the first DIR]."),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all numbers, one a line.")] = None,
+    markdown: Annotated[Path | None, output_option("Also write the tables as Markdown.")] = None,
+    csv: Annotated[Path | None, output_option("Also write all numbers, one a line.")] = None,
     metric: Annotated[
         str | None,
         typer.Option(

@@ -12,7 +12,7 @@ from ..decoding.sampling import Sampling
 from ..errors import KvmixError
 from ..files import check_writable
 from .options import ENCODE_ALONE, Encoding, refuse
-from .values import count_option, parse_number, parse_width
+from .values import count_option, output_option, parse_number, parse_width
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class FillingOptions:
         int | None, count_option("Tokens of the prompt fed at a time, each packed before the next [default: all].")
     ] = None
     save_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the packed cache of the prompt in a file.")
+        Path | None,
+        output_option("Keep the packed cache of the prompt in a file."),
     ] = None
     load_cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take the beginning of the prompt from such a file.")

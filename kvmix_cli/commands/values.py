@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..errors import ModelError, did_you_mean
+from ..files import behind_links
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -101,6 +103,11 @@ def parse_width(text: str | int) -> int:
     if not re.fullmatch(r"\s*[+-]?\d{1,9}\s*", str(text), re.ASCII):
         raise typer.BadParameter(f"'{text}' is not a number of bits; write a whole one like 4")
     return int(text)
+
+
+def output_option(help: str, *, metavar: str = "FILE") -> Any:
+    """Return an option that names a file to write, which is the one behind it where a link is named."""
+    return typer.Option(metavar=metavar, parser=lambda text: behind_links(Path(text)), help=help)
 
 
 def parse_seed(text: str | int) -> int:

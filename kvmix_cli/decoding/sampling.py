@@ -8,13 +8,16 @@ from typing import Any
 
 from ..errors import KvmixError
 
+LEAST_TEMPERATURE = 1e-6
+"""Scores divided by much less overflow float32; at this one the most likely token is taken all the same."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Rules by which the next token is drawn.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; otherwise at least `LEAST_TEMPERATURE`.
         top_p: share of the probability to sample from, in (0, 1].
 
     Raises:
@@ -25,8 +28,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise KvmixError(f"--temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise KvmixError(
+                f"--temperature must be 0 (greedy) or a number from {LEAST_TEMPERATURE} up, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise KvmixError(f"--top-p must be more than 0 and at most 1, got {self.top_p}")
 

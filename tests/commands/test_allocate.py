@@ -29,6 +29,16 @@ def test_writes_a_plan_that_says_how_it_was_made(kvmix, tmp_path):
     assert plan.provenance["method"] == "rank"
 
 
+def test_a_plan_is_written_through_a_link_that_is_named(kvmix, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "mine.yaml").symlink_to("shared/plan.yaml")
+    (tmp_path / "profile.yaml").symlink_to("profiles/org--model/profile.yaml")
+    ran = kvmix("allocate", "--avg-bits", 2.3, "--profile", "profile.yaml", "--out", "mine.yaml", "--json")
+    assert ran.json["plan"] == str(tmp_path / "shared" / "plan.yaml")
+    assert (tmp_path / "mine.yaml").is_symlink()
+    assert Plan.load(tmp_path / "mine.yaml") == Plan.load(tmp_path / "shared" / "plan.yaml")
+
+
 def test_shows_runs_bits_and_bytes(kvmix):
     ran = kvmix("allocate", "--avg-bits", 2.3, "--context", 8192, "--batch", 3)
     lines = [line.split() for line in ran.out.splitlines()]

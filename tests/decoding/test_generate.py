@@ -9,6 +9,7 @@ from evaluating import tiny, uniform
 from kvmix_cli.cache.mixed import MixedCache, unquantized_cache
 from kvmix_cli.decoding import generate as generation
 from kvmix_cli.decoding.generate import generate
+from kvmix_cli.decoding.sampling import LEAST_TEMPERATURE
 from kvmix_cli.errors import KvmixError
 
 PROMPT = "def fibonacci(n):"
@@ -70,12 +71,13 @@ def test_greedy_is_the_default_whatever_the_model_came_with(monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_follows_its_seed():
-    def sample(seed, **settings):
-        return generate(tiny(), ids(), stock(), max_new_tokens=16, temperature=1.5, seed=seed, **settings).text
+    def sample(seed, temperature=1.5, **settings):
+        return generate(tiny(), ids(), stock(), max_new_tokens=16, temperature=temperature, seed=seed, **settings).text
 
     assert sample(0) == sample(0)
     assert len({sample(seed) for seed in range(4)}) > 1
-    assert sample(3, top_p=1e-6) == generate(tiny(), ids(), stock(), max_new_tokens=16).text
+    greedy = generate(tiny(), ids(), stock(), max_new_tokens=16).text
+    assert sample(3, top_p=1e-6) == sample(3, temperature=LEAST_TEMPERATURE) == greedy
 
 
 def test_the_answer_is_cut_to_what_the_model_has_room_for():
@@ -98,6 +100,7 @@ def test_a_prompt_beyond_the_limit_is_an_error_with_both_numbers(limit):
     [
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "--temperature must be 0"),
+        ({"temperature": 1e-40}, "--temperature must be 0 .greedy. or a number from 1e-06 up, got 1e-40"),
         ({"temperature": float("nan")}, "--temperature must be 0"),
         ({"temperature": float("inf")}, "--temperature must be 0"),
         ({"top_p": 0.0}, "--top-p must be more than 0 and at most 1"),

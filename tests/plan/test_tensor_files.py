@@ -33,6 +33,14 @@ def test_a_file_is_found_beside_its_plan_from_any_working_folder(tmp_path, monke
         assert len(steps(plan)) == 1
 
 
+def test_a_file_is_beside_its_plan_when_that_is_read_through_a_link(tmp_path):
+    (tmp_path / "plans").mkdir()
+    plan = Plan.load(saved(tmp_path / "plans", "r.safetensors"))
+    save_file({"rotation": torch.eye(plan.model.head_dim)}, tmp_path / "plans" / "r.safetensors")
+    (tmp_path / "mine.yaml").symlink_to("plans/plan.yaml")
+    assert len(steps(Plan.load(tmp_path / "mine.yaml"))) == 1
+
+
 def test_where_a_plan_lies_changes_neither_its_checksum_nor_its_text(tmp_path):
     (tmp_path / "other").mkdir()
     here, there = (Plan.load(saved(folder, "r.safetensors")) for folder in (tmp_path, tmp_path / "other"))

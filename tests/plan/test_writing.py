@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmix_cli.errors import OutputError
-from kvmix_cli.files import check_writable, write_bytes, write_text
+from kvmix_cli.files import behind_links, check_writable, write_bytes, write_text
 
 
 @pytest.fixture
@@ -143,6 +143,18 @@ def test_a_link_to_a_file_is_replaced_and_the_file_is_kept(tmp_path):
     write_text(tmp_path / "link", "new")
     assert (tmp_path / "file").read_text() == "kept"
     assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_link_that_a_user_names_stands_for_its_file(tmp_path):
+    file, link, loop, stream = (tmp_path / name for name in ("file", "link", "loop", "stream"))
+    link.symlink_to("file")
+    loop.symlink_to("loop")
+    stream.symlink_to("/dev/full")
+    for _ in range(2):  # first it leads nowhere yet
+        assert write_text(behind_links(link), "new") == file.resolve()
+    assert link.is_symlink()
+    for path in (file, loop, stream, tmp_path, Path("/dev/stdout"), Path("-")):
+        assert behind_links(path) == path
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_of_others(tmp_path):

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...errors import DocumentError, did_you_mean, together
+from ...files import behind_links
 from .known_keys import known_keys
 
 MAX_BYTES = 4 * 2**20
@@ -163,7 +164,7 @@ def validate(document: Document, model: type[ModelT], also: Sequence[Fault] = ()
         DocumentError: if there is any fault.
     """
     try:
-        checked = model.model_validate(document.data, context={"folder": Path(document.source).parent})
+        checked = model.model_validate(document.data, context={"folder": behind_links(Path(document.source)).parent})
     except ValidationError as error:
         raise document.error([*_faults(error, document, model), *also]) from error
     if also:
