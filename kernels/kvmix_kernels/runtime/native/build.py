@@ -19,6 +19,7 @@ from .processor import INSTRUCTION_SETS
 PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
+    "attend/vectors.cpp": ("-ffp-contract=fast",),
     "blocks/cpu.cpp": ("-ffp-contract=off",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
     "transform/cpu.cpp": ("-ffp-contract=off",),
@@ -36,6 +37,7 @@ HEADERS = (
     "attend/key_products.h",
     "attend/coded_keys.h",
     "attend/coded_values.h",
+    "attend/vectors.h",
     "blocks/cpu.h",
     "quantize/cpu.h",
     "quantize/grids.h",
