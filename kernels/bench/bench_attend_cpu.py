@@ -27,6 +27,7 @@ from kvmix_kernels.quantize import quantize
 from kvmix_kernels.segments import Segments
 from kvmix_kernels.transform import Frames, TransformBasis, encode
 from kvmix_kernels.transform_layout import TransformLayout
+from kvmix_kernels.vector_pages import VectorPages
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -43,11 +44,12 @@ RMS_LIMIT = 1e-3
 
 def torch_formulations(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return every way to write it in torch; `rows` packs the query heads of a KV head as query rows."""
-    rows = query.view(1, KV_HEADS, RATIO, HEAD_DIM)
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    rows = query.view(1, kv_heads, -1, head_dim)
     half = [x.bfloat16() for x in (query, rows, keys, values)]
 
     def matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = torch.softmax((q @ k.mT).float() / math.sqrt(HEAD_DIM), dim=-1)
+        weights = torch.softmax((q @ k.mT).float() / math.sqrt(head_dim), dim=-1)
         return weights.to(v.dtype) @ v
 
     return {
@@ -64,7 +66,7 @@ def pack(kind: str, bits: int, states: Tensor) -> Segments:
     """Return all tokens in packed pages, or all in full precision."""
     if bits == 16:
         return Segments(None, None, states)
-    layout = PageLayout(kind, bits, HEAD_DIM, PAGE, GROUP)  # type: ignore[arg-type]
+    layout = PageLayout(kind, bits, states.shape[3], PAGE, GROUP)  # type: ignore[arg-type]
     words, scales = quantize(states.unflatten(2, (-1, PAGE)), layout)
     return Segments(None, Packed(layout, words, scales), states[:, :, :0])
 
@@ -99,14 +101,17 @@ def stored_bytes(*tensors: Segments) -> int:
             parts += [part for part in (packed.codes, packed.scales, packed.places, packed.exact) if part is not None]
         elif isinstance(packed, Packed):
             parts += [packed.words, packed.scales]
+        elif isinstance(packed, VectorPages):
+            parts += packed.parts.values()
     return sum(part.nbytes for part in parts)
 
 
 def check(query: Tensor, key: Segments, value: Segments) -> float:
     """Return the relative RMS error against float64 on the dequantized tokens; refuse a wrong kernel."""
-    k, v = (tensor.dequantize().double().repeat_interleave(RATIO, 1) for tensor in (key, value))
-    expected = torch.softmax(query.double() @ k.mT / math.sqrt(HEAD_DIM), -1) @ v
-    got = attend(AttentionProblem(query, key, value, scaling=HEAD_DIM**-0.5))[0].double()
+    ratio, scaling = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
+    k, v = (tensor.dequantize().double().repeat_interleave(ratio, 1) for tensor in (key, value))
+    expected = torch.softmax(query.double() @ k.mT * scaling, -1) @ v
+    got = attend(AttentionProblem(query, key, value, scaling))[0].double()
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < RMS_LIMIT:
         raise SystemExit(f"wrong result: RMS error {error:.2g}; nothing is timed")

@@ -39,8 +39,8 @@ class StoredPart:
 class PageCodec(ABC):
     """Storage of pages of keys, or of values: subclass it, and register the subclass in `CODECS`.
 
-    Pages are encoded once, when they leave the window. Attention decodes them, a bounded number at a time: a codec
-    has no kernel of its own, on any device. Its bytes are counted from `parts`.
+    Pages are encoded once, when they leave the window. Attention decodes them, a bounded number at a time: no kernel
+    knows the codes of a codec, but for those of vectors on a CPU. Its bytes are counted from `parts`.
 
     Attributes:
         kind: `"key"` or `"value"`.

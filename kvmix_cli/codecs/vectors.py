@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Final
 
 import torch
@@ -45,6 +45,13 @@ class Vectors(PageCodec):
     def span(self) -> int:
         """Return the channels that are coded together."""
         return SPANS[self.bits]
+
+    @cached_property
+    def by_channel(self) -> Tensor:
+        """Return the codebooks with their entries along the last axis, `[1 or H_kv, 1 or D / span, span, entries]`."""
+        book = self.constant
+        by_entry = book if book.ndim > 2 else book[None, None]
+        return by_entry.mT.contiguous()
 
     @property
     def parts(self) -> Mapping[str, StoredPart]:

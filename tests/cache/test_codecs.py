@@ -8,6 +8,7 @@ from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvmix_kernels.layout import BITS
+from kvmix_kernels.runtime.native import library
 
 from kvmix_cli.cache.mixed import MixedCache
 from kvmix_cli.cache.packing.encoded import CodecPacking
@@ -167,6 +168,18 @@ def test_eight_bits_of_rotated_keys_and_values_are_nearly_the_model():
     for name in ("symmetric", "two-axes"):
         _, _, ours = filled(PageCodecs(k=name, v=name), 8, 8, rotated, dtype=torch.float32)
         assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.skipif(library() is None, reason="there is no native library")
+def test_vectors_are_attended_to_by_tables_and_without_the_library_as_before(monkeypatch):
+    """The same logits either way, of a plan as those of VecInfer and HIGGS, and no decoding where there are tables."""
+    plan = PageCodecs(k="vectors", v="vectors"), 2, 2, Transforms(k=(Rotate(),), v=(Rotate(),))
+    with monkeypatch.context() as patched:
+        patched.setattr("kvmix_kernels.attend.library", lambda: None)
+        _, _, expected = filled(*plan, dtype=torch.float32)
+    monkeypatch.setattr("kvmix_kernels.attend.naive.attend", None)
+    _, _, logits = filled(*plan, dtype=torch.float32)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_tokens_can_be_taken_back():

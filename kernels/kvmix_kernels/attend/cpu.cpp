@@ -9,6 +9,7 @@
 #include "coded_values.h"
 #include "contract.h"
 #include "plain.h"
+#include "vectors.h"
 
 namespace KVMIX_ISA {
 
@@ -33,6 +34,7 @@ template <int R> struct Pass {
     for (int64_t i = 0, channel = 0; i < s.run_count; channel += s.runs[i++].channels)
       packed(s.runs[i], channel, most(start, s.sinks), least(stop, packed_end));
     if (s.coded) coded((most(start, s.sinks) - s.sinks) / s.page, (least(stop, packed_end) - s.sinks) / s.page);
+    if (s.vectors) vectors((most(start, s.sinks) - s.sinks) / s.page, (least(stop, packed_end) - s.sinks) / s.page);
     full(s.tail, s.tail_strides, packed_end, most(start, packed_end), stop);
   }
 
@@ -121,6 +123,19 @@ template <int R> struct Pass {
       }
       values.finish(out);
     }
+  }
+
+  // Pages [first, last) of vector codes.
+  void vectors(int64_t first, int64_t last) const {
+    if (first >= last) return;
+    const float* in_at[R];
+    float* out_at[R];
+    from(s.sinks + first * s.page, in_at, out_at);
+    static_assert(R <= LANES, "a lane of a table for each query row");
+    if (is_key)
+      score_vectors(s, b, h, first, last, R, in_at, out_at, scratch);
+    else
+      mix_vectors(s, b, h, first, last, R, in_at, out_at, scratch);
   }
 
   // The queries' channels at `count` places from `place` on.

@@ -35,12 +35,25 @@ struct Coded {
   int64_t pairs, start, interleaved;  // channels that turn, as Frames has them
 };
 
+// Pages of vector codes with their codebooks; see vectors.py.
+struct Vectors {
+  const uint8_t* codes;       // [B, H_kv, pages, page * dim / span * width / 8]
+  const uint16_t* scales;     // null, or [B, H_kv, pages, page]: of tokens
+  const float* books;         // [1 or H_kv, 1 or dim / span, span, 2^width]
+  int64_t codes_strides[3];   // batch, head, page
+  int64_t scales_strides[3];  // batch, head, page
+  int64_t books_strides[2];   // head, group; 0 where all share one
+  int64_t width, span;        // bits of a code, channels that it stands for
+  int64_t scale_dtype;
+};
+
 // Keys or values: sink | packed pages | tail.
 struct Segments {
   const void* sink;          // [B, H_kv, sinks, dim]
   const void* tail;          // [B, H_kv, tail_tokens, dim]
   const Run* runs;           // of values only one
   const Coded* coded;        // null, or the pages instead of runs
+  const Vectors* vectors;    // null, or the pages instead of runs
   const uint8_t* order;      // null, or [B, H_kv, orders, dim]: the channel at each place of the runs
   const int32_t* table;      // null, or [B, H_kv, pages]: which of the pages in memory each page is
   int64_t sink_strides[3];   // batch, head, token

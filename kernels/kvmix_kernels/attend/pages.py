@@ -16,7 +16,8 @@ from ..pages import Channels, Coded, Packed, Plain, TokenPages
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CRun, CSegments
 from ..sorted_tokens import SortedTokens
 from ..summaries import ChosenPages
-from . import coded
+from ..vector_pages import VectorPages
+from . import coded, vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,11 @@ def _describe(packed: TokenPages | SortedTokens) -> NativePages:
         fits = coded.fits(packed)
         if fits:
             call.coded = ctypes.pointer(coded.pages_of(packed))
+        return NativePages(fits, False, packed.pages, packed.page, call)
+    if isinstance(packed, VectorPages):
+        fits = vectors.fits(packed)
+        if fits:
+            call.vectors = ctypes.pointer(vectors.pages_of(packed))
         return NativePages(fits, False, packed.pages, packed.page, call)
     if not isinstance(packed, Packed | Channels):
         return NativePages(False, False, packed.pages, packed.page, call)

@@ -7,15 +7,30 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from kvmix_kernels.encoded import CodecPages
+from kvmix_kernels.vector_pages import VectorPages
 from torch import Tensor
 
 from ...codecs import PageCodec
+from ...codecs.vectors import LearnedVectors, Vectors
 from ...errors import PlanError, QuantizationError
 from ..archive import Archive
 from ..buffer import Buffer
 from ..codebooks import Turn
 from .base import Packing
 from .groups import NOT_FINITE, PAGES_AT_ONCE
+
+
+def pages_of(codec: PageCodec, parts: Mapping[str, Tensor], turn: Turn | None = None) -> CodecPages:
+    """Return stored pages as attention reads them: those of vectors with their codebooks.
+
+    Args:
+        codec: of the pages.
+        parts: `[B, H_kv, pages, *shape]` each.
+        turn: function from decoded pages and the number of the first of them to what is read; None for the same.
+    """
+    if isinstance(codec, Vectors) and type(codec) in (Vectors, LearnedVectors):  # a user's own may decode otherwise
+        return VectorPages(parts, codec.decode, codec.page, codec.head_dim, turn, books=codec.by_channel)
+    return CodecPages(parts, codec.decode, codec.page, codec.head_dim, turn)
 
 
 class CodecPacking(Packing):
@@ -47,7 +62,7 @@ class CodecPacking(Packing):
     def view(self) -> CodecPages:
         parts, held = {name: buffer.view for name, buffer in self._parts.items()}, self._held
         if held is None or any(held.parts[name] is not part for name, part in parts.items()):
-            held = self._held = CodecPages(parts, self._codec.decode, self.unit, self._codec.head_dim, self._forth)
+            held = self._held = pages_of(self._codec, parts, self._forth)
         return held
 
     def pack(self, states: Tensor) -> None:

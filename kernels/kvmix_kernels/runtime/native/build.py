@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2]
 SOURCES = {
     "attend/cpu.cpp": ("-ffp-contract=fast",),
     "attend/choice.cpp": ("-ffp-contract=fast",),
+    "attend/vectors.cpp": ("-ffp-contract=fast",),
     "blocks/cpu.cpp": ("-ffp-contract=off",),
     "quantize/cpu.cpp": ("-ffp-contract=off",),
     "transform/cpu.cpp": ("-ffp-contract=off",),
@@ -38,6 +39,7 @@ HEADERS = (
     "attend/key_products.h",
     "attend/coded_keys.h",
     "attend/coded_values.h",
+    "attend/vectors.h",
     "blocks/cpu.h",
     "quantize/cpu.h",
     "quantize/grids.h",

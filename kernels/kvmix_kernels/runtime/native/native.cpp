@@ -48,9 +48,13 @@ std::string describe_structs() {
   FIELD(Coded, codes_strides); FIELD(Coded, scales_strides); FIELD(Coded, places_strides);
   FIELD(Coded, exact_strides); FIELD(Coded, exact_tokens); FIELD(Coded, exact_dtype); FIELD(Coded, frame);
   FIELD(Coded, pairs); FIELD(Coded, start); FIELD(Coded, interleaved);
+  STRUCT(Vectors);
+  FIELD(Vectors, codes); FIELD(Vectors, scales); FIELD(Vectors, books); FIELD(Vectors, codes_strides);
+  FIELD(Vectors, scales_strides); FIELD(Vectors, books_strides); FIELD(Vectors, width); FIELD(Vectors, span);
+  FIELD(Vectors, scale_dtype);
   STRUCT(Segments);
-  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, coded); FIELD(Segments, order);
-  FIELD(Segments, table);
+  FIELD(Segments, sink); FIELD(Segments, tail); FIELD(Segments, runs); FIELD(Segments, coded);
+  FIELD(Segments, vectors); FIELD(Segments, order); FIELD(Segments, table);
   FIELD(Segments, sink_strides); FIELD(Segments, tail_strides); FIELD(Segments, order_strides);
   FIELD(Segments, sinks); FIELD(Segments, pages); FIELD(Segments, page); FIELD(Segments, tail_tokens);
   FIELD(Segments, dim);

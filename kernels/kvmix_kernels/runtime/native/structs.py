@@ -70,6 +70,22 @@ class CCoded(ctypes.Structure):
     )
 
 
+class CVectors(ctypes.Structure):
+    """Pages of vector codes, with their codebooks."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("books", ctypes.c_void_p),
+        ("codes_strides", _Strides),
+        ("scales_strides", _Strides),
+        ("books_strides", ctypes.c_int64 * 2),
+        ("width", ctypes.c_int64),
+        ("span", ctypes.c_int64),
+        ("scale_dtype", ctypes.c_int64),
+    )
+
+
 class CSegments(ctypes.Structure):
     """Keys or values: sink | packed pages | tail."""
 
@@ -78,6 +94,7 @@ class CSegments(ctypes.Structure):
         ("tail", ctypes.c_void_p),
         ("runs", ctypes.POINTER(CRun)),
         ("coded", ctypes.POINTER(CCoded)),
+        ("vectors", ctypes.POINTER(CVectors)),
         ("order", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("sink_strides", _Strides),
@@ -273,6 +290,7 @@ class CStoring(ctypes.Structure):
 STRUCTS: Final = (
     CRun,
     CCoded,
+    CVectors,
     CSegments,
     CPart,
     CAttention,
