@@ -69,8 +69,8 @@ class ProfileOptions:
     frame: Annotated[
         Any,
         count_option(
-            "Positions that share one origin of the rotation of keys, for fisher-metric: fewer lose less and take more "
-            "time [default: 1024]."
+            "Positions that share one origin of the rotation of keys, for fisher-metric: fewer may lose less, and take "
+            "more time [default: 1024]."
         ),
     ] = None
     evict: Annotated[

@@ -46,9 +46,13 @@ def choose_samples(
     Raises:
         TextError: if there is not enough text, or the model does not take so many tokens.
     """
+    limit = loaded.max_length
+    if longer is not None and limit is not None and longer.seq_len > limit:
+        raise TextError(
+            f"the model takes at most {limit} tokens, not {longer.seq_len}: use --longer {longer.samples}x{limit}"
+        )
 
     def cut(count: int, tokens: int) -> Samples:
-        limit = loaded.max_length
         return cut_samples(loaded.tokenizer, texts, count, tokens, seed, shortest=shortest, max_length=limit)
 
     chosen = cut(samples, seq_len)

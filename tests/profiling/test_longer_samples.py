@@ -115,6 +115,11 @@ def test_a_text_without_any_is_an_error(model, tmp_path):
         )
 
 
+def test_longer_than_the_model_takes_is_an_error(model, tmp_path):
+    with pytest.raises(TextError, match="the model takes at most 1024 tokens, not 2000: use --longer 3x1024"):
+        profiled(model, tmp_path, longer=LongerSamples(samples=3, seq_len=2000))
+
+
 @pytest.mark.parametrize(
     ("scores", "longer", "message"),
     [
