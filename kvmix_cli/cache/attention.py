@@ -61,42 +61,32 @@ def kvmix_attention(
         whole = (dropout, scaling, is_causal, softcap, indices)
         return _by_groups(module, query, key, value, attention_mask, position_bias, s_aux, whole, kwargs), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attention_mask = _bidirectional(module, query, key, is_causal) if attention_mask is None else attention_mask
-    if indices is not None:
-        attention_mask = _chosen(indices, attention_mask, key.shape[2])
-    if kwargs.get("block_indices") is not None:
-        raise PolicyError("blocks of keys that are chosen for each head (MiniMax-M3) need the model's own attention")
+    mask = _mask_of(module, query, key, attention_mask, is_causal, indices, kwargs.get("block_indices"))
     layer = _checked_layer(module, key, softcap, s_aux) if isinstance(key, Handle) else None
     if isinstance(key, Handle) and key.is_raw and isinstance(value, Handle):
         key, value = key.segments.tail, value.segments.tail
-    stored = layer if isinstance(key, Handle) else None
     logarithms: Tensor | None = None
     unsupported = dropout > 0 or position_bias is not None or query.shape[2] > key.shape[2]
     has_kernel = isinstance(key, Handle) or (query.device.type == "cpu" and query.shape[2] < key.shape[2])
     if (has_kernel and not unsupported) or softcap is not None or s_aux is not None:
+        stored = layer if isinstance(key, Handle) else None
         query = query if stored is None else stored.query(query)
-        output, logarithms = attend(
-            AttentionProblem(query, _segments(key), _segments(value), scaling, attention_mask, softcap, s_aux)
-        )
-        output = output if stored is None else stored.output(output)
+        problem = AttentionProblem(query, _segments(key), _segments(value), scaling, mask, softcap, s_aux)
+        output, logarithms = _by_kernel(problem, stored)
     else:
         layer = None if unsupported else layer
-        output, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **({} if position_bias is None else {"position_bias": position_bias}),
-            **kwargs,
-        )
-        output = output.transpose(1, 2)
+        more = kwargs if position_bias is None else {**kwargs, "position_bias": position_bias}
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
+        output = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     if layer is not None:
-        layer.observe(AttentionCall(query, scaling, attention_mask, softcap, s_aux, logarithms))
-    return output.transpose(1, 2).contiguous(), None
+        layer.observe(AttentionCall(query, scaling, mask, softcap, s_aux, logarithms))
+    return output, None
+
+
+def _by_kernel(problem: AttentionProblem, layer: TransformingLayer | None) -> tuple[Tensor, Tensor]:
+    """Return the output `[B, S, H, D_v]`, which the layer transforms back, and the logarithms of `attend`."""
+    output, logarithms = attend(problem)
+    return (output if layer is None else layer.output(output)).transpose(1, 2).contiguous(), logarithms
 
 
 def _by_groups(
@@ -132,6 +122,26 @@ def register_attention() -> None:
 
 def _segments(states: Tensor) -> Segments:
     return states.segments if isinstance(states, Handle) else Segments(None, None, states)
+
+
+def _mask_of(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    indices: Tensor | None,
+    blocks: Tensor | None,
+) -> Tensor | None:
+    """Return the mask of attention that may not be causal, and whose tokens an indexer may have chosen.
+
+    Raises:
+        PolicyError: if it has chosen blocks of keys for each head.
+    """
+    if blocks is not None:
+        raise PolicyError("blocks of keys that are chosen for each head (MiniMax-M3) need the model's own attention")
+    mask = _bidirectional(module, query, key, is_causal) if mask is None else mask
+    return mask if indices is None else _chosen(indices, mask, key.shape[2])
 
 
 def _bidirectional(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:

@@ -86,17 +86,6 @@ class Store:
         """Return the bytes held, room to grow included."""
         return sum(buffer.allocated_bytes for buffer in self._buffers())
 
-    def append(self, new: Tensor) -> Segments:
-        """Add `new` `[B, H_kv, S, D]` and return everything as this forward must see it: `new` in full precision.
-
-        Raises:
-            QuantizationError: if what has to be packed is NaN, infinite, or beyond the scale's range.
-        """
-        self.settle()
-        seen = self.add(new)
-        self.pack_early()
-        return seen
-
     @property
     def due(self) -> int:
         """Return how many tokens `settle` packs."""
@@ -105,7 +94,11 @@ class Store:
         return max(0, min(self._due(self._ahead + self._tail.length) - self._ahead, self._tail.length))
 
     def settle(self) -> int:
-        """Pack what the window stopped keeping after the last forward, and return how many tokens that is."""
+        """Pack what the window stopped keeping after the last forward, and return how many tokens that is.
+
+        Raises:
+            QuantizationError: if some of it is NaN, infinite, or beyond the scale's range.
+        """
         if self._is_finished:
             return 0
         due = self.due
@@ -117,7 +110,10 @@ class Store:
         return due
 
     def add(self, new: Tensor) -> Segments:
-        """Add tokens as `append` does, between `settle` and `pack_early`."""
+        """Add `new` `[B, H_kv, S, D]` and return all tokens as this forward must see them: `new` in full precision.
+
+        A forward calls `settle` before and `pack_early` after it.
+        """
         self._changes += 1
         self._is_finished = False
         self._fresh = new.shape[2]
@@ -129,7 +125,7 @@ class Store:
         return self.segments()
 
     def pack_early(self) -> int:
-        """Pack a long prompt, and return how many tokens that is."""
+        """Pack most of a long prompt, and return how many tokens that is. Raises QuantizationError as `settle` does."""
         if self._waiting is None:
             return 0
         early = self._early(self._waiting.shape[2])
@@ -227,7 +223,7 @@ class Store:
         return new[:, :, room:]
 
     def _due(self, tail: int) -> int:
-        """Tokens of a tail of `tail` (as the rule counts it) that should be packed."""
+        """Return how many tokens of a tail of `tail`, as the rule counts it, should be packed."""
         return 0 if self.packing is None else self.settings.window.due(tail, self._bits, self.packing.unit)
 
     def _early(self, tail: int) -> int:

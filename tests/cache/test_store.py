@@ -29,6 +29,14 @@ def tokens(count, seed=0):
     return torch.randn(1, 2, count, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def append(some, new):
+    """Do what one forward does to a store, and return what it sees."""
+    some.settle()
+    seen = some.add(new)
+    some.pack_early()
+    return seen
+
+
 def state(some):
     segments = some.segments()
     return segments.sinks, segments.packed_tokens, segments.dequantize()
@@ -46,13 +54,13 @@ def test_taking_back_part_of_the_last_forward_leaves_no_trace(window, sink, step
     for seed, (count, back) in enumerate(steps):
         back = min(back, count)
         new = tokens(count, seed)
-        seen = rolled_back.append(new)
+        seen = append(rolled_back, new)
         assert torch.equal(seen.dequantize()[:, :, -count:], new)
         rolled_back.crop(back)
         if count > back:
-            straight.append(new[:, :, : count - back])
+            append(straight, new[:, :, : count - back])
     final = tokens(1, 99)
-    seen = [some.append(final) for some in (rolled_back, straight)]
+    seen = [append(some, final) for some in (rolled_back, straight)]
     assert seen[0].packed_tokens == seen[1].packed_tokens
     assert torch.equal(seen[0].dequantize(), seen[1].dequantize())
 
@@ -62,7 +70,7 @@ def test_taking_back_part_of_the_last_forward_leaves_no_trace(window, sink, step
 def test_exactly_what_the_window_does_not_keep_is_packed(window, counts):
     some, already = store(window), 0
     for seed, count in enumerate(counts):
-        seen = some.append(tokens(count, seed))
+        seen = append(some, tokens(count, seed))
         packed = seen.packed_tokens - already
         before = max(0, seen.shape[2] - count - seen.sinks - seen.packed_tokens + packed)
         assert packed == max(0, before - window.keep(before, 4)) // 16 * 16
@@ -72,11 +80,11 @@ def test_exactly_what_the_window_does_not_keep_is_packed(window, counts):
 
 def test_pages_are_packed_once_and_never_move_while_there_is_room():
     some = store(reserve=1000)
-    some.append(tokens(300))
+    append(some, tokens(300))
     first = some.segments().packed
     kept = first.words.clone()
     for seed in range(200):
-        some.append(tokens(1, seed))
+        append(some, tokens(1, seed))
     last = some.segments().packed
     assert last.pages > first.pages
     assert last.words.data_ptr() == first.words.data_ptr()
@@ -89,14 +97,14 @@ def test_growth_is_amortised(monkeypatch):
     monkeypatch.setattr(Buffer, "_moved", lambda self, *args: moved.append(self.length) or move(self, *args))
     some = store(bits=16)
     for seed in range(2000):
-        some.append(tokens(1, seed))
+        append(some, tokens(1, seed))
     assert sum(moved) < 6 * 2000
     assert some.allocated_bytes <= 1.25 * some.nbytes + 2 * 16 * 4 * 2
 
 
 def test_a_long_prompt_is_packed_at_once():
     some = store()
-    seen = some.append(tokens(1000))
+    seen = append(some, tokens(1000))
     assert seen.packed_tokens == 0
     assert some.packed_tokens > 1000 - 4 - 20 - ROLLBACK - 2 * 16
     assert some.allocated_bytes < tokens(1000).nbytes / 3
@@ -104,10 +112,10 @@ def test_a_long_prompt_is_packed_at_once():
 
 def test_reserve_allocates_once_and_no_more_than_needed():
     some = store(reserve=516)
-    some.append(tokens(400))
+    append(some, tokens(400))
     held = some.segments().packed.words.data_ptr()
     for seed in range(100):
-        some.append(tokens(1, seed))
+        append(some, tokens(1, seed))
     assert some.segments().packed.words.data_ptr() == held
     at_most = 2 * 16 * 4 * (20 + 16 + ROLLBACK + 16)
     assert some.allocated_bytes - some.nbytes < at_most
@@ -115,8 +123,8 @@ def test_reserve_allocates_once_and_no_more_than_needed():
 
 def test_cropping_into_packed_pages_keeps_what_they_decode_to():
     some = store(WINDOWS[0], sink=4)
-    some.append(tokens(400))
-    some.append(tokens(1))
+    append(some, tokens(400))
+    append(some, tokens(1))
     before = some.segments().dequantize()
     some.crop(200)
     assert some.length == 201
@@ -125,7 +133,7 @@ def test_cropping_into_packed_pages_keeps_what_they_decode_to():
     assert torch.equal(some.segments().dequantize(), before[:, :, :3])
     some.crop(50)
     assert some.length == 0
-    some.append(tokens(30, 5))
+    append(some, tokens(30, 5))
     assert torch.equal(some.segments().dequantize(), tokens(30, 5))
 
 
@@ -134,17 +142,17 @@ def test_nan_and_inf_are_named_with_their_layer(bad):
     new = tokens(300)
     new[0, 1, 50, 3] = bad
     with pytest.raises(QuantizationError, match="layer 0 keys: NaN or Inf"):
-        store().append(new)
+        append(store(), new)
 
 
 def test_values_beyond_float16_say_what_to_do():
     with pytest.raises(QuantizationError, match=r"layer 0 keys: values up to .*`scale_dtype: bfloat16`"):
-        store().append(tokens(300) * 1e6)
+        append(store(), tokens(300) * 1e6)
 
 
 def test_batch_changes_apply_to_every_part():
     some = store()
-    some.append(torch.cat([tokens(300, seed) for seed in range(3)]))
+    append(some, torch.cat([tokens(300, seed) for seed in range(3)]))
     before = some.segments().dequantize()
     some.apply(lambda x: x[torch.tensor([2, 0])])
     assert torch.equal(some.segments().dequantize(), before[[2, 0]])
@@ -181,21 +189,21 @@ def test_a_view_is_one_object_until_the_buffer_changes(change):
 
 def test_a_step_that_packs_nothing_reads_the_same_pages():
     some = store()
-    some.append(tokens(300))
-    packed = some.append(tokens(1)).packed
+    append(some, tokens(300))
+    packed = append(some, tokens(1)).packed
     assert packed.tokens == 272
-    assert all(some.append(tokens(1, seed)).packed is packed for seed in range(3))
-    some.append(tokens(20))
-    assert some.append(tokens(1)).packed is not packed
+    assert all(append(some, tokens(1, seed)).packed is packed for seed in range(3))
+    append(some, tokens(20))
+    assert append(some, tokens(1)).packed is not packed
 
 
 def test_paper_window_collapses_as_in_the_released_code():
     """A 4096-token prompt leaves 832 -> 193 -> 66 -> 35 tokens at 20 % (see docs/method.md)."""
     some = store(Rpc(), bits=4, sink=0, page=32)
-    some.append(tokens(4096))
+    append(some, tokens(4096))
     lengths = []
     for seed in range(4):
-        seen = some.append(tokens(1, seed))
+        seen = append(some, tokens(1, seed))
         lengths.append(seen.tail.shape[2] - 1)
     assert lengths == [832, 193, 66, 35]
 
