@@ -1,5 +1,6 @@
 """Which file a command means."""
 
+import json
 import os
 import re
 
@@ -95,6 +96,15 @@ def test_an_unfinished_profile_counts_as_a_candidate(root):
     with pytest.raises(
         StateError, match=r"interrupted and left .*b--y/profile.partial.jsonl: finish it with `kvmix profile MODEL"
     ):
+        state.find_profile(model="b/y")
+
+
+def test_the_command_that_finishes_a_profile_has_all_of_its_settings(root):
+    settings = {"model": "b/y", "scores": ["fisher-metric"], "window": "recent:64", "frame": 256, "samples": 20}
+    journal = make(root / "b--y" / "profile.partial.jsonl")
+    journal.write_text(json.dumps({**settings, "longer": {"samples": 3, "seq_len": 4096}}) + "\n")
+    wanted = "profile b/y --score fisher-metric --window recent:64 --frame 256 --samples 20 --longer 3x4096"
+    with pytest.raises(StateError, match=f"finish it with `kvmix {wanted}"):
         state.find_profile(model="b/y")
 
 
