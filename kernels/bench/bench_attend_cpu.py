@@ -108,9 +108,9 @@ def stored_bytes(*tensors: Segments) -> int:
 
 def check(query: Tensor, key: Segments, value: Segments) -> float:
     """Return the relative RMS error against float64 on the dequantized tokens; refuse a wrong kernel."""
-    ratio, scaling = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
-    k, v = (tensor.dequantize().double().repeat_interleave(ratio, 1) for tensor in (key, value))
-    expected = torch.softmax(query.double() @ k.mT * scaling, -1) @ v
+    rows, scaling = query.view(1, key.shape[1], -1, query.shape[3]).double(), query.shape[3] ** -0.5
+    k, v = (tensor.dequantize().double() for tensor in (key, value))
+    expected = (torch.softmax(rows @ k.mT * scaling, -1) @ v).view(query.shape)
     got = attend(AttentionProblem(query, key, value, scaling))[0].double()
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < RMS_LIMIT:

@@ -100,6 +100,25 @@ def test_every_group_of_every_head_has_a_codebook_of_its_own(bits):
     assert_attends(problem_of(bits, bits, heads=3, learned=True))
 
 
+def test_many_queries_over_single_channels_are_left_to_pytorch():
+    torch.manual_seed(0)
+    for bits, queries, are_taken in ((8, 32, True), (8, 33, False), (4, 33, True)):
+        problem = problem_of(bits, bits, queries, tail=40)
+        assert (cpu.attend(library(), problem) is not None) == are_taken
+        expected, _ = naive.attend(replace(problem, query=problem.query.double()))
+        assert relative_rms(attend(problem)[0], expected) < RMS
+
+
+def test_keys_that_are_turned_to_their_positions_are_left_to_pytorch():
+    torch.manual_seed(0)
+    problem = problem_of(2, 2, learned=True)
+    turned = replace(problem.key.packed, turn=lambda pages, first: pages.flip(-1) + first)
+    problem = replace(problem, key=replace(problem.key, packed=turned))
+    assert cpu.attend(library(), problem) is None
+    expected, _ = naive.attend(replace(problem, query=problem.query.double()))
+    assert relative_rms(attend(problem)[0], expected) < RMS
+
+
 def test_a_window_hides_all_older_tokens():
     torch.manual_seed(0)
     mask = torch.zeros(1, 1, 1, 3 + 4 * 128 + 9, dtype=torch.bool)

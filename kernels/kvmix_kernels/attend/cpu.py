@@ -12,6 +12,8 @@ from ..pages import Channels, Coded, Packed
 from ..runtime.native.structs import DTYPES, WIDEST_VECTOR, CAttention, CPart, CSegments
 from ..segments import Segments
 from ..summaries import ChosenPages
+from ..vector_pages import VectorPages
+from . import vectors
 from .pages import NativePages, native_pages
 from .parts import Part, parts_of
 from .problem import AttentionProblem
@@ -87,6 +89,9 @@ def _part(part: Part, problem: AttentionProblem) -> CPart | None:
         return None  # tokens are split on the edges of pages of both
     key, value = _segments(part.key, keys), _segments(part.value, values)
     if key is None or value is None or values.is_sorted:
+        return None
+    packed, rows = (part.key.packed, part.value.packed), problem.ratio * problem.queries
+    if any(isinstance(pages, VectorPages) and not vectors.pays(pages, rows) for pages in packed):
         return None
     call = CPart(key, value, tokens=part.tokens)
     if part.mask is not None:

@@ -12,6 +12,8 @@ from ..vector_pages import VectorPages
 CODES: Final = {(8, 8), (8, 4), (8, 2), (8, 1), (6, 2)}
 """Bits of a code and channels that it stands for, of the codes that the library knows."""
 SCALE_DTYPES: Final = (torch.float16, torch.bfloat16)
+MOST_ROWS: Final = 64
+"""Query rows of a KV head that look single channels up; decoding them once and multiplying is faster for more."""
 
 
 def fits(pages: VectorPages) -> bool:
@@ -22,6 +24,11 @@ def fits(pages: VectorPages) -> bool:
     if scales is not None and (scales.dtype not in SCALE_DTYPES or scales.stride(-1) != 1):
         return False
     return pages.codes.stride(-1) == 1 and pages.books.is_contiguous()
+
+
+def pays(pages: VectorPages, rows: int) -> bool:
+    """Return whether tables are faster than decoding, for so many query rows of a KV head: always, but for 8 bits."""
+    return pages.span > 1 or rows <= MOST_ROWS
 
 
 def pages_of(pages: VectorPages) -> CVectors:
