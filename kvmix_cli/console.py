@@ -240,8 +240,9 @@ def fail_bug(error: BaseException, command: str | None) -> None:
 
 
 def stop(message: str, command: str | None) -> None:
-    """Report that the user has interrupted the command."""
-    alert(message)
+    """Report that the user has interrupted the command, to whoever is still there: a terminal may have been closed."""
+    with contextlib.suppress(OutputError, BrokenPipeError):
+        alert(message)
     emit_error("Interrupted", message, command)
 
 

@@ -126,7 +126,8 @@ class Commands(TyperGroup):
 
 
 def _emit_usage_error(error: Any, command: str | None) -> None:
-    """Write a usage error, which Typer shows on stderr, as the one object of `--json`."""
+    """Write a usage error, which Typer shows on stderr, as the one object of `--json`, and make it one line of text."""
+    error.message = console.one_line(error.message or "")
     console.emit_error("UsageError", error.format_message(), command)
 
 
@@ -252,7 +253,10 @@ _add(
 def main() -> None:
     """Run the command line of `kvmix`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads are slow
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     _open_streams()
     try:
         with put_off(), nullcontext() if current().leads else console.muted():
@@ -263,7 +267,11 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """Treat SIGTERM as Ctrl-C, so that temporary folders are removed and the way to resume is said."""
+    """Treat a signal as Ctrl-C, so that temporary folders are removed and the way to resume is said.
+
+    A second one, as a shell sends when its terminal is closed, must not interrupt that.
+    """
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

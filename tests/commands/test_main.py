@@ -15,7 +15,7 @@ import pytest
 from made_up import falling
 from typer.main import get_command
 
-from kvmix_cli import __version__, allocation, errors, main
+from kvmix_cli import __version__, allocation, console, errors, main
 from kvmix_cli.main import app
 
 COMMANDS = [
@@ -393,6 +393,36 @@ def test_an_argument_that_is_not_utf8_is_a_usage_error(kvmix):
     ran = kvmix("run", "--prompt", "a\udcff")
     assert ran.code == 2
     assert "argument 3 is not valid UTF-8: b'a\\xff'" in ran.err
+
+
+@pytest.mark.parametrize("args", [["allocate", "--name", "x\x1b]0;y\x07\nz"], ["run", "--no\x1b[31m\nz"]])
+def test_a_usage_error_is_one_line_and_nothing_a_terminal_obeys(kvmix, args):
+    ran = kvmix(*args)
+    assert ran.code == 2
+    assert "\x1b" not in ran.err
+    assert ran.err.count("\n") <= 4
+    assert ran.err.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_a_program_is_an_interruption_unless_it_is_ignored(monkeypatch, name):
+    number = getattr(signal, name)
+
+    def gone(*args):
+        raise errors.OutputError("the terminal is closed")
+
+    monkeypatch.setattr(main, "app", lambda **options: os.kill(os.getpid(), number))
+    monkeypatch.setattr(console, "_write", gone)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        assert ended.value.code == 130
+        assert signal.getsignal(number) is signal.SIG_IGN
+        main.main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.slow
