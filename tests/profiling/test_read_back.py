@@ -71,7 +71,10 @@ caches = st.builds(
 def test_spans_are_what_the_cache_has_packed(cache, tokens):
     grid = Grid(bits=(2,), group_sizes=(16,), cache=cache)
     store = Store(PagePacking("keys", grid.layouts("key", 16)["2g16"]), cache, bits=2)
-    packed = [store.append(torch.zeros(1, 1, 1, 16)).packed_tokens for _ in range(tokens)]
+    packed = []
+    for _ in range(tokens):
+        store.settle()
+        packed.append(store.add(torch.zeros(1, 1, 1, 16)).packed_tokens)
     spans = grid.spans(tokens)
     assert [(at, span.packed) for span in spans for at in range(span.start, span.stop)] == [
         (at, count) for at, count in enumerate(packed) if count
