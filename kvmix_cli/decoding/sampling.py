@@ -14,7 +14,7 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """Rules by which the next token is drawn.
+    """Settings of how the next token is drawn.
 
     Attributes:
         temperature: 0 is greedy; otherwise at least `LEAST_TEMPERATURE`.

@@ -176,6 +176,7 @@ def test_bits_may_be_rounded_in_a_file(load):
         ("nominal: 2.875", "nominal: .nan", ["line 5: bits.nominal is nan but the layers amount to 2.8750"]),
         ("stored: 3.375", "stored: 9", ["line 5: bits.stored is 9 but the layers amount to 3.3750"]),
         ("head_dim: 64", "head_dim: 40", ["line 3: head_dim must be a positive multiple of 16, got 40: " + ANY_HEAD]),
+        ("id: org/model", "id: ''", ["line 3: model.id: string should have at least 1 character"]),
         ("layers: 4", "layers: 0", ["line 3: model.layers: should be greater than or equal to 1, got 0"]),
         ("layers: 4", "layers: 100000", ["line 3: model.layers: should be less than or equal to 10000, got 100000"]),
         ("id: org/model, ", "", ["line 3: 'model.id' is missing"]),

@@ -59,6 +59,12 @@ def test_a_path_that_leads_out_of_the_plans_folder_is_refused(tmp_path, kind, fi
         Plan.load(path)
 
 
+@pytest.mark.parametrize("file", ["", ".", "a/.."])
+def test_the_folder_itself_is_no_tensor_file(tmp_path, file):
+    with pytest.raises(DocumentError, match=f"'{file}' names no file: write the name of the one with the tensors"):
+        Plan.load(saved(tmp_path, file))
+
+
 def test_a_missing_file_is_named_with_its_folder(tmp_path):
     plan = Plan.load(saved(tmp_path, "r.safetensors"))
     with pytest.raises(PlanError, match=f"there is no file {tmp_path}/r.safetensors"):

@@ -76,6 +76,8 @@ class FileSetting(PolicySetting):
         root = folder.resolve()
         if file.startswith("~") or "\0" in file or not (root / file).resolve().is_relative_to(root):
             raise ValueError(f"{file!r} leads out of {folder}, the folder of this file: put the tensors inside it")
+        if (root / file).resolve() == root:
+            raise ValueError(f"{file!r} names no file: write the name of the one with the tensors")
         return file
 
     def model_post_init(self, context: Any, /) -> None:

@@ -71,7 +71,7 @@ class ModelInfo(StrictModel):
         stock: layers that keep the transformers cache layer of their kind, in order, e.g. `{1: "sliding_attention"}`.
     """
 
-    id: str
+    id: str = Field(min_length=1)
     revision: str | None = None
     layers: int = Field(ge=1, le=MAX_LAYERS)
     kv_heads: int = Field(ge=1, le=MAX_HEADS)
