@@ -69,7 +69,7 @@ def rotations_of(config: PreTrainedConfig, score: str) -> Rotations:
             "with kvmix_cli.load_model, or call kvmix_cli.cache.rotary.know_rotations(model) once"
         )
     if key not in _MEASURED:
-        info = model_info(config, config.name_or_path or "this model")
+        info = model_info(config)
         _MEASURED[key] = measure_rotations(model, info.quantizable, max_length(config))
     return _MEASURED[key]
 

@@ -59,8 +59,8 @@ OTHER_KINDS = frozenset(
 """All other kinds of transformers 5.23."""
 
 
-def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = None) -> ModelInfo:
-    """Return the layers and heads of a model, as its cache holds them.
+def model_info(config: PreTrainedConfig, model_id: str = "", revision: str | None = None) -> ModelInfo:
+    """Return the layers and heads of a model, as its cache holds them. Without an id it has the configuration's name.
 
     Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) caches one KV head: the latent as its key, the rotary
     part of the keys as its value. Both are stored as they are handed over, each at bits of its own. A width for the
@@ -70,6 +70,7 @@ def model_info(config: PreTrainedConfig, model_id: str, revision: str | None = N
         ModelError: if a size is out of range, or there is no layer whose keys and values could be quantized.
     """
     text = config.get_text_config(decoder=True)
+    model_id = model_id or config.name_or_path or "this model"
     _require_sizes(text, model_id)
     _require_layers(text, model_id)
     _require_rope(getattr(text, "rope_parameters", None), model_id)

@@ -134,7 +134,7 @@ def measured_bits(
 
     The numbers have the model's geometry, dtype and device: in some caches the size of scales follows the dtype.
     """
-    info = model_info(config, "")
+    info = model_info(config)
     layer = info.quantizable[0]
     heads = info.heads(layer)
     generator = torch.Generator().manual_seed(0)
