@@ -414,6 +414,7 @@ def test_a_signal_that_ends_a_program_is_an_interruption_unless_it_is_ignored(mo
     monkeypatch.setattr(main, "app", lambda **options: os.kill(os.getpid(), number))
     monkeypatch.setattr(console, "_write", gone)
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
     try:
         with pytest.raises(SystemExit) as ended:
             main.main()
