@@ -243,7 +243,8 @@ def _widths(name: str, widths: Sequence[int], least: int | None, most: int | Non
         known = ", ".join(map(str, WIDTHS))
         raise BudgetError(f"{name} must be taken from {known}, got {', '.join(map(str, widths)) or 'nothing'}")
     ascending = sorted(set(widths))
-    low, high = least or ascending[0], most or ascending[-1]
+    low = ascending[0] if least is None else least
+    high = ascending[-1] if most is None else most
     kept = tuple(bits for bits in ascending if low <= bits <= high)
     if not kept:
         bounds = f"{low} to {high} bits: widen --min-bits and --max-bits"

@@ -84,7 +84,7 @@ def read_header(file: Path) -> GgufHeader:
         raise ModelError(f"reading {file} needs {' and '.join(lacking)}: pip install 'kvmix[gguf]'")
     try:
         return _header(file)
-    except (ArithmeticError, LookupError, MemoryError, OSError, ValueError, struct.error) as error:
+    except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, ValueError, struct.error) as error:
         ends_early = isinstance(error, struct.error)
         why = f"it ends within its header, at byte {file.stat().st_size}" if ends_early else first_sentence(error)
         raise ModelError(f"{file} is no GGUF file, or is cut off ({why}): download it again") from error
@@ -149,6 +149,8 @@ def _header(file: Path) -> GgufHeader:
             tensors[name] = elements, elements // block * size
             end = max(end, offset + tensors[name][1])
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         return GgufHeader(metadata, tensors, -(-at // alignment) * alignment + end)
 
 

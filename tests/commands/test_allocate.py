@@ -260,6 +260,7 @@ def test_wrong_usage(kvmix, tmp_path, args):
         (["--pin", "0,99:k8v8"], "--pin does not fit org/model: layer 99 cannot be planned: the model has layers 0-31"),
         (["--pin", "k8v8"], "'k8v8' is no pin: write it like 0,-1:k8v8 or 0-3:k4v2"),
         (["--min-bits", "5", "--max-bits", "7"], "k_bits 2, 3, 4, 8 have none of 5 to 7 bits"),
+        (["--max-bits", "0"], "k_bits 2, 3, 4, 8 have none of 2 to 0 bits"),
         (["--model", "other"], "no profile in profiles/other: make one with `kvmix profile other`"),
     ],
 )

@@ -1,6 +1,7 @@
 """GGUF files: the model inside is the model that they were made from, and a file that is cut off is one line."""
 
 import importlib.util
+import struct
 
 import gguf_files
 import pytest
@@ -100,6 +101,24 @@ def test_a_file_that_ends_in_its_header_says_where(file, tmp_path, size):
     (tmp_path / "model.gguf").write_bytes(file.read_bytes()[:size])
     with pytest.raises(ModelError, match=f"it ends within its header, at byte {size}"):
         load_info(str(tmp_path))
+
+
+NESTED = struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1) + struct.pack("<IQ", gguf.ARRAY, 1) * 5000
+"""An array of an array of an array, 5,000 deep."""
+TEXT = struct.pack("<IQ", gguf.STRING, 5) + b"seven"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(NESTED, "recursion"), (TEXT, "general.alignment is 'seven'"), (struct.pack("<II", 4, 0), "alignment is 0")],
+)
+def test_an_odd_value_of_the_header_is_one_line(tmp_path, value, said):
+    key = b"general.alignment"
+    head = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, len(key))
+    (tmp_path / "model.gguf").write_bytes(head + key + value)
+    with pytest.raises(ModelError, match=rf"is no GGUF file, or is cut off \(.*{said}") as error:
+        load_info(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_something_else_is_no_gguf_file(tmp_path):
