@@ -17,6 +17,8 @@ from reference import dense_attention
 RMS = 2e-3
 """Relative. The native paths round coefficients to 16 bits."""
 
+native = pytest.mark.skipif(library() is None, reason="there is no native library")
+
 
 def mask_of(kind, tokens, hidden):
     """The first tokens of the first sequence hidden, as left padding is."""
@@ -58,6 +60,7 @@ def test_equals_dense_attention_over_the_chosen_pages(codec, pages, count, kind,
         assert (numbers.diff(dim=-1) > 0).all()
 
 
+@native
 @pytest.mark.parametrize("kind", ["mean", "range", "codes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_instruction_set_chooses_what_pytorch_does(kind, dtype):
@@ -79,6 +82,7 @@ def test_every_instruction_set_chooses_what_pytorch_does(kind, dtype):
             assert torch.equal(choice_cpu.chosen_pages(library, query, 0.3, pages), expected), isa
 
 
+@native
 def test_what_is_not_finite_is_worth_nothing_and_as_many_pages_are_chosen():
     problem = summarized_problem("affine", 20, 6, "range", "max", 2)
     query = problem.query[:, :, 0].clone()
