@@ -28,6 +28,7 @@ from ...errors import PlanError, first_sentence
 from ...files import safetensors_head, safetensors_metadata, write_parts
 from ...ranks import own_heads
 from ..document.geometry import HeadGeometry
+from .content import check_content, read_content
 from .moments import Rope
 from .ropes import RopeRecord, read_ropes, rope_arrays, rope_records
 
@@ -155,18 +156,19 @@ class BasisFile:
             PlanError: if it is missing, cut short, another file than expected, or holds numbers that cannot be used.
         """
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            why = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-            raise _fault(path, why, "put the file back where the plan names it") from error
+            data = read_content(path)
+        except ValueError as error:
+            raise _fault(path, str(error), "put the file back where the plan names it") from error
         try:
             arrays = load(data)
             header = json.loads(safetensors_metadata(data)["kvmix"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise _fault(path, f"cut short, or no basis ({first_sentence(error)})", "copy the file again") from error
-        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-            why = f"its checksum is {found[:12]}..., and the plan was made with {sha256[:12]}..."
-            raise _fault(path, why, "use the file that was written with the plan")
+        try:
+            if sha256 is not None:
+                check_content(data, sha256)
+        except ValueError as error:
+            raise _fault(path, str(error), "use the file that was written with the plan") from error
         return cls._parsed(path, arrays, header)
 
     @classmethod

@@ -28,6 +28,7 @@ from ...errors import PlanError, first_sentence
 from ...files import safetensors_metadata, write_bytes
 from ..document.geometry import HeadGeometry
 from .basis import TENSOR_NAMES, TensorName
+from .content import check_content, read_content
 from .moments import ProfileFile, Rope
 from .ropes import RopeRecord, read_ropes, rope_arrays, rope_records
 
@@ -103,12 +104,10 @@ class Codebooks:
             PlanError: if it is missing, cut short, another file than expected, or holds numbers that cannot be used.
         """
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            why = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-            raise _fault(path, why) from error
-        if (found := hashlib.sha256(data).hexdigest()) != sha256:
-            raise _fault(path, f"its checksum is {found[:12]}..., and the plan was made with {sha256[:12]}...")
+            data = read_content(path)
+            check_content(data, sha256)
+        except ValueError as error:
+            raise _fault(path, str(error)) from error
         try:
             return cls._parsed(load(data), json.loads(safetensors_metadata(data)["kvmix"]))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
