@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,11 +107,13 @@ def profile_work(
     one = timed(ids)
     if one < AGAIN_SECONDS:  # what is loaded or compiled once may be much of it
         one = timed(ids)
-    takes, more = partial(_extrapolated, (len(ids), one)), "longer ones in proportion"
+    timings, more = [(len(ids), one)], "longer ones in proportion"
     if len(twice) > len(ids):
         two = timed(twice)
-        takes, more = partial(takes, second=(len(twice), two)), f"one of {len(twice)} {two:.3g} s"
-    seconds = samples * takes(seq_len) + (longer.samples * takes(longer.seq_len) if longer else 0.0)
+        timings, more = [*timings, (len(twice), two)], f"one of {len(twice)} {two:.3g} s"
+    seconds = samples * _extrapolated(timings, seq_len)
+    if longer is not None:
+        seconds += longer.samples * _extrapolated(timings, longer.seq_len)
     steps = [PlannedStep("profile", what, seconds)]
     if TRANSFORM_SCORE in scores:
         steps.append(reading_step(measure_speed(loaded, STEP), seq_len))
@@ -123,13 +124,13 @@ def profile_work(
     return DryRun(model, tuple(steps), memory, tuple(writes), basis)
 
 
-def _extrapolated(first: tuple[int, float], tokens: int, second: tuple[int, float] | None = None) -> float:
-    """Return the seconds that a sample of so many tokens takes, from the tokens and seconds of shorter ones.
+def _extrapolated(timings: Sequence[tuple[int, float]], tokens: int) -> float:
+    """Return the seconds that a sample of so many tokens takes, from the tokens and seconds of one or two shorter ones.
 
     They grow in proportion; with two samples, those of attention with the square of the tokens.
     """
-    (few, brief), (many, lasting) = first, second or first
-    slope = max(0.0, (lasting / many - brief / few) / (many - few)) if second else 0.0
+    (few, brief), (many, lasting) = timings[0], timings[-1]
+    slope = max(0.0, (lasting / many - brief / few) / (many - few)) if many > few else 0.0
     return tokens * (lasting / many + slope * (tokens - many))
 
 
